@@ -1,0 +1,7 @@
+"""`python -m ddpm_hf` is the command `ddpm-hf`."""
+
+import sys
+
+from ddpm_hf.cli import main
+
+sys.exit(main())

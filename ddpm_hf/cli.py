@@ -1,0 +1,161 @@
+"""The command line: parse, call, and turn what goes wrong into one sentence and an exit code.
+
+Exit codes: 0 done, 1 failed while running, 2 bad input, 3 training was not finite, 130 / 143 stopped by a signal after
+saving.
+"""
+
+import importlib.util
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddpm_hf.config import ConfigError, RunConfig, load_config
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ddpm_hf.data import ImageSet
+    from ddpm_hf.training.trainer import Trainer
+
+_USAGE = """usage: ddpm-hf <command> ...
+
+commands:
+  train    train a DDPM; see ddpm-hf train --help
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `ddpm-hf <command> ...` and returns the exit code."""
+    command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
+    if command == "train":
+        return train(rest[:-1])
+    print(_USAGE, end="")
+    if command in ("-h", "--help"):
+        return 0
+    print(f"ddpm-hf: {f'unknown command {command!r}' if command else 'no command'}; choose train.", file=sys.stderr)
+    return 2
+
+
+def train(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf train") -> int:
+    """Trains as the command line and its configuration say, and returns the exit code."""
+    return _exit_code(lambda: _train(arguments, prog))
+
+
+def _exit_code(command: Callable[[], int]) -> int:
+    """Runs a command; what a user can cause is told in one sentence, once, by rank 0."""
+    try:
+        return command()
+    except ValueError as error:
+        _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+
+
+def _complain(message: str) -> None:
+    """Prints an error on rank 0; under a launcher the other ranks have the same one."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _train(arguments: Sequence[str] | None, prog: str) -> int:
+    """Builds a trainer, lets it train, and writes the report."""
+    config, is_dry_run = load_config(arguments, prog)
+    if config.evaluation.recognition and importlib.util.find_spec("sklearn") is None:
+        raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
+
+    from ddpm_hf.training.guard import NonFiniteTraining, TrainingStopped
+    from ddpm_hf.training.trainer import Trainer
+
+    trainer = Trainer(config)
+    try:
+        if trainer.is_main_process:
+            print(f"{trainer.describe()}\n\n{config.to_yaml()}", flush=True)
+        if is_dry_run:
+            if trainer.is_main_process:
+                print("Everything fits together; without --dry_run this would train.")
+            return 0
+        trainer.fit()
+        if trainer.is_main_process and config.evaluation.num_samples:
+            _write_report(trainer, f"{prog} {shlex.join(sys.argv[1:] if arguments is None else arguments)}")
+        return 0
+    except TrainingStopped as stop:
+        return stop.exit_code
+    except NonFiniteTraining as error:
+        _complain(str(error))
+        return 3
+    finally:
+        trainer.close()
+
+
+def _write_report(trainer: "Trainer", command: str) -> None:
+    """Samples from the saved pipeline, judges the samples if asked, and writes pictures and README."""
+    import numpy as np
+
+    from ddpm_hf.diffusion import GaussianDiffusionPipeline
+    from ddpm_hf.evaluation.recognition import recognition_report
+    from ddpm_hf.evaluation.sampling import sample_images, sample_trajectory
+    from ddpm_hf.report import SamplingSettings, loading_lines, write_report
+
+    config, evaluation, output_dir = trainer.config, trainer.config.evaluation, Path(trainer.config.training.output_dir)
+    print(f"Sampling {evaluation.num_samples} images from {output_dir / 'pipeline'} ...", flush=True)
+    pipeline = GaussianDiffusionPipeline.from_pretrained(output_dir / "pipeline").to(trainer.device)
+    names = list(trainer.class_names.values()) if trainer.class_names else None
+    labels = np.arange(evaluation.num_samples) % len(names) if names else None
+    samples = sample_images(pipeline, evaluation, config.training.seed, labels)
+    num_shown = min(evaluation.num_samples, len(names) if names else 16)
+    trajectory = sample_trajectory(pipeline, evaluation, config.training.seed, num_shown, labels)
+    recognition = None
+    if evaluation.recognition and labels is not None:
+        recognition = recognition_report(*_as_arrays(trainer.images), *_as_arrays(trainer.held_out), samples, labels)
+    sampling = SamplingSettings(
+        num_inference_steps=evaluation.num_inference_steps,
+        eta=evaluation.eta,
+        guidance_scale=evaluation.guidance_scale if evaluation.guidance_scale != 1 else None,
+    )
+    write_report(
+        output_dir,
+        samples=samples,
+        sample_labels=labels,
+        class_names=names,
+        trajectory=trajectory,
+        metrics=trainer.metrics.rows(),
+        recognition=recognition,
+        title=f"A DDPM trained on {Path(config.data.source).name}",
+        command=command,
+        settings=_main_settings(config),
+        sampling=sampling,
+    )
+    if recognition is not None:
+        print("\n".join(recognition.lines()))
+        print(f"recognised={recognition.recognised:.3f}")
+    print(f"\nEverything is in {output_dir}: look at samples.png, denoising.gif and README.md.")
+    print(f"Load the trained pipeline with\n\n{loading_lines(output_dir / 'pipeline', names, sampling=sampling)}")
+
+
+def _as_arrays(images: "ImageSet") -> "tuple[NDArray[np.uint8], NDArray[np.int64]]":
+    """Returns all images of a set, channels last, and their labels."""
+    pixels, labels = images.take(images.positions)
+    assert labels is not None
+    return pixels.transpose(0, 2, 3, 1), labels
+
+
+def _main_settings(config: RunConfig) -> dict[str, str]:
+    """Returns what a reader of the report wants to know first."""
+    diffusion, training = config.diffusion, config.training
+    return {
+        "data": f"{config.data.source} (split {config.data.split})",
+        "network": config.model.preset,
+        "beta schedule, T": f"{diffusion.beta_schedule}, {diffusion.num_train_timesteps}",
+        "prediction": diffusion.prediction_type,
+        "steps x global batch": f"{training.num_steps:,} x {training.train_batch_size}",
+        "learning rate": f"{training.learning_rate:g}, {training.learning_rate_schedule}",
+        "EMA decay": f"{training.ema_decay:g}",
+        "precision": training.mixed_precision,
+        "seed": str(training.seed),
+    }

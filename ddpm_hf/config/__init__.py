@@ -1,0 +1,32 @@
+"""The configuration of a run: its schema, its rules, and how it is read. This package needs no torch."""
+
+from ddpm_hf.config.parse import load_config, read_config_dict
+from ddpm_hf.config.rules import ConfigError, changed_settings, validate
+from ddpm_hf.config.schema import (
+    DataConfig,
+    DiffusionConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PreviewConfig,
+    RunConfig,
+    TrainingConfig,
+    UNetOverride,
+)
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "DiffusionConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "PreviewConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "UNetOverride",
+    "changed_settings",
+    "load_config",
+    "read_config_dict",
+    "validate",
+]

@@ -1,0 +1,108 @@
+"""Which settings can work together, and which a run can be continued with."""
+
+from ddpm_hf.config.schema import RunConfig
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message is one sentence that says what to do."""
+
+
+def validate(config: RunConfig) -> None:
+    """Refuses settings that cannot work, before any of them costs time.
+
+    Raises:
+        ConfigError: With one sentence that names the setting, its value and what to do.
+    """
+    _check_numbers(config)
+    data, model, training, evaluation = config.data, config.model, config.training, config.evaluation
+    if not data.source:
+        raise ConfigError("data.source is not set; give a parquet file, an image folder or a data set id of the Hub.")
+    if config.objective.class_dropout > 0 and not model.class_conditional:
+        raise ConfigError("objective.class_dropout needs labels to drop; set model.class_conditional to true.")
+    for name, guidance_scale in (("preview", config.preview.guidance_scale), ("evaluation", evaluation.guidance_scale)):
+        if guidance_scale != 1.0 and config.objective.class_dropout == 0:
+            raise ConfigError(
+                f"{name}.guidance_scale {guidance_scale:g} needs a network that was trained without labels too; set "
+                "objective.class_dropout, for example to 0.1."
+            )
+    if evaluation.recognition and not (model.class_conditional and data.validation_fraction > 0):
+        raise ConfigError(
+            "evaluation.recognition asks for classes and real held-out images; set model.class_conditional to true and "
+            "data.validation_fraction above 0."
+        )
+    if config.diffusion.rescale_betas_zero_snr and config.diffusion.prediction_type in ("epsilon", "eps"):
+        raise ConfigError(
+            "diffusion.rescale_betas_zero_snr leaves no signal at the last timestep, where epsilon says nothing about "
+            "x_0; set diffusion.prediction_type to v_prediction or sample."
+        )
+    micro, batch = training.micro_batch_size, training.train_batch_size
+    if micro is not None and batch % micro:
+        raise ConfigError(
+            f"training.train_batch_size {batch} is not a multiple of training.micro_batch_size {micro}; "
+            f"use {batch // micro * micro or micro} or {(batch // micro + 1) * micro}."
+        )
+
+
+def _check_numbers(config: RunConfig) -> None:
+    """Refuses numbers outside their range."""
+    positive = (
+        ("diffusion", "num_train_timesteps"), ("training", "num_steps"), ("training", "train_batch_size"),
+        ("training", "micro_batch_size"), ("training", "checkpoint_every_steps"), ("training", "log_every_steps"),
+        ("training", "max_consecutive_nonfinite"), ("training", "learning_rate"), ("training", "max_grad_norm"),
+        ("training", "adam_epsilon"), ("data", "resolution"), ("preview", "num_images"),
+        ("preview", "num_inference_steps"), ("evaluation", "batch_size"), ("evaluation", "num_inference_steps"),
+    )  # fmt: skip
+    not_negative = (
+        ("training", "learning_rate_warmup_steps"), ("training", "weight_decay"), ("training", "seed"),
+        ("preview", "every_steps"), ("evaluation", "num_samples"), ("preview", "guidance_scale"),
+        ("evaluation", "guidance_scale"),
+    )  # fmt: skip
+    below_one = (
+        ("data", "validation_fraction"), ("objective", "class_dropout"), ("training", "adam_beta1"),
+        ("training", "adam_beta2"), ("training", "ema_decay"),
+    )  # fmt: skip
+    at_most_one = (("preview", "eta"), ("evaluation", "eta"))
+    limit = config.diffusion.num_train_timesteps
+
+    def check(names: tuple[tuple[str, str], ...], accepts: object, requirement: str) -> None:
+        for section, name in names:
+            value = getattr(getattr(config, section), name)
+            if value is not None and not accepts(value):  # type: ignore[operator]
+                raise ConfigError(f"{section}.{name} is {value}, but must be {requirement}.")
+
+    check(positive, lambda value: 0 < value < float("inf"), "greater than 0")
+    check(not_negative, lambda value: 0 <= value < float("inf"), "0 or more")
+    check(below_one, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    check(at_most_one, lambda value: 0 <= value <= 1, "between 0 and 1")
+    steps = (("preview", "num_inference_steps"), ("evaluation", "num_inference_steps"))
+    check(steps, lambda value: value <= limit, f"at most diffusion.num_train_timesteps, {limit}")
+    kept = config.training.num_checkpoints_kept
+    if kept < 2:
+        raise ConfigError(
+            f"training.num_checkpoints_kept is {kept}, but must be at least 2: the newest may be damaged when it is "
+            "needed."
+        )
+
+
+# Settings that a checkpoint's tensors, data order or noise depend on: a run cannot be continued with others.
+_FIXED_SECTIONS = ("data", "model", "diffusion", "objective")
+_FIXED_TRAINING = ("seed", "train_batch_size")
+_FREE_DATA = ("cache_dir",)
+
+
+def changed_settings(old: dict[str, dict[str, object]], new: RunConfig) -> tuple[list[str], list[str]]:
+    """Compares the configuration of a checkpoint with the one asked for.
+
+    Returns:
+        One line for each change that a run cannot be continued with, and one for each that it can.
+    """
+    fixed, free = [], []
+    for section, settings in new.to_dict().items():
+        for name, value in settings.items():
+            before = old.get(section, {}).get(name, value)
+            if before == value or (section, name) == ("training", "output_dir"):
+                continue
+            is_fixed = section in _FIXED_SECTIONS and name not in _FREE_DATA
+            is_fixed |= section == "training" and name in _FIXED_TRAINING
+            (fixed if is_fixed else free).append(f"{section}.{name} was {before!r}, is {value!r}")
+    return fixed, free

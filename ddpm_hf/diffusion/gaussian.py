@@ -1,0 +1,122 @@
+"""The Gaussian algebra of diffusion: equations only, no state, no randomness, no choice of device or dtype.
+
+Legend: x_0 is clean data, eps standard normal noise, alpha = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t), and
+x_t = alpha x_0 + sigma eps. Coefficients are numbers, or tensors that broadcast against the samples. The result has
+the dtype that torch gives the operands: callers who want float32 pass float32.
+"""
+
+import math
+
+import torch
+
+from .noise_schedule import Transition
+
+CORE_VERSION = "1.0.0"
+
+Coefficient = float | torch.Tensor
+
+
+def _combine(a: Coefficient, x: torch.Tensor, b: Coefficient, y: torch.Tensor) -> torch.Tensor:
+    """a x + b y in two tensor operations."""
+    if isinstance(b, torch.Tensor):
+        return torch.addcmul(a * x, b, y)
+    return torch.add(a * x, y, alpha=b)
+
+
+def q_sample(x_0: torch.Tensor, eps: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
+    """x_t given x_0 and the noise. Eq. 4, Ho et al. 2020."""
+    return _combine(alpha, x_0, sigma, eps)
+
+
+def velocity(x_0: torch.Tensor, eps: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
+    """v = alpha eps - sigma x_0. Appendix D, Salimans and Ho 2022."""
+    return _combine(alpha, eps, -sigma, x_0)
+
+
+def x_0_from_eps(x_t: torch.Tensor, eps: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
+    """x_0 = (x_t - sigma eps) / alpha. Eq. 15, Ho et al. 2020."""
+    return _combine(1 / alpha, x_t, -sigma / alpha, eps)
+
+
+def x_0_from_v(x_t: torch.Tensor, v: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
+    """x_0 = alpha x_t - sigma v. Appendix D, Salimans and Ho 2022."""
+    return _combine(alpha, x_t, -sigma, v)
+
+
+def eps_from_x_0(x_t: torch.Tensor, x_0: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
+    """Eps = (x_t - alpha x_0) / sigma."""
+    return _combine(1 / sigma, x_t, -alpha / sigma, x_0)
+
+
+def eps_from_v(x_t: torch.Tensor, v: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
+    """Eps = sigma x_t + alpha v."""
+    return _combine(sigma, x_t, alpha, v)
+
+
+def predict_x_0(
+    prediction_type: str, output: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
+) -> torch.Tensor:
+    """x_0 according to a network's output of one of diffusers' prediction types."""
+    if prediction_type == "epsilon":
+        return x_0_from_eps(x_t, output, alpha, sigma)
+    if prediction_type == "v_prediction":
+        return x_0_from_v(x_t, output, alpha, sigma)
+    return output
+
+
+def predict_eps(
+    prediction_type: str, output: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
+) -> torch.Tensor:
+    """The noise in x_t according to a network's output of one of diffusers' prediction types."""
+    if prediction_type == "sample":
+        return eps_from_x_0(x_t, output, alpha, sigma)
+    if prediction_type == "v_prediction":
+        return eps_from_v(x_t, output, alpha, sigma)
+    return output
+
+
+def dynamic_threshold(x_0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
+    """Clip each sample to its own quantile of |x_0| and divide by it. Section 2.3, Saharia et al. 2022."""
+    limit = x_0.flatten(1).abs().quantile(ratio, dim=1).clamp(min=1, max=max_value).view(-1, *[1] * (x_0.ndim - 1))
+    return x_0.clamp(-limit, limit) / limit
+
+
+def posterior_mean(
+    x_0: torch.Tensor, x_t: torch.Tensor, coef_x_0: Coefficient, coef_x_t: Coefficient
+) -> torch.Tensor:
+    """Mean of q(x_{t-1} | x_t, x_0), or of any reverse step whose mean is linear in both. Eq. 7, Ho et al. 2020."""
+    return _combine(coef_x_0, x_0, coef_x_t, x_t)
+
+
+def reverse_mean_coefficients(step: Transition, eta: float) -> tuple[float, float]:
+    """Factors of x_0 and x_t in the mean of a reverse step, eps being derived from that same x_0.
+
+    Eq. 12, Song et al. 2021, with sigma_t^2 = eta^2 times the posterior variance; eta = 1 is Eq. 7, Ho et al. 2020.
+    """
+    variance = eta**2 * step.posterior_variance
+    direction = math.sqrt(max(1 - step.alpha_bar_prev - variance, 0.0))
+    coef_x_t = direction / math.sqrt(1 - step.alpha_bar)
+    coef_x_0 = math.sqrt(step.alpha_bar_prev) - coef_x_t * math.sqrt(step.alpha_bar)
+    return coef_x_0, coef_x_t
+
+
+def interpolated_log_variance(v: torch.Tensor, log_min: Coefficient, log_max: Coefficient) -> torch.Tensor:
+    """Log-variance from a network output v in [-1, 1]. Eq. 15, Nichol and Dhariwal 2021."""
+    return (log_max - log_min) / 2 * v + (log_min + log_max) / 2
+
+
+def add_learned_noise(
+    mean: torch.Tensor, noise: torch.Tensor, v: torch.Tensor, log_min: float, log_max: float, eta: float
+) -> torch.Tensor:
+    """mean + eta std noise, where `interpolated_log_variance` of v is 2 log std, in three tensor operations."""
+    deviation = torch.exp((log_max - log_min) / 4 * v)
+    return torch.addcmul(mean, noise, deviation, value=eta * math.exp((log_min + log_max) / 4))
+
+
+def normal_kl(
+    mean_1: torch.Tensor, log_variance_1: torch.Tensor, mean_2: torch.Tensor, log_variance_2: torch.Tensor
+) -> torch.Tensor:
+    """KL(N_1 || N_2) of diagonal Gaussians, element by element, in nats."""
+    ratio = torch.exp(log_variance_1 - log_variance_2)
+    distance = (mean_1 - mean_2) ** 2 * torch.exp(-log_variance_2)
+    return 0.5 * (log_variance_2 - log_variance_1 + ratio + distance - 1)

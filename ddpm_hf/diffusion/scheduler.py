@@ -1,0 +1,408 @@
+"""One scheduler from ancestral DDPM (eta = 1) to deterministic DDIM (eta = 0), with the configuration of DDPMScheduler.
+
+Tables are float64 and become host floats once per run; `step` reads no device tensor and computes in float32, or in
+float64 for a float64 sample, whatever the dtype of the network's output. `docs/compatibility.md` of ddpm_hf lists every
+difference from diffusers.
+"""
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from . import gaussian
+from .noise_schedule import (
+    BETA_SCHEDULE_ALIASES,
+    STOCK_BETA_SCHEDULES,
+    DeviceTables,
+    NoiseSchedule,
+    SamplingRun,
+    Transition,
+    compute_dtype,
+    make_betas,
+    rescale_to_zero_terminal_snr,
+    spaced_timesteps,
+)
+
+CORE_VERSION = "1.0.0"
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+PREDICTION_TYPE_ALIASES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+DDPM_BETA_SCHEDULES = (*STOCK_BETA_SCHEDULES, "sigmoid", "laplace")
+
+
+@dataclass
+class GaussianDiffusionSchedulerOutput(BaseOutput):
+    """What `step` returns.
+
+    Attributes:
+        prev_sample: x at the previous timestep, in the dtype of the sample.
+        pred_original_sample: The prediction of x_0, clipped if the scheduler clips, in the dtype of the sample.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+class Posterior(NamedTuple):
+    """q(x_{t-1} | x_t, x_0): the mean has the shape of the samples, the other two broadcast against it."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    log_variance: torch.Tensor
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...], hint: str = "") -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}.{hint}")
+
+
+class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
+    """Noises training data and runs the reverse process.
+
+    The configuration has the keys, values and defaults of `diffusers.DDPMScheduler`, so each class reads the other's
+    `scheduler_config.json`. The constructor is as strict as the file format; `create` also takes the common aliases and
+    the schedules that diffusers lacks.
+
+    Args:
+        num_train_timesteps: Length T of the chain.
+        beta_start: First beta of a range.
+        beta_end: Last beta of a range.
+        beta_schedule: `linear`, `scaled_linear`, `squaredcos_cap_v2`, `sigmoid` or `laplace`.
+        trained_betas: T betas that replace the schedule.
+        variance_type: `fixed_small` (posterior variance), `fixed_large` (beta), each also as `_log` with the same
+            meaning, `learned` (the network's second half is a log-variance) or `learned_range` (it interpolates).
+        clip_sample: Clip the prediction of x_0 in every step.
+        prediction_type: `epsilon`, `sample` (x_0) or `v_prediction`.
+        thresholding: Dynamic thresholding (Saharia et al. 2022) instead of clipping.
+        dynamic_thresholding_ratio: Quantile of |x_0| that becomes the threshold.
+        clip_sample_range: Clip to [-range, range].
+        sample_max_value: Upper limit of the dynamic threshold.
+        timestep_spacing: `leading`, `trailing` or `linspace`.
+        steps_offset: Added to the timesteps of `leading`.
+        rescale_betas_zero_snr: Rescale the betas so that x_T holds no signal (Lin et al. 2024).
+
+    Raises:
+        ValueError: An option is unknown, or the betas are not T numbers in (0, 1].
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,  # type: ignore[type-arg]
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        # Values that were left at their defaults must survive a swap in memory as they survive a save:
+        # from_config of another class would otherwise drop them and take its own defaults.
+        self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "_use_default_values"})
+        hint = " GaussianDiffusionScheduler.create also takes aliases and every schedule of noise_schedule.py."
+        _one_of("beta_schedule", beta_schedule, DDPM_BETA_SCHEDULES, hint)
+        _one_of("prediction_type", prediction_type, PREDICTION_TYPES, hint)
+        _one_of("variance_type", variance_type, (*FIXED_VARIANCE_TYPES, *LEARNED_VARIANCE_TYPES))
+        _one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS, " Pass quadratic to set_timesteps instead.")
+        if isinstance(trained_betas, torch.Tensor):
+            raise ValueError("trained_betas is a tensor, which no scheduler_config.json can hold; pass betas.tolist().")
+        if trained_betas is not None and len(trained_betas) != num_train_timesteps:
+            raise ValueError(f"trained_betas has {len(trained_betas)} values for {num_train_timesteps} train timesteps.")
+
+        betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+        if trained_betas is not None:
+            betas = torch.as_tensor(trained_betas, dtype=torch.float64)
+        if rescale_betas_zero_snr:
+            betas = rescale_to_zero_terminal_snr(betas)
+        self.noise_schedule = NoiseSchedule.from_betas(betas)
+        self.betas = self.noise_schedule.betas.float()
+        self.alphas = (1 - self.noise_schedule.betas).float()
+        self.alphas_cumprod = self.noise_schedule.alphas_cumprod.float()
+        self.one = torch.tensor(1.0)
+        self._tables = DeviceTables(self.noise_schedule)
+
+        self.custom_timesteps = False
+        self.num_inference_steps: int | None = None
+        self._run = SamplingRun(self.noise_schedule, range(num_train_timesteps)[::-1])
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        num_train_timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        prediction_type: str = "epsilon",
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        clip_sample_range: float = 1.0,
+        rescale_betas_zero_snr: bool = False,
+        timestep_spacing: str = "leading",
+    ) -> "GaussianDiffusionScheduler":
+        """Build a scheduler whose configuration every scheduler of diffusers can read.
+
+        Aliases (`cosine`, `quad`, `eps`, `x0`, `v`) are stored under the names of diffusers, `fixed_large_log` as
+        `fixed_large`, and a schedule that some scheduler of diffusers lacks (`sigmoid`, `laplace`, `sigmoid_alpha_bar`,
+        `warmup10`, `warmup50`, `const`, `jsd`) as `trained_betas`.
+        """
+        beta_schedule = BETA_SCHEDULE_ALIASES.get(beta_schedule, beta_schedule)
+        trained_betas = None
+        if beta_schedule not in STOCK_BETA_SCHEDULES:
+            trained_betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end).tolist()
+            beta_schedule = "linear"
+        return cls(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            variance_type="fixed_large" if variance_type == "fixed_large_log" else variance_type,
+            clip_sample=clip_sample,
+            prediction_type=PREDICTION_TYPE_ALIASES.get(prediction_type, prediction_type),
+            clip_sample_range=clip_sample_range,
+            timestep_spacing=timestep_spacing,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )
+
+    def __len__(self) -> int:
+        """Return the length of the training chain."""
+        return len(self.noise_schedule)
+
+    @property
+    def variance_type(self) -> str:
+        """The configured variance type."""
+        return str(self.config["variance_type"])
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """The list being run, int64 and descending; assigning another list runs that one."""
+        return self._run.timesteps
+
+    @timesteps.setter
+    def timesteps(self, timesteps: torch.Tensor) -> None:
+        self._run = SamplingRun(self.noise_schedule, timesteps.tolist(), timesteps.device)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Accepted for pipelines that call it: here the row follows from the timestep, in any order of calls."""
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
+        """Return the sample: this process needs no scaling."""
+        return sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+        *,
+        timestep_spacing: str | None = None,
+    ) -> None:
+        """Choose the timesteps of a run.
+
+        Args:
+            num_inference_steps: Number of steps, spaced by `timestep_spacing`.
+            device: Where `timesteps` shall lie; the device of the samples avoids a copy in every step.
+            timesteps: A custom strictly descending list, instead of a number.
+            timestep_spacing: Overrides the configured spacing for this run; may also be `quadratic`.
+
+        Raises:
+            ValueError: Both or neither of number and list are given, or they do not fit the training chain.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("Pass either num_inference_steps or timesteps, not both and not neither.")
+        if timesteps is not None and timestep_spacing is not None:
+            raise ValueError("timestep_spacing does not apply to a custom list of timesteps; drop one of the two.")
+        if num_inference_steps is not None:
+            if not 1 <= num_inference_steps <= len(self):
+                raise ValueError(f"num_inference_steps {num_inference_steps} is not between 1 and {len(self)}.")
+            spacing = timestep_spacing or self.config["timestep_spacing"]
+            chosen = spaced_timesteps(spacing, num_inference_steps, len(self), self.config["steps_offset"])
+        else:
+            chosen = [operator.index(t) for t in timesteps or []]
+        self._run = SamplingRun(self.noise_schedule, chosen, device)
+        self.custom_timesteps = timesteps is not None
+        self.num_inference_steps = len(chosen)
+
+    def previous_timestep(self, timestep: int | torch.Tensor) -> torch.Tensor:
+        """Return the next timestep of the list being run, -1 after the last, as a 0-dim tensor on the CPU."""
+        return torch.tensor(self._run.transitions[self._run.row(timestep)].previous_timestep)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        *,
+        eta: float = 1.0,
+    ) -> GaussianDiffusionSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Go from x_t to x at the next timestep of the list, or to x_0 after the last.
+
+        Eq. 12, Song et al. 2021, with eps re-derived from the clipped x_0; for eta = 1 it is Eq. 7, Ho et al. 2020.
+        The last step draws no noise.
+
+        Args:
+            model_output: Prediction of the network, (batch, channels, ...), twice the channels for a learned variance.
+            timestep: An element of `timesteps`, or its value; under torch.compile pass the int.
+            sample: x_t, (batch, channels, ...).
+            generator: Source of the noise, or one for each sample.
+            return_dict: Return an output object instead of the tuple (prev_sample, pred_original_sample).
+            eta: From 0, deterministic, to 1, ancestral.
+
+        Raises:
+            ValueError: The timestep is not in the list, eta is outside [0, 1], the channels do not fit variance_type,
+                or noise was predicted where the sample holds no signal.
+        """
+        row = self._run.row(timestep)
+        transition = self._run.transitions[row]
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}; it must lie between 0 (deterministic) and 1 (ancestral).")
+        if transition.alpha_bar == 0 and self.config["prediction_type"] == "epsilon":
+            raise ValueError(
+                f"x_{transition.timestep} holds no signal, so x_0 cannot be recovered from a prediction of the noise;"
+                " use prediction_type v_prediction or sample, or betas below 1 without rescale_betas_zero_snr."
+            )
+        dtype = compute_dtype(sample)
+        x_t = sample.to(dtype)
+        output, variance_output = self._split(model_output.to(dtype), x_t)
+        alpha, sigma = math.sqrt(transition.alpha_bar), math.sqrt(1 - transition.alpha_bar)
+        x_0 = self._clip(gaussian.predict_x_0(self.config["prediction_type"], output, x_t, alpha, sigma))
+        x_prev = gaussian.posterior_mean(x_0, x_t, *gaussian.reverse_mean_coefficients(transition, eta))
+        if eta > 0 and transition.previous_timestep >= 0:
+            x_prev = self._add_reverse_noise(x_prev, transition, variance_output, generator, eta)
+        x_prev, x_0 = x_prev.to(sample.dtype), x_0.to(sample.dtype)
+        if not return_dict:
+            return x_prev, x_0
+        return GaussianDiffusionSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0)
+
+    def _split(self, model_output: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Separate prediction and variance, the two halves of the channels where the variance is learned."""
+        learned = self.config["variance_type"] in LEARNED_VARIANCE_TYPES
+        expected = x_t.shape[1] * (2 if learned else 1)
+        if model_output.shape[1] != expected:
+            raise ValueError(
+                f"model_output has {model_output.shape[1]} channels for a sample of {x_t.shape[1]}; variance_type"
+                f" {self.config['variance_type']} needs {expected}. Change variance_type or the network's out_channels."
+            )
+        if not learned:
+            return model_output, None
+        output, variance_output = model_output.chunk(2, dim=1)
+        return output, variance_output
+
+    def _clip(self, x_0: torch.Tensor) -> torch.Tensor:
+        """Threshold or clip a prediction of x_0 as configured."""
+        if self.config["thresholding"]:
+            ratio, max_value = self.config["dynamic_thresholding_ratio"], self.config["sample_max_value"]
+            return gaussian.dynamic_threshold(x_0, ratio, max_value)
+        if self.config["clip_sample"]:
+            return x_0.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
+        return x_0
+
+    def _add_reverse_noise(
+        self,
+        mean: torch.Tensor,
+        transition: Transition,
+        variance_output: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        eta: float,
+    ) -> torch.Tensor:
+        """Add eta times a standard deviation of noise to the mean of a reverse step."""
+        if isinstance(generator, list) and len(generator) != len(mean):
+            raise ValueError(f"generator is a list of {len(generator)} for a batch of {len(mean)}; pass one for each.")
+        noise = randn_tensor(tuple(mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)
+        if variance_output is None:
+            return torch.add(mean, noise, alpha=eta * math.sqrt(self._fixed_variance(transition)))
+        log_min, log_max = -1.0, 1.0  # learned: the output is the log-variance itself
+        if self.config["variance_type"] == "learned_range":
+            log_min, log_max = math.log(transition.posterior_variance), math.log(transition.beta)
+        return gaussian.add_learned_noise(mean, noise, variance_output, log_min, log_max, eta)
+
+    def _fixed_variance(self, transition: Transition) -> float:
+        """Variance of a reverse step that the network does not predict. Section 3.2, Ho et al. 2020."""
+        small = self.config["variance_type"] in ("fixed_small", "fixed_small_log")
+        return transition.posterior_variance if small else transition.beta
+
+    def gather(self, name: str, timesteps: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Look up a table of `noise_schedule` for each sample: (batch, 1, ...), see `DeviceTables.gather`."""
+        return self._tables.gather(name, timesteps, like)
+
+    def _alpha_sigma(self, timesteps: int | torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors of signal and noise in x_t, for each sample."""
+        alpha = self.gather("sqrt_alphas_cumprod", timesteps, like)
+        return alpha, self.gather("sqrt_one_minus_alphas_cumprod", timesteps, like)
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Draw x_t from q(x_t | x_0) with the given noise; float32 inside, in the dtype of the samples outside."""
+        dtype = compute_dtype(original_samples)
+        alpha, sigma = self._alpha_sigma(timesteps, original_samples)
+        x_t = gaussian.q_sample(original_samples.to(dtype), noise.to(dtype), alpha, sigma)
+        return x_t.to(original_samples.dtype)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
+        """Return the target of v-prediction for clean samples and their noise; float32 inside."""
+        dtype = compute_dtype(sample)
+        alpha, sigma = self._alpha_sigma(timesteps, sample)
+        v = gaussian.velocity(sample.to(dtype), noise.to(dtype), alpha, sigma)
+        return v.to(sample.dtype)
+
+    def predict_original_sample(
+        self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """Return x_0 as the network's output predicts it, not clipped, (batch, channels, ...)."""
+        output, _ = self._split(model_output.to(compute_dtype(sample)), sample)
+        x_t = sample.to(output.dtype)
+        x_0 = gaussian.predict_x_0(self.config["prediction_type"], output, x_t, *self._alpha_sigma(timesteps, x_t))
+        return x_0.to(sample.dtype)
+
+    def predict_noise(
+        self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the noise in the sample as the network's output predicts it, (batch, channels, ...)."""
+        output, _ = self._split(model_output.to(compute_dtype(sample)), sample)
+        x_t = sample.to(output.dtype)
+        eps = gaussian.predict_eps(self.config["prediction_type"], output, x_t, *self._alpha_sigma(timesteps, x_t))
+        return eps.to(sample.dtype)
+
+    def posterior(self, x_0: torch.Tensor, x_t: torch.Tensor, timesteps: int | torch.Tensor) -> Posterior:
+        """Return q(x_{t-1} | x_t, x_0) of the training chain. Eq. 6 and 7, Ho et al. 2020; float32 inside and out."""
+        dtype = compute_dtype(x_t)
+        coef_x_0 = self.gather("posterior_mean_coef_x_0", timesteps, x_t)
+        coef_x_t = self.gather("posterior_mean_coef_x_t", timesteps, x_t)
+        return Posterior(
+            mean=gaussian.posterior_mean(x_0.to(dtype), x_t.to(dtype), coef_x_0, coef_x_t),
+            variance=self.gather("posterior_variance", timesteps, x_t),
+            log_variance=self.gather("posterior_log_variance", timesteps, x_t),
+        )
+
+    def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the signal-to-noise ratio at each timestep, float32, in the shape and on the device of `timesteps`."""
+        like = torch.empty(timesteps.numel(), device=timesteps.device)
+        return self.gather("snr", timesteps, like).view(timesteps.shape)
+

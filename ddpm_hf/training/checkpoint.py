@@ -1,0 +1,227 @@
+"""Checkpoints: written whole or not at all, verified before use, pruned only when a newer one is safe. Files only.
+
+    checkpoints/step_00001000/
+        unet/  ema/              networks in diffusers format
+        optimizer.safetensors    AdamW's moments, named like the parameters
+        trainer_state.json       step, counters, gradient scaler
+        config.yaml              the configuration of the run
+        manifest.json            sha256 and size of every file above
+
+A checkpoint is written under a temporary name, every file and folder is synced, and it is renamed last, so a kill or a
+power cut at any moment leaves it whole or absent. No file of it is a pickle.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+_STEP_NAME = re.compile(r"step_(\d{8,})")
+_TEMPORARY_PREFIX = ".writing-"
+_DAMAGED_PREFIX = "damaged-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    Args:
+        path: Its folder.
+        step: Optimiser updates done when it was written.
+    """
+
+    path: Path
+    step: int
+
+
+def write_checkpoint(root: Path, step: int, write_content: Callable[[Path], None]) -> Checkpoint:
+    """Writes one checkpoint durably.
+
+    Args:
+        root: The folder of all checkpoints.
+        step: Optimiser updates done.
+        write_content: Writes all files but the manifest into the folder it is given.
+
+    Returns:
+        The checkpoint under its final name.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(root)
+    final = root / f"step_{step:08d}"
+    temporary = root / f"{_TEMPORARY_PREFIX}{final.name}"
+    temporary.mkdir()
+    try:
+        write_content(temporary)
+        _write_manifest(temporary)
+        _sync_tree(temporary)
+        if final.exists():
+            # Only a resume from an older checkpoint gets here; the newer content is as valid as the old one.
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Checkpoint(final, step)
+
+
+def verify_checkpoint(path: Path) -> Checkpoint:
+    """Checks that every file of a checkpoint is there and is what was written.
+
+    Raises:
+        CheckpointError: If the folder is not a checkpoint or any file is missing, damaged, foreign or a link.
+    """
+    match = _STEP_NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path.name} is not named like a checkpoint (step_00001000)")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, files = manifest["schema_version"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{MANIFEST} is missing or unreadable") from None
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(f"it was written by another version (schema {version}, this is {SCHEMA_VERSION})")
+    present = {str(file.relative_to(path)) for file in _files(path)} - {MANIFEST}
+    if missing := sorted(set(files) - present):
+        raise CheckpointError(f"{missing[0]} is missing")
+    if foreign := sorted(present - set(files)):
+        raise CheckpointError(f"{foreign[0]} does not belong to it")
+    for name, expected in sorted(files.items()):
+        if _describe(path / name) != expected:
+            raise CheckpointError(f"{name} is damaged (its sha256 is not the one in {MANIFEST})")
+    return Checkpoint(path, int(match[1]))
+
+
+def find_latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Finds the newest valid checkpoint and reads nothing into memory.
+
+    Returns:
+        The checkpoint, or None where there is none, and one line for each newer one that was passed over.
+
+    Raises:
+        CheckpointError: If there are checkpoints but none is valid.
+    """
+    candidates = sorted((path for path in _checkpoint_dirs(root)), key=_step_of, reverse=True)
+    skipped = []
+    for path in candidates:
+        try:
+            return verify_checkpoint(path), skipped
+        except CheckpointError as error:
+            skipped.append(f"{path.name}: {error}")
+    if candidates:
+        raise CheckpointError(
+            f"no checkpoint in {root} can be used ({'; '.join(skipped)}); restore one, or start anew in another "
+            "training.output_dir"
+        )
+    return None, skipped
+
+
+def put_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint, so that it is kept for a look but never found again."""
+    target = path.with_name(f"{_DAMAGED_PREFIX}{path.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    path.rename(target)
+    return target
+
+
+def prune(root: Path, num_kept: int) -> None:
+    """Removes all but the newest checkpoints; one that cannot be removed is named and left."""
+    for path in sorted(_checkpoint_dirs(root), key=_step_of)[:-num_kept]:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            logger.warning("The old checkpoint %s could not be removed: %s", path, error)
+
+
+def remove_unfinished(root: Path) -> None:
+    """Removes what a kill in the middle of writing left behind."""
+    for path in root.glob(f"{_TEMPORARY_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Writes a text file durably, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(content, encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def replace_folder(path: Path, write_content: Callable[[Path], None]) -> None:
+    """Writes a folder beside the old one and exchanges them when it is whole."""
+    temporary, old = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.old")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_content(temporary)
+    _sync_tree(temporary)
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _checkpoint_dirs(root: Path) -> list[Path]:
+    """Returns the folders named like checkpoints."""
+    return [path for path in root.glob("step_*") if _STEP_NAME.fullmatch(path.name) and path.is_dir()]
+
+
+def _step_of(path: Path) -> int:
+    """Reads the step from a checkpoint's name."""
+    return int(path.name.removeprefix("step_"))
+
+
+def _files(path: Path) -> list[Path]:
+    """Returns all files below a folder; a link is refused, since it can lead anywhere."""
+    found = sorted(path.rglob("*"))
+    for file in found:
+        if file.is_symlink():
+            raise CheckpointError(f"{file.relative_to(path)} is a link")
+    return [file for file in found if file.is_file()]
+
+
+def _describe(path: Path) -> dict[str, object]:
+    """Returns the size and sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return {"sha256": digest.hexdigest(), "size": path.stat().st_size}
+
+
+def _write_manifest(folder: Path) -> None:
+    """Lists every file, readable by whoever the umask lets read (safetensors writes 0600)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in _files(folder):
+        file.chmod(0o666 & ~umask)
+    files = {str(file.relative_to(folder)): _describe(file) for file in _files(folder)}
+    content = json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=2)
+    (folder / MANIFEST).write_text(content, encoding="utf-8")
+
+
+def _sync_tree(folder: Path) -> None:
+    """Asks the disk to keep every file and folder."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Asks the disk to keep one file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,166 @@
+"""What keeps a run from being lost: signals, the run folder's lock, and the policy for non-finite gradients."""
+
+import fcntl
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A terminal's Ctrl-C reaches the workers directly and once more through torchrun; that is one request, not two.
+_SAME_REQUEST_SECONDS = 2.0
+
+
+class TrainingStopped(Exception):
+    """Training was stopped by a signal after saving.
+
+    Args:
+        exit_code: 130 for SIGINT, 143 for the others and for a launcher that went away.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"stopped by a signal (exit code {exit_code})")
+        self.exit_code = exit_code
+
+
+class NonFiniteTraining(Exception):
+    """Too many updates in a row had a non-finite gradient; the message says since when and what to do."""
+
+
+class RunLock:
+    """Holds a run folder for one process; the system lets go of it when the process ends, however that happens."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self._file = (output_dir / ".lock").open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise ValueError(
+                f"another process is training in {output_dir}; wait for it, stop it, or choose another "
+                "training.output_dir."
+            ) from None
+
+    def release(self) -> None:
+        """Lets go of the folder."""
+        self._file.close()
+
+
+class StopWatcher:
+    """Turns signals into a stop that all ranks agree on, one step later and without waiting for the device.
+
+    A second signal ends the process at once. A launcher that died without a word (accelerate launch does not pass
+    SIGTERM on) counts as SIGTERM. Use it as a context manager on every rank: leaving it restores the old handlers.
+    """
+
+    def __init__(self) -> None:
+        self._requested = 0
+        self._requested_at = 0.0
+        self._launcher = os.getppid() if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
+        self._group = dist.new_group(backend="gloo") if _world_size() > 1 else None
+        self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
+        self._old_handlers: dict[int, object] = {}
+
+    def __enter__(self) -> "StopWatcher":
+        for number in STOP_SIGNALS:
+            self._old_handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pending is not None and self._pending[1] is not None:
+            self._pending[1].wait()
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        """Notes the first signal; obeys a later one at once."""
+        if self._requested and time.monotonic() - self._requested_at > _SAME_REQUEST_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self._requested:
+            self._requested, self._requested_at = number, time.monotonic()
+
+    def exit_code_if_stopped(self) -> int:
+        """Collective: call on every rank, once a step.
+
+        Returns:
+            The exit code all ranks should end with, or 0 to go on. With several ranks it is what was known a step ago.
+        """
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._requested = self._requested or signal.SIGTERM
+        exit_code = {0: 0, signal.SIGINT: 130}.get(self._requested, 143)
+        if self._group is None:
+            return exit_code
+        agreed = self._wait()
+        mine = torch.tensor(exit_code)
+        self._pending = (mine, dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._group, async_op=True))
+        return agreed
+
+    def _wait(self) -> int:
+        """Returns what the ranks agreed on a step ago."""
+        if self._pending is None:
+            return 0
+        agreed, work = self._pending
+        if work is not None:
+            work.wait()
+        return int(agreed)
+
+
+class NonFiniteGuard:
+    """Counts skipped updates without making the host wait for the device.
+
+    Gradients are reduced over ranks before their norm is taken, so every rank sees the same flag.
+
+    Args:
+        max_consecutive: Stop after this many skipped updates in a row.
+    """
+
+    def __init__(self, max_consecutive: int) -> None:
+        self.num_skipped = 0
+        self.num_consecutive = 0
+        self._max_consecutive = max_consecutive
+        self._flag: torch.Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def record(self, is_nonfinite: torch.Tensor) -> None:
+        """Starts copying this update's flag to the host."""
+        if is_nonfinite.device.type == "cuda":
+            self._flag = torch.empty_like(is_nonfinite, device="cpu", pin_memory=True)
+            self._flag.copy_(is_nonfinite, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._flag = is_nonfinite
+
+    def was_applied(self) -> bool | None:
+        """Tells once whether the recorded update changed the weights; None if there is nothing to tell.
+
+        Raises:
+            NonFiniteTraining: If too many updates in a row were skipped.
+        """
+        if self._flag is None:
+            return None
+        if self._copied is not None:
+            self._copied.synchronize()
+        is_nonfinite, self._flag, self._copied = bool(self._flag), None, None
+        if not is_nonfinite:
+            self.num_consecutive = 0
+            return True
+        self.num_skipped += 1
+        self.num_consecutive += 1
+        if self.num_consecutive >= self._max_consecutive:
+            raise NonFiniteTraining(
+                f"the gradient was not finite in {self.num_consecutive} updates in a row (training."
+                "max_consecutive_nonfinite); the checkpoints before them are intact. Lower training.learning_rate, "
+                "use bf16 or fp32 instead of fp16, or look at the images."
+            )
+        return False
+
+
+def _world_size() -> int:
+    """Returns the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,146 @@
+"""What the processes of a run do together: start, agree, and share a state that only rank 0 has read.
+
+Every function here is collective: all ranks must call it, in the same order.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+
+from ddpm_hf.config import ConfigError, TrainingConfig
+
+Result = TypeVar("Result")
+
+_ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def start(config: TrainingConfig) -> Accelerator:
+    """Collective: joins the processes and picks the device and the precision.
+
+    Raises:
+        ConfigError: If the precision does not work here, or the launcher was told another one.
+    """
+    _check_launcher(config)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(
+        cpu=config.cpu,
+        mixed_precision=_ACCELERATE_NAMES[config.mixed_precision],
+        # The trainer accumulates by itself, so that the loss is a mean over the global batch however it is split.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if config.mixed_precision == "fp16" and accelerator.device.type != "cuda":
+        raise ConfigError(
+            f"training.mixed_precision fp16 needs a CUDA GPU for its loss scaling, but the device is "
+            f"{accelerator.device.type}; use bf16 or fp32."
+        )
+    if config.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("training.mixed_precision bf16 is not supported by this GPU; use fp16 or fp32.")
+    if accelerator.device.type == "cuda" and config.tf32:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def _check_launcher(config: TrainingConfig) -> None:
+    """Refuses a launcher setting that contradicts the configuration."""
+    # "no" and 1 are what the launcher passes on when it was told nothing.
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", _ACCELERATE_NAMES[config.mixed_precision]):
+        raise ConfigError(
+            f"accelerate launch was told --mixed_precision {precision}, but training.mixed_precision is "
+            f"{config.mixed_precision}; give both the same value, or leave it to the configuration."
+        )
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise ConfigError(
+            f"accelerate launch was told --gradient_accumulation_steps {accumulation}, but accumulation follows from "
+            f"training.train_batch_size {config.train_batch_size} and training.micro_batch_size "
+            f"{config.micro_batch_size}; set those instead."
+        )
+
+
+def micro_batch_size(config: TrainingConfig, num_processes: int) -> int:
+    """Returns the images of one forward on one device.
+
+    Raises:
+        ConfigError: If the global batch cannot be divided among the processes.
+    """
+    micro = config.micro_batch_size or max(1, config.train_batch_size // num_processes)
+    unit = num_processes * micro
+    if config.train_batch_size % unit:
+        lower = config.train_batch_size // unit * unit
+        raise ConfigError(
+            f"training.train_batch_size {config.train_batch_size} is not a multiple of {num_processes} processes x "
+            f"micro_batch_size {micro}; use {f'{lower} or ' if lower else ''}{lower + unit}."
+        )
+    return micro
+
+
+def on_rank_0(function: Callable[[], Result]) -> Result | None:
+    """Collective: calls a function on rank 0 only; if it raises ValueError there, every rank does.
+
+    Returns:
+        What the function returned on rank 0, None elsewhere.
+    """
+    if _world_size() == 1:
+        return function()
+    result, message = None, ""
+    if dist.get_rank() == 0:
+        try:
+            result = function()
+        except ValueError as error:
+            message = str(error) or type(error).__name__
+    if message := share_json(message):
+        raise ConfigError(message)
+    return result
+
+
+def share_json(value: Any) -> Any:
+    """Collective: returns rank 0's value, which must be plain JSON, on every rank."""
+    if _world_size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    encoded = json.dumps(value).encode() if dist.get_rank() == 0 else b""
+    length = torch.tensor(len(encoded), device=device)
+    dist.broadcast(length, 0)
+    content = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if dist.get_rank() == 0:
+        content.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+    dist.broadcast(content, 0)
+    return json.loads(bytes(content.cpu().tolist()))
+
+
+def share_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Collective: overwrites tensors with rank 0's."""
+    if _world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def share_named_tensors(tensors: dict[str, torch.Tensor] | None, device: torch.device) -> dict[str, torch.Tensor]:
+    """Collective: returns rank 0's named tensors on every rank; other ranks give None."""
+    if _world_size() == 1:
+        return tensors or {}
+    layout = share_json({name: [list(t.shape), str(t.dtype)] for name, t in (tensors or {}).items()})
+    shared = {}
+    for name, (shape, dtype) in layout.items():
+        if tensors is not None:
+            shared[name] = tensors[name].to(device)
+        else:
+            shared[name] = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
+    share_tensors(shared.values())
+    return shared
+
+
+def _world_size() -> int:
+    """Returns the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

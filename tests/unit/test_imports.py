@@ -1,0 +1,290 @@
+"""Who may import whom, and what nobody may call: the house rules that a reader would otherwise have to trust.
+
+Everything is read from the source, so a rule holds for code that no test runs. A new module needs a row in MAY_IMPORT.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "ddpm_hf"
+LONGEST_MODULE, LONGEST_FUNCTION = 350, 60
+
+# Module or package -> what it may import of ours; a package stands for everything in it. The row with the longest name
+# that fits counts.
+MAY_IMPORT: dict[str, set[str]] = {
+    "diffusion.noise_schedule": set(),
+    "diffusion.gaussian": {"diffusion.noise_schedule"},
+    "diffusion.scheduler": {"diffusion.noise_schedule", "diffusion.gaussian"},
+    "diffusion.conditioning": set(),
+    "diffusion.folder": set(),
+    "diffusion.pipeline": {"diffusion"},
+    "diffusion.__init__": {"diffusion"},
+    "config": {"config"},
+    "rng": set(),
+    "plots": set(),
+    "unet": {"config"},
+    "data": {"data", "config", "rng"},
+    "training.__init__": set(),
+    "training.batches": {"config", "data", "rng"},
+    "training.checkpoint": set(),
+    "training.ema": set(),
+    "training.guard": set(),
+    "training.objective": {"diffusion"},
+    "training.optim": {"config"},
+    "training.preview": {"config", "diffusion", "plots", "rng"},
+    "training.processes": {"config"},
+    "training.run_folder": {"config", "training.checkpoint", "training.guard"},
+    "training.snapshot": {"training.ema"},
+    "training.tracking": {"training.checkpoint"},
+    "training.trainer": {"config", "data", "diffusion", "rng", "training", "unet"},
+    "evaluation.__init__": set(),
+    "evaluation.recognition": set(),
+    "evaluation.sampling": {"config", "data", "diffusion", "rng"},
+    "report": {"evaluation.recognition", "plots"},
+    "cli": {"config", "data", "diffusion", "evaluation", "plots", "report", "rng", "training", "unet"},
+    "__main__": {"cli"},
+    "__init__": {"config", "diffusion", "training.trainer"},
+}
+
+# Library -> where it may be imported.
+HOMES_OF_LIBRARIES = {
+    "accelerate": {"training"},
+    "datasets": {"data"},
+    "huggingface_hub": {"data", "hub"},
+    "jsonargparse": {"config"},
+    "matplotlib": {"plots"},
+    "sklearn": {"evaluation.recognition"},
+}
+# Imported where they are used, so that what does not use them runs without them and starts quickly.
+ONLY_INSIDE_FUNCTIONS = {"datasets", "matplotlib", "sklearn"}
+# The core travels with every checkpoint, to machines that have no more than this.
+LIBRARIES_OF_THE_CORE = {"torch", "diffusers", "numpy", "PIL"}
+WITHOUT_TORCH = {"__init__", "config", "evaluation.recognition", "plots", "report", "training.checkpoint"}
+
+FORBIDDEN_LIBRARIES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+FORBIDDEN_CALLS = {
+    "__import__", "eval", "exec", "os.popen", "os.system", "torch.load", "torch.save",
+    "yaml.full_load", "yaml.load", "yaml.load_all", "yaml.unsafe_load",
+}  # fmt: skip
+MUST_BE_FALSE = {"allow_pickle", "shell"}
+
+TORCH_DRAWS = {
+    "bernoulli", "multinomial", "normal", "poisson", "rand", "rand_like", "randint", "randint_like", "randn",
+    "randn_like", "randperm",
+}  # fmt: skip
+DRAWS = {f"torch.{name}" for name in TORCH_DRAWS} | {"diffusers.utils.torch_utils.randn_tensor"}
+IN_PLACE_DRAWS = {
+    "bernoulli_", "cauchy_", "exponential_", "geometric_", "kaiming_normal_", "kaiming_uniform_", "log_normal_",
+    "normal_", "orthogonal_", "random_", "trunc_normal_", "uniform_", "xavier_normal_", "xavier_uniform_",
+}  # fmt: skip
+SEEDING = {"Generator", "RandomState", "SeedSequence", "default_rng", "manual_seed", "manual_seed_all", "set_seed"}
+
+# Module -> draws from torch's global generator that are meant: layers initialise themselves from it, so the whole
+# initialisation does, after rng.py has seeded it.
+MAY_DRAW_GLOBALLY = {"unet": {"xavier_uniform_"}}
+
+
+def name_of(path: Path) -> str:
+    """Returns the name of a module inside the package; that of a package ends in __init__."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def parse(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def is_in(module: str, homes: set[str]) -> bool:
+    """Says whether a module is one of the homes or inside one."""
+    return any(module == home or module.startswith(f"{home}.") for home in homes)
+
+
+def row_of(module: str) -> str | None:
+    """Returns the row of MAY_IMPORT that counts for a module."""
+    return max((row for row in MAY_IMPORT if is_in(module, {row})), key=len, default=None)
+
+
+def targets(module: str, node: ast.Import | ast.ImportFrom) -> list[str]:
+    """Returns the full names of the modules that an import statement names."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    base = node.module or ""
+    if node.level:
+        parents = ["ddpm_hf", *module.split(".")[:-1]]
+        base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
+    inside = base.removeprefix("ddpm_hf").lstrip(".")
+    submodules = [f"{inside}.{alias.name}".lstrip(".") for alias in node.names]
+    return [f"ddpm_hf.{name}" if base.startswith("ddpm_hf") and name in MODULES else base for name in submodules]
+
+
+def imports(module: str) -> Iterator[tuple[str, ast.Import | ast.ImportFrom]]:
+    for node in ast.walk(parse(module)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for target in targets(module, node):
+                yield target, node
+
+
+def library_of(target: str) -> str:
+    return target.split(".")[0]
+
+
+def at_module_level(module: str) -> set[int]:
+    """Returns the lines of imports that run when the module is imported."""
+
+    def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+        for node in body:
+            is_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_for_types:
+                continue
+            yield node
+            yield from statements([child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)])
+
+    return {node.lineno for node in statements(parse(module).body)}
+
+
+def calls(module: str) -> Iterator[tuple[str, ast.Call]]:
+    """Returns all calls with the full name of what is called, as far as the module's imports tell."""
+    tree = parse(module)
+    full_names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            full_names |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            full_names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            first, *rest = ast.unparse(node.func).split(".")
+            yield ".".join([full_names.get(first, first), *rest]), node
+
+
+def arguments(call: ast.Call) -> set[str]:
+    return {keyword.arg for keyword in call.keywords if keyword.arg}
+
+
+every_module = pytest.mark.parametrize("module", MODULES)
+
+
+@every_module
+def test_imports_only_point_downwards(module: str) -> None:
+    row = row_of(module)
+    assert row is not None, f"ddpm_hf.{module} has no row in MAY_IMPORT: say where it stands in the house"
+    ours = {target.removeprefix("ddpm_hf.") for target, _ in imports(module) if target.startswith("ddpm_hf")}
+    assert sorted(target for target in ours if not is_in(target, MAY_IMPORT[row])) == []
+
+
+@every_module
+def test_libraries_are_imported_in_their_homes_only(module: str) -> None:
+    strays = [
+        f"line {node.lineno}: {target}"
+        for target, node in imports(module)
+        if not is_in(module, HOMES_OF_LIBRARIES.get(library_of(target), {module}))
+    ]
+    assert strays == []
+
+
+@every_module
+def test_heavy_libraries_are_imported_inside_functions(module: str) -> None:
+    top = at_module_level(module)
+    found = [target for target, node in imports(module) if node.lineno in top]
+    assert [target for target in found if library_of(target) in ONLY_INSIDE_FUNCTIONS] == []
+
+
+@every_module
+def test_no_module_needs_torch_that_should_run_without(module: str) -> None:
+    if is_in(module, WITHOUT_TORCH):
+        assert [target for target, _ in imports(module) if library_of(target) in {"torch", "diffusers"}] == []
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("diffusion.")])
+def test_the_core_runs_without_the_rest_of_the_package(module: str) -> None:
+    """diffusers finds imports with a regular expression: even a line of a docstring that looks like one counts."""
+    libraries = {library_of(target) for target, _ in imports(module)} - set(sys.stdlib_module_names)
+    assert libraries <= LIBRARIES_OF_THE_CORE | {"ddpm_hf"}
+    absolute = re.findall(r"^\s*(?:from|import)\s+ddpm_hf\b.*", MODULES[module].read_text(encoding="utf-8"), re.M)
+    assert absolute == []
+
+
+@every_module
+def test_nothing_reads_pickles_or_runs_strings(module: str) -> None:
+    libraries = {library_of(target) for target, _ in imports(module)} & FORBIDDEN_LIBRARIES
+    found = [
+        f"line {call.lineno}: {name}"
+        for name, call in calls(module)
+        if name in FORBIDDEN_CALLS
+        or any(keyword.arg in MUST_BE_FALSE and ast.unparse(keyword.value) != "False" for keyword in call.keywords)
+    ]
+    assert (sorted(libraries), found) == ([], [])
+
+
+@every_module
+def test_everything_random_takes_a_generator(module: str) -> None:
+    allowed = MAY_DRAW_GLOBALLY.get(module, set())
+    found = [
+        f"line {call.lineno}: {name}"
+        for name, call in calls(module)
+        if (name in DRAWS or name.split(".")[-1] in IN_PLACE_DRAWS)
+        and "generator" not in arguments(call)
+        and name.split(".")[-1] not in allowed
+    ]
+    assert found == []
+
+
+@every_module
+def test_seeds_are_made_in_rng_only(module: str) -> None:
+    if module == "rng":
+        return
+    found = [
+        f"line {call.lineno}: {name}"
+        for name, call in calls(module)
+        if name.split(".")[-1] in SEEDING or name.startswith(("numpy.random.", "random."))
+    ]
+    assert found == []
+
+
+@every_module
+def test_modules_and_functions_can_be_read_at_once(module: str) -> None:
+    num_lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
+    assert num_lines <= LONGEST_MODULE
+    functions = [node for node in ast.walk(parse(module)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+@pytest.mark.parametrize("module", ["ddpm_hf", "ddpm_hf.config", "ddpm_hf.plots", "ddpm_hf.report"])
+def test_import_is_quick_and_loads_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'diffusers', 'sklearn', 'matplotlib'}} & set(sys.modules)))"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True
+    )
+    assert answer.stdout.strip() == "[]"
+
+
+def test_the_rules_catch_what_they_are_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that never fires is worth nothing: each of these lines breaks one."""
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        "import pickle\nimport torch as t\nfrom yaml import load\nimport numpy as np\nimport datasets\n"
+        "from ..training import trainer\n"
+        "t.load('x')\nload('x')\nnp.load('x', allow_pickle=True)\nt.randn(3)\nx.normal_()\nt.manual_seed(0)\n"
+        "np.random.rand()\n"
+    )
+    monkeypatch.setitem(MODULES, "diffusion.gaussian", bad)
+    for rule in (
+        test_imports_only_point_downwards,
+        test_libraries_are_imported_in_their_homes_only,
+        test_heavy_libraries_are_imported_inside_functions,
+        test_the_core_runs_without_the_rest_of_the_package,
+        test_nothing_reads_pickles_or_runs_strings,
+        test_everything_random_takes_a_generator,
+        test_seeds_are_made_in_rng_only,
+    ):
+        with pytest.raises(AssertionError):
+            rule("diffusion.gaussian")

@@ -1,0 +1,8 @@
+"""Trains a DDPM: accelerate launch train_ddpm.py --config configs/digits_8.yaml."""
+
+import sys
+
+from ddpm_hf.cli import train
+
+if __name__ == "__main__":
+    sys.exit(train(prog="train_ddpm.py"))
