@@ -69,6 +69,8 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
     if config.evaluation.recognition and importlib.util.find_spec("sklearn") is None:
         raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
 
+    import torch
+
     from ddpm_hf.training.guard import NonFiniteTraining, TrainingStopped
     from ddpm_hf.training.trainer import Trainer
 
@@ -82,13 +84,20 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
             return 0
         trainer.fit()
         if trainer.is_main_process and config.evaluation.num_samples:
-            _write_report(trainer, f"{prog} {shlex.join(sys.argv[1:] if arguments is None else arguments)}")
+            program = f"python {prog}" if prog.endswith(".py") else prog
+            _write_report(trainer, f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}")
         return 0
     except TrainingStopped as stop:
         return stop.exit_code
     except NonFiniteTraining as error:
         _complain(str(error))
         return 3
+    except torch.OutOfMemoryError as error:
+        _complain(
+            f"the device ran out of memory ({str(error).splitlines()[0]}); lower training.micro_batch_size (it was "
+            f"{trainer.micro_batch_size}), which changes the memory needed but not the training."
+        )
+        return 1
     finally:
         trainer.close()
 
@@ -108,7 +117,7 @@ def _write_report(trainer: "Trainer", command: str) -> None:
     names = list(trainer.class_names.values()) if trainer.class_names else None
     labels = np.arange(evaluation.num_samples) % len(names) if names else None
     samples = sample_images(pipeline, evaluation, config.training.seed, labels)
-    num_shown = min(evaluation.num_samples, len(names) if names else 16)
+    num_shown = min(evaluation.num_samples, 4 * len(names) if names and len(names) <= 10 else 16)
     trajectory = sample_trajectory(pipeline, evaluation, config.training.seed, num_shown, labels)
     recognition = None
     if evaluation.recognition and labels is not None:

@@ -21,7 +21,7 @@ PIPELINE_DIR = "pipeline"
 MAX_COLUMNS, MAX_ROWS = 10, 10
 # Noise cannot be compressed: an animation of many large images would be tens of megabytes.
 MAX_ANIMATED_PIXELS = 1 << 14
-MIN_STRIP_ROWS, MAX_STRIP_ROWS = 3, 10
+MIN_STRIP_ROWS = 3
 
 _FILES = {
     "pipeline/": "the trained pipeline, for `from_pretrained`",
@@ -86,8 +86,7 @@ def write_report(
         samples: uint8, (number, height, width, channels).
         sample_labels: The class of each sample, or None for an unconditional model.
         class_names: The name of each class; None names them by number.
-        trajectory: uint8, (frames, number, height, width, channels), from noise to image. With classes, its images go
-            through the classes in turns, so that a row of as many images as samples.png has columns shows each once.
+        trajectory: uint8, (frames, number, height, width, channels), noise first; with classes, one of each in turns.
         metrics: Rows with `step`, and with `loss` or `validation_loss` where these were measured.
         recognition: What the samples were found to be, if that was asked.
         title: Heading of the README.
@@ -109,12 +108,8 @@ def write_report(
         evaluation=output_dir / "evaluation.json" if recognition else None,
         readme=output_dir / "README.md",
     )
-    num_animated = _num_animated(trajectory, num_columns)
-    num_strip_rows = min(max(num_animated, MIN_STRIP_ROWS), MAX_STRIP_ROWS, num_columns)
     _write(paths.samples, lambda path: grid.save(path, "PNG"))
-    _write(paths.denoising, lambda path: denoising_strip(trajectory[:, :num_strip_rows]).save(path, "PNG"))
-    animated, animated_columns = trajectory[:, :num_animated], min(num_animated, num_columns)
-    _write(paths.animation, lambda path: save_animation(animated, path, num_columns=animated_columns))
+    _show_denoising(trajectory, num_columns, paths)
     if paths.loss:
         _write(paths.loss, lambda path: _draw_losses(training, validation, path))
     if recognition and paths.evaluation:
@@ -198,11 +193,15 @@ def _names(labels: LabelArray | None, class_names: Sequence[str] | None) -> Sequ
     return class_names if class_names is not None else [str(label) for label in range(count)]
 
 
-def _num_animated(trajectory: UInt8Array, num_columns: int) -> int:
-    """Returns how many images to animate: whole rows, or part of one where the images are large."""
+def _show_denoising(trajectory: UInt8Array, num_columns: int, paths: ReportPaths) -> None:
+    """Draws the strip and the animation, of whole rows of images, or of part of one where the images are large."""
     count, height, width = trajectory.shape[1:4]
-    num_fitting: int = min(count, max(1, MAX_ANIMATED_PIXELS // (height * width)))
-    return num_fitting if num_fitting < num_columns else num_fitting // num_columns * num_columns
+    num_fitting = min(count, max(1, MAX_ANIMATED_PIXELS // (height * width)))
+    num_columns = min(num_columns, num_fitting)
+    animated = trajectory[:, : num_fitting // num_columns * num_columns]
+    num_strip_rows = max(num_columns, MIN_STRIP_ROWS)
+    _write(paths.denoising, lambda path: denoising_strip(trajectory[:, :num_strip_rows]).save(path, "PNG"))
+    _write(paths.animation, lambda path: save_animation(animated, path, num_columns=num_columns))
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:

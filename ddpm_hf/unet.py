@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -64,7 +65,7 @@ def build_unet(config: ModelConfig, image_shape: tuple[int, int, int], num_class
     """
     channels, height, width = image_shape
     _check_overrides(config.overrides)
-    settings = PRESETS[config.preset] | config.overrides
+    settings: dict[str, Any] = PRESETS[config.preset] | config.overrides
     blocks = settings["block_out_channels"]
     factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else 1
     if height % factor or width % factor:
@@ -73,20 +74,31 @@ def build_unet(config: ModelConfig, image_shape: tuple[int, int, int], num_class
             f"a multiple of {factor}; set data.resolution to one, or choose fewer block_out_channels in "
             "model.overrides."
         )
-    sample_size = height if height == width else [height, width]
+    settings |= {
+        "sample_size": height if height == width else [height, width],
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_class_embeds": num_class_embeds,
+    }
     try:
-        unet = UNet2DModel(
-            sample_size=sample_size,
-            in_channels=channels,
-            out_channels=channels,
-            num_class_embeds=num_class_embeds,
-            **settings,
-        )
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"model.overrides do not make a UNet2DModel: {error}") from error
+        _rehearse(settings, image_shape)
+        unet = UNet2DModel(**settings)
+    except Exception as error:  # diffusers raises many types for settings that do not fit together
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.overrides do not make a UNet2DModel ({type(error).__name__}: {reason}).") from error
     if config.initialization == "paper":
         initialize_as_paper(unet)
     return unet
+
+
+def _rehearse(settings: dict[str, Any], image_shape: tuple[int, int, int]) -> None:
+    """Sends shapes without numbers through the network: some settings fail only there."""
+    with torch.device("meta"):
+        images, zeros = torch.empty(1, *image_shape), torch.zeros(1, dtype=torch.int64)
+        labels = None if settings["num_class_embeds"] is None else zeros
+        output = UNet2DModel(**settings)(images, zeros, labels, return_dict=False)[0]
+    if output.shape != images.shape:
+        raise ValueError(f"images of {tuple(images.shape[1:])} come out as {tuple(output.shape[1:])}")
 
 
 def _check_overrides(overrides: Mapping[str, UNetOverride]) -> None:

@@ -4,16 +4,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
 REPOSITORY = Path(__file__).parents[1]
 DIGITS = REPOSITORY / "data" / "digits.parquet"
 
-# A run of a few seconds: 8x8 digits, a network of 20 thousand parameters, every feature at its default.
+# A run of a few seconds: 8x8 digits, a network of 45 thousand parameters, every feature at its default.
 TINY_RUN = {
     "data.source": str(DIGITS),
     "model.preset": "digits_8",
@@ -32,16 +37,17 @@ TINY_RUN = {
 }
 
 
-def pytest_configure() -> None:
-    """One thread: the tests share the cores, and exact comparisons need one order of additions."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets what must be set before test modules are imported.
+
+    One thread: the tests share the cores, and exact comparisons need one order of additions. Own caches: the tests stay
+    out of the user's; the libraries of the Hub read these variables when they are imported.
+    """
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keeps the user's caches out of the tests, and the tests out of the user's caches."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("huggingface"))
+    caches = tempfile.TemporaryDirectory(prefix="ddpm_hf-tests-")
+    config.add_cleanup(caches.cleanup)
+    os.environ["XDG_CACHE_HOME"] = f"{caches.name}/cache"
+    os.environ["HF_HOME"] = f"{caches.name}/huggingface"
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -61,15 +67,46 @@ def _as_text(value: object) -> str:
     return json.dumps(value) if isinstance(value, dict | bool) or value is None else str(value)
 
 
-def run_process(
-    command: Sequence[str], *, timeout: float = 240, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the repository with one thread and returns what it printed."""
+def process_environment() -> dict[str, str]:
+    """Returns the environment of a process that trains: one thread, and gloo on the loopback device."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def run_process(command: Sequence[str], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Runs Python in the repository and returns what it printed."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | environment,
+        env=process_environment(),
         capture_output=True,
         text=True,
         timeout=timeout,
     )
+
+
+@pytest.fixture
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Accelerate keeps what it was first told in singletons: a test that tells it something is a process of its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    reset()
+    yield
+    reset()
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+
+
+def tiny_unet(num_class_embeds: int | None = None, **overrides: object) -> "UNet2DModel":
+    """Returns the network of the tiny run, freshly initialised from seed 0."""
+    from ddpm_hf.config import ModelConfig
+    from ddpm_hf.unet import build_unet
+
+    torch.manual_seed(0)
+    settings = json.loads(TINY_RUN["model.overrides"]) | overrides
+    return build_unet(ModelConfig(preset="digits_8", overrides=settings), (1, 8, 8), num_class_embeds)

@@ -1,14 +1,32 @@
 """Reads a configuration from YAML and the command line."""
 
 import dataclasses
+import difflib
+import re
+import types
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from ddpm_hf.config.rules import ConfigError, validate
 from ddpm_hf.config.schema import RunConfig
+
+_SECTIONS: dict[str, type] = typing.get_type_hints(RunConfig)
+_TYPES = {
+    f"{section}.{name}": hint
+    for section, kind in _SECTIONS.items()
+    for name, hint in typing.get_type_hints(kind).items()
+}
+_TYPE_NAMES: dict[object, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
 
 
 def load_config(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf train") -> tuple[RunConfig, bool]:
@@ -26,11 +44,12 @@ def load_config(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf tra
     """
     parser = _parser(prog)
     try:
-        namespace = parser.instantiate(parser.parse_args(None if arguments is None else list(arguments)))
+        parsed = parser.parse_args(None if arguments is None else list(arguments))
+        _check_nulls(parsed)
+        namespace = parser.instantiate(parsed)
     except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    sections = {section.name: namespace[section.name] for section in dataclasses.fields(RunConfig)}
-    config = RunConfig(**sections)
+        raise ConfigError(_sentence(str(error))) from None
+    config = RunConfig(**{section: namespace[section] for section in _SECTIONS})
     validate(config)
     return config, bool(namespace.dry_run)
 
@@ -40,6 +59,7 @@ def _parser(prog: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
+        allow_abbrev=False,
         description="Train a DDPM. Run the same command again to continue a run that was stopped.",
         epilog="Example: accelerate launch train_ddpm.py --config configs/digits_8.yaml --training.seed 1",
     )
@@ -48,8 +68,58 @@ def _parser(prog: str) -> ArgumentParser:
     )
     parser.add_argument("--dry_run", action="store_true", help="Check everything, print the configuration and stop.")
     for section in dataclasses.fields(RunConfig):
-        parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
+        parser.add_class_arguments(section.default_factory, section.name)
     return parser
+
+
+def _check_nulls(parsed: Namespace) -> None:
+    """Refuses nulls, and other things in the place of a section, which the parser lets through."""
+    for section in _SECTIONS:
+        if not isinstance(found := parsed[section], Namespace):
+            shown = "null" if found is None else found
+            raise ConfigError(f"{section} is {shown}, but must be a section of settings; see --help.")
+    for key, hint in _TYPES.items():
+        if parsed[key] is None and type(None) not in typing.get_args(hint):
+            raise ConfigError(f"{key} is null, but must be {_describe(hint)}.")
+
+
+def _sentence(message: str) -> str:
+    """Says what the parser found wrong in the words of the configuration."""
+    message = " ".join(message.split())
+    if match := re.match(r'Parser key "(\w+\.\w+)[\w.]*": .*(?:Got value|Given value): (.*)', message):
+        key, value = match.groups()
+        return f"{key} is {value}, but must be {_describe(_TYPES[key])}." if key in _TYPES else message
+    if match := re.match(r"Group '(\w+)' does not accept option '(\w+)", message):
+        return _unknown(f"{match[1]}.{match[2]}")
+    if match := re.match(r"(?:Option '|unrecognized arguments: --)([\w.]+)", message):
+        return _unknown(match[1])
+    if match := re.match(r"Unexpected config: ?(.*)", message):
+        return f"--config must name a YAML file with sections of settings, but it holds {match[1] or 'nothing'}."
+    return message.replace('Parser key "config":', "--config:")
+
+
+def _unknown(key: str) -> str:
+    """Says that there is no such setting, and which one may have been meant."""
+    close = difflib.get_close_matches(key, _TYPES, n=1)
+    return f"there is no setting {key}; {f'did you mean {close[0]}?' if close else '--help lists all of them.'}"
+
+
+def _describe(hint: object) -> str:
+    """Says what a setting accepts."""
+    *words, last = _words(hint)
+    return f"{', '.join(words)} or {last}" if words else last
+
+
+def _words(hint: object) -> list[str]:
+    """Names everything that a setting accepts."""
+    parts = typing.get_args(hint)
+    match typing.get_origin(hint):
+        case typing.Union | types.UnionType:
+            return [word for part in parts for word in _words(part)]
+        case typing.Literal:
+            return [str(part) for part in parts]
+        case _:
+            return [_TYPE_NAMES.get(hint, "a mapping")]
 
 
 def read_config_dict(path: Path) -> dict[str, dict[str, object]]:

@@ -17,6 +17,8 @@ def validate(config: RunConfig) -> None:
     data, model, training, evaluation = config.data, config.model, config.training, config.evaluation
     if not data.source:
         raise ConfigError("data.source is not set; give a parquet file, an image folder or a data set id of the Hub.")
+    if not training.output_dir:
+        raise ConfigError("training.output_dir is not set; give a new folder for this run.")
     if config.objective.class_dropout > 0 and not model.class_conditional:
         raise ConfigError("objective.class_dropout needs labels to drop; set model.class_conditional to true.")
     for name, guidance_scale in (("preview", config.preview.guidance_scale), ("evaluation", evaluation.guidance_scale)):
@@ -37,9 +39,10 @@ def validate(config: RunConfig) -> None:
         )
     micro, batch = training.micro_batch_size, training.train_batch_size
     if micro is not None and batch % micro:
+        lower = batch // micro * micro
         raise ConfigError(
             f"training.train_batch_size {batch} is not a multiple of training.micro_batch_size {micro}; "
-            f"use {batch // micro * micro or micro} or {(batch // micro + 1) * micro}."
+            f"use {f'{lower} or ' if lower else ''}{lower + micro}."
         )
 
 
@@ -96,7 +99,8 @@ def changed_settings(old: dict[str, dict[str, object]], new: RunConfig) -> tuple
     Returns:
         One line for each change that a run cannot be continued with, and one for each that it can.
     """
-    fixed, free = [], []
+    fixed: list[str] = []
+    free: list[str] = []
     for section, settings in new.to_dict().items():
         for name, value in settings.items():
             before = old.get(section, {}).get(name, value)

@@ -14,14 +14,15 @@ class DataConfig:
     """Which images to train on.
 
     Args:
-        source: A parquet or .npz file, a folder of images (class folders become labels) or a data set id of the Hub.
+        source: A parquet, .npz or .npy file, a folder of images (class folders become labels) or a data set id of the
+            Hub.
         split: Split of the data set to read.
         image_column: Column with the images; null finds the only one.
         label_column: Column with integer labels; null finds the only ClassLabel column, or one called "label".
         resolution: Side length in pixels to resize (shorter side, antialiased) and centre-crop to; null keeps the
             images as they are, which must then all have one size.
         num_channels: 1 (gray), 3 (RGB) or 4 (RGBA); null takes that of the first image.
-        random_flip: Mirror every second image at random, left to right.
+        random_flip: Mirror each image left to right with a probability of one half, anew in every epoch.
         validation_fraction: Fraction of the images held out from training, chosen by training.seed.
         cache_dir: Folder for decoded images; null is $XDG_CACHE_HOME/ddpm_hf or ~/.cache/ddpm_hf.
     """

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _CACHE_VERSION = 1
+NO_LABEL = -1
+"""What `datasets` itself puts where the label of an image is not known."""
 
 
 def open_images(config: DataConfig, *, with_labels: bool) -> ImageSet:
@@ -41,7 +44,7 @@ def open_images(config: DataConfig, *, with_labels: bool) -> ImageSet:
         DataError: If there are no images, or one cannot be read or batched, or labels are needed and missing.
     """
     if Path(config.source).suffix in (".npz", ".npy"):
-        image_set = _open_array(Path(config.source))
+        image_set = _open_array(Path(config.source).expanduser(), config)
     else:
         image_set = _open_dataset(config)
     if with_labels and image_set.labels is None:
@@ -50,19 +53,26 @@ def open_images(config: DataConfig, *, with_labels: bool) -> ImageSet:
             "data.label_column or set model.class_conditional to false."
         )
     if with_labels and image_set.labels is not None and image_set.labels.min() < 0:
-        row = int(np.argmin(image_set.labels))
-        raise DataError(f"row {row} of {config.source} has label {image_set.labels[row]}; labels must be 0 or more.")
+        row = int(np.argmax(image_set.labels < 0))
+        found = "no label" if image_set.labels[row] == NO_LABEL else f"label {image_set.labels[row]}"
+        raise DataError(f"row {row} of {config.source} has {found}; every image needs one that is 0 or more.")
     return image_set
 
 
-def _open_array(path: Path) -> ImageSet:
+def _open_array(path: Path, config: DataConfig) -> ImageSet:
     """Opens uint8 images (number, height, width, channels) from .npy, or `images` and `labels` from .npz."""
     if not path.is_file():
-        raise DataError(f"data.source {path} does not exist.")
+        raise DataError(f"data.source {path} does not exist; check the path (here is {Path.cwd()}).")
+    for setting in ("split", "image_column", "label_column", "resolution"):
+        if getattr(config, setting) != getattr(DataConfig(), setting):
+            raise DataError(
+                f"data.{setting} does not apply to {path.name}, which is read as it is; leave the setting out and "
+                "prepare the array."
+            )
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         arrays = {"images": content} if isinstance(content, np.ndarray) else dict(content)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as a NumPy array ({error}).") from None
     images, labels = arrays.get("images"), arrays.get("labels")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
@@ -70,6 +80,11 @@ def _open_array(path: Path) -> ImageSet:
         raise DataError(f"{path} holds {found}; it must be uint8 (number, height, width, 1 or 3 or 4 channels).")
     if len(images) == 0:
         raise DataError(f"{path} holds no images.")
+    if config.num_channels not in (None, images.shape[-1]):
+        raise DataError(
+            f"data.num_channels is {config.num_channels}, but the images in {path} have {images.shape[-1]}; they are "
+            "read as they are, so set data.num_channels to that or leave it out."
+        )
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise DataError(f"{path}: labels are {labels.dtype} {labels.shape}; they must be {len(images)} integers.")
     names = None if labels is None else tuple(str(label) for label in range(int(labels.max()) + 1))
@@ -125,10 +140,10 @@ def _load_dataset(config: DataConfig) -> "Dataset":
     elif path.is_file():
         if path.suffix != ".parquet":
             raise DataError(
-                f"data.source {path} is a {path.suffix or 'nameless'} file; give .parquet, .npz or a folder."
+                f"data.source {path} is a {path.suffix or 'nameless'} file; give .parquet, .npz, .npy or a folder."
             )
         arguments = {"path": "parquet", "data_files": str(path)}
-    elif path.is_absolute() or path.suffix or config.source.startswith(".") or config.source.count("/") > 1:
+    elif config.source.startswith((".", "~", "/")) or path.suffix[1:].isalpha() or config.source.count("/") > 1:
         raise DataError(f"data.source {config.source} does not exist; check the path (here is {Path.cwd()}).")
     else:
         arguments = {"path": config.source}
@@ -136,7 +151,12 @@ def _load_dataset(config: DataConfig) -> "Dataset":
         return datasets.load_dataset(**arguments, split=config.split)
     except Exception as error:  # `datasets` raises its own and foreign types for every kind of unreadable data
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"data.source {config.source} (split {config.split!r}) cannot be opened: {reason}") from error
+        if "corresponds to no data" in reason:
+            raise DataError(f"split {config.split!r} of {config.source} holds no images.") from None
+        where = "" if path.exists() else ", which is no file or folder here,"
+        raise DataError(
+            f"data.source {config.source}{where} cannot be opened (split {config.split!r}): {reason}"
+        ) from error
 
 
 def _find_columns(dataset: "Dataset", config: DataConfig) -> tuple[str, str | None]:
@@ -183,32 +203,30 @@ def _build_cache(
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
+        names: list[str] = []
+        if label_column is not None:
+            labels = _read_labels(dataset, label_column)
+            np.save(building / "labels.npy", labels)
+            names = list(getattr(dataset.features[label_column], "names", None) or map(str, range(labels.max() + 1)))
         pixels = _decode_all(dataset, image_column, config)
         first = next(pixels)
-        images = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+        images = np.lib.format.open_memmap(
             building / "images.npy", mode="w+", dtype=np.uint8, shape=(len(dataset), *first.shape)
         )
         images[0] = first
         for row, image in enumerate(pixels, start=1):
             images[row] = image
         images.flush()
-        names: list[str] = []
-        if label_column is not None:
-            labels = _read_labels(dataset, label_column, config)
-            np.save(building / "labels.npy", labels)
-            names = list(getattr(dataset.features[label_column], "names", None) or map(str, range(labels.max() + 1)))
         (building / "meta.json").write_text(json.dumps({"class_names": names}), encoding="utf-8")
+        shutil.rmtree(cache_dir, ignore_errors=True)
         building.rename(cache_dir)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _read_labels(dataset: "Dataset", label_column: str, config: DataConfig) -> NDArray[np.int64]:
-    """Reads a whole label column."""
-    labels = list(dataset[label_column])
-    if None in labels:
-        raise DataError(f"row {labels.index(None)} of {config.source} has no {label_column!r}.")
-    return np.asarray(labels, dtype=np.int64)
+def _read_labels(dataset: "Dataset", label_column: str) -> NDArray[np.int64]:
+    """Reads a whole label column; a missing label is harmless until a network asks for it."""
+    return np.asarray([NO_LABEL if label is None else label for label in dataset[label_column]], dtype=np.int64)
 
 
 def _decode_all(dataset: "Dataset", image_column: str, config: DataConfig) -> Iterator[NDArray[np.uint8]]:
@@ -219,7 +237,9 @@ def _decode_all(dataset: "Dataset", image_column: str, config: DataConfig) -> It
     mode = None if config.num_channels is None else MODE_OF_CHANNELS[config.num_channels]
     shape: Sequence[int] | None = None
     for row, example in enumerate(tqdm(encoded, desc="Decoding images", unit="img", disable=None, leave=False)):
-        cell = example[image_column] or {"bytes": None, "path": None}
+        cell = example[image_column]
+        if cell is None:
+            raise DataError(f"row {row} of {config.source} has no image; remove the row.")
         name = f"image {row} of {config.source}" + (f" ({Path(cell['path']).name})" if cell["path"] else "")
         pixels = decode(cell, name, mode, config.resolution)
         mode = mode or MODE_OF_CHANNELS[len(pixels)]

@@ -1,4 +1,4 @@
-"""The portable diffusion core: schedules, algebra, scheduler and pipeline. It needs torch and diffusers, nothing else."""
+"""The portable diffusion core: schedules, algebra, scheduler and pipeline. Needs torch and diffusers only."""
 
 from .noise_schedule import NoiseSchedule, make_betas
 from .pipeline import GaussianDiffusionPipeline, GaussianDiffusionPipelineOutput

@@ -17,7 +17,7 @@ Coefficient = float | torch.Tensor
 
 
 def _combine(a: Coefficient, x: torch.Tensor, b: Coefficient, y: torch.Tensor) -> torch.Tensor:
-    """a x + b y in two tensor operations."""
+    """Sum a x + b y in two tensor operations."""
     if isinstance(b, torch.Tensor):
         return torch.addcmul(a * x, b, y)
     return torch.add(a * x, y, alpha=b)
@@ -29,27 +29,27 @@ def q_sample(x_0: torch.Tensor, eps: torch.Tensor, alpha: Coefficient, sigma: Co
 
 
 def velocity(x_0: torch.Tensor, eps: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
-    """v = alpha eps - sigma x_0. Appendix D, Salimans and Ho 2022."""
+    """Velocity v = alpha eps - sigma x_0. Appendix D, Salimans and Ho 2022."""
     return _combine(alpha, eps, -sigma, x_0)
 
 
 def x_0_from_eps(x_t: torch.Tensor, eps: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
-    """x_0 = (x_t - sigma eps) / alpha. Eq. 15, Ho et al. 2020."""
+    """Data x_0 = (x_t - sigma eps) / alpha. Eq. 15, Ho et al. 2020."""
     return _combine(1 / alpha, x_t, -sigma / alpha, eps)
 
 
 def x_0_from_v(x_t: torch.Tensor, v: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
-    """x_0 = alpha x_t - sigma v. Appendix D, Salimans and Ho 2022."""
+    """Data x_0 = alpha x_t - sigma v. Appendix D, Salimans and Ho 2022."""
     return _combine(alpha, x_t, -sigma, v)
 
 
 def eps_from_x_0(x_t: torch.Tensor, x_0: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
-    """Eps = (x_t - alpha x_0) / sigma."""
+    """Noise eps = (x_t - alpha x_0) / sigma."""
     return _combine(1 / sigma, x_t, -alpha / sigma, x_0)
 
 
 def eps_from_v(x_t: torch.Tensor, v: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
-    """Eps = sigma x_t + alpha v."""
+    """Noise eps = sigma x_t + alpha v."""
     return _combine(sigma, x_t, alpha, v)
 
 
@@ -81,9 +81,7 @@ def dynamic_threshold(x_0: torch.Tensor, ratio: float, max_value: float) -> torc
     return x_0.clamp(-limit, limit) / limit
 
 
-def posterior_mean(
-    x_0: torch.Tensor, x_t: torch.Tensor, coef_x_0: Coefficient, coef_x_t: Coefficient
-) -> torch.Tensor:
+def posterior_mean(x_0: torch.Tensor, x_t: torch.Tensor, coef_x_0: Coefficient, coef_x_t: Coefficient) -> torch.Tensor:
     """Mean of q(x_{t-1} | x_t, x_0), or of any reverse step whose mean is linear in both. Eq. 7, Ho et al. 2020."""
     return _combine(coef_x_0, x_0, coef_x_t, x_t)
 
@@ -108,7 +106,7 @@ def interpolated_log_variance(v: torch.Tensor, log_min: Coefficient, log_max: Co
 def add_learned_noise(
     mean: torch.Tensor, noise: torch.Tensor, v: torch.Tensor, log_min: float, log_max: float, eta: float
 ) -> torch.Tensor:
-    """mean + eta std noise, where `interpolated_log_variance` of v is 2 log std, in three tensor operations."""
+    """Add eta std noise in three tensor operations; `interpolated_log_variance` of v is 2 log std."""
     deviation = torch.exp((log_max - log_min) / 4 * v)
     return torch.addcmul(mean, noise, deviation, value=eta * math.exp((log_min + log_max) / 4))
 

@@ -4,6 +4,7 @@ Everything here is float64 on the CPU and has no state. Legend, in the notation 
 beta_t is the variance added at step t, alpha_bar_t = prod_{s <= t} (1 - beta_s), and alpha_bar_{-1} = 1 is clean data.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,9 +55,9 @@ def jsd_betas(num_timesteps: int, beta_start: float, beta_end: float) -> torch.T
 def betas_from_alpha_bar(
     num_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
 ) -> torch.Tensor:
-    """Betas of a continuous alpha_bar on [0, 1]: beta_i = 1 - alpha_bar((i+1)/T) / alpha_bar(i/T), at most `max_beta`."""
+    """Betas of a continuous alpha_bar on [0, 1]: 1 - alpha_bar((i+1)/T) / alpha_bar(i/T), at most `max_beta`."""
     points = [alpha_bar(i / num_timesteps) for i in range(num_timesteps + 1)]
-    ratios = [after / before for before, after in zip(points, points[1:], strict=False)]
+    ratios = [after / before for before, after in itertools.pairwise(points)]
     return torch.tensor([min(1 - ratio, max_beta) for ratio in ratios], dtype=torch.float64)
 
 
@@ -243,51 +244,9 @@ class NoiseSchedule:
         rows = zip(timesteps, [*timesteps[1:], -1], alpha_bar, [*alpha_bar[1:], 1.0], strict=True)
         transitions = []
         for t, previous, a, a_prev in rows:
-            beta = 1 - a / a_prev
+            beta = 1 - a / a_prev if a_prev > 0 else 1.0  # between two states without signal: fresh noise
             transitions.append(Transition(t, previous, a, a_prev, beta, beta * (1 - a_prev) / (1 - a)))
         return transitions
-
-
-def compute_dtype(sample: torch.Tensor) -> torch.dtype:
-    """Return the dtype of all arithmetic on a sample: float64 if it is that, else float32."""
-    return torch.float64 if sample.dtype == torch.float64 else torch.float32
-
-
-class DeviceTables:
-    """The tables of a schedule on the devices of the samples, copied there once."""
-
-    def __init__(self, schedule: NoiseSchedule) -> None:
-        self._schedule = schedule
-        self._copies: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
-
-    def gather(self, name: str, timesteps: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Look up a table for each sample, without a read from the device.
-
-        Args:
-            name: The table, for example `snr`.
-            timesteps: (batch,), or one timestep for all samples; integers on any device.
-            like: Samples (batch, ...) that the result shall broadcast against.
-
-        Returns:
-            (batch, 1, ...) on the device of `like`, float32, or float64 if `like` is.
-
-        Raises:
-            ValueError: The timesteps are no integers, or as many as neither one nor the batch. On the CPU also when one
-                is out of range; on a GPU that is a device-side assertion.
-        """
-        device, dtype = like.device, compute_dtype(like)
-        table = self._copies.get((name, device, dtype))
-        if table is None:
-            with torch.inference_mode(False):  # the copy may meet autograd later
-                table = getattr(self._schedule, name).to(device, dtype, copy=True)
-            self._copies[name, device, dtype] = table
-        index = torch.as_tensor(timesteps, device=device).reshape(-1)
-        if index.is_floating_point() or len(index) not in (1, len(like)):
-            raise ValueError(f"timesteps must be 1 or {len(like)} integers, not {len(index)} of {index.dtype}.")
-        try:
-            return table.index_select(0, index).view(-1, *[1] * (like.ndim - 1))
-        except IndexError as error:
-            raise ValueError(f"A timestep is outside 0 ... {len(self._schedule) - 1}.") from error
 
 
 class SamplingRun:
@@ -307,7 +266,7 @@ class SamplingRun:
     ) -> None:
         if len(timesteps) == 0:
             raise ValueError("timesteps is empty; a run needs at least one step.")
-        if any(after >= before for before, after in zip(timesteps, timesteps[1:], strict=False)):
+        if any(after >= before for before, after in itertools.pairwise(timesteps)):
             raise ValueError("timesteps must be strictly descending.")
         if timesteps[0] >= len(schedule) or timesteps[-1] < 0:
             raise ValueError(

@@ -5,43 +5,50 @@ class from the copy of this file inside the folder (`custom_pipeline=folder, tru
 where ddpm_hf is installed. `docs/compatibility.md` of ddpm_hf has the details.
 """
 
-import inspect
-import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 
 # All siblings are named here, although some import each other: from a local folder diffusers copies only the files that
 # this one names.
-from .conditioning import CORE_VERSION as CONDITIONING_VERSION
-from .conditioning import ClassLabels, Condition, label_numbers
 from .folder import CORE_VERSION as FOLDER_VERSION
 from .folder import clean_component_configs, splits_variance, without_list_form, write_code, write_index
+from .forward_process import CORE_VERSION as FORWARD_PROCESS_VERSION
 from .gaussian import CORE_VERSION as GAUSSIAN_VERSION
 from .noise_schedule import CORE_VERSION as NOISE_SCHEDULE_VERSION
+from .sampling import CORE_VERSION as SAMPLING_VERSION
+from .sampling import ClassLabels, Condition, StepEnd, label_numbers, start_run, step_arguments, to_images
 from .scheduler import CORE_VERSION as SCHEDULER_VERSION
 from .scheduler import GaussianDiffusionScheduler
 
 CORE_VERSION = "1.0.0"
 PORTABLE_FILES = (
     "pipeline.py",
-    "conditioning.py",
+    "sampling.py",
     "folder.py",
     "scheduler.py",
+    "forward_process.py",
     "gaussian.py",
     "noise_schedule.py",
 )
 
-_loaded = (CONDITIONING_VERSION, FOLDER_VERSION, GAUSSIAN_VERSION, NOISE_SCHEDULE_VERSION, SCHEDULER_VERSION)
+_loaded = (
+    SAMPLING_VERSION,
+    FOLDER_VERSION,
+    SCHEDULER_VERSION,
+    FORWARD_PROCESS_VERSION,
+    GAUSSIAN_VERSION,
+    NOISE_SCHEDULE_VERSION,
+)
 if set(_loaded) != {CORE_VERSION}:
     raise ImportError(
         f"pipeline.py has version {CORE_VERSION}, but the files beside it are already loaded in version"
@@ -82,8 +89,10 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = ["sample", "model_output"]
-    _portable_code = {name: (Path(__file__).parent / name).read_text(encoding="utf-8") for name in PORTABLE_FILES}
+    _callback_tensor_inputs: ClassVar[list[str]] = ["sample", "model_output"]
+    _portable_code: ClassVar[dict[str, str]] = {
+        name: (Path(__file__).parent / name).read_text(encoding="utf-8") for name in PORTABLE_FILES
+    }
 
     def __init__(
         self,
@@ -144,28 +153,24 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., dict[str, torch.Tensor] | None] | None = None,
         callback_on_step_end_tensor_inputs: Iterable[str] = ("sample",),
         return_trajectory: bool = False,
-    ) -> GaussianDiffusionPipelineOutput | tuple[Any, ...]:
-        """Generate images.
-
-        The state is float32 whatever the dtype of the weights (float64 for float64 weights).
+    ) -> Any:
+        """Generate images; the state is float32 whatever the dtype of the weights (float64 for float64).
 
         Args:
             batch_size: Number of images.
             num_inference_steps: Denoising steps; by default as many as in training.
             generator: Source of all noise. A list of `batch_size` generators makes each image depend on its own alone.
             class_labels: One label for all images or one for each: numbers, or names from `class_names`.
-            guidance_scale: Classifier-free guidance (Ho and Salimans 2022) as null + scale (conditional - null).
-            guidance_rescale: How far to bring the guided prediction back to the deviation of the conditional one,
-                0 ... 1 (section 3.4, Lin et al. 2024).
+            guidance_scale: Classifier-free guidance, null + scale (conditional - null); 1 is none.
+            guidance_rescale: How far to bring the deviation back to that of the conditional prediction, 0 ... 1.
             eta: 0, deterministic, to 1, ancestral; by default what the scheduler does by itself.
             sample: Start noise (batch, channels, height, width), standard normal; by default drawn from `generator`.
             timesteps: A custom descending list instead of `num_inference_steps`.
             timestep_spacing: Overrides the scheduler's spacing for this call; may also be `quadratic`.
-            output_type: `pil`; `np`, float32 (batch, height, width, channels) in [0, 1]; `uint8`, the same as integers
-                0 ... 255; or `pt`, float32 (batch, channels, height, width) in [0, 1].
+            output_type: `pil`; `np`: float32 (batch, height, width, channels) in [0, 1]; `uint8`: that in 0 ... 255;
+                `pt`: float32 (batch, channels, height, width) in [0, 1].
             return_dict: Return an output object instead of a tuple.
-            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after each step; may return
-                {"sample": ...} to go on from.
+            callback_on_step_end: `callback(pipeline, step, timestep, tensors)`; may return {"sample": ...} to go on.
             callback_on_step_end_tensor_inputs: Names of these tensors: `sample`, `model_output`.
             return_trajectory: Also return every state from x_T to x_0.
 
@@ -173,32 +178,17 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
             ValueError: An argument does not fit the model, the scheduler or another argument.
         """
         device = self._execution_device
-        callback_inputs = list(callback_on_step_end_tensor_inputs)
-        self._check_call(batch_size, generator, output_type, callback_inputs)
-        has_null_label, class_names = self.config.get("has_null_label", False), self.config.get("class_names")
-        num_embeddings = self.unet.config.num_class_embeds
-        labels = label_numbers(class_labels, batch_size, num_embeddings, has_null_label, class_names)
-        null_label = self.num_classes if has_null_label else None
-        condition = Condition.make(labels, null_label, guidance_scale, guidance_rescale, device)
-        step_arguments = self._step_arguments(generator, eta)
-        self._set_timesteps(num_inference_steps, timesteps, timestep_spacing, device)
+        on_step_end = StepEnd(self, callback_on_step_end, list(callback_on_step_end_tensor_inputs), return_trajectory)
+        self._check_call(batch_size, generator, output_type, on_step_end.tensor_inputs)
+        condition = self._condition(class_labels, batch_size, guidance_scale, guidance_rescale, device)
+        step_kwargs = step_arguments(self.scheduler, generator, eta)
+        start_run(self.scheduler, device, num_inference_steps, timesteps, timestep_spacing)
         sample = self._start_noise(sample, batch_size, generator, device) * self.scheduler.init_noise_sigma
-        states = [sample.cpu()] if return_trajectory else []
-
-        def on_step_end(step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-            if callback_on_step_end is not None:
-                shown = {name: tensors[name] for name in callback_inputs}
-                changed = callback_on_step_end(self, step, t, shown) or {}
-                tensors["sample"] = changed.get("sample", tensors["sample"])
-            if return_trajectory:
-                states.append(tensors["sample"].cpu())
-            return tensors["sample"]
-
-        sample = self._denoise(sample, self.scheduler.timesteps, condition, step_arguments, on_step_end)
-        images = _to_images(sample, output_type)
-        trajectory = _to_unit_range(torch.stack(states)).float() if return_trajectory else None
+        on_step_end.keep(sample)
+        sample = self._denoise(sample, self.scheduler.timesteps, condition, step_kwargs, on_step_end)
+        images = to_images(sample, output_type)
         self.maybe_free_model_hooks()
-        output = GaussianDiffusionPipelineOutput(images=images, trajectory=trajectory)
+        output = GaussianDiffusionPipelineOutput(images=images, trajectory=on_step_end.trajectory())
         return output if return_dict else output.to_tuple()
 
     def _denoise(
@@ -206,14 +196,14 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
         sample: torch.Tensor,
         timesteps: torch.Tensor,
         condition: Condition,
-        step_arguments: dict[str, Any],
-        on_step_end: Callable[[int, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor],
+        step_kwargs: dict[str, Any],
+        on_step_end: StepEnd,
     ) -> torch.Tensor:
         """Run the reverse process over some of the scheduler's timesteps; `on_step_end` returns the state to go on."""
         x_0 = torch.zeros_like(sample)
         for step, t in enumerate(self.progress_bar(timesteps)):
             model_output = self._predict(sample, t, x_0, condition)
-            result = self.scheduler.step(model_output, t, sample, **step_arguments)
+            result = self.scheduler.step(model_output, t, sample, **step_kwargs)
             sample = on_step_end(step, t, {"sample": result.prev_sample, "model_output": model_output})
             if self.config.get("self_conditioned"):
                 x_0 = result.get("pred_original_sample")
@@ -224,9 +214,7 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
                     )
         return sample
 
-    def _predict(
-        self, sample: torch.Tensor, t: torch.Tensor, x_0: torch.Tensor, condition: Condition
-    ) -> torch.Tensor:
+    def _predict(self, sample: torch.Tensor, t: torch.Tensor, x_0: torch.Tensor, condition: Condition) -> torch.Tensor:
         """Call the network once, guided if so asked; what it says of the variance stays if the scheduler takes it."""
         x = self.scheduler.scale_model_input(sample, t)
         if self.config.get("self_conditioned"):
@@ -234,16 +222,30 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
         if condition.is_guided:
             x = torch.cat([x, x])
         x = x.to(self.unet.dtype)
-        output = self.unet(x, t, class_labels=condition.labels, return_dict=False)[0].to(sample.dtype)
-
-        prediction, variance = output, None
-        if output.shape[1] == 2 * self.num_channels:
-            prediction, variance = output.chunk(2, dim=1)
+        prediction: torch.Tensor = self.unet(x, t, class_labels=condition.labels, return_dict=False)[0]
+        prediction, variance = prediction.to(sample.dtype), None
+        if prediction.shape[1] == 2 * self.num_channels:
+            prediction, variance = prediction.chunk(2, dim=1)
         if condition.is_guided:
             prediction = condition.guide(*prediction.chunk(2))
         if variance is not None and splits_variance(self.scheduler):
             return torch.cat([prediction, variance[: len(prediction)]], dim=1)
         return prediction
+
+    def _condition(
+        self,
+        class_labels: ClassLabels | None,
+        batch_size: int,
+        guidance_scale: float,
+        guidance_rescale: float,
+        device: torch.device,
+    ) -> Condition:
+        """Turn labels and guidance into what the network takes."""
+        num_embeddings, has_null_label = self.unet.config.num_class_embeds, self.config.get("has_null_label", False)
+        class_names = self.config.get("class_names")
+        labels = label_numbers(class_labels, batch_size, num_embeddings, has_null_label, class_names)
+        null_label = self.num_classes if has_null_label else None
+        return Condition.make(labels, null_label, guidance_scale, guidance_rescale, device)
 
     def _check_call(
         self,
@@ -257,7 +259,7 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"generator is a list of {len(generator)} for batch_size {batch_size}; pass one generator for each image."
+                f"generator is a list of {len(generator)} for batch_size {batch_size}; pass one for each image."
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}.")
@@ -270,42 +272,6 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; choose from {self._callback_tensor_inputs}."
             )
-
-    def _step_arguments(
-        self, generator: torch.Generator | list[torch.Generator] | None, eta: float | None
-    ) -> dict[str, Any]:
-        """Return the keyword arguments that this scheduler's `step` takes."""
-        accepted = inspect.signature(self.scheduler.step).parameters
-        arguments: dict[str, Any] = {"generator": generator} if "generator" in accepted else {}
-        if eta is not None:
-            if "eta" not in accepted:
-                raise ValueError(f"eta is {eta}, but {type(self.scheduler).__name__} has no eta; leave it out.")
-            arguments["eta"] = eta
-        return arguments
-
-    def _set_timesteps(
-        self,
-        num_inference_steps: int | None,
-        timesteps: list[int] | None,
-        timestep_spacing: str | None,
-        device: torch.device,
-    ) -> None:
-        """Start a run of the scheduler, with as many steps as in training unless told otherwise."""
-        if num_inference_steps is None and timesteps is None:
-            num_inference_steps = self.scheduler.config.num_train_timesteps
-        requested = {
-            "num_inference_steps": num_inference_steps,
-            "timesteps": timesteps,
-            "timestep_spacing": timestep_spacing,
-        }
-        arguments = {name: value for name, value in requested.items() if value is not None}
-        unknown = arguments.keys() - inspect.signature(self.scheduler.set_timesteps).parameters.keys()
-        if unknown:
-            raise ValueError(
-                f"{type(self.scheduler).__name__} takes no {' and no '.join(sorted(unknown))}; leave it out, or use"
-                " GaussianDiffusionScheduler.from_config(pipe.scheduler.config)."
-            )
-        self.scheduler.set_timesteps(device=device, **arguments)
 
     def _start_noise(
         self,
@@ -328,7 +294,8 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
             raise ValueError("The network has no sample_size; pass start noise as sample.")
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, self.num_channels, height, width)
-        return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return noise
 
     def save_config(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write code and index; `save_pretrained` calls this last, after the components and before an upload."""
@@ -343,7 +310,8 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
     @classmethod
     def _dict_from_json_file(cls, json_file: str | PathLike[str]) -> dict[str, Any]:
         """Read an index; what asks for the code in the folder asks for this class."""
-        return without_list_form(super()._dict_from_json_file(json_file))
+        content: dict[str, Any] = super()._dict_from_json_file(json_file)
+        return without_list_form(content)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
@@ -357,28 +325,9 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
         try:
             return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
         except OSError as error:
-            if "safetensors" not in str(error):
+            if not re.search("no file named .*safetensors|necessary `safetensors`", str(error)):
                 raise
             raise ValueError(
                 f"{pretrained_model_name_or_path} has no weights in the safetensors format. If you trust it, pass"
                 " use_safetensors=False to read its pickled .bin weights, and save the pipeline anew."
             ) from error
-
-
-def _to_unit_range(sample: torch.Tensor) -> torch.Tensor:
-    """Map [-1, 1] to [0, 1] and clip."""
-    return (sample / 2 + 0.5).clamp(0, 1)
-
-
-def _to_images(sample: torch.Tensor, output_type: str) -> Any:
-    """Convert x_0 (batch, channels, height, width) to the wanted type."""
-    images = _to_unit_range(sample).float()
-    if output_type == "pt":
-        return images
-    images = images.permute(0, 2, 3, 1)
-    if output_type == "np":
-        return images.cpu().numpy()
-    pixels = (images * 255).round().to(torch.uint8).cpu().numpy()
-    if output_type == "uint8":
-        return pixels
-    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]

@@ -6,9 +6,8 @@ difference from diffusers.
 """
 
 import math
-import operator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,14 +17,13 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from . import gaussian
+from .forward_process import LEARNED_VARIANCE_TYPES, ForwardProcess, compute_dtype
 from .noise_schedule import (
     BETA_SCHEDULE_ALIASES,
     STOCK_BETA_SCHEDULES,
-    DeviceTables,
     NoiseSchedule,
     SamplingRun,
     Transition,
-    compute_dtype,
     make_betas,
     rescale_to_zero_terminal_snr,
     spaced_timesteps,
@@ -36,7 +34,6 @@ CORE_VERSION = "1.0.0"
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 PREDICTION_TYPE_ALIASES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
-LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 DDPM_BETA_SCHEDULES = (*STOCK_BETA_SCHEDULES, "sigmoid", "laplace")
 
@@ -54,20 +51,12 @@ class GaussianDiffusionSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-class Posterior(NamedTuple):
-    """q(x_{t-1} | x_t, x_0): the mean has the shape of the samples, the other two broadcast against it."""
-
-    mean: torch.Tensor
-    variance: torch.Tensor
-    log_variance: torch.Tensor
-
-
 def _one_of(name: str, value: object, choices: tuple[str, ...], hint: str = "") -> None:
     if value not in choices:
         raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}.{hint}")
 
 
-class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
+class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
     """Noises training data and runs the reverse process.
 
     The configuration has the keys, values and defaults of `diffusers.DDPMScheduler`, so each class reads the other's
@@ -96,7 +85,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         ValueError: An option is unknown, or the betas are not T numbers in (0, 1].
     """
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
     init_noise_sigma = 1.0
 
@@ -107,7 +96,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         beta_start: float = 0.0001,
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
-        trained_betas: np.ndarray | list[float] | None = None,  # type: ignore[type-arg]
+        trained_betas: np.ndarray | list[float] | None = None,
         variance_type: str = "fixed_small",
         clip_sample: bool = True,
         prediction_type: str = "epsilon",
@@ -130,7 +119,9 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(trained_betas, torch.Tensor):
             raise ValueError("trained_betas is a tensor, which no scheduler_config.json can hold; pass betas.tolist().")
         if trained_betas is not None and len(trained_betas) != num_train_timesteps:
-            raise ValueError(f"trained_betas has {len(trained_betas)} values for {num_train_timesteps} train timesteps.")
+            raise ValueError(
+                f"trained_betas has {len(trained_betas)} values, num_train_timesteps is {num_train_timesteps}."
+            )
 
         betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
         if trained_betas is not None:
@@ -142,7 +133,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         self.alphas = (1 - self.noise_schedule.betas).float()
         self.alphas_cumprod = self.noise_schedule.alphas_cumprod.float()
         self.one = torch.tensor(1.0)
-        self._tables = DeviceTables(self.noise_schedule)
+        self._device_tables = {}
 
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
@@ -174,7 +165,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if beta_schedule not in STOCK_BETA_SCHEDULES:
             trained_betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end).tolist()
             beta_schedule = "linear"
-        return cls(
+        scheduler: GaussianDiffusionScheduler = cls(
             num_train_timesteps=num_train_timesteps,
             beta_start=beta_start,
             beta_end=beta_end,
@@ -187,6 +178,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
             timestep_spacing=timestep_spacing,
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
+        return scheduler
 
     def __len__(self) -> int:
         """Return the length of the training chain."""
@@ -236,13 +228,15 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("Pass either num_inference_steps or timesteps, not both and not neither.")
         if timesteps is not None and timestep_spacing is not None:
             raise ValueError("timestep_spacing does not apply to a custom list of timesteps; drop one of the two.")
-        if num_inference_steps is not None:
+        if timesteps is not None:
+            chosen = [int(t) for t in timesteps]
+            if any(t != given for t, given in zip(chosen, timesteps, strict=True)):
+                raise ValueError("timesteps must be integers.")
+        elif num_inference_steps is not None:
             if not 1 <= num_inference_steps <= len(self):
                 raise ValueError(f"num_inference_steps {num_inference_steps} is not between 1 and {len(self)}.")
             spacing = timestep_spacing or self.config["timestep_spacing"]
             chosen = spaced_timesteps(spacing, num_inference_steps, len(self), self.config["steps_offset"])
-        else:
-            chosen = [operator.index(t) for t in timesteps or []]
         self._run = SamplingRun(self.noise_schedule, chosen, device)
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chosen)
@@ -300,20 +294,6 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
             return x_prev, x_0
         return GaussianDiffusionSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0)
 
-    def _split(self, model_output: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Separate prediction and variance, the two halves of the channels where the variance is learned."""
-        learned = self.config["variance_type"] in LEARNED_VARIANCE_TYPES
-        expected = x_t.shape[1] * (2 if learned else 1)
-        if model_output.shape[1] != expected:
-            raise ValueError(
-                f"model_output has {model_output.shape[1]} channels for a sample of {x_t.shape[1]}; variance_type"
-                f" {self.config['variance_type']} needs {expected}. Change variance_type or the network's out_channels."
-            )
-        if not learned:
-            return model_output, None
-        output, variance_output = model_output.chunk(2, dim=1)
-        return output, variance_output
-
     def _clip(self, x_0: torch.Tensor) -> torch.Tensor:
         """Threshold or clip a prediction of x_0 as configured."""
         if self.config["thresholding"]:
@@ -342,67 +322,11 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
             log_min, log_max = math.log(transition.posterior_variance), math.log(transition.beta)
         return gaussian.add_learned_noise(mean, noise, variance_output, log_min, log_max, eta)
 
+    def _get_variance(self, t: int) -> torch.Tensor:
+        """Fixed variance of the step from t, under the name that it has in DDPMScheduler."""
+        return torch.tensor(self._fixed_variance(self._run.transitions[self._run.row(t)]))
+
     def _fixed_variance(self, transition: Transition) -> float:
         """Variance of a reverse step that the network does not predict. Section 3.2, Ho et al. 2020."""
         small = self.config["variance_type"] in ("fixed_small", "fixed_small_log")
         return transition.posterior_variance if small else transition.beta
-
-    def gather(self, name: str, timesteps: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Look up a table of `noise_schedule` for each sample: (batch, 1, ...), see `DeviceTables.gather`."""
-        return self._tables.gather(name, timesteps, like)
-
-    def _alpha_sigma(self, timesteps: int | torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors of signal and noise in x_t, for each sample."""
-        alpha = self.gather("sqrt_alphas_cumprod", timesteps, like)
-        return alpha, self.gather("sqrt_one_minus_alphas_cumprod", timesteps, like)
-
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor
-    ) -> torch.Tensor:
-        """Draw x_t from q(x_t | x_0) with the given noise; float32 inside, in the dtype of the samples outside."""
-        dtype = compute_dtype(original_samples)
-        alpha, sigma = self._alpha_sigma(timesteps, original_samples)
-        x_t = gaussian.q_sample(original_samples.to(dtype), noise.to(dtype), alpha, sigma)
-        return x_t.to(original_samples.dtype)
-
-    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
-        """Return the target of v-prediction for clean samples and their noise; float32 inside."""
-        dtype = compute_dtype(sample)
-        alpha, sigma = self._alpha_sigma(timesteps, sample)
-        v = gaussian.velocity(sample.to(dtype), noise.to(dtype), alpha, sigma)
-        return v.to(sample.dtype)
-
-    def predict_original_sample(
-        self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
-    ) -> torch.Tensor:
-        """Return x_0 as the network's output predicts it, not clipped, (batch, channels, ...)."""
-        output, _ = self._split(model_output.to(compute_dtype(sample)), sample)
-        x_t = sample.to(output.dtype)
-        x_0 = gaussian.predict_x_0(self.config["prediction_type"], output, x_t, *self._alpha_sigma(timesteps, x_t))
-        return x_0.to(sample.dtype)
-
-    def predict_noise(
-        self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the noise in the sample as the network's output predicts it, (batch, channels, ...)."""
-        output, _ = self._split(model_output.to(compute_dtype(sample)), sample)
-        x_t = sample.to(output.dtype)
-        eps = gaussian.predict_eps(self.config["prediction_type"], output, x_t, *self._alpha_sigma(timesteps, x_t))
-        return eps.to(sample.dtype)
-
-    def posterior(self, x_0: torch.Tensor, x_t: torch.Tensor, timesteps: int | torch.Tensor) -> Posterior:
-        """Return q(x_{t-1} | x_t, x_0) of the training chain. Eq. 6 and 7, Ho et al. 2020; float32 inside and out."""
-        dtype = compute_dtype(x_t)
-        coef_x_0 = self.gather("posterior_mean_coef_x_0", timesteps, x_t)
-        coef_x_t = self.gather("posterior_mean_coef_x_t", timesteps, x_t)
-        return Posterior(
-            mean=gaussian.posterior_mean(x_0.to(dtype), x_t.to(dtype), coef_x_0, coef_x_t),
-            variance=self.gather("posterior_variance", timesteps, x_t),
-            log_variance=self.gather("posterior_log_variance", timesteps, x_t),
-        )
-
-    def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the signal-to-noise ratio at each timestep, float32, in the shape and on the device of `timesteps`."""
-        like = torch.empty(timesteps.numel(), device=timesteps.device)
-        return self.gather("snr", timesteps, like).view(timesteps.shape)
-

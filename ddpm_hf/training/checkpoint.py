@@ -5,7 +5,7 @@
         optimizer.safetensors    AdamW's moments, named like the parameters
         trainer_state.json       step, counters, gradient scaler
         config.yaml              the configuration of the run
-        manifest.json            sha256 and size of every file above
+        manifest.json            the step, and sha256 and size of every file above
 
 A checkpoint is written under a temporary name, every file and folder is synced, and it is renamed last, so a kill or a
 power cut at any moment leaves it whole or absent. No file of it is a pickle.
@@ -56,20 +56,23 @@ def write_checkpoint(root: Path, step: int, write_content: Callable[[Path], None
         write_content: Writes all files but the manifest into the folder it is given.
 
     Returns:
-        The checkpoint under its final name.
+        The checkpoint under its final name. A valid one of this step is left as it is, since a step is always the same.
     """
     root.mkdir(parents=True, exist_ok=True)
+    _sync(root.parent)
     remove_unfinished(root)
-    final = root / f"step_{step:08d}"
+    final = root / _name(step)
+    if final.exists():
+        try:
+            return verify_checkpoint(final)
+        except CheckpointError:
+            put_aside(final)
     temporary = root / f"{_TEMPORARY_PREFIX}{final.name}"
     temporary.mkdir()
     try:
         write_content(temporary)
-        _write_manifest(temporary)
+        _write_manifest(temporary, step)
         _sync_tree(temporary)
-        if final.exists():
-            # Only a resume from an older checkpoint gets here; the newer content is as valid as the old one.
-            shutil.rmtree(final)
         temporary.rename(final)
         _sync(root)
     finally:
@@ -83,16 +86,19 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: If the folder is not a checkpoint or any file is missing, damaged, foreign or a link.
     """
-    match = _STEP_NAME.fullmatch(path.name)
-    if match is None:
+    if _STEP_NAME.fullmatch(path.name) is None:
         raise CheckpointError(f"{path.name} is not named like a checkpoint (step_00001000)")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["schema_version"], dict(manifest["files"])
+        if (version := manifest["schema_version"]) != SCHEMA_VERSION:
+            raise CheckpointError(f"it was written by another version (schema {version}, this is {SCHEMA_VERSION})")
+        step, name, files = manifest["step"], _name(manifest["step"]), dict(manifest["files"])
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{MANIFEST} is missing or unreadable") from None
-    if version != SCHEMA_VERSION:
-        raise CheckpointError(f"it was written by another version (schema {version}, this is {SCHEMA_VERSION})")
+    if path.name != name:
+        raise CheckpointError(f"it was renamed: {MANIFEST} says step {step}")
     present = {str(file.relative_to(path)) for file in _files(path)} - {MANIFEST}
     if missing := sorted(set(files) - present):
         raise CheckpointError(f"{missing[0]} is missing")
@@ -101,7 +107,7 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     for name, expected in sorted(files.items()):
         if _describe(path / name) != expected:
             raise CheckpointError(f"{name} is damaged (its sha256 is not the one in {MANIFEST})")
-    return Checkpoint(path, int(match[1]))
+    return Checkpoint(path, step)
 
 
 def find_latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -113,8 +119,8 @@ def find_latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     Raises:
         CheckpointError: If there are checkpoints but none is valid.
     """
-    candidates = sorted((path for path in _checkpoint_dirs(root)), key=_step_of, reverse=True)
-    skipped = []
+    candidates = sorted(_checkpoint_dirs(root), key=_step_of, reverse=True)
+    skipped: list[str] = []
     for path in candidates:
         try:
             return verify_checkpoint(path), skipped
@@ -134,6 +140,11 @@ def put_aside(path: Path) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     path.rename(target)
     return target
+
+
+def _name(step: int) -> str:
+    """Returns the name of the folder of a step."""
+    return f"step_{step:08d}"
 
 
 def prune(root: Path, num_kept: int) -> None:
@@ -157,20 +168,34 @@ def replace_file(path: Path, content: str) -> None:
     temporary.write_text(content, encoding="utf-8")
     _sync(temporary)
     temporary.replace(path)
+    _sync(path.parent)
 
 
 def replace_folder(path: Path, write_content: Callable[[Path], None]) -> None:
-    """Writes a folder beside the old one and exchanges them when it is whole."""
+    """Writes a folder beside the old one and exchanges them when it is whole.
+
+    A kill between the two renames leaves the old folder beside its place; the next call begins by putting it back.
+    """
     temporary, old = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.old")
+    _tidy_up(path, temporary, old)
+    temporary.mkdir(parents=True)
+    try:
+        write_content(temporary)
+        _sync_tree(temporary)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        _sync(path.parent)
+    finally:
+        _tidy_up(path, temporary, old)
+
+
+def _tidy_up(path: Path, temporary: Path, old: Path) -> None:
+    """Puts the old folder back where no new one took its place, and removes the rest."""
+    if old.exists() and not path.exists():
+        old.rename(path)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_content(temporary)
-    _sync_tree(temporary)
-    if path.exists():
-        path.rename(old)
-    temporary.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _checkpoint_dirs(root: Path) -> list[Path]:
@@ -201,14 +226,14 @@ def _describe(path: Path) -> dict[str, object]:
     return {"sha256": digest.hexdigest(), "size": path.stat().st_size}
 
 
-def _write_manifest(folder: Path) -> None:
+def _write_manifest(folder: Path, step: int) -> None:
     """Lists every file, readable by whoever the umask lets read (safetensors writes 0600)."""
     umask = os.umask(0)
     os.umask(umask)
     for file in _files(folder):
         file.chmod(0o666 & ~umask)
     files = {str(file.relative_to(folder)): _describe(file) for file in _files(folder)}
-    content = json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=2)
+    content = json.dumps({"schema_version": SCHEMA_VERSION, "step": step, "files": files}, indent=2)
     (folder / MANIFEST).write_text(content, encoding="utf-8")
 
 

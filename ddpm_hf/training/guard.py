@@ -74,7 +74,8 @@ class StopWatcher:
         if self._pending is not None and self._pending[1] is not None:
             self._pending[1].wait()
         for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            # None stands for a handler that was not installed from Python, which Python cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         """Notes the first signal; obeys a later one at once."""

@@ -58,6 +58,7 @@ class DenoisingLoss:
             float32 losses (batch,), each a mean over the pixels.
         """
         if dropped is not None and class_labels is not None:
+            assert self._null_label is not None, "only a network with a null label has labels to drop"
             class_labels = class_labels.masked_fill(dropped, self._null_label)
         x_t = self._scheduler.add_noise(x_0, noise, timesteps)
         prediction = model(x_t, timesteps, class_labels, return_dict=False)[0].to(torch.float32)

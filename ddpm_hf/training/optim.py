@@ -23,8 +23,9 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainingCo
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
     """Returns the learning rate of optimiser step `step` (counted from 0).
 
-    Linear warm-up reaches the peak at step `learning_rate_warmup_steps` (Ho et al. 2020 warm up over 5000 steps);
-    cosine and linear then fall to 0 at `num_steps`. Neither the number of processes nor gradient accumulation enters.
+    The first `learning_rate_warmup_steps` updates climb linearly, the last of them to the peak (Ho et al. 2020 warm up
+    over 5000); cosine and linear then fall from the peak towards 0, which they would reach at step `num_steps`. Neither
+    the number of processes nor gradient accumulation enters.
     """
     warmup = config.learning_rate_warmup_steps
     if step < warmup:

@@ -31,11 +31,12 @@ def start(config: TrainingConfig) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     accelerator = Accelerator(
-        cpu=config.cpu,
+        # Without this, Accelerate starts several processes on a machine without a GPU as if each were alone.
+        cpu=config.cpu or not torch.accelerator.is_available(),
         mixed_precision=_ACCELERATE_NAMES[config.mixed_precision],
         # The trainer accumulates by itself, so that the loss is a mean over the global batch however it is split.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if config.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         raise ConfigError(
@@ -123,7 +124,7 @@ def share_tensors(tensors: Iterable[torch.Tensor]) -> None:
     """Collective: overwrites tensors with rank 0's."""
     if _world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
+            dist.broadcast(tensor.detach(), 0)
 
 
 def share_named_tensors(tensors: dict[str, torch.Tensor] | None, device: torch.device) -> dict[str, torch.Tensor]:

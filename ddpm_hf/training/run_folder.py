@@ -15,6 +15,8 @@ from ddpm_hf.training.checkpoint import replace_file
 from ddpm_hf.training.guard import RunLock
 
 _MARK = "# A run of ddpm_hf. `ddpm-hf train --config` of this file repeats it.\n"
+# Ours, but no sign that a run was begun: the lock, and a configuration that a kill left half written.
+_TRACES = (".lock", ".config.yaml.writing")
 
 
 class RunFolder:
@@ -29,6 +31,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.pipeline = path / "pipeline"
         self._lock: RunLock | None = None
+        self._made: list[Path] = []
 
     def check(self, resume: str) -> None:
         """Makes the folder, makes sure that it is ours or empty, and holds it for this process.
@@ -40,8 +43,9 @@ class RunFolder:
             ConfigError: If it cannot be written, is in use, or holds something else.
         """
         try:
+            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
-            content = [entry.name for entry in self.path.iterdir() if entry.name != ".lock"]
+            content = self._content()
             if content and not self._is_run():
                 raise ConfigError(
                     f"training.output_dir {self.path} holds something else ({sorted(content)[0]}); choose an empty or "
@@ -59,13 +63,16 @@ class RunFolder:
             ) from None
 
     def release(self) -> None:
-        """Lets other processes use the folder; one that was made for a dry run goes away again."""
+        """Lets other processes use the folder; folders that nothing was written to go away again."""
         if self._lock is None:
             return
+        if not self._content():
+            for name in _TRACES:
+                (self.path / name).unlink(missing_ok=True)
         self._lock.release()
-        if [entry.name for entry in self.path.iterdir()] == [".lock"]:
-            (self.path / ".lock").unlink()
-            self.path.rmdir()
+        for folder in self._made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def write_config(self, content: str) -> None:
         """Writes the resolved configuration, which also marks the folder as a run."""
@@ -74,4 +81,8 @@ class RunFolder:
     def _is_run(self) -> bool:
         """Tells whether the folder was begun by `write_config`."""
         config_path = self.path / "config.yaml"
-        return config_path.is_file() and config_path.read_text(encoding="utf-8").startswith(_MARK)
+        return config_path.is_file() and config_path.read_bytes().startswith(_MARK.encode())
+
+    def _content(self) -> list[str]:
+        """Returns what is in the folder beside traces of a start."""
+        return [entry.name for entry in self.path.iterdir() if entry.name not in _TRACES]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf.training.ema import EMA
@@ -36,11 +37,18 @@ class TrainerState:
 def write_snapshot(
     folder: Path, unet: UNet2DModel, ema: EMA, optimizer: torch.optim.Optimizer, state: TrainerState, config_yaml: str
 ) -> None:
-    """Writes everything a run needs to go on, in files that other programs can read too."""
-    unet.save_pretrained(folder / "unet")
-    with ema.swapped_in(unet):
-        unet.save_pretrained(folder / "ema")
-    save_file(_optimizer_tensors(unet, optimizer), folder / "optimizer.safetensors")
+    """Writes everything a run needs to go on, in files that other programs can read too.
+
+    Raises:
+        OSError: If the disk does not take it.
+    """
+    try:
+        unet.save_pretrained(folder / "unet")
+        with ema.swapped_in(unet):
+            unet.save_pretrained(folder / "ema")
+        save_file(_optimizer_tensors(unet, optimizer), folder / "optimizer.safetensors")
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     (folder / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
     (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
 

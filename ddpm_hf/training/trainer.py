@@ -187,10 +187,12 @@ class Trainer:
         is_last = step == config.training.num_steps
         if step % config.training.log_every_steps == 0 or is_last:
             self._log(progress)
+        interrupted_at = time.monotonic()
         if config.preview.every_steps and (step % config.preview.every_steps == 0 or is_last):
             self._preview()
         if step % config.training.checkpoint_every_steps == 0 or is_last:
             self._save(must_succeed=is_last)
+        self._logged_at += time.monotonic() - interrupted_at  # images/s are those of training alone
 
     def _log(self, progress: "tqdm[object]") -> None:
         """Collective: writes one line of metrics: means since the line before."""

@@ -20,9 +20,10 @@ LONGEST_MODULE, LONGEST_FUNCTION = 350, 60
 MAY_IMPORT: dict[str, set[str]] = {
     "diffusion.noise_schedule": set(),
     "diffusion.gaussian": {"diffusion.noise_schedule"},
-    "diffusion.scheduler": {"diffusion.noise_schedule", "diffusion.gaussian"},
-    "diffusion.conditioning": set(),
+    "diffusion.forward_process": {"diffusion.noise_schedule", "diffusion.gaussian"},
+    "diffusion.scheduler": {"diffusion.noise_schedule", "diffusion.gaussian", "diffusion.forward_process"},
     "diffusion.folder": set(),
+    "diffusion.sampling": set(),
     "diffusion.pipeline": {"diffusion"},
     "diffusion.__init__": {"diffusion"},
     "config": {"config"},
@@ -210,6 +211,13 @@ def test_the_core_runs_without_the_rest_of_the_package(module: str) -> None:
     assert libraries <= LIBRARIES_OF_THE_CORE | {"ddpm_hf"}
     absolute = re.findall(r"^\s*(?:from|import)\s+ddpm_hf\b.*", MODULES[module].read_text(encoding="utf-8"), re.M)
     assert absolute == []
+
+
+def test_the_pipeline_imports_every_file_of_the_core_itself() -> None:
+    """Of a local folder diffusers copies the files that pipeline.py names, not those that these name in turn."""
+    files = {module for module in MODULES if module.startswith("diffusion.")}
+    named = {target.removeprefix("ddpm_hf.") for target, _ in imports("diffusion.pipeline")}
+    assert files - named == {"diffusion.__init__", "diffusion.pipeline"}
 
 
 @every_module

@@ -1,0 +1,209 @@
+"""The parts of a sampling call around its loop: labels and guidance, arguments for any scheduler, images."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+CORE_VERSION = "1.0.0"
+
+ClassLabels = int | str | Iterable[int | str] | torch.Tensor
+
+
+def label_numbers(
+    class_labels: ClassLabels | None,
+    batch_size: int,
+    num_class_embeds: int | None,
+    has_null_label: bool,
+    class_names: Mapping[str, str] | None,
+) -> list[int] | None:
+    """Return one label for each image, None for an unconditional network.
+
+    Args:
+        class_labels: One for all images or one for each: numbers, or names from `class_names`.
+        batch_size: Number of images.
+        num_class_embeds: Labels that the network knows, the null label included.
+        has_null_label: Whether the last of them means "no class".
+        class_names: Names by number, {"0": ...}.
+
+    Raises:
+        ValueError: The labels are missing, superfluous, too few or many, or unknown.
+    """
+    if num_class_embeds is None:
+        if class_labels is not None:
+            raise ValueError("class_labels are given, but the model is unconditional; leave them out.")
+        return None
+    num_classes = num_class_embeds - has_null_label
+    if class_labels is None:
+        raise ValueError(f"The model is class-conditional: pass class_labels, numbers from 0 to {num_classes - 1}.")
+    if isinstance(class_labels, torch.Tensor):
+        class_labels = class_labels.tolist()
+    given = [class_labels] * batch_size if isinstance(class_labels, int | str) else list(class_labels)
+    if len(given) != batch_size:
+        raise ValueError(f"class_labels has {len(given)} entries for batch_size {batch_size}; pass one for each image.")
+    numbers = {name: int(number) for number, name in (class_names or {}).items()}
+    labels = [numbers.get(label, -1) if isinstance(label, str) else int(label) for label in given]
+    for label, number in zip(given, labels, strict=True):
+        if not 0 <= number < num_class_embeds or (not isinstance(label, str) and number != label):
+            null = f", {num_classes} for no class" if has_null_label else ""
+            names = f", or a name: {', '.join(numbers)}" if numbers else ""
+            raise ValueError(f"class_labels has {label!r}; a label is a number 0 to {num_classes - 1}{null}{names}.")
+    return labels
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Labels, (batch,) or, where guided, (2 batch,) with the null label in the second half, and the guidance."""
+
+    labels: torch.Tensor | None
+    guidance_scale: float
+    guidance_rescale: float
+
+    @classmethod
+    def make(
+        cls,
+        labels: list[int] | None,
+        null_label: int | None,
+        guidance_scale: float,
+        guidance_rescale: float,
+        device: torch.device,
+    ) -> "Condition":
+        """Build the tensor of labels.
+
+        Raises:
+            ValueError: Guidance is asked of a model without a null label, or its rescaling is outside [0, 1].
+        """
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale is {guidance_rescale}; it must lie between 0 and 1.")
+        if guidance_scale != 1.0:
+            if labels is None or null_label is None:
+                raise ValueError(
+                    f"guidance_scale is {guidance_scale}, but the model has no null label to guide against; use 1.0,"
+                    " or a model trained with label dropout."
+                )
+            labels = labels + [null_label] * len(labels)
+        tensor = None if labels is None else torch.tensor(labels, device=device)
+        return cls(tensor, guidance_scale, guidance_rescale)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether each step needs the network's opinion without the label too."""
+        return self.guidance_scale != 1.0
+
+    def guide(self, conditional: torch.Tensor, null: torch.Tensor) -> torch.Tensor:
+        """Eq. 6, Ho and Salimans 2022: null + scale (conditional - null); rescaling: section 3.4, Lin et al. 2024."""
+        guided = torch.lerp(null, conditional, self.guidance_scale)
+        if self.guidance_rescale == 0:
+            return guided
+        dims = list(range(1, guided.ndim))
+        ratio = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+        return guided * (self.guidance_rescale * ratio + (1 - self.guidance_rescale))
+
+
+class StepEnd:
+    """What happens after each step: the caller's callback, and the trajectory.
+
+    Args:
+        pipeline: First argument of the callback.
+        callback: (pipeline, step, timestep, tensors) -> None or {"sample": the state to go on from}.
+        tensor_inputs: Names of the tensors that the callback sees.
+        keep_states: Whether to remember the states.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        callback: Callable[..., dict[str, torch.Tensor] | None] | None,
+        tensor_inputs: list[str],
+        keep_states: bool,
+    ) -> None:
+        self.tensor_inputs = tensor_inputs
+        self._pipeline = pipeline
+        self._callback = callback
+        self._states: list[torch.Tensor] | None = [] if keep_states else None
+
+    def __call__(self, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the state to go on from."""
+        sample = tensors["sample"]
+        if self._callback is not None:
+            shown = {name: tensors[name] for name in self.tensor_inputs}
+            sample = (self._callback(self._pipeline, step, t, shown) or {}).get("sample", sample)
+        self.keep(sample)
+        return sample
+
+    def keep(self, sample: torch.Tensor) -> None:
+        """Remember a state, on the CPU, if the trajectory is wanted."""
+        if self._states is not None:
+            self._states.append(sample.cpu())
+
+    def trajectory(self) -> torch.Tensor | None:
+        """Return the states mapped to [0, 1], (steps + 1, batch, channels, height, width)."""
+        return None if self._states is None else to_unit_range(torch.stack(self._states))
+
+
+def step_arguments(
+    scheduler: Any, generator: torch.Generator | list[torch.Generator] | None, eta: float | None
+) -> dict[str, Any]:
+    """Return the keyword arguments that this scheduler's `step` takes.
+
+    Raises:
+        ValueError: An eta is given and the scheduler has none.
+    """
+    accepted = inspect.signature(scheduler.step).parameters
+    arguments: dict[str, Any] = {"generator": generator} if "generator" in accepted else {}
+    if eta is not None:
+        if "eta" not in accepted:
+            raise ValueError(f"eta is {eta}, but {type(scheduler).__name__} has no eta; leave it out.")
+        arguments["eta"] = eta
+    return arguments
+
+
+def start_run(
+    scheduler: Any,
+    device: torch.device,
+    num_inference_steps: int | None,
+    timesteps: list[int] | None,
+    timestep_spacing: str | None,
+) -> None:
+    """Set the scheduler's timesteps, as many as in training unless told otherwise.
+
+    Raises:
+        ValueError: The scheduler does not take what is asked for.
+    """
+    if num_inference_steps is None and timesteps is None:
+        num_inference_steps = scheduler.config["num_train_timesteps"]
+    requested = {
+        "num_inference_steps": num_inference_steps,
+        "timesteps": timesteps,
+        "timestep_spacing": timestep_spacing,
+    }
+    arguments = {name: value for name, value in requested.items() if value is not None}
+    unknown = arguments.keys() - inspect.signature(scheduler.set_timesteps).parameters.keys()
+    if unknown:
+        raise ValueError(
+            f"{type(scheduler).__name__} takes no {' and no '.join(sorted(unknown))}; leave it out, or use"
+            " GaussianDiffusionScheduler.from_config(pipe.scheduler.config)."
+        )
+    scheduler.set_timesteps(device=device, **arguments)
+
+
+def to_unit_range(sample: torch.Tensor) -> torch.Tensor:
+    """Map [-1, 1] to [0, 1], clipped, in float32."""
+    return (sample / 2 + 0.5).clamp(0, 1).float()
+
+
+def to_images(sample: torch.Tensor, output_type: str) -> Any:
+    """Convert x_0, (batch, channels, height, width) in [-1, 1], to one of the pipeline's output types."""
+    images = to_unit_range(sample)
+    if output_type == "pt":
+        return images
+    images = images.permute(0, 2, 3, 1)
+    if output_type == "np":
+        return images.cpu().numpy()
+    pixels = (images * 255).round().to(torch.uint8).cpu().numpy()
+    if output_type == "uint8":
+        return pixels
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]

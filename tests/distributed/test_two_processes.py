@@ -1,0 +1,77 @@
+"""Two processes on the CPU, started by torchrun as a user would."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_hf.cli import train
+from tests.conftest import REPOSITORY, process_environment, run_arguments, run_process
+from tests.integration.test_training import assert_same_run, metrics_of, tensors_of
+
+pytestmark = pytest.mark.distributed
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_ddpm.py")
+
+
+@pytest.fixture(scope="module")
+def two_process_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run as 2 x 4."""
+    output_dir = tmp_path_factory.mktemp("runs") / "two"
+    result = run_process([*TORCHRUN, *run_arguments(output_dir)])
+    assert result.returncode == 0, result.stderr
+    return output_dir
+
+
+def test_one_loss_curve_from_one_process_and_from_two(two_process_run: Path, tmp_path: Path) -> None:
+    """To 1e-5: only the order of float32 additions differs."""
+    assert train(run_arguments(tmp_path / "one")) == 0
+    losses = [[row["loss"] for row in metrics_of(run)] for run in (tmp_path / "one", two_process_run)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-5)
+    one, two = (tensors_of(run / "checkpoints" / "step_00000006") for run in (tmp_path / "one", two_process_run))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5)
+
+
+def test_two_processes_stopped_through_one_of_them_continue_bit_identically(
+    two_process_run: Path, tmp_path: Path
+) -> None:
+    """The launcher passes SIGTERM on; both ranks save the same step and exit; the same command goes on exactly."""
+    command = [sys.executable, *TORCHRUN, *run_arguments(tmp_path / "run"), "--training.num_steps", "4000"]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=process_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    output, _ = process.communicate(timeout=120)
+    stopped_at = int(output.split("Stopped by a signal at step ")[1].split(";")[0])
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert newest.name == f"step_{stopped_at:08d}"
+    num_steps = str(stopped_at + 2)
+    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run", training__num_steps=num_steps)])
+    assert result.returncode == 0, result.stderr
+    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "whole", training__num_steps=num_steps)])
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "run", stopped_at + 2)
+
+
+def test_a_users_mistake_is_told_once_and_no_rank_hangs(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run")], timeout=100)
+    assert result.returncode != 0
+    assert result.stderr.count("error: training.output_dir") == 1
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused_with_numbers_that_work(tmp_path: Path) -> None:
+    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run", training__train_batch_size=9)], timeout=100)
+    assert "train_batch_size 9 is not a multiple of 2 processes x micro_batch_size 4; use 8 or 16." in result.stderr
+
+

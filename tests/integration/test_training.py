@@ -1,0 +1,298 @@
+"""A run from the command line to the saved pipeline, and a run that is stopped and continued."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from safetensors.torch import load_file
+
+from ddpm_hf import GaussianDiffusionPipeline
+from ddpm_hf.cli import train
+from ddpm_hf.training import trainer as trainer_module
+from ddpm_hf.training.checkpoint import find_latest
+from ddpm_hf.training.guard import RunLock
+from ddpm_hf.training.objective import DenoisingLoss
+from ddpm_hf.training.trainer import Trainer
+from tests.conftest import run_arguments
+
+# Everything that draws random numbers, so that a resume has to get all of them right.
+EVERYTHING_RANDOM = {
+    "model__overrides": {
+        "block_out_channels": [8, 16],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "dropout": 0.1,
+    },
+    "objective__class_dropout": 0.2,
+    "data__random_flip": True,
+    "training__micro_batch_size": 4,
+    "training__log_every_steps": 4,
+}
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Returns every tensor of a checkpoint, named by file and key."""
+    files = ("unet/diffusion_pytorch_model", "ema/diffusion_pytorch_model", "optimizer")
+    return {f"{file}:{key}": value for file in files for key, value in load_file(checkpoint / f"{file}.safetensors").items()}
+
+
+def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
+    """Returns the metrics without the one column that tells the time."""
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """Compares two runs bit by bit."""
+    expected, found = (tensors_of(path / "checkpoints" / f"step_{step:08d}") for path in (one, other))
+    assert expected.keys() == found.keys()
+    different = [key for key in expected if not torch.equal(expected[key], found[key])]
+    assert not different
+    assert metrics_of(one) == metrics_of(other)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole tiny run with preview, evaluation and report."""
+    output_dir = tmp_path_factory.mktemp("runs") / "finished"
+    arguments = run_arguments(
+        output_dir,
+        data__validation_fraction=0.1,
+        preview__every_steps=3,
+        preview__num_images=20,
+        preview__num_inference_steps=2,
+        evaluation__num_samples=20,
+        evaluation__num_inference_steps=3,
+        evaluation__recognition=True,
+    )
+    assert train(arguments) == 0
+    return output_dir
+
+
+def test_a_run_leaves_everything_it_promises(finished_run: Path) -> None:
+    expected = {
+        *("README.md", "checkpoints", "config.yaml", "denoising.gif", "denoising.png", "evaluation.json", "loss.png"),
+        *("metrics.jsonl", "pipeline", "previews", "samples.png", ".lock"),
+    }
+    assert {path.name for path in finished_run.iterdir()} == expected
+    assert sorted(path.name for path in (finished_run / "previews").iterdir()) == ["step_00000003.png", "step_00000006.png"]
+    assert sorted(path.name for path in (finished_run / "checkpoints").iterdir()) == [
+        "step_00000002",
+        "step_00000004",
+        "step_00000006",
+    ]
+    assert [row["step"] for row in metrics_of(finished_run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_saved_pipeline_holds_the_averaged_weights(finished_run: Path) -> None:
+    published = load_file(finished_run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    checkpoint = finished_run / "checkpoints" / "step_00000006"
+    averaged = load_file(checkpoint / "ema" / "diffusion_pytorch_model.safetensors")
+    trained = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(published[key], averaged[key]) for key in averaged)
+    assert any(not torch.equal(published[key], trained[key]) for key in trained)
+
+
+def test_the_saved_pipeline_samples_the_classes_by_name(finished_run: Path) -> None:
+    pipeline = GaussianDiffusionPipeline.from_pretrained(finished_run / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, class_labels=["3", "7"], num_inference_steps=2, output_type="uint8").images
+    assert images.shape == (2, 8, 8, 1)
+    assert images.dtype == np.uint8
+
+
+def test_the_saved_pipeline_is_a_stock_pipeline_to_diffusers(finished_run: Path) -> None:
+    assert type(DDPMPipeline.from_pretrained(finished_run / "pipeline")) is DDPMPipeline
+
+
+def test_the_report_says_how_many_samples_were_recognised(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = json.loads((finished_run / "evaluation.json").read_text())
+    assert evaluation["num_samples"] == 20
+    assert 0.0 <= evaluation["recognised"] <= 1.0
+    assert "samples.png" in (finished_run / "README.md").read_text()
+
+
+def stop_with_signal_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the process receive SIGTERM in the middle of optimiser step `step` (counted from 1)."""
+    train_step = Trainer._train_step
+
+    def train_step_with_signal(self: Trainer, current: int) -> None:
+        if current + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train_step(self, current)
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step_with_signal)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that the stopped ones are compared with."""
+    output_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert train(run_arguments(output_dir, **EVERYTHING_RANDOM)) == 0
+    return output_dir
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_a_stopped_and_continued_run_is_bit_identical_to_one_that_never_stopped(
+    step: int, uninterrupted_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact: weights, average, optimiser and metrics, with dropout, flips, label drops and accumulation switched on.
+
+    The steps lie on a checkpoint, between checkpoints and between two lines of metrics.
+    """
+    arguments = run_arguments(tmp_path / "run", **EVERYTHING_RANDOM)
+    with monkeypatch.context() as patch:
+        stop_with_signal_after(step, patch)
+        assert train(arguments) == 143
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert newest.name == f"step_{step:08d}"
+    assert train(arguments) == 0
+    assert_same_run(uninterrupted_run, tmp_path / "run", 6)
+
+
+def test_a_run_continues_from_the_last_valid_checkpoint_when_the_newest_is_damaged(
+    uninterrupted_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted_run, run)
+    weights = run / "checkpoints" / "step_00000006" / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert train(run_arguments(run, **EVERYTHING_RANDOM)) == 0
+    assert "step_00000006: unet/diffusion_pytorch_model.safetensors is damaged" in caplog.text
+    assert (run / "checkpoints" / "damaged-step_00000006").is_dir()
+    assert_same_run(uninterrupted_run, run, 6)
+
+
+def test_a_run_refuses_to_start_over_when_no_checkpoint_is_valid(
+    uninterrupted_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted_run, run)
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "optimizer.safetensors").unlink()
+    before = metrics_of(run)
+    assert train(run_arguments(run, **EVERYTHING_RANDOM)) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    assert metrics_of(run) == before
+
+
+def test_a_finished_run_started_again_trains_no_step(uninterrupted_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted_run, run)
+    assert train(run_arguments(run, **EVERYTHING_RANDOM)) == 0
+    assert_same_run(uninterrupted_run, run, 6)
+
+
+def test_a_run_is_not_continued_with_settings_that_its_checkpoint_contradicts(
+    uninterrupted_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted_run, run)
+    assert train(run_arguments(run, **EVERYTHING_RANDOM, training__seed=1)) == 2
+    assert "training.seed was 0, is 1" in capsys.readouterr().err
+
+
+def test_a_changed_setting_that_can_be_continued_with_is_named(
+    uninterrupted_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted_run, run)
+    assert train(run_arguments(run, **EVERYTHING_RANDOM, training__num_steps=7)) == 0
+    assert "Continuing with a changed setting: training.num_steps was 6, is 7" in caplog.text
+    assert metrics_of(run)[-1]["step"] == 7
+
+
+def test_the_loss_does_not_depend_on_how_the_batch_is_accumulated(tmp_path: Path) -> None:
+    """To 1e-5: only the order of float32 additions differs."""
+    losses = {}
+    for micro_batch_size in (8, 4, 1):
+        run = tmp_path / f"run_{micro_batch_size}"
+        assert train(run_arguments(run, training__micro_batch_size=micro_batch_size)) == 0
+        losses[micro_batch_size] = [row["loss"] for row in metrics_of(run)]
+    np.testing.assert_allclose(losses[4], losses[8], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses[1], losses[8], rtol=0, atol=1e-5)
+
+
+def test_a_non_finite_gradient_skips_the_update_and_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit: weights, average and moments after the poisoned step are those before it."""
+    poison_loss_at(3, monkeypatch)
+    run = tmp_path / "run"
+    arguments = run_arguments(run, training__checkpoint_every_steps=1, training__num_checkpoints_kept=9)
+    assert train(arguments) == 0
+    before, after = (tensors_of(run / "checkpoints" / f"step_0000000{step}") for step in (2, 3))
+    assert not [key for key in before if not torch.equal(before[key], after[key])]
+    assert [row["num_skipped_updates"] for row in metrics_of(run)] == [0, 0, 1, 1, 1, 1]
+    assert metrics_of(run)[2]["loss"] is None
+
+
+def test_training_that_stays_non_finite_stops_with_code_3_and_keeps_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison_loss_at(range(3, 99), monkeypatch)
+    run = tmp_path / "run"
+    assert train(run_arguments(run, training__num_steps=20, training__max_consecutive_nonfinite=3)) == 3
+    assert "not finite in 3 updates in a row" in capsys.readouterr().err
+    latest, skipped = find_latest(run / "checkpoints")
+    assert latest is not None
+    assert not skipped
+    assert all(torch.isfinite(value).all() for value in tensors_of(latest.path).values())
+
+
+def poison_loss_at(steps: int | range, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the loss NaN in some optimiser steps (counted from 1)."""
+    loss = DenoisingLoss.__call__
+    calls = iter(range(1, 100))
+
+    def poisoned(self: DenoisingLoss, *arguments: Any) -> torch.Tensor:
+        is_poisoned = next(calls) in ([steps] if isinstance(steps, int) else steps)
+        return loss(self, *arguments) * (float("nan") if is_poisoned else 1.0)
+
+    monkeypatch.setattr(DenoisingLoss, "__call__", poisoned)
+
+
+def test_a_full_disk_leaves_the_older_checkpoints_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = trainer_module.write_snapshot
+
+    def write_or_fail(folder: Path, *arguments: Any) -> None:
+        write(folder, *arguments)
+        if folder.name.endswith("step_00000004"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer_module, "write_snapshot", write_or_fail)
+    run = tmp_path / "run"
+    assert train(run_arguments(run)) == 0
+    assert "step 4 could not be written (No space left on device)" in caplog.text
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert train(run_arguments(run)) == 0
+    lock = RunLock(run)
+    assert train(run_arguments(run)) == 2
+    assert "another process is training" in capsys.readouterr().err
+    lock.release()
+
+
+def test_unconditional_training_needs_no_labels(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    changes = {"data__source": tmp_path / "images.npy", "model__class_conditional": False}
+    assert train(run_arguments(tmp_path / "run", **changes)) == 0
+    assert GaussianDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").num_channels == 3

@@ -1,0 +1,70 @@
+"""The pipeline against the stock pipelines, on the same weights and seed."""
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from ddpm_hf.diffusion import GaussianDiffusionPipeline
+
+
+def unet(sample_size: int | tuple[int, int] = 8, channels: int = 3, out_channels: int = 3) -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=sample_size,
+        in_channels=channels,
+        out_channels=out_channels,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+
+
+def images(pipe, **arguments) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(batch_size=2, num_inference_steps=20, generator=generator, output_type="pt", **arguments).images
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
+def test_ancestral_images_are_those_of_the_stock_pipeline(prediction_type: str, variance_type: str) -> None:
+    """Float32 tables of stock: 1e-5 a step, 20 steps, and the network between them; 1e-3 of the range."""
+    network = unet(out_channels=6 if variance_type == "learned_range" else 3)
+    scheduler = DDPMScheduler(prediction_type=prediction_type, variance_type=variance_type)
+    stock = images(DDPMPipeline(network, DDPMScheduler.from_config(scheduler.config)))
+    native = images(GaussianDiffusionPipeline(network, scheduler))
+    torch.testing.assert_close(native, stock, rtol=0, atol=1e-3)
+
+
+def test_deterministic_images_are_those_of_the_stock_ddim_pipeline() -> None:
+    """Its images come as numpy. Float32 tables as above; 1e-3 of the range."""
+    network = unet()
+    stock = DDIMPipeline(network, DDIMScheduler())
+    stock.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    expected = stock(2, generator, 0.0, 20, use_clipped_model_output=True, output_type="np").images
+    native = images(GaussianDiffusionPipeline(network, DDPMScheduler()), eta=0.0)
+    torch.testing.assert_close(native.permute(0, 2, 3, 1), torch.from_numpy(expected), rtol=0, atol=1e-3)
+
+
+def test_oblong_grayscale_images_are_those_of_the_stock_pipeline() -> None:
+    """As above, 1e-3 of the range."""
+    network = unet(sample_size=(8, 12), channels=1, out_channels=1)
+    stock = images(DDPMPipeline(network, DDPMScheduler()))
+    native = images(GaussianDiffusionPipeline(network, DDPMScheduler()))
+    assert native.shape == (2, 1, 8, 12)
+    torch.testing.assert_close(native, stock, rtol=0, atol=1e-3)
+
+
+def test_a_list_of_generators_draws_what_the_stock_pipeline_draws() -> None:
+    """As above, 1e-3 of the range."""
+    network = unet()
+    results = []
+    for pipe in (DDPMPipeline(network, DDPMScheduler()), GaussianDiffusionPipeline(network, DDPMScheduler())):
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in (5, 3)]
+        results.append(pipe(2, num_inference_steps=10, generator=generators, output_type="pt").images)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-3)

@@ -1,0 +1,222 @@
+"""The saved folder: its index, its code, and what may not be in it."""
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from oracles import seeded, tiny_unet
+
+import ddpm_hf.diffusion
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.pipeline import PORTABLE_FILES
+
+CORE = Path(inspect.getfile(ddpm_hf.diffusion)).parent
+LIST_FORM = ["pipeline", "GaussianDiffusionPipeline"]
+
+
+def save(folder: Path, unet: UNet2DModel | None = None, scheduler: Any = None, **extras: Any) -> dict[str, Any]:
+    """Save a pipeline of tiny parts and return its index."""
+    pipe = GaussianDiffusionPipeline(unet or tiny_unet(), scheduler or GaussianDiffusionScheduler(), **extras)
+    pipe.save_pretrained(folder)
+    return json.loads((folder / "model_index.json").read_text())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def images(pipe: Any, **arguments: Any) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(batch_size=2, num_inference_steps=5, generator=seeded(), output_type="pt", **arguments).images
+
+
+def test_a_plain_model_names_only_classes_of_diffusers(tmp_path: Path) -> None:
+    index = save(tmp_path)
+    assert index == {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    assert json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "DDPMScheduler"
+    assert set(contents(tmp_path)) == {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        *PORTABLE_FILES,
+    }
+
+
+def test_the_code_in_the_folder_is_the_code_that_wrote_it(tmp_path: Path) -> None:
+    save(tmp_path)
+    for name in PORTABLE_FILES:
+        assert (tmp_path / name).read_bytes() == (CORE / name).read_bytes()
+
+
+def test_a_loaded_folder_saves_itself_again_byte_for_byte_and_without_its_path(tmp_path: Path) -> None:
+    save(
+        tmp_path / "first",
+        tiny_unet(num_class_embeds=3),
+        GaussianDiffusionScheduler.create(beta_schedule="sigmoid", prediction_type="v"),
+        class_names={"0": "cat", "1": "dog"},
+        has_null_label=True,
+    )
+    GaussianDiffusionPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+    assert not any(str(tmp_path).encode() in content for content in contents(tmp_path / "second").values())
+
+
+def test_what_stock_folders_lack_is_written_only_where_true_and_read_back(tmp_path: Path) -> None:
+    names = {"0": "cat", "1": "dog"}
+    index = save(tmp_path, tiny_unet(num_class_embeds=3), class_names=names, has_null_label=True)
+    assert index["class_names"] == names
+    assert index["has_null_label"] is True
+    assert "self_conditioned" not in index
+    loaded = GaussianDiffusionPipeline.from_pretrained(tmp_path)
+    expected = GaussianDiffusionPipeline(
+        tiny_unet(num_class_embeds=3), GaussianDiffusionScheduler(), class_names=names, has_null_label=True
+    )
+    arguments = {"class_labels": ["dog", "cat"], "guidance_scale": 2.0}
+    assert torch.equal(images(loaded, **arguments), images(expected, **arguments))
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("unet", "scheduler", "extras"),
+    [
+        ({"in_channels": 6}, ("GaussianDiffusionScheduler", {}), {"self_conditioned": True}),
+        ({"out_channels": 6}, ("GaussianDiffusionScheduler", {"variance_type": "learned"}), {}),
+        ({"out_channels": 6}, ("DDIMScheduler", {}), {}),
+        ({}, ("EulerDiscreteScheduler", {}), {}),
+        ({}, ("UniPCMultistepScheduler", {}), {}),
+    ],
+)
+def test_what_the_stock_pipeline_would_sample_wrongly_asks_for_the_code(
+    tmp_path: Path, unet: dict, scheduler: tuple[str, dict], extras: dict
+) -> None:
+    """The list form: stock refuses it without consent, the installed class loads it without."""
+    name, config = scheduler
+    native = GaussianDiffusionScheduler(**config)
+    used = native if name == "GaussianDiffusionScheduler" else getattr(diffusers, name).from_config(native.config)
+    index = save(tmp_path, tiny_unet(**unet), used, **extras)
+    assert index["_class_name"] == LIST_FORM
+    for stock in (DiffusionPipeline, DDPMPipeline):
+        with pytest.raises(ValueError, match="Pass `trust_remote_code=True`"):
+            stock.from_pretrained(tmp_path)
+    loaded = GaussianDiffusionPipeline.from_pretrained(tmp_path)
+    expected = GaussianDiffusionPipeline(tiny_unet(**unet), used, **extras)
+    assert torch.equal(images(loaded), images(expected))
+
+
+@pytest.mark.parametrize(
+    ("unet", "scheduler"),
+    [
+        ({"num_class_embeds": 3}, GaussianDiffusionScheduler()),
+        ({"out_channels": 6}, GaussianDiffusionScheduler(variance_type="learned_range")),
+        ({}, DDIMScheduler()),
+    ],
+)
+def test_what_the_stock_pipeline_runs_or_refuses_keeps_the_stock_index(
+    tmp_path: Path, unet: dict, scheduler: Any
+) -> None:
+    index = save(tmp_path, tiny_unet(**unet), scheduler)
+    assert index["_class_name"] == "DDPMPipeline"
+    stock = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock) is DDPMPipeline
+    if "num_class_embeds" in unet:
+        with pytest.raises(ValueError, match="class_labels should be provided"):
+            images(stock)
+    else:
+        assert bool(images(stock).isfinite().all())
+
+
+def test_a_foreign_scheduler_stays_itself(tmp_path: Path) -> None:
+    index = save(tmp_path, scheduler=DDIMScheduler())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert type(GaussianDiffusionPipeline.from_pretrained(tmp_path).scheduler) is DDIMScheduler
+
+
+def test_half_precision_weights_can_be_saved_beside_the_others(tmp_path: Path) -> None:
+    save(tmp_path)
+    half = GaussianDiffusionPipeline(tiny_unet().half(), GaussianDiffusionScheduler())
+    half.save_pretrained(tmp_path, variant="fp16")
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    loaded = GaussianDiffusionPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+    assert loaded.unet.dtype == torch.float16
+    assert torch.equal(images(loaded), images(half))
+
+
+def test_pickled_weights_are_read_only_when_asked_for(tmp_path: Path) -> None:
+    GaussianDiffusionPipeline(tiny_unet(), GaussianDiffusionScheduler()).save_pretrained(
+        tmp_path, safe_serialization=False
+    )
+    with pytest.raises(ValueError, match="use_safetensors=False"):
+        GaussianDiffusionPipeline.from_pretrained(tmp_path)
+    loaded = GaussianDiffusionPipeline.from_pretrained(tmp_path, use_safetensors=False)
+    assert torch.equal(images(loaded), images(GaussianDiffusionPipeline(tiny_unet(), GaussianDiffusionScheduler())))
+
+
+def test_other_load_errors_are_those_of_diffusers(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="model_index.json"):
+        GaussianDiffusionPipeline.from_pretrained(tmp_path)
+    save(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(Exception, match="(?i)incomplete|unable to load") as failure:
+        GaussianDiffusionPipeline.from_pretrained(tmp_path)
+    assert "use_safetensors" not in str(failure.value)
+
+
+def test_a_pipeline_is_made_from_a_stock_one_and_saved_without_traces_of_it(tmp_path: Path) -> None:
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "stock")
+    stock = DDPMPipeline.from_pretrained(tmp_path / "stock")
+    pipe = GaussianDiffusionPipeline.from_pipe(stock)
+    assert type(pipe.scheduler) is GaussianDiffusionScheduler
+    pipe.save_pretrained(tmp_path / "ours")
+    index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
+    assert index == json.loads((tmp_path / "stock" / "model_index.json").read_text())
+
+
+# The code that travels
+
+
+def test_the_files_that_travel_are_those_of_the_core() -> None:
+    assert set(PORTABLE_FILES) == {path.name for path in CORE.glob("*.py")} - {"__init__.py"}
+
+
+def test_pipeline_names_every_other_file_of_the_core() -> None:
+    """Diffusers copies from a local folder the files that pipeline.py names, not those that they name."""
+    tree = ast.parse((CORE / "pipeline.py").read_text())
+    named = {f"{node.module}.py" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+    assert named == set(PORTABLE_FILES) - {"pipeline.py"}
+
+
+@pytest.mark.parametrize("name", PORTABLE_FILES)
+def test_each_file_carries_the_version_and_imports_nothing_of_the_package(name: str) -> None:
+    """Diffusers finds imports by a regular expression, in docstrings too."""
+    text = (CORE / name).read_text()
+    assert f'CORE_VERSION = "{ddpm_hf.diffusion.pipeline.CORE_VERSION}"' in text
+    modules = re.findall(r"^\s*(?:from|import)\s+(\S+)", text, re.MULTILINE)
+    libraries = {module.split(".")[0] for module in modules if not module.startswith(".")}
+    assert "ddpm_hf" not in libraries
+
+
+def test_files_of_another_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As happens when a second folder is loaded in one process: only its pipeline.py is executed anew."""
+    package = tmp_path / "mixed_core"
+    shutil.copytree(CORE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    older = (package / "scheduler.py").read_text().replace('CORE_VERSION = "', 'CORE_VERSION = "0.')
+    (package / "scheduler.py").write_text(older)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="Restart Python before loading this one, or install ddpm_hf"):
+        importlib.import_module("mixed_core")

@@ -1,0 +1,104 @@
+"""The equations undo each other, for numbers and for tensors of coefficients, and match torch's own distributions."""
+
+import math
+
+import pytest
+import torch
+from oracles import seeded
+
+from ddpm_hf.diffusion import gaussian
+from ddpm_hf.diffusion.noise_schedule import NoiseSchedule, make_betas
+
+ALPHA_BARS = (0.9999, 0.5, 4e-5)
+
+
+def pair(alpha_bar: float, as_tensor: bool):
+    """(alpha, sigma) as floats or as tensors that broadcast."""
+    alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    if not as_tensor:
+        return alpha, sigma
+    return torch.full((4, 1, 1), alpha, dtype=torch.float64), torch.full((4, 1, 1), sigma, dtype=torch.float64)
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(2, *shape, dtype=torch.float64, generator=seeded())
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("alpha_bar", ALPHA_BARS)
+def test_conversions_recover_data_and_noise(alpha_bar: float, as_tensor: bool) -> None:
+    """Float64 rounding, amplified by 1 / alpha <= 160."""
+    x_0, eps = draw(4, 3, 3)
+    coefficients = pair(alpha_bar, as_tensor)
+    x_t = gaussian.q_sample(x_0, eps, *coefficients)
+    v = gaussian.velocity(x_0, eps, *coefficients)
+    torch.testing.assert_close(gaussian.x_0_from_eps(x_t, eps, *coefficients), x_0, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gaussian.x_0_from_v(x_t, v, *coefficients), x_0, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gaussian.eps_from_x_0(x_t, x_0, *coefficients), eps, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gaussian.eps_from_v(x_t, v, *coefficients), eps, rtol=0, atol=1e-12)
+    for prediction_type, output in (("epsilon", eps), ("sample", x_0), ("v_prediction", v)):
+        recovered_x_0 = gaussian.predict_x_0(prediction_type, output, x_t, *coefficients)
+        recovered_eps = gaussian.predict_eps(prediction_type, output, x_t, *coefficients)
+        torch.testing.assert_close(recovered_x_0, x_0, rtol=0, atol=1e-12)
+        torch.testing.assert_close(recovered_eps, eps, rtol=0, atol=1e-12)
+
+
+def test_velocity_is_the_derivative_of_x_t_along_the_angle() -> None:
+    """With alpha = cos(phi), sigma = sin(phi), v = d x_t / d phi (Salimans and Ho 2022); central difference, O(h^2)."""
+    x_0, eps = draw(4)
+    phi, h = 0.7, 1e-5
+    after, before = (gaussian.q_sample(x_0, eps, math.cos(p), math.sin(p)) for p in (phi + h, phi - h))
+    v = gaussian.velocity(x_0, eps, math.cos(phi), math.sin(phi))
+    torch.testing.assert_close((after - before) / (2 * h), v, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_reverse_mean_is_equation_12_of_ddim_and_at_eta_1_equation_7_of_ddpm(eta: float) -> None:
+    """Float64 rounding."""
+    schedule = NoiseSchedule.from_betas(make_betas("linear"))
+    x_0, eps = draw(4)
+    for step in schedule.transitions([999, 600, 3, 2, 0]):
+        alpha, sigma = math.sqrt(step.alpha_bar), math.sqrt(1 - step.alpha_bar)
+        x_t = gaussian.q_sample(x_0, eps, alpha, sigma)
+        mean = gaussian.posterior_mean(x_0, x_t, *gaussian.reverse_mean_coefficients(step, eta))
+        deviation = eta**2 * step.posterior_variance
+        expected = math.sqrt(step.alpha_bar_prev) * x_0 + math.sqrt(1 - step.alpha_bar_prev - deviation) * eps
+        torch.testing.assert_close(mean, expected, rtol=0, atol=1e-12)
+    for t in (1, 2, 500, 999):
+        step = schedule.transitions([t, t - 1])[0]
+        coef_x_0, coef_x_t = gaussian.reverse_mean_coefficients(step, 1.0)
+        assert coef_x_0 == pytest.approx(schedule.posterior_mean_coef_x_0[t].item(), rel=1e-8)
+        assert coef_x_t == pytest.approx(schedule.posterior_mean_coef_x_t[t].item(), rel=1e-8)
+
+
+def test_kl_is_that_of_torch_distributions() -> None:
+    """Float64 rounding; 0 for equal Gaussians exactly."""
+    mean_1, mean_2 = draw(5)
+    log_variance_1, log_variance_2 = draw(5) - 1
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean_1, torch.exp(log_variance_1 / 2)),
+        torch.distributions.Normal(mean_2, torch.exp(log_variance_2 / 2)),
+    )
+    torch.testing.assert_close(gaussian.normal_kl(mean_1, log_variance_1, mean_2, log_variance_2), expected)
+    assert gaussian.normal_kl(mean_1, log_variance_1, mean_1, log_variance_1).abs().max().item() == 0
+
+
+def test_learned_range_interpolates_between_its_bounds() -> None:
+    """Ends exact up to float64 rounding."""
+    v = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+    log_variance = gaussian.interpolated_log_variance(v, -9.0, -3.0)
+    assert log_variance.tolist() == pytest.approx([-9.0, -6.0, -3.0], rel=1e-15)
+    mean, noise = draw(3)
+    noisy = gaussian.add_learned_noise(mean, noise, v, -9.0, -3.0, eta=0.5)
+    torch.testing.assert_close(noisy, mean + 0.5 * torch.exp(log_variance / 2) * noise)
+
+
+def test_dynamic_threshold_scales_each_sample_by_its_own_quantile() -> None:
+    """A sample inside [-1, 1] is left alone; one outside is clipped to its quantile and divided by it, at most 2 here."""
+    inside, outside = torch.linspace(-0.5, 0.5, 101), torch.linspace(-4, 4, 101)
+    result = gaussian.dynamic_threshold(torch.stack([inside, outside]), ratio=0.9, max_value=2.0)
+    torch.testing.assert_close(result[0], inside, rtol=0, atol=0)
+    torch.testing.assert_close(result[1], outside.clamp(-2, 2) / 2, rtol=0, atol=0)
+    limit = outside.abs().quantile(0.9)
+    unlimited = gaussian.dynamic_threshold(outside[None], ratio=0.9, max_value=10.0)[0]
+    torch.testing.assert_close(unlimited, outside.clamp(-limit, limit) / limit)

@@ -1,0 +1,54 @@
+"""The embedded data set is what its script says it is, and opens like any other."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+DATA_DIR = Path(__file__).parents[2] / "data"
+DIGITS_PATH = DATA_DIR / "digits.parquet"
+
+
+@pytest.fixture(scope="module")
+def make_digits() -> ModuleType:
+    """The script, imported from its file, since it is not part of the package."""
+    pytest.importorskip("sklearn")
+    spec = importlib.util.spec_from_file_location("make_digits", DATA_DIR / "make_digits.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_file_holds_what_the_script_makes(make_digits: ModuleType) -> None:
+    """PNG bytes, names, labels and feature types; the images are stored uncompressed, so no zlib version shows."""
+    assert pq.read_table(DIGITS_PATH).equals(make_digits.digits_table(), check_metadata=True)
+
+
+def test_the_script_writes_the_same_bytes_again(make_digits: ModuleType, tmp_path: Path) -> None:
+    """Another pyarrow may lay out the same table in other bytes, so the committed file is compared under its own."""
+    for name in ("one", "two"):
+        make_digits.write_digits(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    if pq.read_metadata(DIGITS_PATH).created_by.endswith(pa.__version__):
+        assert (tmp_path / "one").read_bytes() == DIGITS_PATH.read_bytes()
+
+
+def test_the_file_opens_with_datasets_and_decodes_to_the_original_digits(tmp_path: Path) -> None:
+    load_digits = pytest.importorskip("sklearn.datasets").load_digits
+    digits = datasets.load_dataset("parquet", data_files=str(DIGITS_PATH), split="train", cache_dir=str(tmp_path))
+    assert digits.features == datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=[str(digit) for digit in range(10)])
+    )
+    assert {image.mode for image in digits["image"]} == {"L"}
+    pixels = np.stack([np.asarray(image) for image in digits["image"]])
+    original = load_digits()
+    assert pixels.dtype == np.uint8
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    np.testing.assert_array_equal(np.rint(pixels * (16 / 255)), original.images)
+    np.testing.assert_array_equal(digits["label"], original.target)

@@ -1,0 +1,159 @@
+"""What a stranger installs and types works, and nothing of our own machines is in it."""
+
+import ast
+import configparser
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import ddpm_hf
+
+REPOSITORY = Path(__file__).parents[2]
+SETUP = configparser.ConfigParser()
+SETUP.read(REPOSITORY / "setup.cfg")
+
+# What a library is called in an import, where that is not its name.
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+# The floors that have a reason: security, the contract on saved folders, or a function that is used.
+FLOORS = {
+    "torch": "2.10",
+    "diffusers": "0.42",
+    "accelerate": "1.13",
+    "datasets": "4",
+    "huggingface_hub": "1.32",
+    "jsonargparse": "4.49",
+    "safetensors": "0.8",
+}
+# In two parts, so that this file does not contain what it looks for.
+REGISTRY_HOSTS = ["pypi" + ".org", "python" + "hosted.org", "download.py" + "torch.org", "npm" + "js.org"]
+MACHINE_PATHS = ["/work" + "/", "/root" + "/", "/home" + "/"]
+
+
+def requirements(section: str, key: str) -> list[Requirement]:
+    lines = SETUP[section][key].splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+INSTALLED_ALWAYS = requirements("options", "install_requires")
+EXTRAS = {extra: requirements("options.extras_require", extra) for extra in SETUP["options.extras_require"]}
+
+
+def git_files() -> list[Path]:
+    """Returns the files that are tracked or would be."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if answer.returncode:
+        pytest.skip("not a git checkout")
+    return [path for line in answer.stdout.splitlines() if (path := REPOSITORY / line).is_file()]
+
+
+@pytest.mark.parametrize(("name", "floor"), FLOORS.items())
+def test_dependencies_have_the_floors_they_need(name: str, floor: str) -> None:
+    applying = [
+        requirement
+        for requirement in INSTALLED_ALWAYS
+        if requirement.name == name
+        and (requirement.marker is None or requirement.marker.evaluate({"python_version": "3.12"}))
+    ]
+    assert [str(next(s for s in requirement.specifier if s.operator == ">=")) for requirement in applying] == [
+        f">={floor}"
+    ]
+
+
+@pytest.mark.parametrize("python_version", ["3.10", "3.11", "3.14"])
+def test_every_python_has_one_requirement_on_diffusers(python_version: str) -> None:
+    markers = [requirement.marker for requirement in INSTALLED_ALWAYS if requirement.name == "diffusers"]
+    assert sum(marker is None or marker.evaluate({"python_version": python_version}) for marker in markers) == 1
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    declared = {
+        IMPORT_NAMES.get(requirement.name.lower(), requirement.name)
+        for requirement in [*INSTALLED_ALWAYS, *(requirement for extra in EXTRAS.values() for requirement in extra)]
+    }
+    imported = set()
+    for path in (REPOSITORY / "ddpm_hf").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    assert sorted(imported - set(sys.stdlib_module_names) - declared - {"ddpm_hf"}) == []
+
+
+def test_the_installed_package_is_this_one() -> None:
+    try:
+        version = importlib.metadata.version("ddpm_hf")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("ddpm_hf runs from its source here and is not installed")
+    assert version == ddpm_hf.__version__
+
+
+def test_the_command_of_the_package_exists() -> None:
+    (line,) = SETUP["options.entry_points"]["console_scripts"].split("\n")[1:]
+    name, target = line.split(" = ")
+    module, function = target.split(":")
+    assert name == "ddpm-hf"
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_types_travel_with_the_package() -> None:
+    assert SETUP["options.package_data"]["ddpm_hf"] == "py.typed"
+    assert (REPOSITORY / "ddpm_hf" / "py.typed").is_file()
+
+
+def make(*arguments: str, directory: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
+    command = ["make", "-f", str(REPOSITORY / "Makefile"), *arguments]
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+
+
+def test_make_help_names_every_target() -> None:
+    text = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", text, re.M)
+    assert targets is not None
+    assert targets[1].split() == ["help", "train", "test", "lint", "types", "test-slow", "clean"]
+    # The help is read from the Makefile in the current directory.
+    assert re.findall(r"make ([a-z-]+)", make("help").stdout) == targets[1].split()
+
+
+def test_make_train_launches_the_digits_from_an_environment_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "setup.cfg").touch()
+    commands = make("--dry-run", "train", "ARGS=--training.seed 1", directory=tmp_path)
+    assert commands.returncode == 0, commands.stderr
+    lines = commands.stdout.replace("\\\n", "").splitlines()
+    assert any(line == "python3 -m venv .venv" for line in lines)
+    launch = " ".join(lines[-1].split())
+    assert launch.startswith(".venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1")
+    assert launch.endswith("train_ddpm.py --config configs/digits_8.yaml --training.seed 1")
+
+
+def test_make_says_what_is_wrong_with_an_old_python(tmp_path: Path) -> None:
+    """A stand-in answers every `python -c` with failure, as a Python that is too old does on the first check."""
+    old = tmp_path / "python2"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    answer = make("train", f"PYTHON={old}", directory=tmp_path)
+    assert answer.returncode != 0
+    assert f"ddpm_hf needs Python 3.10 or newer as {old}" in answer.stderr
+
+
+def test_no_registry_and_no_machine_of_ours_is_named() -> None:
+    found = []
+    for path in git_files():
+        content = path.read_bytes().decode("utf-8", errors="ignore")
+        names = [name for name in [*REGISTRY_HOSTS, *MACHINE_PATHS] if name in content]
+        found += [f"{path.relative_to(REPOSITORY)}: {name}" for name in names]
+    assert found == []
+
+
+def test_only_small_files_are_tracked() -> None:
+    assert [str(path) for path in git_files() if path.stat().st_size > 3_000_000] == []

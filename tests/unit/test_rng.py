@@ -1,0 +1,125 @@
+"""Every random number of a run is a function of (seed, stream, counters)."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_hf.rng import (
+    NOISE_BLOCK_SIZE,
+    derive_seed,
+    normal_by_position,
+    numpy_generator,
+    sampling_generators,
+    seed_global_generators,
+    torch_generator,
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((0, "noise"), 3741718446620197569),
+        ((0, "noise", 0), 713458078847530580),
+        ((0, "noise", 0, 0), 3838737549185257812),
+        ((0, "noise", 1), 5108404213588929715),
+        ((0, "timesteps", 0), 1225349117038688703),
+        ((1, "noise", 0), 3494747373669545480),
+        ((2**40, "order", 12345, 7), 2772820380071448449),
+    ],
+)
+def test_a_derived_seed_never_changes(arguments: tuple[int, str, int], expected: int) -> None:
+    """Any other value would break the continuation of every run there is."""
+    assert derive_seed(*arguments) == expected
+
+
+def test_derived_seeds_fit_every_generator_and_never_meet() -> None:
+    seeds = [
+        derive_seed(seed, stream, step, position)
+        for seed in (0, 1)
+        for stream in ("noise", "timesteps")
+        for step in range(50)
+        for position in range(50)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(0, "noise", 1, 12) != derive_seed(0, "noise", 11, 2), "counters do not run into one another"
+
+
+def test_neighbouring_streams_are_independent() -> None:
+    """With 10,000 numbers the correlation has a standard deviation of 0.01; five of them is a chance of 1 in 10^6."""
+    draws = [torch.randn(10_000, generator=torch_generator("cpu", 0, "noise", step)) for step in range(4)]
+    draws += [torch.from_numpy(numpy_generator(0, "noise", step).standard_normal(10_000)).float() for step in range(4)]
+    correlations = torch.corrcoef(torch.stack(draws)) - torch.eye(8)
+    assert correlations.abs().max() < 0.05
+
+
+def test_a_generator_is_a_function_of_its_arguments() -> None:
+    assert np.array_equal(numpy_generator(3, "flip", 5).random(8), numpy_generator(3, "flip", 5).random(8))
+    one, other = (torch.randn(8, generator=torch_generator("cpu", 3, "noise", 5)) for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_global_generators_are_seeded_for_dropout() -> None:
+    def draw(step: int) -> torch.Tensor:
+        seed_global_generators(0, "dropout", step)
+        return torch.nn.functional.dropout(torch.ones(64))
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize(
+    "cuts", [(0, 80), (0, 40, 80), (0, 1, 80), (0, 31, 32, 33, 80), (0, 10, 70, 80), tuple(range(0, 81, 5))]
+)
+def test_a_row_of_noise_is_the_same_in_every_split_of_the_batch(cuts: tuple[int, ...]) -> None:
+    """Some pieces begin or end inside a block, some span several."""
+    whole = normal_by_position(7, "noise", 3, range(80), (2, 4, 4), "cpu")
+    pieces = [
+        normal_by_position(7, "noise", 3, range(start, stop), (2, 4, 4), "cpu")
+        for start, stop in itertools.pairwise(cuts)
+    ]
+    assert whole.shape == (80, 2, 4, 4)
+    assert whole.dtype == torch.float32
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_a_row_of_noise_does_not_know_the_size_of_the_batch() -> None:
+    late = NOISE_BLOCK_SIZE * 3 + 5
+    alone = normal_by_position(0, "noise", 0, range(late, late + 1), (8,), "cpu")
+    assert torch.equal(alone, normal_by_position(0, "noise", 0, range(1000), (8,), "cpu")[late : late + 1])
+
+
+def test_noise_differs_between_rows_steps_streams_and_seeds() -> None:
+    base = normal_by_position(0, "noise", 0, range(64), (4,), "cpu")
+    assert len(base.unique(dim=0)) == 64
+    for seed, stream, step in ((0, "noise", 1), (0, "other", 0), (1, "noise", 0)):
+        assert not (base == normal_by_position(seed, stream, step, range(64), (4,), "cpu")).any()
+
+
+def test_noise_is_standard_normal() -> None:
+    """131,072 numbers: mean and variance have standard deviations of 0.0028 and 0.0039; the limits are five of them."""
+    noise = normal_by_position(0, "noise", 0, range(512), (1, 16, 16), "cpu")
+    assert abs(float(noise.mean())) < 0.014
+    assert abs(float(noise.var()) - 1) < 0.02
+    assert abs(float((noise.abs() < 1).float().mean()) - 0.6827) < 0.007
+    of_rows = noise.flatten(1).mean(dim=1)
+    assert abs(float(of_rows.std()) - 1 / 16) < 0.01, "rows are independent of one another"
+
+
+def test_drawing_noise_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    normal_by_position(0, "noise", 0, range(64), (4,), "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_sampled_image_has_its_own_generator_in_any_batch() -> None:
+    def draw(generators: list[torch.Generator]) -> list[list[float]]:
+        return [torch.randn(3, generator=generator).tolist() for generator in generators]
+
+    together = draw(sampling_generators(0, "evaluation", range(4), "cpu"))
+    alone = draw(sampling_generators(0, "evaluation", [2], "cpu"))
+    assert together[2] == alone[0]
+    assert len({tuple(row) for row in together}) == 4
