@@ -47,16 +47,24 @@ def open_images(config: DataConfig, *, with_labels: bool) -> ImageSet:
         image_set = _open_array(Path(config.source).expanduser(), config)
     else:
         image_set = _open_dataset(config)
-    if with_labels and image_set.labels is None:
-        raise DataError(
-            f"{config.source} has no label column, but the network is class-conditional; name one with "
-            "data.label_column or set model.class_conditional to false."
-        )
-    if with_labels and image_set.labels is not None and image_set.labels.min() < 0:
-        row = int(np.argmax(image_set.labels < 0))
-        found = "no label" if image_set.labels[row] == NO_LABEL else f"label {image_set.labels[row]}"
-        raise DataError(f"row {row} of {config.source} has {found}; every image needs one that is 0 or more.")
+    if with_labels:
+        _check_labels(image_set, config.source)
     return image_set
+
+
+def _check_labels(image_set: ImageSet, source: str) -> None:
+    """Refuses labels that no class-conditional network can be trained on."""
+    if image_set.labels is None or image_set.class_names is None:
+        raise DataError(
+            f"{source} has no label column, but the network is class-conditional; name one with data.label_column or "
+            "set model.class_conditional to false."
+        )
+    num_classes = len(image_set.class_names)
+    is_bad = (image_set.labels < 0) | (image_set.labels >= num_classes)
+    if is_bad.any():
+        row = int(np.argmax(is_bad))
+        found = "no label" if image_set.labels[row] == NO_LABEL else f"label {image_set.labels[row]}"
+        raise DataError(f"row {row} of {source} has {found}; every image needs one from 0 to {num_classes - 1}.")
 
 
 def _open_array(path: Path, config: DataConfig) -> ImageSet:

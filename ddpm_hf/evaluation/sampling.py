@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ddpm_hf.config import EvaluationConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionPipelineOutput
@@ -24,12 +23,9 @@ def sample_images(
     Returns:
         uint8 images (number, height, width, channels).
     """
-    pipeline.set_progress_bar_config(disable=True)
-    batches = []
-    for start in tqdm(range(0, config.num_samples, config.batch_size), desc="Sampling", disable=None, leave=False):
-        indices = range(start, min(start + config.batch_size, config.num_samples))
-        batches.append(_sample(pipeline, config, seed, indices, labels).images)
-    return np.concatenate(batches)
+    starts = range(0, config.num_samples, config.batch_size)
+    batches = [range(start, min(start + config.batch_size, config.num_samples)) for start in starts]
+    return np.concatenate([_sample(pipeline, config, seed, indices, labels).images for indices in batches])
 
 
 def sample_trajectory(
@@ -59,6 +55,7 @@ def _sample(
     return_trajectory: bool = False,
 ) -> GaussianDiffusionPipelineOutput:
     """Samples the images of some indices, each from its own seed."""
+    pipeline.set_progress_bar_config(desc=f"Sampling {len(indices)} images", disable=None, leave=False)
     output = pipeline(
         batch_size=len(indices),
         num_inference_steps=config.num_inference_steps,

@@ -4,6 +4,7 @@ Every function here is collective: all ranks must call it, in the same order.
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
 from ddpm_hf.config import ConfigError, TrainingConfig
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -45,10 +48,20 @@ def start(config: TrainingConfig) -> Accelerator:
         )
     if config.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("training.mixed_precision bf16 is not supported by this GPU; use fp16 or fp32.")
+    if config.mixed_precision == "bf16" and accelerator.device.type == "cpu" and _cpu_emulates_bf16():
+        logger.warning(
+            "This CPU has no bf16 instructions and emulates them, many times slower than fp32; "
+            "training.mixed_precision fp32 is the better choice here."
+        )
     if accelerator.device.type == "cuda" and config.tf32:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def _cpu_emulates_bf16() -> bool:
+    """Tells whether the vector units are older than those that came with bf16."""
+    return torch.backends.cpu.get_cpu_capability() in ("NO AVX", "DEFAULT", "AVX2")
 
 
 def _check_launcher(config: TrainingConfig) -> None:

@@ -40,7 +40,7 @@ class RunFolder:
             resume: "auto" accepts a folder that holds a run, "none" does not.
 
         Raises:
-            ConfigError: If it cannot be written, is in use, or holds something else.
+            ValueError: If it cannot be written, is in use, or holds something else.
         """
         try:
             self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]

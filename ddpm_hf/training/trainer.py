@@ -188,7 +188,7 @@ class Trainer:
         if step % config.training.log_every_steps == 0 or is_last:
             self._log(progress)
         interrupted_at = time.monotonic()
-        if config.preview.every_steps and (step % config.preview.every_steps == 0 or is_last):
+        if config.preview.every_steps and step % config.preview.every_steps == 0:
             self._preview()
         if step % config.training.checkpoint_every_steps == 0 or is_last:
             self._save(must_succeed=is_last)

@@ -1,6 +1,7 @@
-"""One saved folder, loaded in three ways, each in a process of its own with empty caches and no network.
+"""Saved folders, loaded in three ways, each way in a process of its own with empty caches and no network.
 
-The processes that must not know ddpm_hf are given a `sys.modules` that refuses it, and start in another folder.
+The processes that must not know ddpm_hf are given a `sys.modules` that refuses it, and start in another folder. Loading
+a process's libraries takes seconds, so each of the three processes loads all folders that its way is about.
 """
 
 import json
@@ -8,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,27 +18,57 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 
 REPOSITORY = Path(__file__).parents[2]
-SAMPLE = """
-import torch
-def sample(pipe, **arguments):
+WITHOUT_DDPM_HF = "import sys\nsys.modules['ddpm_hf'] = None\n"
+PREAMBLE = """
+import json, diffusers, torch
+results, said = {}, {}
+def sample(name, load, **arguments):
+    try:
+        pipe = load(name)
+    except (ValueError, ImportError) as error:
+        said[name] = f"{type(error).__name__}: {error}"
+        return
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    return pipe(batch_size=2, num_inference_steps=10, generator=generator, output_type="pt", **arguments).images
+    results[name] = pipe(
+        batch_size=2, num_inference_steps=10, generator=generator, output_type="pt", **arguments
+    ).images
+    return pipe
 """
+GUIDED_CALL = "class_labels=['dog', 'cat'], guidance_scale=2.0, eta=0.0"
 WAY_1 = """
-pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
-assert type(pipe) is diffusers.DDPMPipeline, type(pipe)
+load = diffusers.DiffusionPipeline.from_pretrained
+assert type(sample("plain", load)) is diffusers.DDPMPipeline
+sample("stock", load)
+sample("self_conditioned", load)
 """
-WAY_2 = """
-pipe = diffusers.DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-assert type(pipe).__module__ == "diffusers_modules.local.pipeline", type(pipe)
-assert type(pipe.scheduler).__name__ == "GaussianDiffusionScheduler", type(pipe.scheduler)
+WAY_2 = f"""
+def load(name):
+    return diffusers.DiffusionPipeline.from_pretrained(name, custom_pipeline=name, trust_remote_code=True)
+pipe = sample("plain", load)
+assert type(pipe).__module__ == "diffusers_modules.local.pipeline"
+assert type(pipe.scheduler).__name__ == "GaussianDiffusionScheduler"
+pipe.save_pretrained("plain_again")
+sample("guided", load, {GUIDED_CALL}).save_pretrained("guided_again")
+sample("self_conditioned", load).save_pretrained("self_conditioned_again")
+sample("newer", load)
 """
-WAY_3 = """
+WAY_3 = f"""
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-pipe = GaussianDiffusionPipeline.from_pretrained(folder)
-assert type(pipe) is GaussianDiffusionPipeline and type(pipe.scheduler) is GaussianDiffusionScheduler
+load = GaussianDiffusionPipeline.from_pretrained
+for name in ("plain", "stock", "self_conditioned", "newer"):
+    pipe = sample(name, load)
+    assert type(pipe) is GaussianDiffusionPipeline and type(pipe.scheduler) is GaussianDiffusionScheduler
+sample("guided", load, {GUIDED_CALL})
 """
+
+
+class Loaded(NamedTuple):
+    """The folders, and by way and folder the images or the sentence of the refusal."""
+
+    folder: Path
+    images: dict[str, dict[str, torch.Tensor]]
+    said: dict[str, dict[str, str]]
 
 
 def tiny_unet(**changes: Any) -> UNet2DModel:
@@ -56,109 +87,103 @@ def tiny_unet(**changes: Any) -> UNet2DModel:
     return UNet2DModel(**config | changes).eval()
 
 
-def run(tmp_path: Path, folder: Path, code: str, with_ddpm_hf: bool) -> subprocess.CompletedProcess[str]:
-    """Execute code that finds `folder`, `result`, a path for tensors, and `sample` in a fresh process."""
-    home = tmp_path / f"home_{len(list(tmp_path.iterdir()))}"
-    home.mkdir()
-    preamble = "" if with_ddpm_hf else "import sys; sys.modules['ddpm_hf'] = None\n"
-    preamble += f"import diffusers\nfolder, result = {str(folder)!r}, {str(tmp_path / 'result.pt')!r}\n{SAMPLE}"
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
-    kept |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    if with_ddpm_hf:
-        kept["PYTHONPATH"] = str(REPOSITORY)
-    return subprocess.run(
-        [sys.executable, "-c", preamble + code], cwd=home, env=kept, capture_output=True, text=True, timeout=240
+def save_folders(folder: Path) -> None:
+    """Plain; guided; self-conditioned, which stock would sample wrongly; newer code; and one by stock itself."""
+    cosine = GaussianDiffusionScheduler.create(beta_schedule="cosine", prediction_type="v")
+    plain = GaussianDiffusionPipeline(tiny_unet(), cosine)
+    plain.save_pretrained(folder / "plain")
+    plain.save_pretrained(folder / "newer")
+    for path in (folder / "newer").glob("*.py"):
+        path.write_text(path.read_text().replace('CORE_VERSION = "', 'CORE_VERSION = "9.'))
+    GaussianDiffusionPipeline(
+        tiny_unet(num_class_embeds=3), cosine, class_names={"0": "cat", "1": "dog"}, has_null_label=True
+    ).save_pretrained(folder / "guided")
+    GaussianDiffusionPipeline(tiny_unet(in_channels=6), cosine, self_conditioned=True).save_pretrained(
+        folder / "self_conditioned"
     )
+    # As the google/ddpm-* repositories, whose files are older and know fewer options.
+    network = tiny_unet(flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, norm_eps=1e-6)
+    DDPMPipeline(network, DDPMScheduler(variance_type="fixed_large")).save_pretrained(folder / "stock")
+    path = folder / "stock" / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    for key in ("timestep_spacing", "steps_offset", "rescale_betas_zero_snr", "thresholding", "prediction_type"):
+        del config[key]
+    path.write_text(json.dumps(config))
 
 
-def images(tmp_path: Path, folder: Path, code: str, with_ddpm_hf: bool, call: str = "sample(pipe)") -> torch.Tensor:
-    """What a fresh process samples from the folder."""
-    process = run(tmp_path, folder, f"{code}\ntorch.save({call}, result)", with_ddpm_hf)
+def run(way: str, code: str, folder: Path, home: Path, with_ddpm_hf: bool) -> None:
+    """Execute code in a fresh process that leaves its results in the folder."""
+    home.mkdir()
+    finish = f"\ntorch.save(results, {way + '.pt'!r})\nopen({way + '.json'!r}, 'w').write(json.dumps(said))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
+    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    if with_ddpm_hf:
+        environment["PYTHONPATH"] = str(REPOSITORY)
+    process = subprocess.run(
+        [sys.executable, "-c", ("" if with_ddpm_hf else WITHOUT_DDPM_HF) + PREAMBLE + code + finish],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert process.returncode == 0, process.stderr
-    return torch.load(tmp_path / "result.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    folder, homes = tmp_path_factory.mktemp("folders"), tmp_path_factory.mktemp("homes")
+    save_folders(folder)
+    ways = {"stock": (WAY_1, False), "consent": (WAY_2, False), "installed": (WAY_3, True)}
+    for way, (code, with_ddpm_hf) in ways.items():
+        run(way, code, folder, homes / way, with_ddpm_hf)
+    images = {way: torch.load(folder / f"{way}.pt", weights_only=True) for way in ways}
+    return Loaded(folder, images, {way: json.loads((folder / f"{way}.json").read_text()) for way in ways})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_one_folder_gives_the_same_images_in_all_three_ways_and_saves_itself_again(tmp_path: Path) -> None:
-    """Native ways agree exactly; stock differs by its float32 tables, 10 steps of 1e-5 and the network between: 1e-3."""
-    folder = tmp_path / "model"
-    scheduler = GaussianDiffusionScheduler.create(beta_schedule="cosine", prediction_type="v")
-    GaussianDiffusionPipeline(tiny_unet(), scheduler).save_pretrained(folder)
-    stock = images(tmp_path, folder, WAY_1, with_ddpm_hf=False)
-    resave = "\npipe.save_pretrained(folder + '_again')"
-    consented = images(tmp_path, folder, WAY_2 + resave, with_ddpm_hf=False)
-    installed = images(tmp_path, folder, WAY_3, with_ddpm_hf=True)
-    assert torch.equal(consented, installed)
+def test_one_folder_gives_the_same_images_in_all_three_ways(loaded: Loaded) -> None:
+    """Native ways agree exactly; stock differs by its float32 tables, 10 steps of 1e-5 with the network between."""
+    stock, consent, installed = (loaded.images[way]["plain"] for way in ("stock", "consent", "installed"))
+    assert torch.equal(consent, installed)
     torch.testing.assert_close(stock, installed, rtol=0, atol=1e-3)
     assert (installed[0] - installed[1]).abs().max().item() > 0.1
-    assert contents(folder) == contents(tmp_path / "model_again")
 
 
-def test_a_guided_folder_gives_the_same_images_without_ddpm_hf(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    names = {"0": "cat", "1": "dog"}
-    GaussianDiffusionPipeline(
-        tiny_unet(num_class_embeds=3), GaussianDiffusionScheduler(), class_names=names, has_null_label=True
-    ).save_pretrained(folder)
-    call = "sample(pipe, class_labels=['dog', 'cat'], guidance_scale=2.0, eta=0.0)"
-    consented = images(tmp_path, folder, WAY_2, with_ddpm_hf=False, call=call)
-    installed = images(tmp_path, folder, WAY_3, with_ddpm_hf=True, call=call)
-    assert torch.equal(consented, installed)
+@pytest.mark.parametrize("name", ["plain", "guided", "self_conditioned"])
+def test_a_folder_loaded_without_ddpm_hf_saves_itself_again(loaded: Loaded, name: str) -> None:
+    assert contents(loaded.folder / name) == contents(loaded.folder / f"{name}_again")
 
 
-def test_a_folder_that_stock_would_sample_wrongly_needs_consent_and_is_refused_with_a_sentence(tmp_path: Path) -> None:
-    """The sentence is that of diffusers; the installed class needs no consent."""
-    folder = tmp_path / "model"
-    GaussianDiffusionPipeline(
-        tiny_unet(in_channels=6), GaussianDiffusionScheduler(), self_conditioned=True
-    ).save_pretrained(folder)
-    refused = run(tmp_path, folder, WAY_1, with_ddpm_hf=False)
-    assert refused.returncode == 1
-    assert "contains custom code in pipeline.py which must be executed" in refused.stderr
-    assert "Pass `trust_remote_code=True`" in refused.stderr
-    consented = images(tmp_path, folder, WAY_2 + "\npipe.save_pretrained(folder + '_again')", with_ddpm_hf=False)
-    assert torch.equal(consented, images(tmp_path, folder, WAY_3, with_ddpm_hf=True))
-    assert contents(folder) == contents(tmp_path / "model_again")
+def test_labels_names_and_guidance_work_without_ddpm_hf(loaded: Loaded) -> None:
+    assert torch.equal(loaded.images["consent"]["guided"], loaded.images["installed"]["guided"])
 
 
-def test_two_folders_load_in_one_process_unless_their_code_differs(tmp_path: Path) -> None:
-    """Diffusers executes only the second pipeline.py, beside the first folder's files."""
-    pipe = GaussianDiffusionPipeline(tiny_unet(), GaussianDiffusionScheduler())
-    for name in ("first", "same", "newer"):
-        pipe.save_pretrained(tmp_path / name)
-    for path in (tmp_path / "newer").glob("*.py"):
-        path.write_text(path.read_text().replace('CORE_VERSION = "', 'CORE_VERSION = "9.'))
-    code = f"""
-def load(name):
-    folder = {str(tmp_path)!r} + "/" + name
-    return diffusers.DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-first, same = load("first"), load("same")
-torch.save(torch.stack([sample(first), sample(same)]), result)
-try:
-    load("newer")
-except ImportError as error:
-    print(error)
-"""
-    process = run(tmp_path, tmp_path / "first", code, with_ddpm_hf=False)
-    assert process.returncode == 0, process.stderr
-    both = torch.load(tmp_path / "result.pt", weights_only=True)
-    assert torch.equal(both[0], both[1])
-    assert "Restart Python before loading this one, or install ddpm_hf" in process.stdout
+def test_a_folder_that_stock_would_sample_wrongly_is_refused_without_consent_except_by_the_installed_class(
+    loaded: Loaded,
+) -> None:
+    """The sentence is that of diffusers."""
+    sentence = loaded.said["stock"]["self_conditioned"]
+    assert sentence.startswith("ValueError")
+    assert "contains custom code in pipeline.py which must be executed" in sentence
+    assert "Pass `trust_remote_code=True`" in sentence
+    assert torch.equal(loaded.images["consent"]["self_conditioned"], loaded.images["installed"]["self_conditioned"])
 
 
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_a_folder_of_the_stock_pipeline_samples_the_same_as_stock(tmp_path: Path, variance_type: str) -> None:
-    """Laid out as the google/ddpm-* repositories, whose older files know fewer options. 1e-3: float32 tables of stock."""
-    network = tiny_unet(flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, norm_eps=1e-6)
-    DDPMPipeline(network, DDPMScheduler(variance_type=variance_type)).save_pretrained(tmp_path / "stock")
-    path = tmp_path / "stock" / "scheduler" / "scheduler_config.json"
-    config = json.loads(path.read_text())
-    for key in ("timestep_spacing", "steps_offset", "rescale_betas_zero_snr", "thresholding", "prediction_type"):
-        del config[key]
-    path.write_text(json.dumps(config))
-    stock = images(tmp_path, tmp_path / "stock", WAY_1, with_ddpm_hf=False)
-    native = images(tmp_path, tmp_path / "stock", WAY_3, with_ddpm_hf=True)
-    torch.testing.assert_close(native, stock, rtol=0, atol=1e-3)
+def test_a_second_folder_in_one_process_is_refused_if_its_code_is_of_another_version(loaded: Loaded) -> None:
+    """Diffusers executes only the second folder's pipeline.py, beside the first one's files.
+
+    The installed class has its own files, so it loads both.
+    """
+    assert loaded.said["consent"]["newer"].startswith("ImportError: pipeline.py has version 9.")
+    assert "Restart Python before loading this one, or install ddpm_hf" in loaded.said["consent"]["newer"]
+    assert torch.equal(loaded.images["installed"]["newer"], loaded.images["installed"]["plain"])
+    assert loaded.said["installed"] == {}
+
+
+def test_a_folder_of_the_stock_pipeline_samples_the_same_as_stock(loaded: Loaded) -> None:
+    """1e-3: float32 tables of stock, as above."""
+    torch.testing.assert_close(loaded.images["installed"]["stock"], loaded.images["stock"]["stock"], rtol=0, atol=1e-3)

@@ -1,6 +1,6 @@
-"""The scheduler against DDPMScheduler and DDIMScheduler, in float64 where they agree exactly and in float32 as shipped.
+"""The scheduler against DDPMScheduler and DDIMScheduler, in float64, where they agree, and in float32 as shipped.
 
-Stock tables are float32; given float64 ones its arithmetic becomes float64, and what then still differs is not rounding.
+Stock tables are float32; given float64 ones its arithmetic becomes float64, and what still differs is not rounding.
 """
 
 import itertools
@@ -91,7 +91,7 @@ def test_every_step_of_the_full_chain_is_that_of_stock_in_float64(prediction_typ
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_steps_are_those_of_stock_in_float64(prediction_type: str, eta: float) -> None:
-    """With stock's use_clipped_model_output, for counts that divide T, where stock finds the right previous timestep."""
+    """With stock's use_clipped_model_output, and for counts that divide T: elsewhere its previous timestep is wrong."""
     for spacing, beta_schedule in itertools.product(("leading", "trailing"), BETA_SCHEDULES[:3]):
         config = {"prediction_type": prediction_type, "timestep_spacing": spacing, "beta_schedule": beta_schedule}
         native = GaussianDiffusionScheduler(**config)
@@ -104,7 +104,7 @@ def test_ddim_steps_are_those_of_stock_in_float64(prediction_type: str, eta: flo
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_respaced_steps_are_within_float32_tables_of_stock_as_shipped(prediction_type: str) -> None:
-    """Stock's 1 - alpha_bar is off by 1.7e-4 relative at t = 0: up to 1e-4 in the step from t = 20, for values up to 4."""
+    """Stock's 1 - alpha_bar is off by 1.7e-4 relative at t = 0: up to 1e-4 in the step from t = 20, on values to 4."""
     for beta_schedule, spacing in itertools.product(BETA_SCHEDULES[:3], SPACINGS):
         config = {
             "prediction_type": prediction_type,
@@ -137,7 +137,7 @@ def deterministic_sample(reverse: bool = False) -> torch.Tensor:
 def test_full_loops_reach_the_constants_of_diffusers_own_tests(
     config: dict[str, Any], start: int | None, expected_sum: float, expected_mean: float
 ) -> None:
-    """Their tolerances, 1e-2 and 1e-3. The third constant is 387.9466 there, from float32 tables: ours is 0.02 above."""
+    """Their tolerances, 1e-2 and 1e-3. The third sum is 387.9466 there, from float32 tables: ours is 0.02 above."""
     scheduler = GaussianDiffusionScheduler(**config)
     sample, generator = deterministic_sample(), torch.manual_seed(0)
     timesteps = scheduler.timesteps

@@ -2,12 +2,14 @@
 
 import io
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -115,6 +117,18 @@ def test_a_folder_of_parquet_files_opens_as_one_data_set(tmp_path: Path, cache_d
     assert [int(image[0, 0, 0]) for image in images.images] == [
         int(GRAY[0, 0]) + number for number in (0, 0, 1, 1, 2, 2)
     ]
+
+
+def test_a_label_without_a_class_name_is_refused(tmp_path: Path, cache_dir: Path) -> None:
+    """Nothing checks labels when a data set is published; the network has no embedding for this one."""
+    path = write_parquet(tmp_path / "x.parquet", [encode(GRAY)] * 2, [1, 7], datasets.Value("int64"))
+    columns = pyarrow.parquet.read_table(path)
+    features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pyarrow.parquet.write_table(columns.replace_schema_metadata(metadata), path)
+    assert f"row 1 of {path} has label 7; every image needs one from 0 to 1." in refusal(
+        path, cache_dir, with_labels=True
+    )
 
 
 def test_integer_labels_are_named_by_their_numbers(tmp_path: Path, cache_dir: Path) -> None:
@@ -255,7 +269,9 @@ def test_a_missing_label_matters_only_to_a_network_with_classes(
     tmp_path: Path, cache_dir: Path, labels: list[int | None], found: str
 ) -> None:
     path = write_parquet(tmp_path / "x.parquet", [encode(GRAY)] * 3, labels, datasets.Value("int64"))
-    assert f"row 1 of {path} has {found}; every image needs one" in refusal(path, cache_dir, with_labels=True)
+    assert f"row 1 of {path} has {found}; every image needs one from 0 to 1." in refusal(
+        path, cache_dir, with_labels=True
+    )
     assert len(open_images(DataConfig(source=str(path), cache_dir=str(cache_dir)), with_labels=False)) == 3
 
 
@@ -423,6 +439,23 @@ def test_other_data_or_another_transform_is_decoded_anew(tmp_path: Path, cache_d
     )
     assert np.array_equal(changed.images[0].transpose(1, 2, 0), 255 - RGB), "the file's content counts, not its name"
     assert len(decoded_dirs(cache_dir)) == 4
+
+
+def test_a_changed_file_in_a_folder_is_noticed(tmp_path: Path, cache_dir: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    config = DataConfig(source=str(tmp_path / "flat"), cache_dir=str(cache_dir))
+    for pixels in (RGB, 255 - RGB):
+        (tmp_path / "flat" / "a.png").write_bytes(encode(pixels))
+        assert np.array_equal(open_images(config, with_labels=False).images[0].transpose(1, 2, 0), pixels)
+
+
+def test_a_part_of_a_split_has_a_cache_of_its_own(tmp_path: Path, cache_dir: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", [encode(GRAY + np.uint8(number)) for number in range(4)])
+    for split, first, count in (("train", 0, 4), ("train[2:]", 2, 2), ("train[:1]", 0, 1)):
+        config = DataConfig(source=str(path), cache_dir=str(cache_dir), split=split)
+        images = open_images(config, with_labels=False)
+        assert len(images) == count
+        assert np.array_equal(images.images[0, 0], GRAY + np.uint8(first))
 
 
 @pytest.mark.parametrize("leftover", ["building", "without meta.json"])

@@ -167,12 +167,12 @@ def test_pickled_weights_are_read_only_when_asked_for(tmp_path: Path) -> None:
 
 
 def test_other_load_errors_are_those_of_diffusers(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="model_index.json"):
+    with pytest.raises(OSError, match=r"model_index\.json"):
         GaussianDiffusionPipeline.from_pretrained(tmp_path)
     save(tmp_path)
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(Exception, match="(?i)incomplete|unable to load") as failure:
+    with pytest.raises(Exception, match=r"(?i)incomplete|unable to load") as failure:
         GaussianDiffusionPipeline.from_pretrained(tmp_path)
     assert "use_safetensors" not in str(failure.value)
 

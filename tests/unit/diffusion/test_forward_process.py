@@ -70,9 +70,9 @@ def test_posterior_is_equation_7_at_each_timestep() -> None:
         beta = scheduler.noise_schedule.betas[t].item()
         alpha_bar = (1 - scheduler.noise_schedule.betas[: t + 1]).prod().item()
         alpha_bar_prev = (1 - scheduler.noise_schedule.betas[:t]).prod().item()
-        mean = (alpha_bar_prev**0.5 * beta * x_0[i] + (1 - beta) ** 0.5 * (1 - alpha_bar_prev) * x_t[i]) / (1 - alpha_bar)
+        mean = alpha_bar_prev**0.5 * beta * x_0[i] + (1 - beta) ** 0.5 * (1 - alpha_bar_prev) * x_t[i]
         variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
-        torch.testing.assert_close(posterior.mean[i], mean, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(posterior.mean[i], mean / (1 - alpha_bar), rtol=1e-9, atol=1e-12)
         assert posterior.variance[i].item() == pytest.approx(variance, rel=1e-9)
         if t > 0:
             assert posterior.log_variance[i].exp().item() == pytest.approx(variance, rel=1e-9)

@@ -94,7 +94,7 @@ def test_learned_range_interpolates_between_its_bounds() -> None:
 
 
 def test_dynamic_threshold_scales_each_sample_by_its_own_quantile() -> None:
-    """A sample inside [-1, 1] is left alone; one outside is clipped to its quantile and divided by it, at most 2 here."""
+    """A sample inside [-1, 1] is left alone; one outside is clipped to and divided by its quantile, at most 2."""
     inside, outside = torch.linspace(-0.5, 0.5, 101), torch.linspace(-4, 4, 101)
     result = gaussian.dynamic_threshold(torch.stack([inside, outside]), ratio=0.9, max_value=2.0)
     torch.testing.assert_close(result[0], inside, rtol=0, atol=0)

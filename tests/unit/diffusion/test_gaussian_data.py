@@ -65,8 +65,10 @@ def test_full_length_samples_have_the_mean_and_deviation_of_the_data(beta_schedu
 @pytest.mark.parametrize("variance_type", FIXED_VARIANCES)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_data_of_one_point_is_returned_exactly(variance_type: str, eta: float) -> None:
-    """The perfect network always answers the point and the last step adds no noise, wherever it starts: float64 rounding,
-    amplified by 1 / alpha = 157 in the first step of the noise prediction."""
+    """The perfect network always answers the point, and the last step adds no noise wherever it starts.
+
+    Float64 rounding, amplified by 1 / alpha = 157 in the first step of the noise prediction.
+    """
     point = GaussianData(mean=0.7, deviation=0.0)
     start = torch.randn(2, 1, 4, dtype=torch.float64, generator=seeded())
     for prediction_type, spacing, count in itertools.product(PREDICTION_TYPES, SPACINGS, (1, 2, 10)):
@@ -77,7 +79,7 @@ def test_data_of_one_point_is_returned_exactly(variance_type: str, eta: float) -
 
 
 def test_learned_variances_lie_between_the_fixed_ones_and_are_reached_at_the_ends() -> None:
-    """learned_range at -1 and 1 is fixed_small and fixed_large; learned takes the same as a log-variance. Float64: 1e-11."""
+    """learned_range at -1 and 1 is fixed_small and fixed_large; learned takes log-variances. Float64 rounding."""
     start = torch.randn(2, 1, 4, dtype=torch.float64, generator=seeded())
     output = torch.randn(2, 1, 4, dtype=torch.float64, generator=seeded(2))
 

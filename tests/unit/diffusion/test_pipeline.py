@@ -153,7 +153,7 @@ def manual_guidance(pipe: GaussianDiffusionPipeline, labels: list[int], scale: f
 @pytest.mark.parametrize(("scale", "rescale"), [(0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (3.0, 0.7)])
 @pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
 def test_guidance_is_null_plus_scale_times_difference(scale: float, rescale: float, variance_type: str) -> None:
-    """1e-4: one call for both halves may add in another order than two. The variance is that of the conditional half."""
+    """1e-4: one call for both halves may add in another order than two. The variance is the conditional half's."""
     pipe = conditional(out_channels=6 if variance_type == "learned_range" else 3)
     pipe.scheduler = GaussianDiffusionScheduler(variance_type=variance_type)
     result = pipe(
@@ -335,7 +335,11 @@ def test_foreign_schedulers_sample_the_data(name: str, prediction_type: str) -> 
     pipe = pipeline(unet, getattr(diffusers, name).from_config(native.config))
     states: list[torch.Tensor] = []
     pipe(
-        16, 50, seeded(), output_type="pt", callback_on_step_end=lambda p, i, t, tensors: states.append(tensors["sample"])
+        16,
+        50,
+        seeded(),
+        output_type="pt",
+        callback_on_step_end=lambda p, i, t, tensors: states.append(tensors["sample"]),
     )
     assert states[-1].mean().item() == pytest.approx(0.3, abs=0.05)
     assert states[-1].std().item() == pytest.approx(0.5, abs=0.08)

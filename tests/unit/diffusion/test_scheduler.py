@@ -73,9 +73,7 @@ def test_create_stores_aliases_under_the_names_of_diffusers(given: dict, stored:
     assert {key: config[key] for key in stored} == stored
 
 
-@pytest.mark.parametrize(
-    "name", ["sigmoid", "laplace", "sigmoid_alpha_bar", "warmup10", "warmup50", "const", "jsd"]
-)
+@pytest.mark.parametrize("name", ["sigmoid", "laplace", "sigmoid_alpha_bar", "warmup10", "warmup50", "const", "jsd"])
 def test_create_stores_other_schedules_as_betas_that_survive_json(name: str) -> None:
     created = GaussianDiffusionScheduler.create(beta_schedule=name, num_train_timesteps=20, prediction_type="v")
     assert created.config.beta_schedule == "linear"
@@ -166,7 +164,7 @@ def test_impossible_runs_are_refused_with_a_sentence(arguments: dict, sentence: 
 
 
 def test_an_offset_that_leaves_the_chain_is_refused() -> None:
-    with pytest.raises(ValueError, match="from 1000 to 1, outside 0 ... 999; lower num_inference_steps or steps_offset"):
+    with pytest.raises(ValueError, match=r"from 1000 to 1, outside.*; lower num_inference_steps or steps_offset"):
         GaussianDiffusionScheduler(steps_offset=1).set_timesteps(1000)
 
 
@@ -188,6 +186,7 @@ def test_every_way_to_name_a_timestep_means_the_same_row() -> None:
             "copy": run[row].clone(),
             "other list": torch.tensor([7, t, 9])[1],
             "int32": run[row].int(),
+            "low word of the same storage": run.view(torch.int32)[2 * row],
             "float": run[row].float(),
             "numpy": np.int64(t),
         }

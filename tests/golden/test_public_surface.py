@@ -1,0 +1,38 @@
+"""What users and their files depend on. A change here is a visible difference, and a line in CHANGELOG.md."""
+
+from pathlib import Path
+
+import ddpm_hf
+from ddpm_hf.config import RunConfig, TrainingConfig
+from ddpm_hf.training.checkpoint import write_checkpoint
+from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.optim import build_optimizer
+from ddpm_hf.training.snapshot import TrainerState, write_snapshot
+from tests.conftest import tiny_unet
+
+GOLDEN = Path(__file__).parent
+
+
+def lines_of(name: str) -> list[str]:
+    return (GOLDEN / name).read_text(encoding="utf-8").splitlines()
+
+
+def test_the_schema_and_the_defaults_of_a_run_are_golden() -> None:
+    """A changed default changes every run that leaves it out."""
+    assert RunConfig().to_yaml().splitlines() == lines_of("config_schema.yaml")
+
+
+def test_the_public_names_are_golden() -> None:
+    assert sorted(ddpm_hf.__all__) == lines_of("public_names.txt")
+    for name in ddpm_hf.__all__:
+        assert getattr(ddpm_hf, name) is not None
+
+
+def test_the_files_of_a_checkpoint_are_golden(tmp_path: Path) -> None:
+    unet = tiny_unet()
+    ema, optimizer = EMA(unet, 0.9, True), build_optimizer(unet.parameters(), TrainingConfig())
+    path = write_checkpoint(
+        tmp_path, 1, lambda folder: write_snapshot(folder, unet, ema, optimizer, TrainerState(), "")
+    ).path
+    files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    assert files == lines_of("checkpoint_files.txt")

@@ -1,0 +1,258 @@
+"""The command line: what a user's mistake costs is one sentence and exit code 2, and nothing else."""
+
+import datetime
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_hf import cli
+from tests.conftest import DIGITS, REPOSITORY, process_environment, run_arguments
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture
+def output_dir(tmp_path: Path) -> Path:
+    return tmp_path / "outputs" / "run"
+
+
+def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """Runs `train` with a mistake in it and returns the sentence it is answered with."""
+    capsys.readouterr()
+    assert cli.train(arguments) == 2
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert printed.err.splitlines()[-1] == line, "the sentence comes last"
+    assert "Everything fits together" not in printed.out
+    return line.removeprefix("error: ")
+
+
+def write_images(path: Path, *pixels: np.ndarray, **columns: list[Any]) -> Path:
+    images = [Image.fromarray(image) for image in pixels]
+    features = datasets.Features({"image": datasets.Image()} | {name: datasets.Value("int64") for name in columns})
+    datasets.Dataset.from_dict({"image": images, **columns}, features=features).to_parquet(path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------- bad settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"training__num_stepz": 5}, "there is no setting training.num_stepz; did you mean training.num_steps?"),
+        ({"training__train_batch_size": 64.7}, "training.train_batch_size is 64.7, but must be a whole number."),
+        ({"training__learning_rate": "fast"}, "training.learning_rate is fast, but must be a number."),
+        ({"model__preset": "huge"}, "model.preset is huge, but must be ddpm_32 or digits_8."),
+        ({"training__micro_batch_size": 3}, "use 6 or 9."),
+        ({"evaluation__recognition": True}, "data.validation_fraction above 0"),
+        (
+            {"diffusion__rescale_betas_zero_snr": True, "diffusion__prediction_type": "epsilon"},
+            "set diffusion.prediction",
+        ),
+        ({"diffusion__beta_schedule": "zigzag"}, "zigzag"),
+        ({"diffusion__beta_schedule": "linear", "diffusion__beta_end": 2.0}, "beta"),
+        ({"training__mixed_precision": "fp16", "training__cpu": True}, "fp16 needs a CUDA GPU"),
+        ({"model__overrides": {"dropuot": 0.1}}, "model.overrides.dropuot is not a setting of UNet2DModel"),
+        ({"model__overrides": {"in_channels": 3}}, "model.overrides.in_channels is decided by the data"),
+        ({"model__overrides": {"block_out_channels": [5, 10]}}, "model.overrides do not make a UNet2DModel"),
+        ({"model__preset": "ddpm_32", "model__overrides": {}, "data__resolution": 12}, "12x12 is not a multiple of 8"),
+        ({"data__validation_fraction": 0.0001}, "data.validation_fraction 0.0001 of 1797 images leaves 0 held out"),
+    ],
+)
+def test_a_bad_setting_is_answered_with_one_sentence(
+    capsys: pytest.CaptureFixture[str], output_dir: Path, changes: dict[str, object], sentence: str
+) -> None:
+    assert sentence in complaint(capsys, run_arguments(output_dir, **changes))
+    assert not output_dir.exists() or [path.name for path in output_dir.iterdir()] == [".lock"]
+
+
+def test_a_configuration_file_is_read_and_its_mistakes_are_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, output_dir: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("training: {learning_rate: 1e-4, num_steps: 7}\n")
+    arguments = run_arguments(output_dir)
+    for name in ("--training.learning_rate", "--training.num_steps"):
+        position = arguments.index(name)
+        del arguments[position : position + 2]
+    assert cli.train(["--config", str(path), *arguments, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "  learning_rate: 0.0001\n" in printed
+    assert "  num_steps: 7\n" in printed
+    path.write_text("training: {learning_rat: 1e-4}\n")
+    message = complaint(capsys, ["--config", str(path), *arguments])
+    assert message == "there is no setting training.learning_rat; did you mean training.learning_rate?"
+    assert "File does not exist" in complaint(capsys, ["--config", str(tmp_path / "missing.yaml"), *arguments])
+
+
+# -------------------------------------------------------------------------------------------------------- bad data
+
+
+def test_data_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, output_dir: Path) -> None:
+    missing = tmp_path / "missing.parquet"
+    assert f"data.source {missing} does not exist" in complaint(capsys, run_arguments(output_dir, data__source=missing))
+    empty = write_images(tmp_path / "empty.parquet")
+    assert "holds no images" in complaint(capsys, run_arguments(output_dir, data__source=empty))
+    assert "data.source is not set" in complaint(capsys, ["--training.output_dir", str(output_dir)])
+
+
+def test_a_column_that_is_not_there_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, output_dir: Path
+) -> None:
+    message = complaint(capsys, run_arguments(output_dir, data__image_column="picture"))
+    assert f"data.image_column 'picture' is not a column of {DIGITS}; it has image, label." in message
+    plain = write_images(tmp_path / "plain.parquet", np.zeros((8, 8), np.uint8))
+    message = complaint(capsys, run_arguments(output_dir, data__source=plain))
+    assert "has no label column, but the network is class-conditional" in message
+
+
+@pytest.mark.parametrize(
+    ("second", "sentence"),
+    [
+        (np.zeros((8, 9), np.uint8), "has 9x8 pixels where the first has 8x8; set data.resolution"),
+        (np.zeros((8, 8, 3), np.uint8), "has mode RGB where L is asked for, which would lose channels"),
+        (np.zeros((8, 8), np.uint16), "has mode I;16; convert it to 8-bit gray (L), RGB or RGBA."),
+    ],
+)
+def test_an_image_of_another_kind_or_size_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, output_dir: Path, second: np.ndarray, sentence: str
+) -> None:
+    path = write_images(tmp_path / "x.parquet", np.zeros((8, 8), np.uint8), second, label=[0, 1])
+    message = complaint(capsys, run_arguments(output_dir, data__source=path))
+    assert f"image 1 of {path}" in message
+    assert sentence in message
+
+
+# ------------------------------------------------------------------------------------------------------- bad place
+
+
+def test_a_folder_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    for place in ("file", "file/run"):
+        message = complaint(capsys, run_arguments(tmp_path / place))
+        assert f"training.output_dir {tmp_path / place} cannot be written" in message
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_folder_that_holds_something_else_is_untouched(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert "holds something else (thesis.tex)" in complaint(capsys, run_arguments(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# --------------------------------------------------------------------------------------------------- good commands
+
+
+def test_a_dry_run_checks_everything_and_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, output_dir: Path
+) -> None:
+    assert cli.train([*run_arguments(output_dir), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "parameters, 1,797 training and 0 held-out images of 1x8x8" in printed
+    assert f"  output_dir: {output_dir}\n" in printed
+    assert "Everything fits together" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_finds_the_mistakes_too(capsys: pytest.CaptureFixture[str], output_dir: Path) -> None:
+    assert "picture" in complaint(capsys, [*run_arguments(output_dir, data__image_column="picture"), "--dry_run"])
+
+
+def test_the_printed_configuration_repeats_the_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, output_dir: Path
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.train([*run_arguments(output_dir), "--print_config"])
+    assert caught.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert cli.train([*run_arguments(output_dir), "--dry_run"]) == 0
+    by_flags = capsys.readouterr().out
+    assert cli.train(["--config", str(tmp_path / "printed.yaml"), "--dry_run"]) == 0
+    assert capsys.readouterr().out == by_flags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "told"),
+    [
+        ([], 2, "no command; choose train."),
+        (["tarin"], 2, "unknown command 'tarin'; choose train."),
+        (["--help"], 0, ""),
+        (["-h"], 0, ""),
+    ],
+)
+def test_the_command_says_what_it_can_do(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], exit_code: int, told: str
+) -> None:
+    assert cli.main(arguments) == exit_code
+    printed = capsys.readouterr()
+    assert printed.out.startswith("usage: ddpm-hf <command> ...")
+    assert told in printed.err
+    assert len(printed.err.splitlines()) == bool(told)
+
+
+def test_the_command_passes_its_arguments_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--training.num_stepz", "1"]) == 2
+    assert (
+        capsys.readouterr().err == "error: there is no setting training.num_stepz; did you mean training.num_steps?\n"
+    )
+
+
+def test_only_the_first_process_complains(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli.train(["--training.num_stepz", "1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_config", interrupt)
+    assert cli.train([]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_what_needs_a_missing_library_says_how_to_get_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output_dir: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    arguments = run_arguments(output_dir, evaluation__recognition=True, data__validation_fraction=0.1)
+    assert 'pip install "ddpm_hf[demo]"' in complaint(capsys, arguments)
+
+
+@pytest.mark.parametrize("command", [["-m", "ddpm_hf", "train"], ["train_ddpm.py"]])
+def test_help_needs_neither_torch_nor_patience(command: list[str]) -> None:
+    """A few tenths of a second; five leave room for a slow disk. torch alone would take as long."""
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try:\n"
+        "    runpy.run_module('ddpm_hf', run_name='__main__') if sys.argv[0] == '-m' else runpy.run_path(sys.argv[0],"
+        " run_name='__main__')\n"
+        "finally:\n"
+        "    print({'torch', 'diffusers', 'numpy', 'datasets'} & sys.modules.keys(), file=sys.stderr)\n"
+    )
+    if command[0] == "-m":
+        command = ["-m", "train"]
+    before = datetime.datetime.now()
+    finished = subprocess.run(
+        [sys.executable, "-c", code, *command, "--help"],
+        cwd=REPOSITORY,
+        env=process_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert finished.returncode == 0
+    assert "--training.learning_rate" in finished.stdout
+    assert finished.stderr == "set()\n"
+    assert datetime.datetime.now() - before < datetime.timedelta(seconds=5)

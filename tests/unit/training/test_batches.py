@@ -1,0 +1,156 @@
+"""What a step trains on does not depend on how its batch is split over processes and forwards."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_hf.config import DataConfig, DiffusionConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
+from ddpm_hf.data import ImageSet, SampleOrder, normalize
+from ddpm_hf.rng import normal_by_position
+from ddpm_hf.training.batches import BatchSource, MicroBatch
+
+NUM_IMAGES = 100
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSet:
+    """Images that can be told apart, and whose mirror images can be told from them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 1, 4, 4), dtype=np.uint8)
+    pixels[:, 0, 0, 0] = np.arange(NUM_IMAGES)
+    return ImageSet(pixels, np.arange(NUM_IMAGES) % 10, tuple("0123456789"), np.arange(NUM_IMAGES))
+
+
+def config_of(batch: int = 48, **changes: Any) -> RunConfig:
+    config = RunConfig(
+        data=DataConfig(source="x", random_flip=True),
+        model=ModelConfig(class_conditional=True),
+        objective=ObjectiveConfig(class_dropout=0.25),
+        training=TrainingConfig(train_batch_size=batch, seed=5),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def step_of(
+    images: ImageSet, config: RunConfig, step: int, num_processes: int = 1, micro_batch_size: int | None = None
+) -> list[list[MicroBatch]]:
+    """Returns the micro batches of every process."""
+    share = config.training.train_batch_size // num_processes
+    sources = [
+        BatchSource(
+            config,
+            images,
+            rank=rank,
+            num_processes=num_processes,
+            micro_batch_size=micro_batch_size or share,
+            device=torch.device("cpu"),
+        )
+        for rank in range(num_processes)
+    ]
+    assert {len(source) for source in sources} == {share}
+    return [list(source.micro_batches(step)) for source in sources]
+
+
+def joined(parts: list[list[MicroBatch]]) -> dict[str, torch.Tensor]:
+    """Puts a global batch together."""
+    batches = [batch for part in parts for batch in part]
+    names = ("x_0", "noise", "timesteps", "class_labels", "dropped")
+    return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+
+
+@pytest.mark.parametrize("batch", [48, 96])
+@pytest.mark.parametrize(
+    ("num_processes", "micro_batch_size"), [(1, 24), (1, 1), (2, None), (3, 4), (4, 12), (8, 3), (48, None)]
+)
+def test_every_split_of_the_batch_is_the_same_batch(
+    images: ImageSet, batch: int, num_processes: int, micro_batch_size: int | None
+) -> None:
+    """Bit for bit: images, noise, timesteps, labels, flips and drops. Step 2 straddles two epochs."""
+    config = config_of(batch)
+    for step in (0, 2, 1000):
+        whole = joined(step_of(images, config, step))
+        split = joined(step_of(images, config, step, num_processes, micro_batch_size))
+        assert {name for name in whole if not torch.equal(whole[name], split[name])} == set()
+
+
+def test_a_batch_is_what_its_parts_say(images: ImageSet) -> None:
+    config = config_of()
+    step, size = 3, config.training.train_batch_size
+    batch = joined(step_of(images, config, step))
+    rows = SampleOrder(NUM_IMAGES, seed=5).positions(step * size, (step + 1) * size)
+    plain = normalize(torch.from_numpy(images.images[rows]))
+    as_it_is = (batch["x_0"] == plain).flatten(1).all(dim=1)
+    as_mirror_image = (batch["x_0"] == plain.flip(-1)).flatten(1).all(dim=1)
+    assert (as_it_is ^ as_mirror_image).all()
+    assert 0 < int(as_it_is.sum()) < size
+    assert torch.equal(batch["class_labels"], torch.from_numpy(rows % 10))
+    assert torch.equal(batch["noise"], normal_by_position(5, "noise", step, range(size), (1, 4, 4), "cpu"))
+    assert batch["timesteps"].dtype == torch.int64
+    assert batch["dropped"].dtype == torch.bool
+
+
+def test_a_step_is_the_same_whenever_it_is_asked_for(images: ImageSet) -> None:
+    source = BatchSource(config_of(), images, rank=0, num_processes=1, micro_batch_size=48, device=torch.device("cpu"))
+    first = joined([list(source.micro_batches(7))])
+    for step in (0, 500, 2):
+        list(source.micro_batches(step))
+    again = joined([list(source.micro_batches(7))])
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_steps_and_seeds_draw_other_numbers(images: ImageSet) -> None:
+    base = joined(step_of(images, config_of(), 0))
+    reseeded = dataclasses.replace(config_of().training, seed=6)
+    for other in (
+        joined(step_of(images, config_of(), 1)),
+        joined(step_of(images, config_of(training=reseeded), 0)),
+    ):
+        assert all(not torch.equal(base[name], other[name]) for name in base)
+
+
+def test_timesteps_flips_and_drops_have_the_chances_they_should(images: ImageSet) -> None:
+    """48,000 draws: five standard deviations are 0.0114 for a half, 0.0099 for a quarter, 6.6 for the mean timestep."""
+    config = config_of(4800)
+    batches = [joined(step_of(images, config, step)) for step in range(10)]
+    timesteps = torch.cat([batch["timesteps"] for batch in batches])
+    dropped = torch.cat([batch["dropped"] for batch in batches])
+    assert (int(timesteps.min()), int(timesteps.max())) == (0, 999)
+    assert abs(float(timesteps.double().mean()) - 499.5) < 6.6
+    assert len(timesteps.unique()) == 1000
+    assert abs(float(dropped.double().mean()) - 0.25) < 0.0099
+    size, mirrored = config.training.train_batch_size, 0
+    for step, batch in enumerate(batches):
+        rows = SampleOrder(NUM_IMAGES, seed=5).positions(step * size, (step + 1) * size)
+        plain = normalize(torch.from_numpy(images.images[rows]))
+        mirrored += int((batch["x_0"] != plain).flatten(1).any(dim=1).sum())
+    assert abs(mirrored / 48_000 - 0.5) < 0.0114
+
+
+def test_every_image_is_seen_once_an_epoch(images: ImageSet) -> None:
+    config = config_of(24, data=DataConfig(source="x"))
+    first_pixels = torch.cat([joined(step_of(images, config, step, 2, 4))["x_0"][:, 0, 0, 0] for step in range(25)])
+    seen = ((first_pixels + 1) * 127.5).round().int().reshape(6, NUM_IMAGES)
+    assert (seen.sort(dim=1).values == torch.arange(NUM_IMAGES)).all()
+
+
+@pytest.mark.parametrize("micro_batch_size", [12, 24, 48])
+def test_only_the_last_micro_batch_updates(images: ImageSet, micro_batch_size: int) -> None:
+    for part in step_of(images, config_of(96), 0, 2, micro_batch_size):
+        assert [batch.is_last for batch in part] == [False] * (len(part) - 1) + [True]
+        assert {len(batch.x_0) for batch in part} == {micro_batch_size}
+
+
+def test_what_is_not_asked_for_is_not_drawn(images: ImageSet) -> None:
+    config = config_of(data=DataConfig(source="x"), model=ModelConfig(), objective=ObjectiveConfig())
+    ((batch,),) = step_of(images, config, 0)
+    assert batch.class_labels is None
+    assert batch.dropped is None
+    rows = SampleOrder(NUM_IMAGES, seed=5).positions(0, 48)
+    assert torch.equal(batch.x_0, normalize(torch.from_numpy(images.images[rows])))
+
+
+def test_timesteps_stay_inside_a_short_chain(images: ImageSet) -> None:
+    config = config_of(480, diffusion=DiffusionConfig(num_train_timesteps=3))
+    assert set(joined(step_of(images, config, 0))["timesteps"].tolist()) == {0, 1, 2}

@@ -1,0 +1,110 @@
+"""What a run on one process refuses, and that sharing with nobody changes nothing. Several processes: distributed/."""
+
+import os
+
+import pytest
+import torch
+
+from ddpm_hf.config import ConfigError, TrainingConfig
+from ddpm_hf.training import processes
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.mark.parametrize(
+    ("told", "configured"), [("fp16", "fp32"), ("bf16", "fp32"), ("fp16", "bf16"), ("fp8", "bf16")]
+)
+def test_a_precision_that_the_launcher_was_told_otherwise_is_refused(
+    monkeypatch: pytest.MonkeyPatch, told: str, configured: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+    with pytest.raises(ConfigError) as caught:
+        processes.start(TrainingConfig(mixed_precision=configured, cpu=True))  # type: ignore[arg-type]
+    assert f"--mixed_precision {told}, but training.mixed_precision is {configured};" in str(caught.value)
+
+
+@pytest.mark.parametrize(("told", "configured"), [("no", "fp32"), ("no", "bf16"), ("bf16", "bf16"), (None, "bf16")])
+def test_a_launcher_that_was_told_the_same_or_nothing_is_fine(
+    monkeypatch: pytest.MonkeyPatch, told: str | None, configured: str
+) -> None:
+    if told is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+    accelerator = processes.start(TrainingConfig(mixed_precision=configured, cpu=True))  # type: ignore[arg-type]
+    assert accelerator.mixed_precision == {"fp32": "no", "bf16": "bf16"}[configured]
+    assert accelerator.device.type == "cpu"
+    assert accelerator.gradient_accumulation_steps == 1
+
+
+def test_an_accumulation_that_the_launcher_was_told_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ConfigError) as caught:
+        processes.start(TrainingConfig(train_batch_size=64, micro_batch_size=8, cpu=True))
+    assert "--gradient_accumulation_steps 4" in str(caught.value)
+    assert "training.train_batch_size 64 and training.micro_batch_size 8; set those instead" in str(caught.value)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    processes.start(TrainingConfig(cpu=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("cpu", [True, False])
+def test_fp16_without_a_gpu_is_refused(cpu: bool) -> None:
+    with pytest.raises(ConfigError, match=r"fp16 needs a CUDA GPU .* but the device is cpu; use bf16 or fp32"):
+        processes.start(TrainingConfig(mixed_precision="fp16", cpu=cpu))
+
+
+def test_deterministic_asks_torch_for_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    processes.start(TrainingConfig(cpu=True))
+    assert not torch.are_deterministic_algorithms_enabled()
+    processes.start(TrainingConfig(cpu=True, deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "num_processes", "expected"),
+    [(64, None, 1, 64), (64, None, 4, 16), (64, 8, 1, 8), (64, 8, 4, 8), (64, 16, 4, 16), (1, None, 1, 1)],
+)
+def test_a_process_takes_its_share_in_one_forward_unless_told_otherwise(
+    batch: int, micro: int | None, num_processes: int, expected: int
+) -> None:
+    config = TrainingConfig(train_batch_size=batch, micro_batch_size=micro)
+    assert processes.micro_batch_size(config, num_processes) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "num_processes", "sentence"),
+    [
+        (100, 16, 3, "train_batch_size 100 is not a multiple of 3 processes x micro_batch_size 16; use 96 or 144."),
+        (64, None, 3, "train_batch_size 64 is not a multiple of 3 processes x micro_batch_size 21; use 63 or 126."),
+        (2, None, 4, "train_batch_size 2 is not a multiple of 4 processes x micro_batch_size 1; use 4."),
+        (64, 64, 2, "train_batch_size 64 is not a multiple of 2 processes x micro_batch_size 64; use 128."),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_comes_with_one_that_can(
+    batch: int, micro: int | None, num_processes: int, sentence: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        processes.micro_batch_size(TrainingConfig(train_batch_size=batch, micro_batch_size=micro), num_processes)
+    assert str(caught.value) == f"training.{sentence}"
+
+
+def test_alone_everything_is_shared_as_it_is() -> None:
+    value = {"step": 3, "names": ["a", "ö"], "none": None}
+    assert processes.share_json(value) is value
+    assert processes.on_rank_0(lambda: value) is value
+    tensors = {"a": torch.randn(3), "b": torch.tensor(1)}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    processes.share_tensors(tensors.values())
+    assert processes.share_named_tensors(tensors, torch.device("cpu")) is tensors
+    assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+    assert processes.share_named_tensors(None, torch.device("cpu")) == {}
+
+
+def test_alone_an_error_keeps_its_type() -> None:
+    def fail() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        processes.on_rank_0(fail)
