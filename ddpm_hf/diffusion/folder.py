@@ -49,14 +49,14 @@ def _edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def write_code(folder: Path, code: Mapping[str, str]) -> None:
-    """Put the files of the core, {name: text}, beside the index."""
+    """Puts the files of the core, {name: text}, beside the index."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in code.items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def clean_component_configs(folder: Path, scheduler: Any) -> None:
-    """Name the stock scheduler for the native one, and drop the path that the network was loaded from."""
+    """Names the stock scheduler for the native one, and drops the path that the network was loaded from."""
     _edit_json(folder / "unet" / "config.json", lambda config: config.pop("_name_or_path", None))
     if type(scheduler).__name__ == NATIVE_SCHEDULER:
         scheduler_config = folder / "scheduler" / "scheduler_config.json"
@@ -64,7 +64,7 @@ def clean_component_configs(folder: Path, scheduler: Any) -> None:
 
 
 def write_index(path: Path, pipeline: DiffusionPipeline) -> None:
-    """Write model_index.json with the names that a loader without this code can resolve."""
+    """Writes model_index.json with the names that a loader without this code can resolve."""
     full = json.loads(pipeline.to_json_string())
     index = {key: value for key, value in full.items() if not key.startswith("_")}
     index["_class_name"] = "DDPMPipeline" if stock_pipeline_samples(pipeline) else LIST_FORM
@@ -75,7 +75,7 @@ def write_index(path: Path, pipeline: DiffusionPipeline) -> None:
 
 
 def without_list_form(content: dict[str, Any]) -> dict[str, Any]:
-    """Turn the list form of the index, which asks for the code in the folder, into the plain class name."""
+    """Turns the list form of the index, which asks for the code in the folder, into the plain class name."""
     if content.get("_class_name") == LIST_FORM:
         content["_class_name"] = LIST_FORM[1]
     return content

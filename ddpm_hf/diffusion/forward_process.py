@@ -17,7 +17,7 @@ LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
 
 
 def compute_dtype(sample: torch.Tensor) -> torch.dtype:
-    """Return the dtype of all arithmetic on a sample: float64 if it is that, else float32."""
+    """Returns the dtype of all arithmetic on a sample: float64 if it is that, else float32."""
     return torch.float64 if sample.dtype == torch.float64 else torch.float32
 
 
@@ -42,7 +42,7 @@ class ForwardProcess:
     _device_tables: dict[tuple[str, torch.device, torch.dtype], torch.Tensor]
 
     def gather(self, name: str, timesteps: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Look up a table for each sample, without a read from the device.
+        """Looks up a table for each sample, without a read from the device.
 
         Args:
             name: The table, for example `snr`.
@@ -59,8 +59,7 @@ class ForwardProcess:
         device, dtype = like.device, compute_dtype(like)
         table = self._device_tables.get((name, device, dtype))
         if table is None:
-            with torch.inference_mode(False):  # the copy may meet autograd later
-                table = getattr(self.noise_schedule, name).to(device, dtype, copy=True)
+            table = getattr(self.noise_schedule, name).to(device, dtype)
             self._device_tables[name, device, dtype] = table
         index = torch.as_tensor(timesteps, device=device).reshape(-1)
         if index.is_floating_point() or len(index) not in (1, len(like)):
@@ -78,14 +77,14 @@ class ForwardProcess:
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor
     ) -> torch.Tensor:
-        """Draw x_t from q(x_t | x_0) with the given noise; float32 inside, in the dtype of the samples outside."""
+        """Draws x_t from q(x_t | x_0) with the given noise; float32 inside, in the dtype of the samples outside."""
         dtype = compute_dtype(original_samples)
         alpha, sigma = self._alpha_sigma(timesteps, original_samples)
         x_t = gaussian.q_sample(original_samples.to(dtype), noise.to(dtype), alpha, sigma)
         return x_t.to(original_samples.dtype)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
-        """Return the target of v-prediction for clean samples and their noise; float32 inside."""
+        """Returns the target of v-prediction for clean samples and their noise; float32 inside."""
         dtype = compute_dtype(sample)
         alpha, sigma = self._alpha_sigma(timesteps, sample)
         v = gaussian.velocity(sample.to(dtype), noise.to(dtype), alpha, sigma)
@@ -94,7 +93,7 @@ class ForwardProcess:
     def predict_original_sample(
         self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Return x_0 as the network's output predicts it, not clipped, (batch, channels, ...)."""
+        """Returns x_0 as the network's output predicts it, not clipped, (batch, channels, ...)."""
         output, _ = self._split(model_output.to(compute_dtype(sample)), sample)
         x_t = sample.to(output.dtype)
         x_0 = gaussian.predict_x_0(self.config["prediction_type"], output, x_t, *self._alpha_sigma(timesteps, x_t))
@@ -103,14 +102,14 @@ class ForwardProcess:
     def predict_noise(
         self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Return the noise in the sample as the network's output predicts it, (batch, channels, ...)."""
+        """Returns the noise in the sample as the network's output predicts it, (batch, channels, ...)."""
         output, _ = self._split(model_output.to(compute_dtype(sample)), sample)
         x_t = sample.to(output.dtype)
         eps = gaussian.predict_eps(self.config["prediction_type"], output, x_t, *self._alpha_sigma(timesteps, x_t))
         return eps.to(sample.dtype)
 
     def posterior(self, x_0: torch.Tensor, x_t: torch.Tensor, timesteps: int | torch.Tensor) -> Posterior:
-        """Return q(x_{t-1} | x_t, x_0) of the training chain. Eq. 6 and 7, Ho et al. 2020; float32 inside and out."""
+        """Returns q(x_{t-1} | x_t, x_0) of the training chain. Eq. 6 and 7, Ho et al. 2020; float32 inside and out."""
         dtype = compute_dtype(x_t)
         coef_x_0 = self.gather("posterior_mean_coef_x_0", timesteps, x_t)
         coef_x_t = self.gather("posterior_mean_coef_x_t", timesteps, x_t)
@@ -121,12 +120,12 @@ class ForwardProcess:
         )
 
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the signal-to-noise ratio at each timestep, float32, in the shape and on the device of `timesteps`."""
+        """Returns the signal-to-noise ratio at each timestep, float32, in the shape and on the device of these."""
         like = torch.empty(timesteps.numel(), device=timesteps.device)
         return self.gather("snr", timesteps, like).view(timesteps.shape)
 
     def _split(self, model_output: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Separate prediction and variance, the two halves of the channels where the variance is learned."""
+        """Separates prediction and variance, the two halves of the channels where the variance is learned."""
         learned = self.config["variance_type"] in LEARNED_VARIANCE_TYPES
         expected = x_t.shape[1] * (2 if learned else 1)
         if model_output.shape[1] != expected:

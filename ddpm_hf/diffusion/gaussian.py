@@ -17,7 +17,7 @@ Coefficient = float | torch.Tensor
 
 
 def _combine(a: Coefficient, x: torch.Tensor, b: Coefficient, y: torch.Tensor) -> torch.Tensor:
-    """Sum a x + b y in two tensor operations."""
+    """Sums a x + b y in two tensor operations."""
     if isinstance(b, torch.Tensor):
         return torch.addcmul(a * x, b, y)
     return torch.add(a * x, y, alpha=b)
@@ -76,7 +76,7 @@ def predict_eps(
 
 
 def dynamic_threshold(x_0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
-    """Clip each sample to its own quantile of |x_0| and divide by it. Section 2.3, Saharia et al. 2022."""
+    """Clips each sample to its own quantile of |x_0| and divides by it. Section 2.3, Saharia et al. 2022."""
     limit = x_0.flatten(1).abs().quantile(ratio, dim=1).clamp(min=1, max=max_value).view(-1, *[1] * (x_0.ndim - 1))
     return x_0.clamp(-limit, limit) / limit
 
@@ -106,7 +106,7 @@ def interpolated_log_variance(v: torch.Tensor, log_min: Coefficient, log_max: Co
 def add_learned_noise(
     mean: torch.Tensor, noise: torch.Tensor, v: torch.Tensor, log_min: float, log_max: float, eta: float
 ) -> torch.Tensor:
-    """Add eta std noise in three tensor operations; `interpolated_log_variance` of v is 2 log std."""
+    """Adds eta std noise in three tensor operations; `interpolated_log_variance` of v is 2 log std."""
     deviation = torch.exp((log_max - log_min) / 4 * v)
     return torch.addcmul(mean, noise, deviation, value=eta * math.exp((log_min + log_max) / 4))
 

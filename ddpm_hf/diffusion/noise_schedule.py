@@ -96,7 +96,7 @@ BETA_SCHEDULE_ALIASES = {"cosine": "squaredcos_cap_v2", "quad": "scaled_linear"}
 def make_betas(
     beta_schedule: str, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> torch.Tensor:
-    """Return the betas of a named schedule.
+    """Returns the betas of a named schedule.
 
     Args:
         beta_schedule: A key of `BETA_SCHEDULES`, or its alias `cosine` or `quad`.
@@ -127,7 +127,7 @@ def rescale_to_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
 
 
 def spaced_timesteps(spacing: str, num_inference_steps: int, num_train_timesteps: int, offset: int = 0) -> list[int]:
-    """Return exactly `num_inference_steps` descending timesteps.
+    """Returns exactly `num_inference_steps` descending timesteps.
 
     Args:
         spacing: `leading`, `trailing` and `linspace` are the three rows of Table 2, Lin et al. 2024, in the arithmetic
@@ -170,7 +170,7 @@ class Transition(NamedTuple):
     posterior_variance: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """The tables of a diffusion process, each a float64 CPU tensor of shape (T,).
 
@@ -202,7 +202,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: torch.Tensor | Sequence[float]) -> "NoiseSchedule":
-        """Build every table from the betas.
+        """Builds every table from the betas.
 
         Raises:
             ValueError: A beta is outside (0, 1] or not a number.
@@ -234,11 +234,11 @@ class NoiseSchedule:
         )
 
     def __len__(self) -> int:
-        """Return T."""
+        """Returns T."""
         return len(self.betas)
 
     def transitions(self, timesteps: Sequence[int]) -> list[Transition]:
-        """Return one row for each step of a descending list of timesteps; the last one goes to alpha_bar = 1."""
+        """Returns one row for each step of a descending list of timesteps; the last one goes to alpha_bar = 1."""
         table: list[float] = self.alphas_cumprod.tolist()
         alpha_bar = [table[t] for t in timesteps]
         rows = zip(timesteps, [*timesteps[1:], -1], alpha_bar, [*alpha_bar[1:], 1.0], strict=True)
@@ -280,7 +280,7 @@ class SamplingRun:
         self._version = self.timesteps._version
 
     def row(self, timestep: int | torch.Tensor) -> int:
-        """Return the row of a timestep, without a read from the device if it is an element of `self.timesteps`.
+        """Returns the row of a timestep, without a read from the device if it is an element of `self.timesteps`.
 
         Raises:
             ValueError: The timestep is not one number, or not in the list.

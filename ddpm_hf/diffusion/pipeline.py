@@ -154,7 +154,7 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Iterable[str] = ("sample",),
         return_trajectory: bool = False,
     ) -> Any:
-        """Generate images; the state is float32 whatever the dtype of the weights (float64 for float64).
+        """Generates images; the state is float32 whatever the dtype of the weights (float64 for float64).
 
         Args:
             batch_size: Number of images.
@@ -199,7 +199,7 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
         step_kwargs: dict[str, Any],
         on_step_end: StepEnd,
     ) -> torch.Tensor:
-        """Run the reverse process over some of the scheduler's timesteps; `on_step_end` returns the state to go on."""
+        """Runs the reverse process over some of the scheduler's timesteps; `on_step_end` returns the state to go on."""
         x_0 = torch.zeros_like(sample)
         for step, t in enumerate(self.progress_bar(timesteps)):
             model_output = self._predict(sample, t, x_0, condition)
@@ -215,7 +215,7 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
         return sample
 
     def _predict(self, sample: torch.Tensor, t: torch.Tensor, x_0: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Call the network once, guided if so asked; what it says of the variance stays if the scheduler takes it."""
+        """Calls the network once, guided if so asked; what it says of the variance stays if the scheduler takes it."""
         x = self.scheduler.scale_model_input(sample, t)
         if self.config.get("self_conditioned"):
             x = torch.cat([x, x_0], dim=1)
@@ -240,7 +240,7 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
         guidance_rescale: float,
         device: torch.device,
     ) -> Condition:
-        """Turn labels and guidance into what the network takes."""
+        """Turns labels and guidance into what the network takes."""
         num_embeddings, has_null_label = self.unet.config.num_class_embeds, self.config.get("has_null_label", False)
         class_names = self.config.get("class_names")
         labels = label_numbers(class_labels, batch_size, num_embeddings, has_null_label, class_names)
@@ -254,7 +254,7 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
         output_type: str,
         callback_inputs: list[str],
     ) -> None:
-        """Refuse arguments that are wrong whatever the scheduler."""
+        """Refuses arguments that are wrong whatever the scheduler."""
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -280,7 +280,7 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         device: torch.device,
     ) -> torch.Tensor:
-        """Return x_T before scaling, (batch, channels, height, width), given or drawn."""
+        """Returns x_T before scaling, (batch, channels, height, width), given or drawn."""
         dtype = torch.promote_types(torch.float32, self.unet.dtype)
         if sample is not None:
             if sample.ndim != 4 or sample.shape[:2] != (batch_size, self.num_channels):
@@ -298,24 +298,24 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
         return noise
 
     def save_config(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write code and index; `save_pretrained` calls this last, after the components and before an upload."""
+        """Writes code and index; `save_pretrained` calls this last, after the components and before an upload."""
         write_code(Path(save_directory), self._portable_code)
         clean_component_configs(Path(save_directory), self.scheduler)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | PathLike[str]) -> None:
-        """Write the index, portable."""
+        """Writes the index, portable."""
         write_index(Path(json_file_path), self)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | PathLike[str]) -> dict[str, Any]:
-        """Read an index; what asks for the code in the folder asks for this class."""
+        """Reads an index; what asks for the code in the folder asks for this class."""
         content: dict[str, Any] = super()._dict_from_json_file(json_file)
         return without_list_form(content)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
-        """Load a folder or repository of this class or of a stock DDPMPipeline, see `DiffusionPipeline`.
+        """Loads a folder or repository of this class or of a stock DDPMPipeline, see `DiffusionPipeline`.
 
         Raises:
             ValueError: The weights exist only as pickles and `use_safetensors=False` was not given.

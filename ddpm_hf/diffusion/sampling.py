@@ -20,7 +20,7 @@ def label_numbers(
     has_null_label: bool,
     class_names: Mapping[str, str] | None,
 ) -> list[int] | None:
-    """Return one label for each image, None for an unconditional network.
+    """Returns one label for each image, None for an unconditional network.
 
     Args:
         class_labels: One for all images or one for each: numbers, or names from `class_names`.
@@ -71,7 +71,7 @@ class Condition:
         guidance_rescale: float,
         device: torch.device,
     ) -> "Condition":
-        """Build the tensor of labels.
+        """Builds the tensor of labels.
 
         Raises:
             ValueError: Guidance is asked of a model without a null label, or its rescaling is outside [0, 1].
@@ -126,7 +126,7 @@ class StepEnd:
         self._states: list[torch.Tensor] | None = [] if keep_states else None
 
     def __call__(self, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the state to go on from."""
+        """Returns the state to go on from."""
         sample = tensors["sample"]
         if self._callback is not None:
             shown = {name: tensors[name] for name in self.tensor_inputs}
@@ -135,19 +135,19 @@ class StepEnd:
         return sample
 
     def keep(self, sample: torch.Tensor) -> None:
-        """Remember a state, on the CPU, if the trajectory is wanted."""
+        """Remembers a state, on the CPU, if the trajectory is wanted."""
         if self._states is not None:
             self._states.append(sample.cpu())
 
     def trajectory(self) -> torch.Tensor | None:
-        """Return the states mapped to [0, 1], (steps + 1, batch, channels, height, width)."""
+        """Returns the states mapped to [0, 1], (steps + 1, batch, channels, height, width)."""
         return None if self._states is None else to_unit_range(torch.stack(self._states))
 
 
 def step_arguments(
     scheduler: Any, generator: torch.Generator | list[torch.Generator] | None, eta: float | None
 ) -> dict[str, Any]:
-    """Return the keyword arguments that this scheduler's `step` takes.
+    """Returns the keyword arguments that this scheduler's `step` takes.
 
     Raises:
         ValueError: An eta is given and the scheduler has none.
@@ -168,7 +168,7 @@ def start_run(
     timesteps: list[int] | None,
     timestep_spacing: str | None,
 ) -> None:
-    """Set the scheduler's timesteps, as many as in training unless told otherwise.
+    """Sets the scheduler's timesteps, as many as in training unless told otherwise.
 
     Raises:
         ValueError: The scheduler does not take what is asked for.
@@ -191,12 +191,12 @@ def start_run(
 
 
 def to_unit_range(sample: torch.Tensor) -> torch.Tensor:
-    """Map [-1, 1] to [0, 1], clipped, in float32."""
+    """Maps [-1, 1] to [0, 1], clipped, in float32."""
     return (sample / 2 + 0.5).clamp(0, 1).float()
 
 
 def to_images(sample: torch.Tensor, output_type: str) -> Any:
-    """Convert x_0, (batch, channels, height, width) in [-1, 1], to one of the pipeline's output types."""
+    """Converts x_0, (batch, channels, height, width) in [-1, 1], to one of the pipeline's output types."""
     images = to_unit_range(sample)
     if output_type == "pt":
         return images

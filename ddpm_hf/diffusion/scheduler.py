@@ -154,7 +154,7 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         timestep_spacing: str = "leading",
     ) -> "GaussianDiffusionScheduler":
-        """Build a scheduler whose configuration every scheduler of diffusers can read.
+        """Builds a scheduler whose configuration every scheduler of diffusers can read.
 
         Aliases (`cosine`, `quad`, `eps`, `x0`, `v`) are stored under the names of diffusers, `fixed_large_log` as
         `fixed_large`, and a schedule that some scheduler of diffusers lacks (`sigmoid`, `laplace`, `sigmoid_alpha_bar`,
@@ -181,7 +181,7 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         return scheduler
 
     def __len__(self) -> int:
-        """Return the length of the training chain."""
+        """Returns the length of the training chain."""
         return len(self.noise_schedule)
 
     @property
@@ -202,7 +202,7 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         """Accepted for pipelines that call it: here the row follows from the timestep, in any order of calls."""
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
-        """Return the sample: this process needs no scaling."""
+        """Returns the sample: this process needs no scaling."""
         return sample
 
     def set_timesteps(
@@ -213,7 +213,7 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         *,
         timestep_spacing: str | None = None,
     ) -> None:
-        """Choose the timesteps of a run.
+        """Chooses the timesteps of a run.
 
         Args:
             num_inference_steps: Number of steps, spaced by `timestep_spacing`.
@@ -242,7 +242,7 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(chosen)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> torch.Tensor:
-        """Return the next timestep of the list being run, -1 after the last, as a 0-dim tensor on the CPU."""
+        """Returns the next timestep of the list being run, -1 after the last, as a 0-dim tensor on the CPU."""
         return torch.tensor(self._run.transitions[self._run.row(timestep)].previous_timestep)
 
     def step(
@@ -255,7 +255,7 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         *,
         eta: float = 1.0,
     ) -> GaussianDiffusionSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Go from x_t to x at the next timestep of the list, or to x_0 after the last.
+        """Goes from x_t to x at the next timestep of the list, or to x_0 after the last.
 
         Eq. 12, Song et al. 2021, with eps re-derived from the clipped x_0; for eta = 1 it is Eq. 7, Ho et al. 2020.
         The last step draws no noise.
@@ -295,7 +295,7 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         return GaussianDiffusionSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0)
 
     def _clip(self, x_0: torch.Tensor) -> torch.Tensor:
-        """Threshold or clip a prediction of x_0 as configured."""
+        """Thresholds or clips a prediction of x_0 as configured."""
         if self.config["thresholding"]:
             ratio, max_value = self.config["dynamic_thresholding_ratio"], self.config["sample_max_value"]
             return gaussian.dynamic_threshold(x_0, ratio, max_value)
@@ -311,7 +311,7 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None,
         eta: float,
     ) -> torch.Tensor:
-        """Add eta times a standard deviation of noise to the mean of a reverse step."""
+        """Adds eta times a standard deviation of noise to the mean of a reverse step."""
         if isinstance(generator, list) and len(generator) != len(mean):
             raise ValueError(f"generator is a list of {len(generator)} for a batch of {len(mean)}; pass one for each.")
         noise = randn_tensor(tuple(mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,8 +136,10 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     folder, homes = tmp_path_factory.mktemp("folders"), tmp_path_factory.mktemp("homes")
     save_folders(folder)
     ways = {"stock": (WAY_1, False), "consent": (WAY_2, False), "installed": (WAY_3, True)}
-    for way, (code, with_ddpm_hf) in ways.items():
-        run(way, code, folder, homes / way, with_ddpm_hf)
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(run, way, code, folder, homes / way, known) for way, (code, known) in ways.items()]
+        for finished in runs:
+            finished.result()
     images = {way: torch.load(folder / f"{way}.pt", weights_only=True) for way in ways}
     return Loaded(folder, images, {way: json.loads((folder / f"{way}.json").read_text()) for way in ways})
 

@@ -165,6 +165,7 @@ def test_overrides_replace_the_preset() -> None:
         ({"norm_eps": "small"}, "model.overrides do not make a UNet2DModel"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_overrides_that_make_no_network_are_refused(overrides: dict[str, object], sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_unet(ModelConfig(preset="digits_8", overrides=overrides), (1, 8, 8), None)

@@ -97,6 +97,7 @@ def test_what_stock_folders_lack_is_written_only_where_true_and_read_back(tmp_pa
         ({"in_channels": 6}, ("GaussianDiffusionScheduler", {}), {"self_conditioned": True}),
         ({"out_channels": 6}, ("GaussianDiffusionScheduler", {"variance_type": "learned"}), {}),
         ({"out_channels": 6}, ("DDIMScheduler", {}), {}),
+        ({"in_channels": 6, "out_channels": 6}, ("DDIMScheduler", {}), {"self_conditioned": True}),
         ({}, ("EulerDiscreteScheduler", {}), {}),
         ({}, ("UniPCMultistepScheduler", {}), {}),
     ],

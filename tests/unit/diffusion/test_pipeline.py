@@ -12,6 +12,8 @@ from oracles import GaussianData, seeded, tiny_unet
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
 
 def pipeline(unet: UNet2DModel | None = None, scheduler: Any = None, **extras: Any) -> GaussianDiffusionPipeline:
     """A quiet pipeline of tiny parts."""
@@ -321,7 +323,6 @@ NOT_IN_DIFFUSERS = {("PNDMScheduler", "sample"), ("EulerAncestralDiscreteSchedul
 PAIRS = set(itertools.product(FOREIGN_SCHEDULERS, ("epsilon", "sample", "v_prediction"))) - NOT_IN_DIFFUSERS
 
 
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 @pytest.mark.parametrize(("name", "prediction_type"), sorted(PAIRS))
 def test_foreign_schedulers_sample_the_data(name: str, prediction_type: str) -> None:
     """50 steps of 192 * 16 values: a standard error of 0.01, and up to 0.06 of the schedulers' own error at 50 steps.
@@ -362,6 +363,27 @@ def test_half_precision_weights_keep_a_float32_state(dtype: torch.dtype) -> None
         if output_type == "np":
             assert np.abs(images - expected).max() < 0.05
     assert dtypes == {torch.float32}
+
+
+def test_half_precision_weights_keep_a_float32_state_and_guidance_with_foreign_schedulers() -> None:
+    """Theirs return the dtype of the network's output: it is widened before anything is computed from it."""
+    pipe = conditional()
+    pipe.unet.to(torch.bfloat16)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    tensors: list[dict[str, torch.Tensor]] = []
+    pipe(
+        1,
+        3,
+        seeded(),
+        class_labels=0,
+        guidance_scale=3.0,
+        output_type="pt",
+        callback_on_step_end=lambda p, i, t, shown: tensors.append(shown),
+        callback_on_step_end_tensor_inputs=("sample", "model_output"),
+    )
+    for shown in tensors:
+        assert shown["sample"].dtype == shown["model_output"].dtype == torch.float32
+        assert not torch.equal(shown["model_output"], shown["model_output"].bfloat16().float())
 
 
 def test_double_precision_weights_keep_a_float64_state() -> None:

@@ -37,6 +37,16 @@ def test_configuration_has_the_keys_and_defaults_of_ddpm_scheduler() -> None:
     assert dict(GaussianDiffusionScheduler().config) == stock
 
 
+def test_attributes_that_other_code_reads_are_those_of_ddpm_scheduler() -> None:
+    ours, stock = GaussianDiffusionScheduler(variance_type="fixed_large"), DDPMScheduler(variance_type="fixed_large")
+    for name in ("init_noise_sigma", "order", "variance_type", "custom_timesteps", "num_inference_steps", "one"):
+        assert getattr(ours, name) == getattr(stock, name), name
+    assert torch.equal(ours.timesteps, stock.timesteps)
+    assert len(ours) == len(stock)
+    sample = torch.zeros(1)
+    assert ours.scale_model_input(sample, 5) is sample
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -63,7 +63,8 @@ def run_until(action: Callable[[], object], stop_at: int, how: str) -> bool:
 
     Args:
         action: What to run.
-        stop_at: Which change fails; syncing a file or folder counts as one.
+        stop_at: Which change fails; syncing a file or folder counts as one, and a file that could not be written is
+            there but empty.
         how: "kill" ends the process before the change, "full disk" raises once in its place.
 
     Returns:
@@ -80,16 +81,19 @@ def _run_and_exit(action: Callable[[], object], stop_at: int, how: str) -> None:
     """The child's part of `run_until`: never returns."""
     count = 0
 
-    def change() -> None:
+    def change(begin: Callable[[], object] = lambda: None) -> None:
         nonlocal count
         count += 1
         if count == stop_at:
+            begin()
             if how == "kill":
                 os._exit(9)
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def audit(event: str, arguments: Sequence[Any]) -> None:
-        if event in CHANGES or (event == "open" and arguments[2] & WRITES):
+        if event == "open" and arguments[2] & WRITES:
+            change(lambda: os.close(os.open(arguments[0], arguments[2] & ~os.O_EXCL, 0o600)))
+        elif event in CHANGES:
             change()
 
     sync = os.fsync
