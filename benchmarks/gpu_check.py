@@ -1,8 +1,8 @@
 """Everything that only a GPU can show, in one command: python benchmarks/gpu_check.py.
 
-Each check prints PASS or FAIL and what it saw; the results go to benchmarks/results/gpu_check_<device>.json with the device
-named. The images are those of --data or of the environment variable DDPM_HF_CIFAR10 (a CIFAR-10 parquet or .npy file);
-without either, random images of the same size stand in, and the result says so.
+Each check prints PASS or FAIL and what it saw; the results go to benchmarks/results/gpu_check_<device>.json with the
+device named. The images are those of --data or of the environment variable DDPM_HF_CIFAR10 (a CIFAR-10 parquet or .npy
+file); without either, random images of the same size stand in, and the result says so.
 """
 
 import argparse
@@ -92,13 +92,18 @@ def check_resume(context: Context, precision: str) -> str:
     schedule = ["--training.num_steps", "20"]
     stopped, _ = train(context, f"stopped_{precision}", *small_run(precision), *schedule)
     train(context, f"stopped_{precision}", *small_run(precision))
-    files = ("unet/diffusion_pytorch_model.safetensors", "ema/diffusion_pytorch_model.safetensors", "optimizer.safetensors")
+    files = (
+        "unet/diffusion_pytorch_model.safetensors",
+        "ema/diffusion_pytorch_model.safetensors",
+        "optimizer.safetensors",
+    )
     for name in files:
         one, other = (load_file(run / "checkpoints" / "step_00000040" / name) for run in (whole, stopped))
         different = [key for key in one if not torch.equal(one[key], other[key])]
         assert not different, f"{name}: {len(different)} of {len(one)} tensors differ, first {different[0]}"
     states = [
-        json.loads((run / "checkpoints" / "step_00000040" / "trainer_state.json").read_text()) for run in (whole, stopped)
+        json.loads((run / "checkpoints" / "step_00000040" / "trainer_state.json").read_text())
+        for run in (whole, stopped)
     ]
     assert states[0]["scaler"] == states[1]["scaler"], states
     return f"bit-identical; scaler {states[0]['scaler']}"

@@ -52,6 +52,9 @@ def _exit_code(command: Callable[[], int]) -> int:
     except ValueError as error:
         _complain(str(error))
         return 2
+    except OSError as error:
+        _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        return 1
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
@@ -79,6 +82,7 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
         if trainer.is_main_process:
             print(f"{trainer.describe()}\n\n{config.to_yaml()}", flush=True)
         if is_dry_run:
+            trainer.check_resume()
             if trainer.is_main_process:
                 print("Everything fits together; without --dry_run this would train.")
             return 0
@@ -111,7 +115,7 @@ def _write_report(trainer: "Trainer", command: str) -> None:
     from ddpm_hf.evaluation.sampling import sample_images, sample_trajectory
     from ddpm_hf.report import SamplingSettings, loading_lines, write_report
 
-    config, evaluation, output_dir = trainer.config, trainer.config.evaluation, Path(trainer.config.training.output_dir)
+    config, evaluation, output_dir = trainer.config, trainer.config.evaluation, trainer.folder.path
     print(f"Sampling {evaluation.num_samples} images from {output_dir / 'pipeline'} ...", flush=True)
     pipeline = GaussianDiffusionPipeline.from_pretrained(output_dir / "pipeline").to(trainer.device)
     names = list(trainer.class_names.values()) if trainer.class_names else None

@@ -100,21 +100,22 @@ def micro_batch_size(config: TrainingConfig, num_processes: int) -> int:
 
 
 def on_rank_0(function: Callable[[], Result]) -> Result | None:
-    """Collective: calls a function on rank 0 only; if it raises ValueError there, every rank does.
+    """Collective: calls a function on rank 0 only; if it raises ValueError or OSError there, every rank does.
 
     Returns:
         What the function returned on rank 0, None elsewhere.
     """
     if _world_size() == 1:
         return function()
-    result, message = None, ""
+    result, failure = None, None
     if dist.get_rank() == 0:
         try:
             result = function()
-        except ValueError as error:
-            message = str(error) or type(error).__name__
-    if message := share_json(message):
-        raise ConfigError(message)
+        except (ValueError, OSError) as error:
+            failure = [isinstance(error, OSError), str(error) or type(error).__name__]
+    if failure := share_json(failure):
+        is_system_error, message = failure
+        raise OSError(message) if is_system_error else ConfigError(message)
     return result
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ddpm_hf.config import ConfigError, RunConfig, changed_settings, read_config_dict
+from ddpm_hf.config import ConfigError, RunConfig
 from ddpm_hf.data import open_images
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.rng import seed_global_generators
@@ -25,6 +25,7 @@ from ddpm_hf.training.guard import NonFiniteGuard, StopWatcher, TrainingStopped
 from ddpm_hf.training.objective import DenoisingLoss
 from ddpm_hf.training.optim import build_optimizer, learning_rate_at
 from ddpm_hf.training.preview import save_preview
+from ddpm_hf.training.resume import choose_checkpoint
 from ddpm_hf.training.run_folder import RunFolder
 from ddpm_hf.training.snapshot import TrainerState, load_optimizer, read_snapshot, write_snapshot
 from ddpm_hf.training.tracking import MetricsLog
@@ -49,15 +50,14 @@ class Trainer:
         self.accelerator = processes.start(config.training)
         self.device = self.accelerator.device
         self.micro_batch_size = processes.micro_batch_size(config.training, self.accelerator.num_processes)
-        self.folder = RunFolder(Path(config.training.output_dir))
+        self.folder = RunFolder(Path(config.training.output_dir).expanduser())
         processes.on_rank_0(lambda: self.folder.check(config.training.resume))
-        # Rank 0 decodes the data, or says what is wrong with it, before the others look.
-        processes.on_rank_0(lambda: open_images(config.data, with_labels=config.model.class_conditional) and None)
-        images = open_images(config.data, with_labels=config.model.class_conditional)
-        self.images, self.held_out = images.split(config.data.validation_fraction, config.training.seed)
-        names = images.class_names if config.model.class_conditional else None
-        self.class_names = {str(number): name for number, name in enumerate(names)} if names else None
-        self._build()
+        try:
+            self._open_images()
+            self._build()
+        except BaseException:
+            self.folder.release()
+            raise
         self.state = TrainerState()
         self.guard = NonFiniteGuard(config.training.max_consecutive_nonfinite)
         self._batches = BatchSource(
@@ -70,6 +70,16 @@ class Trainer:
         )
         self.metrics = MetricsLog(self.folder.path / "metrics.jsonl")
         self._loss_sum = torch.zeros(2, device=self.device)  # sum of this rank's mean losses, number of updates in it
+
+    def _open_images(self) -> None:
+        """Collective: opens the data; rank 0 decodes it, or says what is wrong with it, before the others look."""
+        config = self.config.data
+        with_labels = self.config.model.class_conditional
+        processes.on_rank_0(lambda: open_images(config, with_labels=with_labels) and None)
+        images = open_images(config, with_labels=with_labels)
+        self.images, self.held_out = images.split(config.validation_fraction, self.config.training.seed)
+        names = images.class_names if with_labels else None
+        self.class_names = {str(number): name for number, name in enumerate(names)} if names else None
 
     def _build(self) -> None:
         """Makes the scheduler, the network, its average, the optimiser and the objective."""
@@ -97,7 +107,7 @@ class Trainer:
     @property
     def is_main_process(self) -> bool:
         """Whether this process writes files and speaks."""
-        return self.accelerator.is_main_process
+        return bool(self.accelerator.is_main_process)
 
     def describe(self) -> str:
         """Says in a line what is trained on what, where."""
@@ -110,6 +120,10 @@ class Trainer:
             f"{self.config.training.mixed_precision}, batch {self.config.training.train_batch_size} = {num_processes} "
             f"x {self.micro_batch_size} x {accumulation} accumulated"
         )
+
+    def check_resume(self) -> None:
+        """Collective: raises what `fit` would raise about the checkpoints in the run folder, and changes nothing."""
+        processes.on_rank_0(lambda: choose_checkpoint(self.folder, self.config, is_dry_run=True) and None)
 
     def close(self) -> None:
         """Collective: lets go of the run folder and of the other processes."""
@@ -291,22 +305,10 @@ class Trainer:
         processes.on_rank_0(self._start_folder)
 
     def _read_checkpoint(self) -> tuple[TrainerState, dict[str, torch.Tensor]] | None:
-        """Reads the newest valid checkpoint on rank 0, after comparing its configuration with this one."""
-        latest, skipped = checkpoint.find_latest(self.folder.checkpoints)
-        for line in skipped:
-            logger.warning("Passed over a checkpoint that cannot be used: %s", line)
+        """Reads the newest valid checkpoint on rank 0."""
+        latest = choose_checkpoint(self.folder, self.config)
         if latest is None:
             return None
-        fixed, free = changed_settings(read_config_dict(latest.path / "config.yaml"), self.config)
-        if fixed:
-            raise ConfigError(
-                f"{self.folder.path} holds a run with other settings ({'; '.join(fixed)}); restore them, or choose "
-                "another training.output_dir."
-            )
-        for line in free:
-            logger.warning("Continuing with a changed setting: %s", line)
-        for line in skipped:
-            checkpoint.put_aside(self.folder.checkpoints / line.split(":")[0])
         self._say(f"Continuing from step {latest.step} of {self.config.training.num_steps} ({latest.path}).")
         return read_snapshot(latest.path, self.unet, self.ema)
 
@@ -330,13 +332,14 @@ class Trainer:
 
     def _progress_bar(self) -> "tqdm[object]":
         """Returns a progress bar on rank 0's terminal; without a terminal, lines are printed instead."""
-        return tqdm(
+        bar: tqdm[object] = tqdm(
             initial=self.state.global_step,
             total=self.config.training.num_steps,
             desc="Training",
             unit="step",
             disable=None if self.accelerator.is_main_process else True,
         )
+        return bar
 
     def _say(self, message: str) -> None:
         """Prints a line on rank 0, above the progress bar."""

@@ -73,5 +73,3 @@ def test_a_users_mistake_is_told_once_and_no_rank_hangs(tmp_path: Path) -> None:
 def test_a_batch_that_two_processes_cannot_share_is_refused_with_numbers_that_work(tmp_path: Path) -> None:
     result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run", training__train_batch_size=9)], timeout=100)
     assert "train_batch_size 9 is not a multiple of 2 processes x micro_batch_size 4; use 8 or 16." in result.stderr
-
-

@@ -41,7 +41,9 @@ EVERYTHING_RANDOM = {
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Returns every tensor of a checkpoint, named by file and key."""
     files = ("unet/diffusion_pytorch_model", "ema/diffusion_pytorch_model", "optimizer")
-    return {f"{file}:{key}": value for file in files for key, value in load_file(checkpoint / f"{file}.safetensors").items()}
+    return {
+        f"{file}:{key}": value for file in files for key, value in load_file(checkpoint / f"{file}.safetensors").items()
+    }
 
 
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
@@ -83,7 +85,10 @@ def test_a_run_leaves_everything_it_promises(finished_run: Path) -> None:
         *("metrics.jsonl", "pipeline", "previews", "samples.png", ".lock"),
     }
     assert {path.name for path in finished_run.iterdir()} == expected
-    assert sorted(path.name for path in (finished_run / "previews").iterdir()) == ["step_00000003.png", "step_00000006.png"]
+    assert sorted(path.name for path in (finished_run / "previews").iterdir()) == [
+        "step_00000003.png",
+        "step_00000006.png",
+    ]
     assert sorted(path.name for path in (finished_run / "checkpoints").iterdir()) == [
         "step_00000002",
         "step_00000004",
@@ -225,9 +230,7 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_accumulated(tmp_path: Path
     np.testing.assert_allclose(losses[1], losses[8], rtol=0, atol=1e-5)
 
 
-def test_a_non_finite_gradient_skips_the_update_and_is_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_non_finite_gradient_skips_the_update_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit: weights, average and moments after the poisoned step are those before it."""
     poison_loss_at(3, monkeypatch)
     run = tmp_path / "run"
