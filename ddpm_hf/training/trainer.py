@@ -9,6 +9,7 @@ import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -195,7 +196,7 @@ class Trainer:
         if self.guard.was_applied():
             self.ema.update(self.unet)
 
-    def _after_step(self, progress: "tqdm[object]") -> None:
+    def _after_step(self, progress: "tqdm[Any]") -> None:
         """Collective: writes metrics, previews and checkpoints where they are due."""
         config, step = self.config, self.state.global_step
         is_last = step == config.training.num_steps
@@ -208,7 +209,7 @@ class Trainer:
             self._save(must_succeed=is_last)
         self._logged_at += time.monotonic() - interrupted_at  # images/s are those of training alone
 
-    def _log(self, progress: "tqdm[object]") -> None:
+    def _log(self, progress: "tqdm[Any]") -> None:
         """Collective: writes one line of metrics: means since the line before."""
         loss_sum, num_losses = self.accelerator.reduce(self._loss_sum.clone(), reduction="sum").tolist()
         now, step, batch = time.monotonic(), self.state.global_step, self.config.training.train_batch_size
@@ -330,16 +331,15 @@ class Trainer:
 
         processes.on_rank_0(lambda: checkpoint.replace_folder(self.folder.pipeline, write))
 
-    def _progress_bar(self) -> "tqdm[object]":
+    def _progress_bar(self) -> "tqdm[Any]":
         """Returns a progress bar on rank 0's terminal; without a terminal, lines are printed instead."""
-        bar: tqdm[object] = tqdm(
+        return tqdm(
             initial=self.state.global_step,
             total=self.config.training.num_steps,
             desc="Training",
             unit="step",
             disable=None if self.accelerator.is_main_process else True,
         )
-        return bar
 
     def _say(self, message: str) -> None:
         """Prints a line on rank 0, above the progress bar."""

@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.optim": {"config"},
     "training.preview": {"config", "diffusion", "plots", "rng"},
     "training.processes": {"config"},
+    "training.resume": {"config", "training.checkpoint", "training.run_folder"},
     "training.run_folder": {"config", "training.checkpoint", "training.guard"},
     "training.snapshot": {"training.ema"},
     "training.tracking": {"training.checkpoint"},
