@@ -145,7 +145,8 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         self.unet.train()
         with StopWatcher() as watcher, self._progress_bar() as progress:
-            self._logged_at, self._logged_step = time.monotonic(), self.state.global_step
+            started_at = self._logged_at = time.monotonic()
+            first_step = self._logged_step = self.state.global_step
             while self.state.global_step < self.config.training.num_steps:
                 self._train_step(self.state.global_step)
                 self.state.global_step += 1
@@ -156,6 +157,8 @@ class Trainer:
                     self._say(f"Stopped by a signal at step {self.state.global_step}; the same command continues here.")
                     raise TrainingStopped(exit_code)
         self._finish()
+        took = tqdm.format_interval(time.monotonic() - started_at)
+        self._say(f"Trained from step {first_step} to {self.state.global_step} in {took}.")
 
     def _train_step(self, step: int) -> None:
         """Collective: one optimiser update on the global batch, gradients accumulated over micro batches."""
