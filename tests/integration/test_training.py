@@ -209,6 +209,29 @@ def test_a_run_is_not_continued_with_settings_that_its_checkpoint_contradicts(
     assert "training.seed was 0, is 1" in capsys.readouterr().err
 
 
+def test_a_dry_run_tells_what_the_checkpoint_contradicts_and_changes_nothing(
+    uninterrupted_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted_run, run)
+    assert train([*run_arguments(run, **EVERYTHING_RANDOM, training__seed=1), "--dry_run"]) == 2
+    assert "training.seed was 0, is 1" in capsys.readouterr().err
+    assert train([*run_arguments(run, **EVERYTHING_RANDOM), "--dry_run"]) == 0
+    assert_same_run(uninterrupted_run, run, 6)
+
+
+def test_running_out_of_memory_names_the_setting_to_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_out(self: DenoisingLoss, *arguments: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(DenoisingLoss, "__call__", run_out)
+    assert train(run_arguments(tmp_path / "run")) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "Tried to allocate 2.00 GiB.); lower training.micro_batch_size (it was 8)" in line
+
+
 def test_a_changed_setting_that_can_be_continued_with_is_named(
     uninterrupted_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
