@@ -60,10 +60,11 @@ def _exit_code(command: Callable[[], int]) -> int:
         return 130
 
 
-def _complain(message: str) -> None:
-    """Prints an error on rank 0; under a launcher the other ranks have the same one."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+def _complain(message: str, *, of_this_rank: bool = False) -> None:
+    """Prints an error on rank 0, since the other ranks have the same one, or on the only rank that has it."""
+    rank = os.environ.get("RANK", "0")
+    if of_this_rank or rank == "0":
+        print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{message}", file=sys.stderr, flush=True)
 
 
 def _train(arguments: Sequence[str] | None, prog: str) -> int:
@@ -74,42 +75,70 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
 
     import torch
 
-    from ddpm_hf.training.guard import NonFiniteTraining, TrainingStopped
     from ddpm_hf.training.trainer import Trainer
 
-    trainer = Trainer(config)
     try:
-        if trainer.is_main_process:
-            print(f"{trainer.describe()}\n\n{config.to_yaml()}", flush=True)
-        if is_dry_run:
-            trainer.check_resume()
+        trainer = Trainer(config)
+        try:
+            _check_classes(trainer)
             if trainer.is_main_process:
-                print("Everything fits together; without --dry_run this would train.")
-            return 0
+                print(f"{trainer.describe()}\n\n{config.to_yaml()}", flush=True)
+            if is_dry_run:
+                trainer.check_resume()
+                if trainer.is_main_process:
+                    print("Everything fits together; without --dry_run this would train.")
+                exit_code = 0
+            else:
+                exit_code = _fit(trainer)
+            if exit_code == 0 and not is_dry_run and trainer.is_main_process and config.evaluation.num_samples:
+                program = f"python {prog}" if prog.endswith(".py") else prog
+                _write_report(trainer, f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}")
+        finally:
+            trainer.folder.release()
+    except torch.OutOfMemoryError as error:
+        _complain(
+            f"the device ran out of memory ({str(error).splitlines()[0]}); lower training.micro_batch_size, or "
+            "evaluation.batch_size if it was while sampling the report.",
+            of_this_rank=True,
+        )
+        return 1
+    trainer.leave_the_others()
+    return exit_code
+
+
+def _fit(trainer: "Trainer") -> int:
+    """Trains and returns the exit code; a bug is not taken for a mistake of the user."""
+    from ddpm_hf.data import DataError
+    from ddpm_hf.training.checkpoint import CheckpointError
+    from ddpm_hf.training.guard import NonFiniteTraining, TrainingStopped
+
+    try:
         trainer.fit()
-        if trainer.is_main_process and config.evaluation.num_samples:
-            program = f"python {prog}" if prog.endswith(".py") else prog
-            _write_report(trainer, f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}")
-        return 0
     except TrainingStopped as stop:
         return stop.exit_code
     except NonFiniteTraining as error:
         _complain(str(error))
         return 3
-    except torch.OutOfMemoryError as error:
-        _complain(
-            f"the device ran out of memory ({str(error).splitlines()[0]}); lower training.micro_batch_size (it was "
-            f"{trainer.micro_batch_size}), which changes the memory needed but not the training."
-        )
-        return 1
-    finally:
-        trainer.close()
+    except (ConfigError, DataError, CheckpointError):
+        raise
+    except ValueError as error:
+        raise RuntimeError("training failed") from error
+    return 0
+
+
+def _check_classes(trainer: "Trainer") -> None:
+    """Refuses, before training, a question about classes that the report could not answer."""
+    from ddpm_hf.evaluation.recognition import check_classes
+
+    evaluation = trainer.config.evaluation
+    if not evaluation.recognition or not evaluation.num_samples:
+        return
+    _, labels = _as_arrays(trainer.images)
+    check_classes(labels, _labels_in_turn(evaluation.num_samples, len(trainer.class_names or ())))
 
 
 def _write_report(trainer: "Trainer", command: str) -> None:
     """Samples from the saved pipeline, judges the samples if asked, and writes pictures and README."""
-    import numpy as np
-
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.evaluation.recognition import recognition_report
     from ddpm_hf.evaluation.sampling import sample_images, sample_trajectory
@@ -119,7 +148,7 @@ def _write_report(trainer: "Trainer", command: str) -> None:
     print(f"Sampling {evaluation.num_samples} images from {output_dir / 'pipeline'} ...", flush=True)
     pipeline = GaussianDiffusionPipeline.from_pretrained(output_dir / "pipeline").to(trainer.device)
     names = list(trainer.class_names.values()) if trainer.class_names else None
-    labels = np.arange(evaluation.num_samples) % len(names) if names else None
+    labels = _labels_in_turn(evaluation.num_samples, len(names)) if names else None
     samples = sample_images(pipeline, evaluation, config.training.seed, labels)
     num_shown = min(evaluation.num_samples, 4 * len(names) if names and len(names) <= 10 else 16)
     trajectory = sample_trajectory(pipeline, evaluation, config.training.seed, num_shown, labels)
@@ -149,6 +178,13 @@ def _write_report(trainer: "Trainer", command: str) -> None:
         print(f"recognised={recognition.recognised:.3f}")
     print(f"\nEverything is in {output_dir}: look at samples.png, denoising.gif and README.md.")
     print(f"Load the trained pipeline with\n\n{loading_lines(output_dir / 'pipeline', names, sampling=sampling)}")
+
+
+def _labels_in_turn(num_samples: int, num_classes: int) -> "NDArray[np.int64]":
+    """Returns labels that go through the classes in turn."""
+    import numpy as np
+
+    return np.arange(num_samples, dtype=np.int64) % num_classes
 
 
 def _as_arrays(images: "ImageSet") -> "tuple[NDArray[np.uint8], NDArray[np.int64]]":

@@ -123,7 +123,7 @@ class TrainingConfig:
         log_every_steps: Write a line of metrics this often.
         max_consecutive_nonfinite: Stop (exit code 3) after this many updates in a row with a non-finite gradient; each
             such update is skipped.
-        tf32: Let NVIDIA GPUs compute float32 matrix products in TF32.
+        tf32: Let NVIDIA GPUs compute float32 matrix products and convolutions in TF32.
         deterministic: Ask torch for deterministic kernels: bit-exact resume on CUDA, at a price.
         resume: "auto" continues the run in output_dir; "none" refuses to touch an output_dir that holds a run.
         cpu: Train on the CPU even where there is a GPU.

@@ -106,7 +106,7 @@ def recognition_report(
     }
     for name, (images, labels) in pairs.items():
         _check_pair(name, images, labels, image_shape=train_images.shape[1:])
-    _check_classes(train_labels, sample_labels)
+    check_classes(train_labels, sample_labels)
     train, held_out, generated = (_rows(images) for images in (train_images, held_out_images, samples))
     predicted, predicted_held_out = _classify(train, train_labels, generated, held_out)
     is_recognised = predicted == sample_labels
@@ -189,7 +189,7 @@ def _check_pair(name: str, images: UInt8Array, labels: LabelArray, *, image_shap
         )
 
 
-def _check_classes(train_labels: LabelArray, sample_labels: LabelArray) -> None:
+def check_classes(train_labels: LabelArray, sample_labels: LabelArray) -> None:
     """Refuses labels that no classifier could have learned."""
     known, asked = set(train_labels.tolist()), set(sample_labels.tolist())
     if len(known) < 2:

@@ -38,7 +38,7 @@ class RunLock:
         self._file = (output_dir / ".lock").open("w")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.close()
             raise ValueError(
                 f"another process is training in {output_dir}; wait for it, stop it, or choose another "
@@ -70,9 +70,10 @@ class StopWatcher:
             self._old_handlers[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pending is not None and self._pending[1] is not None:
-            self._pending[1].wait()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error on this rank alone, the others may never answer.
+        if kind is None or issubclass(kind, TrainingStopped):
+            self._wait()
         for number, handler in self._old_handlers.items():
             # None stands for a handler that was not installed from Python, which Python cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]

@@ -7,12 +7,13 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from ddpm_hf.config import ConfigError, TrainingConfig
 
@@ -39,7 +40,11 @@ def start(config: TrainingConfig) -> Accelerator:
         mixed_precision=_ACCELERATE_NAMES[config.mixed_precision],
         # The trainer accumulates by itself, so that the loss is a mean over the global batch however it is split.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        # The others wait while rank 0 decodes the data, draws a preview or writes a checkpoint.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        ],
     )
     if config.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         raise ConfigError(
@@ -53,9 +58,9 @@ def start(config: TrainingConfig) -> Accelerator:
             "This CPU has no bf16 instructions and emulates them, many times slower than fp32; "
             "training.mixed_precision fp32 is the better choice here."
         )
-    if accelerator.device.type == "cuda" and config.tf32:
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.tf32
     return accelerator
 
 
@@ -88,15 +93,16 @@ def micro_batch_size(config: TrainingConfig, num_processes: int) -> int:
     Raises:
         ConfigError: If the global batch cannot be divided among the processes.
     """
-    micro = config.micro_batch_size or max(1, config.train_batch_size // num_processes)
-    unit = num_processes * micro
+    micro = config.micro_batch_size
+    unit = num_processes * (micro or 1)
     if config.train_batch_size % unit:
         lower = config.train_batch_size // unit * unit
+        product = f"{num_processes} processes" + (f" x micro_batch_size {micro}" if micro else "")
         raise ConfigError(
-            f"training.train_batch_size {config.train_batch_size} is not a multiple of {num_processes} processes x "
-            f"micro_batch_size {micro}; use {f'{lower} or ' if lower else ''}{lower + unit}."
+            f"training.train_batch_size {config.train_batch_size} is not a multiple of {product}; use "
+            f"{f'{lower} or ' if lower else ''}{lower + unit}."
         )
-    return micro
+    return micro or config.train_batch_size // num_processes
 
 
 def on_rank_0(function: Callable[[], Result]) -> Result | None:
@@ -105,32 +111,43 @@ def on_rank_0(function: Callable[[], Result]) -> Result | None:
     Returns:
         What the function returned on rank 0, None elsewhere.
     """
+    return on_every_rank(lambda: function() if _rank() == 0 else None)
+
+
+def on_every_rank(function: Callable[[], Result]) -> Result:
+    """Collective: calls a function on every rank; if it raises ValueError or OSError on one, every rank does.
+
+    Returns:
+        What the function returned on this rank.
+    """
     if _world_size() == 1:
         return function()
-    result, failure = None, None
-    if dist.get_rank() == 0:
-        try:
-            result = function()
-        except (ValueError, OSError) as error:
-            failure = [isinstance(error, OSError), str(error) or type(error).__name__]
-    if failure := share_json(failure):
-        is_system_error, message = failure
+    failure = None
+    try:
+        result = function()
+    except (ValueError, OSError) as error:
+        failure = [isinstance(error, OSError), str(error) or type(error).__name__]
+    has_failed = torch.zeros(_world_size(), device=_device())
+    has_failed[_rank()] = float(failure is not None)
+    dist.all_reduce(has_failed)
+    if has_failed.any():
+        is_system_error, message = share_json(failure, source=int(has_failed.argmax()))
         raise OSError(message) if is_system_error else ConfigError(message)
     return result
 
 
-def share_json(value: Any) -> Any:
-    """Collective: returns rank 0's value, which must be plain JSON, on every rank."""
+def share_json(value: Any, source: int = 0) -> Any:
+    """Collective: returns one rank's value, which must be plain JSON, on every rank."""
     if _world_size() == 1:
         return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    encoded = json.dumps(value).encode() if dist.get_rank() == 0 else b""
+    device = _device()
+    encoded = json.dumps(value).encode() if _rank() == source else b""
     length = torch.tensor(len(encoded), device=device)
-    dist.broadcast(length, 0)
+    dist.broadcast(length, source)
     content = torch.zeros(int(length), dtype=torch.uint8, device=device)
-    if dist.get_rank() == 0:
+    if _rank() == source:
         content.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
-    dist.broadcast(content, 0)
+    dist.broadcast(content, source)
     return json.loads(bytes(content.cpu().tolist()))
 
 
@@ -159,3 +176,13 @@ def share_named_tensors(tensors: dict[str, torch.Tensor] | None, device: torch.d
 def _world_size() -> int:
     """Returns the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    """Returns which process this is."""
+    return dist.get_rank() if _world_size() > 1 else 0
+
+
+def _device() -> str:
+    """Returns where the processes exchange tensors."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"

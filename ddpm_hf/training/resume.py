@@ -31,6 +31,11 @@ def choose_checkpoint(
             f"{folder.path} holds a run with other settings ({'; '.join(fixed)}); restore them, or choose another "
             "training.output_dir."
         )
+    if latest.step > config.training.num_steps:
+        raise ConfigError(
+            f"{folder.path} is already at step {latest.step}, beyond training.num_steps {config.training.num_steps}; "
+            f"set at least {latest.step}, or choose another training.output_dir."
+        )
     for line in free:
         logger.warning("Continuing with a changed setting: %s", line)
     if not is_dry_run:

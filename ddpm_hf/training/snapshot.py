@@ -23,7 +23,8 @@ class TrainerState:
         num_skipped: Updates skipped because a gradient was not finite.
         num_consecutive_skipped: Those of them at the end.
         loss_sums: For each rank, sum and number of the losses since the last line of metrics.
-        scaler: State of the fp16 gradient scaler, empty without one.
+        num_images: Images in the training set, whose order the run depends on.
+        scaler: State of the fp16 gradient scaler; None without one.
     """
 
     global_step: int = 0
@@ -31,6 +32,7 @@ class TrainerState:
     num_skipped: int = 0
     num_consecutive_skipped: int = 0
     loss_sums: list[list[float]] = field(default_factory=list)
+    num_images: int = 0
     scaler: dict[str, float | int] | None = None
 
 

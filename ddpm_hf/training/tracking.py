@@ -1,9 +1,14 @@
-"""metrics.jsonl: one line of JSON a log interval, whole after any kill, cut back to the checkpoint on resume."""
+"""What a run tells: metrics.jsonl for programs, a progress bar or lines for a person.
+
+metrics.jsonl has one line of JSON a log interval, whole after any kill, cut back to the checkpoint on resume.
+"""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ddpm_hf.training.checkpoint import replace_file
 
@@ -39,3 +44,47 @@ class MetricsLog:
         """Forgets what came after a step, since the run is about to do it again."""
         rows = [row for row in self.rows() if row["step"] <= step]
         replace_file(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Progress:
+    """A progress bar on rank 0's terminal; without a terminal, lines. Use it as a context manager.
+
+    Args:
+        first_step: Steps that were done before.
+        num_steps: Steps of the whole run.
+        is_main_process: Whether this process speaks.
+    """
+
+    def __init__(self, first_step: int, num_steps: int, *, is_main_process: bool) -> None:
+        self._is_main_process = is_main_process
+        self._bar: tqdm[Any] = tqdm(
+            initial=first_step,
+            total=num_steps,
+            desc="Training",
+            unit="step",
+            disable=None if is_main_process else True,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self) -> None:
+        """Counts one step."""
+        self._bar.update()
+
+    def show(self, step: int, loss: float | None, images_per_second: float, seconds_left: float) -> None:
+        """Shows where the run is."""
+        shown = f"loss {loss:.4f}" if loss is not None else "loss not finite"
+        self._bar.set_postfix_str(f"{shown}, {images_per_second:.0f} images/s")
+        if self._bar.disable:
+            left = tqdm.format_interval(seconds_left)
+            if self._is_main_process:
+                say(f"step {step}/{self._bar.total}  {shown}  {images_per_second:.0f} images/s  {left} left")
+
+
+def say(message: str) -> None:
+    """Prints a line, above the progress bar where there is one."""
+    tqdm.write(message)

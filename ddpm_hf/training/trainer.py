@@ -9,11 +9,9 @@ import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ddpm_hf.config import ConfigError, RunConfig
 from ddpm_hf.data import open_images
@@ -29,7 +27,7 @@ from ddpm_hf.training.preview import save_preview
 from ddpm_hf.training.resume import choose_checkpoint
 from ddpm_hf.training.run_folder import RunFolder
 from ddpm_hf.training.snapshot import TrainerState, load_optimizer, read_snapshot, write_snapshot
-from ddpm_hf.training.tracking import MetricsLog
+from ddpm_hf.training.tracking import MetricsLog, Progress, say
 from ddpm_hf.unet import build_unet
 
 logger = logging.getLogger(__name__)
@@ -76,8 +74,8 @@ class Trainer:
         """Collective: opens the data; rank 0 decodes it, or says what is wrong with it, before the others look."""
         config = self.config.data
         with_labels = self.config.model.class_conditional
-        processes.on_rank_0(lambda: open_images(config, with_labels=with_labels) and None)
-        images = open_images(config, with_labels=with_labels)
+        processes.on_rank_0(lambda: open_images(config, with_labels=with_labels))
+        images = processes.on_every_rank(lambda: open_images(config, with_labels=with_labels))
         self.images, self.held_out = images.split(config.validation_fraction, self.config.training.seed)
         names = images.class_names if with_labels else None
         self.class_names = {str(number): name for number, name in enumerate(names)} if names else None
@@ -124,11 +122,11 @@ class Trainer:
 
     def check_resume(self) -> None:
         """Collective: raises what `fit` would raise about the checkpoints in the run folder, and changes nothing."""
-        processes.on_rank_0(lambda: choose_checkpoint(self.folder, self.config, is_dry_run=True) and None)
+        processes.on_rank_0(lambda: choose_checkpoint(self.folder, self.config, is_dry_run=True))
 
-    def close(self) -> None:
-        """Collective: lets go of the run folder and of the other processes."""
-        self.folder.release()
+    def leave_the_others(self) -> None:
+        """Collective: waits for the other processes, rank 0's report included, and parts from them."""
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
     def fit(self) -> None:
@@ -144,21 +142,25 @@ class Trainer:
         if self.state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         self.unet.train()
-        with StopWatcher() as watcher, self._progress_bar() as progress:
+        first_step, num_steps = self.state.global_step, self.config.training.num_steps
+        self._progress = Progress(first_step, num_steps, is_main_process=self.is_main_process)
+        with StopWatcher() as watcher, self._progress:
             started_at = self._logged_at = time.monotonic()
-            first_step = self._logged_step = self.state.global_step
-            while self.state.global_step < self.config.training.num_steps:
+            self._logged_step = first_step
+            while self.state.global_step < num_steps:
                 self._train_step(self.state.global_step)
                 self.state.global_step += 1
-                progress.update()
-                self._after_step(progress)
+                self._progress.update()
+                self._after_step()
                 if exit_code := watcher.exit_code_if_stopped():
                     self._save(must_succeed=True)
-                    self._say(f"Stopped by a signal at step {self.state.global_step}; the same command continues here.")
+                    if self.is_main_process:
+                        say(f"Stopped by a signal at step {self.state.global_step}; the same command continues here.")
                     raise TrainingStopped(exit_code)
         self._finish()
-        took = tqdm.format_interval(time.monotonic() - started_at)
-        self._say(f"Trained from step {first_step} to {self.state.global_step} in {took}.")
+        if self.is_main_process:
+            minutes, seconds = divmod(round(time.monotonic() - started_at), 60)
+            say(f"Trained from step {first_step} to {num_steps} in {minutes}:{seconds:02}.")
 
     def _train_step(self, step: int) -> None:
         """Collective: one optimiser update on the global batch, gradients accumulated over micro batches."""
@@ -199,12 +201,12 @@ class Trainer:
         if self.guard.was_applied():
             self.ema.update(self.unet)
 
-    def _after_step(self, progress: "tqdm[Any]") -> None:
+    def _after_step(self) -> None:
         """Collective: writes metrics, previews and checkpoints where they are due."""
         config, step = self.config, self.state.global_step
         is_last = step == config.training.num_steps
         if step % config.training.log_every_steps == 0 or is_last:
-            self._log(progress)
+            self._log()
         interrupted_at = time.monotonic()
         if config.preview.every_steps and step % config.preview.every_steps == 0:
             self._preview()
@@ -212,7 +214,7 @@ class Trainer:
             self._save(must_succeed=is_last)
         self._logged_at += time.monotonic() - interrupted_at  # images/s are those of training alone
 
-    def _log(self, progress: "tqdm[Any]") -> None:
+    def _log(self) -> None:
         """Collective: writes one line of metrics: means since the line before."""
         loss_sum, num_losses = self.accelerator.reduce(self._loss_sum.clone(), reduction="sum").tolist()
         now, step, batch = time.monotonic(), self.state.global_step, self.config.training.train_batch_size
@@ -232,32 +234,29 @@ class Trainer:
         }
         if not self.accelerator.is_main_process:
             return
-        self.metrics.append(row)
-        shown = f"loss {row['loss']:.4f}" if row["loss"] is not None else "loss not finite"
-        progress.set_postfix_str(f"{shown}, {images_per_second:.0f} images/s")
-        if progress.disable:
-            remaining = (self.config.training.num_steps - step) * batch / images_per_second
-            self._say(
-                f"step {step}/{self.config.training.num_steps}  {shown}  {images_per_second:.0f} images/s  "
-                f"{tqdm.format_interval(remaining)} left"
-            )
+        try:
+            self.metrics.append(row)
+        except OSError as error:
+            logger.warning("A line of metrics could not be written: %s", error)
+        seconds_left = (self.config.training.num_steps - step) * batch / images_per_second
+        self._progress.show(step, row["loss"], images_per_second, seconds_left)
 
     def _preview(self) -> None:
         """Collective: draws the preview grid with the averaged weights on rank 0."""
         self._settle_update()
         path = self.folder.path / "previews" / f"step_{self.state.global_step:08d}.png"
-        if self.accelerator.is_main_process:
-            with self.ema.swapped_in(self.unet):
-                save_preview(
-                    path,
-                    self.unet,
-                    self.scheduler,
-                    self.config.preview,
-                    self.config.training.seed,
-                    self.class_names,
-                    self.has_null_label,
-                )
-        self.accelerator.wait_for_everyone()
+
+        def draw() -> None:
+            seed, preview = self.config.training.seed, self.config.preview
+            try:
+                with self.ema.swapped_in(self.unet):
+                    save_preview(path, self.unet, self.scheduler, preview, seed, self.class_names, self.has_null_label)
+            except torch.OutOfMemoryError:
+                logger.warning("No memory for the preview; training goes on. Lower preview.num_images.")
+            except OSError as error:
+                logger.warning("The preview could not be written (%s); training goes on.", error.strerror or error)
+
+        processes.on_rank_0(draw)
 
     def _save(self, *, must_succeed: bool) -> None:
         """Collective: writes a checkpoint on rank 0; a full disk stops training only where nothing may be lost."""
@@ -266,8 +265,9 @@ class Trainer:
         self.state.num_ema_updates = self.ema.num_updates
         self.state.num_skipped = self.guard.num_skipped
         self.state.num_consecutive_skipped = self.guard.num_consecutive
-        if self.accelerator.scaler is not None:
-            self.state.scaler = self.accelerator.scaler.state_dict()
+        self.state.num_images = len(self.images)
+        scaler = self.accelerator.scaler
+        self.state.scaler = scaler.state_dict() if scaler is not None else None
         processes.on_rank_0(lambda: self._write_checkpoint(must_succeed))
 
     def _write_checkpoint(self, must_succeed: bool) -> None:
@@ -283,9 +283,7 @@ class Trainer:
                 f"The checkpoint of step {self.state.global_step} could not be written ({error.strerror or error})"
             )
             if must_succeed:
-                raise ConfigError(
-                    f"{message}; make room in {self.folder.path} and run the same command again."
-                ) from error
+                raise OSError(f"{message}; make room in {self.folder.path} and run the same command again.") from error
             logger.warning("%s; training goes on, the older checkpoints are intact.", message)
             return
         checkpoint.prune(self.folder.checkpoints, self.config.training.num_checkpoints_kept)
@@ -313,8 +311,14 @@ class Trainer:
         latest = choose_checkpoint(self.folder, self.config)
         if latest is None:
             return None
-        self._say(f"Continuing from step {latest.step} of {self.config.training.num_steps} ({latest.path}).")
-        return read_snapshot(latest.path, self.unet, self.ema)
+        say(f"Continuing from step {latest.step} of {self.config.training.num_steps} ({latest.path}).")
+        state, tensors = read_snapshot(latest.path, self.unet, self.ema)
+        if state.num_images != len(self.images):
+            raise ConfigError(
+                f"{self.config.data.source} has {len(self.images)} training images, but the run in {self.folder.path} "
+                f"began with {state.num_images}; restore the data, or choose another training.output_dir."
+            )
+        return state, tensors
 
     def _start_folder(self) -> None:
         """Writes the configuration and cuts the metrics back to the checkpoint."""
@@ -333,18 +337,3 @@ class Trainer:
             (folder / "training_config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
 
         processes.on_rank_0(lambda: checkpoint.replace_folder(self.folder.pipeline, write))
-
-    def _progress_bar(self) -> "tqdm[Any]":
-        """Returns a progress bar on rank 0's terminal; without a terminal, lines are printed instead."""
-        return tqdm(
-            initial=self.state.global_step,
-            total=self.config.training.num_steps,
-            desc="Training",
-            unit="step",
-            disable=None if self.accelerator.is_main_process else True,
-        )
-
-    def _say(self, message: str) -> None:
-        """Prints a line on rank 0, above the progress bar."""
-        if self.accelerator.is_main_process:
-            tqdm.write(message)

@@ -72,4 +72,30 @@ def test_a_users_mistake_is_told_once_and_no_rank_hangs(tmp_path: Path) -> None:
 
 def test_a_batch_that_two_processes_cannot_share_is_refused_with_numbers_that_work(tmp_path: Path) -> None:
     result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run", training__train_batch_size=9)], timeout=100)
-    assert "train_batch_size 9 is not a multiple of 2 processes x micro_batch_size 4; use 8 or 16." in result.stderr
+    assert "train_batch_size 9 is not a multiple of 2 processes; use 8 or 10." in result.stderr
+
+
+FAILING_ON_RANK_1 = """
+import os
+from ddpm_hf.config import TrainingConfig
+from ddpm_hf.training import processes
+processes.start(TrainingConfig(cpu=True))
+def fail_on_rank_1():
+    if os.environ["RANK"] == "1":
+        raise ValueError("only rank 1 sees this")
+try:
+    processes.on_every_rank(fail_on_rank_1)
+except ValueError as error:
+    print("rank", os.environ["RANK"], "raised:", error, flush=True)
+"""
+
+
+def test_what_fails_on_one_rank_is_raised_on_every_rank(tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING_ON_RANK_1)
+    result = run_process([*TORCHRUN[:-1], str(script)], timeout=100)
+    assert sorted(result.stdout.split("\n")) == [
+        "",
+        "rank 0 raised: only rank 1 sees this",
+        "rank 1 raised: only rank 1 sees this",
+    ], result.stderr

@@ -220,6 +220,26 @@ def test_a_dry_run_tells_what_the_checkpoint_contradicts_and_changes_nothing(
     assert_same_run(uninterrupted_run, run, 6)
 
 
+def test_a_run_that_is_already_further_than_asked_for_is_left_alone(
+    uninterrupted_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted_run, run)
+    assert train(run_arguments(run, **EVERYTHING_RANDOM, training__num_steps=3)) == 2
+    assert "is already at step 6, beyond training.num_steps 3; set at least 6" in capsys.readouterr().err
+    assert_same_run(uninterrupted_run, run, 6)
+
+
+def test_a_run_is_not_continued_on_data_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    changes = {"data__source": tmp_path / "images.npy", "model__class_conditional": False}
+    assert train(run_arguments(tmp_path / "run", **changes)) == 0
+    np.save(tmp_path / "images.npy", images[:10])
+    assert train(run_arguments(tmp_path / "run", **changes, training__num_steps=8)) == 2
+    assert "has 10 training images, but the run in" in capsys.readouterr().err
+
+
 def test_running_out_of_memory_names_the_setting_to_lower(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,7 +249,7 @@ def test_running_out_of_memory_names_the_setting_to_lower(
     monkeypatch.setattr(DenoisingLoss, "__call__", run_out)
     assert train(run_arguments(tmp_path / "run")) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "Tried to allocate 2.00 GiB.); lower training.micro_batch_size (it was 8)" in line
+    assert "Tried to allocate 2.00 GiB.); lower training.micro_batch_size" in line
 
 
 def test_a_changed_setting_that_can_be_continued_with_is_named(

@@ -77,8 +77,8 @@ def test_a_process_takes_its_share_in_one_forward_unless_told_otherwise(
     ("batch", "micro", "num_processes", "sentence"),
     [
         (100, 16, 3, "train_batch_size 100 is not a multiple of 3 processes x micro_batch_size 16; use 96 or 144."),
-        (64, None, 3, "train_batch_size 64 is not a multiple of 3 processes x micro_batch_size 21; use 63 or 126."),
-        (2, None, 4, "train_batch_size 2 is not a multiple of 4 processes x micro_batch_size 1; use 4."),
+        (64, None, 3, "train_batch_size 64 is not a multiple of 3 processes; use 63 or 66."),
+        (2, None, 4, "train_batch_size 2 is not a multiple of 4 processes; use 4."),
         (64, 64, 2, "train_batch_size 64 is not a multiple of 2 processes x micro_batch_size 64; use 128."),
     ],
 )
