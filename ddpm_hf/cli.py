@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddpm_hf import __version__
 from ddpm_hf.config import ConfigError, RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ commands:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `ddpm-hf <command> ...` and returns the exit code."""
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
+    if command == "--version":
+        print(f"ddpm-hf {__version__}")
+        return 0
     if command == "train":
         return train(rest[:-1])
     print(_USAGE, end="")
@@ -139,12 +143,16 @@ def _check_classes(trainer: "Trainer") -> None:
 
 def _write_report(trainer: "Trainer", command: str) -> None:
     """Samples from the saved pipeline, judges the samples if asked, and writes pictures and README."""
+    from diffusers.utils import logging
+
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.evaluation.recognition import recognition_report
     from ddpm_hf.evaluation.sampling import sample_images, sample_trajectory
     from ddpm_hf.report import SamplingSettings, loading_lines, write_report
 
     config, evaluation, output_dir = trainer.config, trainer.config.evaluation, trainer.folder.path
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     print(f"Sampling {evaluation.num_samples} images from {output_dir / 'pipeline'} ...", flush=True)
     pipeline = GaussianDiffusionPipeline.from_pretrained(output_dir / "pipeline").to(trainer.device)
     names = list(trainer.class_names.values()) if trainer.class_names else None

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -138,6 +139,8 @@ def _load_dataset(config: DataConfig) -> "Dataset":
     """Loads a local file, a local folder or a data set of the Hub with the `datasets` library."""
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     path = Path(config.source).expanduser()
     arguments: dict[str, Any]
     if path.is_dir():

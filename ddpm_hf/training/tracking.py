@@ -61,7 +61,8 @@ class Progress:
             initial=first_step,
             total=num_steps,
             desc="Training",
-            unit="step",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            dynamic_ncols=True,
             disable=None if is_main_process else True,
         )
 
@@ -69,6 +70,10 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the bar as it is; lines come below it from here on."""
         self._bar.close()
 
     def update(self) -> None:

@@ -96,6 +96,11 @@ class Trainer:
             timestep_spacing=diffusion.timestep_spacing,
             rescale_betas_zero_snr=diffusion.rescale_betas_zero_snr,
         )
+        if self.scheduler.config.prediction_type == "epsilon" and self.scheduler.noise_schedule.alphas_cumprod[-1] == 0:
+            raise ConfigError(
+                f"diffusion.beta_schedule {diffusion.beta_schedule} leaves no signal at the last timestep, where "
+                "epsilon says nothing about x_0; set diffusion.prediction_type to v_prediction or sample."
+            )
         seed_global_generators(config.training.seed, "initialization")
         num_embeds = num_classes + self.has_null_label if num_classes else None
         self.unet = build_unet(config.model, self.images.image_shape, num_embeds).to(self.device)
@@ -154,6 +159,7 @@ class Trainer:
                 self._after_step()
                 if exit_code := watcher.exit_code_if_stopped():
                     self._save(must_succeed=True)
+                    self._progress.close()
                     if self.is_main_process:
                         say(f"Stopped by a signal at step {self.state.global_step}; the same command continues here.")
                     raise TrainingStopped(exit_code)

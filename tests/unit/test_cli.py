@@ -58,6 +58,10 @@ def write_images(path: Path, *pixels: np.ndarray, **columns: list[Any]) -> Path:
             "set diffusion.prediction",
         ),
         ({"diffusion__beta_schedule": "zigzag"}, "zigzag"),
+        (
+            {"diffusion__beta_schedule": "jsd", "diffusion__prediction_type": "eps"},
+            "jsd leaves no signal at the last timestep",
+        ),
         ({"diffusion__beta_schedule": "linear", "diffusion__beta_end": 2.0}, "beta"),
         ({"training__mixed_precision": "fp16", "training__cpu": True}, "fp16 needs a CUDA GPU"),
         ({"model__overrides": {"dropuot": 0.1}}, "model.overrides.dropuot is not a setting of UNet2DModel"),

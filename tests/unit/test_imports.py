@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation.recognition": set(),
     "evaluation.sampling": {"config", "data", "diffusion", "rng"},
     "report": {"evaluation.recognition", "plots"},
-    "cli": {"config", "data", "diffusion", "evaluation", "plots", "report", "rng", "training", "unet"},
+    "cli": {"ddpm_hf", "config", "data", "diffusion", "evaluation", "plots", "report", "rng", "training", "unet"},
     "__main__": {"cli"},
     "__init__": {"config", "diffusion", "training.trainer"},
 }
