@@ -64,14 +64,14 @@ def test_two_processes_stopped_through_one_of_them_continue_bit_identically(
 def test_a_users_mistake_is_told_once_and_no_rank_hangs(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")
-    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run")], timeout=100)
+    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run")])
     assert result.returncode != 0
     assert result.stderr.count("error: training.output_dir") == 1
     assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused_with_numbers_that_work(tmp_path: Path) -> None:
-    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run", training__train_batch_size=9)], timeout=100)
+    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run", training__train_batch_size=9)])
     assert "train_batch_size 9 is not a multiple of 2 processes; use 8 or 10." in result.stderr
 
 
@@ -93,7 +93,7 @@ except ValueError as error:
 def test_what_fails_on_one_rank_is_raised_on_every_rank(tmp_path: Path) -> None:
     script = tmp_path / "failing.py"
     script.write_text(FAILING_ON_RANK_1)
-    result = run_process([*TORCHRUN[:-1], str(script)], timeout=100)
+    result = run_process([*TORCHRUN[:-1], str(script)])
     assert sorted(result.stdout.split("\n")) == [
         "",
         "rank 0 raised: only rank 1 sees this",
