@@ -342,3 +342,24 @@ def test_unconditional_training_needs_no_labels(tmp_path: Path) -> None:
     changes = {"data__source": tmp_path / "images.npy", "model__class_conditional": False}
     assert train(run_arguments(tmp_path / "run", **changes)) == 0
     assert GaussianDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").num_channels == 3
+
+
+def test_a_class_without_training_images_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(20) % 2 * 2)
+    changes = {"data__source": tmp_path / "images.npz", "data__validation_fraction": 0.2}
+    changes |= {"evaluation__recognition": True, "evaluation__num_samples": 6}
+    assert train(run_arguments(tmp_path / "run", **changes)) == 2
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bug_in_training_is_not_taken_for_a_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: DenoisingLoss, *arguments: Any) -> torch.Tensor:
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(DenoisingLoss, "__call__", fail)
+    with pytest.raises(RuntimeError, match="training failed"):
+        train(run_arguments(tmp_path / "run"))
