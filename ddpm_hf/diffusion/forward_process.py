@@ -1,24 +1,92 @@
-"""The forward process on batches: noising, velocity, posterior, and the predictions that follow from them.
+"""The options that a process can have, and the forward process on batches: noising, velocity, posterior, predictions.
 
 Per-sample timesteps lie on any device and are never read on the host. Arithmetic is float32, or float64 for float64
 samples, from tables that were computed in float64; results have the dtype of the samples.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from . import gaussian
-from .noise_schedule import NoiseSchedule
+from .noise_schedule import STOCK_BETA_SCHEDULES, NoiseSchedule
 
-CORE_VERSION = "1.0.0"
+CORE_VERSION = "1.1.0"
 
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
+CHOICES: dict[str, tuple[str | bool, ...]] = {
+    "beta_schedule": (*STOCK_BETA_SCHEDULES, "sigmoid", "laplace"),
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED_VARIANCE_TYPES),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "clip_sample": (True, False),
+    "thresholding": (True, False),
+    "rescale_betas_zero_snr": (True, False),
+}
+_CREATE = " GaussianDiffusionScheduler.create also takes aliases and every schedule of noise_schedule.py."
+_HINTS = {
+    "beta_schedule": _CREATE,
+    "prediction_type": _CREATE,
+    "timestep_spacing": " Pass quadratic to set_timesteps instead.",
+}
+_NUMBERS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
+    "num_train_timesteps": ((int,), lambda value: value >= 1, "a whole number of at least 1"),
+    "steps_offset": ((int,), lambda value: value >= 0, "a whole number of at least 0"),
+    "clip_sample_range": ((int, float), lambda value: value > 0, "a number above 0"),
+    "sample_max_value": ((int, float), lambda value: value > 0, "a number above 0"),
+    "dynamic_thresholding_ratio": ((int, float), lambda value: 0 <= value <= 1, "a number between 0 and 1"),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuses a configuration that no process has; the betas are checked where they are made.
+
+    Args:
+        options: Every option of the scheduler's constructor.
+
+    Raises:
+        ValueError: One is unknown or out of its range; the sentence names it and what it can be.
+    """
+    for name, choices in CHOICES.items():
+        value = options[name]
+        if value not in choices:
+            names = ", ".join(map(str, choices))
+            raise ValueError(f"{name} {value!r} is not one of {names}.{_HINTS.get(name, '')}")
+    for name, (types, accepts, requirement) in _NUMBERS.items():
+        value = options[name]
+        if isinstance(value, bool) or not isinstance(value, types) or not accepts(value):
+            raise ValueError(f"{name} is {value!r}; it must be {requirement}.")
+    trained_betas, length = options["trained_betas"], options["num_train_timesteps"]
+    if isinstance(trained_betas, torch.Tensor):
+        raise ValueError("trained_betas is a tensor, which no scheduler_config.json can hold; pass betas.tolist().")
+    if trained_betas is not None and not isinstance(trained_betas, list | tuple | np.ndarray):
+        raise ValueError(f"trained_betas is {trained_betas!r}; it must be a list of {length} numbers.")
+    if trained_betas is not None and len(trained_betas) != length:
+        raise ValueError(f"trained_betas has {len(trained_betas)} values, num_train_timesteps is {length}.")
 
 
 def compute_dtype(sample: torch.Tensor) -> torch.dtype:
-    """Returns the dtype of all arithmetic on a sample: float64 if it is that, else float32."""
+    """Returns the dtype of all arithmetic on a sample: float64 if it is that, else float32.
+
+    Raises:
+        ValueError: The sample is not of a floating-point dtype, which every result would be rounded to.
+    """
+    if not sample.is_floating_point():
+        raise ValueError(f"The samples are {sample.dtype}; scale images to floating-point numbers in [-1, 1] first.")
     return torch.float64 if sample.dtype == torch.float64 else torch.float32
+
+
+def _as_index(timesteps: int | torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """Returns timesteps as a tensor that a table can be indexed with."""
+    try:
+        index = torch.as_tensor(timesteps, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"timesteps is {timesteps!r}; it must be a whole number or a tensor of them.") from error
+    if index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"timesteps are {index.dtype}; they must be whole numbers, int64 or int32.")
+    return index
 
 
 class Posterior(NamedTuple):
@@ -61,9 +129,9 @@ class ForwardProcess:
         if table is None:
             table = getattr(self.noise_schedule, name).to(device, dtype)
             self._device_tables[name, device, dtype] = table
-        index = torch.as_tensor(timesteps, device=device).reshape(-1)
-        if index.is_floating_point() or len(index) not in (1, len(like)):
-            raise ValueError(f"timesteps must be 1 or {len(like)} integers, not {len(index)} of {index.dtype}.")
+        index = _as_index(timesteps, device).reshape(-1)
+        if len(index) not in (1, len(like)):
+            raise ValueError(f"There are {len(index)} timesteps for {len(like)} samples; pass one for all or for each.")
         try:
             return table.index_select(0, index).view(-1, *[1] * (like.ndim - 1))
         except IndexError as error:
@@ -119,19 +187,23 @@ class ForwardProcess:
             log_variance=self.gather("posterior_log_variance", timesteps, x_t),
         )
 
-    def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+    def snr(self, timesteps: int | torch.Tensor) -> torch.Tensor:
         """Returns the signal-to-noise ratio at each timestep, float32, in the shape and on the device of these."""
-        like = torch.empty(timesteps.numel(), device=timesteps.device)
-        return self.gather("snr", timesteps, like).view(timesteps.shape)
+        index = _as_index(timesteps)
+        like = torch.empty(index.numel(), device=index.device)
+        return self.gather("snr", index, like).view(index.shape)
 
     def _split(self, model_output: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Separates prediction and variance, the two halves of the channels where the variance is learned."""
         learned = self.config["variance_type"] in LEARNED_VARIANCE_TYPES
-        expected = x_t.shape[1] * (2 if learned else 1)
-        if model_output.shape[1] != expected:
+        expected = list(x_t.shape)
+        if learned:
+            expected[1:2] = [2 * channels for channels in expected[1:2]]
+        if list(model_output.shape) != expected:
             raise ValueError(
-                f"model_output has {model_output.shape[1]} channels for a sample of {x_t.shape[1]}; variance_type"
-                f" {self.config['variance_type']} needs {expected}. Change variance_type or the network's out_channels."
+                f"model_output has shape {tuple(model_output.shape)} for a sample of {tuple(x_t.shape)}; variance_type"
+                f" {self.config['variance_type']} needs {tuple(expected)}. Change variance_type, or the network's"
+                " out_channels."
             )
         if not learned:
             return model_output, None

@@ -11,7 +11,7 @@ import torch
 
 from .noise_schedule import Transition
 
-CORE_VERSION = "1.0.0"
+CORE_VERSION = "1.1.0"
 
 Coefficient = float | torch.Tensor
 
@@ -77,7 +77,8 @@ def predict_eps(
 
 def dynamic_threshold(x_0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
     """Clips each sample to its own quantile of |x_0| and divides by it. Section 2.3, Saharia et al. 2022."""
-    limit = x_0.flatten(1).abs().quantile(ratio, dim=1).clamp(min=1, max=max_value).view(-1, *[1] * (x_0.ndim - 1))
+    limit = x_0.reshape(len(x_0), -1).abs().quantile(ratio, dim=1).clamp(min=1, max=max_value)
+    limit = limit.view(-1, *[1] * (x_0.ndim - 1))
     return x_0.clamp(-limit, limit) / limit
 
 

@@ -13,29 +13,31 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-CORE_VERSION = "1.0.0"
+CORE_VERSION = "1.1.0"
 
 STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 """The schedules that every scheduler of diffusers knows by name."""
+SMALLEST_BETA = 1e-12
+"""Float64 tells 1 - beta from 1 to four digits down to here."""
 
 
 def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> torch.Tensor:
-    """Betas evenly spaced (Ho et al. 2020, section 4)."""
+    """beta_t = beta_start + (beta_end - beta_start) t / (T-1). Section 4, Ho et al. 2020."""
     return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
 
 
 def scaled_linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> torch.Tensor:
-    """Square roots of betas evenly spaced; `quad` in the code of Ho et al. 2020."""
+    """sqrt(beta_t) evenly spaced: `quad` in the code of Ho et al. 2020; the schedule of Rombach et al. 2022."""
     return torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
 
 
 def sigmoid_betas(num_timesteps: int, beta_start: float, beta_end: float) -> torch.Tensor:
-    """Betas on a sigmoid over [-6, 6] (Xu et al. 2022, GeoDiff)."""
+    """beta_t = beta_start + (beta_end - beta_start) / (1 + exp(6 - 12 t / (T-1))). Code of GeoDiff, Xu et al. 2022."""
     return torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid() * (beta_end - beta_start) + beta_start
 
 
 def warmup_betas(num_timesteps: int, beta_start: float, beta_end: float, fraction: float) -> torch.Tensor:
-    """Linear over the first `fraction` of the steps, then constant (code of Ho et al. 2020)."""
+    """Linear over the first floor(fraction T) steps, then beta_end. Code of Ho et al. 2020."""
     betas = constant_betas(num_timesteps, beta_start, beta_end)
     num_warmup = int(num_timesteps * fraction)
     betas[:num_warmup] = linear_betas(num_warmup, beta_start, beta_end)
@@ -43,12 +45,12 @@ def warmup_betas(num_timesteps: int, beta_start: float, beta_end: float, fractio
 
 
 def constant_betas(num_timesteps: int, beta_start: float, beta_end: float) -> torch.Tensor:
-    """Every beta equal to `beta_end`."""
+    """beta_t = beta_end. Code of Ho et al. 2020."""
     return torch.full((num_timesteps,), beta_end, dtype=torch.float64)
 
 
 def jsd_betas(num_timesteps: int, beta_start: float, beta_end: float) -> torch.Tensor:
-    """1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015); the last step destroys all signal."""
+    """beta_t = 1 / (T-t), so the last step destroys all signal. Section 2.4.1, Sohl-Dickstein et al. 2015."""
     return 1 / torch.linspace(num_timesteps, 1, num_timesteps, dtype=torch.float64)
 
 
@@ -62,18 +64,21 @@ def betas_from_alpha_bar(
 
 
 def cosine_alpha_bar(u: float) -> float:
-    """Eq. 17, Nichol and Dhariwal 2021, up to a constant factor."""
+    """cos^2(pi/2 (u + s) / (1 + s)), s = 0.008, up to a constant factor. Eq. 17, Nichol and Dhariwal 2021."""
     return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
 
 def laplace_alpha_bar(u: float) -> float:
-    """Laplace noise schedule (Hang et al. 2024), with the clamping constant of diffusers."""
+    """sqrt(SNR / (1 + SNR)) with log SNR = -sign(1/2 - u) log(1 - 2 |1/2 - u|) / 2. Hang et al. 2024.
+
+    The square root, which the paper does not take, and the 1e-6 that keeps it finite are those of diffusers.
+    """
     log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
     return math.sqrt(math.exp(log_snr) / (1 + math.exp(log_snr)))
 
 
 def sigmoid_alpha_bar(u: float) -> float:
-    """Sigmoid schedule of Jabri et al. 2022 (start -3, end 3, tau 1): exactly 1 at u = 0 and 0 at u = 1."""
+    """(sigmoid(3) - sigmoid(6u - 3)) / (sigmoid(3) - sigmoid(-3)). Algorithm 1, Jabri et al. 2022, tau = 1."""
     low, high, here = (1 / (1 + math.exp(-x)) for x in (-3.0, 3.0, 6.0 * u - 3.0))
     return (high - here) / (high - low)
 
@@ -91,6 +96,8 @@ BETA_SCHEDULES: dict[str, Callable[[int, float, float], torch.Tensor]] = {
     "jsd": jsd_betas,
 }
 BETA_SCHEDULE_ALIASES = {"cosine": "squaredcos_cap_v2", "quad": "scaled_linear"}
+BETA_RANGES = ("linear", "scaled_linear", "sigmoid", "warmup10", "warmup50", "const")
+"""The schedules that are a range of betas: multiplying beta_start and beta_end multiplies every beta."""
 
 
 def make_betas(
@@ -108,55 +115,75 @@ def make_betas(
         float64 tensor of shape (T,).
 
     Raises:
-        ValueError: The name is unknown or T is not positive.
+        ValueError: The name is unknown, T is no positive whole number, or 0 < beta_start <= beta_end <= 1 is not true.
     """
     name = BETA_SCHEDULE_ALIASES.get(beta_schedule, beta_schedule)
     if name not in BETA_SCHEDULES:
-        raise ValueError(f"beta_schedule {beta_schedule!r} is unknown; choose one of {', '.join(BETA_SCHEDULES)}.")
-    if num_timesteps < 1:
+        names = ", ".join((*BETA_SCHEDULES, *BETA_SCHEDULE_ALIASES))
+        raise ValueError(f"beta_schedule {beta_schedule!r} is unknown; choose one of {names}.")
+    if whole_number("num_train_timesteps", num_timesteps) < 1:
         raise ValueError(f"num_train_timesteps is {num_timesteps}; it must be at least 1.")
+    first = beta_end if name == "const" else beta_start
+    numbers = isinstance(first, int | float) and isinstance(beta_end, int | float)
+    if name in BETA_RANGES and not (numbers and 0 < first <= beta_end <= 1):
+        raise ValueError(
+            f"beta_start is {beta_start!r} and beta_end {beta_end!r}; they must be numbers with 0 < beta_start <="
+            " beta_end <= 1. Betas that fall can be given as trained_betas."
+        )
     return BETA_SCHEDULES[name](num_timesteps, beta_start, beta_end)
 
 
+def scale_beta_range(beta_schedule: str, num_timesteps: int, beta_start: float, beta_end: float) -> tuple[float, float]:
+    """Returns a range of betas, tuned to T = 1000, for another T: times 1000 / T, as the sum of the betas then stays.
+
+    The code of Nichol and Dhariwal 2021 does so for `linear`; it means the same for every schedule in `BETA_RANGES`.
+
+    Raises:
+        ValueError: The schedule is no range, or T is so small that a beta would exceed 1.
+    """
+    if BETA_SCHEDULE_ALIASES.get(beta_schedule, beta_schedule) not in BETA_RANGES:
+        raise ValueError(
+            f"scale_betas_to_timesteps does not apply to beta_schedule {beta_schedule!r}, only to a range of betas:"
+            f" {', '.join(BETA_RANGES)}. Leave it out."
+        )
+    factor = 1000 / whole_number("num_train_timesteps", num_timesteps)
+    if beta_end * factor > 1:
+        raise ValueError(
+            f"beta_end {beta_end} scaled by 1000 / {num_timesteps} is above 1; num_train_timesteps must be at least"
+            f" {math.ceil(1000 * beta_end)}, or beta_end lower."
+        )
+    return beta_start * factor, beta_end * factor
+
+
 def rescale_to_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
-    """Algorithm 1, Lin et al. 2024: shift and scale sqrt(alpha_bar) so that its last value is exactly 0."""
+    """Algorithm 1, Lin et al. 2024: shift and scale sqrt(alpha_bar) so that its last value is exactly 0.
+
+    Raises:
+        ValueError: There is only one beta: the first value cannot stay while the last becomes 0.
+    """
+    if len(betas) < 2:
+        raise ValueError("rescale_betas_zero_snr needs at least 2 timesteps; leave it out.")
     sqrt_alpha_bar = torch.cumprod(1 - betas, dim=0).sqrt()
     first, last = sqrt_alpha_bar[0], sqrt_alpha_bar[-1]
     alpha_bar = ((sqrt_alpha_bar - last) * first / (first - last)) ** 2
-    return 1 - alpha_bar / torch.cat([torch.ones(1, dtype=betas.dtype), alpha_bar[:-1]])
+    ratio = alpha_bar / torch.cat([torch.ones(1, dtype=betas.dtype), alpha_bar[:-1]])
+    return 1 - ratio.nan_to_num()  # 0 / 0, where the signal had ended before: it stays away
 
 
-def spaced_timesteps(spacing: str, num_inference_steps: int, num_train_timesteps: int, offset: int = 0) -> list[int]:
-    """Returns exactly `num_inference_steps` descending timesteps.
-
-    Args:
-        spacing: `leading`, `trailing` and `linspace` are the three rows of Table 2, Lin et al. 2024, in the arithmetic
-            of diffusers; `quadratic` puts more steps near t = 0 (Song et al. 2021, appendix D.2) and starts at T-1.
-        num_inference_steps: Number n of steps, 1 ... T.
-        num_train_timesteps: Length T of the chain.
-        offset: Added to each timestep of `leading`.
+def whole_number(name: str, value: object) -> int:
+    """Returns a whole number of any numeric type as an int.
 
     Raises:
-        ValueError: The spacing is unknown.
+        ValueError: It is none; the sentence begins with `name`.
     """
-    n, total = num_inference_steps, num_train_timesteps
-    if spacing == "leading":
-        ascending = np.arange(n) * (total // n) + offset
-    elif spacing == "trailing":
-        # The floats of arange may yield one entry too many, and then it would be -1.
-        ascending = np.round(np.arange(total, 0, -total / n))[:n][::-1] - 1
-    elif spacing == "linspace":
-        ascending = np.linspace(0, total - 1, n).round()
-    elif spacing == "quadratic":
-        ascending = np.round(np.linspace(0, 1, n) ** 2 * (total - 1)) if n > 1 else np.array([total - 1])
-        # Rounding repeats small values: push each one above its predecessor; n <= T leaves room for all of them.
-        ascending = np.maximum.accumulate(ascending - np.arange(n)) + np.arange(n)
-    else:
-        raise ValueError(
-            f"timestep_spacing {spacing!r} is unknown; choose leading, trailing, linspace"
-            " or, as an argument of set_timesteps or of the pipeline, quadratic."
-        )
-    return [int(t) for t in ascending[::-1]]
+    try:
+        number = int(value)  # type: ignore[call-overload]
+        is_whole = number == value and not isinstance(value, bool)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number.")
+    return int(number)
 
 
 class Transition(NamedTuple):
@@ -201,19 +228,24 @@ class NoiseSchedule:
     posterior_log_variance: torch.Tensor
 
     @classmethod
-    def from_betas(cls, betas: torch.Tensor | Sequence[float]) -> "NoiseSchedule":
+    def from_betas(cls, betas: torch.Tensor | np.ndarray | Sequence[float]) -> "NoiseSchedule":
         """Builds every table from the betas.
 
         Raises:
-            ValueError: A beta is outside (0, 1] or not a number.
+            ValueError: A beta is not a number from `SMALLEST_BETA` to 1.
         """
-        betas = torch.as_tensor(betas, dtype=torch.float64)
-        bad = ~((betas > 0) & (betas <= 1))
+        try:
+            betas = torch.as_tensor(betas, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError("betas must be one list of numbers.") from error
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas must be one non-empty list of numbers, not of shape {tuple(betas.shape)}.")
+        bad = ~((betas >= SMALLEST_BETA) & (betas <= 1))
         if bad.any():
             t = int(bad.nonzero()[0])
-            raise ValueError(f"beta at timestep {t} is {betas[t].item()}; every beta must be above 0 and at most 1.")
+            raise ValueError(
+                f"beta at timestep {t} is {betas[t].item()}; every beta must lie between {SMALLEST_BETA} and 1."
+            )
         alpha_bar = torch.cumprod(1 - betas, dim=0)
         alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
@@ -244,68 +276,7 @@ class NoiseSchedule:
         rows = zip(timesteps, [*timesteps[1:], -1], alpha_bar, [*alpha_bar[1:], 1.0], strict=True)
         transitions = []
         for t, previous, a, a_prev in rows:
-            beta = 1 - a / a_prev if a_prev > 0 else 1.0  # between two states without signal: fresh noise
+            # Between two states without signal: fresh noise. Numbers near 1e-308 have too few digits for a ratio.
+            beta = 1 - a / a_prev if a_prev > 1e-300 else 1.0
             transitions.append(Transition(t, previous, a, a_prev, beta, beta * (1 - a_prev) / (1 - a)))
         return transitions
-
-
-class SamplingRun:
-    """A list of timesteps in use: the tensor that loops iterate over, and one row of host floats a step.
-
-    Args:
-        schedule: The tables.
-        timesteps: Strictly descending, within the chain.
-        device: Where the tensor shall lie.
-
-    Raises:
-        ValueError: The list is empty, unordered or out of range.
-    """
-
-    def __init__(
-        self, schedule: NoiseSchedule, timesteps: Sequence[int], device: str | torch.device | None = None
-    ) -> None:
-        if len(timesteps) == 0:
-            raise ValueError("timesteps is empty; a run needs at least one step.")
-        if any(after >= before for before, after in itertools.pairwise(timesteps)):
-            raise ValueError("timesteps must be strictly descending.")
-        if timesteps[0] >= len(schedule) or timesteps[-1] < 0:
-            raise ValueError(
-                f"timesteps run from {timesteps[0]} to {timesteps[-1]}, outside 0 ... {len(schedule) - 1};"
-                " lower num_inference_steps or steps_offset, or change the list."
-            )
-        self.transitions = schedule.transitions(timesteps)
-        self._row_of = {t: row for row, t in enumerate(timesteps)}
-        with torch.inference_mode(False):  # inference tensors have no version counter
-            self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
-        self._version = self.timesteps._version
-
-    def row(self, timestep: int | torch.Tensor) -> int:
-        """Returns the row of a timestep, without a read from the device if it is an element of `self.timesteps`.
-
-        Raises:
-            ValueError: The timestep is not one number, or not in the list.
-        """
-        if isinstance(timestep, torch.Tensor):
-            if timestep.numel() != 1:
-                raise ValueError(f"timestep has shape {tuple(timestep.shape)}; a step takes one for the whole batch.")
-            if self._owns(timestep):
-                return int(timestep.storage_offset()) - int(self.timesteps.storage_offset())
-            timestep = timestep.item()  # type: ignore[assignment]
-        row = self._row_of.get(int(timestep)) if timestep == int(timestep) else None
-        if row is None:
-            raise ValueError(
-                f"timestep {timestep} is not in the list of {len(self.transitions)} timesteps being run"
-                f" ({self.transitions[0].timestep} ... {self.transitions[-1].timestep}); call set_timesteps first."
-            )
-        return row
-
-    def _owns(self, timestep: torch.Tensor) -> bool:
-        """Whether a one-element tensor is a view of the list, of which nobody has changed a value."""
-        run = self.timesteps
-        return (
-            timestep.device == run.device
-            and timestep.dtype == run.dtype
-            and timestep.untyped_storage().data_ptr() == run.untyped_storage().data_ptr()
-            and run._version == self._version
-            and 0 <= timestep.storage_offset() - run.storage_offset() < len(self.transitions)
-        )

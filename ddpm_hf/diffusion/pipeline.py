@@ -7,7 +7,6 @@ where ddpm_hf is installed. `docs/compatibility.md` of ddpm_hf has the details.
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,38 +14,52 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 # All siblings are named here, although some import each other: from a local folder diffusers copies only the files that
 # this one names.
+from .denoising import CALLBACK_TENSORS, Generators, Run
+from .denoising import CORE_VERSION as DENOISING_VERSION
+from .editing import CORE_VERSION as EDITING_VERSION
+from .editing import Editing
 from .folder import CORE_VERSION as FOLDER_VERSION
-from .folder import clean_component_configs, splits_variance, without_list_form, write_code, write_index
+from .folder import clean_component_configs, without_list_form, write_code, write_index
 from .forward_process import CORE_VERSION as FORWARD_PROCESS_VERSION
 from .gaussian import CORE_VERSION as GAUSSIAN_VERSION
+from .images import CORE_VERSION as IMAGES_VERSION
+from .images import ImageInput, from_images
 from .noise_schedule import CORE_VERSION as NOISE_SCHEDULE_VERSION
 from .sampling import CORE_VERSION as SAMPLING_VERSION
-from .sampling import ClassLabels, Condition, StepEnd, label_numbers, start_run, step_arguments, to_images
+from .sampling import ClassLabels, number_of_images
 from .scheduler import CORE_VERSION as SCHEDULER_VERSION
 from .scheduler import GaussianDiffusionScheduler
+from .timesteps import CORE_VERSION as TIMESTEPS_VERSION
 
-CORE_VERSION = "1.0.0"
+CORE_VERSION = "1.1.0"
 PORTABLE_FILES = (
     "pipeline.py",
+    "editing.py",
+    "denoising.py",
     "sampling.py",
+    "images.py",
     "folder.py",
     "scheduler.py",
     "forward_process.py",
     "gaussian.py",
+    "timesteps.py",
+    "timesteps.py",
     "noise_schedule.py",
 )
 
 _loaded = (
+    EDITING_VERSION,
+    DENOISING_VERSION,
     SAMPLING_VERSION,
+    IMAGES_VERSION,
     FOLDER_VERSION,
     SCHEDULER_VERSION,
     FORWARD_PROCESS_VERSION,
     GAUSSIAN_VERSION,
+    TIMESTEPS_VERSION,
     NOISE_SCHEDULE_VERSION,
 )
 if set(_loaded) != {CORE_VERSION}:
@@ -56,24 +69,8 @@ if set(_loaded) != {CORE_VERSION}:
         " install ddpm_hf, whose classes load both."
     )
 
-OUTPUT_TYPES = ("pil", "np", "pt", "uint8")
 
-
-@dataclass
-class GaussianDiffusionPipelineOutput(BaseOutput):
-    """What a call of the pipeline returns.
-
-    Attributes:
-        images: As `output_type` says.
-        trajectory: With `return_trajectory`, x_T, ..., x_0 mapped to [0, 1] like images: float32 on the CPU,
-            (steps + 1, batch, channels, height, width).
-    """
-
-    images: Any
-    trajectory: torch.Tensor | None = None
-
-
-class GaussianDiffusionPipeline(DiffusionPipeline):
+class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
     """Generates images with a UNet2DModel and any scheduler of diffusers.
 
     Args:
@@ -89,7 +86,8 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs: ClassVar[list[str]] = ["sample", "model_output"]
+    _callback_tensor_inputs: ClassVar[list[str]] = CALLBACK_TENSORS
+    _interrupt = False
     _portable_code: ClassVar[dict[str, str]] = {
         name: (Path(__file__).parent / name).read_text(encoding="utf-8") for name in PORTABLE_FILES
     }
@@ -135,12 +133,26 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
         """Classes that can be asked for, the null label not counted; 0 for an unconditional network."""
         return int(self.unet.config.num_class_embeds or 0) - bool(self.config.get("has_null_label"))
 
+    @property
+    def size_divisor(self) -> int:
+        """What height and width of an image must be multiples of: the network halves them that often."""
+        return int(2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether to stop after this step; a callback may set it, and each call begins with False."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, interrupt: bool) -> None:
+        self._interrupt = interrupt
+
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         num_inference_steps: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         class_labels: ClassLabels | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
@@ -157,7 +169,7 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
         """Generates images; the state is float32 whatever the dtype of the weights (float64 for float64).
 
         Args:
-            batch_size: Number of images.
+            batch_size: Number of images; by default as many as there are class labels, generators or start states.
             num_inference_steps: Denoising steps; by default as many as in training.
             generator: Source of all noise. A list of `batch_size` generators makes each image depend on its own alone.
             class_labels: One label for all images or one for each: numbers, or names from `class_names`.
@@ -170,132 +182,41 @@ class GaussianDiffusionPipeline(DiffusionPipeline):
             output_type: `pil`; `np`: float32 (batch, height, width, channels) in [0, 1]; `uint8`: that in 0 ... 255;
                 `pt`: float32 (batch, channels, height, width) in [0, 1].
             return_dict: Return an output object instead of a tuple.
-            callback_on_step_end: `callback(pipeline, step, timestep, tensors)`; may return {"sample": ...} to go on.
+            callback_on_step_end: `callback(pipeline, step, timestep, tensors)`; may return {"sample": ...} to go on
+                from, and set `pipeline.interrupt = True` to stop with the state that has been reached.
             callback_on_step_end_tensor_inputs: Names of these tensors: `sample`, `model_output`.
             return_trajectory: Also return every state from x_T to x_0.
 
         Raises:
             ValueError: An argument does not fit the model, the scheduler or another argument.
         """
-        device = self._execution_device
-        on_step_end = StepEnd(self, callback_on_step_end, list(callback_on_step_end_tensor_inputs), return_trajectory)
-        self._check_call(batch_size, generator, output_type, on_step_end.tensor_inputs)
-        condition = self._condition(class_labels, batch_size, guidance_scale, guidance_rescale, device)
-        step_kwargs = step_arguments(self.scheduler, generator, eta)
-        start_run(self.scheduler, device, num_inference_steps, timesteps, timestep_spacing)
-        sample = self._start_noise(sample, batch_size, generator, device) * self.scheduler.init_noise_sigma
-        on_step_end.keep(sample)
-        sample = self._denoise(sample, self.scheduler.timesteps, condition, step_kwargs, on_step_end)
-        images = to_images(sample, output_type)
-        self.maybe_free_model_hooks()
-        output = GaussianDiffusionPipelineOutput(images=images, trajectory=on_step_end.trajectory())
-        return output if return_dict else output.to_tuple()
+        run = self._begin(
+            number_of_images(batch_size, class_labels, generator, sample),
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            eta=eta,
+            timesteps=timesteps,
+            timestep_spacing=timestep_spacing,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            return_trajectory=return_trajectory,
+        )
+        x_t = run.start_noise(sample) * self.scheduler.init_noise_sigma
+        return run.finish(run.denoise(x_t, run.timesteps))
 
-    def _denoise(
-        self,
-        sample: torch.Tensor,
-        timesteps: torch.Tensor,
-        condition: Condition,
-        step_kwargs: dict[str, Any],
-        on_step_end: StepEnd,
-    ) -> torch.Tensor:
-        """Runs the reverse process over some of the scheduler's timesteps; `on_step_end` returns the state to go on."""
-        x_0 = torch.zeros_like(sample)
-        for step, t in enumerate(self.progress_bar(timesteps)):
-            model_output = self._predict(sample, t, x_0, condition)
-            result = self.scheduler.step(model_output, t, sample, **step_kwargs)
-            sample = on_step_end(step, t, {"sample": result.prev_sample, "model_output": model_output})
-            if self.config.get("self_conditioned"):
-                x_0 = result.get("pred_original_sample")
-                if x_0 is None:
-                    raise ValueError(
-                        f"{type(self.scheduler).__name__} does not tell its prediction of x_0, which a self-conditioned"
-                        " unet takes as input; use GaussianDiffusionScheduler or DDIMScheduler."
-                    )
-        return sample
+    def _begin(self, batch_size: int, **options: Any) -> Run:
+        """Checks the arguments of a call and sets the scheduler's timesteps."""
+        self._interrupt = False
+        return Run(self, batch_size, **options)
 
-    def _predict(self, sample: torch.Tensor, t: torch.Tensor, x_0: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Calls the network once, guided if so asked; what it says of the variance stays if the scheduler takes it."""
-        x = self.scheduler.scale_model_input(sample, t)
-        if self.config.get("self_conditioned"):
-            x = torch.cat([x, x_0], dim=1)
-        if condition.is_guided:
-            x = torch.cat([x, x])
-        x = x.to(self.unet.dtype)
-        prediction: torch.Tensor = self.unet(x, t, class_labels=condition.labels, return_dict=False)[0]
-        prediction, variance = prediction.to(sample.dtype), None
-        if prediction.shape[1] == 2 * self.num_channels:
-            prediction, variance = prediction.chunk(2, dim=1)
-        if condition.is_guided:
-            prediction = condition.guide(*prediction.chunk(2))
-        if variance is not None and splits_variance(self.scheduler):
-            return torch.cat([prediction, variance[: len(prediction)]], dim=1)
-        return prediction
-
-    def _condition(
-        self,
-        class_labels: ClassLabels | None,
-        batch_size: int,
-        guidance_scale: float,
-        guidance_rescale: float,
-        device: torch.device,
-    ) -> Condition:
-        """Turns labels and guidance into what the network takes."""
-        num_embeddings, has_null_label = self.unet.config.num_class_embeds, self.config.get("has_null_label", False)
-        class_names = self.config.get("class_names")
-        labels = label_numbers(class_labels, batch_size, num_embeddings, has_null_label, class_names)
-        null_label = self.num_classes if has_null_label else None
-        return Condition.make(labels, null_label, guidance_scale, guidance_rescale, device)
-
-    def _check_call(
-        self,
-        batch_size: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        output_type: str,
-        callback_inputs: list[str],
-    ) -> None:
-        """Refuses arguments that are wrong whatever the scheduler."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"generator is a list of {len(generator)} for batch_size {batch_size}; pass one for each image."
-            )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}.")
-        if output_type == "pil" and self.num_channels not in (1, 3, 4):
-            raise ValueError(
-                f"output_type pil cannot show images of {self.num_channels} channels; use np, pt or uint8."
-            )
-        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; choose from {self._callback_tensor_inputs}."
-            )
-
-    def _start_noise(
-        self,
-        sample: torch.Tensor | None,
-        batch_size: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        device: torch.device,
-    ) -> torch.Tensor:
-        """Returns x_T before scaling, (batch, channels, height, width), given or drawn."""
-        dtype = torch.promote_types(torch.float32, self.unet.dtype)
-        if sample is not None:
-            if sample.ndim != 4 or sample.shape[:2] != (batch_size, self.num_channels):
-                raise ValueError(
-                    f"sample has shape {tuple(sample.shape)}; it must be ({batch_size}, {self.num_channels}, height,"
-                    " width), as batch_size and the network say."
-                )
-            return sample.to(device, dtype)
-        size = self.unet.config.sample_size
-        if size is None:
-            raise ValueError("The network has no sample_size; pass start noise as sample.")
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.num_channels, height, width)
-        noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        return noise
+    def _to_states(self, image: ImageInput, name: str) -> torch.Tensor:
+        """Turns images into states on the CPU, (batch, channels, height, width) in [-1, 1]."""
+        return from_images(image, self.num_channels, self.size_divisor, name)
 
     def save_config(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes code and index; `save_pretrained` calls this last, after the components and before an upload."""

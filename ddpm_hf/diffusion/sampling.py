@@ -1,16 +1,29 @@
-"""The parts of a sampling call around its loop: labels and guidance, arguments for any scheduler, images."""
+"""The parts of a sampling call before its loop: labels and guidance, arguments for any scheduler."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 
-CORE_VERSION = "1.0.0"
+CORE_VERSION = "1.1.0"
 
 ClassLabels = int | str | Iterable[int | str] | torch.Tensor
+
+
+def number_of_images(
+    batch_size: int | None, class_labels: ClassLabels | None, generator: Any, sample: torch.Tensor | None
+) -> int:
+    """Returns the batch size; if it is None, how many labels, generators or start states there are, 1 without any."""
+    if batch_size is not None:
+        return batch_size
+    for given in (class_labels, generator, sample):
+        is_one = isinstance(given, str) or (isinstance(given, torch.Tensor) and given.ndim == 0)
+        if isinstance(given, Sized) and not is_one:
+            return len(given)
+    return 1
 
 
 def label_numbers(
@@ -39,7 +52,7 @@ def label_numbers(
     num_classes = num_class_embeds - has_null_label
     if class_labels is None:
         raise ValueError(f"The model is class-conditional: pass class_labels, numbers from 0 to {num_classes - 1}.")
-    if isinstance(class_labels, torch.Tensor):
+    if isinstance(class_labels, torch.Tensor | np.ndarray | np.generic):
         class_labels = class_labels.tolist()
     given = [class_labels] * batch_size if isinstance(class_labels, int | str) else list(class_labels)
     if len(given) != batch_size:
@@ -47,7 +60,7 @@ def label_numbers(
     numbers = {name: int(number) for number, name in (class_names or {}).items()}
     labels = [numbers.get(label, -1) if isinstance(label, str) else int(label) for label in given]
     for label, number in zip(given, labels, strict=True):
-        if not 0 <= number < num_class_embeds or (not isinstance(label, str) and number != label):
+        if not 0 <= number < num_class_embeds or isinstance(label, bool) or label not in (number, *numbers):
             null = f", {num_classes} for no class" if has_null_label else ""
             names = f", or a name: {', '.join(numbers)}" if numbers else ""
             raise ValueError(f"class_labels has {label!r}; a label is a number 0 to {num_classes - 1}{null}{names}.")
@@ -103,47 +116,6 @@ class Condition:
         return guided * (self.guidance_rescale * ratio + (1 - self.guidance_rescale))
 
 
-class StepEnd:
-    """What happens after each step: the caller's callback, and the trajectory.
-
-    Args:
-        pipeline: First argument of the callback.
-        callback: (pipeline, step, timestep, tensors) -> None or {"sample": the state to go on from}.
-        tensor_inputs: Names of the tensors that the callback sees.
-        keep_states: Whether to remember the states.
-    """
-
-    def __init__(
-        self,
-        pipeline: Any,
-        callback: Callable[..., dict[str, torch.Tensor] | None] | None,
-        tensor_inputs: list[str],
-        keep_states: bool,
-    ) -> None:
-        self.tensor_inputs = tensor_inputs
-        self._pipeline = pipeline
-        self._callback = callback
-        self._states: list[torch.Tensor] | None = [] if keep_states else None
-
-    def __call__(self, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Returns the state to go on from."""
-        sample = tensors["sample"]
-        if self._callback is not None:
-            shown = {name: tensors[name] for name in self.tensor_inputs}
-            sample = (self._callback(self._pipeline, step, t, shown) or {}).get("sample", sample)
-        self.keep(sample)
-        return sample
-
-    def keep(self, sample: torch.Tensor) -> None:
-        """Remembers a state, on the CPU, if the trajectory is wanted."""
-        if self._states is not None:
-            self._states.append(sample.cpu())
-
-    def trajectory(self) -> torch.Tensor | None:
-        """Returns the states mapped to [0, 1], (steps + 1, batch, channels, height, width)."""
-        return None if self._states is None else to_unit_range(torch.stack(self._states))
-
-
 def step_arguments(
     scheduler: Any, generator: torch.Generator | list[torch.Generator] | None, eta: float | None
 ) -> dict[str, Any]:
@@ -188,22 +160,3 @@ def start_run(
             " GaussianDiffusionScheduler.from_config(pipe.scheduler.config)."
         )
     scheduler.set_timesteps(device=device, **arguments)
-
-
-def to_unit_range(sample: torch.Tensor) -> torch.Tensor:
-    """Maps [-1, 1] to [0, 1], clipped, in float32."""
-    return (sample / 2 + 0.5).clamp(0, 1).float()
-
-
-def to_images(sample: torch.Tensor, output_type: str) -> Any:
-    """Converts x_0, (batch, channels, height, width) in [-1, 1], to one of the pipeline's output types."""
-    images = to_unit_range(sample)
-    if output_type == "pt":
-        return images
-    images = images.permute(0, 2, 3, 1)
-    if output_type == "np":
-        return images.cpu().numpy()
-    pixels = (images * 255).round().to(torch.uint8).cpu().numpy()
-    if output_type == "uint8":
-        return pixels
-    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]

@@ -6,8 +6,9 @@ difference from diffusers.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,25 +18,24 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from . import gaussian
-from .forward_process import LEARNED_VARIANCE_TYPES, ForwardProcess, compute_dtype
+from .forward_process import ForwardProcess, check_options, compute_dtype
 from .noise_schedule import (
     BETA_SCHEDULE_ALIASES,
     STOCK_BETA_SCHEDULES,
     NoiseSchedule,
-    SamplingRun,
     Transition,
     make_betas,
     rescale_to_zero_terminal_snr,
-    spaced_timesteps,
+    scale_beta_range,
+    whole_number,
 )
+from .timesteps import SamplingRun, spaced_timesteps
 
-CORE_VERSION = "1.0.0"
+CORE_VERSION = "1.1.0"
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 PREDICTION_TYPE_ALIASES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
-TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
-DDPM_BETA_SCHEDULES = (*STOCK_BETA_SCHEDULES, "sigmoid", "laplace")
+SMALLEST_ALPHA_BAR = 1e-38
+"""Below it float32 holds no alpha_bar, and dividing by its root could overflow."""
 
 
 @dataclass
@@ -49,11 +49,6 @@ class GaussianDiffusionSchedulerOutput(BaseOutput):
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...], hint: str = "") -> None:
-    if value not in choices:
-        raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}.{hint}")
 
 
 class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
@@ -82,7 +77,7 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: Rescale the betas so that x_T holds no signal (Lin et al. 2024).
 
     Raises:
-        ValueError: An option is unknown, or the betas are not T numbers in (0, 1].
+        ValueError: An option is unknown or out of its range, or the betas are not T numbers in (0, 1].
     """
 
     _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
@@ -111,24 +106,12 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         # Values that were left at their defaults must survive a swap in memory as they survive a save:
         # from_config of another class would otherwise drop them and take its own defaults.
         self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "_use_default_values"})
-        hint = " GaussianDiffusionScheduler.create also takes aliases and every schedule of noise_schedule.py."
-        _one_of("beta_schedule", beta_schedule, DDPM_BETA_SCHEDULES, hint)
-        _one_of("prediction_type", prediction_type, PREDICTION_TYPES, hint)
-        _one_of("variance_type", variance_type, (*FIXED_VARIANCE_TYPES, *LEARNED_VARIANCE_TYPES))
-        _one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS, " Pass quadratic to set_timesteps instead.")
-        if isinstance(trained_betas, torch.Tensor):
-            raise ValueError("trained_betas is a tensor, which no scheduler_config.json can hold; pass betas.tolist().")
-        if trained_betas is not None and len(trained_betas) != num_train_timesteps:
-            raise ValueError(
-                f"trained_betas has {len(trained_betas)} values, num_train_timesteps is {num_train_timesteps}."
-            )
-
-        betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
-        if trained_betas is not None:
-            betas = torch.as_tensor(trained_betas, dtype=torch.float64)
+        check_options(self.config)
+        named = (beta_schedule, num_train_timesteps, beta_start, beta_end)
+        schedule = NoiseSchedule.from_betas(make_betas(*named) if trained_betas is None else trained_betas)
         if rescale_betas_zero_snr:
-            betas = rescale_to_zero_terminal_snr(betas)
-        self.noise_schedule = NoiseSchedule.from_betas(betas)
+            schedule = NoiseSchedule.from_betas(rescale_to_zero_terminal_snr(schedule.betas))
+        self.noise_schedule = schedule
         self.betas = self.noise_schedule.betas.float()
         self.alphas = (1 - self.noise_schedule.betas).float()
         self.alphas_cumprod = self.noise_schedule.alphas_cumprod.float()
@@ -147,21 +130,38 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         beta_schedule: str = "linear",
         beta_start: float = 0.0001,
         beta_end: float = 0.02,
+        scale_betas_to_timesteps: bool = False,
+        trained_betas: np.ndarray | list[float] | None = None,
         prediction_type: str = "epsilon",
         variance_type: str = "fixed_small",
-        clip_sample: bool = True,
-        clip_sample_range: float = 1.0,
-        rescale_betas_zero_snr: bool = False,
-        timestep_spacing: str = "leading",
+        **options: Any,
     ) -> "GaussianDiffusionScheduler":
         """Builds a scheduler whose configuration every scheduler of diffusers can read.
 
         Aliases (`cosine`, `quad`, `eps`, `x0`, `v`) are stored under the names of diffusers, `fixed_large_log` as
         `fixed_large`, and a schedule that some scheduler of diffusers lacks (`sigmoid`, `laplace`, `sigmoid_alpha_bar`,
         `warmup10`, `warmup50`, `const`, `jsd`) as `trained_betas`.
+
+        Args:
+            num_train_timesteps: Length T of the chain.
+            beta_schedule: A key of `BETA_SCHEDULES`, or an alias.
+            beta_start: First beta of a range.
+            beta_end: Last beta of a range.
+            scale_betas_to_timesteps: Multiply the range of betas by 1000 / T, so that a chain of any length ends with
+                about the same signal; stored as the product. See `scale_beta_range`.
+            trained_betas: T betas instead of a schedule.
+            prediction_type: `epsilon` (`eps`), `sample` (`x0`) or `v_prediction` (`v`).
+            variance_type: As in the constructor.
+            **options: Any other option of the constructor.
+
+        Raises:
+            ValueError: An option is unknown, out of its range, or without effect beside another.
         """
         beta_schedule = BETA_SCHEDULE_ALIASES.get(beta_schedule, beta_schedule)
-        trained_betas = None
+        if trained_betas is not None and (beta_schedule != "linear" or scale_betas_to_timesteps):
+            raise ValueError("trained_betas replaces beta_schedule and scale_betas_to_timesteps; leave these out.")
+        if scale_betas_to_timesteps:
+            beta_start, beta_end = scale_beta_range(beta_schedule, num_train_timesteps, beta_start, beta_end)
         if beta_schedule not in STOCK_BETA_SCHEDULES:
             trained_betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end).tolist()
             beta_schedule = "linear"
@@ -171,14 +171,22 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
             beta_end=beta_end,
             beta_schedule=beta_schedule,
             trained_betas=trained_betas,
-            variance_type="fixed_large" if variance_type == "fixed_large_log" else variance_type,
-            clip_sample=clip_sample,
             prediction_type=PREDICTION_TYPE_ALIASES.get(prediction_type, prediction_type),
-            clip_sample_range=clip_sample_range,
-            timestep_spacing=timestep_spacing,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
+            variance_type="fixed_large" if variance_type == "fixed_large_log" else variance_type,
+            **options,
         )
         return scheduler
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Builds a scheduler from the configuration of this or another class; see `SchedulerMixin`.
+
+        What the other one left at its default, or was given by position, is kept as after a save; diffusers would drop
+        it for a default of this class. Only a None, which DPM-Solver has as variance_type, becomes that default.
+        """
+        if isinstance(config, Mapping):
+            config = {k: v for k, v in config.items() if k != "_use_default_values" and v is not None}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def __len__(self) -> int:
         """Returns the length of the training chain."""
@@ -228,21 +236,24 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
             raise ValueError("Pass either num_inference_steps or timesteps, not both and not neither.")
         if timesteps is not None and timestep_spacing is not None:
             raise ValueError("timestep_spacing does not apply to a custom list of timesteps; drop one of the two.")
-        if timesteps is not None:
-            chosen = [int(t) for t in timesteps]
-            if any(t != given for t, given in zip(chosen, timesteps, strict=True)):
-                raise ValueError("timesteps must be integers.")
-        elif num_inference_steps is not None:
-            if not 1 <= num_inference_steps <= len(self):
-                raise ValueError(f"num_inference_steps {num_inference_steps} is not between 1 and {len(self)}.")
-            spacing = timestep_spacing or self.config["timestep_spacing"]
-            chosen = spaced_timesteps(spacing, num_inference_steps, len(self), self.config["steps_offset"])
-        self._run = SamplingRun(self.noise_schedule, chosen, device)
+        if timesteps is None:
+            count = whole_number("num_inference_steps", num_inference_steps)
+            if not 1 <= count <= len(self):
+                raise ValueError(f"num_inference_steps {count} is not between 1 and {len(self)}.")
+            spacing = self.config["timestep_spacing"] if timestep_spacing is None else timestep_spacing
+            chosen = spaced_timesteps(spacing, count, len(self), self.config["steps_offset"])
+        self._run = SamplingRun(self.noise_schedule, chosen if timesteps is None else timesteps, device)
         self.custom_timesteps = timesteps is not None
-        self.num_inference_steps = len(chosen)
+        self.num_inference_steps = len(self._run.transitions)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> torch.Tensor:
-        """Returns the next timestep of the list being run, -1 after the last, as a 0-dim tensor on the CPU."""
+        """Returns the next timestep of the list being run, -1 after the last: a tensor of the same shape on the CPU.
+
+        A timestep for each sample is read on the host.
+        """
+        if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
+            previous = [self._run.transitions[self._run.row(t)].previous_timestep for t in timestep.flatten().tolist()]
+            return torch.tensor(previous).view(timestep.shape)
         return torch.tensor(self._run.transitions[self._run.row(timestep)].previous_timestep)
 
     def step(
@@ -274,9 +285,9 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         """
         row = self._run.row(timestep)
         transition = self._run.transitions[row]
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta}; it must lie between 0 (deterministic) and 1 (ancestral).")
-        if transition.alpha_bar == 0 and self.config["prediction_type"] == "epsilon":
+        if not (isinstance(eta, int | float | np.number) and 0 <= eta <= 1):
+            raise ValueError(f"eta is {eta!r}; it must be a number between 0 (deterministic) and 1 (ancestral).")
+        if transition.alpha_bar < SMALLEST_ALPHA_BAR and self.config["prediction_type"] == "epsilon":
             raise ValueError(
                 f"x_{transition.timestep} holds no signal, so x_0 cannot be recovered from a prediction of the noise;"
                 " use prediction_type v_prediction or sample, or betas below 1 without rescale_betas_zero_snr."
@@ -286,9 +297,9 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         output, variance_output = self._split(model_output.to(dtype), x_t)
         alpha, sigma = math.sqrt(transition.alpha_bar), math.sqrt(1 - transition.alpha_bar)
         x_0 = self._clip(gaussian.predict_x_0(self.config["prediction_type"], output, x_t, alpha, sigma))
-        x_prev = gaussian.posterior_mean(x_0, x_t, *gaussian.reverse_mean_coefficients(transition, eta))
+        x_prev = gaussian.posterior_mean(x_0, x_t, *gaussian.reverse_mean_coefficients(transition, float(eta)))
         if eta > 0 and transition.previous_timestep >= 0:
-            x_prev = self._add_reverse_noise(x_prev, transition, variance_output, generator, eta)
+            x_prev = self._add_reverse_noise(x_prev, transition, variance_output, generator, float(eta))
         x_prev, x_0 = x_prev.to(sample.dtype), x_0.to(sample.dtype)
         if not return_dict:
             return x_prev, x_0

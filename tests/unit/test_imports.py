@@ -19,11 +19,17 @@ LONGEST_MODULE, LONGEST_FUNCTION = 350, 60
 # that fits counts.
 MAY_IMPORT: dict[str, set[str]] = {
     "diffusion.noise_schedule": set(),
+    "diffusion.timesteps": {"diffusion.noise_schedule"},
     "diffusion.gaussian": {"diffusion.noise_schedule"},
     "diffusion.forward_process": {"diffusion.noise_schedule", "diffusion.gaussian"},
-    "diffusion.scheduler": {"diffusion.noise_schedule", "diffusion.gaussian", "diffusion.forward_process"},
+    "diffusion.scheduler": {
+        "diffusion.noise_schedule", "diffusion.timesteps", "diffusion.gaussian", "diffusion.forward_process",
+    },  # fmt: skip
     "diffusion.folder": set(),
     "diffusion.sampling": set(),
+    "diffusion.images": set(),
+    "diffusion.denoising": {"diffusion.folder", "diffusion.images", "diffusion.sampling"},
+    "diffusion.editing": {"diffusion.denoising", "diffusion.folder", "diffusion.gaussian", "diffusion.images"},
     "diffusion.pipeline": {"diffusion"},
     "diffusion.__init__": {"diffusion"},
     "config": {"config"},
@@ -66,7 +72,7 @@ HOMES_OF_LIBRARIES = {
 # Imported where they are used, so that what does not use them runs without them and starts quickly.
 ONLY_INSIDE_FUNCTIONS = {"datasets", "matplotlib", "sklearn"}
 # The core travels with every checkpoint, to machines that have no more than this.
-LIBRARIES_OF_THE_CORE = {"torch", "diffusers", "numpy", "PIL"}
+LIBRARIES_OF_THE_CORE = {"torch", "diffusers", "numpy", "PIL", "typing_extensions"}  # the last comes with torch
 WITHOUT_TORCH = {"__init__", "config", "evaluation.recognition", "plots", "report", "training.checkpoint"}
 
 FORBIDDEN_LIBRARIES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}

@@ -89,6 +89,52 @@ def test_snr_keeps_the_shape_of_the_timesteps() -> None:
     assert snr.flatten()[-1].item() == pytest.approx(4.03599265e-05, rel=1e-6)
 
 
+def test_every_method_gives_each_sample_what_it_gives_it_alone() -> None:
+    """One timestep for each sample, in any order: equal, and the rows do not mix."""
+    scheduler = GaussianDiffusionScheduler(prediction_type="v_prediction")
+    x_0, noise = batch()
+    methods = {
+        "add_noise": lambda i, t: scheduler.add_noise(x_0[i], noise[i], t),
+        "get_velocity": lambda i, t: scheduler.get_velocity(x_0[i], noise[i], t),
+        "predict_original_sample": lambda i, t: scheduler.predict_original_sample(noise[i], t, x_0[i]),
+        "predict_noise": lambda i, t: scheduler.predict_noise(noise[i], t, x_0[i]),
+        "posterior mean": lambda i, t: scheduler.posterior(x_0[i], noise[i], t).mean,
+        "posterior variance": lambda i, t: scheduler.posterior(x_0[i], noise[i], t).variance,
+        "snr": lambda i, t: scheduler.snr(t),
+        "previous_timestep": lambda i, t: scheduler.previous_timestep(t),
+    }
+    timesteps = torch.tensor([999, 0, 5, 5])
+    for name, method in methods.items():
+        together = method(slice(None), timesteps)
+        for i in range(4):
+            alone = method(slice(i, i + 1), timesteps[i : i + 1])
+            assert torch.equal(together[i : i + 1], alone.view_as(together[i : i + 1])), name
+        assert torch.equal(method(slice(None), timesteps.int()), together), name
+
+
+def test_snr_of_one_timestep_is_one_number() -> None:
+    """Float32 rounding."""
+    assert GaussianDiffusionScheduler().snr(0).item() == pytest.approx(9999, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_samples_that_are_no_floats_are_refused(dtype: torch.dtype) -> None:
+    """The result has the dtype of the samples: of integers nothing but 0 and 1 would be left."""
+    scheduler = GaussianDiffusionScheduler()
+    images, noise = torch.ones(4, 2, 3, 3).to(dtype), torch.zeros(4, 2, 3, 3)
+    calls = {
+        "add_noise": lambda: scheduler.add_noise(images, noise, TIMESTEPS),
+        "get_velocity": lambda: scheduler.get_velocity(images, noise, TIMESTEPS),
+        "predict_original_sample": lambda: scheduler.predict_original_sample(noise, TIMESTEPS, images),
+        "predict_noise": lambda: scheduler.predict_noise(noise, TIMESTEPS, images),
+        "posterior": lambda: scheduler.posterior(noise, images, TIMESTEPS),
+        "step": lambda: scheduler.step(noise, 5, images),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=f"samples are {dtype}; scale images to floating-point"):
+            call()
+
+
 def test_one_timestep_serves_the_whole_batch() -> None:
     scheduler = GaussianDiffusionScheduler()
     x_0, noise = batch()
@@ -154,8 +200,13 @@ def test_tables_that_were_first_used_in_inference_mode_serve_training() -> None:
 @pytest.mark.parametrize(
     ("timesteps", "sentence"),
     [
-        (torch.tensor([0, 1]), "1 or 4 integers, not 2"),
-        (torch.tensor([0.0, 1.0, 2.0, 3.0]), "integers, not 4 of torch.float32"),
+        (torch.tensor([0, 1]), "2 timesteps for 4 samples; pass one for all or for each"),
+        (torch.tensor([0.0, 1.0, 2.0, 3.0]), "torch.float32; they must be whole numbers"),
+        (torch.tensor([True, False, True, False]), "torch.bool; they must be whole numbers"),
+        (torch.tensor([], dtype=torch.int64), "0 timesteps for 4 samples"),
+        (None, "timesteps is None; it must be a whole number"),
+        ("a", "timesteps is 'a'; it must be a whole number"),
+        (1.0, "torch.float32; they must be whole numbers"),
         (torch.tensor([0, 1, 2, 1000]), "outside 0 ... 999"),
         (torch.tensor([0, 1, 2, -1]), "outside 0 ... 999"),
         (-1, "outside 0 ... 999"),

@@ -57,6 +57,18 @@ def test_output_types_show_the_same_oblong_images(channels: int, mode: str) -> N
     assert np.array_equal(np.stack([np.asarray(image) for image in images["pil"]]), images["uint8"].squeeze())
 
 
+def test_the_number_of_images_is_that_of_labels_generators_or_start_states_unless_given() -> None:
+    pipe = conditional()
+    options: dict[str, Any] = {"num_inference_steps": 1, "output_type": "numpy"}
+    noise = torch.zeros(2, 3, 8, 8)
+    assert len(pipe(class_labels=1, **options).images) == 1
+    assert len(pipe(class_labels=torch.tensor(1), **options).images) == 1
+    assert len(pipe(class_labels=[0, 1, 2], **options).images) == 3
+    assert len(pipe(class_labels=1, generator=[seeded(), seeded(1)], **options).images) == 2
+    assert len(pipe(class_labels=1, sample=noise, **options).images) == 2
+    assert len(pipe(3, class_labels=1, **options).images) == 3
+
+
 def test_images_of_any_number_of_channels_come_as_arrays() -> None:
     pipe = pipeline(tiny_unet(in_channels=5, out_channels=5))
     assert pipe(1, 2, output_type="np").images.shape == (1, 8, 8, 5)
@@ -190,6 +202,7 @@ def test_labels_come_as_numbers_names_or_tensors() -> None:
         ({"class_labels": 4}, "has 4; a label is a number 0 to 2, 3 for no class"),
         ({"class_labels": [0, -1]}, "has -1; a label is"),
         ({"class_labels": [0.5, 1]}, "has 0.5; a label is"),
+        ({"class_labels": True}, "has True; a label is"),
         ({"class_labels": "cat"}, "has 'cat'; a label is a number 0 to 2, 3 for no class."),
         ({"class_labels": [0, 1, 2]}, "3 entries for batch_size 2"),
         ({"class_labels": 0, "guidance_rescale": 1.5}, "guidance_rescale is 1.5"),
@@ -212,7 +225,10 @@ def test_what_a_model_cannot_do_is_refused_before_it_is_called() -> None:
         (unconditional, {"guidance_scale": 2.0}, "no null label to guide against"),
         (unguided, {"class_labels": 0, "guidance_scale": 2.0}, "no null label to guide against"),
         (unconditional, {"batch_size": 0}, "batch_size is 0"),
-        (unconditional, {"batch_size": 2, "generator": [seeded()]}, "list of 1 for batch_size 2"),
+        (unconditional, {"batch_size": 1.5}, "batch_size is 1.5; it must be a whole number"),
+        (unconditional, {"batch_size": True}, "batch_size is True; it must be a whole number"),
+        (unconditional, {"sample": noise[..., :7]}, "sample is 8 x 7 pixels, but the network needs multiples of 2"),
+        (unconditional, {"batch_size": 2, "generator": [seeded()]}, "list of 1 for 2 images"),
         (unconditional, {"output_type": "jpg"}, "'jpg' is not one of pil, np, pt, uint8"),
         (unconditional, {"num_inference_steps": 3, "timesteps": [3, 2]}, "not both"),
         (unconditional, {"sample": noise[:, :1]}, r"shape \(1, 1, 8, 8\); it must be \(1, 3, height"),

@@ -1,6 +1,7 @@
 """The scheduler's contract: configuration, dtypes, timesteps, cost of a step, and what it refuses."""
 
 import copy
+import inspect
 import itertools
 import json
 import pickle
@@ -99,16 +100,94 @@ def test_options_that_stock_accepts_in_silence_are_refused_with_a_sentence() -> 
         "'v' is not one of epsilon, sample, v_prediction": {"prediction_type": "v"},
         "'other' is not one of fixed_small": {"variance_type": "other"},
         "Pass quadratic to set_timesteps": {"timestep_spacing": "quadratic"},
-        "beta at timestep 500 is 1.00": {"beta_end": 2.0},
+        "beta_start is 0.0001 and beta_end 2.0": {"beta_end": 2.0},
+        "beta_start is 0.1 and beta_end 0.02.*trained_betas": {"beta_start": 0.1},
         "2 values, num_train_timesteps is 1000": {"trained_betas": [0.1, 0.2]},
         r"pass betas.tolist\(\)": {"trained_betas": torch.tensor([0.1] * 1000)},
-        "num_train_timesteps is 0": {"num_train_timesteps": 0},
+        "trained_betas is 0.1; it must be a list of 1000 numbers": {"trained_betas": 0.1},
+        "num_train_timesteps is 0; it must be a whole number": {"num_train_timesteps": 0},
+        "num_train_timesteps is 10.0; it must be a whole number": {"num_train_timesteps": 10.0},
+        "num_train_timesteps is True": {"num_train_timesteps": True},
+        "steps_offset is -1; it must be a whole number of at least 0": {"steps_offset": -1},
+        "clip_sample_range is 0; it must be a number above 0": {"clip_sample_range": 0},
+        "clip_sample_range is nan": {"clip_sample_range": float("nan")},
+        "sample_max_value is '1'; it must be a number above 0": {"sample_max_value": "1"},
+        "dynamic_thresholding_ratio is 1.5; it must be a number between 0 and 1": {"dynamic_thresholding_ratio": 1.5},
+        "clip_sample 'no' is not one of True, False": {"clip_sample": "no"},
+        "thresholding None is not one of True, False": {"thresholding": None},
+        "rescale_betas_zero_snr needs at least 2 timesteps": {"num_train_timesteps": 1, "rescale_betas_zero_snr": True},
     }
     for sentence, config in refused.items():
         with pytest.raises(ValueError, match=sentence):
             GaussianDiffusionScheduler(**config)
     with pytest.raises(ValueError, match="Pass quadratic to set_timesteps"):
         GaussianDiffusionScheduler.create(timestep_spacing="quadratic")
+    with pytest.raises(ValueError, match="'cosinus' is unknown; choose one of .*sigmoid_alpha_bar, .*cosine, quad"):
+        GaussianDiffusionScheduler.create(beta_schedule="cosinus")
+
+
+def test_ranges_of_betas_are_not_looked_at_where_they_mean_nothing() -> None:
+    """As in diffusers, whose saved configurations always have them."""
+    for config in ({"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": [0.1, 0.2], "num_train_timesteps": 2}):
+        betas = GaussianDiffusionScheduler(**config, beta_start=0.5, beta_end=0.1).betas
+        assert torch.equal(betas, GaussianDiffusionScheduler(**config).betas)
+
+
+def test_create_takes_every_option_of_the_constructor() -> None:
+    options = {
+        "num_train_timesteps": 100,
+        "beta_start": 0.001,
+        "beta_end": 0.2,
+        "beta_schedule": "scaled_linear",
+        "variance_type": "learned_range",
+        "clip_sample": False,
+        "prediction_type": "sample",
+        "thresholding": True,
+        "dynamic_thresholding_ratio": 0.9,
+        "clip_sample_range": 2.0,
+        "sample_max_value": 3.0,
+        "timestep_spacing": "trailing",
+        "steps_offset": 1,
+        "rescale_betas_zero_snr": True,
+    }
+    parameters = set(inspect.signature(GaussianDiffusionScheduler.__init__).parameters) - {"self"}
+    assert set(options) | {"trained_betas"} == parameters
+    assert dict(GaussianDiffusionScheduler.create(**options).config) == options | {"trained_betas": None}
+    created = GaussianDiffusionScheduler.create(num_train_timesteps=2, trained_betas=[0.2, 0.1])
+    assert created.config.trained_betas == [0.2, 0.1]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'beta_stop'"):
+        GaussianDiffusionScheduler.create(beta_stop=0.1)
+
+
+def test_betas_scaled_with_the_length_are_stored_as_plain_betas() -> None:
+    """So every scheduler reads them; a schedule that stock lacks is stored as betas. Stock's tables are float32."""
+    created = GaussianDiffusionScheduler.create(num_train_timesteps=100, scale_betas_to_timesteps=True)
+    assert (created.config.beta_start, created.config.beta_end) == (0.001, 0.2)
+    assert created.config.trained_betas is None
+    assert "scale_betas_to_timesteps" not in created.config
+    torch.testing.assert_close(DDPMScheduler.from_config(created.config).betas, created.betas)
+    warmup = GaussianDiffusionScheduler.create(
+        num_train_timesteps=100, scale_betas_to_timesteps=True, beta_schedule="warmup50"
+    )
+    assert warmup.config.trained_betas[0] == pytest.approx(0.001, rel=1e-15)
+    assert warmup.config.trained_betas[-1] == pytest.approx(0.2, rel=1e-15)
+    plain = GaussianDiffusionScheduler.create(num_train_timesteps=100)
+    assert (plain.config.beta_start, plain.config.beta_end) == (0.0001, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"scale_betas_to_timesteps": True, "beta_schedule": "cosine"}, "does not apply to beta_schedule"),
+        ({"scale_betas_to_timesteps": True, "beta_schedule": "jsd"}, "does not apply to beta_schedule"),
+        ({"scale_betas_to_timesteps": True, "num_train_timesteps": 19}, "must be at least 20"),
+        ({"scale_betas_to_timesteps": True, "trained_betas": [0.1] * 1000}, "leave these out"),
+        ({"beta_schedule": "cosine", "trained_betas": [0.1] * 1000}, "leave these out"),
+    ],
+)
+def test_options_of_create_without_effect_are_refused(options: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        GaussianDiffusionScheduler.create(**options)
 
 
 def test_scheduler_survives_copy_and_pickle() -> None:
@@ -163,14 +242,28 @@ def test_custom_timesteps_come_as_any_sequence_of_integers() -> None:
         ({"timesteps": [2, 2]}, "strictly descending"),
         ({"timesteps": [1000, 2]}, "from 1000 to 2, outside 0 ... 999"),
         ({"timesteps": [2, -1]}, "from 2 to -1, outside 0 ... 999"),
-        ({"timesteps": [2.5, 1]}, "integers"),
+        ({"timesteps": [2.5, 1]}, "A timestep is 2.5; it must be a whole number"),
+        ({"timesteps": ["a"]}, "A timestep is 'a'; it must be a whole number"),
+        ({"timesteps": [2, True]}, "A timestep is True; it must be a whole number"),
+        ({"timesteps": 5}, "timesteps is 5; it must be a list of whole numbers"),
+        ({"num_inference_steps": "a"}, "num_inference_steps is 'a'; it must be a whole number"),
+        ({"num_inference_steps": 1.5}, "num_inference_steps is 1.5; it must be a whole number"),
+        ({"num_inference_steps": True}, "num_inference_steps is True; it must be a whole number"),
+        ({"num_inference_steps": [5]}, r"num_inference_steps is \[5\]; it must be a whole number"),
+        ({"num_inference_steps": float("nan")}, "num_inference_steps is nan; it must be a whole number"),
+        ({"num_inference_steps": -5}, "-5 is not between 1 and 1000"),
         ({"timesteps": [2, 1], "timestep_spacing": "leading"}, "does not apply to a custom list"),
         ({"num_inference_steps": 5, "timestep_spacing": "karras"}, "'karras' is unknown"),
+        ({"num_inference_steps": 5, "timestep_spacing": ""}, "'' is unknown"),
     ],
 )
 def test_impossible_runs_are_refused_with_a_sentence(arguments: dict, sentence: str) -> None:
+    """And the run that was there goes on."""
+    scheduler = started(10)
     with pytest.raises(ValueError, match=sentence):
-        GaussianDiffusionScheduler().set_timesteps(**arguments)
+        scheduler.set_timesteps(**arguments)
+    assert (scheduler.num_inference_steps, scheduler.custom_timesteps) == (10, False)
+    assert len(scheduler.timesteps) == 10
 
 
 def test_an_offset_that_leaves_the_chain_is_refused() -> None:
@@ -203,6 +296,15 @@ def test_every_way_to_name_a_timestep_means_the_same_row() -> None:
         for way, timestep in ways.items():
             result = scheduler.step(output, timestep, sample, generator=seeded()).prev_sample
             assert torch.equal(result, expected), (way, t)
+
+
+def test_previous_timesteps_of_a_batch_keep_its_shape() -> None:
+    scheduler = started(10)
+    timesteps = torch.tensor([[900, 0], [100, 500]])
+    assert scheduler.previous_timestep(timesteps).tolist() == [[800, -1], [0, 400]]
+    assert scheduler.previous_timestep(timesteps[:0]).shape == (0, 2)
+    with pytest.raises(ValueError, match="timestep 50 is not in the list"):
+        scheduler.previous_timestep(torch.tensor([900, 50]))
 
 
 def test_elements_of_an_earlier_run_are_read_by_value() -> None:
@@ -242,7 +344,9 @@ def test_calls_may_come_in_any_order() -> None:
         assert torch.equal(result, in_order[row])
 
 
-@pytest.mark.parametrize("timestep", [901, -1, 1000, 900.5, torch.tensor(901), torch.tensor(900.5)])
+@pytest.mark.parametrize(
+    "timestep", [901, -1, 1000, 900.5, None, "900", True, [900], torch.tensor(901), torch.tensor(900.5)]
+)
 def test_a_timestep_that_is_not_in_the_list_is_refused(timestep: float | torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"is not in the list of 10 timesteps being run \(900 ... 0\)"):
         started(10).step(*reversed_arguments(timestep))
@@ -333,6 +437,18 @@ def test_dynamic_thresholding_is_that_of_ddpm_scheduler() -> None:
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
+def test_thresholding_and_clipping_take_samples_of_any_rank() -> None:
+    for config in ({"thresholding": True, "sample_max_value": 2.0}, {}, {"clip_sample": False}):
+        scheduler = started(**config)
+        image, sample = tensors(2, 1, 3, 4)
+        expected = scheduler.step(image, 500, sample, eta=0.0).prev_sample
+        for shape in ((2, 12), (2, 1, 1, 3, 4), (2, 3, 4)):
+            result = scheduler.step(image.reshape(shape), 500, sample.reshape(shape), eta=0.0).prev_sample
+            assert torch.equal(result, expected.reshape(shape))
+        flat, start = tensors(12)
+        assert scheduler.step(flat, 500, start, seeded()).prev_sample.shape == (12,)
+
+
 @pytest.mark.parametrize("timestep_spacing", ["leading", "trailing"])
 def test_the_last_step_draws_no_noise_whatever_its_timestep(timestep_spacing: str) -> None:
     scheduler = started(timestep_spacing=timestep_spacing, variance_type="fixed_large")
@@ -363,19 +479,30 @@ def test_results_come_as_object_or_tuple() -> None:
     assert torch.equal(result[0], prev_sample)
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan"), float("inf"), "x", None, [0.5], torch.tensor(0.5)])
 def test_an_eta_outside_0_and_1_is_refused(eta: float) -> None:
+    """A tensor too: reading it would make the host wait."""
     output, sample = tensors(1, 1, 2, 2)
-    with pytest.raises(ValueError, match="must lie between 0"):
+    with pytest.raises(ValueError, match=r"eta is .*; it must be a number between 0 \(deterministic\) and 1"):
         started().step(output, 500, sample, eta=eta)
+
+
+def test_an_eta_may_be_a_number_of_any_type() -> None:
+    output, sample = tensors(1, 1, 2, 2)
+    expected = started().step(output, 500, sample, seeded(), eta=0.5).prev_sample
+    for eta in (np.float64(0.5), np.float32(0.5)):
+        assert torch.equal(started().step(output, 500, sample, seeded(), eta=eta).prev_sample, expected)
 
 
 def test_outputs_that_do_not_fit_are_refused() -> None:
     output, sample = torch.zeros(2, 2, 4, 4), torch.zeros(2, 1, 4, 4)
-    with pytest.raises(ValueError, match="2 channels for a sample of 1; variance_type fixed_small needs 1"):
+    with pytest.raises(ValueError, match=r"\(2, 2, 4, 4\) for .*; variance_type fixed_small needs \(2, 1, 4, 4\)"):
         started().step(output, 500, sample)
-    with pytest.raises(ValueError, match="variance_type learned_range needs 2"):
+    with pytest.raises(ValueError, match=r"variance_type learned_range needs \(2, 2, 4, 4\)"):
         started(variance_type="learned_range").step(sample, 500, sample)
+    for other in (sample[:1], sample[:, :, :1], sample[..., 0]):
+        with pytest.raises(ValueError, match=r"needs \(2, 1, 4, 4\)"):
+            started().step(other, 500, sample)
     with pytest.raises(ValueError, match="generator is a list of 3 for a batch of 2"):
         started().step(sample, 500, sample, generator=[seeded()] * 3)
     with pytest.raises(ValueError, match="takes one for the whole batch"):
@@ -388,6 +515,18 @@ def test_noise_predictions_are_refused_where_no_signal_is_left_and_only_there() 
     with pytest.raises(ValueError, match="x_999 holds no signal"):
         scheduler.step(output, 999, sample)
     assert bool(scheduler.step(output, 899, sample).prev_sample.isfinite().all())
+
+
+def test_noise_predictions_are_refused_where_float32_cannot_hold_the_signal() -> None:
+    """Alpha_bar falls to 1e-43 here: its root overflows in the division, inf - inf is not a number."""
+    scheduler = GaussianDiffusionScheduler(beta_start=0.1, beta_end=0.1)
+    output, sample = tensors(1, 1, 2, 2)
+    assert 0 < scheduler.noise_schedule.alphas_cumprod[940].item() < 1e-42
+    with pytest.raises(ValueError, match="x_940 holds no signal"):
+        scheduler.step(output, 940, sample)
+    assert bool(scheduler.step(output, 800, sample).prev_sample.isfinite().all())
+    other = GaussianDiffusionScheduler(beta_start=0.1, beta_end=0.1, prediction_type="v_prediction")
+    assert bool(other.step(output, 940, sample).prev_sample.isfinite().all())
 
 
 def test_a_run_started_in_inference_mode_works_outside() -> None:

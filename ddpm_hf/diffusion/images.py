@@ -1,0 +1,136 @@
+"""Images outside, states inside: what a caller gives or gets, and tensors in [-1, 1]."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+
+CORE_VERSION = "1.1.0"
+
+OUTPUT_TYPES = ("pil", "np", "pt", "uint8")
+ImageInput: TypeAlias = Image.Image | Sequence[Image.Image] | np.ndarray[Any, Any] | torch.Tensor
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def to_unit_range(sample: torch.Tensor) -> torch.Tensor:
+    """Maps [-1, 1] to [0, 1], clipped, in float32."""
+    return (sample / 2 + 0.5).clamp(0, 1).float()
+
+
+def to_images(sample: torch.Tensor, output_type: str) -> Any:
+    """Converts x_0, (batch, channels, height, width) in [-1, 1], to one of the pipeline's output types."""
+    images = to_unit_range(sample)
+    if output_type == "pt":
+        return images
+    images = images.permute(0, 2, 3, 1)
+    if output_type == "np":
+        return images.cpu().numpy()
+    pixels = (images * 255).round().to(torch.uint8).cpu().numpy()
+    if output_type == "uint8":
+        return pixels
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+
+
+def from_images(images: ImageInput, num_channels: int, size_divisor: int, name: str = "image") -> torch.Tensor:
+    """Converts what `to_images` returns, and single images, back to states.
+
+    Args:
+        images: A PIL image or a list of them; a numpy array (batch, height, width, channels) or without batch; a tensor
+            (batch, channels, height, width) or without batch. uint8 in 0 ... 255 or floats in [0, 1].
+        num_channels: Channels that the network takes.
+        size_divisor: What height and width must be multiples of.
+        name: Of the argument, for errors.
+
+    Returns:
+        float32, or float64 for float64, (batch, channels, height, width) in [-1, 1].
+
+    Raises:
+        ValueError: The shape, the mode of a PIL image, or the range of the values does not fit.
+    """
+    x = _to_batch(images, num_channels, name)
+    if x.ndim != 4 or x.shape[1] != num_channels or x.numel() == 0:
+        raise ValueError(
+            f"{name} is read as (batch, channels, height, width) = {tuple(x.shape)}, but the model's images have"
+            f" {num_channels} channels; pass PIL images, an array (batch, height, width, channels) or a tensor (batch,"
+            " channels, height, width)."
+        )
+    check_size(x.shape[2], x.shape[3], size_divisor, name)
+    return x * 2 - 1
+
+
+def from_mask(mask: ImageInput, image: torch.Tensor) -> torch.Tensor:
+    """Converts a mask, white (1, 255 or True) where the image is to be filled, to bool (1 or batch, 1, height, width).
+
+    Raises:
+        ValueError: The mask is not of the image's height and width, or not one for all or for each image.
+    """
+    if isinstance(mask, Image.Image):
+        mask = mask.convert("L")
+    elif not isinstance(mask, np.ndarray | torch.Tensor):
+        mask = [one.convert("L") for one in mask]
+    elif mask.ndim == 2:
+        mask = mask[None] if isinstance(mask, torch.Tensor) else mask[..., None]
+    elif mask.ndim == 3 and isinstance(mask, np.ndarray) and mask.shape[-1] != 1:
+        mask = mask[..., None]
+    x = _to_batch(mask, 1, "mask")
+    batch, _, height, width = image.shape
+    if x.ndim != 4 or x.shape[0] not in (1, batch) or x.shape[1:] != (1, height, width):
+        raise ValueError(
+            f"mask is read as (batch, 1, height, width) = {tuple(x.shape)}; it must have the image's height {height}"
+            f" and width {width}, one channel, and be one for all images or one for each of the {batch}."
+        )
+    return x >= 0.5
+
+
+def check_size(height: int, width: int, divisor: int, name: str) -> None:
+    """Refuses sides that the network cannot halve and double back.
+
+    Raises:
+        ValueError: A side is no multiple of `divisor`.
+    """
+    if height % divisor or width % divisor:
+        raise ValueError(
+            f"{name} is {height} x {width} pixels, but the network needs multiples of {divisor}; resize or crop it."
+        )
+
+
+def _to_batch(images: ImageInput, num_channels: int, name: str) -> torch.Tensor:
+    """Returns floats in [0, 1], (batch, channels, height, width), from any kind of images."""
+    if isinstance(images, torch.Tensor):
+        x = images if images.ndim == 4 else images[None]
+    elif isinstance(images, np.ndarray):
+        x = torch.from_numpy(np.ascontiguousarray(images if images.ndim == 4 else images[None]))
+        x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+    else:
+        x = _from_pil([images] if isinstance(images, Image.Image) else list(images), num_channels, name)
+    if x.dtype in (torch.uint8, torch.bool):
+        return x.float() / (255 if x.dtype == torch.uint8 else 1)
+    if not x.is_floating_point():
+        raise ValueError(f"{name} has dtype {x.dtype}; pass uint8 in 0 ... 255 or floats in [0, 1].")
+    if x.numel() and not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(
+            f"{name} has values from {x.min().item():g} to {x.max().item():g}; floats must lie in [0, 1]"
+            " (for data in [-1, 1] pass image / 2 + 0.5)."
+        )
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _from_pil(images: list[Any], num_channels: int, name: str) -> torch.Tensor:
+    """Stacks PIL images of the network's mode and of one size, uint8 (batch, channels, height, width)."""
+    if not images or not all(isinstance(image, Image.Image) for image in images):
+        kind = type(images[0]).__name__ if images else "an empty list"
+        raise ValueError(f"{name} must be PIL images, a numpy array or a tensor, not {kind}.")
+    mode = _MODES.get(num_channels)
+    for image in images:
+        if image.mode != mode:
+            raise ValueError(
+                f"{name} has mode {image.mode}, but the model's images have {num_channels} channels;"
+                f" {f'pass image.convert({mode!r})' if mode else 'pass an array'}."
+            )
+        if image.size != images[0].size:
+            raise ValueError(f"{name} has sizes {images[0].size} and {image.size}; all must be of one size.")
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return pixels[:, None] if num_channels == 1 else pixels.permute(0, 3, 1, 2)
