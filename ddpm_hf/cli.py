@@ -88,7 +88,7 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
             if trainer.is_main_process:
                 print(f"{trainer.describe()}\n\n{config.to_yaml()}", flush=True)
             if is_dry_run:
-                trainer.check_resume()
+                trainer.saver.check()
                 if trainer.is_main_process:
                     print("Everything fits together; without --dry_run this would train.")
                 exit_code = 0

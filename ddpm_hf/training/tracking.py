@@ -4,6 +4,7 @@ metrics.jsonl has one line of JSON a log interval, whole after any kill, cut bac
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ddpm_hf.training.checkpoint import replace_file
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -24,9 +27,12 @@ class MetricsLog:
         self._path = path
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
-        """Writes one line, at once readable by others."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Writes one line, at once readable by others; on a full disk training goes on without it."""
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            logger.warning("A line of metrics could not be written: %s", error)
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns all whole lines; a last line that a kill tore is left out."""

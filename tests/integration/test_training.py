@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf import GaussianDiffusionPipeline
 from ddpm_hf.cli import train
-from ddpm_hf.training import trainer as trainer_module
+from ddpm_hf.training import saving
 from ddpm_hf.training.checkpoint import find_latest
 from ddpm_hf.training.guard import RunLock
 from ddpm_hf.training.objective import DenoisingLoss
@@ -313,14 +313,14 @@ def poison_loss_at(steps: int | range, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_disk_leaves_the_older_checkpoints_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write = trainer_module.write_snapshot
+    write = saving.write_snapshot
 
     def write_or_fail(folder: Path, *arguments: Any) -> None:
         write(folder, *arguments)
         if folder.name.endswith("step_00000004"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trainer_module, "write_snapshot", write_or_fail)
+    monkeypatch.setattr(saving, "write_snapshot", write_or_fail)
     run = tmp_path / "run"
     assert train(run_arguments(run)) == 0
     assert "step 4 could not be written (No space left on device)" in caplog.text
