@@ -91,6 +91,10 @@ def _check_numbers(config: RunConfig) -> None:
 _FIXED_SECTIONS = ("data", "model", "diffusion", "objective")
 _FIXED_TRAINING = ("seed", "train_batch_size")
 _FREE_DATA = ("cache_dir",)
+# The others of training shape the weights, so a run that has nothing left to train can no longer follow them.
+_WITHOUT_EFFECT_ON_WEIGHTS = (
+    "output_dir", "num_steps", "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps", "resume", "cpu",
+)  # fmt: skip
 
 
 def changed_settings(old: dict[str, dict[str, object]], new: RunConfig) -> tuple[list[str], list[str]]:
@@ -110,3 +114,9 @@ def changed_settings(old: dict[str, dict[str, object]], new: RunConfig) -> tuple
             is_fixed |= section == "training" and name in _FIXED_TRAINING
             (fixed if is_fixed else free).append(f"{section}.{name} was {before!r}, is {value!r}")
     return fixed, free
+
+
+def changed_too_late(free: list[str]) -> list[str]:
+    """Returns those of the free changes that a finished run would have had to know before."""
+    harmless = {f"training.{name}" for name in _WITHOUT_EFFECT_ON_WEIGHTS}
+    return [line for line in free if line.startswith("training.") and line.split()[0] not in harmless]

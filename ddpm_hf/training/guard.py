@@ -10,6 +10,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from ddpm_hf.training.processes import world_size
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A terminal's Ctrl-C reaches the workers directly and once more through torchrun; that is one request, not two.
 _SAME_REQUEST_SECONDS = 2.0
@@ -61,7 +63,7 @@ class StopWatcher:
         self._requested = 0
         self._requested_at = 0.0
         self._launcher = os.getppid() if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
-        self._group = dist.new_group(backend="gloo") if _world_size() > 1 else None
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
         self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
         self._old_handlers: dict[int, object] = {}
 
@@ -161,8 +163,3 @@ class NonFiniteGuard:
                 "use bf16 or fp32 instead of fp16, or look at the images."
             )
         return False
-
-
-def _world_size() -> int:
-    """Returns the number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

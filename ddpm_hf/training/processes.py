@@ -120,14 +120,14 @@ def on_every_rank(function: Callable[[], Result]) -> Result:
     Returns:
         What the function returned on this rank.
     """
-    if _world_size() == 1:
+    if world_size() == 1:
         return function()
     failure = None
     try:
         result = function()
     except (ValueError, OSError) as error:
         failure = [isinstance(error, OSError), str(error) or type(error).__name__]
-    has_failed = torch.zeros(_world_size(), device=_device())
+    has_failed = torch.zeros(world_size(), device=_device())
     has_failed[_rank()] = float(failure is not None)
     dist.all_reduce(has_failed)
     if has_failed.any():
@@ -138,7 +138,7 @@ def on_every_rank(function: Callable[[], Result]) -> Result:
 
 def share_json(value: Any, source: int = 0) -> Any:
     """Collective: returns one rank's value, which must be plain JSON, on every rank."""
-    if _world_size() == 1:
+    if world_size() == 1:
         return value
     device = _device()
     encoded = json.dumps(value).encode() if _rank() == source else b""
@@ -153,14 +153,14 @@ def share_json(value: Any, source: int = 0) -> Any:
 
 def share_tensors(tensors: Iterable[torch.Tensor]) -> None:
     """Collective: overwrites tensors with rank 0's."""
-    if _world_size() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
 
 
 def share_named_tensors(tensors: dict[str, torch.Tensor] | None, device: torch.device) -> dict[str, torch.Tensor]:
     """Collective: returns rank 0's named tensors on every rank; other ranks give None."""
-    if _world_size() == 1:
+    if world_size() == 1:
         return tensors or {}
     layout = share_json({name: [list(t.shape), str(t.dtype)] for name, t in (tensors or {}).items()})
     shared = {}
@@ -173,14 +173,14 @@ def share_named_tensors(tensors: dict[str, torch.Tensor] | None, device: torch.d
     return shared
 
 
-def _world_size() -> int:
+def world_size() -> int:
     """Returns the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _rank() -> int:
     """Returns which process this is."""
-    return dist.get_rank() if _world_size() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def _device() -> str:

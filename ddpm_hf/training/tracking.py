@@ -5,7 +5,8 @@ metrics.jsonl has one line of JSON a log interval, whole after any kill, cut bac
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ class Progress:
     def update(self) -> None:
         """Counts one step."""
         self._bar.update()
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Says on the bar what training waits for."""
+        self._bar.set_description_str(what)
+        try:
+            yield
+        finally:
+            self._bar.set_description_str("Training")
 
     def show(self, step: int, loss: float | None, images_per_second: float, seconds_left: float) -> None:
         """Shows where the run is."""

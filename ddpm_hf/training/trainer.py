@@ -190,9 +190,11 @@ class Trainer:
             self._log()
         with self.meter.paused():
             if config.preview.every_steps and step % config.preview.every_steps == 0:
-                self._preview()
+                with self._progress.doing("Drawing a preview"):
+                    self._preview()
             if step % config.training.checkpoint_every_steps == 0 or is_last:
-                self._save(must_succeed=is_last)
+                with self._progress.doing("Saving"):
+                    self._save(must_succeed=is_last)
 
     def _log(self) -> None:
         """Collective: writes one line of metrics: means since the line before."""

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf import GaussianDiffusionPipeline
 from ddpm_hf.cli import train
+from ddpm_hf.evaluation import sampling
 from ddpm_hf.training import saving
 from ddpm_hf.training.checkpoint import find_latest
 from ddpm_hf.training.guard import RunLock
@@ -198,6 +199,39 @@ def test_a_finished_run_started_again_trains_no_step(uninterrupted_run: Path, tm
     shutil.copytree(uninterrupted_run, run)
     assert train(run_arguments(run, **EVERYTHING_RANDOM)) == 0
     assert_same_run(uninterrupted_run, run, 6)
+
+
+def test_a_finished_run_is_not_said_to_be_trained_with_what_comes_too_late(
+    uninterrupted_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted_run, run)
+    before = (run / "config.yaml").read_text()
+    for dry_run in ([], ["--dry_run"]):
+        assert train([*run_arguments(run, **EVERYTHING_RANDOM, training__learning_rate=1.0), *dry_run]) == 2
+        message = capsys.readouterr().err
+        assert (
+            "holds a finished run, which was trained with other settings (training.learning_rate was 0.001" in message
+        )
+        assert "set a larger training.num_steps" in message
+    assert (run / "config.yaml").read_text() == before
+    harmless = {"training__cpu": True, "training__log_every_steps": 3, "preview__eta": 1.0}
+    assert train(run_arguments(run, **(EVERYTHING_RANDOM | harmless))) == 0
+    further = {"training__learning_rate": 1e-4, "training__num_steps": 7}
+    assert train(run_arguments(run, **EVERYTHING_RANDOM, **further)) == 0
+    assert "learning_rate: 0.0001\n" in (run / "config.yaml").read_text()
+
+
+def test_a_report_that_fails_is_a_failure_and_no_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong then cannot be found by checks before training."""
+
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(sampling, "sample_images", fail)
+    with pytest.raises(RuntimeError, match=r"the report failed; the trained pipeline is in .*run/pipeline"):
+        train(run_arguments(tmp_path / "run", evaluation__num_samples=2))
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
 
 
 def test_a_run_is_not_continued_with_settings_that_its_checkpoint_contradicts(

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.batches": {"config", "data", "rng"},
     "training.checkpoint": set(),
     "training.ema": set(),
-    "training.guard": set(),
+    "training.guard": {"training.processes"},
     "training.metrics": set(),
     "training.objective": {"diffusion"},
     "training.optim": {"config"},
