@@ -32,6 +32,11 @@ def validate(config: RunConfig) -> None:
             "evaluation.recognition asks for classes and real held-out images; set model.class_conditional to true and "
             "data.validation_fraction above 0."
         )
+    if training.validate_every_steps > 0 and data.validation_fraction == 0:
+        raise ConfigError(
+            f"training.validate_every_steps {training.validate_every_steps} needs held-out images; set "
+            "data.validation_fraction, for example to 0.05."
+        )
     if config.diffusion.rescale_betas_zero_snr and config.diffusion.prediction_type in ("epsilon", "eps"):
         raise ConfigError(
             "diffusion.rescale_betas_zero_snr leaves no signal at the last timestep, where epsilon says nothing about "
@@ -57,8 +62,8 @@ def _check_numbers(config: RunConfig) -> None:
     )  # fmt: skip
     not_negative = (
         ("training", "learning_rate_warmup_steps"), ("training", "weight_decay"), ("training", "seed"),
-        ("preview", "every_steps"), ("evaluation", "num_samples"), ("preview", "guidance_scale"),
-        ("evaluation", "guidance_scale"),
+        ("training", "validate_every_steps"), ("preview", "every_steps"), ("preview", "guidance_scale"),
+        ("evaluation", "num_samples"), ("evaluation", "guidance_scale"),
     )  # fmt: skip
     below_one = (
         ("data", "validation_fraction"), ("objective", "class_dropout"), ("training", "adam_beta1"),
@@ -93,7 +98,8 @@ _FIXED_TRAINING = ("seed", "train_batch_size")
 _FREE_DATA = ("cache_dir",)
 # The others of training shape the weights, so a run that has nothing left to train can no longer follow them.
 _WITHOUT_EFFECT_ON_WEIGHTS = (
-    "output_dir", "num_steps", "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps", "resume", "cpu",
+    "output_dir", "num_steps", "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps",
+    "validate_every_steps", "resume", "cpu",
 )  # fmt: skip
 
 

@@ -121,6 +121,8 @@ class TrainingConfig:
         checkpoint_every_steps: Save a checkpoint this often; one is always saved at the end and on a signal.
         num_checkpoints_kept: Newest checkpoints kept, at least 2.
         log_every_steps: Write a line of metrics this often.
+        validate_every_steps: Measure the loss of the averaged weights on the held-out images this often, and after the
+            last step; 0 never does. Needs data.validation_fraction above 0.
         max_consecutive_nonfinite: Stop (exit code 3) after this many updates in a row with a non-finite gradient; each
             such update is skipped.
         tf32: Let NVIDIA GPUs compute float32 matrix products and convolutions in TF32.
@@ -148,6 +150,7 @@ class TrainingConfig:
     checkpoint_every_steps: int = 5000
     num_checkpoints_kept: int = 3
     log_every_steps: int = 50
+    validate_every_steps: int = 0
     max_consecutive_nonfinite: int = 20
     tf32: bool = True
     deterministic: bool = False

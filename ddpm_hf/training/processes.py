@@ -151,6 +151,15 @@ def share_json(value: Any, source: int = 0) -> Any:
     return json.loads(bytes(content.cpu().tolist()))
 
 
+def sum_over_ranks(value: float) -> float:
+    """Collective: returns the sum of a number over all ranks, in float64."""
+    if world_size() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=_device())
+    dist.all_reduce(total)
+    return float(total)
+
+
 def share_tensors(tensors: Iterable[torch.Tensor]) -> None:
     """Collective: overwrites tensors with rank 0's."""
     if world_size() > 1:

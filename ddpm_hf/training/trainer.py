@@ -28,6 +28,7 @@ from ddpm_hf.training.saving import Saver
 from ddpm_hf.training.setup import build_network, build_scheduler, class_names_of, open_splits
 from ddpm_hf.training.snapshot import TrainerState
 from ddpm_hf.training.tracking import MetricsLog, Progress, say
+from ddpm_hf.training.validation import validation_loss
 
 
 class Trainer:
@@ -189,6 +190,9 @@ class Trainer:
         if step % config.training.log_every_steps == 0 or is_last:
             self._log()
         with self.meter.paused():
+            if config.training.validate_every_steps and (step % config.training.validate_every_steps == 0 or is_last):
+                with self._progress.doing("Validating"):
+                    self._validate()
             if config.preview.every_steps and step % config.preview.every_steps == 0:
                 with self._progress.doing("Drawing a preview"):
                     self._preview()
@@ -216,6 +220,25 @@ class Trainer:
         self.metrics.append(row)
         seconds_left = (self.config.training.num_steps - step) * batch / images_per_second
         self._progress.show(step, loss, images_per_second, seconds_left)
+
+    def _validate(self) -> None:
+        """Collective: writes the loss of the averaged weights on the held-out images, as a line of its own."""
+        self._settle_update()
+        with self.ema.swapped_in(self.unet):
+            loss = validation_loss(
+                self.unet,
+                self.loss,
+                self.held_out,
+                self.config,
+                rank=self.accelerator.process_index,
+                num_processes=self.accelerator.num_processes,
+                batch_size=self.micro_batch_size,
+            )
+        step = self.state.global_step
+        if self.is_main_process:
+            num_images = step * self.config.training.train_batch_size
+            row = {"step": step, "num_images": num_images, "validation_loss": loss if math.isfinite(loss) else None}
+            self.metrics.append(row)
 
     def _preview(self) -> None:
         """Collective: draws the preview grid with the averaged weights on rank 0."""

@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 
 from ddpm_hf import GaussianDiffusionPipeline
 from ddpm_hf.cli import train
+from ddpm_hf.config import load_config
 from ddpm_hf.evaluation import sampling
 from ddpm_hf.training import saving
 from ddpm_hf.training.checkpoint import find_latest
 from ddpm_hf.training.guard import RunLock
 from ddpm_hf.training.objective import DenoisingLoss
 from ddpm_hf.training.trainer import Trainer
+from ddpm_hf.training.validation import validation_loss
 from tests.conftest import run_arguments
 
 # Everything that draws random numbers, so that a resume has to get all of them right.
@@ -305,6 +307,36 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_accumulated(tmp_path: Path
         losses[micro_batch_size] = [row["loss"] for row in metrics_of(run)]
     np.testing.assert_allclose(losses[4], losses[8], rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses[1], losses[8], rtol=0, atol=1e-5)
+
+
+def test_validation_measures_the_averaged_weights_and_leaves_training_alone(
+    uninterrupted_run: Path, tmp_path: Path
+) -> None:
+    """Bit by bit: dropout, flips and label drops of training are what they are without it.
+
+    The value is that of the averaged weights of the checkpoint, computed here in one batch: to 1e-6, since the network
+    adds in another order.
+    """
+    arguments = run_arguments(tmp_path / "plain", **EVERYTHING_RANDOM, data__validation_fraction=0.05)
+    assert train(arguments) == 0
+    arguments = run_arguments(tmp_path / "run", **EVERYTHING_RANDOM, data__validation_fraction=0.05)
+    assert train([*arguments, "--training.validate_every_steps", "4"]) == 0
+    plain, run = (tensors_of(tmp_path / name / "checkpoints" / "step_00000006") for name in ("plain", "run"))
+    assert not [key for key in plain if not torch.equal(plain[key], run[key])]
+    rows = metrics_of(tmp_path / "run")
+    assert [row for row in rows if "loss" in row] == metrics_of(tmp_path / "plain")
+    measured = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    assert measured.keys() == {4, 6}
+    config, _ = load_config(arguments)
+    trainer = Trainer(config)
+    try:
+        weights = load_file(tmp_path / "run/checkpoints/step_00000006/ema/diffusion_pytorch_model.safetensors")
+        trainer.unet.load_state_dict(weights)
+        alone = {"rank": 0, "num_processes": 1, "batch_size": 90}
+        expected = validation_loss(trainer.unet, trainer.loss, trainer.held_out, config, **alone)
+    finally:
+        trainer.folder.release()
+    assert measured[6] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_non_finite_gradient_skips_the_update_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

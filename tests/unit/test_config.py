@@ -175,6 +175,8 @@ def test_yaml_that_is_code_is_refused_and_not_run(yaml_file: Any, tmp_path: Path
         ({"training__ema_decay": 1.0}, "training.ema_decay is 1.0, but must be at least 0 and below 1"),
         ({"data__validation_fraction": 1.0}, "data.validation_fraction is 1.0, but must be at least 0 and below 1"),
         ({"data__resolution": 0}, "data.resolution is 0, but must be greater than 0"),
+        ({"training__validate_every_steps": -1}, "training.validate_every_steps is -1, but must be 0 or more"),
+        ({"training__validate_every_steps": 9}, "training.validate_every_steps 9 needs held-out images; set data.val"),
         ({"training__output_dir": ""}, "training.output_dir is not set"),
     ],
 )
@@ -201,6 +203,7 @@ def test_a_batch_that_cannot_be_divided_comes_with_one_that_can(batch: int, micr
         {"training__max_grad_norm": None},
         {"evaluation__num_samples": 0, "preview__every_steps": 0},
         {"training__micro_batch_size": 32},
+        {"training__validate_every_steps": 9, "data__validation_fraction": 0.1},
     ],
 )
 def test_settings_that_fit_together_are_accepted(changes: dict[str, object]) -> None:

@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.setup": {"config", "data", "diffusion", "rng", "training.processes", "unet"},
     "training.snapshot": {"training.ema"},
     "training.tracking": {"training.checkpoint"},
+    "training.validation": {"config", "data", "rng", "training.objective", "training.processes"},
     "training.trainer": {"config", "diffusion", "rng", "training"},
     "evaluation.__init__": set(),
     "evaluation.recognition": set(),
