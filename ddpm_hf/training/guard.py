@@ -117,28 +117,37 @@ class StopWatcher:
 class NonFiniteGuard:
     """Counts skipped updates without making the host wait for the device.
 
-    Gradients are reduced over ranks before their norm is taken, so every rank sees the same flag.
+    Gradients are reduced over ranks before their norm is taken, so every rank sees the same flags. With fp16 an update
+    is also skipped when the scaled gradients overflow, which is how the scaler finds its scale: that is counted apart
+    and never stops the run. Where the scale is down to 1 it is not the scaling that is at fault.
 
     Args:
-        max_consecutive: Stop after this many skipped updates in a row.
+        max_consecutive: Stop after this many skipped updates in a row, those of the scaler left out.
     """
 
     def __init__(self, max_consecutive: int) -> None:
         self.num_skipped = 0
         self.num_consecutive = 0
+        self.num_scaler_skips = 0
         self._max_consecutive = max_consecutive
-        self._flag: torch.Tensor | None = None
+        self._flags: torch.Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
-    def record(self, is_nonfinite: torch.Tensor) -> None:
-        """Starts copying this update's flag to the host."""
-        if is_nonfinite.device.type == "cuda":
-            self._flag = torch.empty_like(is_nonfinite, device="cpu", pin_memory=True)
-            self._flag.copy_(is_nonfinite, non_blocking=True)
+    def record(self, is_nonfinite: torch.Tensor, loss_scale: torch.Tensor | None = None) -> None:
+        """Starts copying to the host whether an update will be skipped, and for whose sake.
+
+        Args:
+            is_nonfinite: bool, whether the norm of the gradient is not finite.
+            loss_scale: The scale of the gradient scaler in this update; None without one.
+        """
+        is_overflow = is_nonfinite & (loss_scale > 1) if loss_scale is not None else torch.zeros_like(is_nonfinite)
+        self._flags = torch.stack([is_nonfinite, is_overflow])
+        if self._flags.device.type == "cuda":
+            on_device = self._flags
+            self._flags = torch.empty_like(on_device, device="cpu", pin_memory=True)
+            self._flags.copy_(on_device, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
-        else:
-            self._flag = is_nonfinite
 
     def was_applied(self) -> bool | None:
         """Tells once whether the recorded update changed the weights; None if there is nothing to tell.
@@ -146,14 +155,18 @@ class NonFiniteGuard:
         Raises:
             NonFiniteTraining: If too many updates in a row were skipped.
         """
-        if self._flag is None:
+        if self._flags is None:
             return None
         if self._copied is not None:
             self._copied.synchronize()
-        is_nonfinite, self._flag, self._copied = bool(self._flag), None, None
+        is_nonfinite, is_overflow = self._flags.tolist()
+        self._flags = self._copied = None
         if not is_nonfinite:
             self.num_consecutive = 0
             return True
+        if is_overflow:
+            self.num_scaler_skips += 1
+            return False
         self.num_skipped += 1
         self.num_consecutive += 1
         if self.num_consecutive >= self._max_consecutive:

@@ -1,11 +1,27 @@
 """What a run measures of itself: sums on the device, read by the host once a log interval, and the time they took."""
 
+import math
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+
+
+def finite_or_none(value: float) -> float | None:
+    """Returns a number that JSON can hold."""
+    return value if math.isfinite(value) else None
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Returns the most memory that this process has held, in MiB: its tensors on a CUDA device, all of it on others."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux
 
 
 class Meter:
@@ -38,14 +54,14 @@ class Meter:
         finite_loss = torch.where(is_nonfinite, 0.0, loss)
         self._loss_sum += torch.stack([finite_loss, (~is_nonfinite).to(torch.float32)])
 
-    def take(self, step: int) -> tuple[float | None, float]:
+    def take(self, step: int) -> dict[str, float | int | None]:
         """Collective: ends an interval and begins the next.
 
         Args:
             step: Updates done.
 
         Returns:
-            The mean loss since the interval began, None if no update was finite; and images per second.
+            The beginning of a line of metrics; `loss` is the mean since the line before, None if no update was finite.
         """
         loss_sum, num_losses = self._accelerator.reduce(self._loss_sum.clone(), reduction="sum").tolist()
         now = time.monotonic()
@@ -53,7 +69,13 @@ class Meter:
         images_per_second = num_images / max(now - self._logged_at, 1e-9)
         self._logged_step, self._logged_at = step, now
         self._loss_sum.zero_()
-        return loss_sum / num_losses if num_losses else None, images_per_second
+        return {
+            "step": step,
+            "num_images": step * self._train_batch_size,
+            "loss": loss_sum / num_losses if num_losses else None,
+            "images_per_second": round(images_per_second, 2),
+            "peak_memory_mib": round(peak_memory_mib(self._accelerator.device), 1),
+        }
 
     def gather(self) -> list[list[float]]:
         """Collective: returns the sums of every rank, for a checkpoint between two lines."""

@@ -22,6 +22,7 @@ class TrainerState:
         num_ema_updates: Updates of the average.
         num_skipped: Updates skipped because a gradient was not finite.
         num_consecutive_skipped: Those of them at the end.
+        num_scaler_skips: Updates skipped because the fp16 gradient scaler had scaled too far.
         loss_sums: For each rank, sum and number of the losses since the last line of metrics.
         num_images: Images in the training set, whose order the run depends on.
         scaler: State of the fp16 gradient scaler; None without one.
@@ -31,6 +32,7 @@ class TrainerState:
     num_ema_updates: int = 0
     num_skipped: int = 0
     num_consecutive_skipped: int = 0
+    num_scaler_skips: int = 0
     loss_sums: list[list[float]] = field(default_factory=list)
     num_images: int = 0
     scaler: dict[str, float | int] | None = None

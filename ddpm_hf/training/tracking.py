@@ -96,14 +96,14 @@ class Progress:
         finally:
             self._bar.set_description_str("Training")
 
-    def show(self, step: int, loss: float | None, images_per_second: float, seconds_left: float) -> None:
-        """Shows where the run is."""
+    def show(self, row: Mapping[str, Any], train_batch_size: int) -> None:
+        """Shows where the run is, from a line of metrics."""
+        step, loss, speed = row["step"], row["loss"], max(row["images_per_second"], 0.01)
         shown = f"loss {loss:.4f}" if loss is not None else "loss not finite"
-        self._bar.set_postfix_str(f"{shown}, {images_per_second:.0f} images/s")
-        if self._bar.disable:
-            left = tqdm.format_interval(seconds_left)
-            if self._is_main_process:
-                say(f"step {step}/{self._bar.total}  {shown}  {images_per_second:.0f} images/s  {left} left")
+        self._bar.set_postfix_str(f"{shown}, {speed:.0f} images/s")
+        if self._bar.disable and self._is_main_process:
+            left = tqdm.format_interval((self._bar.total - step) * train_batch_size / speed)
+            say(f"step {step}/{self._bar.total}  {shown}  {speed:.0f} images/s  {left} left")
 
 
 def say(message: str) -> None:

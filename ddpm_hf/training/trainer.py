@@ -5,7 +5,6 @@ functions of (seed, step, position in the global batch), so the loss curve is th
 processes and micro batches, and nothing random has to be stored.
 """
 
-import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +18,7 @@ from ddpm_hf.training import processes
 from ddpm_hf.training.batches import BatchSource
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.guard import NonFiniteGuard, StopWatcher, TrainingStopped
-from ddpm_hf.training.metrics import Meter
+from ddpm_hf.training.metrics import Meter, finite_or_none
 from ddpm_hf.training.objective import DenoisingLoss
 from ddpm_hf.training.optim import build_optimizer, learning_rate_at
 from ddpm_hf.training.preview import save_preview
@@ -170,12 +169,14 @@ class Trainer:
         self._settle_update()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
-        if self.accelerator.scaler is None:
+        scaler = self.accelerator.scaler
+        if scaler is None:
             # The fused kernel skips the update itself, so the host need not know whether it will.
             vars(self.optimizer)["found_inf"] = is_nonfinite.to(torch.float32)
+        # The public get_scale would make the host wait for the device; the optimiser's step changes the scale.
+        self.guard.record(is_nonfinite, None if scaler is None else scaler._get_scale_async())
         self._prepared_optimizer.step()
         self._prepared_optimizer.zero_grad(set_to_none=True)
-        self.guard.record(is_nonfinite)
         self.meter.add(share_loss, is_nonfinite)
 
     def _settle_update(self) -> None:
@@ -202,24 +203,23 @@ class Trainer:
 
     def _log(self) -> None:
         """Collective: writes one line of metrics: means since the line before."""
-        step, batch = self.state.global_step, self.config.training.train_batch_size
-        loss, images_per_second = self.meter.take(step)
+        step = self.state.global_step
+        row = self.meter.take(step)
         self._settle_update()
-        grad_norm = float(self.grad_norm)
-        row = {
-            "step": step,
-            "num_images": step * batch,
-            "loss": loss,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        row |= {
+            "grad_norm": finite_or_none(float(self.grad_norm)),
             "learning_rate": learning_rate_at(step - 1, self.config.training),
             "num_skipped_updates": self.guard.num_skipped,
-            "images_per_second": round(images_per_second, 2),
         }
-        if not self.is_main_process:
-            return
-        self.metrics.append(row)
-        seconds_left = (self.config.training.num_steps - step) * batch / images_per_second
-        self._progress.show(step, loss, images_per_second, seconds_left)
+        if self.accelerator.scaler is not None:
+            row["num_scaler_skips"] = self.guard.num_scaler_skips
+        self._write(row)
+        self._progress.show(row, self.config.training.train_batch_size)
+
+    def _write(self, row: dict[str, float | int | None]) -> None:
+        """Writes a line of metrics on rank 0."""
+        if self.is_main_process:
+            self.metrics.append(row)
 
     def _validate(self) -> None:
         """Collective: writes the loss of the averaged weights on the held-out images, as a line of its own."""
@@ -234,11 +234,8 @@ class Trainer:
                 num_processes=self.accelerator.num_processes,
                 batch_size=self.micro_batch_size,
             )
-        step = self.state.global_step
-        if self.is_main_process:
-            num_images = step * self.config.training.train_batch_size
-            row = {"step": step, "num_images": num_images, "validation_loss": loss if math.isfinite(loss) else None}
-            self.metrics.append(row)
+        num_images = self.state.global_step * self.config.training.train_batch_size
+        self._write({"step": self.state.global_step, "num_images": num_images, "validation_loss": finite_or_none(loss)})
 
     def _preview(self) -> None:
         """Collective: draws the preview grid with the averaged weights on rank 0."""
@@ -259,6 +256,7 @@ class Trainer:
         self.state.loss_sums = self.meter.gather()
         self.state.num_skipped = self.guard.num_skipped
         self.state.num_consecutive_skipped = self.guard.num_consecutive
+        self.state.num_scaler_skips = self.guard.num_scaler_skips
         self.state.scaler = scaler.state_dict() if scaler is not None else None
         self.saver.save(self.state, must_succeed=must_succeed)
 
@@ -270,6 +268,7 @@ class Trainer:
             self.meter.restore(state.loss_sums)
             self.guard.num_skipped = state.num_skipped
             self.guard.num_consecutive = state.num_consecutive_skipped
+            self.guard.num_scaler_skips = state.num_scaler_skips
 
     def _finish(self) -> None:
         """Collective: writes the pipeline with the averaged weights."""

@@ -20,7 +20,7 @@ from ddpm_hf.config import load_config
 from ddpm_hf.evaluation import sampling
 from ddpm_hf.training import saving
 from ddpm_hf.training.checkpoint import find_latest
-from ddpm_hf.training.guard import RunLock
+from ddpm_hf.training.guard import NonFiniteTraining, RunLock
 from ddpm_hf.training.objective import DenoisingLoss
 from ddpm_hf.training.trainer import Trainer
 from ddpm_hf.training.validation import validation_loss
@@ -50,9 +50,9 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
-    """Returns the metrics without the one column that tells the time."""
+    """Returns the metrics without the columns that tell time and memory, which differ between two equal runs."""
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+    return [{key: row[key] for key in row if key not in ("images_per_second", "peak_memory_mib")} for row in rows]
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
@@ -362,6 +362,57 @@ def test_training_that_stays_non_finite_stops_with_code_3_and_keeps_its_checkpoi
     assert latest is not None
     assert not skipped
     assert all(torch.isfinite(value).all() for value in tensors_of(latest.path).values())
+
+
+def use_gradient_scaler(trainer: Trainer, init_scale: float, backoff_factor: float = 0.5) -> None:
+    """Makes Accelerate do on the CPU what it does for fp16 on a GPU: autocast to fp16, scale, unscale, skip."""
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, backoff_factor=backoff_factor)
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.state._mixed_precision = "fp16"
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_skips_by_which_the_fp16_scaler_finds_its_scale_are_counted_apart(tmp_path: Path) -> None:
+    """Bit by bit: while the scaled gradients overflow nothing moves; and however many there are, they stop no run.
+
+    Scales of 2**60, 2**44 and 2**28 overflow fp16 for certain, 2**12 does not.
+    """
+    changes = {"training__checkpoint_every_steps": 1, "training__num_checkpoints_kept": 9}
+    config, _ = load_config(run_arguments(tmp_path / "run", **changes, training__max_consecutive_nonfinite=2))
+    trainer = Trainer(config)
+    use_gradient_scaler(trainer, 2.0**60, 2.0**-16)
+    initial = [parameter.detach().clone() for parameter in trainer.unet.parameters()]
+    try:
+        trainer.fit()
+    finally:
+        trainer.folder.release()
+    rows = metrics_of(tmp_path / "run")
+    assert [row["num_scaler_skips"] for row in rows] == [1, 2, 3, 3, 3, 3]
+    assert [row["num_skipped_updates"] for row in rows] == [0] * 6
+    assert [row["loss"] is None for row in rows] == [True] * 3 + [False] * 3
+    third, fourth = (tensors_of(tmp_path / "run/checkpoints" / f"step_0000000{step}") for step in (3, 4))
+    weights = dict(trainer.unet.named_parameters())
+    for (name, _), before in zip(weights.items(), initial, strict=True):
+        assert torch.equal(third[f"unet/diffusion_pytorch_model:{name}"], before)
+        assert torch.equal(third[f"ema/diffusion_pytorch_model:{name}"], before)
+    assert any(not torch.equal(third[key], fourth[key]) for key in third)
+    state = json.loads((tmp_path / "run/checkpoints/step_00000003/trainer_state.json").read_text())
+    assert (state["num_scaler_skips"], state["num_skipped"], state["num_ema_updates"]) == (3, 0, 0)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_gradients_that_no_scale_makes_finite_stop_an_fp16_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a scale of 4: two skips of the scaler, and from 1 on three that are nobody's overflow."""
+    poison_loss_at(range(1, 99), monkeypatch)
+    config, _ = load_config(run_arguments(tmp_path / "run", training__max_consecutive_nonfinite=3))
+    trainer = Trainer(config)
+    use_gradient_scaler(trainer, 4.0)
+    try:
+        with pytest.raises(NonFiniteTraining):
+            trainer.fit()
+    finally:
+        trainer.folder.release()
+    assert (trainer.guard.num_scaler_skips, trainer.guard.num_skipped) == (2, 3)
 
 
 def poison_loss_at(steps: int | range, monkeypatch: pytest.MonkeyPatch) -> None:
