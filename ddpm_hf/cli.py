@@ -79,6 +79,7 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
 
     import torch
 
+    from ddpm_hf.training.summary import describe
     from ddpm_hf.training.trainer import Trainer
 
     try:
@@ -86,7 +87,7 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
         try:
             _check_classes(trainer)
             if trainer.is_main_process:
-                print(f"{trainer.describe()}\n\n{config.to_yaml()}", flush=True)
+                print(f"{describe(trainer)}\n\n{config.to_yaml()}", flush=True)
             if is_dry_run:
                 trainer.saver.check()
                 if trainer.is_main_process:

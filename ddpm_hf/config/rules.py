@@ -43,7 +43,7 @@ def validate(config: RunConfig) -> None:
             "x_0; set diffusion.prediction_type to v_prediction or sample."
         )
     micro, batch = training.micro_batch_size, training.train_batch_size
-    if micro is not None and batch % micro:
+    if isinstance(micro, int) and batch % micro:
         lower = batch // micro * micro
         raise ConfigError(
             f"training.train_batch_size {batch} is not a multiple of training.micro_batch_size {micro}; "
@@ -75,7 +75,7 @@ def _check_numbers(config: RunConfig) -> None:
     def check(names: tuple[tuple[str, str], ...], accepts: object, requirement: str) -> None:
         for section, name in names:
             value = getattr(getattr(config, section), name)
-            if value is not None and not accepts(value):  # type: ignore[operator]
+            if isinstance(value, int | float) and not accepts(value):  # type: ignore[operator]
                 raise ConfigError(f"{section}.{name} is {value}, but must be {requirement}.")
 
     check(positive, lambda value: 0 < value < float("inf"), "greater than 0")

@@ -105,8 +105,8 @@ class TrainingConfig:
         seed: Seed of everything random in the run.
         num_steps: Optimiser updates.
         train_batch_size: Images an update, over all processes (global).
-        micro_batch_size: Images of one forward on one device; null takes the process's whole share. Smaller values
-            accumulate gradients.
+        micro_batch_size: Images of one forward on one device; smaller values accumulate gradients. null takes the
+            process's whole share; auto halves it before the first step until it fits into the GPU's memory.
         mixed_precision: Precision inside the network: fp32, bf16, or fp16 with loss scaling (needs a GPU).
         learning_rate: Peak learning rate of AdamW.
         learning_rate_warmup_steps: Steps of linear warm-up from 0.
@@ -135,7 +135,7 @@ class TrainingConfig:
     seed: int = 0
     num_steps: int = 800_000
     train_batch_size: int = 128
-    micro_batch_size: int | None = None
+    micro_batch_size: int | Literal["auto"] | None = None
     mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     learning_rate: float = 2e-4
     learning_rate_warmup_steps: int = 5000

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -87,24 +87,6 @@ def _check_launcher(config: TrainingConfig) -> None:
         )
 
 
-def micro_batch_size(config: TrainingConfig, num_processes: int) -> int:
-    """Returns the images of one forward on one device.
-
-    Raises:
-        ConfigError: If the global batch cannot be divided among the processes.
-    """
-    micro = config.micro_batch_size
-    unit = num_processes * (micro or 1)
-    if config.train_batch_size % unit:
-        lower = config.train_batch_size // unit * unit
-        product = f"{num_processes} processes" + (f" x micro_batch_size {micro}" if micro else "")
-        raise ConfigError(
-            f"training.train_batch_size {config.train_batch_size} is not a multiple of {product}; use "
-            f"{f'{lower} or ' if lower else ''}{lower + unit}."
-        )
-    return micro or config.train_batch_size // num_processes
-
-
 def on_rank_0(function: Callable[[], Result]) -> Result | None:
     """Collective: calls a function on rank 0 only; if it raises ValueError or OSError there, every rank does.
 
@@ -151,13 +133,13 @@ def share_json(value: Any, source: int = 0) -> Any:
     return json.loads(bytes(content.cpu().tolist()))
 
 
-def sum_over_ranks(value: float) -> float:
-    """Collective: returns the sum of a number over all ranks, in float64."""
+def reduce(value: float, operation: Literal["sum", "min"]) -> float:
+    """Collective: returns the sum or the smallest of the numbers of all ranks, in float64."""
     if world_size() == 1:
         return value
-    total = torch.tensor(value, dtype=torch.float64, device=_device())
-    dist.all_reduce(total)
-    return float(total)
+    result = torch.tensor(value, dtype=torch.float64, device=_device())
+    dist.all_reduce(result, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN}[operation])
+    return float(result)
 
 
 def share_tensors(tensors: Iterable[torch.Tensor]) -> None:

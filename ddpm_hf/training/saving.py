@@ -4,6 +4,7 @@ Every public function here is collective: all ranks must call it, in the same or
 """
 
 import logging
+import shutil
 from pathlib import Path
 
 import torch
@@ -51,9 +52,20 @@ class Saver:
         self._num_images = num_images
         self._unet, self._ema, self._optimizer = unet, ema, optimizer
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: the weights, their average, and two moments of each weight."""
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in self._unet.parameters())
+        averages = sum(average.numel() * average.element_size() for average in self._ema.tensors())
+        return int(3 * weights + averages)
+
     def check(self) -> None:
-        """Collective: raises what `resume` would raise about the checkpoints in the folder, and changes nothing."""
-        processes.on_rank_0(lambda: choose_checkpoint(self._folder, self._config, is_dry_run=True))
+        """Collective: raises what `resume` would raise about the run folder, and changes nothing."""
+
+        def check() -> None:
+            self._check_space(choose_checkpoint(self._folder, self._config, is_dry_run=True))
+
+        processes.on_rank_0(check)
 
     def resume(self) -> TrainerState | None:
         """Collective: takes up the newest valid checkpoint, read by rank 0 alone, and starts the run folder.
@@ -62,7 +74,8 @@ class Saver:
             The counters of the run, or None for a run that starts at the beginning.
 
         Raises:
-            ValueError: If the checkpoints in the folder cannot be continued with this configuration.
+            ValueError: If the checkpoints in the folder cannot be continued with this configuration, or there is no
+                room for further ones.
         """
         found = processes.on_rank_0(self._read_checkpoint)
         state = None
@@ -115,9 +128,23 @@ class Saver:
             return
         checkpoint.prune(self._folder.checkpoints, self._config.training.num_checkpoints_kept)
 
+    def _check_space(self, latest: checkpoint.Checkpoint | None) -> None:
+        """Refuses a disk that has no room for two checkpoints, or for one more; a finished run needs none."""
+        if latest is not None and latest.step == self._config.training.num_steps:
+            return
+        needed = self.checkpoint_bytes * (2 if latest is None else 1)
+        free = shutil.disk_usage(self._folder.path).free
+        if free < needed:
+            raise ConfigError(
+                f"training.output_dir {self._folder.path} has {free / 1e6:,.1f} MB free, but needs "
+                f"{needed / 1e6:,.1f} MB for {'two checkpoints' if latest is None else 'one more checkpoint'}; make "
+                "room, or choose another folder."
+            )
+
     def _read_checkpoint(self) -> tuple[TrainerState, dict[str, torch.Tensor]] | None:
         """Reads the newest valid checkpoint on rank 0."""
         latest = choose_checkpoint(self._folder, self._config)
+        self._check_space(latest)
         if latest is None:
             return None
         say(f"Continuing from step {latest.step} of {self._config.training.num_steps} ({latest.path}).")

@@ -19,6 +19,7 @@ from ddpm_hf.training.batches import BatchSource
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.guard import NonFiniteGuard, StopWatcher, TrainingStopped
 from ddpm_hf.training.metrics import Meter, finite_or_none
+from ddpm_hf.training.micro_batch import largest_micro_batch_size, settle, step_on_gpu
 from ddpm_hf.training.objective import DenoisingLoss
 from ddpm_hf.training.optim import build_optimizer, learning_rate_at
 from ddpm_hf.training.preview import save_preview
@@ -45,7 +46,7 @@ class Trainer:
         self.config = config
         self.accelerator = processes.start(config.training)
         self.device = self.accelerator.device
-        self.micro_batch_size = processes.micro_batch_size(config.training, self.accelerator.num_processes)
+        self.micro_batch_size = largest_micro_batch_size(config.training, self.accelerator.num_processes)
         self.folder = RunFolder(Path(config.training.output_dir).expanduser())
         processes.on_rank_0(lambda: self.folder.check(config.training.resume))
         try:
@@ -79,31 +80,11 @@ class Trainer:
             ema=self.ema,
             optimizer=self.optimizer,
         )
-        self._batches = BatchSource(
-            config,
-            self.images,
-            rank=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            micro_batch_size=self.micro_batch_size,
-            device=self.device,
-        )
 
     @property
     def is_main_process(self) -> bool:
         """Whether this process writes files and speaks."""
         return bool(self.accelerator.is_main_process)
-
-    def describe(self) -> str:
-        """Says in a line what is trained on what, where."""
-        num_parameters = sum(parameter.numel() for parameter in self.unet.parameters())
-        num_processes = self.accelerator.num_processes
-        accumulation = self.config.training.train_batch_size // (self.micro_batch_size * num_processes)
-        return (
-            f"{num_parameters:,} parameters, {len(self.images):,} training and {len(self.held_out):,} held-out images "
-            f"of {'x'.join(map(str, self.images.image_shape))}, {self.device.type} x {num_processes}, "
-            f"{self.config.training.mixed_precision}, batch {self.config.training.train_batch_size} = {num_processes} "
-            f"x {self.micro_batch_size} x {accumulation} accumulated"
-        )
 
     def leave_the_others(self) -> None:
         """Collective: waits for the other processes, rank 0's report included, and parts from them."""
@@ -119,10 +100,22 @@ class Trainer:
             ValueError: If the checkpoints in the run folder cannot be continued with this configuration.
         """
         self._resume()
+        self.unet.train()
+        attempt = step_on_gpu(self.unet, self.loss, self.images.image_shape, self.accelerator.autocast)
+        stored = self.state.micro_batch_size
+        self.micro_batch_size = settle(self.config.training, self.micro_batch_size, stored, attempt)
+        self.state.micro_batch_size = self.micro_batch_size
+        self._batches = BatchSource(
+            self.config,
+            self.images,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            micro_batch_size=self.micro_batch_size,
+            device=self.device,
+        )
         self._model, self._prepared_optimizer = self.accelerator.prepare(self.unet, self.optimizer)
         if self.state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
-        self.unet.train()
         first_step, num_steps = self.state.global_step, self.config.training.num_steps
         self._progress = Progress(first_step, num_steps, is_main_process=self.is_main_process)
         with StopWatcher() as watcher, self._progress:

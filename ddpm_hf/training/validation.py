@@ -71,4 +71,4 @@ def validation_loss(
                 total += float(losses.cpu().to(torch.float64).sum())
     finally:
         unet.train(was_training)
-    return processes.sum_over_ranks(total) / timesteps.size
+    return processes.reduce(total, "sum") / timesteps.size

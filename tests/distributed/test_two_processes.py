@@ -91,15 +91,33 @@ try:
     processes.on_every_rank(fail_on_rank_1)
 except ValueError as error:
     os.write(1, f"rank {os.environ['RANK']} raised: {error}\\n".encode())  # one write: the ranks share the pipe
+
+import torch
+from ddpm_hf.training.micro_batch import settle
+def attempt(size):
+    if size > (24, 3)[int(os.environ["RANK"])]:
+        raise torch.OutOfMemoryError(f"no room for {size}")
+size = settle(TrainingConfig(micro_batch_size="auto"), 24, None, attempt)
+os.write(1, f"rank {os.environ['RANK']} takes {size}\\n".encode())
+try:
+    settle(TrainingConfig(micro_batch_size="auto"), 24, None, lambda size: attempt(size + 3))
+except ValueError as error:
+    os.write(1, f"rank {os.environ['RANK']} gives up\\n".encode())
 """
 
 
-def test_what_fails_on_one_rank_is_raised_on_every_rank(tmp_path: Path) -> None:
+def test_what_fails_on_one_rank_is_raised_on_every_rank_and_the_smallest_memory_decides(tmp_path: Path) -> None:
+    """24 images fit on rank 0, 3 on rank 1: both take 3, a divisor of 24. Then none fits on rank 1: both give up."""
     script = tmp_path / "failing.py"
     script.write_text(FAILING_ON_RANK_1)
     result = run_process([*TORCHRUN[:-1], str(script)])
     assert sorted(result.stdout.split("\n")) == [
         "",
+        "rank 0 gives up",
         "rank 0 raised: only rank 1 sees this",
+        "rank 0 takes 3",
+        "rank 1 gives up",
         "rank 1 raised: only rank 1 sees this",
+        "rank 1 takes 3",
+        "training.micro_batch_size auto: 3 images, of 24: that fits.",
     ], result.stderr

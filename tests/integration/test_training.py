@@ -339,6 +339,21 @@ def test_validation_measures_the_averaged_weights_and_leaves_training_alone(
     assert measured[6] == pytest.approx(expected, abs=1e-6)
 
 
+def test_an_automatic_micro_batch_is_kept_for_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that began with 4 of 8 goes on with 4, although 8 would fit."""
+    arguments = run_arguments(tmp_path / "run", training__micro_batch_size="auto")
+    assert train([*arguments, "--training.num_steps", "2"]) == 0
+    assert "training.micro_batch_size auto: 8 images, the whole share" in capsys.readouterr().out
+    state = tmp_path / "run/checkpoints/step_00000002/trainer_state.json"
+    assert json.loads(state.read_text())["micro_batch_size"] == 8
+    assert train(run_arguments(tmp_path / "small", training__micro_batch_size=4, training__num_steps=2)) == 0
+    capsys.readouterr()
+    assert train(run_arguments(tmp_path / "small", training__micro_batch_size="auto")) == 0
+    assert "training.micro_batch_size auto: 4 images, as when the run began." in capsys.readouterr().out
+    assert train(run_arguments(tmp_path / "four", training__micro_batch_size=4)) == 0
+    assert_same_run(tmp_path / "four", tmp_path / "small", 6)
+
+
 def test_a_non_finite_gradient_skips_the_update_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit: weights, average and moments after the poisoned step are those before it."""
     poison_loss_at(3, monkeypatch)
@@ -442,6 +457,34 @@ def test_a_full_disk_leaves_the_older_checkpoints_and_goes_on(
     assert train(run_arguments(run)) == 0
     assert "step 4 could not be written (No space left on device)" in caplog.text
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
+
+
+def test_a_disk_without_room_for_checkpoints_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fresh run needs room for two, a continued one for one more, a finished one for none; sizes are to 10 %."""
+    run = tmp_path / "run"
+    assert train(run_arguments(run)) == 0
+    (checkpoint, *_) = (run / "checkpoints").iterdir()
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    usage = shutil.disk_usage(tmp_path)
+
+    def with_free(free: float, output_dir: Path, **changes: object) -> int:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(free)))
+        return train([*run_arguments(output_dir, **changes), "--dry_run"])
+
+    assert with_free(2.2 * size, tmp_path / "other") == 0
+    assert with_free(1.8 * size, tmp_path / "other") == 2
+    message = capsys.readouterr().err
+    assert f"training.output_dir {tmp_path / 'other'} has {1.8 * size / 1e6:.1f} MB free, but needs" in message
+    assert "for two checkpoints; make room, or choose another folder" in message
+    assert not (tmp_path / "other").exists()
+    assert with_free(1.1 * size, run, training__num_steps=9) == 0
+    assert with_free(0.9 * size, run, training__num_steps=9) == 2
+    assert "for one more checkpoint; make room, or choose another folder" in capsys.readouterr().err
+    assert with_free(0, run) == 0
+    assert train(run_arguments(run, training__num_steps=9)) == 2
+    assert "for one more checkpoint" in capsys.readouterr().err
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

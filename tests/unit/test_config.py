@@ -118,7 +118,7 @@ def test_a_wrong_file_is_refused_in_one_sentence(yaml_file: Any, content: str, s
         (["--training.num_steps", "1e3"], "training.num_steps is 1000.0, but must be a whole number; write 1000."),
         (
             ["--training.micro_batch_size", "8.0"],
-            "training.micro_batch_size is 8.0, but must be a whole number or null; write 8.",
+            "training.micro_batch_size is 8.0, but must be a whole number, auto or null; write 8.",
         ),
         (["--objective.loss", "MSE"], "objective.loss is MSE, but must be mse, l1 or huber."),
         (["--model.overrides", "{"], "model.overrides is {, but must be a mapping."),
@@ -177,6 +177,7 @@ def test_yaml_that_is_code_is_refused_and_not_run(yaml_file: Any, tmp_path: Path
         ({"data__resolution": 0}, "data.resolution is 0, but must be greater than 0"),
         ({"training__validate_every_steps": -1}, "training.validate_every_steps is -1, but must be 0 or more"),
         ({"training__validate_every_steps": 9}, "training.validate_every_steps 9 needs held-out images; set data.val"),
+        ({"training__micro_batch_size": -2}, "training.micro_batch_size is -2, but must be greater than 0"),
         ({"training__output_dir": ""}, "training.output_dir is not set"),
     ],
 )
@@ -203,6 +204,7 @@ def test_a_batch_that_cannot_be_divided_comes_with_one_that_can(batch: int, micr
         {"training__max_grad_norm": None},
         {"evaluation__num_samples": 0, "preview__every_steps": 0},
         {"training__micro_batch_size": 32},
+        {"training__micro_batch_size": "auto"},
         {"training__validate_every_steps": 9, "data__validation_fraction": 0.1},
     ],
 )
