@@ -175,6 +175,15 @@ def check_out_of_memory(context: Context) -> str:
     return sentence
 
 
+def check_automatic_micro_batch(context: Context) -> str:
+    """With micro_batch_size auto the same batch is split until it fits, and trains."""
+    flags = ["--training.train_batch_size", "16384", "--training.micro_batch_size", "auto", "--training.num_steps", "2"]
+    output_dir, output = train(context, "auto", *flags)
+    sentence = next(line for line in output.splitlines() if line.startswith("training.micro_batch_size auto:"))
+    peak = max(row["peak_memory_mib"] for row in metrics(output_dir))
+    return f"{sentence} Peak {peak:.0f} MiB of {torch.cuda.get_device_properties(0).total_memory / 2**20:.0f}."
+
+
 def check_paper_network(context: Context, precision: str) -> str:
     """The 35.7 M network trains on 32x32 images at the paper's batch size."""
     output_dir, output = train(
@@ -199,6 +208,7 @@ CHECKS: dict[str, Callable[[Context], str]] = {
     "no synchronisation in scheduler.step": check_scheduler_synchronisation,
     "no synchronisation in the sampling loop": check_sampling_synchronisation,
     "out of memory": check_out_of_memory,
+    "automatic micro batch": check_automatic_micro_batch,
     "35.7 M network, fp32": lambda context: check_paper_network(context, "fp32"),
     "35.7 M network, bf16": lambda context: check_paper_network(context, "bf16"),
 }

@@ -79,6 +79,7 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
 
     import torch
 
+    from ddpm_hf.training.summary import describe
     from ddpm_hf.training.trainer import Trainer
 
     try:
@@ -86,9 +87,9 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
         try:
             _check_classes(trainer)
             if trainer.is_main_process:
-                print(f"{trainer.describe()}\n\n{config.to_yaml()}", flush=True)
+                print(f"{describe(trainer)}\n\n{config.to_yaml()}", flush=True)
             if is_dry_run:
-                trainer.check_resume()
+                trainer.saver.check()
                 if trainer.is_main_process:
                     print("Everything fits together; without --dry_run this would train.")
                 exit_code = 0
@@ -96,7 +97,7 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
                 exit_code = _fit(trainer)
             if exit_code == 0 and not is_dry_run and trainer.is_main_process and config.evaluation.num_samples:
                 program = f"python {prog}" if prog.endswith(".py") else prog
-                _write_report(trainer, f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}")
+                _report(trainer, f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}")
         finally:
             trainer.folder.release()
     except torch.OutOfMemoryError as error:
@@ -128,6 +129,14 @@ def _fit(trainer: "Trainer") -> int:
     except ValueError as error:
         raise RuntimeError("training failed") from error
     return 0
+
+
+def _report(trainer: "Trainer", command: str) -> None:
+    """Writes the report; what goes wrong there is no bad input any more, and takes nothing away from the training."""
+    try:
+        _write_report(trainer, command)
+    except ValueError as error:
+        raise RuntimeError(f"the report failed; the trained pipeline is in {trainer.folder.pipeline}") from error
 
 
 def _check_classes(trainer: "Trainer") -> None:

@@ -148,6 +148,14 @@ def loss_curve(
             f"A loss curve needs one loss a step; got {len(steps)} steps with {len(losses)} losses and "
             f"{len(validation_steps)} validation steps with {len(validation_losses)} losses."
         )
+    figure = _loss_figure(steps, losses, validation_steps, validation_losses)
+    figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
+
+
+def _loss_figure(
+    steps: Sequence[int], losses: Sequence[float], validation_steps: Sequence[int], validation_losses: Sequence[float]
+) -> Any:
+    """Returns the matplotlib figure of `loss_curve`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -160,7 +168,7 @@ def loss_curve(
             validation_steps, validation_losses, "o-", ms=4, lw=1.5, color=VALIDATION_COLOR, label="validation loss"
         )
     _style_axes(axes, np.asarray([*losses, *validation_losses], np.float64))
-    figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
+    return figure
 
 
 def _draw_losses(axes: Any, steps: npt.NDArray[Any], losses: npt.NDArray[np.float64]) -> None:
@@ -194,6 +202,10 @@ def _style_axes(axes: Any, losses: npt.NDArray[np.float64]) -> None:
     axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
+    # So that the place of a few points says how far the run was, and that of a single one how large its loss is.
+    axes.set_xlim(left=0)
+    if finite.size == 1:
+        axes.set_ylim(bottom=min(0.0, finite[0]))
     axes.legend(frameon=False)
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import itertools
 import re
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -43,12 +45,13 @@ def load_config(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf tra
         ConfigError: If a key is unknown, a value has the wrong type or settings contradict each other.
     """
     parser = _parser(prog)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        parsed = parser.parse_args(None if arguments is None else list(arguments))
+        parsed = parser.parse_args(arguments)
         _check_nulls(parsed)
         namespace = parser.instantiate(parsed)
-    except ArgumentError as error:
-        raise ConfigError(_sentence(str(error))) from None
+    except (ArgumentError, UnicodeDecodeError) as error:
+        raise ConfigError(_what_is_no_yaml(arguments) or _sentence(str(error))) from None
     config = RunConfig(**{section: namespace[section] for section in _SECTIONS})
     validate(config)
     return config, bool(namespace.dry_run)
@@ -83,12 +86,35 @@ def _check_nulls(parsed: Namespace) -> None:
             raise ConfigError(f"{key} is null, but must be {_describe(hint)}.")
 
 
+def _what_is_no_yaml(arguments: Sequence[str]) -> str | None:
+    """Names the first file of --config that is not YAML, and where it stops being so; the parser names no file."""
+    names = [name for option, name in itertools.pairwise(arguments) if option == "--config"]
+    names += [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]
+    for path in map(Path, names):
+        try:
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.MarkedYAMLError as error:
+            mark, problem = error.problem_mark, error.problem or "it cannot be read"
+            where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            return f"--config {path}{where}: {problem}; mend the YAML there."
+        except UnicodeDecodeError:
+            return f"--config {path} is not text in UTF-8; save it as such."
+        except (OSError, yaml.YAMLError):
+            continue
+    return None
+
+
 def _sentence(message: str) -> str:
     """Says what the parser found wrong in the words of the configuration."""
     message = " ".join(message.split())
     if match := re.match(r'Parser key "(\w+\.\w+)[\w.]*": .*(?:Got value|Given value): (.*)', message):
         key, value = match.groups()
-        return f"{key} is {value}, but must be {_describe(_TYPES[key])}." if key in _TYPES else message
+        if key not in _TYPES:
+            return message
+        advice = ""
+        if "a whole number" in _words(_TYPES[key]) and re.fullmatch(r"-?\d+\.0|\d+e\+\d+", value):
+            advice = f"; write {int(float(value))}"
+        return f"{key} is {value}, but must be {_describe(_TYPES[key])}{advice}."
     if match := re.match(r"Group '(\w+)' does not accept option '(\w+)", message):
         return _unknown(f"{match[1]}.{match[2]}")
     if match := re.match(r"(?:Option '|unrecognized arguments: --)([\w.]+)", message):

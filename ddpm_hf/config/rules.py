@@ -32,13 +32,18 @@ def validate(config: RunConfig) -> None:
             "evaluation.recognition asks for classes and real held-out images; set model.class_conditional to true and "
             "data.validation_fraction above 0."
         )
+    if training.validate_every_steps > 0 and data.validation_fraction == 0:
+        raise ConfigError(
+            f"training.validate_every_steps {training.validate_every_steps} needs held-out images; set "
+            "data.validation_fraction, for example to 0.05."
+        )
     if config.diffusion.rescale_betas_zero_snr and config.diffusion.prediction_type in ("epsilon", "eps"):
         raise ConfigError(
             "diffusion.rescale_betas_zero_snr leaves no signal at the last timestep, where epsilon says nothing about "
             "x_0; set diffusion.prediction_type to v_prediction or sample."
         )
     micro, batch = training.micro_batch_size, training.train_batch_size
-    if micro is not None and batch % micro:
+    if isinstance(micro, int) and batch % micro:
         lower = batch // micro * micro
         raise ConfigError(
             f"training.train_batch_size {batch} is not a multiple of training.micro_batch_size {micro}; "
@@ -57,8 +62,8 @@ def _check_numbers(config: RunConfig) -> None:
     )  # fmt: skip
     not_negative = (
         ("training", "learning_rate_warmup_steps"), ("training", "weight_decay"), ("training", "seed"),
-        ("preview", "every_steps"), ("evaluation", "num_samples"), ("preview", "guidance_scale"),
-        ("evaluation", "guidance_scale"),
+        ("training", "validate_every_steps"), ("preview", "every_steps"), ("preview", "guidance_scale"),
+        ("evaluation", "num_samples"), ("evaluation", "guidance_scale"),
     )  # fmt: skip
     below_one = (
         ("data", "validation_fraction"), ("objective", "class_dropout"), ("training", "adam_beta1"),
@@ -70,7 +75,7 @@ def _check_numbers(config: RunConfig) -> None:
     def check(names: tuple[tuple[str, str], ...], accepts: object, requirement: str) -> None:
         for section, name in names:
             value = getattr(getattr(config, section), name)
-            if value is not None and not accepts(value):  # type: ignore[operator]
+            if isinstance(value, int | float) and not accepts(value):  # type: ignore[operator]
                 raise ConfigError(f"{section}.{name} is {value}, but must be {requirement}.")
 
     check(positive, lambda value: 0 < value < float("inf"), "greater than 0")
@@ -91,6 +96,11 @@ def _check_numbers(config: RunConfig) -> None:
 _FIXED_SECTIONS = ("data", "model", "diffusion", "objective")
 _FIXED_TRAINING = ("seed", "train_batch_size")
 _FREE_DATA = ("cache_dir",)
+# The others of training shape the weights, so a run that has nothing left to train can no longer follow them.
+_WITHOUT_EFFECT_ON_WEIGHTS = (
+    "output_dir", "num_steps", "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps",
+    "validate_every_steps", "resume", "cpu",
+)  # fmt: skip
 
 
 def changed_settings(old: dict[str, dict[str, object]], new: RunConfig) -> tuple[list[str], list[str]]:
@@ -110,3 +120,9 @@ def changed_settings(old: dict[str, dict[str, object]], new: RunConfig) -> tuple
             is_fixed |= section == "training" and name in _FIXED_TRAINING
             (fixed if is_fixed else free).append(f"{section}.{name} was {before!r}, is {value!r}")
     return fixed, free
+
+
+def changed_too_late(free: list[str]) -> list[str]:
+    """Returns those of the free changes that a finished run would have had to know before."""
+    harmless = {f"training.{name}" for name in _WITHOUT_EFFECT_ON_WEIGHTS}
+    return [line for line in free if line.startswith("training.") and line.split()[0] not in harmless]

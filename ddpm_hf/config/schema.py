@@ -105,8 +105,8 @@ class TrainingConfig:
         seed: Seed of everything random in the run.
         num_steps: Optimiser updates.
         train_batch_size: Images an update, over all processes (global).
-        micro_batch_size: Images of one forward on one device; null takes the process's whole share. Smaller values
-            accumulate gradients.
+        micro_batch_size: Images of one forward on one device; smaller values accumulate gradients. null takes the
+            process's whole share; auto halves it before the first step until it fits into the GPU's memory.
         mixed_precision: Precision inside the network: fp32, bf16, or fp16 with loss scaling (needs a GPU).
         learning_rate: Peak learning rate of AdamW.
         learning_rate_warmup_steps: Steps of linear warm-up from 0.
@@ -121,6 +121,8 @@ class TrainingConfig:
         checkpoint_every_steps: Save a checkpoint this often; one is always saved at the end and on a signal.
         num_checkpoints_kept: Newest checkpoints kept, at least 2.
         log_every_steps: Write a line of metrics this often.
+        validate_every_steps: Measure the loss of the averaged weights on the held-out images this often, and after the
+            last step; 0 never does. Needs data.validation_fraction above 0.
         max_consecutive_nonfinite: Stop (exit code 3) after this many updates in a row with a non-finite gradient; each
             such update is skipped.
         tf32: Let NVIDIA GPUs compute float32 matrix products and convolutions in TF32.
@@ -133,7 +135,7 @@ class TrainingConfig:
     seed: int = 0
     num_steps: int = 800_000
     train_batch_size: int = 128
-    micro_batch_size: int | None = None
+    micro_batch_size: int | Literal["auto"] | None = None
     mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     learning_rate: float = 2e-4
     learning_rate_warmup_steps: int = 5000
@@ -148,6 +150,7 @@ class TrainingConfig:
     checkpoint_every_steps: int = 5000
     num_checkpoints_kept: int = 3
     log_every_steps: int = 50
+    validate_every_steps: int = 0
     max_consecutive_nonfinite: int = 20
     tf32: bool = True
     deterministic: bool = False

@@ -10,6 +10,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from ddpm_hf.training.processes import world_size
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A terminal's Ctrl-C reaches the workers directly and once more through torchrun; that is one request, not two.
 _SAME_REQUEST_SECONDS = 2.0
@@ -61,7 +63,7 @@ class StopWatcher:
         self._requested = 0
         self._requested_at = 0.0
         self._launcher = os.getppid() if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
-        self._group = dist.new_group(backend="gloo") if _world_size() > 1 else None
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
         self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
         self._old_handlers: dict[int, object] = {}
 
@@ -115,28 +117,37 @@ class StopWatcher:
 class NonFiniteGuard:
     """Counts skipped updates without making the host wait for the device.
 
-    Gradients are reduced over ranks before their norm is taken, so every rank sees the same flag.
+    Gradients are reduced over ranks before their norm is taken, so every rank sees the same flags. With fp16 an update
+    is also skipped when the scaled gradients overflow, which is how the scaler finds its scale: that is counted apart
+    and never stops the run. Where the scale is down to 1 it is not the scaling that is at fault.
 
     Args:
-        max_consecutive: Stop after this many skipped updates in a row.
+        max_consecutive: Stop after this many skipped updates in a row, those of the scaler left out.
     """
 
     def __init__(self, max_consecutive: int) -> None:
         self.num_skipped = 0
         self.num_consecutive = 0
+        self.num_scaler_skips = 0
         self._max_consecutive = max_consecutive
-        self._flag: torch.Tensor | None = None
+        self._flags: torch.Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
-    def record(self, is_nonfinite: torch.Tensor) -> None:
-        """Starts copying this update's flag to the host."""
-        if is_nonfinite.device.type == "cuda":
-            self._flag = torch.empty_like(is_nonfinite, device="cpu", pin_memory=True)
-            self._flag.copy_(is_nonfinite, non_blocking=True)
+    def record(self, is_nonfinite: torch.Tensor, loss_scale: torch.Tensor | None = None) -> None:
+        """Starts copying to the host whether an update will be skipped, and for whose sake.
+
+        Args:
+            is_nonfinite: bool, whether the norm of the gradient is not finite.
+            loss_scale: The scale of the gradient scaler in this update; None without one.
+        """
+        is_overflow = is_nonfinite & (loss_scale > 1) if loss_scale is not None else torch.zeros_like(is_nonfinite)
+        self._flags = torch.stack([is_nonfinite, is_overflow])
+        if self._flags.device.type == "cuda":
+            on_device = self._flags
+            self._flags = torch.empty_like(on_device, device="cpu", pin_memory=True)
+            self._flags.copy_(on_device, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
-        else:
-            self._flag = is_nonfinite
 
     def was_applied(self) -> bool | None:
         """Tells once whether the recorded update changed the weights; None if there is nothing to tell.
@@ -144,14 +155,18 @@ class NonFiniteGuard:
         Raises:
             NonFiniteTraining: If too many updates in a row were skipped.
         """
-        if self._flag is None:
+        if self._flags is None:
             return None
         if self._copied is not None:
             self._copied.synchronize()
-        is_nonfinite, self._flag, self._copied = bool(self._flag), None, None
+        is_nonfinite, is_overflow = self._flags.tolist()
+        self._flags = self._copied = None
         if not is_nonfinite:
             self.num_consecutive = 0
             return True
+        if is_overflow:
+            self.num_scaler_skips += 1
+            return False
         self.num_skipped += 1
         self.num_consecutive += 1
         if self.num_consecutive >= self._max_consecutive:
@@ -161,8 +176,3 @@ class NonFiniteGuard:
                 "use bf16 or fp32 instead of fp16, or look at the images."
             )
         return False
-
-
-def _world_size() -> int:
-    """Returns the number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

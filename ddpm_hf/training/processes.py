@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -87,24 +87,6 @@ def _check_launcher(config: TrainingConfig) -> None:
         )
 
 
-def micro_batch_size(config: TrainingConfig, num_processes: int) -> int:
-    """Returns the images of one forward on one device.
-
-    Raises:
-        ConfigError: If the global batch cannot be divided among the processes.
-    """
-    micro = config.micro_batch_size
-    unit = num_processes * (micro or 1)
-    if config.train_batch_size % unit:
-        lower = config.train_batch_size // unit * unit
-        product = f"{num_processes} processes" + (f" x micro_batch_size {micro}" if micro else "")
-        raise ConfigError(
-            f"training.train_batch_size {config.train_batch_size} is not a multiple of {product}; use "
-            f"{f'{lower} or ' if lower else ''}{lower + unit}."
-        )
-    return micro or config.train_batch_size // num_processes
-
-
 def on_rank_0(function: Callable[[], Result]) -> Result | None:
     """Collective: calls a function on rank 0 only; if it raises ValueError or OSError there, every rank does.
 
@@ -120,14 +102,14 @@ def on_every_rank(function: Callable[[], Result]) -> Result:
     Returns:
         What the function returned on this rank.
     """
-    if _world_size() == 1:
+    if world_size() == 1:
         return function()
     failure = None
     try:
         result = function()
     except (ValueError, OSError) as error:
         failure = [isinstance(error, OSError), str(error) or type(error).__name__]
-    has_failed = torch.zeros(_world_size(), device=_device())
+    has_failed = torch.zeros(world_size(), device=_device())
     has_failed[_rank()] = float(failure is not None)
     dist.all_reduce(has_failed)
     if has_failed.any():
@@ -138,7 +120,7 @@ def on_every_rank(function: Callable[[], Result]) -> Result:
 
 def share_json(value: Any, source: int = 0) -> Any:
     """Collective: returns one rank's value, which must be plain JSON, on every rank."""
-    if _world_size() == 1:
+    if world_size() == 1:
         return value
     device = _device()
     encoded = json.dumps(value).encode() if _rank() == source else b""
@@ -151,16 +133,25 @@ def share_json(value: Any, source: int = 0) -> Any:
     return json.loads(bytes(content.cpu().tolist()))
 
 
+def reduce(value: float, operation: Literal["sum", "min"]) -> float:
+    """Collective: returns the sum or the smallest of the numbers of all ranks, in float64."""
+    if world_size() == 1:
+        return value
+    result = torch.tensor(value, dtype=torch.float64, device=_device())
+    dist.all_reduce(result, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN}[operation])
+    return float(result)
+
+
 def share_tensors(tensors: Iterable[torch.Tensor]) -> None:
     """Collective: overwrites tensors with rank 0's."""
-    if _world_size() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
 
 
 def share_named_tensors(tensors: dict[str, torch.Tensor] | None, device: torch.device) -> dict[str, torch.Tensor]:
     """Collective: returns rank 0's named tensors on every rank; other ranks give None."""
-    if _world_size() == 1:
+    if world_size() == 1:
         return tensors or {}
     layout = share_json({name: [list(t.shape), str(t.dtype)] for name, t in (tensors or {}).items()})
     shared = {}
@@ -173,14 +164,14 @@ def share_named_tensors(tensors: dict[str, torch.Tensor] | None, device: torch.d
     return shared
 
 
-def _world_size() -> int:
+def world_size() -> int:
     """Returns the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _rank() -> int:
     """Returns which process this is."""
-    return dist.get_rank() if _world_size() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def _device() -> str:

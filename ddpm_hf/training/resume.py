@@ -2,7 +2,7 @@
 
 import logging
 
-from ddpm_hf.config import ConfigError, RunConfig, changed_settings, read_config_dict
+from ddpm_hf.config import ConfigError, RunConfig, changed_settings, changed_too_late, read_config_dict
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.run_folder import RunFolder
 
@@ -18,7 +18,8 @@ def choose_checkpoint(
     differs and may.
 
     Raises:
-        ValueError: If there are checkpoints but none is valid, or one belongs to a run with other settings.
+        ValueError: If there are checkpoints but none is valid, or one belongs to a run with other settings, or to a
+            finished one that settings come too late for.
     """
     latest, skipped = checkpoint.find_latest(folder.checkpoints)
     for line in skipped:
@@ -35,6 +36,11 @@ def choose_checkpoint(
         raise ConfigError(
             f"{folder.path} is already at step {latest.step}, beyond training.num_steps {config.training.num_steps}; "
             f"set at least {latest.step}, or choose another training.output_dir."
+        )
+    if latest.step == config.training.num_steps and (late := changed_too_late(free)):
+        raise ConfigError(
+            f"{folder.path} holds a finished run, which was trained with other settings ({'; '.join(late)}); restore "
+            "them, set a larger training.num_steps to train on with these, or choose another training.output_dir."
         )
     for line in free:
         logger.warning("Continuing with a changed setting: %s", line)

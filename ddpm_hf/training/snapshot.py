@@ -22,8 +22,10 @@ class TrainerState:
         num_ema_updates: Updates of the average.
         num_skipped: Updates skipped because a gradient was not finite.
         num_consecutive_skipped: Those of them at the end.
+        num_scaler_skips: Updates skipped because the fp16 gradient scaler had scaled too far.
         loss_sums: For each rank, sum and number of the losses since the last line of metrics.
         num_images: Images in the training set, whose order the run depends on.
+        micro_batch_size: Images of one forward on one device, which "auto" stays at.
         scaler: State of the fp16 gradient scaler; None without one.
     """
 
@@ -31,8 +33,10 @@ class TrainerState:
     num_ema_updates: int = 0
     num_skipped: int = 0
     num_consecutive_skipped: int = 0
+    num_scaler_skips: int = 0
     loss_sums: list[list[float]] = field(default_factory=list)
     num_images: int = 0
+    micro_batch_size: int | None = None
     scaler: dict[str, float | int] | None = None
 
 

@@ -4,13 +4,17 @@ metrics.jsonl has one line of JSON a log interval, whole after any kill, cut bac
 """
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from ddpm_hf.training.checkpoint import replace_file
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -24,9 +28,12 @@ class MetricsLog:
         self._path = path
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
-        """Writes one line, at once readable by others."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Writes one line, at once readable by others; on a full disk training goes on without it."""
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            logger.warning("A line of metrics could not be written: %s", error)
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns all whole lines; a last line that a kill tore is left out."""
@@ -80,14 +87,23 @@ class Progress:
         """Counts one step."""
         self._bar.update()
 
-    def show(self, step: int, loss: float | None, images_per_second: float, seconds_left: float) -> None:
-        """Shows where the run is."""
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Says on the bar what training waits for."""
+        self._bar.set_description_str(what)
+        try:
+            yield
+        finally:
+            self._bar.set_description_str("Training")
+
+    def show(self, row: Mapping[str, Any], train_batch_size: int) -> None:
+        """Shows where the run is, from a line of metrics."""
+        step, loss, speed = row["step"], row["loss"], max(row["images_per_second"], 0.01)
         shown = f"loss {loss:.4f}" if loss is not None else "loss not finite"
-        self._bar.set_postfix_str(f"{shown}, {images_per_second:.0f} images/s")
-        if self._bar.disable:
-            left = tqdm.format_interval(seconds_left)
-            if self._is_main_process:
-                say(f"step {step}/{self._bar.total}  {shown}  {images_per_second:.0f} images/s  {left} left")
+        self._bar.set_postfix_str(f"{shown}, {speed:.0f} images/s")
+        if self._bar.disable and self._is_main_process:
+            left = tqdm.format_interval((self._bar.total - step) * train_batch_size / speed)
+            say(f"step {step}/{self._bar.total}  {shown}  {speed:.0f} images/s  {left} left")
 
 
 def say(message: str) -> None:

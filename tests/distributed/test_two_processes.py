@@ -14,6 +14,7 @@ from tests.conftest import REPOSITORY, process_environment, run_arguments, run_p
 from tests.integration.test_training import assert_same_run, metrics_of, tensors_of
 
 pytestmark = pytest.mark.distributed
+WITH_VALIDATION = {"data__validation_fraction": 0.1, "training__validate_every_steps": 3}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_ddpm.py")
 
 
@@ -21,19 +22,22 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 def two_process_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny run as 2 x 4."""
     output_dir = tmp_path_factory.mktemp("runs") / "two"
-    result = run_process([*TORCHRUN, *run_arguments(output_dir)])
+    result = run_process([*TORCHRUN, *run_arguments(output_dir, **WITH_VALIDATION)])
     assert result.returncode == 0, result.stderr
     return output_dir
 
 
 def test_one_loss_curve_from_one_process_and_from_two(two_process_run: Path, tmp_path: Path) -> None:
     """To 1e-5: only the order of float32 additions differs."""
-    assert train(run_arguments(tmp_path / "one")) == 0
-    losses = [[row["loss"] for row in metrics_of(run)] for run in (tmp_path / "one", two_process_run)]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-5)
-    one, two = (tensors_of(run / "checkpoints" / "step_00000006") for run in (tmp_path / "one", two_process_run))
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5)
+    assert train(run_arguments(tmp_path / "one", **WITH_VALIDATION)) == 0
+    one, two = (metrics_of(run) for run in (tmp_path / "one", two_process_run))
+    for name, count in (("loss", 6), ("validation_loss", 2)):
+        losses = [[row[name] for row in rows if name in row] for rows in (one, two)]
+        assert len(losses[0]) == count
+        np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-5)
+    weights = [tensors_of(run / "checkpoints" / "step_00000006") for run in (tmp_path / "one", two_process_run)]
+    for key in weights[0]:
+        torch.testing.assert_close(weights[0][key], weights[1][key], rtol=0, atol=1e-5)
 
 
 def test_two_processes_stopped_through_one_of_them_continue_bit_identically(
@@ -87,15 +91,33 @@ try:
     processes.on_every_rank(fail_on_rank_1)
 except ValueError as error:
     os.write(1, f"rank {os.environ['RANK']} raised: {error}\\n".encode())  # one write: the ranks share the pipe
+
+import torch
+from ddpm_hf.training.micro_batch import settle
+def attempt(size):
+    if size > (24, 3)[int(os.environ["RANK"])]:
+        raise torch.OutOfMemoryError(f"no room for {size}")
+size = settle(TrainingConfig(micro_batch_size="auto"), 24, None, attempt)
+os.write(1, f"rank {os.environ['RANK']} takes {size}\\n".encode())
+try:
+    settle(TrainingConfig(micro_batch_size="auto"), 24, None, lambda size: attempt(size + 3))
+except ValueError as error:
+    os.write(1, f"rank {os.environ['RANK']} gives up\\n".encode())
 """
 
 
-def test_what_fails_on_one_rank_is_raised_on_every_rank(tmp_path: Path) -> None:
+def test_what_fails_on_one_rank_is_raised_on_every_rank_and_the_smallest_memory_decides(tmp_path: Path) -> None:
+    """24 images fit on rank 0, 3 on rank 1: both take 3, a divisor of 24. Then none fits on rank 1: both give up."""
     script = tmp_path / "failing.py"
     script.write_text(FAILING_ON_RANK_1)
     result = run_process([*TORCHRUN[:-1], str(script)])
     assert sorted(result.stdout.split("\n")) == [
         "",
+        "rank 0 gives up",
         "rank 0 raised: only rank 1 sees this",
+        "rank 0 takes 3",
+        "rank 1 gives up",
         "rank 1 raised: only rank 1 sees this",
+        "rank 1 takes 3",
+        "training.micro_batch_size auto: 3 images, of 24: that fits.",
     ], result.stderr

@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 
 from ddpm_hf import GaussianDiffusionPipeline
 from ddpm_hf.cli import train
-from ddpm_hf.training import trainer as trainer_module
+from ddpm_hf.config import load_config
+from ddpm_hf.evaluation import sampling
+from ddpm_hf.training import saving
 from ddpm_hf.training.checkpoint import find_latest
-from ddpm_hf.training.guard import RunLock
+from ddpm_hf.training.guard import NonFiniteTraining, RunLock
 from ddpm_hf.training.objective import DenoisingLoss
 from ddpm_hf.training.trainer import Trainer
+from ddpm_hf.training.validation import validation_loss
 from tests.conftest import run_arguments
 
 # Everything that draws random numbers, so that a resume has to get all of them right.
@@ -47,9 +50,9 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
-    """Returns the metrics without the one column that tells the time."""
+    """Returns the metrics without the columns that tell time and memory, which differ between two equal runs."""
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+    return [{key: row[key] for key in row if key not in ("images_per_second", "peak_memory_mib")} for row in rows]
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
@@ -200,6 +203,39 @@ def test_a_finished_run_started_again_trains_no_step(uninterrupted_run: Path, tm
     assert_same_run(uninterrupted_run, run, 6)
 
 
+def test_a_finished_run_is_not_said_to_be_trained_with_what_comes_too_late(
+    uninterrupted_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted_run, run)
+    before = (run / "config.yaml").read_text()
+    for dry_run in ([], ["--dry_run"]):
+        assert train([*run_arguments(run, **EVERYTHING_RANDOM, training__learning_rate=1.0), *dry_run]) == 2
+        message = capsys.readouterr().err
+        assert (
+            "holds a finished run, which was trained with other settings (training.learning_rate was 0.001" in message
+        )
+        assert "set a larger training.num_steps" in message
+    assert (run / "config.yaml").read_text() == before
+    harmless = {"training__cpu": True, "training__log_every_steps": 3, "preview__eta": 1.0}
+    assert train(run_arguments(run, **(EVERYTHING_RANDOM | harmless))) == 0
+    further = {"training__learning_rate": 1e-4, "training__num_steps": 7}
+    assert train(run_arguments(run, **EVERYTHING_RANDOM, **further)) == 0
+    assert "learning_rate: 0.0001\n" in (run / "config.yaml").read_text()
+
+
+def test_a_report_that_fails_is_a_failure_and_no_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong then cannot be found by checks before training."""
+
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(sampling, "sample_images", fail)
+    with pytest.raises(RuntimeError, match=r"the report failed; the trained pipeline is in .*run/pipeline"):
+        train(run_arguments(tmp_path / "run", evaluation__num_samples=2))
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+
+
 def test_a_run_is_not_continued_with_settings_that_its_checkpoint_contradicts(
     uninterrupted_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,6 +309,51 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_accumulated(tmp_path: Path
     np.testing.assert_allclose(losses[1], losses[8], rtol=0, atol=1e-5)
 
 
+def test_validation_measures_the_averaged_weights_and_leaves_training_alone(
+    uninterrupted_run: Path, tmp_path: Path
+) -> None:
+    """Bit by bit: dropout, flips and label drops of training are what they are without it.
+
+    The value is that of the averaged weights of the checkpoint, computed here in one batch: to 1e-6, since the network
+    adds in another order.
+    """
+    arguments = run_arguments(tmp_path / "plain", **EVERYTHING_RANDOM, data__validation_fraction=0.05)
+    assert train(arguments) == 0
+    arguments = run_arguments(tmp_path / "run", **EVERYTHING_RANDOM, data__validation_fraction=0.05)
+    assert train([*arguments, "--training.validate_every_steps", "4"]) == 0
+    plain, run = (tensors_of(tmp_path / name / "checkpoints" / "step_00000006") for name in ("plain", "run"))
+    assert not [key for key in plain if not torch.equal(plain[key], run[key])]
+    rows = metrics_of(tmp_path / "run")
+    assert [row for row in rows if "loss" in row] == metrics_of(tmp_path / "plain")
+    measured = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    assert measured.keys() == {4, 6}
+    config, _ = load_config(arguments)
+    trainer = Trainer(config)
+    try:
+        weights = load_file(tmp_path / "run/checkpoints/step_00000006/ema/diffusion_pytorch_model.safetensors")
+        trainer.unet.load_state_dict(weights)
+        alone = {"rank": 0, "num_processes": 1, "batch_size": 90}
+        expected = validation_loss(trainer.unet, trainer.loss, trainer.held_out, config, **alone)
+    finally:
+        trainer.folder.release()
+    assert measured[6] == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_automatic_micro_batch_is_kept_for_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that began with 4 of 8 goes on with 4, although 8 would fit."""
+    arguments = run_arguments(tmp_path / "run", training__micro_batch_size="auto")
+    assert train([*arguments, "--training.num_steps", "2"]) == 0
+    assert "training.micro_batch_size auto: 8 images, the whole share" in capsys.readouterr().out
+    state = tmp_path / "run/checkpoints/step_00000002/trainer_state.json"
+    assert json.loads(state.read_text())["micro_batch_size"] == 8
+    assert train(run_arguments(tmp_path / "small", training__micro_batch_size=4, training__num_steps=2)) == 0
+    capsys.readouterr()
+    assert train(run_arguments(tmp_path / "small", training__micro_batch_size="auto")) == 0
+    assert "training.micro_batch_size auto: 4 images, as when the run began." in capsys.readouterr().out
+    assert train(run_arguments(tmp_path / "four", training__micro_batch_size=4)) == 0
+    assert_same_run(tmp_path / "four", tmp_path / "small", 6)
+
+
 def test_a_non_finite_gradient_skips_the_update_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit: weights, average and moments after the poisoned step are those before it."""
     poison_loss_at(3, monkeypatch)
@@ -298,6 +379,57 @@ def test_training_that_stays_non_finite_stops_with_code_3_and_keeps_its_checkpoi
     assert all(torch.isfinite(value).all() for value in tensors_of(latest.path).values())
 
 
+def use_gradient_scaler(trainer: Trainer, init_scale: float, backoff_factor: float = 0.5) -> None:
+    """Makes Accelerate do on the CPU what it does for fp16 on a GPU: autocast to fp16, scale, unscale, skip."""
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, backoff_factor=backoff_factor)
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.state._mixed_precision = "fp16"
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_skips_by_which_the_fp16_scaler_finds_its_scale_are_counted_apart(tmp_path: Path) -> None:
+    """Bit by bit: while the scaled gradients overflow nothing moves; and however many there are, they stop no run.
+
+    Scales of 2**60, 2**44 and 2**28 overflow fp16 for certain, 2**12 does not.
+    """
+    changes = {"training__checkpoint_every_steps": 1, "training__num_checkpoints_kept": 9}
+    config, _ = load_config(run_arguments(tmp_path / "run", **changes, training__max_consecutive_nonfinite=2))
+    trainer = Trainer(config)
+    use_gradient_scaler(trainer, 2.0**60, 2.0**-16)
+    initial = [parameter.detach().clone() for parameter in trainer.unet.parameters()]
+    try:
+        trainer.fit()
+    finally:
+        trainer.folder.release()
+    rows = metrics_of(tmp_path / "run")
+    assert [row["num_scaler_skips"] for row in rows] == [1, 2, 3, 3, 3, 3]
+    assert [row["num_skipped_updates"] for row in rows] == [0] * 6
+    assert [row["loss"] is None for row in rows] == [True] * 3 + [False] * 3
+    third, fourth = (tensors_of(tmp_path / "run/checkpoints" / f"step_0000000{step}") for step in (3, 4))
+    weights = dict(trainer.unet.named_parameters())
+    for (name, _), before in zip(weights.items(), initial, strict=True):
+        assert torch.equal(third[f"unet/diffusion_pytorch_model:{name}"], before)
+        assert torch.equal(third[f"ema/diffusion_pytorch_model:{name}"], before)
+    assert any(not torch.equal(third[key], fourth[key]) for key in third)
+    state = json.loads((tmp_path / "run/checkpoints/step_00000003/trainer_state.json").read_text())
+    assert (state["num_scaler_skips"], state["num_skipped"], state["num_ema_updates"]) == (3, 0, 0)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_gradients_that_no_scale_makes_finite_stop_an_fp16_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a scale of 4: two skips of the scaler, and from 1 on three that are nobody's overflow."""
+    poison_loss_at(range(1, 99), monkeypatch)
+    config, _ = load_config(run_arguments(tmp_path / "run", training__max_consecutive_nonfinite=3))
+    trainer = Trainer(config)
+    use_gradient_scaler(trainer, 4.0)
+    try:
+        with pytest.raises(NonFiniteTraining):
+            trainer.fit()
+    finally:
+        trainer.folder.release()
+    assert (trainer.guard.num_scaler_skips, trainer.guard.num_skipped) == (2, 3)
+
+
 def poison_loss_at(steps: int | range, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the loss NaN in some optimiser steps (counted from 1)."""
     loss = DenoisingLoss.__call__
@@ -313,18 +445,46 @@ def poison_loss_at(steps: int | range, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_disk_leaves_the_older_checkpoints_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write = trainer_module.write_snapshot
+    write = saving.write_snapshot
 
     def write_or_fail(folder: Path, *arguments: Any) -> None:
         write(folder, *arguments)
         if folder.name.endswith("step_00000004"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trainer_module, "write_snapshot", write_or_fail)
+    monkeypatch.setattr(saving, "write_snapshot", write_or_fail)
     run = tmp_path / "run"
     assert train(run_arguments(run)) == 0
     assert "step 4 could not be written (No space left on device)" in caplog.text
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
+
+
+def test_a_disk_without_room_for_checkpoints_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fresh run needs room for two, a continued one for one more, a finished one for none; sizes are to 10 %."""
+    run = tmp_path / "run"
+    assert train(run_arguments(run)) == 0
+    (checkpoint, *_) = (run / "checkpoints").iterdir()
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    usage = shutil.disk_usage(tmp_path)
+
+    def with_free(free: float, output_dir: Path, **changes: object) -> int:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(free)))
+        return train([*run_arguments(output_dir, **changes), "--dry_run"])
+
+    assert with_free(2.2 * size, tmp_path / "other") == 0
+    assert with_free(1.8 * size, tmp_path / "other") == 2
+    message = capsys.readouterr().err
+    assert f"training.output_dir {tmp_path / 'other'} has {1.8 * size / 1e6:.1f} MB free, but needs" in message
+    assert "for two checkpoints; make room, or choose another folder" in message
+    assert not (tmp_path / "other").exists()
+    assert with_free(1.1 * size, run, training__num_steps=9) == 0
+    assert with_free(0.9 * size, run, training__num_steps=9) == 2
+    assert "for one more checkpoint; make room, or choose another folder" in capsys.readouterr().err
+    assert with_free(0, run) == 0
+    assert train(run_arguments(run, training__num_steps=9)) == 2
+    assert "for one more checkpoint" in capsys.readouterr().err
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

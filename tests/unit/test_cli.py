@@ -160,10 +160,20 @@ def test_a_dry_run_checks_everything_and_leaves_nothing_behind(
 ) -> None:
     assert cli.train([*run_arguments(output_dir), "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    assert "parameters, 1,797 training and 0 held-out images of 1x8x8" in printed
+    assert "45,289 parameters, 1,797 training and 0 held-out images of 1x8x8\n" in printed
+    assert "6 steps of 8 images, 0.0 epochs\ncpu x 1, fp32, batch 8 = 1 x 8 x 1 accumulated\n" in printed
+    assert f"0.7 MB a checkpoint, 3 are kept in {output_dir}\n" in printed
     assert f"  output_dir: {output_dir}\n" in printed
     assert "Everything fits together" in printed
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("micro", "told"), [(2, "2 x 4 accumulated"), ("auto", "auto (at most 8)")])
+def test_a_dry_run_says_how_the_batch_is_split(
+    capsys: pytest.CaptureFixture[str], output_dir: Path, micro: object, told: str
+) -> None:
+    assert cli.train([*run_arguments(output_dir, training__micro_batch_size=micro), "--dry_run"]) == 0
+    assert f"batch 8 = 1 x {told}\n" in capsys.readouterr().out
 
 
 def test_a_dry_run_finds_the_mistakes_too(capsys: pytest.CaptureFixture[str], output_dir: Path) -> None:

@@ -115,6 +115,11 @@ def test_a_wrong_file_is_refused_in_one_sentence(yaml_file: Any, content: str, s
         (["--training.num_stepz", "1"], "there is no setting training.num_stepz; did you mean training.num_steps?"),
         (["--training.see=1"], "there is no setting training.see; did you mean training.seed?"),
         (["--training.train_batch_size", "64.7"], "training.train_batch_size is 64.7, but must be a whole number."),
+        (["--training.num_steps", "1e3"], "training.num_steps is 1000.0, but must be a whole number; write 1000."),
+        (
+            ["--training.micro_batch_size", "8.0"],
+            "training.micro_batch_size is 8.0, but must be a whole number, auto or null; write 8.",
+        ),
         (["--objective.loss", "MSE"], "objective.loss is MSE, but must be mse, l1 or huber."),
         (["--model.overrides", "{"], "model.overrides is {, but must be a mapping."),
         (["--config", "/nowhere/run.yaml"], "--config: File does not exist: '/nowhere/run.yaml'"),
@@ -123,6 +128,20 @@ def test_a_wrong_file_is_refused_in_one_sentence(yaml_file: Any, content: str, s
 )
 def test_a_wrong_flag_is_refused_in_one_sentence(arguments: list[str], sentence: str) -> None:
     assert refusal(*arguments) == sentence
+
+
+@pytest.mark.parametrize("is_one_word", [False, True])
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path, is_one_word: bool) -> None:
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("training: {seed: 1}\n")
+    bad.write_text("training:\n  num_steps: [1\n  seed: 2\n")
+    if is_one_word:
+        arguments = [f"--config={good}", f"--config={bad}"]
+    else:
+        arguments = ["--config", str(good), "--config", str(bad)]
+    assert refusal(*arguments).startswith(f"--config {bad}, line 3, column 7: expected ',' or ']'")
+    bad.write_bytes(b"training: \xff\n")
+    assert refusal(*arguments) == f"--config {bad} is not text in UTF-8; save it as such."
 
 
 def test_yaml_that_is_code_is_refused_and_not_run(yaml_file: Any, tmp_path: Path) -> None:
@@ -156,6 +175,9 @@ def test_yaml_that_is_code_is_refused_and_not_run(yaml_file: Any, tmp_path: Path
         ({"training__ema_decay": 1.0}, "training.ema_decay is 1.0, but must be at least 0 and below 1"),
         ({"data__validation_fraction": 1.0}, "data.validation_fraction is 1.0, but must be at least 0 and below 1"),
         ({"data__resolution": 0}, "data.resolution is 0, but must be greater than 0"),
+        ({"training__validate_every_steps": -1}, "training.validate_every_steps is -1, but must be 0 or more"),
+        ({"training__validate_every_steps": 9}, "training.validate_every_steps 9 needs held-out images; set data.val"),
+        ({"training__micro_batch_size": -2}, "training.micro_batch_size is -2, but must be greater than 0"),
         ({"training__output_dir": ""}, "training.output_dir is not set"),
     ],
 )
@@ -182,6 +204,8 @@ def test_a_batch_that_cannot_be_divided_comes_with_one_that_can(batch: int, micr
         {"training__max_grad_norm": None},
         {"evaluation__num_samples": 0, "preview__every_steps": 0},
         {"training__micro_batch_size": 32},
+        {"training__micro_batch_size": "auto"},
+        {"training__validate_every_steps": 9, "data__validation_fraction": 0.1},
     ],
 )
 def test_settings_that_fit_together_are_accepted(changes: dict[str, object]) -> None:

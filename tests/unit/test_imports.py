@@ -41,16 +41,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.batches": {"config", "data", "rng"},
     "training.checkpoint": set(),
     "training.ema": set(),
-    "training.guard": set(),
+    "training.guard": {"training.processes"},
+    "training.metrics": set(),
+    "training.micro_batch": {"config", "training.objective", "training.processes", "training.tracking"},
     "training.objective": {"diffusion"},
     "training.optim": {"config"},
     "training.preview": {"config", "diffusion", "plots", "rng"},
     "training.processes": {"config"},
     "training.resume": {"config", "training.checkpoint", "training.run_folder"},
     "training.run_folder": {"config", "training.checkpoint", "training.guard"},
+    "training.saving": {
+        "config", "diffusion", "training.checkpoint", "training.ema", "training.processes", "training.resume",
+        "training.run_folder", "training.snapshot", "training.tracking",
+    },
+    "training.setup": {"config", "data", "diffusion", "rng", "training.processes", "unet"},
     "training.snapshot": {"training.ema"},
+    "training.summary": {"training.trainer"},
     "training.tracking": {"training.checkpoint"},
-    "training.trainer": {"config", "data", "diffusion", "rng", "training", "unet"},
+    "training.validation": {"config", "data", "rng", "training.objective", "training.processes"},
+    "training.trainer": {"config", "diffusion", "rng", "training"},
     "evaluation.__init__": set(),
     "evaluation.recognition": set(),
     "evaluation.sampling": {"config", "data", "diffusion", "rng"},
@@ -58,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"ddpm_hf", "config", "data", "diffusion", "evaluation", "plots", "report", "rng", "training", "unet"},
     "__main__": {"cli"},
     "__init__": {"config", "diffusion", "training.trainer"},
-}
+}  # fmt: skip
 
 # Library -> where it may be imported.
 HOMES_OF_LIBRARIES = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_hf.plots import LABEL_HEIGHT, denoising_strip, image_grid, loss_curve, save_animation
+from ddpm_hf.plots import LABEL_HEIGHT, _loss_figure, denoising_strip, image_grid, loss_curve, save_animation
 
 
 def distinct_images(count: int, height: int = 2, width: int = 2, channels: int = 1) -> np.ndarray:
@@ -142,6 +142,19 @@ def test_loss_curve_writes_the_same_picture_every_time(tmp_path: Path, num_losse
     with Image.open(tmp_path / "one") as picture:
         assert picture.format == "PNG"
         assert picture.size == (936, 546)
+
+
+@pytest.mark.parametrize("losses", [[0.9], [0.9, 0.8], [0.9, 0.1, 0.01]])
+def test_a_few_losses_are_shown_where_they_are_from_the_first_step_on(losses: list[float]) -> None:
+    """Otherwise the axes span only what lies between the points, which for one point is nothing."""
+    steps = [20 * (number + 1) for number in range(len(losses))]
+    (axes,) = _loss_figure(steps, losses, [], []).axes
+    left, right = axes.get_xlim()
+    assert left == 0
+    assert steps[-1] <= right < 1.1 * steps[-1]
+    bottom, top = axes.get_ylim()
+    assert max(losses) < top
+    assert bottom == 0 if len(losses) == 1 else bottom < min(losses)
 
 
 def test_loss_curve_survives_losses_that_are_not_finite_or_not_positive(tmp_path: Path) -> None:

@@ -167,3 +167,35 @@ def test_counts_that_a_checkpoint_restored_go_on() -> None:
     with pytest.raises(NonFiniteTraining):
         watch.was_applied()
     assert watch.num_skipped == 8
+
+
+def test_skips_of_the_gradient_scaler_are_counted_apart_and_stop_no_run() -> None:
+    watch = NonFiniteGuard(max_consecutive=2)
+    for scale in (2.0**16, 2.0**15, 2.0**14, 2.0):
+        watch.record(NONFINITE, torch.tensor(scale))
+        assert watch.was_applied() is False
+    assert (watch.num_scaler_skips, watch.num_skipped, watch.num_consecutive) == (4, 0, 0)
+    watch.record(FINITE, torch.tensor(2.0))
+    assert watch.was_applied() is True
+    assert watch.num_scaler_skips == 4
+
+
+def test_what_is_not_finite_without_scaling_is_not_the_scalers() -> None:
+    watch = NonFiniteGuard(max_consecutive=2)
+    for scale in (2.0, 1.0):
+        watch.record(NONFINITE, torch.tensor(scale))
+        assert watch.was_applied() is False
+    assert (watch.num_scaler_skips, watch.num_skipped, watch.num_consecutive) == (1, 1, 1)
+    watch.record(NONFINITE, torch.tensor(0.5))
+    with pytest.raises(NonFiniteTraining):
+        watch.was_applied()
+
+
+def test_the_scale_counts_that_was_used() -> None:
+    """The scaler halves its scale in place after the update, before the host looks."""
+    watch = NonFiniteGuard(max_consecutive=2)
+    scale = torch.tensor(2.0)
+    watch.record(NONFINITE, scale)
+    scale.mul_(0.5)
+    assert watch.was_applied() is False
+    assert (watch.num_scaler_skips, watch.num_skipped) == (1, 0)

@@ -62,34 +62,6 @@ def test_deterministic_asks_torch_for_deterministic_kernels(monkeypatch: pytest.
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-@pytest.mark.parametrize(
-    ("batch", "micro", "num_processes", "expected"),
-    [(64, None, 1, 64), (64, None, 4, 16), (64, 8, 1, 8), (64, 8, 4, 8), (64, 16, 4, 16), (1, None, 1, 1)],
-)
-def test_a_process_takes_its_share_in_one_forward_unless_told_otherwise(
-    batch: int, micro: int | None, num_processes: int, expected: int
-) -> None:
-    config = TrainingConfig(train_batch_size=batch, micro_batch_size=micro)
-    assert processes.micro_batch_size(config, num_processes) == expected
-
-
-@pytest.mark.parametrize(
-    ("batch", "micro", "num_processes", "sentence"),
-    [
-        (100, 16, 3, "train_batch_size 100 is not a multiple of 3 processes x micro_batch_size 16; use 96 or 144."),
-        (64, None, 3, "train_batch_size 64 is not a multiple of 3 processes; use 63 or 66."),
-        (2, None, 4, "train_batch_size 2 is not a multiple of 4 processes; use 4."),
-        (64, 64, 2, "train_batch_size 64 is not a multiple of 2 processes x micro_batch_size 64; use 128."),
-    ],
-)
-def test_a_batch_that_cannot_be_shared_comes_with_one_that_can(
-    batch: int, micro: int | None, num_processes: int, sentence: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        processes.micro_batch_size(TrainingConfig(train_batch_size=batch, micro_batch_size=micro), num_processes)
-    assert str(caught.value) == f"training.{sentence}"
-
-
 def test_alone_everything_is_shared_as_it_is() -> None:
     value = {"step": 3, "names": ["a", "ö"], "none": None}
     assert processes.share_json(value) is value

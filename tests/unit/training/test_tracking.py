@@ -1,10 +1,11 @@
 """metrics.jsonl is whole after any kill and goes back to the checkpoint on resume."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from ddpm_hf.training.tracking import MetricsLog
+from ddpm_hf.training.tracking import MetricsLog, Progress
 
 ROWS = [{"step": step, "loss": 1 / step, "grad_norm": None} for step in range(1, 6)]
 
@@ -63,3 +64,23 @@ def test_a_resumed_run_writes_each_step_once(log: MetricsLog, path: Path, step: 
 def test_a_first_start_makes_an_empty_log(path: Path) -> None:
     MetricsLog(path).cut_after(0)
     assert path.read_text() == ""
+
+
+def test_the_bar_says_what_training_waits_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True, raising=False)
+    with Progress(2, 9, is_main_process=True) as progress:
+        capsys.readouterr()
+        with progress.doing("Drawing a preview"):
+            assert "Drawing a preview" in capsys.readouterr().err
+        assert "Training" in capsys.readouterr().err
+        with pytest.raises(OSError), progress.doing("Saving"):
+            raise OSError
+        assert capsys.readouterr().err.rstrip().split("\r")[-1].startswith("Training")
+
+
+def test_without_a_terminal_nothing_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(0, 9, is_main_process=True) as progress, progress.doing("Drawing a preview"):
+        progress.update()
+    assert capsys.readouterr().err == ""

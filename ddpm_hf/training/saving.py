@@ -1,0 +1,163 @@
+"""Saving and resuming on all ranks: rank 0 alone reads and writes the run folder, the others get what it read.
+
+Every public function here is collective: all ranks must call it, in the same order.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+
+from ddpm_hf.config import ConfigError, RunConfig
+from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.training import checkpoint, processes
+from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.resume import choose_checkpoint
+from ddpm_hf.training.run_folder import RunFolder
+from ddpm_hf.training.snapshot import TrainerState, load_optimizer, read_snapshot, write_snapshot
+from ddpm_hf.training.tracking import MetricsLog, say
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Keeps the run folder of one run: checkpoints, configuration, metrics and, in the end, the pipeline.
+
+    Args:
+        config: The configuration of the run.
+        folder: The run folder, held by this process.
+        metrics: The lines of metrics in it.
+        num_images: Training images, whose order the run depends on.
+        unet: The network.
+        ema: Its average.
+        optimizer: Its optimiser.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        metrics: MetricsLog,
+        *,
+        num_images: int,
+        unet: UNet2DModel,
+        ema: EMA,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._metrics = metrics
+        self._num_images = num_images
+        self._unet, self._ema, self._optimizer = unet, ema, optimizer
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: the weights, their average, and two moments of each weight."""
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in self._unet.parameters())
+        averages = sum(average.numel() * average.element_size() for average in self._ema.tensors())
+        return int(3 * weights + averages)
+
+    def check(self) -> None:
+        """Collective: raises what `resume` would raise about the run folder, and changes nothing."""
+
+        def check() -> None:
+            self._check_space(choose_checkpoint(self._folder, self._config, is_dry_run=True))
+
+        processes.on_rank_0(check)
+
+    def resume(self) -> TrainerState | None:
+        """Collective: takes up the newest valid checkpoint, read by rank 0 alone, and starts the run folder.
+
+        Returns:
+            The counters of the run, or None for a run that starts at the beginning.
+
+        Raises:
+            ValueError: If the checkpoints in the folder cannot be continued with this configuration, or there is no
+                room for further ones.
+        """
+        found = processes.on_rank_0(self._read_checkpoint)
+        state = None
+        if processes.share_json(found is not None):
+            counters, tensors = found if found is not None else (TrainerState(), None)
+            state = TrainerState(**processes.share_json(vars(counters)))
+            processes.share_tensors([*self._unet.parameters(), *self._ema.tensors()])
+            load_optimizer(self._optimizer, self._unet, processes.share_named_tensors(tensors, self._unet.device))
+            self._ema.num_updates = state.num_ema_updates
+        processes.on_rank_0(lambda: self._start_folder(state.global_step if state else 0))
+        return state
+
+    def save(self, state: TrainerState, *, must_succeed: bool) -> None:
+        """Collective: writes a checkpoint on rank 0 and removes old ones.
+
+        Args:
+            state: The counters of the run.
+            must_succeed: Whether a full disk ends the run, since work would be lost; otherwise it is a warning.
+
+        Raises:
+            OSError: If a checkpoint that must succeed cannot be written.
+        """
+        state.num_ema_updates = self._ema.num_updates
+        state.num_images = self._num_images
+        processes.on_rank_0(lambda: self._write_checkpoint(state, must_succeed))
+
+    def save_pipeline(self, pipeline: GaussianDiffusionPipeline) -> None:
+        """Collective: writes the finished pipeline with the averaged weights on rank 0."""
+
+        def write(folder: Path) -> None:
+            with self._ema.swapped_in(self._unet):
+                pipeline.save_pretrained(folder)
+            (folder / "training_config.yaml").write_text(self._config.to_yaml(), encoding="utf-8")
+
+        processes.on_rank_0(lambda: checkpoint.replace_folder(self._folder.pipeline, write))
+
+    def _write_checkpoint(self, state: TrainerState, must_succeed: bool) -> None:
+        """Writes and prunes checkpoints on rank 0."""
+
+        def write(folder: Path) -> None:
+            write_snapshot(folder, self._unet, self._ema, self._optimizer, state, self._config.to_yaml())
+
+        try:
+            checkpoint.write_checkpoint(self._folder.checkpoints, state.global_step, write)
+        except OSError as error:
+            message = f"The checkpoint of step {state.global_step} could not be written ({error.strerror or error})"
+            if must_succeed:
+                raise OSError(f"{message}; make room in {self._folder.path} and run the same command again.") from error
+            logger.warning("%s; training goes on, the older checkpoints are intact.", message)
+            return
+        checkpoint.prune(self._folder.checkpoints, self._config.training.num_checkpoints_kept)
+
+    def _check_space(self, latest: checkpoint.Checkpoint | None) -> None:
+        """Refuses a disk that has no room for two checkpoints, or for one more; a finished run needs none."""
+        if latest is not None and latest.step == self._config.training.num_steps:
+            return
+        needed = self.checkpoint_bytes * (2 if latest is None else 1)
+        free = shutil.disk_usage(self._folder.path).free
+        if free < needed:
+            raise ConfigError(
+                f"training.output_dir {self._folder.path} has {free / 1e6:,.1f} MB free, but needs "
+                f"{needed / 1e6:,.1f} MB for {'two checkpoints' if latest is None else 'one more checkpoint'}; make "
+                "room, or choose another folder."
+            )
+
+    def _read_checkpoint(self) -> tuple[TrainerState, dict[str, torch.Tensor]] | None:
+        """Reads the newest valid checkpoint on rank 0."""
+        latest = choose_checkpoint(self._folder, self._config)
+        self._check_space(latest)
+        if latest is None:
+            return None
+        say(f"Continuing from step {latest.step} of {self._config.training.num_steps} ({latest.path}).")
+        state, tensors = read_snapshot(latest.path, self._unet, self._ema)
+        if state.num_images != self._num_images:
+            raise ConfigError(
+                f"{self._config.data.source} has {self._num_images} training images, but the run in "
+                f"{self._folder.path} began with {state.num_images}; restore the data, or choose another "
+                "training.output_dir."
+            )
+        return state, tensors
+
+    def _start_folder(self, step: int) -> None:
+        """Writes the configuration and cuts the metrics back to the checkpoint."""
+        self._folder.write_config(self._config.to_yaml())
+        self._metrics.cut_after(step)

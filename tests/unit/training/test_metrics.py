@@ -1,0 +1,77 @@
+"""What a line of metrics says: means since the line before, of all updates that were made, and how fast."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from ddpm_hf.config import TrainingConfig
+from ddpm_hf.training import processes
+from ddpm_hf.training.metrics import Meter, finite_or_none, peak_memory_mib
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+FINITE, NONFINITE = torch.tensor(False), torch.tensor(True)
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return processes.start(TrainingConfig(cpu=True))
+
+
+@pytest.fixture
+def meter(accelerator: Accelerator) -> Meter:
+    meter = Meter(accelerator, train_batch_size=8)
+    meter.start(0)
+    return meter
+
+
+def test_the_loss_is_the_mean_of_the_updates_that_were_made_since_the_line_before(meter: Meter) -> None:
+    for loss, flag in ((1.0, FINITE), (float("nan"), NONFINITE), (2.0, FINITE), (6.0, FINITE)):
+        meter.add(torch.tensor(loss), flag)
+    row = meter.take(4)
+    assert (row["step"], row["num_images"], row["loss"]) == (4, 32, 3.0)
+    meter.add(torch.tensor(5.0), FINITE)
+    assert meter.take(5)["loss"] == 5.0
+
+
+def test_an_interval_without_a_finite_update_has_no_loss(meter: Meter) -> None:
+    meter.add(torch.tensor(float("inf")), NONFINITE)
+    row = meter.take(1)
+    assert row["loss"] is None
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+def test_the_speed_is_that_of_training_alone(meter: Meter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 steps of 8 images in 2 s, and 30 s of something else between them."""
+    clock = iter([100.0, 101.0, 131.0, 132.0, 140.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    meter.start(2)
+    with meter.paused():
+        pass
+    assert meter.take(6)["images_per_second"] == 16.0
+    assert meter.take(7)["images_per_second"] == 1.0
+
+
+def test_sums_that_a_checkpoint_kept_go_on(meter: Meter, accelerator: Accelerator) -> None:
+    meter.add(torch.tensor(1.0), FINITE)
+    again = Meter(accelerator, train_batch_size=8)
+    again.restore(meter.gather())
+    again.start(1)
+    again.add(torch.tensor(4.0), FINITE)
+    assert again.take(2)["loss"] == 2.5
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the same number elsewhere")
+def test_the_peak_of_memory_is_what_the_system_says() -> None:
+    """To 5 %: the two are read one after the other, and the kernel counts pages in batches."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak_kib,) = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    assert peak_memory_mib(torch.device("cpu")) == pytest.approx(peak_kib / 1024, rel=0.05)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(1.5, 1.5), (float("nan"), None), (float("inf"), None)])
+def test_a_number_that_json_cannot_hold_is_none(value: float, expected: float | None) -> None:
+    assert finite_or_none(value) == expected
