@@ -20,6 +20,7 @@ def save_preview(
     seed: int,
     class_names: dict[str, str] | None,
     has_null_label: bool,
+    self_conditioned: bool = False,
 ) -> None:
     """Samples one grid and writes it as PNG; the network's mode is put back, torch's global generators stay untouched.
 
@@ -31,9 +32,12 @@ def save_preview(
         seed: Seed of the run.
         class_names: Class number to name of a class-conditional network, in turn over the images; None without classes.
         has_null_label: Whether the network was trained with label dropout.
+        self_conditioned: Whether the network takes its last prediction of x_0.
     """
     sampler = GaussianDiffusionScheduler.from_config(scheduler.config)
-    pipeline = GaussianDiffusionPipeline(unet, sampler, class_names=class_names, has_null_label=has_null_label)
+    pipeline = GaussianDiffusionPipeline(
+        unet, sampler, class_names=class_names, has_null_label=has_null_label, self_conditioned=self_conditioned
+    )
     pipeline.set_progress_bar_config(disable=True)
     was_training = unet.training
     unet.eval()

@@ -9,6 +9,7 @@ import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +18,18 @@ from ddpm_hf.config import ConfigError, RunConfig
 from ddpm_hf.data import open_images
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.rng import seed_global_generators
-from ddpm_hf.training import checkpoint, processes
+from ddpm_hf.training import checkpoint, processes, snapshot
 from ddpm_hf.training.batches import BatchSource
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.guard import NonFiniteGuard, StopWatcher, TrainingStopped
+from ddpm_hf.training.loss_meter import LossMeter
 from ddpm_hf.training.objective import DenoisingLoss
 from ddpm_hf.training.optim import build_optimizer, learning_rate_at
 from ddpm_hf.training.preview import save_preview
 from ddpm_hf.training.resume import choose_checkpoint
 from ddpm_hf.training.run_folder import RunFolder
 from ddpm_hf.training.snapshot import TrainerState, load_optimizer, read_snapshot, write_snapshot
+from ddpm_hf.training.timestep_sampling import build_timestep_sampler
 from ddpm_hf.training.tracking import MetricsLog, Progress, say
 from ddpm_hf.unet import build_unet
 
@@ -59,6 +62,7 @@ class Trainer:
             raise
         self.state = TrainerState()
         self.guard = NonFiniteGuard(config.training.max_consecutive_nonfinite)
+        self.timestep_sampler = build_timestep_sampler(config)
         self._batches = BatchSource(
             config,
             self.images,
@@ -66,9 +70,10 @@ class Trainer:
             num_processes=self.accelerator.num_processes,
             micro_batch_size=self.micro_batch_size,
             device=self.device,
+            timestep_sampler=self.timestep_sampler,
         )
         self.metrics = MetricsLog(self.folder.path / "metrics.jsonl")
-        self._loss_sum = torch.zeros(2, device=self.device)  # sum of this rank's mean losses, number of updates in it
+        self._meter = LossMeter(config.diffusion.num_train_timesteps, len(self._batches), self.device)
 
     def _open_images(self) -> None:
         """Collective: opens the data; rank 0 decodes it, or says what is wrong with it, before the others look."""
@@ -103,10 +108,17 @@ class Trainer:
             )
         seed_global_generators(config.training.seed, "initialization")
         num_embeds = num_classes + self.has_null_label if num_classes else None
-        self.unet = build_unet(config.model, self.images.image_shape, num_embeds).to(self.device)
+        self_conditioned = config.objective.self_conditioning > 0
+        doubled = {"self_conditioned": self_conditioned, "learned_variance": diffusion.learns_variance}
+        self.unet = build_unet(config.model, self.images.image_shape, num_embeds, **doubled).to(self.device)
+        self.pipeline_settings: dict[str, Any] = {
+            "class_names": self.class_names,
+            "has_null_label": self.has_null_label,
+            "self_conditioned": self_conditioned,
+        }
         self.ema = EMA(self.unet, config.training.ema_decay, config.training.ema_warmup)
         self.optimizer = build_optimizer(self.unet.parameters(), config.training)
-        self.loss = DenoisingLoss(self.scheduler, config.objective.loss, num_classes if self.has_null_label else None)
+        self.loss = DenoisingLoss(self.scheduler, config.objective, num_classes if self.has_null_label else None)
 
     @property
     def is_main_process(self) -> bool:
@@ -170,21 +182,18 @@ class Trainer:
 
     def _train_step(self, step: int) -> None:
         """Collective: one optimiser update on the global batch, gradients accumulated over micro batches."""
-        share_loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(self._batches.micro_batches(step)):
             # Only dropout draws from the global generators.
             seed_global_generators(self.config.training.seed, "dropout", step, self.accelerator.process_index, number)
             with nullcontext() if batch.is_last else self.accelerator.no_sync(self._model):
-                losses = self.loss(
-                    self._model, batch.x_0, batch.noise, batch.timesteps, batch.class_labels, batch.dropped
-                )
+                losses = self.loss(self._model, *batch.loss_arguments)
                 # DDP takes the mean over ranks, so the gradient is that of the mean over the global batch.
-                loss = losses.sum() / len(self._batches)
-                self.accelerator.backward(loss)
-            share_loss += loss.detach()
-        self._update(step, share_loss)
+                self.accelerator.backward(self._meter.add(losses, batch.timesteps, batch.importance))
+        if self.timestep_sampler.learns:
+            self.timestep_sampler.record(self.accelerator.gather(self._meter.step_losses()))
+        self._update(step)
 
-    def _update(self, step: int, share_loss: torch.Tensor) -> None:
+    def _update(self, step: int) -> None:
         """Clips, updates the weights unless the gradient is not finite, and starts counting."""
         config = self.config.training
         max_norm = float("inf") if config.max_grad_norm is None else config.max_grad_norm
@@ -199,8 +208,7 @@ class Trainer:
         self._prepared_optimizer.step()
         self._prepared_optimizer.zero_grad(set_to_none=True)
         self.guard.record(is_nonfinite)
-        finite_loss = torch.where(is_nonfinite, 0.0, share_loss)
-        self._loss_sum += torch.stack([finite_loss, (~is_nonfinite).to(torch.float32)])
+        self._meter.end_step(is_nonfinite)
 
     def _settle_update(self) -> None:
         """Lets the average follow the previous update, now that the host knows whether it was applied."""
@@ -222,17 +230,17 @@ class Trainer:
 
     def _log(self) -> None:
         """Collective: writes one line of metrics: means since the line before."""
-        loss_sum, num_losses = self.accelerator.reduce(self._loss_sum.clone(), reduction="sum").tolist()
+        loss_sums = self.accelerator.reduce(self._meter.sums.clone(), reduction="sum").tolist()
         now, step, batch = time.monotonic(), self.state.global_step, self.config.training.train_batch_size
         images_per_second = (step - self._logged_step) * batch / max(now - self._logged_at, 1e-9)
         self._logged_at, self._logged_step = now, step
-        self._loss_sum.zero_()
+        self._meter.sums.zero_()
         self._settle_update()
         grad_norm = float(self.grad_norm)
         row = {
             "step": step,
             "num_images": step * batch,
-            "loss": loss_sum / num_losses if num_losses else None,
+            **LossMeter.columns(loss_sums),
             "grad_norm": grad_norm if np.isfinite(grad_norm) else None,
             "learning_rate": learning_rate_at(step - 1, self.config.training),
             "num_skipped_updates": self.guard.num_skipped,
@@ -256,7 +264,7 @@ class Trainer:
             seed, preview = self.config.training.seed, self.config.preview
             try:
                 with self.ema.swapped_in(self.unet):
-                    save_preview(path, self.unet, self.scheduler, preview, seed, self.class_names, self.has_null_label)
+                    save_preview(path, self.unet, self.scheduler, preview, seed, **self.pipeline_settings)
             except torch.OutOfMemoryError:
                 logger.warning("No memory for the preview; training goes on. Lower preview.num_images.")
             except OSError as error:
@@ -267,7 +275,7 @@ class Trainer:
     def _save(self, *, must_succeed: bool) -> None:
         """Collective: writes a checkpoint on rank 0; a full disk stops training only where nothing may be lost."""
         self._settle_update()
-        self.state.loss_sums = self.accelerator.gather(self._loss_sum[None]).tolist()
+        self.state.loss_sums = self.accelerator.gather(self._meter.sums[None]).tolist()
         self.state.num_ema_updates = self.ema.num_updates
         self.state.num_skipped = self.guard.num_skipped
         self.state.num_consecutive_skipped = self.guard.num_consecutive
@@ -281,6 +289,7 @@ class Trainer:
 
         def write(folder: Path) -> None:
             write_snapshot(folder, self.unet, self.ema, self.optimizer, self.state, self.config.to_yaml())
+            snapshot.write_objective(folder, self.timestep_sampler.state())
 
         try:
             checkpoint.write_checkpoint(self.folder.checkpoints, self.state.global_step, write)
@@ -299,20 +308,18 @@ class Trainer:
         state = processes.on_rank_0(self._read_checkpoint)
         has_checkpoint = processes.share_json(state is not None)
         if has_checkpoint:
-            counters, tensors = state if state is not None else (TrainerState(), None)
+            counters, tensors, learned = state if state is not None else (TrainerState(), None, None)
             self.state = TrainerState(**processes.share_json(vars(counters)))
             processes.share_tensors([*self.unet.parameters(), *self.ema.tensors()])
             load_optimizer(self.optimizer, self.unet, processes.share_named_tensors(tensors, self.device))
-            if len(self.state.loss_sums) == self.accelerator.num_processes:
-                self._loss_sum.copy_(torch.tensor(self.state.loss_sums[self.accelerator.process_index]))
-            else:
-                self._loss_sum.copy_(torch.tensor(self.state.loss_sums).mean(dim=0))
+            self.timestep_sampler.load_state(processes.share_named_tensors(learned, self.device))
+            self._meter.load(self.state.loss_sums, self.accelerator.process_index, self.accelerator.num_processes)
         self.ema.num_updates = self.state.num_ema_updates
         self.guard.num_skipped = self.state.num_skipped
         self.guard.num_consecutive = self.state.num_consecutive_skipped
         processes.on_rank_0(self._start_folder)
 
-    def _read_checkpoint(self) -> tuple[TrainerState, dict[str, torch.Tensor]] | None:
+    def _read_checkpoint(self) -> tuple[TrainerState, dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:
         """Reads the newest valid checkpoint on rank 0."""
         latest = choose_checkpoint(self.folder, self.config)
         if latest is None:
@@ -324,7 +331,7 @@ class Trainer:
                 f"{self.config.data.source} has {len(self.images)} training images, but the run in {self.folder.path} "
                 f"began with {state.num_images}; restore the data, or choose another training.output_dir."
             )
-        return state, tensors
+        return state, tensors, snapshot.read_objective(latest.path)
 
     def _start_folder(self) -> None:
         """Writes the configuration and cuts the metrics back to the checkpoint."""
@@ -335,9 +342,7 @@ class Trainer:
         """Collective: writes the pipeline with the averaged weights on rank 0."""
 
         def write(folder: Path) -> None:
-            pipeline = GaussianDiffusionPipeline(
-                self.unet, self.scheduler, class_names=self.class_names, has_null_label=self.has_null_label
-            )
+            pipeline = GaussianDiffusionPipeline(self.unet, self.scheduler, **self.pipeline_settings)
             with self.ema.swapped_in(self.unet):
                 pipeline.save_pretrained(folder)
             (folder / "training_config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")

@@ -32,19 +32,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "unet": {"config"},
     "data": {"data", "config", "rng"},
     "training.__init__": set(),
-    "training.batches": {"config", "data", "rng"},
+    "training.batches": {"config", "data", "rng", "training.noise", "training.timestep_sampling"},
     "training.checkpoint": set(),
     "training.ema": set(),
     "training.guard": set(),
-    "training.objective": {"diffusion"},
+    "training.loss_meter": set(),
+    "training.noise": {"config", "rng"},
+    "training.objective": {"config", "diffusion", "training.weighting"},
     "training.optim": {"config"},
     "training.preview": {"config", "diffusion", "plots", "rng"},
     "training.processes": {"config"},
     "training.resume": {"config", "training.checkpoint", "training.run_folder"},
     "training.run_folder": {"config", "training.checkpoint", "training.guard"},
     "training.snapshot": {"training.ema"},
+    "training.timestep_sampling": {"config", "rng"},
     "training.tracking": {"training.checkpoint"},
     "training.trainer": {"config", "data", "diffusion", "rng", "training", "unet"},
+    "training.weighting": {"config"},
     "evaluation.__init__": set(),
     "evaluation.recognition": set(),
     "evaluation.sampling": {"config", "data", "diffusion", "rng"},
@@ -61,10 +65,11 @@ HOMES_OF_LIBRARIES = {
     "huggingface_hub": {"data", "hub"},
     "jsonargparse": {"config"},
     "matplotlib": {"plots"},
+    "scipy": {"training.noise"},
     "sklearn": {"evaluation.recognition"},
 }
 # Imported where they are used, so that what does not use them runs without them and starts quickly.
-ONLY_INSIDE_FUNCTIONS = {"datasets", "matplotlib", "sklearn"}
+ONLY_INSIDE_FUNCTIONS = {"datasets", "matplotlib", "scipy", "sklearn"}
 # The core travels with every checkpoint, to machines that have no more than this.
 LIBRARIES_OF_THE_CORE = {"torch", "diffusers", "numpy", "PIL"}
 WITHOUT_TORCH = {"__init__", "config", "evaluation.recognition", "plots", "report", "training.checkpoint"}
