@@ -50,13 +50,22 @@ PRESETS: dict[str, dict[str, UNetOverride]] = {
 _DERIVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type", "num_train_timesteps")
 
 
-def build_unet(config: ModelConfig, image_shape: tuple[int, int, int], num_class_embeds: int | None) -> UNet2DModel:
+def build_unet(
+    config: ModelConfig,
+    image_shape: tuple[int, int, int],
+    num_class_embeds: int | None,
+    *,
+    self_conditioned: bool = False,
+    learned_variance: bool = False,
+) -> UNet2DModel:
     """Builds and initialises the network from torch's global generator.
 
     Args:
         config: The preset and what replaces parts of it.
         image_shape: Channels, height and width of the images.
         num_class_embeds: Number of labels the network knows, the null label included; None for an unconditional one.
+        self_conditioned: Whether a prediction of x_0 comes in beside x_t, which doubles in_channels.
+        learned_variance: Whether a variance goes out beside the prediction, which doubles out_channels.
 
     Returns:
         The network in training mode, float32, on the CPU.
@@ -77,8 +86,8 @@ def build_unet(config: ModelConfig, image_shape: tuple[int, int, int], num_class
         )
     settings |= {
         "sample_size": height if height == width else [height, width],
-        "in_channels": channels,
-        "out_channels": channels,
+        "in_channels": channels * (1 + self_conditioned),
+        "out_channels": channels * (1 + learned_variance),
         "num_class_embeds": num_class_embeds,
     }
     try:
@@ -95,11 +104,12 @@ def build_unet(config: ModelConfig, image_shape: tuple[int, int, int], num_class
 def _rehearse(settings: dict[str, Any], image_shape: tuple[int, int, int]) -> None:
     """Sends shapes without numbers through the network: some settings fail only there."""
     with torch.device("meta"):
-        images, zeros = torch.empty(1, *image_shape), torch.zeros(1, dtype=torch.int64)
+        images = torch.empty(1, settings["in_channels"], *image_shape[1:])
+        zeros = torch.zeros(1, dtype=torch.int64)
         labels = None if settings["num_class_embeds"] is None else zeros
         output = UNet2DModel(**settings)(images, zeros, labels, return_dict=False)[0]
-    if output.shape != images.shape:
-        raise ValueError(f"images of {tuple(images.shape[1:])} come out as {tuple(output.shape[1:])}")
+    if output.shape[2:] != images.shape[2:]:
+        raise ValueError(f"images of {tuple(images.shape[2:])} come out as {tuple(output.shape[2:])}")
 
 
 def _check_overrides(overrides: Mapping[str, UNetOverride]) -> None:

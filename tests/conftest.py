@@ -102,11 +102,22 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
 
 
-def tiny_unet(num_class_embeds: int | None = None, **overrides: object) -> "UNet2DModel":
+def tiny_unet(
+    num_class_embeds: int | None = None,
+    self_conditioned: bool = False,
+    learned_variance: bool = False,
+    **overrides: object,
+) -> "UNet2DModel":
     """Returns the network of the tiny run, freshly initialised from seed 0."""
     from ddpm_hf.config import ModelConfig
     from ddpm_hf.unet import build_unet
 
     torch.manual_seed(0)
     settings = json.loads(TINY_RUN["model.overrides"]) | overrides
-    return build_unet(ModelConfig(preset="digits_8", overrides=settings), (1, 8, 8), num_class_embeds)
+    return build_unet(
+        ModelConfig(preset="digits_8", overrides=settings),
+        (1, 8, 8),
+        num_class_embeds,
+        self_conditioned=self_conditioned,
+        learned_variance=learned_variance,
+    )

@@ -1,6 +1,6 @@
 """Which settings can work together, and which a run can be continued with."""
 
-from ddpm_hf.config.schema import RunConfig
+from ddpm_hf.config.schema import ObjectiveConfig, RunConfig
 
 
 class ConfigError(ValueError):
@@ -42,6 +42,7 @@ def validate(config: RunConfig) -> None:
             "diffusion.rescale_betas_zero_snr leaves no signal at the last timestep, where epsilon says nothing about "
             "x_0; set diffusion.prediction_type to v_prediction or sample."
         )
+    _check_objective(config)
     micro, batch = training.micro_batch_size, training.train_batch_size
     if isinstance(micro, int) and batch % micro:
         lower = batch // micro * micro
@@ -49,6 +50,56 @@ def validate(config: RunConfig) -> None:
             f"training.train_batch_size {batch} is not a multiple of training.micro_batch_size {micro}; "
             f"use {f'{lower} or ' if lower else ''}{lower + micro}."
         )
+
+
+# Settings that only one choice reads -> the choice.
+_READ_ONLY_WITH = {
+    "huber_delta": ("loss", "huber"),
+    "vlb_weight": ("loss", "hybrid"),
+    "min_snr_gamma": ("weighting", "min_snr"),
+    "p2_gamma": ("weighting", "p2"),
+    "p2_k": ("weighting", "p2"),
+}
+
+
+def _check_objective(config: RunConfig) -> None:
+    """Refuses a loss that cannot train what it is asked to, and settings that nothing would read."""
+    objective, diffusion = config.objective, config.diffusion
+    loss, variance_type = objective.loss, diffusion.variance_type
+    if diffusion.learns_variance and loss not in ("hybrid", "vlb"):
+        raise ConfigError(
+            f"diffusion.variance_type {variance_type} needs a loss that trains a variance, and objective.loss {loss} "
+            "does not; set objective.loss to hybrid or vlb, or diffusion.variance_type to fixed_small or fixed_large."
+        )
+    if loss == "hybrid" and not diffusion.learns_variance:
+        raise ConfigError(
+            f"objective.loss hybrid is mse plus the bound of a learned variance, and diffusion.variance_type is "
+            f"{variance_type}; set diffusion.variance_type to learned_range, or objective.loss to mse."
+        )
+    if loss == "vlb" and objective.weighting != "none":
+        raise ConfigError(
+            f"objective.weighting {objective.weighting} would make objective.loss vlb a bound no more; set "
+            "objective.weighting to none, or objective.loss to mse or hybrid."
+        )
+    if objective.weighting == "truncated_snr" and diffusion.prediction_type in ("epsilon", "eps"):
+        raise ConfigError(
+            f"objective.weighting truncated_snr grows beyond all bounds towards pure noise with "
+            f"diffusion.prediction_type {diffusion.prediction_type}; set diffusion.prediction_type to v_prediction or "
+            "sample, or objective.weighting to min_snr."
+        )
+    for name, value in (("offset_noise", objective.offset_noise), ("immiscible_noise", objective.immiscible_noise)):
+        if value and loss in ("vlb", "hybrid"):
+            raise ConfigError(
+                f"objective.{name} {str(value).lower()} draws other noise than the bound in objective.loss {loss} is "
+                f"made for; leave objective.{name} out, or set objective.loss to mse."
+            )
+    for name, (choice, needed) in _READ_ONLY_WITH.items():
+        value = getattr(objective, name)
+        if value != getattr(ObjectiveConfig(), name) and getattr(objective, choice) != needed:
+            raise ConfigError(
+                f"objective.{name} {value:g} has no effect with objective.{choice} {getattr(objective, choice)}; leave "
+                f"it out, or set objective.{choice} to {needed}."
+            )
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -59,17 +110,20 @@ def _check_numbers(config: RunConfig) -> None:
         ("training", "max_consecutive_nonfinite"), ("training", "learning_rate"), ("training", "max_grad_norm"),
         ("training", "adam_epsilon"), ("data", "resolution"), ("preview", "num_images"),
         ("preview", "num_inference_steps"), ("evaluation", "batch_size"), ("evaluation", "num_inference_steps"),
+        ("objective", "huber_delta"), ("objective", "vlb_weight"), ("objective", "min_snr_gamma"),
+        ("objective", "p2_k"),
     )  # fmt: skip
     not_negative = (
         ("training", "learning_rate_warmup_steps"), ("training", "weight_decay"), ("training", "seed"),
         ("training", "validate_every_steps"), ("preview", "every_steps"), ("preview", "guidance_scale"),
         ("evaluation", "num_samples"), ("evaluation", "guidance_scale"),
+        ("objective", "p2_gamma"), ("objective", "offset_noise"),
     )  # fmt: skip
     below_one = (
         ("data", "validation_fraction"), ("objective", "class_dropout"), ("training", "adam_beta1"),
         ("training", "adam_beta2"), ("training", "ema_decay"),
     )  # fmt: skip
-    at_most_one = (("preview", "eta"), ("evaluation", "eta"))
+    at_most_one = (("preview", "eta"), ("evaluation", "eta"), ("objective", "self_conditioning"))
     limit = config.diffusion.num_train_timesteps
 
     def check(names: tuple[tuple[str, str], ...], accepts: object, requirement: str) -> None:
@@ -111,9 +165,10 @@ def changed_settings(old: dict[str, dict[str, object]], new: RunConfig) -> tuple
     """
     fixed: list[str] = []
     free: list[str] = []
+    defaults = RunConfig().to_dict()  # what a checkpoint does not know of yet was as it still is by default
     for section, settings in new.to_dict().items():
         for name, value in settings.items():
-            before = old.get(section, {}).get(name, value)
+            before = old.get(section, {}).get(name, defaults[section][name])
             if before == value or (section, name) == ("training", "output_dir"):
                 continue
             is_fixed = section in _FIXED_SECTIONS and name not in _FREE_DATA

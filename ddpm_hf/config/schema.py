@@ -66,7 +66,9 @@ class DiffusionConfig:
         beta_start: First beta of the linear schedules, tuned to T = 1000.
         beta_end: Last beta of the linear schedules.
         prediction_type: What the network predicts: epsilon (eps), sample (x0) or v_prediction (v).
-        variance_type: Variance of the reverse steps: beta_t (fixed_large) or the posterior's (fixed_small).
+        variance_type: Variance of the reverse steps: beta_t (fixed_large), the posterior's (fixed_small), one that the
+            network learns between these two (learned_range, Nichol & Dhariwal 2021) or anywhere (learned); the learned
+            ones double the network's out_channels and need objective.loss hybrid or vlb.
         clip_sample: Clip the predicted x_0 to [-1, 1] in every sampling step.
         timestep_spacing: How fewer sampling steps are spread over the chain.
         rescale_betas_zero_snr: Rescale the betas so that the last timestep is pure noise (Lin et al. 2024).
@@ -77,23 +79,57 @@ class DiffusionConfig:
     beta_start: float = 1e-4
     beta_end: float = 0.02
     prediction_type: Literal["epsilon", "sample", "v_prediction", "eps", "x0", "v"] = "epsilon"
-    variance_type: Literal["fixed_small", "fixed_large"] = "fixed_large"
+    variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = "fixed_large"
     clip_sample: bool = True
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "trailing"
     rescale_betas_zero_snr: bool = False
 
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network predicts a variance too."""
+        return self.variance_type in ("learned", "learned_range")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """The training loss.
+    """The training loss, and the noise and timesteps it is computed at.
 
     Args:
-        loss: Distance between prediction and target: mse (L_simple, Ho et al. 2020, Eq. 14), l1 or huber.
+        loss: Distance between prediction and target: mse (L_simple, Ho et al. 2020, Eq. 14), l1 or huber; vlb, the
+            variational bound in bits per dimension, T times the term of the drawn timestep (Ho et al. 2020, Eq. 5);
+            hybrid, mse plus vlb_weight times vlb, which then trains the learned variance alone (L_hybrid, Nichol &
+            Dhariwal 2021, Eq. 16).
+        huber_delta: Error at which huber turns from quadratic to linear, in units of the prediction.
+        vlb_weight: Weight of vlb in hybrid.
+        weighting: Factor on the loss as a function of the signal-to-noise ratio (SNR): none; min_snr (Hang et al.
+            2023); p2, (p2_k + SNR)^-p2_gamma (Choi et al. 2022); snr and truncated_snr, the mean square of x_0 times
+            SNR or max(SNR, 1) whatever is predicted (Salimans & Ho 2022). Under hybrid it acts on the mse alone.
+        min_snr_gamma: SNR from which min_snr no longer raises the weight of x_0.
+        p2_gamma: Exponent of p2; 0 is no weighting.
+        p2_k: Constant of p2 that bounds the weight where the SNR is 0.
+        timestep_sampling: uniform; antithetic, pairs t and T-1-t (Song et al. 2021); loss_aware, in proportion to the
+            root mean square of the last 10 losses at each t, with importance weights that keep the expected loss
+            (Nichol & Dhariwal 2021); it is uniform until every t was seen 10 times.
+        self_conditioning: Probability that a step shows the network its own prediction of x_0 as further input channels
+            (Chen et al. 2022 use 0.5), at the price of one more forward; 0 is a network without these channels.
         class_dropout: Probability of replacing a label by the null label, for classifier-free guidance.
+        offset_noise: Deviation of a further noise that is constant over each channel of an image; 0 is none.
+        immiscible_noise: Exchange the noise among each 32 images so that every image gets noise near to it (Li et al.
+            2024).
     """
 
-    loss: Literal["mse", "l1", "huber"] = "mse"
+    loss: Literal["mse", "l1", "huber", "vlb", "hybrid"] = "mse"
+    huber_delta: float = 1.0
+    vlb_weight: float = 0.001
+    weighting: Literal["none", "min_snr", "p2", "snr", "truncated_snr"] = "none"
+    min_snr_gamma: float = 5.0
+    p2_gamma: float = 1.0
+    p2_k: float = 1.0
+    timestep_sampling: Literal["uniform", "antithetic", "loss_aware"] = "uniform"
+    self_conditioning: float = 0.0
     class_dropout: float = 0.0
+    offset_noise: float = 0.0
+    immiscible_noise: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

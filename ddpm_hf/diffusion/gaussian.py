@@ -119,3 +119,40 @@ def normal_kl(
     ratio = torch.exp(log_variance_1 - log_variance_2)
     distance = (mean_1 - mean_2) ** 2 * torch.exp(-log_variance_2)
     return 0.5 * (log_variance_2 - log_variance_1 + ratio + distance - 1)
+
+
+def discretized_log_likelihood(x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """Log-probability of 8-bit data under a Gaussian, element by element, in nats. Eq. 13, Ho et al. 2020.
+
+    A value stands for the interval 1/255 to either side; -1 and 1 stand for the rest of the line too. The difference of
+    two CDFs is formed from their logarithms, with the larger factored out, so neither it nor its gradient under- or
+    overflows in float32 or float64.
+
+    Args:
+        x_0: Data in [-1, 1], -1 plus whole multiples of 2/255.
+        mean: The Gaussian's mean.
+        log_variance: Its log-variance.
+    """
+    inverse_deviation = torch.exp(-log_variance / 2)
+    distance, half_bin = (x_0 - mean) * inverse_deviation, inverse_deviation / 255
+    # By symmetry the interval may lie on the left: near is its edge on the side of the mean, far the other one.
+    near, far = half_bin - distance.abs(), -half_bin - distance.abs()
+    log_near = _log_normal_cdf(near)
+    log_ratio = _log_normal_cdf(far) - log_near
+    # Where rounding eats this difference: the slope of log CDF in the middle, phi / Phi, times the width.
+    is_narrow = half_bin < torch.finfo(half_bin.dtype).eps ** (1 / 3)
+    middle = torch.where(is_narrow, distance.abs(), 0.0)
+    slope = math.sqrt(2 / math.pi) / torch.special.erfcx(middle / math.sqrt(2))
+    log_ratio = torch.where(is_narrow, -2 * half_bin * slope, log_ratio)
+    # So far out that even the edges are rounded to one, log CDF is all that counts.
+    log_ratio = log_ratio.clamp(max=-torch.finfo(log_ratio.dtype).tiny)
+    inside = log_near + torch.log(-torch.expm1(log_ratio))
+    below, above = _log_normal_cdf(half_bin + distance), _log_normal_cdf(half_bin - distance)
+    return torch.where(x_0 < -0.999, below, torch.where(x_0 > 0.999, above, inside))
+
+
+def _log_normal_cdf(z: torch.Tensor) -> torch.Tensor:
+    """Logarithm of Phi(z); far on the left the gradient of torch's own is wrong, in float32 from -1000 on."""
+    left, right = z.clamp(max=0), z.clamp(min=0)
+    on_the_left = torch.log(torch.special.erfcx(-left / math.sqrt(2)) / 2) - left**2 / 2
+    return torch.where(z < 0, on_the_left, torch.log1p(-torch.erfc(right / math.sqrt(2)) / 2))

@@ -1,7 +1,7 @@
 """This rank's part of each global batch: images, and every random number that the objective needs.
 
 All of it is a function of (seed, step, position in the global batch), however the batch is split over ranks and micro
-batches.
+batches; timesteps that follow the losses are a function of those too.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from ddpm_hf.config import RunConfig
 from ddpm_hf.data import ImageSet, SampleOrder, normalize
-from ddpm_hf.rng import normal_by_position, numpy_generator
+from ddpm_hf.rng import numpy_generator
+from ddpm_hf.training.noise import draw_noise, exchange_noise, whole_blocks
+from ddpm_hf.training.timestep_sampling import TimestepSampler
 
 
 @dataclass(frozen=True)
@@ -23,19 +25,28 @@ class MicroBatch:
 
     Args:
         x_0: float32 images in [-1, 1], (batch, channels, height, width).
-        noise: float32 standard normal, of the same shape.
+        noise: float32 noise of the same shape.
         timesteps: int64 (batch,).
+        importance: float32 (batch,), factors on the losses where timesteps are not uniform; None where they are.
         class_labels: int64 (batch,), or None for an unconditional network.
         dropped: bool (batch,), whose label becomes the null label; None without label dropout.
+        feeds_back: Whether a self-conditioned network sees its own prediction; the same for the whole step.
         is_last: Whether the optimiser update follows.
     """
 
     x_0: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
+    importance: torch.Tensor | None
     class_labels: torch.Tensor | None
     dropped: torch.Tensor | None
+    feeds_back: bool
     is_last: bool
+
+    @property
+    def loss_arguments(self) -> tuple[Any, ...]:
+        """What the loss takes after the network."""
+        return self.x_0, self.noise, self.timesteps, self.class_labels, self.dropped, self.feeds_back
 
 
 class BatchSource:
@@ -48,6 +59,7 @@ class BatchSource:
         num_processes: How many there are; they share the global batch in equal, consecutive parts.
         micro_batch_size: Images of one forward.
         device: Where the batches are needed.
+        timestep_sampler: What draws the timesteps.
     """
 
     def __init__(
@@ -59,12 +71,14 @@ class BatchSource:
         num_processes: int,
         micro_batch_size: int,
         device: torch.device,
+        timestep_sampler: TimestepSampler,
     ) -> None:
         self._config = config
         self._images = images
         self._order = SampleOrder(len(images), config.training.seed)
         self._micro_batch_size = micro_batch_size
         self._device = device
+        self._timestep_sampler = timestep_sampler
         share = config.training.train_batch_size // num_processes
         self._positions = range(rank * share, (rank + 1) * share)
 
@@ -75,27 +89,40 @@ class BatchSource:
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """Yields this rank's micro batches of optimiser step `step`, on the device."""
         config, seed, size = self._config, self._config.training.seed, self._config.training.train_batch_size
-        timesteps = numpy_generator(seed, "timesteps", step).integers(
-            0, config.diffusion.num_train_timesteps, size=size
-        )
-        dropped = numpy_generator(seed, "class_dropout", step).random(size) < config.objective.class_dropout
+        objective = config.objective
+        timesteps, importance = self._timestep_sampler.draw(step)
+        dropped = numpy_generator(seed, "class_dropout", step).random(size) < objective.class_dropout
         mirrored = numpy_generator(seed, "flip", step).random(size) < 0.5
+        feeds_back = numpy_generator(seed, "self_conditioning", step).random() < objective.self_conditioning
         for start in range(self._positions.start, self._positions.stop, self._micro_batch_size):
             positions = range(start, start + self._micro_batch_size)
             part = slice(positions.start, positions.stop)
-            rows = self._order.positions(step * size + positions.start, step * size + positions.stop)
-            pixels, labels = self._images.take(rows)
-            x_0 = normalize(
-                self._to_device(pixels), self._to_device(mirrored[part]) if config.data.random_flip else None
-            )
+            # Noise is exchanged among the images of a block, so all of them are needed, also where the batch cuts it.
+            drawn = whole_blocks(positions, size) if objective.immiscible_noise else positions
+            x_0, labels = self._images_at(step, drawn, mirrored)
+            noise = draw_noise(objective, seed, step, drawn, x_0.shape[1:], self._device)
+            if objective.immiscible_noise:
+                noise = exchange_noise(x_0, noise)
+            mine = slice(positions.start - drawn.start, positions.stop - drawn.start)
             yield MicroBatch(
-                x_0=x_0,
-                noise=normal_by_position(seed, "noise", step, positions, x_0.shape[1:], self._device),
+                x_0=x_0[mine],
+                noise=noise[mine],
                 timesteps=self._to_device(timesteps[part]),
-                class_labels=self._to_device(labels) if config.model.class_conditional and labels is not None else None,
-                dropped=self._to_device(dropped[part]) if config.objective.class_dropout > 0 else None,
+                importance=None if importance is None else self._to_device(importance[part]),
+                class_labels=self._to_device(labels[mine]) if labels is not None else None,
+                dropped=self._to_device(dropped[part]) if objective.class_dropout > 0 else None,
+                feeds_back=feeds_back,
                 is_last=positions.stop == self._positions.stop,
             )
+
+    def _images_at(
+        self, step: int, positions: range, mirrored: NDArray[np.bool_]
+    ) -> tuple[torch.Tensor, NDArray[Any] | None]:
+        """Returns the images at some positions of the global batch, and their labels if the network takes them."""
+        config, first = self._config, step * self._config.training.train_batch_size
+        pixels, labels = self._images.take(self._order.positions(first + positions.start, first + positions.stop))
+        flips = self._to_device(mirrored[positions.start : positions.stop]) if config.data.random_flip else None
+        return normalize(self._to_device(pixels), flips), labels if config.model.class_conditional else None
 
     def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
         """Copies an array to the device without making the host wait."""

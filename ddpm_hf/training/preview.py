@@ -24,6 +24,7 @@ def save_preview(
     seed: int,
     class_names: dict[str, str] | None,
     has_null_label: bool,
+    self_conditioned: bool = False,
 ) -> None:
     """Samples one grid and writes it as PNG; where memory or the disk is full, it is a warning and training goes on.
 
@@ -37,9 +38,10 @@ def save_preview(
         seed: Seed of the run.
         class_names: Class number to name of a class-conditional network, in turn over the images; None without classes.
         has_null_label: Whether the network was trained with label dropout.
+        self_conditioned: Whether the network takes its last prediction of x_0.
     """
     try:
-        images = _sample(unet, scheduler, config, seed, class_names, has_null_label)
+        images = _sample(unet, scheduler, config, seed, class_names, has_null_label, self_conditioned)
         path.parent.mkdir(parents=True, exist_ok=True)
         num_columns = len(class_names) if class_names and len(class_names) <= config.num_images else None
         image_grid(images, num_columns or round(config.num_images**0.5)).save(path)
@@ -56,10 +58,13 @@ def _sample(
     seed: int,
     class_names: dict[str, str] | None,
     has_null_label: bool,
+    self_conditioned: bool,
 ) -> NDArray[np.uint8]:
     """Returns the images of the grid, uint8 (number, height, width, channels)."""
     sampler = GaussianDiffusionScheduler.from_config(scheduler.config)
-    pipeline = GaussianDiffusionPipeline(unet, sampler, class_names=class_names, has_null_label=has_null_label)
+    pipeline = GaussianDiffusionPipeline(
+        unet, sampler, class_names=class_names, has_null_label=has_null_label, self_conditioned=self_conditioned
+    )
     pipeline.set_progress_bar_config(disable=True)
     was_training = unet.training
     unet.eval()

@@ -12,11 +12,12 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.config import ConfigError, RunConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.training import checkpoint, processes
+from ddpm_hf.training import checkpoint, processes, snapshot
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.resume import choose_checkpoint
 from ddpm_hf.training.run_folder import RunFolder
 from ddpm_hf.training.snapshot import TrainerState, load_optimizer, read_snapshot, write_snapshot
+from ddpm_hf.training.timestep_sampling import TimestepSampler
 from ddpm_hf.training.tracking import MetricsLog, say
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Saver:
         unet: The network.
         ema: Its average.
         optimizer: Its optimiser.
+        timestep_sampler: What draws its timesteps, and may have learned from them.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class Saver:
         unet: UNet2DModel,
         ema: EMA,
         optimizer: torch.optim.Optimizer,
+        timestep_sampler: TimestepSampler,
     ) -> None:
         self._config = config
         self._folder = folder
         self._metrics = metrics
         self._num_images = num_images
         self._unet, self._ema, self._optimizer = unet, ema, optimizer
+        self._timestep_sampler = timestep_sampler
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -80,10 +84,11 @@ class Saver:
         found = processes.on_rank_0(self._read_checkpoint)
         state = None
         if processes.share_json(found is not None):
-            counters, tensors = found if found is not None else (TrainerState(), None)
+            counters, tensors, learned = found if found is not None else (TrainerState(), None, None)
             state = TrainerState(**processes.share_json(vars(counters)))
             processes.share_tensors([*self._unet.parameters(), *self._ema.tensors()])
             load_optimizer(self._optimizer, self._unet, processes.share_named_tensors(tensors, self._unet.device))
+            self._timestep_sampler.load_state(processes.share_named_tensors(learned, self._unet.device))
             self._ema.num_updates = state.num_ema_updates
         processes.on_rank_0(lambda: self._start_folder(state.global_step if state else 0))
         return state
@@ -117,6 +122,7 @@ class Saver:
 
         def write(folder: Path) -> None:
             write_snapshot(folder, self._unet, self._ema, self._optimizer, state, self._config.to_yaml())
+            snapshot.write_objective(folder, self._timestep_sampler.state())
 
         try:
             checkpoint.write_checkpoint(self._folder.checkpoints, state.global_step, write)
@@ -141,7 +147,7 @@ class Saver:
                 "room, or choose another folder."
             )
 
-    def _read_checkpoint(self) -> tuple[TrainerState, dict[str, torch.Tensor]] | None:
+    def _read_checkpoint(self) -> tuple[TrainerState, dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:
         """Reads the newest valid checkpoint on rank 0."""
         latest = choose_checkpoint(self._folder, self._config)
         self._check_space(latest)
@@ -155,7 +161,7 @@ class Saver:
                 f"{self._folder.path} began with {state.num_images}; restore the data, or choose another "
                 "training.output_dir."
             )
-        return state, tensors
+        return state, tensors, snapshot.read_objective(latest.path)
 
     def _start_folder(self, step: int) -> None:
         """Writes the configuration and cuts the metrics back to the checkpoint."""

@@ -69,4 +69,11 @@ def build_network(
     has_null_label = config.objective.class_dropout > 0
     num_class_embeds = num_classes + has_null_label if num_classes else None
     seed_global_generators(config.training.seed, "initialization")
-    return build_unet(config.model, image_shape, num_class_embeds).to(device)
+    self_conditioned, learned_variance = config.objective.self_conditioning > 0, config.diffusion.learns_variance
+    return build_unet(
+        config.model,
+        image_shape,
+        num_class_embeds,
+        self_conditioned=self_conditioned,
+        learned_variance=learned_variance,
+    ).to(device)

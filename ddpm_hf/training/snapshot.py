@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_hf.training.ema import EMA
 
+_OBJECTIVE_FILE = "objective.safetensors"
+
 
 @dataclass
 class TrainerState:
@@ -82,6 +84,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, unet: UNet2DModel, tensors:
         if moments:
             state_dict["state"][index] = moments
     optimizer.load_state_dict(state_dict)
+
+
+def write_objective(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes what the objective has learned, if it learns at all.
+
+    Raises:
+        OSError: If the disk does not take it.
+    """
+    if tensors:
+        try:
+            save_file(dict(tensors), folder / _OBJECTIVE_FILE)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def read_objective(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns what `write_objective` wrote; nothing for an objective that does not learn."""
+    path = folder / _OBJECTIVE_FILE
+    return load_file(path) if path.exists() else {}
 
 
 def _optimizer_tensors(unet: UNet2DModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ processes and micro batches, and nothing random has to be stored.
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ from ddpm_hf.training.run_folder import RunFolder
 from ddpm_hf.training.saving import Saver
 from ddpm_hf.training.setup import build_network, build_scheduler, class_names_of, open_splits
 from ddpm_hf.training.snapshot import TrainerState
+from ddpm_hf.training.timestep_sampling import build_timestep_sampler
 from ddpm_hf.training.tracking import MetricsLog, Progress, say
 from ddpm_hf.training.validation import validation_loss
 
@@ -64,12 +66,18 @@ class Trainer:
         num_classes = len(self.class_names) if self.class_names else None
         self.scheduler = build_scheduler(config.diffusion)
         self.unet = build_network(config, self.images.image_shape, num_classes, self.device)
+        self.pipeline_settings: dict[str, Any] = {
+            "class_names": self.class_names,
+            "has_null_label": self.has_null_label,
+            "self_conditioned": config.objective.self_conditioning > 0,
+        }
         self.ema = EMA(self.unet, training.ema_decay, training.ema_warmup)
         self.optimizer = build_optimizer(self.unet.parameters(), training)
-        self.loss = DenoisingLoss(self.scheduler, config.objective.loss, num_classes if self.has_null_label else None)
+        self.loss = DenoisingLoss(self.scheduler, config.objective, num_classes if self.has_null_label else None)
         self.state = TrainerState()
         self.guard = NonFiniteGuard(training.max_consecutive_nonfinite)
-        self.meter = Meter(self.accelerator, training.train_batch_size)
+        self.timestep_sampler = build_timestep_sampler(config)
+        self.meter = Meter(self.accelerator, training.train_batch_size, config.diffusion.num_train_timesteps)
         self.metrics = MetricsLog(self.folder.path / "metrics.jsonl")
         self.saver = Saver(
             config,
@@ -79,6 +87,7 @@ class Trainer:
             unet=self.unet,
             ema=self.ema,
             optimizer=self.optimizer,
+            timestep_sampler=self.timestep_sampler,
         )
 
     @property
@@ -112,6 +121,7 @@ class Trainer:
             num_processes=self.accelerator.num_processes,
             micro_batch_size=self.micro_batch_size,
             device=self.device,
+            timestep_sampler=self.timestep_sampler,
         )
         self._model, self._prepared_optimizer = self.accelerator.prepare(self.unet, self.optimizer)
         if self.state.scaler and self.accelerator.scaler is not None:
@@ -139,21 +149,18 @@ class Trainer:
 
     def _train_step(self, step: int) -> None:
         """Collective: one optimiser update on the global batch, gradients accumulated over micro batches."""
-        share_loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(self._batches.micro_batches(step)):
             # Only dropout draws from the global generators.
             seed_global_generators(self.config.training.seed, "dropout", step, self.accelerator.process_index, number)
             with nullcontext() if batch.is_last else self.accelerator.no_sync(self._model):
-                losses = self.loss(
-                    self._model, batch.x_0, batch.noise, batch.timesteps, batch.class_labels, batch.dropped
-                )
+                losses = self.loss(self._model, *batch.loss_arguments)
                 # DDP takes the mean over ranks, so the gradient is that of the mean over the global batch.
-                loss = losses.sum() / len(self._batches)
-                self.accelerator.backward(loss)
-            share_loss += loss.detach()
-        self._update(step, share_loss)
+                self.accelerator.backward(self.meter.losses.add(losses, batch.timesteps, batch.importance))
+        if self.timestep_sampler.learns:
+            self.timestep_sampler.record(self.accelerator.gather(self.meter.losses.step_losses()))
+        self._update(step)
 
-    def _update(self, step: int, share_loss: torch.Tensor) -> None:
+    def _update(self, step: int) -> None:
         """Clips, updates the weights unless the gradient is not finite, and starts counting."""
         config = self.config.training
         max_norm = float("inf") if config.max_grad_norm is None else config.max_grad_norm
@@ -170,7 +177,7 @@ class Trainer:
         self.guard.record(is_nonfinite, None if scaler is None else scaler._get_scale_async())
         self._prepared_optimizer.step()
         self._prepared_optimizer.zero_grad(set_to_none=True)
-        self.meter.add(share_loss, is_nonfinite)
+        self.meter.losses.end_step(is_nonfinite)
 
     def _settle_update(self) -> None:
         """Lets the average follow the previous update, now that the host knows whether it was applied."""
@@ -238,7 +245,7 @@ class Trainer:
 
         def draw() -> None:
             with self.ema.swapped_in(self.unet):
-                save_preview(path, self.unet, self.scheduler, preview, seed, self.class_names, self.has_null_label)
+                save_preview(path, self.unet, self.scheduler, preview, seed, **self.pipeline_settings)
 
         processes.on_rank_0(draw)
 
@@ -265,8 +272,4 @@ class Trainer:
 
     def _finish(self) -> None:
         """Collective: writes the pipeline with the averaged weights."""
-        self.saver.save_pipeline(
-            GaussianDiffusionPipeline(
-                self.unet, self.scheduler, class_names=self.class_names, has_null_label=self.has_null_label
-            )
-        )
+        self.saver.save_pipeline(GaussianDiffusionPipeline(self.unet, self.scheduler, **self.pipeline_settings))

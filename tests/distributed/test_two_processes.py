@@ -11,40 +11,43 @@ import torch
 
 from ddpm_hf.cli import train
 from tests.conftest import REPOSITORY, process_environment, run_arguments, run_process
-from tests.integration.test_training import assert_same_run, metrics_of, tensors_of
+from tests.integration.test_training import (
+    EVERYTHING_BUT_DROPOUT,
+    assert_same_run,
+    loss_columns,
+    metrics_of,
+    tensors_of,
+)
 
 pytestmark = pytest.mark.distributed
 WITH_VALIDATION = {"data__validation_fraction": 0.1, "training__validate_every_steps": 3}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_ddpm.py")
 
 
-@pytest.fixture(scope="module")
-def two_process_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run as 2 x 4."""
-    output_dir = tmp_path_factory.mktemp("runs") / "two"
-    result = run_process([*TORCHRUN, *run_arguments(output_dir, **WITH_VALIDATION)])
+def test_one_loss_curve_from_one_process_and_from_two(tmp_path: Path) -> None:
+    """To 1e-5: only the order of float32 additions differs. The history of the losses is that of both ranks."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    everything = EVERYTHING_BUT_DROPOUT | WITH_VALIDATION
+    assert train(run_arguments(one, **everything)) == 0
+    result = run_process([*TORCHRUN, *run_arguments(two, **everything)])
     assert result.returncode == 0, result.stderr
-    return output_dir
+    np.testing.assert_allclose(loss_columns(one), loss_columns(two), rtol=0, atol=1e-5)
+    validation = [[row["validation_loss"] for row in metrics_of(run) if "validation_loss" in row] for run in (one, two)]
+    assert len(validation[0]) == 2
+    np.testing.assert_allclose(validation[0], validation[1], rtol=0, atol=1e-5)
+    expected, found = (tensors_of(run / "checkpoints" / "step_00000006") for run in (one, two))
+    assert expected.keys() == found.keys()
+    for key in expected:
+        torch.testing.assert_close(expected[key], found[key], rtol=0, atol=1e-5)
 
 
-def test_one_loss_curve_from_one_process_and_from_two(two_process_run: Path, tmp_path: Path) -> None:
-    """To 1e-5: only the order of float32 additions differs."""
-    assert train(run_arguments(tmp_path / "one", **WITH_VALIDATION)) == 0
-    one, two = (metrics_of(run) for run in (tmp_path / "one", two_process_run))
-    for name, count in (("loss", 6), ("validation_loss", 2)):
-        losses = [[row[name] for row in rows if name in row] for rows in (one, two)]
-        assert len(losses[0]) == count
-        np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-5)
-    weights = [tensors_of(run / "checkpoints" / "step_00000006") for run in (tmp_path / "one", two_process_run)]
-    for key in weights[0]:
-        torch.testing.assert_close(weights[0][key], weights[1][key], rtol=0, atol=1e-5)
+def test_two_processes_stopped_through_one_of_them_continue_bit_identically(tmp_path: Path) -> None:
+    """The launcher passes SIGTERM on; both ranks save the same step and exit; the same command goes on exactly.
 
-
-def test_two_processes_stopped_through_one_of_them_continue_bit_identically(
-    two_process_run: Path, tmp_path: Path
-) -> None:
-    """The launcher passes SIGTERM on; both ranks save the same step and exit; the same command goes on exactly."""
-    command = [sys.executable, *TORCHRUN, *run_arguments(tmp_path / "run"), "--training.num_steps", "4000"]
+    The objective learns from the losses of both ranks, and feeds its prediction back to the network.
+    """
+    command = [sys.executable, *TORCHRUN, *run_arguments(tmp_path / "run", **EVERYTHING_BUT_DROPOUT)]
+    command += ["--training.num_steps", "4000"]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=process_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -57,10 +60,10 @@ def test_two_processes_stopped_through_one_of_them_continue_bit_identically(
     stopped_at = int(output.split("Stopped by a signal at step ")[1].split(";")[0])
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     assert newest.name == f"step_{stopped_at:08d}"
-    num_steps = str(stopped_at + 2)
-    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run", training__num_steps=num_steps)])
+    changes = EVERYTHING_BUT_DROPOUT | {"training__num_steps": stopped_at + 2}
+    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run", **changes)])
     assert result.returncode == 0, result.stderr
-    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "whole", training__num_steps=num_steps)])
+    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "whole", **changes)])
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "whole", tmp_path / "run", stopped_at + 2)
 

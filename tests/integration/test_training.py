@@ -22,20 +22,33 @@ from ddpm_hf.training import saving
 from ddpm_hf.training.checkpoint import find_latest
 from ddpm_hf.training.guard import NonFiniteTraining, RunLock
 from ddpm_hf.training.objective import DenoisingLoss
+from ddpm_hf.training.timestep_sampling import HISTORY_LENGTH, UniformTimesteps
 from ddpm_hf.training.trainer import Trainer
 from ddpm_hf.training.validation import validation_loss
 from tests.conftest import run_arguments
 
-# Everything that draws random numbers, so that a resume has to get all of them right.
-EVERYTHING_RANDOM = {
+# Everything that draws random numbers or learns, but for dropout, which alone depends on how the batch is split. With
+# two timesteps the history of the losses is full after three steps.
+EVERYTHING_BUT_DROPOUT = {
+    "objective__class_dropout": 0.2,
+    "objective__weighting": "min_snr",
+    "objective__timestep_sampling": "loss_aware",
+    "objective__self_conditioning": 0.5,
+    "objective__offset_noise": 0.1,
+    "objective__immiscible_noise": True,
+    "data__random_flip": True,
+    "diffusion__num_train_timesteps": 2,
+    "preview__num_inference_steps": 2,
+    "evaluation__num_inference_steps": 2,
+}
+# So that a resume has to get all of it right.
+EVERYTHING_RANDOM = EVERYTHING_BUT_DROPOUT | {
     "model__overrides": {
         "block_out_channels": [8, 16],
         "layers_per_block": 1,
         "norm_num_groups": 4,
         "dropout": 0.1,
     },
-    "objective__class_dropout": 0.2,
-    "data__random_flip": True,
     "training__micro_batch_size": 4,
     "training__log_every_steps": 4,
 }
@@ -43,10 +56,8 @@ EVERYTHING_RANDOM = {
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Returns every tensor of a checkpoint, named by file and key."""
-    files = ("unet/diffusion_pytorch_model", "ema/diffusion_pytorch_model", "optimizer")
-    return {
-        f"{file}:{key}": value for file in files for key, value in load_file(checkpoint / f"{file}.safetensors").items()
-    }
+    files = sorted(checkpoint.rglob("*.safetensors"))
+    return {f"{file.relative_to(checkpoint)}:{key}": value for file in files for key, value in load_file(file).items()}
 
 
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
@@ -154,9 +165,10 @@ def uninterrupted_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stopped_and_continued_run_is_bit_identical_to_one_that_never_stopped(
     step: int, uninterrupted_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exact: weights, average, optimiser and metrics, with dropout, flips, label drops and accumulation switched on.
+    """Exact: weights, average, optimiser, history of the losses and metrics, with everything random switched on.
 
-    The steps lie on a checkpoint, between checkpoints and between two lines of metrics.
+    The steps lie on a checkpoint, between checkpoints and between two lines of metrics, before and after the history is
+    full.
     """
     arguments = run_arguments(tmp_path / "run", **EVERYTHING_RANDOM)
     with monkeypatch.context() as patch:
@@ -298,15 +310,103 @@ def test_a_changed_setting_that_can_be_continued_with_is_named(
     assert metrics_of(run)[-1]["step"] == 7
 
 
-def test_the_loss_does_not_depend_on_how_the_batch_is_accumulated(tmp_path: Path) -> None:
+HYBRID = {
+    "objective__loss": "hybrid",
+    "diffusion__variance_type": "learned_range",
+    "diffusion__beta_schedule": "linear",
+    "objective__weighting": "p2",
+    "objective__timestep_sampling": "antithetic",
+}
+
+
+@pytest.mark.parametrize("changes", [{}, EVERYTHING_BUT_DROPOUT, HYBRID], ids=["plain", "everything", "hybrid"])
+def test_the_loss_does_not_depend_on_how_the_batch_is_accumulated(changes: dict[str, object], tmp_path: Path) -> None:
     """To 1e-5: only the order of float32 additions differs."""
     losses = {}
     for micro_batch_size in (8, 4, 1):
         run = tmp_path / f"run_{micro_batch_size}"
-        assert train(run_arguments(run, training__micro_batch_size=micro_batch_size)) == 0
-        losses[micro_batch_size] = [row["loss"] for row in metrics_of(run)]
-    np.testing.assert_allclose(losses[4], losses[8], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(losses[1], losses[8], rtol=0, atol=1e-5)
+        assert train(run_arguments(run, **changes, training__micro_batch_size=micro_batch_size)) == 0
+        losses[micro_batch_size] = loss_columns(run)
+    np.testing.assert_allclose(losses[4], losses[8], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(losses[1], losses[8], rtol=1e-5, atol=1e-5)
+
+
+def loss_columns(output_dir: Path) -> list[list[float]]:
+    """Returns the loss and that of each quartile of every line of metrics; NaN where no timestep was of a quartile."""
+    names = ("loss", "loss_q0", "loss_q1", "loss_q2", "loss_q3")
+    rows = [row for row in metrics_of(output_dir) if "loss" in row]
+    return [[float("nan") if row[name] is None else row[name] for name in names] for row in rows]
+
+
+def test_the_loss_is_told_by_quartile_of_the_timesteps(tmp_path: Path) -> None:
+    """All of a chain of four timesteps: their losses, weighed with how often each was drawn, are the loss."""
+    changes = {"diffusion__num_train_timesteps": 4, "training__train_batch_size": 64}
+    changes |= {"preview__num_inference_steps": 4, "evaluation__num_inference_steps": 4}
+    assert train(run_arguments(tmp_path / "run", **changes)) == 0
+    for row in metrics_of(tmp_path / "run"):
+        timesteps = UniformTimesteps(4, 64, seed=0).draw(row["step"] - 1).timesteps
+        counts = np.bincount(timesteps, minlength=4)
+        quartiles = [row[f"loss_q{quartile}"] for quartile in range(4)]
+        assert np.dot(counts, quartiles) / 64 == pytest.approx(row["loss"], rel=1e-5)
+        assert len(set(quartiles)) == 4
+
+
+OBJECTIVES: dict[str, dict[str, object]] = {
+    "hybrid": HYBRID | {"objective__timestep_sampling": "loss_aware"},
+    "vlb with a fixed variance": {"objective__loss": "vlb", "objective__timestep_sampling": "loss_aware"},
+    "vlb with a learned variance": {"objective__loss": "vlb", "diffusion__variance_type": "learned"},
+    "x_0 without signal at the end": {
+        "diffusion__prediction_type": "x0",
+        "diffusion__rescale_betas_zero_snr": True,
+        "objective__weighting": "truncated_snr",
+    },
+    "self-conditioned epsilon": {"diffusion__prediction_type": "eps", "objective__self_conditioning": 0.5},
+    "self-conditioned hybrid": HYBRID | {"objective__self_conditioning": 1.0},
+    "l1 with an offset": {"objective__loss": "l1", "objective__offset_noise": 0.1, "objective__weighting": "snr"},
+    "huber": {"objective__loss": "huber", "objective__huber_delta": 0.2, "objective__immiscible_noise": True},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_previews_and_saves_a_pipeline_that_samples(name: str, tmp_path: Path) -> None:
+    changes = OBJECTIVES[name]
+    previews = {"preview__every_steps": 3, "preview__num_images": 10, "preview__num_inference_steps": 2}
+    assert train(run_arguments(tmp_path / "run", **changes, **previews)) == 0
+    assert np.isfinite([row["loss"] for row in metrics_of(tmp_path / "run")]).all()
+    assert (tmp_path / "run" / "previews" / "step_00000006.png").is_file()
+    pipeline = GaussianDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    is_self_conditioned = "objective__self_conditioning" in changes
+    learns_variance = str(changes.get("diffusion__variance_type", "")).startswith("learned")
+    assert bool(pipeline.config.get("self_conditioned")) is is_self_conditioned
+    assert pipeline.unet.config.in_channels == 1 + is_self_conditioned
+    assert pipeline.unet.config.out_channels == 1 + learns_variance
+    images = pipeline(batch_size=2, class_labels=[3, 7], num_inference_steps=2, eta=1.0, output_type="pt").images
+    assert images.shape == (2, 1, 8, 8)
+    assert torch.isfinite(images).all()
+    learns = "loss_aware" in changes.values()
+    assert (tmp_path / "run" / "checkpoints" / "step_00000006" / "objective.safetensors").exists() is learns
+
+
+@pytest.mark.parametrize("name", ["hybrid", "self-conditioned hybrid"])
+def test_a_learned_variance_is_resumed_bit_by_bit_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = OBJECTIVES[name]
+    assert train(run_arguments(tmp_path / "whole", **changes)) == 0
+    with monkeypatch.context() as patch:
+        stop_with_signal_after(3, patch)
+        assert train(run_arguments(tmp_path / "run", **changes)) == 143
+    assert train(run_arguments(tmp_path / "run", **changes)) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
+
+
+def test_a_history_of_losses_was_full_and_in_use(uninterrupted_run: Path) -> None:
+    """Otherwise the exact resume above would not have to restore it."""
+    history = load_file(uninterrupted_run / "checkpoints" / "step_00000004" / "objective.safetensors")
+    assert int(history["num_losses"].sum()) == 4 * 8
+    assert int(history["num_losses"].min()) >= HISTORY_LENGTH
+    assert history["losses"].all()
 
 
 def test_validation_measures_the_averaged_weights_and_leaves_training_alone(

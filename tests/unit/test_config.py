@@ -120,7 +120,7 @@ def test_a_wrong_file_is_refused_in_one_sentence(yaml_file: Any, content: str, s
             ["--training.micro_batch_size", "8.0"],
             "training.micro_batch_size is 8.0, but must be a whole number, auto or null; write 8.",
         ),
-        (["--objective.loss", "MSE"], "objective.loss is MSE, but must be mse, l1 or huber."),
+        (["--objective.loss", "MSE"], "objective.loss is MSE, but must be mse, l1, huber, vlb or hybrid."),
         (["--model.overrides", "{"], "model.overrides is {, but must be a mapping."),
         (["--config", "/nowhere/run.yaml"], "--config: File does not exist: '/nowhere/run.yaml'"),
         (["run.yaml"], "unrecognized arguments: run.yaml"),
@@ -179,6 +179,21 @@ def test_yaml_that_is_code_is_refused_and_not_run(yaml_file: Any, tmp_path: Path
         ({"training__validate_every_steps": 9}, "training.validate_every_steps 9 needs held-out images; set data.val"),
         ({"training__micro_batch_size": -2}, "training.micro_batch_size is -2, but must be greater than 0"),
         ({"training__output_dir": ""}, "training.output_dir is not set"),
+        ({"objective__huber_delta": 0.0}, "objective.huber_delta is 0.0, but must be greater than 0"),
+        ({"objective__vlb_weight": 0.0}, "objective.vlb_weight is 0.0, but must be greater than 0"),
+        ({"objective__min_snr_gamma": 0.0}, "objective.min_snr_gamma is 0.0, but must be greater than 0"),
+        ({"objective__p2_k": 0.0}, "objective.p2_k is 0.0, but must be greater than 0"),
+        ({"objective__p2_gamma": -1.0}, "objective.p2_gamma is -1.0, but must be 0 or more"),
+        ({"objective__offset_noise": -0.1}, "objective.offset_noise is -0.1, but must be 0 or more"),
+        ({"objective__self_conditioning": 1.1}, "objective.self_conditioning is 1.1, but must be between 0 and 1"),
+        (
+            {"objective__huber_delta": 2.0},
+            "objective.huber_delta 2 has no effect with objective.loss mse; leave it out",
+        ),
+        ({"objective__vlb_weight": 1.0}, "or set objective.loss to hybrid."),
+        ({"objective__min_snr_gamma": 1.0, "objective__weighting": "p2"}, "set objective.weighting to min_snr."),
+        ({"objective__p2_gamma": 0.5}, "objective.p2_gamma 0.5 has no effect with objective.weighting none"),
+        ({"objective__p2_k": 2.0}, "set objective.weighting to p2."),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, object], sentence: str) -> None:
@@ -187,6 +202,56 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, object], sente
         validate(with_changes(**changes))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+LEARNED = {"diffusion__variance_type": "learned_range"}
+VLB, HYBRID = {"objective__loss": "vlb"}, {"objective__loss": "hybrid"} | LEARNED
+
+
+@pytest.mark.parametrize(
+    ("changes", "both_sides", "fix"),
+    [
+        *(
+            (LEARNED | {"objective__loss": loss}, ("diffusion.variance_type learned_range", f"objective.loss {loss}"),
+             "set objective.loss to hybrid or vlb, or diffusion.variance_type to fixed_small or fixed_large.")
+            for loss in ("mse", "l1", "huber")
+        ),
+        ({"diffusion__variance_type": "learned"}, ("diffusion.variance_type learned", "objective.loss mse"),
+         "set objective.loss to hybrid or vlb"),
+        ({"objective__loss": "hybrid"}, ("objective.loss hybrid", "diffusion.variance_type is fixed_large"),
+         "set diffusion.variance_type to learned_range, or objective.loss to mse."),
+        *(
+            (VLB | {"objective__weighting": weighting}, (f"objective.weighting {weighting}", "objective.loss vlb"),
+             "set objective.weighting to none, or objective.loss to mse or hybrid.")
+            for weighting in ("p2", "min_snr", "snr")
+        ),
+        *(
+            ({"objective__weighting": "truncated_snr", "diffusion__prediction_type": name},
+             ("objective.weighting truncated_snr", f"diffusion.prediction_type {name}"),
+             "set diffusion.prediction_type to v_prediction or sample, or objective.weighting to min_snr.")
+            for name in ("epsilon", "eps")
+        ),
+        *(
+            (loss | {"objective__offset_noise": 0.1}, ("objective.offset_noise 0.1", "objective.loss"),
+             "leave objective.offset_noise out, or set objective.loss to mse.")
+            for loss in (VLB, HYBRID)
+        ),
+        *(
+            (loss | {"objective__immiscible_noise": True}, ("objective.immiscible_noise true", "objective.loss"),
+             "leave objective.immiscible_noise out, or set objective.loss to mse.")
+            for loss in (VLB, HYBRID)
+        ),
+    ],
+)  # fmt: skip
+def test_objectives_that_make_no_sense_are_refused_with_both_sides_and_the_fix(
+    changes: dict[str, object], both_sides: tuple[str, str], fix: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(with_changes(**changes))
+    sentence = str(caught.value)
+    assert all(side in sentence for side in both_sides)
+    assert sentence.endswith(fix) or fix in sentence.partition("; ")[2]
+    assert "\n" not in sentence
 
 
 @pytest.mark.parametrize(("batch", "micro", "advice"), [(128, 48, "use 96 or 144."), (4, 48, "; use 48.")])
@@ -206,6 +271,13 @@ def test_a_batch_that_cannot_be_divided_comes_with_one_that_can(batch: int, micr
         {"training__micro_batch_size": 32},
         {"training__micro_batch_size": "auto"},
         {"training__validate_every_steps": 9, "data__validation_fraction": 0.1},
+        HYBRID | {"objective__weighting": "p2", "objective__p2_gamma": 0.5, "objective__vlb_weight": 0.01},
+        VLB | {"objective__timestep_sampling": "loss_aware"},
+        VLB | {"diffusion__variance_type": "learned", "objective__self_conditioning": 1.0},
+        {"objective__loss": "huber", "objective__huber_delta": 0.1, "objective__weighting": "min_snr"},
+        {"objective__weighting": "truncated_snr", "diffusion__prediction_type": "v"},
+        {"objective__weighting": "snr", "diffusion__prediction_type": "x0", "diffusion__rescale_betas_zero_snr": True},
+        {"objective__offset_noise": 0.1, "objective__immiscible_noise": True, "objective__loss": "l1"},
     ],
 )
 def test_settings_that_fit_together_are_accepted(changes: dict[str, object]) -> None:
@@ -293,6 +365,14 @@ def test_a_changed_setting_is_named_with_both_values(changes: dict[str, object],
     old_value = getattr(getattr(before, section), setting)
     line = f"{section}.{setting} was {old_value!r}, is {value!r}"
     assert changed_settings(before.to_dict(), after) == (([line], []) if is_fixed else ([], [line]))
+
+
+def test_a_setting_that_the_checkpoint_does_not_know_of_counts_as_its_default() -> None:
+    before = with_changes().to_dict()
+    del before["objective"]["timestep_sampling"]
+    after = with_changes(objective__timestep_sampling="loss_aware")
+    line = "objective.timestep_sampling was 'uniform', is 'loss_aware'"
+    assert changed_settings(before, after) == ([line], [])
 
 
 def test_a_moved_run_folder_or_a_setting_of_a_newer_version_is_no_change() -> None:

@@ -38,13 +38,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "unet": {"config"},
     "data": {"data", "config", "rng"},
     "training.__init__": set(),
-    "training.batches": {"config", "data", "rng"},
+    "training.batches": {"config", "data", "rng", "training.noise", "training.timestep_sampling"},
     "training.checkpoint": set(),
     "training.ema": set(),
     "training.guard": {"training.processes"},
-    "training.metrics": set(),
+    "training.loss_meter": set(),
+    "training.metrics": {"training.loss_meter"},
     "training.micro_batch": {"config", "training.objective", "training.processes", "training.tracking"},
-    "training.objective": {"diffusion"},
+    "training.noise": {"config", "rng"},
+    "training.objective": {"config", "diffusion", "training.weighting"},
     "training.optim": {"config"},
     "training.preview": {"config", "diffusion", "plots", "rng"},
     "training.processes": {"config"},
@@ -52,14 +54,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.run_folder": {"config", "training.checkpoint", "training.guard"},
     "training.saving": {
         "config", "diffusion", "training.checkpoint", "training.ema", "training.processes", "training.resume",
-        "training.run_folder", "training.snapshot", "training.tracking",
+        "training.run_folder", "training.snapshot", "training.timestep_sampling", "training.tracking",
     },
     "training.setup": {"config", "data", "diffusion", "rng", "training.processes", "unet"},
     "training.snapshot": {"training.ema"},
     "training.summary": {"training.trainer"},
+    "training.timestep_sampling": {"config", "rng"},
     "training.tracking": {"training.checkpoint"},
     "training.validation": {"config", "data", "rng", "training.objective", "training.processes"},
     "training.trainer": {"config", "diffusion", "rng", "training"},
+    "training.weighting": {"config"},
     "evaluation.__init__": set(),
     "evaluation.recognition": set(),
     "evaluation.sampling": {"config", "data", "diffusion", "rng"},
@@ -76,10 +80,11 @@ HOMES_OF_LIBRARIES = {
     "huggingface_hub": {"data", "hub"},
     "jsonargparse": {"config"},
     "matplotlib": {"plots"},
+    "scipy": {"training.noise"},
     "sklearn": {"evaluation.recognition"},
 }
 # Imported where they are used, so that what does not use them runs without them and starts quickly.
-ONLY_INSIDE_FUNCTIONS = {"datasets", "matplotlib", "sklearn"}
+ONLY_INSIDE_FUNCTIONS = {"datasets", "matplotlib", "scipy", "sklearn"}
 # The core travels with every checkpoint, to machines that have no more than this.
 LIBRARIES_OF_THE_CORE = {"torch", "diffusers", "numpy", "PIL", "typing_extensions"}  # the last comes with torch
 WITHOUT_TORCH = {"__init__", "config", "evaluation.recognition", "plots", "report", "training.checkpoint"}

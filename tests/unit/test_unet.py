@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from ddpm_hf.config import ConfigError, ModelConfig
-from ddpm_hf.diffusion import GaussianDiffusionScheduler
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.training.objective import DenoisingLoss
 from ddpm_hf.unet import build_unet
 from tests.conftest import tiny_unet
@@ -135,6 +135,24 @@ def test_the_network_fits_the_images(shape: tuple[int, int, int], sample_size: i
     assert unet.class_embedding.num_embeddings == 11
     output = unet(torch.zeros(2, *shape), torch.tensor([0, 999]), torch.tensor([0, 10]), return_dict=False)[0]
     assert output.shape == (2, *shape)
+
+
+@pytest.mark.parametrize("learned_variance", [False, True])
+@pytest.mark.parametrize("self_conditioned", [False, True])
+def test_feedback_doubles_what_goes_in_and_a_variance_what_comes_out(
+    self_conditioned: bool, learned_variance: bool
+) -> None:
+    unet = build_unet(
+        ModelConfig(preset="digits_8"),
+        (3, 8, 8),
+        None,
+        self_conditioned=self_conditioned,
+        learned_variance=learned_variance,
+    )
+    images = torch.zeros(2, 6 if self_conditioned else 3, 8, 8)
+    assert unet(images, torch.tensor([0, 999]), return_dict=False)[0].shape == (2, 6 if learned_variance else 3, 8, 8)
+    pipeline = GaussianDiffusionPipeline(unet, GaussianDiffusionScheduler.create(), self_conditioned=self_conditioned)
+    assert pipeline.num_channels == 3
 
 
 def test_overrides_replace_the_preset() -> None:

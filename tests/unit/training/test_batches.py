@@ -11,6 +11,7 @@ from ddpm_hf.config import DataConfig, DiffusionConfig, ModelConfig, ObjectiveCo
 from ddpm_hf.data import ImageSet, SampleOrder, normalize
 from ddpm_hf.rng import normal_by_position
 from ddpm_hf.training.batches import BatchSource, MicroBatch
+from ddpm_hf.training.timestep_sampling import build_timestep_sampler
 
 NUM_IMAGES = 100
 
@@ -33,23 +34,27 @@ def config_of(batch: int = 48, **changes: Any) -> RunConfig:
     return dataclasses.replace(config, **changes)
 
 
+def source_of(
+    images: ImageSet, config: RunConfig, rank: int = 0, num_processes: int = 1, micro_batch_size: int | None = None
+) -> BatchSource:
+    """Returns the batches of one process, of its whole share unless told otherwise."""
+    return BatchSource(
+        config,
+        images,
+        rank=rank,
+        num_processes=num_processes,
+        micro_batch_size=micro_batch_size or config.training.train_batch_size // num_processes,
+        device=torch.device("cpu"),
+        timestep_sampler=build_timestep_sampler(config),
+    )
+
+
 def step_of(
     images: ImageSet, config: RunConfig, step: int, num_processes: int = 1, micro_batch_size: int | None = None
 ) -> list[list[MicroBatch]]:
     """Returns the micro batches of every process."""
-    share = config.training.train_batch_size // num_processes
-    sources = [
-        BatchSource(
-            config,
-            images,
-            rank=rank,
-            num_processes=num_processes,
-            micro_batch_size=micro_batch_size or share,
-            device=torch.device("cpu"),
-        )
-        for rank in range(num_processes)
-    ]
-    assert {len(source) for source in sources} == {share}
+    sources = [source_of(images, config, rank, num_processes, micro_batch_size) for rank in range(num_processes)]
+    assert {len(source) for source in sources} == {config.training.train_batch_size // num_processes}
     return [list(source.micro_batches(step)) for source in sources]
 
 
@@ -60,15 +65,26 @@ def joined(parts: list[list[MicroBatch]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
 
 
+LOSS_AWARE = ObjectiveConfig(timestep_sampling="loss_aware")
+EVERYTHING = ObjectiveConfig(
+    class_dropout=0.25,
+    timestep_sampling="antithetic",
+    self_conditioning=0.5,
+    offset_noise=0.1,
+    immiscible_noise=True,
+)
+
+
+@pytest.mark.parametrize("objective", [config_of().objective, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("batch", [48, 96])
 @pytest.mark.parametrize(
     ("num_processes", "micro_batch_size"), [(1, 24), (1, 1), (2, None), (3, 4), (4, 12), (8, 3), (48, None)]
 )
 def test_every_split_of_the_batch_is_the_same_batch(
-    images: ImageSet, batch: int, num_processes: int, micro_batch_size: int | None
+    images: ImageSet, batch: int, num_processes: int, micro_batch_size: int | None, objective: ObjectiveConfig
 ) -> None:
     """Bit for bit: images, noise, timesteps, labels, flips and drops. Step 2 straddles two epochs."""
-    config = config_of(batch)
+    config = config_of(batch, objective=objective)
     for step in (0, 2, 1000):
         whole = joined(step_of(images, config, step))
         split = joined(step_of(images, config, step, num_processes, micro_batch_size))
@@ -92,7 +108,7 @@ def test_a_batch_is_what_its_parts_say(images: ImageSet) -> None:
 
 
 def test_a_step_is_the_same_whenever_it_is_asked_for(images: ImageSet) -> None:
-    source = BatchSource(config_of(), images, rank=0, num_processes=1, micro_batch_size=48, device=torch.device("cpu"))
+    source = source_of(images, config_of())
     first = joined([list(source.micro_batches(7))])
     for step in (0, 500, 2):
         list(source.micro_batches(step))
@@ -154,3 +170,32 @@ def test_what_is_not_asked_for_is_not_drawn(images: ImageSet) -> None:
 def test_timesteps_stay_inside_a_short_chain(images: ImageSet) -> None:
     config = config_of(480, diffusion=DiffusionConfig(num_train_timesteps=3))
     assert set(joined(step_of(images, config, 0))["timesteps"].tolist()) == {0, 1, 2}
+
+
+def test_one_coin_of_self_conditioning_is_for_the_whole_step_on_every_process(images: ImageSet) -> None:
+    """400 tosses: five standard deviations are 0.11 for a chance of 0.3."""
+    config = config_of(8, objective=ObjectiveConfig(self_conditioning=0.3))
+    tosses = []
+    for step in range(400):
+        (toss,) = {batch.feeds_back for part in step_of(images, config, step, 2, 2) for batch in part}
+        tosses.append(toss)
+    assert abs(sum(tosses) / 400 - 0.3) < 0.11
+    never, always = (config_of(8, objective=ObjectiveConfig(self_conditioning=chance)) for chance in (0.0, 1.0))
+    assert not any(step_of(images, never, step)[0][0].feeds_back for step in range(20))
+    assert all(step_of(images, always, step)[0][0].feeds_back for step in range(20))
+
+
+def test_importance_comes_with_the_timesteps_it_belongs_to(images: ImageSet) -> None:
+    config = config_of(48, diffusion=DiffusionConfig(num_train_timesteps=4), objective=LOSS_AWARE)
+    source = source_of(images, config, 1, 2, 4)
+    rows = torch.arange(400) % 4
+    source._timestep_sampler.record(torch.stack([rows, 1.0 + rows], dim=1))
+    probabilities = (torch.tensor([1.0, 2, 3, 4]) / 10 * 0.999 + 0.001 / 4).float()
+    batches = list(source.micro_batches(3))
+    assert len(batches) == 6
+    for batch in batches:
+        assert batch.importance is not None
+        torch.testing.assert_close(batch.importance, 1 / (4 * probabilities[batch.timesteps]))
+    assert len(torch.cat([batch.timesteps for batch in batches]).unique()) == 4
+    ((plain,),) = step_of(images, config_of(), 0)
+    assert plain.importance is None

@@ -23,22 +23,28 @@ def accelerator() -> Accelerator:
 
 @pytest.fixture
 def meter(accelerator: Accelerator) -> Meter:
-    meter = Meter(accelerator, train_batch_size=8)
+    meter = Meter(accelerator, train_batch_size=8, num_timesteps=1000)
     meter.start(0)
     return meter
 
 
+def add_update(meter: Meter, loss: float, is_nonfinite: torch.Tensor) -> None:
+    """Counts an update whose eight losses are the same."""
+    meter.losses.add(torch.full((8,), loss), torch.zeros(8, dtype=torch.int64), None)
+    meter.losses.end_step(is_nonfinite)
+
+
 def test_the_loss_is_the_mean_of_the_updates_that_were_made_since_the_line_before(meter: Meter) -> None:
     for loss, flag in ((1.0, FINITE), (float("nan"), NONFINITE), (2.0, FINITE), (6.0, FINITE)):
-        meter.add(torch.tensor(loss), flag)
+        add_update(meter, loss, flag)
     row = meter.take(4)
     assert (row["step"], row["num_images"], row["loss"]) == (4, 32, 3.0)
-    meter.add(torch.tensor(5.0), FINITE)
+    add_update(meter, 5.0, FINITE)
     assert meter.take(5)["loss"] == 5.0
 
 
 def test_an_interval_without_a_finite_update_has_no_loss(meter: Meter) -> None:
-    meter.add(torch.tensor(float("inf")), NONFINITE)
+    add_update(meter, float("inf"), NONFINITE)
     row = meter.take(1)
     assert row["loss"] is None
     assert json.loads(json.dumps(row, allow_nan=False)) == row
@@ -56,11 +62,11 @@ def test_the_speed_is_that_of_training_alone(meter: Meter, monkeypatch: pytest.M
 
 
 def test_sums_that_a_checkpoint_kept_go_on(meter: Meter, accelerator: Accelerator) -> None:
-    meter.add(torch.tensor(1.0), FINITE)
-    again = Meter(accelerator, train_batch_size=8)
+    add_update(meter, 1.0, FINITE)
+    again = Meter(accelerator, train_batch_size=8, num_timesteps=1000)
     again.restore(meter.gather())
     again.start(1)
-    again.add(torch.tensor(4.0), FINITE)
+    add_update(again, 4.0, FINITE)
     assert again.take(2)["loss"] == 2.5
 
 

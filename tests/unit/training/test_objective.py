@@ -1,11 +1,14 @@
 """Each loss is its formula, and only the network sees half precision."""
 
+import dataclasses
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
 
-from ddpm_hf.config import TrainingConfig
-from ddpm_hf.diffusion import GaussianDiffusionScheduler
+from ddpm_hf.config import ObjectiveConfig, TrainingConfig
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.training import processes
 from ddpm_hf.training.objective import DenoisingLoss
 from tests.conftest import tiny_unet
@@ -48,12 +51,12 @@ def alpha_bars(timesteps: torch.Tensor) -> torch.Tensor:
     ("prediction_type", "canonical"),
     [("epsilon", "eps"), ("eps", "eps"), ("sample", "x0"), ("x0", "x0"), ("v_prediction", "v"), ("v", "v")],
 )
-def test_a_loss_is_its_formula(prediction_type: str, canonical: str, loss: str) -> None:
+def test_a_loss_is_its_formula(prediction_type: str, canonical: str, loss: Literal["mse", "l1", "huber"]) -> None:
     """Against float64: float32 values below 20 and a mean over 32 of them leave 1e-5."""
     prediction, x_0, noise, timesteps = batch_of()
     scheduler = GaussianDiffusionScheduler.create(prediction_type=prediction_type)
     network = StubNetwork(prediction)
-    losses = DenoisingLoss(scheduler, loss)(network, x_0, noise, timesteps)
+    losses = DenoisingLoss(scheduler, ObjectiveConfig(loss=loss))(network, x_0, noise, timesteps)
 
     alpha, sigma = alpha_bars(timesteps).sqrt(), (1 - alpha_bars(timesteps)).sqrt()
     x, eps = x_0.double(), noise.double()
@@ -163,3 +166,118 @@ def test_only_the_network_runs_in_half_precision(mixed_precision: str, inside: t
     assert target.dtype == torch.float32
     assert torch.equal(losses, (prediction - target).square().flatten(1).mean(dim=1))
     assert {parameter.grad.dtype for parameter in unet.parameters() if parameter.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("delta", [0.1, 3.0])
+def test_huber_turns_linear_at_its_delta(delta: float) -> None:
+    """Against float64 as above."""
+    prediction, x_0, noise, timesteps = batch_of()
+    config = ObjectiveConfig(loss="huber", huber_delta=delta)
+    losses = DenoisingLoss(GaussianDiffusionScheduler.create(), config)(StubNetwork(prediction), x_0, noise, timesteps)
+    error = (prediction.double() - noise.double()).abs()
+    pointwise = torch.where(error < delta, error**2 / 2, delta * (error - delta / 2))
+    torch.testing.assert_close(losses.double(), pointwise.mean(dim=(1, 2, 3)), rtol=1e-5, atol=1e-6)
+
+
+class FeedbackNetwork:
+    """Answers with its weight times the first half of its input plus the second, and remembers all calls."""
+
+    def __init__(self, num_outputs: int = 1) -> None:
+        self.weight = nn.Parameter(torch.tensor(0.7))
+        self.num_outputs = num_outputs
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, bool]] = []
+
+    def __call__(
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, *, return_dict: bool
+    ) -> tuple[torch.Tensor]:
+        self.calls.append((sample, timestep, class_labels, torch.is_grad_enabled()))
+        x_t, x_0 = sample.chunk(2, dim=1)
+        return (torch.cat([self.weight * (x_t + x_0)] + [x_t] * (self.num_outputs - 1), dim=1),)
+
+
+SELF_CONDITIONED = ObjectiveConfig(self_conditioning=0.5)
+
+
+def test_without_feedback_a_self_conditioned_network_sees_zeros() -> None:
+    _, x_0, noise, timesteps = batch_of(4)
+    network, scheduler = FeedbackNetwork(), GaussianDiffusionScheduler.create(prediction_type="sample")
+    DenoisingLoss(scheduler, SELF_CONDITIONED)(network, x_0, noise, timesteps)
+    ((sample, *_),) = network.calls
+    x_t = scheduler.add_noise(x_0, noise, timesteps)
+    assert torch.equal(sample, torch.cat([x_t, torch.zeros_like(x_t)], dim=1))
+
+
+@pytest.mark.parametrize("clip_sample", [True, False])
+@pytest.mark.parametrize("variance_type", ["fixed_large", "learned_range"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_with_feedback_it_sees_its_own_prediction_of_x_0_as_sampling_shows_it(
+    prediction_type: str, variance_type: str, clip_sample: bool
+) -> None:
+    """Chen et al. 2022, Algorithm 1: no gradient through the first forward; clipped where the scheduler clips."""
+    _, x_0, noise, timesteps = batch_of(4)
+    labels, dropped = torch.tensor([0, 1, 2, 3]), torch.tensor([True, False, False, False])
+    scheduler = GaussianDiffusionScheduler.create(
+        prediction_type=prediction_type, variance_type=variance_type, clip_sample=clip_sample
+    )
+    is_learned = variance_type == "learned_range"
+    config = dataclasses.replace(SELF_CONDITIONED, loss="hybrid" if is_learned else "mse")
+    network = FeedbackNetwork(2 if is_learned else 1)
+    losses = DenoisingLoss(scheduler, config, null_label=9)(network, x_0, noise, timesteps, labels, dropped, True)
+
+    (first, _, _, first_grad), (second, seen_timesteps, seen_labels, second_grad) = network.calls
+    assert (first_grad, second_grad) == (False, True)
+    assert seen_timesteps is timesteps
+    assert seen_labels is not None
+    assert [call[2].tolist() for call in network.calls if call[2] is not None] == [[9, 1, 2, 3]] * 2
+    x_t = scheduler.add_noise(x_0, noise, timesteps)
+    assert torch.equal(first, torch.cat([x_t, torch.zeros_like(x_t)], dim=1))
+    output = 0.7 * x_t
+    alpha, sigma = alpha_bars(timesteps).sqrt().float(), (1 - alpha_bars(timesteps)).sqrt().float()
+    estimate = {
+        "epsilon": (x_t - sigma * output) / alpha,
+        "sample": output,
+        "v_prediction": alpha * x_t - sigma * output,
+    }[prediction_type]
+    assert (estimate.abs() > 1).any()
+    estimate = estimate.clamp(-1, 1) if clip_sample else estimate
+    torch.testing.assert_close(second[:, 2:], estimate, rtol=1e-5, atol=1e-5)
+    assert torch.equal(second[:, :2], x_t)
+    assert not second.requires_grad
+    assert losses.requires_grad
+
+
+def test_what_is_fed_back_is_what_the_pipeline_feeds_back() -> None:
+    """One step of sampling, whose second forward sees the prediction of the first."""
+    unet = tiny_unet(self_conditioned=True)
+    nn.init.normal_(unet.conv_out.weight, generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    unet.conv_in.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0].detach()))
+    scheduler = GaussianDiffusionScheduler.create(timestep_spacing="trailing")
+    pipeline = GaussianDiffusionPipeline(unet, scheduler, self_conditioned=True)
+    pipeline.set_progress_bar_config(disable=True)
+    start = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    pipeline(batch_size=2, num_inference_steps=2, sample=start, eta=0.0, output_type="pt")
+    _, sampled = seen
+    seen.clear()
+    # x_t is the start noise where the image is 0 and the noise what the schedule makes of it.
+    timesteps = torch.tensor([999, 999])
+    noise = start / scheduler.gather("sqrt_one_minus_alphas_cumprod", timesteps, start)
+    with torch.no_grad():
+        loss = DenoisingLoss(scheduler, SELF_CONDITIONED)
+        loss(unet, torch.zeros_like(start), noise, timesteps, None, None, True)
+    torch.testing.assert_close(seen[1][:, 1:], sampled[:, 1:], rtol=1e-3, atol=1e-3)
+    assert seen[1][:, 1:].any()
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("mixed_precision", ["bf16", "fp32"])
+def test_feedback_leaves_every_parameter_its_gradient(mixed_precision: str) -> None:
+    """A forward without gradients must not leave its casts of the weights behind for the one with gradients."""
+    accelerator = processes.start(TrainingConfig(mixed_precision=mixed_precision, cpu=True))  # type: ignore[arg-type]
+    unet = tiny_unet(10, self_conditioned=True)
+    model = accelerator.prepare(unet)
+    _, x_0, noise, timesteps = batch_of(4)
+    x_0, noise = (part[:, :1].repeat(1, 1, 2, 2) for part in (x_0, noise))
+    loss = DenoisingLoss(GaussianDiffusionScheduler.create(), SELF_CONDITIONED)
+    accelerator.backward(loss(model, x_0, noise, timesteps, torch.arange(4), None, True).mean())
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in unet.parameters())
