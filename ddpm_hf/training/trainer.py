@@ -5,6 +5,7 @@ functions of (seed, step, position in the global batch), so the loss curve is th
 processes and micro batches, and nothing random has to be stored.
 """
 
+import dataclasses
 import logging
 import time
 from contextlib import nullcontext
@@ -17,18 +18,18 @@ from ddpm_hf.config import ConfigError, RunConfig
 from ddpm_hf.data import open_images
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.rng import seed_global_generators
-from ddpm_hf.training import checkpoint, processes
+from ddpm_hf.training import checkpoint, posthoc_ema, processes
 from ddpm_hf.training.batches import BatchSource
-from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.ema import EMA, decay_laws
 from ddpm_hf.training.guard import NonFiniteGuard, StopWatcher, TrainingStopped
+from ddpm_hf.training.network import make_network
 from ddpm_hf.training.objective import DenoisingLoss
-from ddpm_hf.training.optim import build_optimizer, learning_rate_at
+from ddpm_hf.training.optim import build_optimizer, learning_rate_at, may_step
 from ddpm_hf.training.preview import save_preview
 from ddpm_hf.training.resume import choose_checkpoint
 from ddpm_hf.training.run_folder import RunFolder
 from ddpm_hf.training.snapshot import TrainerState, load_optimizer, read_snapshot, write_snapshot
 from ddpm_hf.training.tracking import MetricsLog, Progress, say
-from ddpm_hf.unet import build_unet
 
 logger = logging.getLogger(__name__)
 
@@ -85,26 +86,17 @@ class Trainer:
         config, diffusion = self.config, self.config.diffusion
         num_classes = len(self.class_names) if self.class_names else None
         self.has_null_label = config.objective.class_dropout > 0
-        self.scheduler = GaussianDiffusionScheduler.create(
-            num_train_timesteps=diffusion.num_train_timesteps,
-            beta_schedule=diffusion.beta_schedule,
-            beta_start=diffusion.beta_start,
-            beta_end=diffusion.beta_end,
-            prediction_type=diffusion.prediction_type,
-            variance_type=diffusion.variance_type,
-            clip_sample=diffusion.clip_sample,
-            timestep_spacing=diffusion.timestep_spacing,
-            rescale_betas_zero_snr=diffusion.rescale_betas_zero_snr,
-        )
+        self.scheduler = GaussianDiffusionScheduler.create(**dataclasses.asdict(diffusion))
         if self.scheduler.config.prediction_type == "epsilon" and self.scheduler.noise_schedule.alphas_cumprod[-1] == 0:
             raise ConfigError(
                 f"diffusion.beta_schedule {diffusion.beta_schedule} leaves no signal at the last timestep, where "
                 "epsilon says nothing about x_0; set diffusion.prediction_type to v_prediction or sample."
             )
         seed_global_generators(config.training.seed, "initialization")
-        num_embeds = num_classes + self.has_null_label if num_classes else None
-        self.unet = build_unet(config.model, self.images.image_shape, num_embeds).to(self.device)
-        self.ema = EMA(self.unet, config.training.ema_decay, config.training.ema_warmup)
+        self.unet = make_network(
+            config, self.images.image_shape, self.class_names, self.scheduler, self.folder.checkpoints, self.device
+        )
+        self.ema = EMA(self.unet, decay_laws(config.training))
         self.optimizer = build_optimizer(self.unet.parameters(), config.training)
         self.loss = DenoisingLoss(self.scheduler, config.objective.loss, num_classes if self.has_null_label else None)
 
@@ -193,10 +185,9 @@ class Trainer:
         self._settle_update()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
-        if self.accelerator.scaler is None:
-            # The fused kernel skips the update itself, so the host need not know whether it will.
-            vars(self.optimizer)["found_inf"] = is_nonfinite.to(torch.float32)
-        self._prepared_optimizer.step()
+        # The fp16 scaler looks for itself.
+        if self.accelerator.scaler is not None or may_step(self.optimizer, is_nonfinite):
+            self._prepared_optimizer.step()
         self._prepared_optimizer.zero_grad(set_to_none=True)
         self.guard.record(is_nonfinite)
         finite_loss = torch.where(is_nonfinite, 0.0, share_loss)
@@ -216,6 +207,9 @@ class Trainer:
         interrupted_at = time.monotonic()
         if config.preview.every_steps and step % config.preview.every_steps == 0:
             self._preview()
+        if posthoc_ema.is_due(step, config.training):  # before the checkpoint: a resume does not do this step again
+            self._settle_update()
+            processes.on_rank_0(lambda: posthoc_ema.store(self.folder.ema_snapshots, step, self.ema, self._pipeline()))
         if step % config.training.checkpoint_every_steps == 0 or is_last:
             self._save(must_succeed=is_last)
         self._logged_at += time.monotonic() - interrupted_at  # images/s are those of training alone
@@ -302,7 +296,8 @@ class Trainer:
             counters, tensors = state if state is not None else (TrainerState(), None)
             self.state = TrainerState(**processes.share_json(vars(counters)))
             processes.share_tensors([*self.unet.parameters(), *self.ema.tensors()])
-            load_optimizer(self.optimizer, self.unet, processes.share_named_tensors(tensors, self.device))
+            tensors = processes.share_named_tensors(tensors, self.device)
+            load_optimizer(self.optimizer, self.unet, tensors, self.state.optimizer)
             if len(self.state.loss_sums) == self.accelerator.num_processes:
                 self._loss_sum.copy_(torch.tensor(self.state.loss_sums[self.accelerator.process_index]))
             else:
@@ -327,19 +322,23 @@ class Trainer:
         return state, tensors
 
     def _start_folder(self) -> None:
-        """Writes the configuration and cuts the metrics back to the checkpoint."""
+        """Writes the configuration and cuts metrics and stored averages back to the checkpoint."""
         self.folder.write_config(self.config.to_yaml())
+        checkpoint.remove_after(self.folder.ema_snapshots, self.state.global_step)
         self.metrics.cut_after(self.state.global_step)
+
+    def _pipeline(self) -> GaussianDiffusionPipeline:
+        """Returns the pipeline around the network with the weights that it has."""
+        return GaussianDiffusionPipeline(
+            self.unet, self.scheduler, class_names=self.class_names, has_null_label=self.has_null_label
+        )
 
     def _finish(self) -> None:
         """Collective: writes the pipeline with the averaged weights on rank 0."""
 
         def write(folder: Path) -> None:
-            pipeline = GaussianDiffusionPipeline(
-                self.unet, self.scheduler, class_names=self.class_names, has_null_label=self.has_null_label
-            )
             with self.ema.swapped_in(self.unet):
-                pipeline.save_pretrained(folder)
+                self._pipeline().save_pretrained(folder)
             (folder / "training_config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
 
         processes.on_rank_0(lambda: checkpoint.replace_folder(self.folder.pipeline, write))

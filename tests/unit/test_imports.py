@@ -30,21 +30,32 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rng": set(),
     "plots": set(),
     "unet": {"config"},
+    "pretrained": {"config", "diffusion"},
     "data": {"data", "config", "rng"},
     "training.__init__": set(),
     "training.batches": {"config", "data", "rng"},
     "training.checkpoint": set(),
-    "training.ema": set(),
+    "training.ema": {"config", "training.power_function"},
     "training.guard": set(),
+    "training.network": {"config", "diffusion", "pretrained", "training.checkpoint", "training.processes", "unet"},
     "training.objective": {"diffusion"},
-    "training.optim": {"config"},
+    "training.optim": {"config", "training.optimizer_state"},
+    "training.optimizer_state": {"config"},
+    "training.posthoc_ema": {
+        "config",
+        "diffusion",
+        "training.checkpoint",
+        "training.ema",
+        "training.power_function",
+    },
+    "training.power_function": set(),
     "training.preview": {"config", "diffusion", "plots", "rng"},
     "training.processes": {"config"},
     "training.resume": {"config", "training.checkpoint", "training.run_folder"},
     "training.run_folder": {"config", "training.checkpoint", "training.guard"},
-    "training.snapshot": {"training.ema"},
+    "training.snapshot": {"training.ema", "training.optimizer_state"},
     "training.tracking": {"training.checkpoint"},
-    "training.trainer": {"config", "data", "diffusion", "rng", "training", "unet"},
+    "training.trainer": {"config", "data", "diffusion", "rng", "training"},
     "evaluation.__init__": set(),
     "evaluation.recognition": set(),
     "evaluation.sampling": {"config", "data", "diffusion", "rng"},
@@ -58,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 HOMES_OF_LIBRARIES = {
     "accelerate": {"training"},
     "datasets": {"data"},
-    "huggingface_hub": {"data", "hub"},
+    "huggingface_hub": {"data", "hub", "pretrained"},
     "jsonargparse": {"config"},
     "matplotlib": {"plots"},
     "sklearn": {"evaluation.recognition"},
@@ -67,7 +78,15 @@ HOMES_OF_LIBRARIES = {
 ONLY_INSIDE_FUNCTIONS = {"datasets", "matplotlib", "sklearn"}
 # The core travels with every checkpoint, to machines that have no more than this.
 LIBRARIES_OF_THE_CORE = {"torch", "diffusers", "numpy", "PIL"}
-WITHOUT_TORCH = {"__init__", "config", "evaluation.recognition", "plots", "report", "training.checkpoint"}
+WITHOUT_TORCH = {
+    "__init__",
+    "config",
+    "evaluation.recognition",
+    "plots",
+    "report",
+    "training.checkpoint",
+    "training.power_function",
+}
 
 FORBIDDEN_LIBRARIES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 FORBIDDEN_CALLS = {
