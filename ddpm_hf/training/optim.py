@@ -45,12 +45,17 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainingCo
 
     def build(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         try:
-            return kind(parameters, **arguments)
+            optimizer = kind(parameters, **arguments)
         except Exception as error:  # whatever an optimiser that is not ours may raise
             reason = " ".join(str(error).split())
             raise ConfigError(
                 f"{name} cannot be made ({type(error).__name__}: {reason}); see training.optimizer_kwargs."
             ) from error
+        if kind not in _ADAMS.values():
+            # Others may say that they can skip an update, but torch's fused SGD then goes on with a momentum that was
+            # never written if the first one is skipped.
+            vars(optimizer).pop("_step_supports_amp_scaling", None)
+        return optimizer
 
     if device.type != "meta":
         check_that_it_continues(build, name, device)

@@ -91,11 +91,12 @@ def check_that_it_continues(
     second = [torch.nn.Parameter(parameter.detach().clone()) for parameter in first]
     again = build(second)
     unpack(again, names, content, scalars)
+    is_restored = _are_equal(pack(again, names), (content, scalars))
     _step(optimizer, first, name)
     _step(again, second, name)
-    expected, found = (pack(each, names) for each in (optimizer, again))
-    pairs = [*zip(first, second, strict=True), *((value, found[0].get(key)) for key, value in expected[0].items())]
-    if expected[1] != found[1] or not all(_are_equal(one, other) for one, other in pairs):
+    weights = [dict(zip(names, parameters, strict=True)) for parameters in (first, second)]
+    goes_on = _are_equal((weights[0], {}), (weights[1], {})) and _are_equal(pack(optimizer, names), pack(again, names))
+    if not (is_restored and goes_on):
         raise ConfigError(
             f"{name} does not go on exactly where a checkpoint left it, since its state is more than its state_dict "
             "says, or is random; choose another optimiser."
@@ -121,9 +122,20 @@ def _numbers(shape: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.linspace(-1, 1, size.numel(), device=device).reshape(size)
 
 
-def _are_equal(one: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """Compares two tensors bit by bit, kind included."""
-    return other is not None and one.dtype == other.dtype and torch.equal(one, other)
+def _are_equal(
+    one: tuple[Mapping[str, torch.Tensor], Scalars], other: tuple[Mapping[str, torch.Tensor], Scalars]
+) -> bool:
+    """Compares what `pack` returned, bit by bit and kinds included."""
+    (tensors, scalars), (others, other_scalars) = one, other
+    return (
+        scalars == other_scalars
+        and tensors.keys() == others.keys()
+        and all(
+            tensors[name].dtype == others[name].dtype
+            and torch.equal(tensors[name], others[name].to(tensors[name].device))
+            for name in tensors
+        )
+    )
 
 
 def _checked(value: object, key: str) -> Scalar:

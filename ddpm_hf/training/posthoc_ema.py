@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 SNAPSHOTS = "ema_snapshots"
 _NUM_SNAPSHOTS = 40
-# Of 40 pairs, lengths from 0.02 to 0.25 are made to 3 %, those from 0.04 to 0.15 to 0.2 %.
-_LARGEST_ERROR = 0.05
+# With 40 pairs the profiles of lengths from 0.02 to 0.25 are off by 3 % at most, those from 0.04 to 0.15 by 0.2 %.
+_LARGEST_ERROR = 0.1
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def store(root: Path, step: int, ema: EMA, pipeline: GaussianDiffusionPipeline) 
         pipeline.save_config(folder)
         for length in POSTHOC_LENGTHS:
             name = posthoc_name(length)
-            metadata = {"num_updates": str(ema.num_updates), "sigma_rel": str(length)}
+            # One entry, since safetensors writes several in any order, and a resumed run repeats every bit.
+            metadata = {"average": json.dumps({"num_updates": ema.num_updates, "sigma_rel": length})}
             save_file(dict(zip(names, ema.tensors(name), strict=True)), folder / f"{name}.safetensors", metadata)
 
     try:
@@ -163,8 +164,8 @@ def _find(run: Path) -> list[Stored]:
             continue
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-            found.append(Stored(path, step, int(metadata["num_updates"]), float(metadata["sigma_rel"])))
+                average = json.loads(file.metadata()["average"])
+            found.append(Stored(path, step, **average))
     if not found:
         raise ConfigError(f"{run} holds no {SNAPSHOTS}; give the folder of a run with training.posthoc_ema.")
     return found
