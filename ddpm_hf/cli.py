@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shlex
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ _USAGE = """usage: ddpm-hf <command> ...
 
 commands:
   train    train a DDPM; see ddpm-hf train --help
+  ema      make a pipeline with an average of any length; see ddpm-hf ema --help
 """
 
 
@@ -35,18 +37,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"ddpm-hf {__version__}")
         return 0
-    if command == "train":
-        return train(rest[:-1])
+    commands = {"train": train, "ema": ema}
+    if command in commands:
+        return commands[command](rest[:-1])
     print(_USAGE, end="")
     if command in ("-h", "--help"):
         return 0
-    print(f"ddpm-hf: {f'unknown command {command!r}' if command else 'no command'}; choose train.", file=sys.stderr)
+    problem = f"unknown command {command!r}" if command else "no command"
+    print(f"ddpm-hf: {problem}; choose {' or '.join(commands)}.", file=sys.stderr)
     return 2
 
 
 def train(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf train") -> int:
     """Trains as the command line and its configuration say, and returns the exit code."""
     return _exit_code(lambda: _train(arguments, prog))
+
+
+def ema(arguments: Sequence[str] | None = None) -> int:
+    """Makes a pipeline with an average of any length out of those that a run stored, and returns the exit code."""
+    parser = ArgumentParser(
+        prog="ddpm-hf ema",
+        description="Make a pipeline with an average of any length, out of those that a run with training.posthoc_ema "
+        "stored (Karras et al. 2024).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, help="folder of the run")
+    parser.add_argument(
+        "--length",
+        type=float,
+        required=True,
+        help="length of the average relative to the training: 0.05 is short, 0.10 usual, 0.25 very long",
+    )
+    parser.add_argument("--step", type=int, help="step whose averages were stored; by default the last")
+    parser.add_argument("--output", type=Path, help="new folder; by default pipeline_ema_LENGTH in the run's folder")
+    options = parser.parse_args(arguments)
+    return _exit_code(lambda: _ema(options.folder, options.length, options.step, options.output))
+
+
+def _ema(folder: Path, length: float, step: int | None, output: Path | None) -> int:
+    """Writes the pipeline and says how exact it is."""
+    from ddpm_hf.training.posthoc_ema import rebuild
+
+    if output is None:
+        output = folder / f"pipeline_ema_{length:.3f}{'' if step is None else f'_step_{step:08d}'}"
+    rebuilt = rebuild(folder, length, step, output)
+    print(
+        f"{output}: average of length {length:g} at step {rebuilt.step}, made of {rebuilt.num_stored} stored ones "
+        f"(its profile is off by {rebuilt.relative_error:.2%})."
+    )
+    return 0
 
 
 def _exit_code(command: Callable[[], int]) -> int:
@@ -216,7 +255,7 @@ def _main_settings(config: RunConfig) -> dict[str, str]:
     diffusion, training = config.diffusion, config.training
     return {
         "data": f"{config.data.source} (split {config.data.split})",
-        "network": config.model.preset,
+        "network": config.model.from_pretrained or config.model.config_file or str(config.model.preset),
         "beta schedule, T": f"{diffusion.beta_schedule}, {diffusion.num_train_timesteps}",
         "prediction": diffusion.prediction_type,
         "steps x global batch": f"{training.num_steps:,} x {training.train_batch_size}",

@@ -1,6 +1,7 @@
 """UNet2DModel presets and the paper's initialisation; no layers of our own."""
 
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,19 @@ from torch import nn
 
 from ddpm_hf.config import ConfigError, ModelConfig, UNetOverride
 
+logger = logging.getLogger(__name__)
+
+
+def _levels(block_out_channels: list[int], attention_levels: set[int]) -> dict[str, UNetOverride]:
+    """Names the blocks of a U-Net, one a level from full resolution downwards, with attention at some of the levels."""
+    has_attention = [level in attention_levels for level in range(len(block_out_channels))]
+    return {
+        "block_out_channels": block_out_channels,
+        "down_block_types": ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in has_attention],
+        "up_block_types": ["AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(has_attention)],
+    }
+
+
 # What every network of Ho et al. 2020 shares. One attention head of full width, sine before cosine, TF's "SAME"
 # padding: none of it changes the parameter count, all of it changes the function.
 _PAPER: dict[str, UNetOverride] = {
@@ -17,6 +31,7 @@ _PAPER: dict[str, UNetOverride] = {
     "attention_head_dim": None,
     "center_input_sample": False,
     "downsample_padding": 0,
+    "dropout": 0.0,
     "flip_sin_to_cos": False,
     "freq_shift": 1,
     "layers_per_block": 2,
@@ -25,35 +40,52 @@ _PAPER: dict[str, UNetOverride] = {
     "norm_num_groups": 32,
 }
 
+# What every network of Nichol & Dhariwal 2021 shares: the timestep scales and shifts the norm, cosine before sine,
+# symmetric padding, three residual blocks a level. With scale_shift UNet2DModel leaves out the norm of the middle
+# attention unless it is told its groups. Heads have 64 channels, which are the four of the CIFAR-10 network; wider
+# levels have more heads, as in Dhariwal & Nichol 2021, since UNet2DModel has one width for all heads.
+_IMPROVED: dict[str, UNetOverride] = {
+    **_PAPER,
+    "attention_head_dim": 64,
+    "attn_norm_num_groups": 32,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "layers_per_block": 3,
+    "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "scale_shift",
+}
+
+# Numbers of parameters are those for RGB images, or gray digits, without classes.
 PRESETS: dict[str, dict[str, UNetOverride]] = {
     # Ho et al. 2020, appendix B, CIFAR-10: 35,746,307 parameters, attention at 16x16.
-    "ddpm_32": {
-        **_PAPER,
-        "block_out_channels": [128, 256, 256, 256],
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-        "dropout": 0.1,
-    },
-    # The same design for 8x8 digits on a laptop: 0.7 M parameters, attention at 4x4.
-    "digits_8": {
-        **_PAPER,
-        "block_out_channels": [32, 64],
-        "layers_per_block": 1,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        "norm_num_groups": 8,
-        "dropout": 0.0,
-    },
+    "ddpm_32": {**_PAPER, **_levels([128, 256, 256, 256], {1}), "dropout": 0.1},
+    # The same design in Song, Meng & Ermon 2021, CelebA: 78,700,803 parameters, attention at 16x16.
+    "ddpm_64": {**_PAPER, **_levels([128, 256, 256, 256, 512], {2}), "dropout": 0.1},
+    # Ho et al. 2020, appendix B, CelebA-HQ and LSUN: 113,673,219 parameters, attention at 16x16.
+    "ddpm_256": {**_PAPER, **_levels([128, 128, 256, 256, 512, 512], {4})},
+    # Nichol & Dhariwal 2021, CIFAR-10: 52,542,979 parameters, attention at 16x16 and 8x8.
+    "improved_32": {**_IMPROVED, **_levels([128, 256, 256, 256], {1, 2}), "dropout": 0.3},
+    # Nichol & Dhariwal 2021, ImageNet: 121,060,483 parameters, attention at 16x16 and 8x8.
+    "improved_64": {**_IMPROVED, **_levels([128, 256, 384, 512], {2, 3})},
+    # The paper's design for 8x8 digits on a laptop: 0.7 M parameters, attention at 4x4.
+    "digits_8": {**_PAPER, **_levels([32, 64], {1}), "layers_per_block": 1, "norm_num_groups": 8},
+    # The same for 28x28 digits, which halve only twice: 3.7 M parameters, attention at 14x14.
+    "mnist_28": {**_PAPER, **_levels([32, 64, 128], {1}), "norm_num_groups": 8},
+    # The same for a few thousand photographs of 64x64: 20.8 M parameters, attention at 16x16.
+    "flowers_64": {**_PAPER, **_levels([64, 128, 192, 256], {2}), "dropout": 0.1},
 }
 
 # Decided by the data, the diffusion process and model.class_conditional.
 _DERIVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type", "num_train_timesteps")
+_SETTINGS = frozenset(inspect.signature(UNet2DModel.__init__).parameters) - {"self"}
 
 
 def build_unet(
     config: ModelConfig,
     image_shape: tuple[int, int, int],
     num_class_embeds: int | None,
+    file_config: Mapping[str, Any] | None = None,
     *,
     self_conditioned: bool = False,
     learned_variance: bool = False,
@@ -61,9 +93,10 @@ def build_unet(
     """Builds and initialises the network from torch's global generator.
 
     Args:
-        config: The preset and what replaces parts of it.
+        config: Where the network comes from and what replaces parts of it.
         image_shape: Channels, height and width of the images.
         num_class_embeds: Number of labels the network knows, the null label included; None for an unconditional one.
+        file_config: The config.json that stands in the place of the preset; what the data decide in it is replaced.
         self_conditioned: Whether a prediction of x_0 comes in beside x_t, which doubles in_channels.
         learned_variance: Whether a variance goes out beside the prediction, which doubles out_channels.
 
@@ -75,14 +108,18 @@ def build_unet(
     """
     channels, height, width = image_shape
     _check_overrides(config.overrides)
-    settings: dict[str, Any] = PRESETS[config.preset] | config.overrides
+    settings: dict[str, Any] = {**_base(config, file_config), **config.overrides}
+    if settings.get("time_embedding_type") == "fourier":
+        raise ConfigError(
+            f"{_source(config)} divides by the timestep (time_embedding_type fourier), but timesteps start at 0; use "
+            "positional."
+        )
     blocks = settings["block_out_channels"]
     factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else 1
     if height % factor or width % factor:
         raise ConfigError(
-            f"model.preset {config.preset} halves images {factor.bit_length() - 1} times, but {height}x{width} is not "
-            f"a multiple of {factor}; set data.resolution to one, or choose fewer block_out_channels in "
-            "model.overrides."
+            f"{_source(config)} halves images {factor.bit_length() - 1} times, but {height}x{width} is not a multiple "
+            f"of {factor}; set data.resolution to one, or choose fewer block_out_channels in model.overrides."
         )
     settings |= {
         "sample_size": height if height == width else [height, width],
@@ -95,10 +132,36 @@ def build_unet(
         unet = UNet2DModel(**settings)
     except Exception as error:  # diffusers raises many types for settings that do not fit together
         reason = " ".join(str(error).split())
-        raise ConfigError(f"model.overrides do not make a UNet2DModel ({type(error).__name__}: {reason}).") from error
+        source = "" if file_config is None else f"{_source(config)} and "
+        raise ConfigError(
+            f"{source}model.overrides do not make a UNet2DModel ({type(error).__name__}: {reason})."
+        ) from error
     if config.initialization == "paper":
         initialize_as_paper(unet)
+    if config.gradient_checkpointing:
+        _checkpoint_gradients(unet)
     return unet
+
+
+def _source(config: ModelConfig) -> str:
+    """Says which setting decides the network."""
+    for name in ("config_file", "from_pretrained"):
+        if (value := getattr(config, name)) is not None:
+            return f"model.{name} {value}"
+    return f"model.preset {config.preset}"
+
+
+def _base(config: ModelConfig, file_config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Returns the arguments of UNet2DModel in a preset, or in a config.json with the defaults of diffusers."""
+    if file_config is None:
+        assert config.preset is not None, "rules.py asks for one"
+        return PRESETS[config.preset]
+    defaults = {name: parameter.default for name, parameter in inspect.signature(UNet2DModel).parameters.items()}
+    known = {name: value for name, value in file_config.items() if not name.startswith("_")}
+    if unknown := sorted(known.keys() - _SETTINGS):
+        logger.warning("%s has settings that UNet2DModel does not know: %s", _source(config), ", ".join(unknown))
+    settings = {name: known.get(name, default) for name, default in defaults.items() if name not in _DERIVED}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
 def _rehearse(settings: dict[str, Any], image_shape: tuple[int, int, int]) -> None:
@@ -114,7 +177,7 @@ def _rehearse(settings: dict[str, Any], image_shape: tuple[int, int, int]) -> No
 
 def _check_overrides(overrides: Mapping[str, UNetOverride]) -> None:
     """Refuses names that UNet2DModel does not know or that are decided elsewhere."""
-    known = set(inspect.signature(UNet2DModel.__init__).parameters) - {"self", *_DERIVED}
+    known = _SETTINGS - set(_DERIVED)
     for name in overrides:
         if name in _DERIVED:
             raise ConfigError(f"model.overrides.{name} is decided by the data and model.class_conditional; remove it.")
@@ -122,6 +185,21 @@ def _check_overrides(overrides: Mapping[str, UNetOverride]) -> None:
             raise ConfigError(
                 f"model.overrides.{name} is not a setting of UNet2DModel; it has {', '.join(sorted(known))}."
             )
+
+
+def _checkpoint_gradients(unet: UNet2DModel) -> None:
+    """Lets the blocks of a network compute their activations anew in the backward pass.
+
+    Raises:
+        ConfigError: If some block cannot; diffusers would say nothing.
+    """
+    blocks = [block for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) if block is not None]
+    deaf = sorted({type(block).__name__ for block in blocks if not hasattr(block, "gradient_checkpointing")})
+    if deaf:
+        raise ConfigError(
+            f"model.gradient_checkpointing does nothing for {' and '.join(deaf)}; choose other blocks or leave it out."
+        )
+    unet.enable_gradient_checkpointing()
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Which settings can work together, and which a run can be continued with."""
 
-from ddpm_hf.config.schema import ObjectiveConfig, RunConfig
+from ddpm_hf.config.schema import ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
 
 
 class ConfigError(ValueError):
@@ -43,6 +43,8 @@ def validate(config: RunConfig) -> None:
             "x_0; set diffusion.prediction_type to v_prediction or sample."
         )
     _check_objective(config)
+    _check_network(model)
+    _check_optimizer_and_averages(training)
     micro, batch = training.micro_batch_size, training.train_batch_size
     if isinstance(micro, int) and batch % micro:
         lower = batch // micro * micro
@@ -102,13 +104,57 @@ def _check_objective(config: RunConfig) -> None:
             )
 
 
+def _check_network(model: ModelConfig) -> None:
+    """Refuses two answers to the question where the network comes from."""
+    sources = {"model.config_file": model.config_file, "model.from_pretrained": model.from_pretrained}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) == 2:
+        raise ConfigError("model.config_file and model.from_pretrained both name a network; set one of them to null.")
+    if given and model.preset not in (None, ModelConfig().preset):
+        raise ConfigError(f"model.preset {model.preset} and {given[0]} both name a network; set one of them to null.")
+    if not given and model.preset is None:
+        raise ConfigError("model.preset is null; name a preset, or give model.config_file or model.from_pretrained.")
+    if model.revision is not None and not given:
+        raise ConfigError(
+            f"model.revision {model.revision} needs a repository; set model.from_pretrained or model.config_file."
+        )
+    if model.from_pretrained is not None and model.initialization != ModelConfig().initialization:
+        raise ConfigError(
+            f"model.initialization {model.initialization} does not apply to a network from model.from_pretrained; "
+            "leave it out."
+        )
+
+
+def _check_optimizer_and_averages(training: TrainingConfig) -> None:
+    """Refuses settings of an optimiser or an average that would do nothing."""
+    optimizer, default = training.optimizer, TrainingConfig()
+    if optimizer not in ("adamw", "adam"):
+        if not all(part.isidentifier() for part in optimizer.split(".")) or "." not in optimizer:
+            raise ConfigError(
+                f"training.optimizer {optimizer} is unknown; use adamw, adam or an import path such as torch.optim.SGD."
+            )
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"):
+            if getattr(training, name) != getattr(default, name):
+                raise ConfigError(
+                    f"training.{name} applies to adamw and adam only; tell {optimizer} by training.optimizer_kwargs."
+                )
+    if training.ema_warmup != "power":
+        for name in ("ema_inv_gamma", "ema_power"):
+            if getattr(training, name) != getattr(default, name):
+                raise ConfigError(f"training.{name} does nothing unless training.ema_warmup is power; set that.")
+    if training.posthoc_ema_every_steps is not None and not training.posthoc_ema:
+        raise ConfigError("training.posthoc_ema_every_steps does nothing without training.posthoc_ema; set it to true.")
+
+
 def _check_numbers(config: RunConfig) -> None:
     """Refuses numbers outside their range."""
     positive = (
         ("diffusion", "num_train_timesteps"), ("training", "num_steps"), ("training", "train_batch_size"),
         ("training", "micro_batch_size"), ("training", "checkpoint_every_steps"), ("training", "log_every_steps"),
         ("training", "max_consecutive_nonfinite"), ("training", "learning_rate"), ("training", "max_grad_norm"),
-        ("training", "adam_epsilon"), ("data", "resolution"), ("preview", "num_images"),
+        ("training", "adam_epsilon"), ("training", "ema_inv_gamma"), ("training", "ema_power"),
+        ("training", "ema_every_steps"), ("training", "posthoc_ema_every_steps"),
+        ("data", "resolution"), ("preview", "num_images"),
         ("preview", "num_inference_steps"), ("evaluation", "batch_size"), ("evaluation", "num_inference_steps"),
         ("objective", "huber_delta"), ("objective", "vlb_weight"), ("objective", "min_snr_gamma"),
         ("objective", "p2_k"),
@@ -118,6 +164,7 @@ def _check_numbers(config: RunConfig) -> None:
         ("training", "validate_every_steps"), ("preview", "every_steps"), ("preview", "guidance_scale"),
         ("evaluation", "num_samples"), ("evaluation", "guidance_scale"),
         ("objective", "p2_gamma"), ("objective", "offset_noise"),
+        ("training", "ema_start_step"),
     )  # fmt: skip
     below_one = (
         ("data", "validation_fraction"), ("objective", "class_dropout"), ("training", "adam_beta1"),
@@ -148,8 +195,8 @@ def _check_numbers(config: RunConfig) -> None:
 
 # Settings that a checkpoint's tensors, data order or noise depend on: a run cannot be continued with others.
 _FIXED_SECTIONS = ("data", "model", "diffusion", "objective")
-_FIXED_TRAINING = ("seed", "train_batch_size")
-_FREE_DATA = ("cache_dir",)
+_FIXED_TRAINING = ("seed", "train_batch_size", "optimizer", "optimizer_kwargs", "posthoc_ema")
+_FREE = (("data", "cache_dir"), ("model", "gradient_checkpointing"))
 # The others of training shape the weights, so a run that has nothing left to train can no longer follow them.
 _WITHOUT_EFFECT_ON_WEIGHTS = (
     "output_dir", "num_steps", "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps",
@@ -171,7 +218,7 @@ def changed_settings(old: dict[str, dict[str, object]], new: RunConfig) -> tuple
             before = old.get(section, {}).get(name, defaults[section][name])
             if before == value or (section, name) == ("training", "output_dir"):
                 continue
-            is_fixed = section in _FIXED_SECTIONS and name not in _FREE_DATA
+            is_fixed = section in _FIXED_SECTIONS and (section, name) not in _FREE
             is_fixed |= section == "training" and name in _FIXED_TRAINING
             (fixed if is_fixed else free).append(f"{section}.{name} was {before!r}, is {value!r}")
     return fixed, free

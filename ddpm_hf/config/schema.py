@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 import yaml
 
 UNetOverride: TypeAlias = int | float | bool | str | list[int] | list[str] | None
+OptimizerOption: TypeAlias = int | float | bool | str | list[float] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,17 +44,33 @@ class ModelConfig:
     """Which network to train.
 
     Args:
-        preset: A UNet2DModel of ddpm_hf.unet; "ddpm_32" is the paper's CIFAR-10 network (35.7 M parameters).
-        overrides: Entries of UNet2DModel's config that replace the preset's, for example {dropout: 0.1}.
+        preset: A UNet2DModel of ddpm_hf.unet, named after its source or data and the side length it is made for;
+            "ddpm_32" and "ddpm_256" are the paper's networks (35.7 and 113.7 M parameters). null where config_file or
+            from_pretrained is given, which also take the place of the default.
+        config_file: The config.json of a UNet2DModel, or a folder or Hub repository with one.
+        from_pretrained: A pipeline or UNet2DModel to go on from, as a folder or Hub repository; network and averages
+            start at its weights.
+        revision: Branch, tag or commit of the Hub repository of config_file or from_pretrained; null takes its newest.
+        overrides: Entries of UNet2DModel's config that replace those of the preset, config_file or from_pretrained, for
+            example {dropout: 0.1}.
         class_conditional: Give the network the labels of the data set.
         initialization: "paper" (Glorot-uniform, output layers near zero; Ho et al. 2020) or "torch" (PyTorch's
             defaults).
+        gradient_checkpointing: Compute the activations of residual blocks anew in the backward pass instead of keeping
+            them: the same gradients with less memory, for about one more forward pass.
     """
 
-    preset: Literal["ddpm_32", "digits_8"] = "ddpm_32"
+    preset: (
+        Literal["ddpm_32", "ddpm_64", "ddpm_256", "improved_32", "improved_64", "digits_8", "mnist_28", "flowers_64"]
+        | None
+    ) = "ddpm_32"
+    config_file: str | None = None
+    from_pretrained: str | None = None
+    revision: str | None = None
     overrides: dict[str, UNetOverride] = field(default_factory=dict)
     class_conditional: bool = False
     initialization: Literal["paper", "torch"] = "paper"
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,16 +161,29 @@ class TrainingConfig:
         micro_batch_size: Images of one forward on one device; smaller values accumulate gradients. null takes the
             process's whole share; auto halves it before the first step until it fits into the GPU's memory.
         mixed_precision: Precision inside the network: fp32, bf16, or fp16 with loss scaling (needs a GPU).
-        learning_rate: Peak learning rate of AdamW.
+        optimizer: "adamw", "adam", or the import path of a torch optimiser, for example "torch.optim.SGD".
+        optimizer_kwargs: Further arguments of the optimiser, for example {momentum: 0.9}.
+        learning_rate: Peak learning rate.
         learning_rate_warmup_steps: Steps of linear warm-up from 0.
         learning_rate_schedule: constant, or cosine or linear decay to 0 at num_steps.
-        adam_beta1: Decay of AdamW's first moment.
-        adam_beta2: Decay of AdamW's second moment.
-        adam_epsilon: AdamW's epsilon.
-        weight_decay: AdamW's decoupled weight decay.
+        adam_beta1: Decay of the first moment of adamw and adam.
+        adam_beta2: Decay of their second moment.
+        adam_epsilon: Their epsilon.
+        weight_decay: Decoupled weight decay of adamw; adam adds it to the gradient.
         max_grad_norm: Clip the global gradient norm to this; null does not clip.
-        ema_decay: Decay of the exponential moving average of the weights, which is what is sampled and saved.
-        ema_warmup: Use min(ema_decay, (1 + n) / (10 + n)) at update n, so that early weights are forgotten soon.
+        ema_decay: Decay a step of the exponential moving average of the weights, which is what is sampled and saved.
+        ema_warmup: Smaller decays at first, so that early weights are forgotten soon. n updates after ema_start_step,
+            "ramp" uses min(ema_decay, (1 + n) / (10 + n)), "power" min(ema_decay, 1 - (1 + n / ema_inv_gamma) **
+            -ema_power); "none" starts with ema_decay.
+        ema_inv_gamma: Time scale of the power law, in updates.
+        ema_power: Exponent of the power law; 3/4 reaches a decay of 0.999 after 10,000 updates, 2/3 after 32,000.
+        ema_start_step: For this many updates the average is a copy of the weights.
+        ema_every_steps: Updates between two of the average, which then forgets as much at once as it would have in
+            single steps: the setting changes the cost, not the length of the average.
+        posthoc_ema: Follow the weights with two more averages, from which `ddpm-hf ema` makes one of any length after
+            training (Karras et al. 2024); see posthoc_ema_every_steps for the disk that it takes.
+        posthoc_ema_every_steps: Store these two this often, 8 bytes a parameter each time; null stores them 40 times
+            during training.
         checkpoint_every_steps: Save a checkpoint this often; one is always saved at the end and on a signal.
         num_checkpoints_kept: Newest checkpoints kept, at least 2.
         log_every_steps: Write a line of metrics this often.
@@ -173,6 +203,8 @@ class TrainingConfig:
     train_batch_size: int = 128
     micro_batch_size: int | Literal["auto"] | None = None
     mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    optimizer: str = "adamw"
+    optimizer_kwargs: dict[str, OptimizerOption] = field(default_factory=dict)
     learning_rate: float = 2e-4
     learning_rate_warmup_steps: int = 5000
     learning_rate_schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -182,7 +214,13 @@ class TrainingConfig:
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
     ema_decay: float = 0.9999
-    ema_warmup: bool = True
+    ema_warmup: Literal["none", "ramp", "power"] = "ramp"
+    ema_inv_gamma: float = 1.0
+    ema_power: float = 0.75
+    ema_start_step: int = 0
+    ema_every_steps: int = 1
+    posthoc_ema: bool = False
+    posthoc_ema_every_steps: int | None = None
     checkpoint_every_steps: int = 5000
     num_checkpoints_kept: int = 3
     log_every_steps: int = 50

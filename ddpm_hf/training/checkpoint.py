@@ -1,9 +1,9 @@
 """Checkpoints: written whole or not at all, verified before use, pruned only when a newer one is safe. Files only.
 
     checkpoints/step_00001000/
-        unet/  ema/              networks in diffusers format
-        optimizer.safetensors    AdamW's moments, named like the parameters
-        trainer_state.json       step, counters, gradient scaler
+        unet/  ema/              networks in diffusers format; ema_sigma_*/ with training.posthoc_ema
+        optimizer.safetensors    the optimiser's tensors, named like the parameters
+        trainer_state.json       step, counters, gradient scaler, what the optimiser knows beside tensors
         config.yaml              the configuration of the run
         manifest.json            the step, and sha256 and size of every file above
 
@@ -154,6 +154,13 @@ def prune(root: Path, num_kept: int) -> None:
             shutil.rmtree(path)
         except OSError as error:
             logger.warning("The old checkpoint %s could not be removed: %s", path, error)
+
+
+def remove_after(root: Path, step: int) -> None:
+    """Removes what later steps wrote, since the run is about to do them again."""
+    for path in _checkpoint_dirs(root):
+        if _step_of(path) > step:
+            shutil.rmtree(path)
 
 
 def remove_unfinished(root: Path) -> None:

@@ -3,6 +3,7 @@
 outputs/digits/
     config.yaml      the resolved configuration; its first line marks the folder as a run
     checkpoints/     see checkpoint.py
+    ema_snapshots/   see posthoc_ema.py; with training.posthoc_ema
     metrics.jsonl    one line a log interval
     previews/        sample grids during training
     pipeline/        the trained pipeline, for DiffusionPipeline.from_pretrained
@@ -29,6 +30,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.ema_snapshots = path / "ema_snapshots"
         self.pipeline = path / "pipeline"
         self._lock: RunLock | None = None
         self._made: list[Path] = []

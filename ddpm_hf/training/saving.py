@@ -87,7 +87,8 @@ class Saver:
             counters, tensors, learned = found if found is not None else (TrainerState(), None, None)
             state = TrainerState(**processes.share_json(vars(counters)))
             processes.share_tensors([*self._unet.parameters(), *self._ema.tensors()])
-            load_optimizer(self._optimizer, self._unet, processes.share_named_tensors(tensors, self._unet.device))
+            tensors = processes.share_named_tensors(tensors, self._unet.device)
+            load_optimizer(self._optimizer, self._unet, tensors, state.optimizer)
             self._timestep_sampler.load_state(processes.share_named_tensors(learned, self._unet.device))
             self._ema.num_updates = state.num_ema_updates
         processes.on_rank_0(lambda: self._start_folder(state.global_step if state else 0))
@@ -164,6 +165,7 @@ class Saver:
         return state, tensors, snapshot.read_objective(latest.path)
 
     def _start_folder(self, step: int) -> None:
-        """Writes the configuration and cuts the metrics back to the checkpoint."""
+        """Writes the configuration and cuts metrics and stored averages back to the checkpoint."""
         self._folder.write_config(self._config.to_yaml())
+        checkpoint.remove_after(self._folder.ema_snapshots, step)
         self._metrics.cut_after(step)

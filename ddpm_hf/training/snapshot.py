@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.optimizer_state import Scalars, pack, unpack
 
 _OBJECTIVE_FILE = "objective.safetensors"
 
@@ -29,6 +30,7 @@ class TrainerState:
         num_images: Images in the training set, whose order the run depends on.
         micro_batch_size: Images of one forward on one device, which "auto" stays at.
         scaler: State of the fp16 gradient scaler; None without one.
+        optimizer: What an optimiser knows beside tensors; empty for Adam.
     """
 
     global_step: int = 0
@@ -40,6 +42,7 @@ class TrainerState:
     num_images: int = 0
     micro_batch_size: int | None = None
     scaler: dict[str, float | int] | None = None
+    optimizer: Scalars = field(default_factory=dict)
 
 
 def write_snapshot(
@@ -52,12 +55,15 @@ def write_snapshot(
     """
     try:
         unet.save_pretrained(folder / "unet")
-        with ema.swapped_in(unet):
-            unet.save_pretrained(folder / "ema")
-        save_file(_optimizer_tensors(unet, optimizer), folder / "optimizer.safetensors")
+        for name in ema.names:
+            with ema.swapped_in(unet, name):
+                unet.save_pretrained(folder / name)
+        tensors, scalars = pack(optimizer, _names(unet))
+        save_file(tensors, folder / "optimizer.safetensors")
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    (folder / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+    counters = json.dumps(asdict(state) | {"optimizer": scalars}, indent=2)
+    (folder / "trainer_state.json").write_text(counters, encoding="utf-8")
     (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
 
 
@@ -68,22 +74,21 @@ def read_snapshot(folder: Path, unet: UNet2DModel, ema: EMA) -> tuple[TrainerSta
         The counters of the run and the optimiser's named tensors, for `load_optimizer`.
     """
     state = TrainerState(**json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")))
-    _copy_weights(folder / "ema", unet)
-    ema.load(unet, state.num_ema_updates)
+    for name in ema.names:
+        _copy_weights(folder / name, unet)
+        ema.load(unet, state.num_ema_updates, name)
     _copy_weights(folder / "unet", unet)
     return state, load_file(folder / "optimizer.safetensors")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, unet: UNet2DModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Gives an optimiser the tensors that `write_snapshot` named after the parameters."""
-    state_dict = optimizer.state_dict()
-    state_dict["state"] = {}
-    for index, (name, _) in enumerate(unet.named_parameters()):
-        prefix = f"{name}/"
-        moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if moments:
-            state_dict["state"][index] = moments
-    optimizer.load_state_dict(state_dict)
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    unet: UNet2DModel,
+    tensors: Mapping[str, torch.Tensor],
+    scalars: Scalars | None = None,
+) -> None:
+    """Gives an optimiser what `write_snapshot` named after the parameters."""
+    unpack(optimizer, _names(unet), tensors, scalars or {})
 
 
 def write_objective(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -105,15 +110,9 @@ def read_objective(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path) if path.exists() else {}
 
 
-def _optimizer_tensors(unet: UNet2DModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Names the optimiser's tensors after the parameters they belong to."""
-    names = [name for name, _ in unet.named_parameters()]
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{names[index]}/{key}": value.contiguous()
-        for index, moments in state.items()
-        for key, value in moments.items()
-    }
+def _names(unet: UNet2DModel) -> list[str]:
+    """Returns the names of the parameters, in the order of the optimiser."""
+    return [name for name, _ in unet.named_parameters()]
 
 
 def _copy_weights(folder: Path, unet: UNet2DModel) -> None:

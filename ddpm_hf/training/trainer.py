@@ -15,18 +15,19 @@ import torch
 from ddpm_hf.config import RunConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.rng import seed_global_generators
-from ddpm_hf.training import processes
+from ddpm_hf.training import posthoc_ema, processes
 from ddpm_hf.training.batches import BatchSource
-from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.ema import EMA, decay_laws
 from ddpm_hf.training.guard import NonFiniteGuard, StopWatcher, TrainingStopped
 from ddpm_hf.training.metrics import Meter, finite_or_none
 from ddpm_hf.training.micro_batch import largest_micro_batch_size, settle, step_on_gpu
+from ddpm_hf.training.network import make_network
 from ddpm_hf.training.objective import DenoisingLoss
-from ddpm_hf.training.optim import build_optimizer, learning_rate_at
+from ddpm_hf.training.optim import build_optimizer, learning_rate_at, may_step
 from ddpm_hf.training.preview import save_preview
 from ddpm_hf.training.run_folder import RunFolder
 from ddpm_hf.training.saving import Saver
-from ddpm_hf.training.setup import build_network, build_scheduler, class_names_of, open_splits
+from ddpm_hf.training.setup import build_scheduler, class_names_of, open_splits
 from ddpm_hf.training.snapshot import TrainerState
 from ddpm_hf.training.timestep_sampling import build_timestep_sampler
 from ddpm_hf.training.tracking import MetricsLog, Progress, say
@@ -65,13 +66,17 @@ class Trainer:
         self.has_null_label = config.objective.class_dropout > 0
         num_classes = len(self.class_names) if self.class_names else None
         self.scheduler = build_scheduler(config.diffusion)
-        self.unet = build_network(config, self.images.image_shape, num_classes, self.device)
+        # Whatever in its weights is random comes from the seed of the run alone.
+        seed_global_generators(training.seed, "initialization")
+        self.unet = make_network(
+            config, self.images.image_shape, self.class_names, self.scheduler, self.folder.checkpoints, self.device
+        )
         self.pipeline_settings: dict[str, Any] = {
             "class_names": self.class_names,
             "has_null_label": self.has_null_label,
             "self_conditioned": config.objective.self_conditioning > 0,
         }
-        self.ema = EMA(self.unet, training.ema_decay, training.ema_warmup)
+        self.ema = EMA(self.unet, decay_laws(training))
         self.optimizer = build_optimizer(self.unet.parameters(), training)
         self.loss = DenoisingLoss(self.scheduler, config.objective, num_classes if self.has_null_label else None)
         self.state = TrainerState()
@@ -170,12 +175,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
         scaler = self.accelerator.scaler
-        if scaler is None:
-            # The fused kernel skips the update itself, so the host need not know whether it will.
-            vars(self.optimizer)["found_inf"] = is_nonfinite.to(torch.float32)
         # The public get_scale would make the host wait for the device; the optimiser's step changes the scale.
         self.guard.record(is_nonfinite, None if scaler is None else scaler._get_scale_async())
-        self._prepared_optimizer.step()
+        # The fp16 scaler looks for itself.
+        if scaler is not None or may_step(self.optimizer, is_nonfinite):
+            self._prepared_optimizer.step()
         self._prepared_optimizer.zero_grad(set_to_none=True)
         self.meter.losses.end_step(is_nonfinite)
 
@@ -197,6 +201,11 @@ class Trainer:
             if config.preview.every_steps and step % config.preview.every_steps == 0:
                 with self._progress.doing("Drawing a preview"):
                     self._preview()
+            if posthoc_ema.is_due(step, config.training):  # before the checkpoint: a resume does not do this step again
+                self._settle_update()
+                processes.on_rank_0(
+                    lambda: posthoc_ema.store(self.folder.ema_snapshots, step, self.ema, self._pipeline())
+                )
             if step % config.training.checkpoint_every_steps == 0 or is_last:
                 with self._progress.doing("Saving"):
                     self._save(must_succeed=is_last)
@@ -272,4 +281,8 @@ class Trainer:
 
     def _finish(self) -> None:
         """Collective: writes the pipeline with the averaged weights."""
-        self.saver.save_pipeline(GaussianDiffusionPipeline(self.unet, self.scheduler, **self.pipeline_settings))
+        self.saver.save_pipeline(self._pipeline())
+
+    def _pipeline(self) -> GaussianDiffusionPipeline:
+        """Returns the pipeline around the network with the weights that it has."""
+        return GaussianDiffusionPipeline(self.unet, self.scheduler, **self.pipeline_settings)

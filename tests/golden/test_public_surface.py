@@ -5,7 +5,7 @@ from pathlib import Path
 import ddpm_hf
 from ddpm_hf.config import RunConfig, TrainingConfig
 from ddpm_hf.training.checkpoint import write_checkpoint
-from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.ema import EMA, decay_laws
 from ddpm_hf.training.optim import build_optimizer
 from ddpm_hf.training.snapshot import TrainerState, write_snapshot
 from tests.conftest import tiny_unet
@@ -30,7 +30,8 @@ def test_the_public_names_are_golden() -> None:
 
 def test_the_files_of_a_checkpoint_are_golden(tmp_path: Path) -> None:
     unet = tiny_unet()
-    ema, optimizer = EMA(unet, 0.9, True), build_optimizer(unet.parameters(), TrainingConfig())
+    config = TrainingConfig(posthoc_ema=True)
+    ema, optimizer = EMA(unet, decay_laws(config)), build_optimizer(unet.parameters(), config)
     path = write_checkpoint(
         tmp_path, 1, lambda folder: write_snapshot(folder, unet, ema, optimizer, TrainerState(), "")
     ).path

@@ -50,7 +50,7 @@ def write_images(path: Path, *pixels: np.ndarray, **columns: list[Any]) -> Path:
         ({"training__num_stepz": 5}, "there is no setting training.num_stepz; did you mean training.num_steps?"),
         ({"training__train_batch_size": 64.7}, "training.train_batch_size is 64.7, but must be a whole number."),
         ({"training__learning_rate": "fast"}, "training.learning_rate is fast, but must be a number."),
-        ({"model__preset": "huge"}, "model.preset is huge, but must be ddpm_32 or digits_8."),
+        ({"model__preset": "huge"}, "model.preset is huge, but must be ddpm_32, ddpm_64, "),
         ({"training__micro_batch_size": 3}, "use 6 or 9."),
         ({"evaluation__recognition": True}, "data.validation_fraction above 0"),
         (
@@ -196,8 +196,8 @@ def test_the_printed_configuration_repeats_the_run(
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "told"),
     [
-        ([], 2, "no command; choose train."),
-        (["tarin"], 2, "unknown command 'tarin'; choose train."),
+        ([], 2, "no command; choose train or ema."),
+        (["tarin"], 2, "unknown command 'tarin'; choose train or ema."),
         (["--help"], 0, ""),
         (["-h"], 0, ""),
     ],
@@ -216,6 +216,19 @@ def test_the_command_passes_its_arguments_on(capsys: pytest.CaptureFixture[str])
     assert cli.main(["train", "--training.num_stepz", "1"]) == 2
     assert (
         capsys.readouterr().err == "error: there is no setting training.num_stepz; did you mean training.num_steps?\n"
+    )
+
+
+def test_the_average_is_asked_for_with_a_length(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """argparse prints its usage and leaves."""
+    for arguments in ([], [str(tmp_path)], [str(tmp_path), "--length", "long"], [str(tmp_path), "--len", "0.1"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["ema", *arguments])
+        assert caught.value.code == 2
+    assert cli.main(["ema", str(tmp_path), "--length", "0.1"]) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[-1] == (
+        f"error: {tmp_path} holds no ema_snapshots; give the folder of a run with training.posthoc_ema."
     )
 
 

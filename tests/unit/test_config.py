@@ -73,6 +73,20 @@ def test_a_choice_of_numbers_reads_from_the_command_line(channels: str) -> None:
     assert load("--data.num_channels", channels).data.num_channels == yaml.safe_load(channels)
 
 
+def test_arguments_of_an_optimizer_keep_their_types() -> None:
+    arguments = '{"momentum": 0.9, "nesterov": true, "betas": [0.9, 0.99], "foreach": null, "maximize": false, "k": 3}'
+    found = load("--training.optimizer", "torch.optim.SGD", "--training.optimizer_kwargs", arguments).training
+    assert found.optimizer_kwargs == {
+        "momentum": 0.9,
+        "nesterov": True,
+        "betas": [0.9, 0.99],
+        "foreach": None,
+        "maximize": False,
+        "k": 3,
+    }
+    assert {type(value) for value in found.optimizer_kwargs.values()} == {float, bool, list, type(None), int}
+
+
 def test_overrides_keep_their_types() -> None:
     overrides = '{"block_out_channels": [8, 16], "dropout": 0.1, "act_fn": "gelu", "attention_head_dim": null}'
     assert load("--model.overrides", overrides).model.overrides == {
@@ -97,8 +111,14 @@ def test_overrides_keep_their_types() -> None:
         ("data: {split: null}", "data.split is null, but must be text."),
         ("data: {num_channels: 2}", "data.num_channels is 2, but must be 1, 3, 4 or null."),
         ("data: {cache_dir: 5}", "data.cache_dir is 5, but must be text or null."),
-        ("model: {preset: huge}", "model.preset is huge, but must be ddpm_32 or digits_8."),
+        (
+            "model: {preset: huge}",
+            "model.preset is huge, but must be ddpm_32, ddpm_64, ddpm_256, improved_32, improved_64, digits_8, "
+            "mnist_28, flowers_64 or null.",
+        ),
         ("model: {overrides: [1]}", "model.overrides is [1], but must be a mapping."),
+        ("training: {ema_warmup: true}", "training.ema_warmup is True, but must be none, ramp or power."),
+        ("training: {optimizer_kwargs: 5}", "training.optimizer_kwargs is 5, but must be a mapping."),
         ("training: [1, 2]", "training is [1, 2], but must be a section of settings; see --help."),
         ("training:\ndata: {}", "training is null, but must be a section of settings; see --help."),
         ("some words", "--config must name a YAML file with sections of settings, but it holds some words."),
@@ -194,6 +214,55 @@ def test_yaml_that_is_code_is_refused_and_not_run(yaml_file: Any, tmp_path: Path
         ({"objective__min_snr_gamma": 1.0, "objective__weighting": "p2"}, "set objective.weighting to min_snr."),
         ({"objective__p2_gamma": 0.5}, "objective.p2_gamma 0.5 has no effect with objective.weighting none"),
         ({"objective__p2_k": 2.0}, "set objective.weighting to p2."),
+        ({"model__preset": None}, "model.preset is null; name a preset, or give model.config_file or model.from_pre"),
+        (
+            {"model__preset": "digits_8", "model__config_file": "x"},
+            "model.preset digits_8 and model.config_file both name a network; set one of them to null.",
+        ),
+        ({"model__preset": "ddpm_256", "model__from_pretrained": "x"}, "ddpm_256 and model.from_pretrained both name"),
+        (
+            {"model__config_file": "x", "model__from_pretrained": "y"},
+            "model.config_file and model.from_pretrained both",
+        ),
+        ({"model__revision": "main"}, "model.revision main needs a repository; set model.from_pretrained"),
+        (
+            {"model__from_pretrained": "x", "model__initialization": "torch"},
+            "model.initialization torch does not apply to a network from model.from_pretrained; leave it out.",
+        ),
+        ({"training__optimizer": "lion"}, "training.optimizer lion is unknown; use adamw, adam or an import path such"),
+        ({"training__optimizer": "torch.optim."}, "training.optimizer torch.optim. is unknown"),
+        ({"training__optimizer": "a b.C"}, "training.optimizer a b.C is unknown"),
+        (
+            {"training__optimizer": "torch.optim.SGD", "training__adam_beta1": 0.5},
+            "training.adam_beta1 applies to adamw and adam only; tell torch.optim.SGD by training.optimizer_kwargs.",
+        ),
+        ({"training__optimizer": "torch.optim.SGD", "training__weight_decay": 0.1}, "training.weight_decay applies to"),
+        (
+            {"training__ema_power": 0.5},
+            "training.ema_power does nothing unless training.ema_warmup is power; set that.",
+        ),
+        (
+            {"training__ema_inv_gamma": 2.0, "training__ema_warmup": "none"},
+            "training.ema_inv_gamma does nothing unless",
+        ),
+        (
+            {"training__ema_inv_gamma": 0.0, "training__ema_warmup": "power"},
+            "training.ema_inv_gamma is 0.0, but must be",
+        ),
+        (
+            {"training__ema_power": -1.0, "training__ema_warmup": "power"},
+            "training.ema_power is -1.0, but must be grea",
+        ),
+        ({"training__ema_every_steps": 0}, "training.ema_every_steps is 0, but must be greater than 0"),
+        ({"training__ema_start_step": -1}, "training.ema_start_step is -1, but must be 0 or more"),
+        (
+            {"training__posthoc_ema_every_steps": 5},
+            "training.posthoc_ema_every_steps does nothing without training.pos",
+        ),
+        (
+            {"training__posthoc_ema_every_steps": 0, "training__posthoc_ema": True},
+            "training.posthoc_ema_every_steps is 0, but must be greater than 0",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, object], sentence: str) -> None:
@@ -278,6 +347,12 @@ def test_a_batch_that_cannot_be_divided_comes_with_one_that_can(batch: int, micr
         {"objective__weighting": "truncated_snr", "diffusion__prediction_type": "v"},
         {"objective__weighting": "snr", "diffusion__prediction_type": "x0", "diffusion__rescale_betas_zero_snr": True},
         {"objective__offset_noise": 0.1, "objective__immiscible_noise": True, "objective__loss": "l1"},
+        {"model__preset": None, "model__config_file": "x", "model__revision": "main"},
+        {"model__from_pretrained": "x", "model__overrides": {"dropout": 0.1}},
+        {"training__optimizer": "torch.optim.SGD", "training__optimizer_kwargs": {"momentum": 0.9}},
+        {"training__optimizer": "adam", "training__weight_decay": 0.1},
+        {"training__ema_warmup": "power", "training__ema_power": 0.5, "training__ema_inv_gamma": 2.0},
+        {"training__posthoc_ema": True},
     ],
 )
 def test_settings_that_fit_together_are_accepted(changes: dict[str, object]) -> None:
@@ -349,6 +424,14 @@ def test_a_configuration_cannot_be_changed_behind_a_run() -> None:
         ({"model__overrides": {"dropout": 0.1}}, True),
         ({"diffusion__beta_schedule": "cosine"}, True),
         ({"objective__loss": "l1"}, True),
+        ({"model__from_pretrained": "elsewhere"}, True),
+        ({"training__optimizer": "adam"}, True),
+        ({"training__optimizer_kwargs": {"amsgrad": True}}, True),
+        ({"training__posthoc_ema": True}, True),
+        ({"model__gradient_checkpointing": True}, False),
+        ({"training__ema_every_steps": 2}, False),
+        ({"training__ema_warmup": "power"}, False),
+        ({"training__posthoc_ema_every_steps": 7}, False),
         ({"training__num_steps": 9}, False),
         ({"training__learning_rate": 1e-5}, False),
         ({"training__micro_batch_size": 32}, False),

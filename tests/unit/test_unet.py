@@ -1,6 +1,10 @@
-"""The networks are the paper's: their configuration, their size, and how they start."""
+"""The networks are those of the papers: their configuration, their size, and how they start."""
 
+import json
+import logging
 import math
+import typing
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from torch import nn
 from ddpm_hf.config import ConfigError, ModelConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.training.objective import DenoisingLoss
-from ddpm_hf.unet import build_unet
+from ddpm_hf.unet import PRESETS, build_unet
 from tests.conftest import tiny_unet
 
 # google/ddpm-cifar10-32, unet/config.json, as published.
@@ -93,6 +97,83 @@ def test_a_fresh_cifar10_network_outputs_nothing(cifar10_unet: UNet2DModel) -> N
     with torch.no_grad():
         output = cifar10_unet(torch.randn(1, 3, 32, 32), torch.tensor([500]), return_dict=False)[0]
     assert 0 < output.abs().max() < 1e-3
+
+
+# The images that each is made for, its parameters, where its attention works, and with how many heads. The counts of
+# published networks are those of the papers' code: improved-diffusion's have 3,459 more with a learned variance
+# (52,546,438; 121,063,942).
+PUBLISHED = {
+    "ddpm_32": ((3, 32, 32), 35_746_307, {16}, {1}),
+    "ddpm_64": ((3, 64, 64), 78_700_803, {16}, {1}),
+    "ddpm_256": ((3, 256, 256), 113_673_219, {16}, {1}),
+    "improved_32": ((3, 32, 32), 52_546_438 - 3 * (128 * 9 + 1), {16, 8}, {4}),
+    "improved_64": ((3, 64, 64), 121_063_942 - 3 * (128 * 9 + 1), {16, 8}, {6, 8}),
+    "digits_8": ((1, 8, 8), 701_345, {4}, {1}),
+    "mnist_28": ((1, 28, 28), 3_691_713, {14}, {1}),
+    "flowers_64": ((3, 64, 64), 20_761_923, {16}, {1}),
+}
+
+
+def test_every_preset_can_be_chosen() -> None:
+    literal, _ = typing.get_args(typing.get_type_hints(ModelConfig)["preset"])
+    assert set(typing.get_args(literal)) == PRESETS.keys() == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_exactly_the_published_parameters_and_attention(preset: str) -> None:
+    """Shapes without numbers: the largest would need half a gigabyte."""
+    shape, num_parameters, attention, heads = PUBLISHED[preset]
+    sizes = {"down": set(), "up": set(), "mid": set()}  # type: dict[str, set[int]]
+    with torch.device("meta"):
+        unet = build_unet(ModelConfig(preset=preset), shape, None)  # type: ignore[arg-type]
+        for name, module in unet.named_modules():
+            if isinstance(module, Attention):
+                part = name.split("_")[0]
+                module.register_forward_pre_hook(lambda _, args, part=part: sizes[part].add(args[0].shape[-1]))
+        output = unet(torch.empty(1, *shape), torch.zeros(1, dtype=torch.int64), return_dict=False)[0]
+    assert output.shape == (1, *shape)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == num_parameters
+    lowest = shape[-1] // 2 ** (len(unet.config["block_out_channels"]) - 1)
+    assert sizes == {"down": attention, "up": attention, "mid": {lowest}}
+    assert {module.heads for module in unet.modules() if isinstance(module, Attention)} == heads
+
+
+def eighth(preset: str) -> UNet2DModel:
+    """Returns a preset with an eighth of its channels, which has the same layers at the same places."""
+    channels = [number // 8 for number in PRESETS[preset]["block_out_channels"]]  # type: ignore[operator, union-attr]
+    overrides: dict[str, Any] = {"block_out_channels": channels, "norm_num_groups": 4}
+    if preset.startswith("improved"):
+        overrides |= {"attention_head_dim": 8, "attn_norm_num_groups": 4}
+    torch.manual_seed(0)
+    return build_unet(ModelConfig(preset=preset, overrides=overrides), PUBLISHED[preset][0], None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_starts_as_the_paper_does(preset: str) -> None:
+    """The last layers are 1e-5 of the others, all biases are zero, and the network outputs nothing."""
+    unet = eighth(preset)
+    small = output_layers(unet)
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            fans = (module.weight.shape[0] + module.weight.shape[1]) * math.prod(module.weight.shape[2:])
+            bound = math.sqrt(6 / fans) * (1e-5 if name in small else 1.0)
+            largest = float(module.weight.detach().abs().max())
+            assert 0.5 * bound < largest <= bound, name
+            assert module.bias is None or not module.bias.any(), name
+    size = min(PUBLISHED[preset][0][-1], 64)
+    with torch.no_grad():
+        output = unet(torch.ones(1, PUBLISHED[preset][0][0], size, size), torch.tensor([500]), return_dict=False)[0]
+    assert 0 < output.abs().max() < 1e-2
+
+
+def test_the_improved_networks_scale_and_shift_and_norm_every_attention() -> None:
+    """UNet2DModel leaves the norm out of the middle attention with scale_shift, which the published network has."""
+    unet = eighth("improved_32")
+    attentions = [module for module in unet.modules() if isinstance(module, Attention)]
+    assert len(attentions) == 2 * 3 + 2 * 4 + 1
+    assert all(isinstance(module.group_norm, nn.GroupNorm) for module in attentions)
+    blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
+    assert {block.time_embedding_norm for block in blocks} == {"scale_shift"}
 
 
 @pytest.mark.parametrize("num_class_embeds", [None, 10])
@@ -195,3 +276,94 @@ def test_overrides_that_make_no_network_are_refused(overrides: dict[str, object]
 def test_images_that_cannot_be_halved_are_refused(preset: str, size: int, factor: int) -> None:
     with pytest.raises(ConfigError, match=f"{size}x{size} is not a multiple of {factor}; set data.resolution"):
         build_unet(ModelConfig(preset=preset), (3, size, size), None)  # type: ignore[arg-type]
+
+
+def file_config(**changes: object) -> dict[str, Any]:
+    """Returns a config.json as diffusers writes it, of a network for other images."""
+    config = tiny_unet(10).config
+    return json.loads(json.dumps(dict(config))) | changes
+
+
+def from_file(config: dict[str, Any], **settings: object) -> UNet2DModel:
+    return build_unet(ModelConfig(config_file="other/config.json", **settings), (3, 16, 24), None, config)  # type: ignore[arg-type]
+
+
+def test_a_file_decides_all_but_what_the_data_decide() -> None:
+    unet = from_file(file_config(act_fn="gelu", dropout=0.3), overrides={"dropout": 0.2})
+    expected = file_config(act_fn="gelu", dropout=0.2)
+    expected |= {"in_channels": 3, "out_channels": 3, "sample_size": [16, 24], "num_class_embeds": None}
+    found = json.loads(json.dumps(dict(unet.config)))
+    assert found.pop("_use_default_values") != expected.pop("_use_default_values")
+    assert found == expected
+
+
+def test_what_a_file_leaves_out_has_the_default_of_diffusers() -> None:
+    """Not that of a preset."""
+    unet = from_file({"block_out_channels": [8, 16, 16, 16], "norm_num_groups": 4})
+    for name in ("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "downsample_padding", "dropout"):
+        assert unet.config[name] == UNet2DModel(block_out_channels=(8, 16, 16, 16), norm_num_groups=4).config[name]
+
+
+def test_settings_of_a_newer_file_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        from_file(file_config(flux_capacitor=True, _comment="hidden"))
+    assert "model.config_file other/config.json has settings that UNet2DModel does not know: flux_cap" in caplog.text
+    assert "_comment" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"time_embedding_type": "fourier"}, "model.config_file other/config.json divides by the timestep"),
+        ({"norm_num_groups": 3}, "model.config_file other/config.json and model.overrides do not make a UNet2DModel"),
+        ({"block_out_channels": [4] * 5, "layers_per_block": 1}, "model.config_file other/config.json halves images 4"),
+    ],
+)
+def test_a_file_that_makes_no_network_is_refused(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_file(file_config(**changes))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{}, {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4}])
+def test_gradient_checkpointing_changes_no_gradient(changes: dict[str, Any]) -> None:
+    """Bit for bit, dropout included: the backward pass draws the same masks again."""
+    overrides = {"block_out_channels": [8, 16, 32], "norm_num_groups": 4, "dropout": 0.3, **changes}
+    gradients, calls = {}, {False: 0, True: 0}
+    for is_checkpointing in (False, True):
+        config = ModelConfig(preset="mnist_28", overrides=overrides, gradient_checkpointing=is_checkpointing)
+        torch.manual_seed(0)
+        unet = build_unet(config, (1, 28, 28), None)
+
+        def count(*_: object, key: bool = is_checkpointing) -> None:
+            calls[key] += 1
+
+        for module in unet.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.register_forward_pre_hook(count)
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+        images = torch.randn(2, 1, 28, 28)
+        unet(images, torch.tensor([3, 700]), return_dict=False)[0].square().sum().backward()
+        gradients[is_checkpointing] = [parameter.grad for parameter in unet.parameters()]
+    for one, other in zip(gradients[False], gradients[True], strict=True):
+        assert one is not None
+        assert one.any()
+        assert torch.equal(one, other)
+    assert calls[True] == 2 * calls[False] - 1, "all residual blocks but the first of the middle, which never is"
+
+
+def test_blocks_that_cannot_checkpoint_are_named() -> None:
+    overrides = {
+        "block_out_channels": [32, 32],
+        "down_block_types": ["SkipDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "SkipUpBlock2D"],
+    }
+    with pytest.raises(ConfigError, match="does nothing for SkipDownBlock2D and SkipUpBlock2D; choose other blocks"):
+        build_unet(
+            ModelConfig(preset="digits_8", overrides=overrides, gradient_checkpointing=True),  # type: ignore[arg-type]
+            (3, 8, 8),
+            None,
+        )

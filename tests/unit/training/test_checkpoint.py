@@ -28,7 +28,7 @@ from ddpm_hf.training.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.ema import EMA, decay_laws
 from ddpm_hf.training.optim import build_optimizer
 from ddpm_hf.training.snapshot import TrainerState, load_optimizer, read_snapshot, write_snapshot
 from tests.conftest import tiny_unet
@@ -424,8 +424,9 @@ def test_what_a_kill_left_behind_is_removed(tmp_path: Path) -> None:
 def trained(seed: int) -> tuple[UNet2DModel, EMA, torch.optim.Optimizer]:
     """Returns a tiny network after two updates, its average and its optimiser."""
     unet = tiny_unet(10)
-    ema = EMA(unet, decay=0.9, warmup=False)
-    optimizer = build_optimizer(unet.parameters(), TrainingConfig(learning_rate=0.1))
+    config = TrainingConfig(learning_rate=0.1, ema_decay=0.9, ema_warmup="none", posthoc_ema=True)
+    ema = EMA(unet, decay_laws(config))
+    optimizer = build_optimizer(unet.parameters(), config)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(2):
         for parameter in unet.parameters():
@@ -438,11 +439,11 @@ def trained(seed: int) -> tuple[UNet2DModel, EMA, torch.optim.Optimizer]:
 def everything(unet: UNet2DModel, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     tensors = dict(unet.named_parameters())
     names = list(tensors)
-    for number, average in enumerate(ema.tensors()):
-        tensors[f"{names[number]} average"] = average
+    for average in ema.names:
+        tensors |= {f"{names[number]} {average}": tensor for number, tensor in enumerate(ema.tensors(average))}
     for number, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"{names[number]} {name}": moment for name, moment in moments.items()}
-    assert len(tensors) == 5 * len(names)
+    assert len(tensors) == 7 * len(names)
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -488,7 +489,8 @@ def test_a_run_goes_on_from_a_snapshot_as_if_it_had_not_stopped(tmp_path: Path) 
 def test_an_optimizer_that_never_stepped_is_restored_as_such(tmp_path: Path) -> None:
     """Every update so far may have been skipped."""
     unet = tiny_unet(10)
-    ema, optimizer = EMA(unet, 0.9, False), build_optimizer(unet.parameters(), TrainingConfig())
+    config = TrainingConfig(posthoc_ema=True)
+    ema, optimizer = EMA(unet, decay_laws(config)), build_optimizer(unet.parameters(), config)
     write_snapshot(tmp_path, unet, ema, optimizer, TrainerState(), "")
     other_unet, other_ema, other_optimizer = trained(0)
     load_optimizer(other_optimizer, other_unet, read_snapshot(tmp_path, other_unet, other_ema)[1])
@@ -518,6 +520,6 @@ def test_nothing_in_a_snapshot_is_a_pickle(tmp_path: Path) -> None:
 def test_the_networks_of_a_snapshot_load_with_diffusers_alone(tmp_path: Path) -> None:
     unet, ema, optimizer = trained(0)
     write_snapshot(tmp_path, unet, ema, optimizer, TrainerState(), "")
-    for folder, expected in (("unet", list(unet.parameters())), ("ema", ema.tensors())):
+    for folder, expected in (("unet", list(unet.parameters())), *((name, ema.tensors(name)) for name in ema.names)):
         loaded = UNet2DModel.from_pretrained(tmp_path, subfolder=folder, use_safetensors=True)
         assert all(torch.equal(one, other) for one, other in zip(loaded.parameters(), expected, strict=True))

@@ -1,12 +1,14 @@
 """The learning rate is a closed form of the step, and an update that is skipped changes nothing at all."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
-from ddpm_hf.config import TrainingConfig
-from ddpm_hf.training.optim import build_optimizer, learning_rate_at
+from ddpm_hf.config import ConfigError, TrainingConfig
+from ddpm_hf.training.optim import build_optimizer, learning_rate_at, may_step
+from ddpm_hf.training.optimizer_state import pack, unpack
 
 CONFIG = TrainingConfig(learning_rate=2.0, learning_rate_warmup_steps=10, num_steps=110)
 
@@ -76,6 +78,168 @@ def test_an_update_is_adams_formula() -> None:
     first, second = 0.1 * g / (1 - 0.9), 0.001 * g**2 / (1 - 0.999)
     expected = start.double() * (1 - 0.1 * 0.01) - 0.1 * first / (second.sqrt() + 1e-8)
     torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adam_adds_its_weight_decay_to_the_gradient() -> None:
+    """The older of the two, fused as well; by hand in float64."""
+    parameter = torch.nn.Parameter(torch.full((3,), 2.0))
+    optimizer = build_optimizer([parameter], TrainingConfig(optimizer="adam", learning_rate=0.1, weight_decay=0.5))
+    assert type(optimizer) is torch.optim.Adam
+    assert optimizer.defaults["fused"] is True
+    parameter.grad = torch.full((3,), -1.5)
+    optimizer.step()
+    g = -1.5 + 0.5 * 2.0
+    assert parameter.detach().tolist() == pytest.approx([2.0 - 0.1 * g / (abs(g) + 1e-8)] * 3)
+
+
+def test_further_arguments_reach_the_optimizer() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    settings = build_optimizer([parameter], TrainingConfig(optimizer_kwargs={"amsgrad": True, "fused": False})).defaults
+    assert (settings["amsgrad"], settings["fused"]) == (True, False)
+    config = TrainingConfig(optimizer="torch.optim.SGD", optimizer_kwargs={"momentum": 0.9}, learning_rate=0.3)
+    optimizer = build_optimizer([parameter], config)
+    assert type(optimizer) is torch.optim.SGD
+    assert (optimizer.defaults["momentum"], optimizer.defaults["lr"]) == (0.9, 0.3)
+
+
+def test_a_device_without_a_fused_adam_gets_the_plain_one() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1, device="meta"))
+    assert build_optimizer([parameter], TrainingConfig()).defaults["fused"] is None
+
+
+MODULE = "tests.unit.training.optimizers"
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments", "sentence"),
+    [
+        ("torch.optim.Lamb", {}, "training.optimizer torch.optim.Lamb cannot be imported"),
+        ("no.such.Optimizer", {}, "training.optimizer no.such.Optimizer cannot be imported (No module named 'no')"),
+        (f"{MODULE}.not_a_class", {}, "is no torch.optim.Optimizer; give the path of one."),
+        ("torch.nn.Linear", {}, "training.optimizer torch.nn.Linear is no torch.optim.Optimizer"),
+        ("torch.optim.SGD", {"momentun": 1}, "torch.optim.SGD cannot be made (TypeError: SGD.__init__() got an"),
+        ("torch.optim.SGD", {"momentum": -1}, "cannot be made (ValueError: Invalid momentum value: -1)"),
+        ("torch.optim.SGD", {"lr": 1.0}, "training.optimizer_kwargs has lr, which other settings of training decide."),
+        ("adamw", {"betas": [0.9, 0.9]}, "training.optimizer_kwargs has betas, which other settings"),
+        ("torch.optim.LBFGS", {}, "torch.optim.LBFGS cannot take a step (TypeError: LBFGS.step() missing"),
+        ("torch.optim.SparseAdam", {}, "torch.optim.SparseAdam cannot take a step (RuntimeError: SparseAdam"),
+        (f"{MODULE}.KeepingLists", {}, "cannot be stored in a checkpoint (it keeps history as list, which is no"),
+        (f"{MODULE}.Hiding", {}, "Hiding does not go on exactly where a checkpoint left it"),
+        (f"{MODULE}.KeepingHalf", {}, "KeepingHalf does not go on exactly where a checkpoint left it"),
+    ],
+)
+def test_an_optimizer_that_cannot_serve_is_refused_before_training(
+    path: str, arguments: dict[str, Any], sentence: str
+) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ConfigError) as caught:
+        build_optimizer([parameter], TrainingConfig(optimizer=path, optimizer_kwargs=arguments))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("adamw", {}),
+    ("adamw", {"amsgrad": True}),
+    ("adam", {}),
+    ("adam", {"fused": False}),
+    ("torch.optim.SGD", {}),
+    ("torch.optim.SGD", {"momentum": 0.9}),
+    ("torch.optim.SGD", {"momentum": 0.9, "fused": True}),
+    ("torch.optim.NAdam", {}),
+    ("torch.optim.RAdam", {"betas": [0.8, 0.9]}),
+    ("torch.optim.Adagrad", {"fused": True}),
+    ("torch.optim.Adafactor", {}),
+    ("torch.optim.ASGD", {}),
+    ("torch.optim.RMSprop", {"momentum": 0.9}),
+    (f"{MODULE}.Counting", {"slowness": 0.25}),
+]
+every_optimizer = pytest.mark.parametrize(("path", "arguments"), OPTIMIZERS)
+SHAPES = {"one.weight": (4, 4), "one.bias": (3,), "two.weight": (2, 3, 3, 3)}
+
+
+def optimized(
+    path: str, arguments: dict[str, Any], seed: int
+) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+    """Returns parameters and their optimiser."""
+    torch.manual_seed(seed)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES.values()]
+    config = TrainingConfig(optimizer=path, optimizer_kwargs=arguments, learning_rate=0.1)
+    return parameters, build_optimizer(parameters, config)
+
+
+def step(
+    parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, seed: int, factor: float = 1.0
+) -> bool:
+    """Does what the trainer does with a gradient; says whether the host let it."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator) * factor
+    norms = torch.stack([parameter.grad.norm() for parameter in parameters if parameter.grad is not None])
+    allowed = may_step(optimizer, ~torch.isfinite(norms.norm()))
+    if allowed:
+        optimizer.step()
+    return allowed
+
+
+def everything(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    tensors, scalars = pack(optimizer, list(SHAPES))
+    weights = dict(zip(SHAPES, (parameter.detach() for parameter in parameters), strict=True))
+    return {name: tensor.clone() for name, tensor in (tensors | weights).items()}, scalars
+
+
+def assert_equal(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
+    assert one[0].keys() == other[0].keys()
+    assert [name for name in one[0] if not torch.equal(one[0][name], other[0][name])] == []
+    assert one[1] == other[1]
+
+
+@every_optimizer
+def test_every_optimizer_goes_on_from_its_state_as_if_it_had_not_stopped(path: str, arguments: dict[str, Any]) -> None:
+    """Bit for bit: weights, tensors of the state, and what is no tensor."""
+    run = optimized(path, arguments, seed=0)
+    for number in range(3):
+        step(*run, seed=number)
+    tensors, scalars = everything(*run)
+    again = optimized(path, arguments, seed=1)
+    for parameter, name in zip(again[0], SHAPES, strict=True):
+        parameter.data.copy_(tensors.pop(name))
+    unpack(again[1], list(SHAPES), tensors, scalars)
+    assert_equal(everything(*run), everything(*again))
+    for number in range(3, 5):
+        step(*run, seed=number)
+        step(*again, seed=number)
+    assert_equal(everything(*run), everything(*again))
+
+
+@every_optimizer
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_gradient_that_is_not_finite_changes_nothing_at_all(path: str, arguments: dict[str, Any], when: int) -> None:
+    """Bit for bit the run that never saw it, whether the optimiser skips the update itself or the host does."""
+    run, undisturbed = optimized(path, arguments, seed=0), optimized(path, arguments, seed=0)
+    for number in range(4):
+        if number == when:
+            for factor in (float("nan"), float("inf")):
+                skips_itself = path in ("adam", "adamw") and run[1].defaults["fused"]
+                assert step(*run, seed=99, factor=factor) == skips_itself
+        step(*run, seed=number)
+        step(*undisturbed, seed=number)
+    tensors, scalars = everything(*run)
+    expected, expected_scalars = everything(*undisturbed)
+    assert_equal((tensors, scalars), (expected, expected_scalars))
+
+
+def test_only_what_changed_in_the_group_is_stored() -> None:
+    """The rest comes from the configuration, so that a run can be continued with another weight decay."""
+    run = optimized(f"{MODULE}.Counting", {}, seed=0)
+    for number in range(3):
+        step(*run, seed=number)
+    scalars = everything(*run)[1]
+    assert scalars["group"] == {"num_steps": 3}
+    assert set(scalars["state"]) == set(SHAPES)
+    run = optimized("adamw", {}, seed=0)
+    step(*run, seed=0)
+    assert everything(*run)[1] == {}
 
 
 def test_an_update_that_is_skipped_changes_nothing_at_all() -> None:

@@ -1,0 +1,182 @@
+"""Averages of any length from a real run, and optimisers other than the usual one, stopped and continued."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddpm_hf import GaussianDiffusionPipeline
+from ddpm_hf.cli import main, train
+from ddpm_hf.config import TrainingConfig
+from ddpm_hf.training import ema as ema_module
+from ddpm_hf.training import power_function
+from ddpm_hf.training.ema import decay_laws
+from ddpm_hf.training.optim import learning_rate_at
+from tests.conftest import run_arguments
+from tests.integration.test_training import (
+    EVERYTHING_RANDOM,
+    assert_same_run,
+    metrics_of,
+    poison_loss_at,
+    stop_with_signal_after,
+    tensors_of,
+)
+from tests.unit.training.optimizers import Watching
+
+POSTHOC: dict[str, Any] = {"training__posthoc_ema": True, "training__posthoc_ema_every_steps": 2}
+
+
+def stored(run: Path) -> dict[str, bytes]:
+    """Returns every file of the stored averages."""
+    root = run / "ema_snapshots"
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def averaged_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that stopped ones are compared with."""
+    run = tmp_path_factory.mktemp("runs") / "averaged"
+    assert train(run_arguments(run, **EVERYTHING_RANDOM, **POSTHOC, training__num_steps=7)) == 0
+    return run
+
+
+def test_averages_are_stored_at_intervals_and_at_the_end(averaged_run: Path) -> None:
+    names = sorted(path.name for path in (averaged_run / "ema_snapshots").iterdir())
+    assert names == ["step_00000002", "step_00000004", "step_00000006", "step_00000007"]
+    last = averaged_run / "checkpoints" / "step_00000007" / "ema_sigma_0.050"
+    in_checkpoint = load_file(last / "diffusion_pytorch_model.safetensors")
+    alone = load_file(averaged_run / "ema_snapshots" / "step_00000007" / "ema_sigma_0.050.safetensors")
+    assert all(torch.equal(alone[name], in_checkpoint[name]) for name in in_checkpoint)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 6])
+def test_a_stopped_and_continued_run_stores_the_same_bits(
+    step: int, averaged_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped on a stored step, between two, and on one whose checkpoint is then lost."""
+    run = tmp_path / "run"
+    arguments = run_arguments(run, **EVERYTHING_RANDOM, **POSTHOC, training__num_steps=7)
+    with monkeypatch.context() as patch:
+        stop_with_signal_after(step, patch)
+        assert train(arguments) == 143
+    if step == 6:
+        shutil.rmtree(run / "checkpoints" / "step_00000006")
+        for path in (run / "ema_snapshots" / "step_00000006").glob("*.safetensors"):
+            path.write_bytes(b"what another run of these steps would have stored")
+    assert train(arguments) == 0
+    assert_same_run(averaged_run, run, 7)
+    assert stored(run) == stored(averaged_run)
+
+
+def test_an_average_made_afterwards_is_the_one_that_was_followed_all_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real training of 120 steps that follows a third length, 0.075, all along and stores two others 20 times.
+
+    The weights differ by less than 1 % of how far that average is from either of the two it was made of: the error of
+    the profile, which the command tells, is 0.3 %.
+    """
+
+    def with_a_third(config: TrainingConfig) -> dict[str, Any]:
+        gamma = power_function.gamma_of(0.075)
+        return decay_laws(config) | {"ema_third": lambda number: power_function.decay_at(number, gamma)}
+
+    monkeypatch.setattr("ddpm_hf.training.trainer.decay_laws", with_a_third)
+    run = tmp_path / "run"
+    changes: dict[str, Any] = {"training__posthoc_ema": True, "training__posthoc_ema_every_steps": 6}
+    changes |= {"training__num_steps": 120, "training__checkpoint_every_steps": 120, "training__learning_rate": 5e-3}
+    assert train(run_arguments(run, **changes)) == 0
+    assert main(["ema", str(run), "--length", "0.075"]) == 0
+
+    def weights(folder: Path) -> torch.Tensor:
+        content = load_file(folder / "diffusion_pytorch_model.safetensors")
+        return torch.cat([content[name].flatten().double() for name in sorted(content)])
+
+    made = weights(run / "pipeline_ema_0.075" / "unet")
+    last = run / "checkpoints" / "step_00000120"
+    followed = weights(last / "ema_third")
+    nearest = min(float((weights(last / f"ema_sigma_{name}") - followed).norm()) for name in ("0.050", "0.100"))
+    assert nearest > 0.01
+    assert float((made - followed).norm()) < 0.01 * nearest
+    assert ema_module.MAIN == "ema"
+
+
+def test_the_pipeline_of_another_length_samples(averaged_run: Path, tmp_path: Path) -> None:
+    assert main(["ema", str(averaged_run), "--length", "0.1", "--output", str(tmp_path / "made")]) == 0
+    pipeline = GaussianDiffusionPipeline.from_pretrained(tmp_path / "made")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, class_labels=["3", "7"], num_inference_steps=2, output_type="uint8").images
+    assert images.shape == (2, 8, 8, 1)
+
+
+# --------------------------------------------------------------------------------------------------------- optimisers
+
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"training__optimizer": "adam", "training__weight_decay": 0.01},
+    {"training__optimizer": "torch.optim.SGD", "training__optimizer_kwargs": {"momentum": 0.9}},
+    {"training__optimizer": "tests.unit.training.optimizers.Counting"},
+]
+every_optimizer = pytest.mark.parametrize(
+    "optimizer", OPTIMIZERS, ids=lambda changes: changes["training__optimizer"].split(".")[-1]
+)
+
+
+@every_optimizer
+def test_any_optimizer_is_stopped_and_continued_bit_identically(
+    optimizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(run_arguments(tmp_path / "whole", **EVERYTHING_RANDOM, **optimizer)) == 0
+    arguments = run_arguments(tmp_path / "run", **EVERYTHING_RANDOM, **optimizer)
+    with monkeypatch.context() as patch:
+        stop_with_signal_after(3, patch)
+        assert train(arguments) == 143
+    assert train(arguments) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
+
+
+@every_optimizer
+def test_any_optimizer_skips_a_non_finite_gradient_exactly(
+    optimizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit: weights, averages and state after the poisoned step are those before it."""
+    poison_loss_at(3, monkeypatch)
+    run = tmp_path / "run"
+    changes = {"training__checkpoint_every_steps": 1, "training__num_checkpoints_kept": 9}
+    assert train(run_arguments(run, **changes, **optimizer)) == 0
+    before, after = (tensors_of(run / "checkpoints" / f"step_0000000{step}") for step in (2, 3))
+    assert not [key for key in before if not torch.equal(before[key], after[key])]
+    assert [row["num_skipped_updates"] for row in metrics_of(run)] == [0, 0, 1, 1, 1, 1]
+
+
+def test_a_run_is_not_continued_with_another_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(run_arguments(tmp_path / "run", training__num_steps=2)) == 0
+    assert train(run_arguments(tmp_path / "run", training__optimizer="adam")) == 2
+    assert "training.optimizer was 'adamw', is 'adam'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("micro_batch_size", [8, 2])
+def test_every_update_has_the_learning_rate_of_its_step(schedule: str, micro_batch_size: int, tmp_path: Path) -> None:
+    """Accumulation makes more backward passes, no more steps of the schedule; a resumed run does not warm up again."""
+    Watching.seen.clear()
+    changes: dict[str, Any] = {
+        "training__optimizer": "tests.unit.training.optimizers.Watching",
+        "training__learning_rate": 0.01,
+        "training__learning_rate_schedule": schedule,
+        "training__micro_batch_size": micro_batch_size,
+        "training__num_steps": 6,
+    }
+    assert train(run_arguments(tmp_path / "run", **changes)) == 0
+    config = TrainingConfig(
+        learning_rate=0.01,
+        learning_rate_warmup_steps=2,
+        learning_rate_schedule=schedule,  # type: ignore[arg-type]
+        num_steps=6,
+    )
+    expected = [learning_rate_at(step, config) for step in range(6)]
+    # The trial before the run takes three steps with the peak.
+    assert [rate for rate, _ in Watching.seen] == pytest.approx([0.01] * 3 + expected)
+    assert [row["learning_rate"] for row in metrics_of(tmp_path / "run")] == pytest.approx(expected)

@@ -1,0 +1,74 @@
+"""Every recipe can be run: it parses, its settings fit together, and its network fits its images."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_hf.config import load_config
+from ddpm_hf.diffusion import GaussianDiffusionScheduler
+from ddpm_hf.unet import build_unet
+from tests.conftest import REPOSITORY
+
+RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+# What the data sets hold: channels, height, width and classes, for recipes that leave the images as they are.
+DATA: dict[str, tuple[tuple[int, int, int], int]] = {
+    "digits_8": ((1, 8, 8), 10),
+    "mnist_28": ((1, 28, 28), 10),
+    "cifar10_32": ((3, 32, 32), 10),
+    "cifar10_32_cosine_v": ((3, 32, 32), 10),
+}
+PAPER_NETWORKS = {"cifar10_32": 35_746_307, "celebahq_256": 113_673_219, "lsun_256": 113_673_219}
+
+every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+
+
+@every_recipe
+def test_the_network_of_every_recipe_fits_its_images(recipe: Path) -> None:
+    """Shapes without numbers; `build_unet` sends one image through."""
+    config, _ = load_config(["--config", str(recipe)])
+    size = config.data.resolution
+    assert (size is None) == (recipe.stem in DATA), "without a resolution, say here what the images are"
+    shape, num_classes = DATA[recipe.stem] if size is None else ((config.data.num_channels or 3, size, size), 0)
+    assert config.data.num_channels == shape[0]
+    num_embeds = num_classes + (config.objective.class_dropout > 0) if config.model.class_conditional else None
+    with torch.device("meta"):
+        unet = build_unet(config.model, shape, num_embeds)
+    num_parameters = sum(parameter.numel() for parameter in unet.parameters())
+    assert num_parameters == PAPER_NETWORKS.get(recipe.stem, num_parameters)
+
+
+@every_recipe
+def test_the_process_of_every_recipe_ends_in_noise(recipe: Path) -> None:
+    config, _ = load_config(["--config", str(recipe)])
+    settings = config.to_dict()["diffusion"]
+    scheduler = GaussianDiffusionScheduler.create(**settings)
+    assert scheduler.noise_schedule.alphas_cumprod[-1] < 1e-4
+
+
+@every_recipe
+def test_every_recipe_says_what_it_needs_and_how_to_run_it(recipe: Path) -> None:
+    header = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    for what in ("Data:", "Hardware:", "Result:", "Command:"):
+        assert sum(line.startswith(f"# {what}") for line in header) == 1, what
+    (command,) = [line for line in header if line.startswith("# Command:")]
+    assert f"train_ddpm.py --config configs/{recipe.name}" in command
+
+
+def test_the_recipes_of_the_paper_have_the_papers_settings() -> None:
+    """Ho et al. 2020, appendix B and their code."""
+    steps = {"cifar10_32": 800_000, "celebahq_256": 500_000, "lsun_256": 1_200_000}
+    for name, num_steps in steps.items():
+        config, _ = load_config(["--config", str(REPOSITORY / "configs" / f"{name}.yaml")])
+        is_cifar = name == "cifar10_32"
+        training, diffusion = config.training, config.diffusion
+        assert training.num_steps == num_steps
+        assert training.train_batch_size == (128 if is_cifar else 64)
+        assert training.learning_rate == (2e-4 if is_cifar else 2e-5)
+        assert (training.learning_rate_warmup_steps, training.ema_decay, training.max_grad_norm) == (5000, 0.9999, 1.0)
+        assert diffusion.variance_type == ("fixed_large" if is_cifar else "fixed_small")
+        assert (diffusion.beta_schedule, diffusion.beta_start, diffusion.beta_end) == ("linear", 1e-4, 0.02)
+        assert (diffusion.num_train_timesteps, diffusion.prediction_type) == (1000, "epsilon")
+        assert config.model.overrides.get("dropout", 0.1 if is_cifar else 0.0) == (0.1 if is_cifar else 0.0)
+        assert config.data.random_flip

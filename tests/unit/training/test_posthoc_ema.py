@@ -1,0 +1,198 @@
+"""Averages that were stored now and then make a pipeline with one of any length, or say why not."""
+
+import json
+import logging
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DiffusionPipeline
+
+from ddpm_hf.cli import main
+from ddpm_hf.config import ConfigError, TrainingConfig
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.training.checkpoint import remove_after
+from ddpm_hf.training.ema import EMA, decay_laws
+from ddpm_hf.training.posthoc_ema import SNAPSHOTS, is_due, rebuild, store
+from tests.conftest import tiny_unet
+
+CONFIG = TrainingConfig(posthoc_ema=True, num_steps=20)
+CLASS_NAMES = {str(number): f"digit {number}" for number in range(10)}
+
+
+def train(run: Path, steps: int = 20, every: int = 2) -> EMA:
+    """Walks a tiny network at random and stores its averages; returns them as they are at the end."""
+    unet = tiny_unet(10)
+    ema = EMA(unet, decay_laws(CONFIG))
+    scheduler = GaussianDiffusionScheduler.create(beta_schedule="cosine", prediction_type="v")
+    pipeline = GaussianDiffusionPipeline(unet, scheduler, class_names=CLASS_NAMES)
+    run.mkdir(exist_ok=True)
+    (run / "config.yaml").write_text("training: {}\n")
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+        ema.update(unet)
+        if step % every == 0:
+            store(run / SNAPSHOTS, step, ema, pipeline)
+    return ema
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EMA]:
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    return run, train(run)
+
+
+def parameters(folder: Path) -> list[torch.Tensor]:
+    return list(GaussianDiffusionPipeline.from_pretrained(folder).unet.parameters())
+
+
+@pytest.mark.parametrize("length", [0.05, 0.10])
+def test_a_length_that_was_stored_comes_back_as_it_was(
+    finished: tuple[Path, EMA], tmp_path: Path, length: float
+) -> None:
+    """1e-6 of weights of order 5: what rounding leaves of a system of 20 equations."""
+    run, ema = finished
+    rebuilt = rebuild(run, length, None, tmp_path / "made")
+    assert (rebuilt.step, rebuilt.num_stored) == (20, 20)
+    assert rebuilt.relative_error < 1e-6
+    for found, expected in zip(parameters(tmp_path / "made"), ema.tensors(f"ema_sigma_{length:.3f}"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_an_earlier_step_is_made_of_what_was_stored_until_then(finished: tuple[Path, EMA], tmp_path: Path) -> None:
+    rebuilt = rebuild(finished[0], 0.1, 12, tmp_path / "made")
+    assert (rebuilt.step, rebuilt.num_stored) == (12, 12)
+    again = train(tmp_path / "shorter", steps=12)
+    for found, expected in zip(parameters(tmp_path / "made"), again.tensors("ema_sigma_0.100"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_folder_is_a_complete_pipeline_in_every_way(finished: tuple[Path, EMA], tmp_path: Path) -> None:
+    rebuild(finished[0], 0.08, None, tmp_path / "made")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "made")) is DDPMPipeline
+    pipeline = GaussianDiffusionPipeline.from_pretrained(tmp_path / "made")
+    assert pipeline.config["class_names"] == CLASS_NAMES
+    assert pipeline.scheduler.config["prediction_type"] == "v_prediction"
+    assert (tmp_path / "made" / "pipeline.py").is_file()
+    assert (tmp_path / "made" / "training_config.yaml").read_text() == "training: {}\n"
+    told = json.loads((tmp_path / "made" / "posthoc_ema.json").read_text())
+    assert (told["step"], told["sigma_rel"], told["num_stored"]) == (20, 0.08, 20)
+
+
+def test_the_command_makes_the_pipeline_and_says_how_exact_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    train(run)
+    assert main(["ema", str(run), "--length", "0.08"]) == 0
+    assert (run / "pipeline_ema_0.080" / "model_index.json").is_file()
+    said = capsys.readouterr().out
+    assert "average of length 0.08 at step 20, made of 20 stored ones (its profile is off by 0." in said
+    assert main(["ema", str(run), "--length", "0.1", "--step", "10"]) == 0
+    assert (run / "pipeline_ema_0.100_step_00000010" / "model_index.json").is_file()
+    assert main(["ema", str(run), "--length", "0.08"]) == 2
+    assert "pipeline_ema_0.080 is already there; remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("length", "step", "sentence"),
+    [
+        (0.3, None, "--length is 0.3, but must be between 0 and 0.289, the mean of all weights."),
+        (0.0, None, "--length is 0, but must be between 0 and 0.289"),
+        (-0.1, None, "--length is -0.1, but must be between 0 and 0.289"),
+        (0.01, None, "--length 0.01 cannot be made of the 20 averages stored until step 20"),
+        (0.08, 7, "--step is 7, but averages were stored after 2, 4, 6, ..., 16, 18, 20; choose one of these."),
+    ],
+)
+def test_what_cannot_be_made_is_refused(
+    finished: tuple[Path, EMA], tmp_path: Path, length: float, step: int | None, sentence: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        rebuild(finished[0], length, step, tmp_path / "made")
+    assert sentence in str(caught.value)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_length_that_cannot_be_made_comes_with_some_that_can(finished: tuple[Path, EMA], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        rebuild(finished[0], 0.02, None, tmp_path / "made")
+    shortest, _, longest = str(caught.value).split("choose ")[1].split(",")[0].partition(" to ")
+    for number, length in enumerate((float(shortest), float(longest))):
+        assert rebuild(finished[0], length, None, tmp_path / str(number)).relative_error <= 0.1
+
+
+def test_a_folder_without_averages_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no ema_snapshots; give the folder of a run with training"):
+        rebuild(tmp_path, 0.1, None, tmp_path / "made")
+
+
+def test_a_damaged_average_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ema = train(tmp_path / "run")
+    path = tmp_path / "run" / SNAPSHOTS / "step_00000010" / "ema_sigma_0.050.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        rebuilt = rebuild(tmp_path / "run", 0.1, None, tmp_path / "made")
+    assert "step_00000010 is left out: ema_sigma_0.050.safetensors is damaged" in caplog.text
+    assert rebuilt.num_stored == 18
+    for found, expected in zip(parameters(tmp_path / "made"), ema.tensors("ema_sigma_0.100"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_steps_without_an_update_between_them_count_once(tmp_path: Path) -> None:
+    """Two equal averages would leave the equations without an answer."""
+    ema = train(tmp_path / "run")
+    unet = tiny_unet(10)
+    pipeline = GaussianDiffusionPipeline(unet, GaussianDiffusionScheduler.create(), class_names=CLASS_NAMES)
+    store(tmp_path / "run" / SNAPSHOTS, 22, ema, pipeline)
+    rebuilt = rebuild(tmp_path / "run", 0.1, None, tmp_path / "made")
+    assert (rebuilt.step, rebuilt.num_stored) == (22, 20)
+
+
+def test_before_the_first_update_there_is_nothing_to_store(tmp_path: Path) -> None:
+    unet = tiny_unet(10)
+    store(tmp_path, 1, EMA(unet, decay_laws(CONFIG)), GaussianDiffusionPipeline(unet, GaussianDiffusionScheduler()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_costs_the_averages_of_a_step_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A limit on the size of files stands for the full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        train(tmp_path / "run", steps=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "The averages of step 2 could not be stored (" in caplog.text
+    assert list((tmp_path / "run" / SNAPSHOTS).iterdir()) == []
+
+
+def test_later_averages_are_removed_and_earlier_ones_kept(tmp_path: Path) -> None:
+    train(tmp_path / "run", steps=8)
+    remove_after(tmp_path / "run" / SNAPSHOTS, 5)
+    names = [path.name for path in sorted((tmp_path / "run" / SNAPSHOTS).iterdir())]
+    assert names == ["step_00000002", "step_00000004"]
+    remove_after(tmp_path / "nowhere", 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_steps": 10, "posthoc_ema_every_steps": 4}, [4, 8, 10]),
+        ({"num_steps": 8, "posthoc_ema_every_steps": 4}, [4, 8]),
+        ({"num_steps": 3, "posthoc_ema_every_steps": 100}, [3]),
+        ({"num_steps": 400}, list(range(10, 401, 10))),
+        ({"num_steps": 5}, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_averages_are_stored_at_intervals_and_at_the_end(settings: dict[str, int], expected: list[int]) -> None:
+    config = TrainingConfig(posthoc_ema=True, **settings)  # type: ignore[arg-type]
+    assert [step for step in range(1, config.num_steps + 1) if is_due(step, config)] == expected
+    assert not any(is_due(step, TrainingConfig(num_steps=5)) for step in range(1, 6))
