@@ -24,7 +24,7 @@ class TrainerState:
         num_ema_updates: Updates of the average.
         num_skipped: Updates skipped because a gradient was not finite.
         num_consecutive_skipped: Those of them at the end.
-        loss_sums: For each rank, sum and number of the losses since the last line of metrics.
+        loss_sums: For each rank, what its `LossMeter` summed up since the last line of metrics.
         num_images: Images in the training set, whose order the run depends on.
         scaler: State of the fp16 gradient scaler; None without one.
     """
