@@ -141,8 +141,7 @@ def discretized_log_likelihood(x_0: torch.Tensor, mean: torch.Tensor, log_varian
     log_ratio = _log_normal_cdf(far) - log_near
     # Where rounding eats this difference: the slope of log CDF in the middle, phi / Phi, times the width.
     is_narrow = half_bin < torch.finfo(half_bin.dtype).eps ** (1 / 3)
-    middle = torch.where(is_narrow, distance.abs(), 0.0)
-    slope = math.sqrt(2 / math.pi) / torch.special.erfcx(middle / math.sqrt(2))
+    slope = math.sqrt(2 / math.pi) / torch.special.erfcx(distance.abs() / math.sqrt(2))
     log_ratio = torch.where(is_narrow, -2 * half_bin * slope, log_ratio)
     # So far out that even the edges are rounded to one, log CDF is all that counts.
     log_ratio = log_ratio.clamp(max=-torch.finfo(log_ratio.dtype).tiny)

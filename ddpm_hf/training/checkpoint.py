@@ -3,6 +3,7 @@
     checkpoints/step_00001000/
         unet/  ema/              networks in diffusers format; ema_sigma_*/ with training.posthoc_ema
         optimizer.safetensors    the optimiser's tensors, named like the parameters
+        objective.safetensors    last losses at each timestep, where these are drawn by loss
         trainer_state.json       step, counters, gradient scaler, what the optimiser knows beside tensors
         config.yaml              the configuration of the run
         manifest.json            the step, and sha256 and size of every file above

@@ -46,9 +46,8 @@ class LossMeter:
         share_loss = weighted.sum() / self._share
         is_in = self._quartiles == timesteps * _NUM_QUARTILES // self._num_timesteps
         self._step_sums[0] += share_loss.detach()
-        # Chosen by where, since 0 times a loss that is not finite is not 0.
-        self._step_sums[_LOSSES] += torch.where(is_in, weighted.detach(), 0.0).sum(dim=1)
-        self._step_sums[_NUMBERS] += torch.where(is_in, factors, 0.0).sum(dim=1)
+        self._step_sums[_LOSSES] += (is_in * weighted.detach()).sum(dim=1)
+        self._step_sums[_NUMBERS] += (is_in * factors).sum(dim=1)
         self._step_losses.append(torch.stack([timesteps, losses.detach()], dim=1))
         return share_loss
 

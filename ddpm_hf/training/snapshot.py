@@ -26,7 +26,7 @@ class TrainerState:
         num_skipped: Updates skipped because a gradient was not finite.
         num_consecutive_skipped: Those of them at the end.
         num_scaler_skips: Updates skipped because the fp16 gradient scaler had scaled too far.
-        loss_sums: For each rank, sum and number of the losses since the last line of metrics.
+        loss_sums: For each rank, what its `LossMeter` summed up since the last line of metrics.
         num_images: Images in the training set, whose order the run depends on.
         micro_batch_size: Images of one forward on one device, which "auto" stays at.
         scaler: State of the fp16 gradient scaler; None without one.

@@ -508,8 +508,8 @@ def test_skips_by_which_the_fp16_scaler_finds_its_scale_are_counted_apart(tmp_pa
     third, fourth = (tensors_of(tmp_path / "run/checkpoints" / f"step_0000000{step}") for step in (3, 4))
     weights = dict(trainer.unet.named_parameters())
     for (name, _), before in zip(weights.items(), initial, strict=True):
-        assert torch.equal(third[f"unet/diffusion_pytorch_model:{name}"], before)
-        assert torch.equal(third[f"ema/diffusion_pytorch_model:{name}"], before)
+        assert torch.equal(third[f"unet/diffusion_pytorch_model.safetensors:{name}"], before)
+        assert torch.equal(third[f"ema/diffusion_pytorch_model.safetensors:{name}"], before)
     assert any(not torch.equal(third[key], fourth[key]) for key in third)
     state = json.loads((tmp_path / "run/checkpoints/step_00000003/trainer_state.json").read_text())
     assert (state["num_scaler_skips"], state["num_skipped"], state["num_ema_updates"]) == (3, 0, 0)

@@ -28,6 +28,8 @@ def test_an_offset_is_one_number_a_channel_of_an_image_of_the_strength_asked_for
     assert abs(float(numbers.mean())) < 0.3 * 0.025
     assert abs(float((numbers[:, 0] * numbers[:, 1]).mean())) < 0.3**2 * 5 / 20_000**0.5, "channels are independent"
     assert abs(float((numbers * plain.mean(dim=(2, 3))).mean())) < 0.3 * 5 / (16 * 40_000) ** 0.5, "and of the noise"
+    first = plain[:32].flatten()[:64]
+    assert float((first - numbers[:32].flatten() / 0.3).abs().mean()) > 0.5, "which has a stream of its own"
 
 
 def test_an_offset_belongs_to_its_position() -> None:
