@@ -23,12 +23,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diffusion.gaussian": {"diffusion.noise_schedule"},
     "diffusion.forward_process": {"diffusion.noise_schedule", "diffusion.gaussian"},
     "diffusion.scheduler": {
-        "diffusion.noise_schedule", "diffusion.timesteps", "diffusion.gaussian", "diffusion.forward_process",
-    },  # fmt: skip
+        "diffusion.noise_schedule",
+        "diffusion.timesteps",
+        "diffusion.gaussian",
+        "diffusion.forward_process",
+    },
     "diffusion.folder": set(),
     "diffusion.sampling": set(),
     "diffusion.images": set(),
-    "diffusion.denoising": {"diffusion.folder", "diffusion.images", "diffusion.sampling"},
+    "diffusion.denoising": {
+        "diffusion.folder",
+        "diffusion.forward_process",
+        "diffusion.images",
+        "diffusion.sampling",
+    },
     "diffusion.editing": {"diffusion.denoising", "diffusion.folder", "diffusion.gaussian", "diffusion.images"},
     "diffusion.pipeline": {"diffusion"},
     "diffusion.__init__": {"diffusion"},
