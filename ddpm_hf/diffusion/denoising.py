@@ -9,6 +9,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .folder import splits_variance
+from .forward_process import check_process
 from .images import OUTPUT_TYPES, check_size, to_images, to_unit_range
 from .sampling import ClassLabels, Condition, label_numbers, start_run, step_arguments
 
@@ -99,6 +100,7 @@ class Run:
         self._callback, self._shown = callback_on_step_end, list(callback_on_step_end_tensor_inputs)
         self._states: list[torch.Tensor] | None = [] if return_trajectory else None
         self._check()
+        check_process(self.scheduler)
 
         has_null_label = pipeline.config.get("has_null_label", False)
         num_embeddings, class_names = self._unet.config.num_class_embeds, pipeline.config.get("class_names")

@@ -67,6 +67,32 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"trained_betas has {len(trained_betas)} values, num_train_timesteps is {length}.")
 
 
+def check_process(scheduler: Any) -> None:
+    """Refuses a scheduler of diffusers that runs another process than the one a network here was trained on.
+
+    EDM, flow matching, consistency models and score SDEs have other noise levels or draw other steps, and would make
+    pictures that are wrong in silence; so would an inverse scheduler.
+
+    Raises:
+        ValueError: It does not say that DDPMScheduler can stand in its place, its alpha_bar is not the product of
+            1 - beta, its timesteps rise, or its prediction_type is not one of ours.
+    """
+    name = type(scheduler).__name__
+    remedy = "take the scheduler that the network was trained with, or a pipeline made for this one."
+    if "DDPMScheduler" not in getattr(scheduler, "_compatibles", ()):
+        raise ValueError(f"{name} does not run a denoising diffusion process (DDPM); {remedy}")
+    alpha_bar = torch.as_tensor(scheduler.alphas_cumprod).double().cpu()
+    expected = torch.cumprod(1 - torch.as_tensor(scheduler.betas).double().cpu(), dim=0)
+    if (alpha_bar - expected).abs().max() > 1e-3:  # float32 sums, and the 2^-24 that some put where it is 0
+        raise ValueError(f"{name} changes the noise levels that its betas stand for; {remedy}")
+    if scheduler.timesteps is not None and scheduler.timesteps[0] < scheduler.timesteps[-1]:
+        raise ValueError(f"{name} goes from data to noise; {remedy}")
+    prediction_type = scheduler.config.get("prediction_type")
+    if prediction_type not in CHOICES["prediction_type"]:
+        names = ", ".join(map(str, CHOICES["prediction_type"]))
+        raise ValueError(f"{name} has prediction_type {prediction_type!r}, which is not one of {names}; {remedy}")
+
+
 def compute_dtype(sample: torch.Tensor) -> torch.dtype:
     """Returns the dtype of all arithmetic on a sample: float64 if it is that, else float32.
 

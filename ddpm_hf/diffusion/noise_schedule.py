@@ -117,7 +117,7 @@ def make_betas(
     Raises:
         ValueError: The name is unknown, T is no positive whole number, or 0 < beta_start <= beta_end <= 1 is not true.
     """
-    name = BETA_SCHEDULE_ALIASES.get(beta_schedule, beta_schedule)
+    name = BETA_SCHEDULE_ALIASES.get(str(beta_schedule), str(beta_schedule))
     if name not in BETA_SCHEDULES:
         names = ", ".join((*BETA_SCHEDULES, *BETA_SCHEDULE_ALIASES))
         raise ValueError(f"beta_schedule {beta_schedule!r} is unknown; choose one of {names}.")

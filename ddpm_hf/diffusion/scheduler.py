@@ -157,7 +157,7 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: An option is unknown, out of its range, or without effect beside another.
         """
-        beta_schedule = BETA_SCHEDULE_ALIASES.get(beta_schedule, beta_schedule)
+        beta_schedule = BETA_SCHEDULE_ALIASES.get(str(beta_schedule), beta_schedule)
         if trained_betas is not None and (beta_schedule != "linear" or scale_betas_to_timesteps):
             raise ValueError("trained_betas replaces beta_schedule and scale_betas_to_timesteps; leave these out.")
         if scale_betas_to_timesteps:
@@ -171,7 +171,7 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
             beta_end=beta_end,
             beta_schedule=beta_schedule,
             trained_betas=trained_betas,
-            prediction_type=PREDICTION_TYPE_ALIASES.get(prediction_type, prediction_type),
+            prediction_type=PREDICTION_TYPE_ALIASES.get(str(prediction_type), prediction_type),
             variance_type="fixed_large" if variance_type == "fixed_large_log" else variance_type,
             **options,
         )

@@ -4,11 +4,8 @@ Stock tables are float32; given float64 ones its arithmetic becomes float64, and
 """
 
 import itertools
-from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -18,17 +15,6 @@ from ddpm_hf.diffusion import GaussianDiffusionScheduler
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 SPACINGS = ("leading", "trailing", "linspace")
-SWAPS = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-)
 
 
 def in_float64(stock: Any, native: GaussianDiffusionScheduler) -> Any:
@@ -208,34 +194,3 @@ def test_lists_of_timesteps_are_those_of_stock_wherever_stock_is_right(spacing: 
         stock.set_timesteps(count)
         native.set_timesteps(count)
         assert native.timesteps.tolist() == stock.timesteps.tolist()[:-1]
-
-
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("name", "prediction_type"), sorted(set(itertools.product(SWAPS, PREDICTION_TYPES)) - {("PNDMScheduler", "sample")})
-)
-def test_a_swap_in_memory_is_the_swap_of_a_stock_folder(tmp_path: Path, name: str, prediction_type: str) -> None:
-    """Untouched defaults survive too: configuration, betas and timesteps are those after a save of a DDPMScheduler."""
-    DDPMScheduler(prediction_type=prediction_type).save_pretrained(tmp_path)
-    from_stock_folder = getattr(diffusers, name).from_pretrained(tmp_path)
-    native = GaussianDiffusionScheduler(prediction_type=prediction_type)
-    in_memory = getattr(diffusers, name).from_config(native.config)
-    native.save_pretrained(tmp_path / "native")
-    from_native_folder = getattr(diffusers, name).from_pretrained(tmp_path / "native")
-    for swapped in (from_stock_folder, in_memory, from_native_folder):
-        swapped.set_timesteps(10)
-        assert swapped.config["prediction_type"] == prediction_type
-        assert swapped.config["timestep_spacing"] == "leading"
-        assert torch.equal(torch.as_tensor(swapped.timesteps), torch.as_tensor(from_stock_folder.timesteps))
-        assert np.array_equal(swapped.betas, from_stock_folder.betas)
-    back = GaussianDiffusionScheduler.from_config(in_memory.config)
-    options = {key: value for key, value in native.config.items() if not key.startswith("_")}
-    assert {key: back.config[key] for key in options} == options
-
-
-@pytest.mark.parametrize("beta_schedule", ["sigmoid", "laplace", "sigmoid_alpha_bar", "warmup10", "const", "jsd"])
-def test_schedules_that_stock_lacks_survive_every_swap(beta_schedule: str) -> None:
-    native = GaussianDiffusionScheduler.create(beta_schedule=beta_schedule, prediction_type="v", num_train_timesteps=50)
-    for name in ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"):
-        swapped = getattr(diffusers, name).from_config(native.config)
-        assert torch.equal(swapped.betas, native.betas), name

@@ -302,12 +302,12 @@ def test_the_smallest_beta_gives_finite_tables() -> None:
 
 
 def test_unknown_schedules_and_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="'cosinus' is unknown; choose one of linear, .*, jsd, cosine, quad"):
+    with pytest.raises(ValueError, match=r"'cosinus' is unknown; choose one of linear, .*, jsd, cosine, quad"):
         make_betas("cosinus")
     for length in (0, -1):
         with pytest.raises(ValueError, match="at least 1"):
             make_betas("linear", length)
-    with pytest.raises(ValueError, match="num_train_timesteps is 2.5; it must be a whole number"):
+    with pytest.raises(ValueError, match=r"num_train_timesteps is 2.5; it must be a whole number"):
         make_betas("linear", 2.5)  # type: ignore[arg-type]
 
 

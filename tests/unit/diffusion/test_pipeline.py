@@ -7,7 +7,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    UNet2DModel,
+)
 from oracles import GaussianData, seeded, tiny_unet
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
@@ -360,6 +367,14 @@ def test_foreign_schedulers_sample_the_data(name: str, prediction_type: str) -> 
     )
     assert states[-1].mean().item() == pytest.approx(0.3, abs=0.05)
     assert states[-1].std().item() == pytest.approx(0.5, abs=0.08)
+
+
+def test_a_scheduler_of_another_process_is_refused_before_the_network_is_called() -> None:
+    pipe = pipeline(scheduler=EDMEulerScheduler())
+    calls = record_calls(pipe.unet)
+    with pytest.raises(ValueError, match="EDMEulerScheduler does not run a denoising diffusion process"):
+        pipe(1, 3)
+    assert calls == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -122,7 +122,7 @@ def test_options_that_stock_accepts_in_silence_are_refused_with_a_sentence() -> 
             GaussianDiffusionScheduler(**config)
     with pytest.raises(ValueError, match="Pass quadratic to set_timesteps"):
         GaussianDiffusionScheduler.create(timestep_spacing="quadratic")
-    with pytest.raises(ValueError, match="'cosinus' is unknown; choose one of .*sigmoid_alpha_bar, .*cosine, quad"):
+    with pytest.raises(ValueError, match=r"'cosinus' is unknown; choose one of .*sigmoid_alpha_bar, .*cosine, quad"):
         GaussianDiffusionScheduler.create(beta_schedule="cosinus")
 
 

@@ -34,7 +34,7 @@ def test_spacings_begin_and_end_where_their_paper_says() -> None:
 
 
 def test_spacings_are_those_of_other_code_for_50_steps() -> None:
-    """Improved DDPM calls linspace "50" and leading "ddim50"; the default of denoising-diffusion-pytorch is trailing."""
+    """Improved DDPM calls linspace "50" and leading "ddim50"; trailing is what denoising-diffusion-pytorch does."""
     fractional = [round(i * 999 / 49) for i in range(50)]
     assert fractional[:5] == [0, 20, 41, 61, 82]
     assert spaced_timesteps("linspace", 50, 1000) == fractional[::-1]

@@ -1,0 +1,284 @@
+"""Saved folders as repositories of a Hub, loaded by their ids in the three ways, and offline from the cache afterwards.
+
+A Hub on the loopback device serves them to new processes with empty caches: one for ways 1 and 2, which is logged in
+and cannot import ddpm_hf, and one for way 3, which is not logged in. Then two more have the same caches and no network.
+"""
+
+import http.client
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tests.load_and_sample import Outcome, Task, carry_out_elsewhere, sample
+from tests.loopback_hub import LoopbackHub, files_of
+from tests.saved_folders import CALLS, NOT_FOR_STOCK, make_pipeline, save_early_folder
+
+# Four processes that import torch and diffusers, on a machine that may be slow.
+pytestmark = pytest.mark.timeout(900)
+
+NAMES = ("plain", "guided", *NOT_FOR_STOCK)
+BRANCH, TAG = "experiments/first", "v1"
+WAYS = pytest.mark.parametrize("way", [1, 2, 3])
+NATIVE_WAYS = pytest.mark.parametrize("way", [2, 3])
+
+
+class Loaded(NamedTuple):
+    """What came of loading, by "way name".
+
+    Attributes:
+        hub: What was served.
+        folder: Where the processes were; the caches are in `home 2`, of ways 1 and 2, and `home 3`.
+        expected: The images of the pipelines that were saved.
+        outcomes: With the Hub.
+        offline: Afterwards, without it.
+        num_requests_offline: What nevertheless reached the Hub then.
+    """
+
+    hub: LoopbackHub
+    folder: Path
+    expected: dict[str, torch.Tensor]
+    outcomes: dict[str, Outcome]
+    offline: dict[str, Outcome]
+    num_requests_offline: int
+
+
+def images_of(outcome: Outcome) -> torch.Tensor:
+    assert outcome.images is not None, outcome.refusal
+    return outcome.images
+
+
+def assert_as_saved(outcome: Outcome, expected: torch.Tensor) -> None:
+    """Native ways agree exactly; stock differs by its float32 tables, 10 steps of 1e-5 with the network between."""
+    is_stock = outcome.pipeline_class.startswith("diffusers.")
+    torch.testing.assert_close(images_of(outcome), expected, rtol=0, atol=1e-3 if is_stock else 0)
+
+
+def fill(hub: LoopbackHub, folder: Path) -> dict[str, torch.Tensor]:
+    """Makes repositories of user; returns the images of the pipelines in them."""
+    expected = {}
+    for name in NAMES:
+        pipe = make_pipeline(name)
+        pipe.save_pretrained(folder / name)
+        expected[name] = sample(pipe, **CALLS.get(name, {}))
+        if name != "plain":
+            hub.repository(f"user/{name}").commit(files_of(folder / name))
+    first = make_pipeline("plain", seed=10)
+    first.save_pretrained(folder / "first")
+    expected["first"] = sample(first)
+    plain, card = files_of(folder / "plain"), {"README.md": b"# A model\n"}
+    repository = hub.repository("user/plain")
+    repository.tags[TAG] = repository.branches[BRANCH] = repository.commit(files_of(folder / "first") | card)
+    repository.commit(plain | card)
+
+    make_pipeline("plain").to(torch.float16).save_pretrained(folder / "plain", variant="fp16")
+    hub.repository("user/half").commit(files_of(folder / "plain"))
+    hub.repository("user/plain-1.5").commit(plain)
+    hub.repository("user/private").commit(plain)
+    hub.repository("user/private").private = True
+    newer = {path: content.replace(b'CORE_VERSION = "', b'CORE_VERSION = "9.') for path, content in plain.items()}
+    hub.repository("user/newer").commit(newer)
+    for name in ("early", "pickled"):
+        save_early_folder(folder / name, pickled=name == "pickled")
+        hub.repository(f"user/{name}").commit(files_of(folder / name))
+    return expected
+
+
+def tasks_of(way: int, revisions: dict[str, str]) -> list[Task]:
+    """What every way is asked to do."""
+    tasks = [Task(f"{way} {name}", way, f"user/{name}", call=CALLS.get(name, {}) if way > 1 else {}) for name in NAMES]
+    for kind, revision in revisions.items():
+        load = {"revision": revision} | ({"custom_revision": revision} if way == 2 else {})
+        tasks.append(Task(f"{way} plain at {kind}", way, "user/plain", load))
+    tasks.append(Task(f"{way} half", way, "user/half", {"variant": "fp16", "dtype": "float16"}))
+    return tasks
+
+
+def tasks_of_strangers(revisions: dict[str, str]) -> list[Task]:
+    """Ways 1 and 2, logged in."""
+    return [
+        Task("1 private, logged out", 1, "user/private", {"token": False}),
+        Task("1 private", 1, "user/private"),
+        Task("2 private", 2, "user/private"),
+        Task("1 early", 1, "user/early"),
+        Task("2 weights at tag", 2, "user/plain", {"revision": TAG}),
+        Task("2 file at tag", 2, "user/plain", {"revision": TAG, "custom_pipeline": "pipeline"}),
+        Task("2 newer", 2, "user/newer"),
+        Task("2 plain-1.5", 2, "user/plain-1.5"),
+        Task("2 plain, saved", 2, "user/plain", save="saved by way 2"),
+        Task("2 snapshot", 2, "user/plain", snapshot=True),
+        *tasks_of(1, revisions),
+        *tasks_of(2, revisions),
+    ]
+
+
+def tasks_of_owners(revisions: dict[str, str], token: str) -> list[Task]:
+    """Way 3, and the one thing that consent cannot do where nobody is logged in."""
+    return [
+        Task("3 private, logged out", 3, "user/private"),
+        Task("3 private", 3, "user/private", {"token": token}),
+        Task("2 private, logged out", 2, "user/private", {"token": token}),
+        Task("3 early", 3, "user/early"),
+        Task("3 pickled", 3, "user/pickled"),
+        Task("3 pickled, trusted", 3, "user/pickled", {"use_safetensors": False}),
+        Task("3 plain, saved", 3, "user/plain", save="saved by way 3"),
+        *tasks_of(3, revisions),
+    ]
+
+
+def in_two_processes(
+    folder: Path, strangers: list[Task], owners: list[Task], token: str, **environment: str
+) -> dict[str, Outcome]:
+    with ThreadPoolExecutor() as pool:
+        with_token = environment | {"HF_TOKEN": token}
+        first = pool.submit(carry_out_elsewhere, strangers, folder, folder / "home 2", **with_token)
+        second = pool.submit(carry_out_elsewhere, owners, folder, folder / "home 3", with_ddpm_hf=True, **environment)
+        return first.result() | second.result()
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    folder = tmp_path_factory.mktemp("folder")
+    with LoopbackHub() as hub:
+        expected = fill(hub, folder)
+        revisions = {"branch": BRANCH, "tag": TAG, "commit": hub.repository("user/plain").tags[TAG]}
+        strangers, owners = tasks_of_strangers(revisions), tasks_of_owners(revisions, hub.token)
+        settings = {"token": hub.token, "HF_ENDPOINT": hub.endpoint}
+        outcomes = in_two_processes(folder, strangers, owners, HF_HUB_OFFLINE="0", **settings)
+        num_requests = len(hub.requests)
+        strangers = [task for task in strangers if task.name.startswith(("1 plain", "2 snapshot"))]
+        strangers.append(Task("2 plain", 2, "user/plain"))
+        offline = in_two_processes(folder, strangers, tasks_of(3, revisions), HF_HUB_OFFLINE="1", **settings)
+        return Loaded(hub, folder, expected, outcomes, offline, len(hub.requests) - num_requests)
+
+
+@WAYS
+def test_a_repository_gives_the_same_images_in_all_three_ways(loaded: Loaded, way: int) -> None:
+    assert_as_saved(loaded.outcomes[f"{way} plain"], loaded.expected["plain"])
+
+
+@WAYS
+@pytest.mark.parametrize("kind", ["branch", "tag", "commit"])
+def test_a_revision_loads_the_weights_of_that_revision(loaded: Loaded, way: int, kind: str) -> None:
+    outcome = loaded.outcomes[f"{way} plain at {kind}"]
+    assert_as_saved(outcome, loaded.expected["first"])
+    assert (loaded.expected["first"] - loaded.expected["plain"]).abs().max() > 0.1
+
+
+def test_with_consent_custom_revision_chooses_the_code(loaded: Loaded) -> None:
+    """Without it the code of main runs, with the weights of the revision; diffusers names a module after its commit."""
+    plain = loaded.hub.repositories["user/plain"]
+    for kind in ("branch", "tag", "commit"):
+        assert plain.tags[TAG] in loaded.outcomes[f"2 plain at {kind}"].pipeline_class
+    assert plain.branches["main"] in loaded.outcomes["2 weights at tag"].pipeline_class
+    assert_as_saved(loaded.outcomes["2 weights at tag"], loaded.expected["first"])
+
+
+def test_with_consent_by_the_name_of_the_file_the_code_follows_the_revision(loaded: Loaded) -> None:
+    outcome = loaded.outcomes["2 file at tag"]
+    assert outcome.pipeline_class == "diffusers_modules.local.pipeline.GaussianDiffusionPipeline"
+    assert_as_saved(outcome, loaded.expected["first"])
+
+
+@pytest.mark.parametrize("way", [1, 3])
+def test_what_was_loaded_once_loads_again_without_a_network(loaded: Loaded, way: int) -> None:
+    for name in ("plain", "guided", *NOT_FOR_STOCK) if way == 3 else ("plain",):
+        assert_as_saved(loaded.offline[f"{way} {name}"], loaded.expected[name])
+    for kind in ("branch", "tag", "commit"):
+        assert_as_saved(loaded.offline[f"{way} plain at {kind}"], loaded.expected["first"])
+    assert loaded.num_requests_offline == 0
+
+
+def test_without_a_network_consent_needs_a_local_folder(loaded: Loaded) -> None:
+    """Diffusers asks the Hub for the commit of the code; what snapshot_download has brought needs nobody."""
+    assert loaded.offline["2 plain"].refusal.startswith("OfflineModeIsEnabled")
+    assert_as_saved(loaded.offline["2 snapshot"], loaded.expected["plain"])
+
+
+@WAYS
+def test_half_precision_weights_are_fetched_alone(loaded: Loaded, way: int) -> None:
+    """Rounding of weights and activations to 11 bits in each of 10 steps: 5e-4 each, 5e-3 together, never nothing."""
+    images = images_of(loaded.outcomes[f"{way} half"])
+    torch.testing.assert_close(images, loaded.expected["plain"], rtol=0, atol=5e-3)
+    assert not torch.equal(images, loaded.expected["plain"])
+    cache = loaded.folder / ("home 3" if way == 3 else "home 2") / "hub" / "models--user--half"
+    assert [path.name for path in cache.rglob("*.safetensors")] == ["diffusion_pytorch_model.fp16.safetensors"]
+
+
+@WAYS
+def test_a_private_repository_opens_to_its_token_only(loaded: Loaded, way: int) -> None:
+    """With consent it must be that of the login: diffusers does not pass an argument on to where it fetches code.
+
+    The storage of large files would have refused a request that shows the token.
+    """
+    assert_as_saved(loaded.outcomes[f"{way} private"], loaded.expected["plain"])
+    refusal = loaded.outcomes[f"{way} private, logged out"].refusal
+    assert ("Repository Not Found" if way == 2 else "Cannot load model user/private") in refusal
+
+
+def test_class_conditional_repositories_load_as_stock_whose_network_asks_for_labels(loaded: Loaded) -> None:
+    assert "class_labels should be provided" in loaded.outcomes["1 guided"].refusal
+    for way in (2, 3):
+        assert_as_saved(loaded.outcomes[f"{way} guided"], loaded.expected["guided"])
+
+
+@pytest.mark.parametrize("name", NOT_FOR_STOCK)
+def test_a_repository_that_stock_would_sample_wrongly_asks_for_consent(loaded: Loaded, name: str) -> None:
+    """The sentence is that of diffusers."""
+    sentence = loaded.outcomes[f"1 {name}"].refusal
+    assert sentence.startswith(f"ValueError: The repository for user/{name} contains custom code in pipeline.py")
+    for way in (2, 3):
+        assert_as_saved(loaded.outcomes[f"{way} {name}"], loaded.expected[name])
+
+
+@NATIVE_WAYS
+def test_what_is_loaded_from_the_hub_is_saved_as_it_was_committed(loaded: Loaded, way: int) -> None:
+    """All but the card, byte for byte; so no path of the cache is in it."""
+    repository = loaded.hub.repositories["user/plain"]
+    committed = repository.commits[repository.branches["main"]]
+    assert files_of(loaded.folder / f"saved by way {way}") == {
+        path: content for path, content in committed.items() if path != "README.md"
+    }
+
+
+def test_repositories_with_code_of_different_versions_load_side_by_side(loaded: Loaded) -> None:
+    """From the Hub every commit has a module of its own, unlike from local folders."""
+    assert_as_saved(loaded.outcomes["2 newer"], loaded.expected["plain"])
+
+
+@pytest.mark.xfail(strict=True, reason="the name is that of a package, and a dot in it the name of its parent")
+def test_the_name_of_a_repository_may_have_a_dot(loaded: Loaded) -> None:
+    """Diffusers makes it the name of a package."""
+    assert_as_saved(loaded.outcomes["2 plain-1.5"], loaded.expected["plain"])
+
+
+def test_a_repository_of_the_early_days_samples_the_same_as_stock(loaded: Loaded) -> None:
+    """As google/ddpm-cifar10-32 is. 1e-3: float32 tables of stock."""
+    native, stock = (images_of(loaded.outcomes[f"{way} early"]) for way in (3, 1))
+    torch.testing.assert_close(native, stock, rtol=0, atol=1e-3)
+
+
+def test_pickled_weights_are_fetched_only_when_asked_for(loaded: Loaded) -> None:
+    assert "pass use_safetensors=False to read its pickled .bin weights" in loaded.outcomes["3 pickled"].refusal
+    trusted, early = (images_of(loaded.outcomes[f"3 {name}"]) for name in ("pickled, trusted", "early"))
+    assert torch.equal(trusted, early)
+
+
+def test_the_loopback_hub_goes_on_with_a_broken_download() -> None:
+    """Which no other test needs, and a client would hide."""
+    with LoopbackHub() as hub:
+        hub.repository("user/model").commit({"card.md": b"0123456789"})
+        connection = http.client.HTTPConnection(hub.endpoint.removeprefix("http://"))
+        answers = []
+        for part in ("bytes=4-", "bytes=2-3", "bytes=10-"):
+            connection.request("GET", "/user/model/resolve/main/card.md", headers={"Range": part})
+            answer = connection.getresponse()
+            answers.append((answer.status, answer.headers["Content-Range"], answer.read()))
+        connection.close()
+    assert answers == [
+        (206, "bytes 4-9/10", b"456789"),
+        (206, "bytes 2-3/10", b"23"),
+        (416, "bytes */10", b""),
+    ]
