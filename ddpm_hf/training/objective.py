@@ -62,7 +62,7 @@ class DenoisingLoss:
         Args:
             model: The network; it alone may run under autocast.
             x_0: float32 images in [-1, 1], (batch, channels, height, width).
-            noise: float32 standard normal noise of the same shape.
+            noise: float32 noise of the same shape, standard normal for the bound.
             timesteps: int64 (batch,) in [0, T).
             class_labels: int64 (batch,), or None for an unconditional network.
             dropped: bool (batch,), samples whose label is replaced by the null label.

@@ -22,7 +22,7 @@ from ddpm_hf.training import saving
 from ddpm_hf.training.checkpoint import find_latest
 from ddpm_hf.training.guard import NonFiniteTraining, RunLock
 from ddpm_hf.training.objective import DenoisingLoss
-from ddpm_hf.training.timestep_sampling import HISTORY_LENGTH, UniformTimesteps
+from ddpm_hf.training.timestep_sampling import HISTORY_LENGTH, LossAwareTimesteps, UniformTimesteps
 from ddpm_hf.training.trainer import Trainer
 from ddpm_hf.training.validation import validation_loss
 from tests.conftest import run_arguments
@@ -31,7 +31,7 @@ from tests.conftest import run_arguments
 # two timesteps the history of the losses is full after three steps.
 EVERYTHING_BUT_DROPOUT = {
     "objective__class_dropout": 0.2,
-    "objective__weighting": "min_snr",
+    "objective__weighting": "p2",
     "objective__timestep_sampling": "loss_aware",
     "objective__self_conditioning": 0.5,
     "objective__offset_noise": 0.1,
@@ -314,7 +314,7 @@ HYBRID = {
     "objective__loss": "hybrid",
     "diffusion__variance_type": "learned_range",
     "diffusion__beta_schedule": "linear",
-    "objective__weighting": "p2",
+    "objective__weighting": "min_snr",
     "objective__timestep_sampling": "antithetic",
 }
 
@@ -399,6 +399,26 @@ def test_a_learned_variance_is_resumed_bit_by_bit_too(
         assert train(run_arguments(tmp_path / "run", **changes)) == 143
     assert train(run_arguments(tmp_path / "run", **changes)) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
+
+
+def test_losses_drawn_more_often_count_for_less(tmp_path: Path) -> None:
+    """The loss of the last step is the mean of the losses that it put into the history, times their importance."""
+    changes = EVERYTHING_BUT_DROPOUT | {"training__checkpoint_every_steps": 1}
+    assert train(run_arguments(tmp_path / "run", **changes)) == 0
+    before, after = (
+        load_file(tmp_path / "run" / "checkpoints" / f"step_0000000{step}" / "objective.safetensors") for step in (5, 6)
+    )
+    sampler = LossAwareTimesteps(2, 8, seed=0)
+    sampler.load_state(before)
+    timesteps, importance = sampler.draw(5)
+    assert importance is not None
+    assert len(set(importance.tolist())) == 2
+    slots, losses = before["num_losses"].clone(), []
+    for t in timesteps:
+        losses.append(float(after["losses"][t, slots[t] % HISTORY_LENGTH]))
+        slots[t] += 1
+    expected = float((torch.tensor(losses) * torch.from_numpy(importance)).mean())
+    assert metrics_of(tmp_path / "run")[-1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_history_of_losses_was_full_and_in_use(uninterrupted_run: Path) -> None:
