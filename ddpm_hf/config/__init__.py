@@ -10,6 +10,7 @@ from ddpm_hf.config.schema import (
     ObjectiveConfig,
     PreviewConfig,
     RunConfig,
+    TrackingConfig,
     TrainingConfig,
     UNetOverride,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "ObjectiveConfig",
     "PreviewConfig",
     "RunConfig",
+    "TrackingConfig",
     "TrainingConfig",
     "UNetOverride",
     "changed_settings",

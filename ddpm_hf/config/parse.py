@@ -1,5 +1,6 @@
 """Reads a configuration from YAML and the command line."""
 
+import builtins
 import dataclasses
 import difflib
 import itertools
@@ -144,6 +145,8 @@ def _words(hint: object) -> list[str]:
             return [word for part in parts for word in _words(part)]
         case typing.Literal:
             return [str(part) for part in parts]
+        case builtins.list:
+            return [f"a list of {_describe(parts[0])}, like [{_words(parts[0])[0]}]"]
         case _:
             return [_TYPE_NAMES.get(hint, "a mapping")]
 

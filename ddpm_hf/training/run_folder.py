@@ -4,6 +4,7 @@ outputs/digits/
     config.yaml      the resolved configuration; its first line marks the folder as a run
     checkpoints/     see checkpoint.py
     metrics.jsonl    one line a log interval
+    trackers.json    the id of the run in its trackers, where it has some
     previews/        sample grids during training
     pipeline/        the trained pipeline, for DiffusionPipeline.from_pretrained
 """

@@ -14,7 +14,11 @@ from tests.conftest import REPOSITORY, process_environment, run_arguments, run_p
 from tests.integration.test_training import assert_same_run, metrics_of, tensors_of
 
 pytestmark = pytest.mark.distributed
-WITH_VALIDATION = {"data__validation_fraction": 0.1, "training__validate_every_steps": 3}
+WITH_VALIDATION = {
+    "data__validation_fraction": 0.1,
+    "training__validate_every_steps": 3,
+    "tracking__trackers": ["tensorboard"],
+}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_ddpm.py")
 
 
@@ -38,6 +42,10 @@ def test_one_loss_curve_from_one_process_and_from_two(two_process_run: Path, tmp
     weights = [tensors_of(run / "checkpoints" / "step_00000006") for run in (tmp_path / "one", two_process_run)]
     for key in weights[0]:
         torch.testing.assert_close(weights[0][key], weights[1][key], rtol=0, atol=1e-5)
+
+
+def test_only_one_process_writes_to_trackers(two_process_run: Path) -> None:
+    assert len(list((two_process_run / "tensorboard").glob("events.*"))) == 1
 
 
 def test_two_processes_stopped_through_one_of_them_continue_bit_identically(

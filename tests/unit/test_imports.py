@@ -37,21 +37,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.ema": set(),
     "training.guard": {"training.processes"},
     "training.metrics": set(),
-    "training.micro_batch": {"config", "training.objective", "training.processes", "training.tracking"},
+    "training.micro_batch": {"config", "training.objective", "training.processes", "training.progress"},
     "training.objective": {"diffusion"},
     "training.optim": {"config"},
     "training.preview": {"config", "diffusion", "plots", "rng"},
     "training.processes": {"config"},
+    "training.progress": set(),
     "training.resume": {"config", "training.checkpoint", "training.run_folder"},
     "training.run_folder": {"config", "training.checkpoint", "training.guard"},
     "training.saving": {
-        "config", "diffusion", "training.checkpoint", "training.ema", "training.processes", "training.resume",
-        "training.run_folder", "training.snapshot", "training.tracking",
+        "config", "diffusion", "training.checkpoint", "training.ema", "training.processes", "training.progress",
+        "training.resume", "training.run_folder", "training.snapshot", "training.tracking",
     },
     "training.setup": {"config", "data", "diffusion", "rng", "training.processes", "unet"},
     "training.snapshot": {"training.ema"},
     "training.summary": {"training.trainer"},
-    "training.tracking": {"training.checkpoint"},
+    "training.tracking": {"config", "training.checkpoint"},
     "training.validation": {"config", "data", "rng", "training.objective", "training.processes"},
     "training.trainer": {"config", "diffusion", "rng", "training"},
     "evaluation.__init__": set(),
@@ -71,9 +72,12 @@ HOMES_OF_LIBRARIES = {
     "jsonargparse": {"config"},
     "matplotlib": {"plots"},
     "sklearn": {"evaluation.recognition"},
+    "tensorboard": {"training.tracking"},
+    "trackio": {"training.tracking"},
+    "wandb": {"training.tracking"},
 }
 # Imported where they are used, so that what does not use them runs without them and starts quickly.
-ONLY_INSIDE_FUNCTIONS = {"datasets", "matplotlib", "sklearn"}
+ONLY_INSIDE_FUNCTIONS = {"datasets", "matplotlib", "sklearn", "tensorboard", "trackio", "wandb"}
 # The core travels with every checkpoint, to machines that have no more than this.
 LIBRARIES_OF_THE_CORE = {"torch", "diffusers", "numpy", "PIL"}
 WITHOUT_TORCH = {"__init__", "config", "evaluation.recognition", "plots", "report", "training.checkpoint"}
