@@ -30,6 +30,8 @@ _FILES = {
     "loss.png": "the training loss",
     "evaluation.json": "the numbers above",
     "metrics.jsonl": "one line of metrics a log interval",
+    "tensorboard/": "the same for TensorBoard",
+    "wandb/": "the same for W&B",
     "config.yaml": "every setting of the run; `--config` reads it",
     "previews/": "samples of the same noise during training",
     "checkpoints/": "what the same command continues from",

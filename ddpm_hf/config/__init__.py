@@ -11,6 +11,7 @@ from ddpm_hf.config.schema import (
     OptimizerOption,
     PreviewConfig,
     RunConfig,
+    TrackingConfig,
     TrainingConfig,
     UNetOverride,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "OptimizerOption",
     "PreviewConfig",
     "RunConfig",
+    "TrackingConfig",
     "TrainingConfig",
     "UNetOverride",
     "changed_settings",

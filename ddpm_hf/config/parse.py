@@ -1,5 +1,6 @@
 """Reads a configuration from YAML and the command line."""
 
+import builtins
 import dataclasses
 import difflib
 import itertools
@@ -83,7 +84,7 @@ def _check_nulls(parsed: Namespace) -> None:
             raise ConfigError(f"{section} is {shown}, but must be a section of settings; see --help.")
     for key, hint in _TYPES.items():
         if parsed[key] is None and type(None) not in typing.get_args(hint):
-            raise ConfigError(f"{key} is null, but must be {_describe(hint)}.")
+            raise ConfigError(f"{key} is null, but must be {describe_type(hint)}.")
 
 
 def _what_is_no_yaml(arguments: Sequence[str]) -> str | None:
@@ -114,7 +115,7 @@ def _sentence(message: str) -> str:
         advice = ""
         if "a whole number" in _words(_TYPES[key]) and re.fullmatch(r"-?\d+\.0|\d+e\+\d+", value):
             advice = f"; write {int(float(value))}"
-        return f"{key} is {value}, but must be {_describe(_TYPES[key])}{advice}."
+        return f"{key} is {value}, but must be {describe_type(_TYPES[key])}{advice}."
     if match := re.match(r"Group '(\w+)' does not accept option '(\w+)", message):
         return _unknown(f"{match[1]}.{match[2]}")
     if match := re.match(r"(?:Option '|unrecognized arguments: --)([\w.]+)", message):
@@ -130,7 +131,7 @@ def _unknown(key: str) -> str:
     return f"there is no setting {key}; {f'did you mean {close[0]}?' if close else '--help lists all of them.'}"
 
 
-def _describe(hint: object) -> str:
+def describe_type(hint: object) -> str:
     """Says what a setting accepts."""
     *words, last = _words(hint)
     return f"{', '.join(words)} or {last}" if words else last
@@ -144,6 +145,8 @@ def _words(hint: object) -> list[str]:
             return [word for part in parts for word in _words(part)]
         case typing.Literal:
             return [str(part) for part in parts]
+        case builtins.list:
+            return [f"a list of {describe_type(parts[0])}, like [{_words(parts[0])[0]}]"]
         case _:
             return [_TYPE_NAMES.get(hint, "a mapping")]
 

@@ -32,6 +32,8 @@ def validate(config: RunConfig) -> None:
             "evaluation.recognition asks for classes and real held-out images; set model.class_conditional to true and "
             "data.validation_fraction above 0."
         )
+    if not config.tracking.project:
+        raise ConfigError("tracking.project is empty; give the project a name.")
     if training.validate_every_steps > 0 and data.validation_fraction == 0:
         raise ConfigError(
             f"training.validate_every_steps {training.validate_every_steps} needs held-out images; set "

@@ -274,6 +274,21 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """Where metrics and previews go beside metrics.jsonl, which is always written. Keys and tokens are no settings.
+
+    Args:
+        trackers: Any of tensorboard (into the run folder), wandb and trackio; none by default.
+        project: Project of the run in wandb and trackio.
+        run_name: Its name there; null takes that of the run folder.
+    """
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    project: str = "ddpm_hf"
+    run_name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """Everything that decides a run.
 
@@ -285,6 +300,7 @@ class RunConfig:
         training: The run itself.
         preview: Sample grids during training.
         evaluation: What is sampled and measured when training ends.
+        tracking: Where metrics and previews go.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -294,6 +310,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def to_yaml(self) -> str:
         """Returns the resolved configuration as YAML that `--config` reads."""

@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from ddpm_hf.config import ConfigError, TrainingConfig
 from ddpm_hf.training import processes
 from ddpm_hf.training.objective import DenoisingLoss
-from ddpm_hf.training.tracking import say
+from ddpm_hf.training.progress import say
 
 AutocastContext: TypeAlias = AbstractContextManager[Any]
 

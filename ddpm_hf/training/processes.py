@@ -59,9 +59,17 @@ def start(config: TrainingConfig) -> Accelerator:
             "training.mixed_precision fp32 is the better choice here."
         )
     if accelerator.device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = config.tf32
+        set_tf32(config.tf32)
     return accelerator
+
+
+def set_tf32(is_allowed: bool) -> None:
+    """Lets NVIDIA GPUs round the factors of float32 products and convolutions to TF32, or keeps them from it.
+
+    After the start of Accelerate, which switches it on when it compiles.
+    """
+    torch.set_float32_matmul_precision("high" if is_allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = is_allowed
 
 
 def _cpu_emulates_bf16() -> bool:

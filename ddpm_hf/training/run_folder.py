@@ -5,6 +5,7 @@ outputs/digits/
     checkpoints/     see checkpoint.py
     ema_snapshots/   see posthoc_ema.py; with training.posthoc_ema
     metrics.jsonl    one line a log interval
+    trackers.json    the id of the run in its trackers, where it has some
     previews/        sample grids during training
     pipeline/        the trained pipeline, for DiffusionPipeline.from_pretrained
 """

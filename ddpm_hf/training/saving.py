@@ -14,11 +14,12 @@ from ddpm_hf.config import ConfigError, RunConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.training import checkpoint, processes, snapshot
 from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.progress import say
 from ddpm_hf.training.resume import choose_checkpoint
 from ddpm_hf.training.run_folder import RunFolder
 from ddpm_hf.training.snapshot import TrainerState, load_optimizer, read_snapshot, write_snapshot
 from ddpm_hf.training.timestep_sampling import TimestepSampler
-from ddpm_hf.training.tracking import MetricsLog, say
+from ddpm_hf.training.tracking import MetricsLog
 
 logger = logging.getLogger(__name__)
 

@@ -1,17 +1,21 @@
-"""What a run tells: metrics.jsonl for programs, a progress bar or lines for a person.
+"""Where metrics go: metrics.jsonl for programs, always, and the trackers that were asked for.
 
 metrics.jsonl has one line of JSON a log interval, whole after any kill, cut back to the checkpoint on resume.
 """
 
+import importlib.util
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import numpy as np
+from PIL import Image
 
+from ddpm_hf.config import ConfigError, TrackingConfig
 from ddpm_hf.training.checkpoint import replace_file
 
 logger = logging.getLogger(__name__)
@@ -53,59 +57,177 @@ class MetricsLog:
         replace_file(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-class Progress:
-    """A progress bar on rank 0's terminal; without a terminal, lines. Use it as a context manager.
+class Trackers:
+    """TensorBoard, W&B and Trackio beside metrics.jsonl, through Accelerate; only rank 0 starts any.
+
+    A tracker that cannot be started is refused before the first step. One that fails later is left out from there on:
+    it must not stop training. Use it as a context manager around training, which finishes what was started.
 
     Args:
-        first_step: Steps that were done before.
-        num_steps: Steps of the whole run.
-        is_main_process: Whether this process speaks.
+        config: Which trackers, and under which names.
+        output_dir: The run folder, which holds the files of TensorBoard and W&B, and `trackers.json` with the id under
+            which a run that is continued is found again.
     """
 
-    def __init__(self, first_step: int, num_steps: int, *, is_main_process: bool) -> None:
-        self._is_main_process = is_main_process
-        self._bar: tqdm[Any] = tqdm(
-            initial=first_step,
-            total=num_steps,
-            desc="Training",
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-            dynamic_ncols=True,
-            disable=None if is_main_process else True,
-        )
+    def __init__(self, config: TrackingConfig, output_dir: Path) -> None:
+        self._config = config
+        self._output_dir = output_dir
+        self._running: dict[str, Any] = {}
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "Trackers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._with_each(lambda name, tracker: tracker.finish())
+        self._running = {}
 
-    def close(self) -> None:
-        """Leaves the bar as it is; lines come below it from here on."""
-        self._bar.close()
+    def check(self) -> None:
+        """Finds out what is missing, without a word to a server.
 
-    def update(self) -> None:
-        """Counts one step."""
-        self._bar.update()
+        Raises:
+            ConfigError: If a tracker is not installed, or nobody is logged in.
+        """
+        for name in self._config.trackers:
+            spec = importlib.util.find_spec(name)
+            # A folder of that name in the working directory, as W&B leaves them, is found too, but has no origin.
+            if spec is None or spec.origin is None:
+                raise ConfigError(
+                    f'tracking.trackers names {name}, which is not installed; pip install "ddpm_hf[trackers]", or '
+                    "leave it out."
+                )
+        if "wandb" in self._config.trackers:
+            self._check_login()
 
-    @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Says on the bar what training waits for."""
-        self._bar.set_description_str(what)
+    def start(self, step: int, settings: dict[str, dict[str, object]]) -> None:
+        """Starts or continues the trackers of this run.
+
+        Args:
+            step: Steps done before.
+            settings: The resolved configuration, which the trackers keep.
+
+        Raises:
+            ConfigError: If one cannot be started.
+        """
+        run_id = self._run_id() if self._config.trackers else ""
+        for name in dict.fromkeys(self._config.trackers):
+            try:
+                self._running[name] = self._start(name, run_id, step, settings)
+            except Exception as error:
+                raise ConfigError(
+                    f"tracking.trackers: {name} cannot be started ({_without_secrets(error)}); mend that, or leave it "
+                    "out."
+                ) from error
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Passes a line of metrics on."""
+        values = {key: value for key, value in row.items() if key != "step"}
+        self._with_each(lambda name, tracker: _log_values(name, tracker, row["step"], values))
+
+    def log_preview(self, step: int, path: Path) -> None:
+        """Shows a preview grid, which may be missing if it could not be drawn."""
+        if path.exists():
+            self._with_each(lambda name, tracker: _log_image(name, tracker, step, path))
+
+    def _start(self, name: str, run_id: str, step: int, settings: dict[str, dict[str, object]]) -> Any:
+        """Starts one tracker and gives it the settings."""
+        from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
+
+        project, run_name = self._config.project, self._config.run_name or self._output_dir.resolve().name
+        match name:
+            case "tensorboard":
+                # What was written after the checkpoint is about to be written again.
+                tracker = TensorBoardTracker(name, self._output_dir, purge_step=step + 1 if step else None)
+            case "wandb":
+                tracker = WandBTracker(project, name=run_name, id=run_id, resume="allow", dir=self._output_dir)
+            case _:
+                # A Space that Trackio makes would be public otherwise.
+                tracker = TrackioTracker(project, name=f"{run_name}-{run_id}", resume="allow", private=True)
+        tracker.start()
+        if name == "wandb":
+            tracker.tracker.define_metric("*", step_metric="step")
+        if name != "tensorboard":
+            tracker.store_init_configuration(settings)
+        elif step == 0:  # it would add a second set, not replace the first
+            tracker.store_init_configuration(_flat(settings))
+        return tracker
+
+    def _run_id(self) -> str:
+        """Returns the id of this run in all trackers, made when it is first needed."""
+        path = self._output_dir / "trackers.json"
+        if not path.exists():
+            replace_file(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
+        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+
+    def _check_login(self) -> None:
+        """Raises ConfigError if W&B would ask for a key."""
+        import wandb
+
+        if wandb.setup().settings.mode in ("offline", "disabled"):
+            return
         try:
-            yield
-        finally:
-            self._bar.set_description_str("Training")
+            is_logged_in = wandb.login(prompt=False, verify=False)
+        except wandb.Error as error:
+            raise ConfigError(f"tracking.trackers: wandb refuses its key ({_without_secrets(error)}).") from None
+        if not is_logged_in:
+            raise ConfigError(
+                "tracking.trackers names wandb, but nobody is logged in; run `wandb login`, set WANDB_API_KEY, or set "
+                "WANDB_MODE to offline."
+            )
 
-    def show(self, row: Mapping[str, Any], train_batch_size: int) -> None:
-        """Shows where the run is, from a line of metrics."""
-        step, loss, speed = row["step"], row["loss"], max(row["images_per_second"], 0.01)
-        shown = f"loss {loss:.4f}" if loss is not None else "loss not finite"
-        self._bar.set_postfix_str(f"{shown}, {speed:.0f} images/s")
-        if self._bar.disable and self._is_main_process:
-            left = tqdm.format_interval((self._bar.total - step) * train_batch_size / speed)
-            say(f"step {step}/{self._bar.total}  {shown}  {speed:.0f} images/s  {left} left")
+    def _with_each(self, action: Callable[[str, Any], object]) -> None:
+        """Does something with every tracker; whatever goes wrong there costs the tracker and not the run."""
+        for name, tracker in list(self._running.items()):
+            try:
+                action(name, tracker)
+            except Exception as error:
+                del self._running[name]
+                logger.warning(
+                    "The tracker %s failed (%s) and gets nothing more; training and metrics.jsonl go on.",
+                    name,
+                    _without_secrets(error),
+                )
 
 
-def say(message: str) -> None:
-    """Prints a line, above the progress bar where there is one."""
-    tqdm.write(message)
+def _log_values(name: str, tracker: Any, step: int, values: Mapping[str, object]) -> None:
+    """Gives values to a tracker in its own way.
+
+    W&B drops what comes with a step that it has seen, as after a resume; there the step is one of the values.
+    """
+    if name == "wandb":
+        tracker.log({"step": step, **values})
+    else:
+        tracker.log(dict(values), step=step)
+
+
+def _log_image(name: str, tracker: Any, step: int, path: Path) -> None:
+    """Gives a picture to a tracker in its own way."""
+    match name:
+        case "tensorboard":
+            with Image.open(path) as picture:
+                tracker.log_images({"preview": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+        case "wandb":
+            import wandb
+
+            _log_values(name, tracker, step, {"preview": wandb.Image(str(path))})
+        case _:
+            import trackio
+
+            _log_values(name, tracker, step, {"preview": trackio.Image(str(path))})
+
+
+def _flat(settings: dict[str, dict[str, object]]) -> dict[str, object]:
+    """Returns settings as TensorBoard takes them: one level, numbers, truth values and text."""
+    return {
+        f"{section}/{name}": value if isinstance(value, int | float | str) else json.dumps(value)
+        for section, values in settings.items()
+        for name, value in values.items()
+    }
+
+
+def _without_secrets(error: Exception) -> str:
+    """Returns what an error says, without the keys and tokens of the environment."""
+    message = str(error) or type(error).__name__
+    for name, value in os.environ.items():
+        if name.endswith(("_KEY", "_TOKEN", "_PASSWORD")) and value:
+            message = message.replace(value, f"${name}")
+    return " ".join(message.split())

@@ -25,12 +25,13 @@ from ddpm_hf.training.network import make_network
 from ddpm_hf.training.objective import DenoisingLoss
 from ddpm_hf.training.optim import build_optimizer, learning_rate_at, may_step
 from ddpm_hf.training.preview import save_preview
+from ddpm_hf.training.progress import Progress, say
 from ddpm_hf.training.run_folder import RunFolder
 from ddpm_hf.training.saving import Saver
 from ddpm_hf.training.setup import build_scheduler, class_names_of, open_splits
 from ddpm_hf.training.snapshot import TrainerState
 from ddpm_hf.training.timestep_sampling import build_timestep_sampler
-from ddpm_hf.training.tracking import MetricsLog, Progress, say
+from ddpm_hf.training.tracking import MetricsLog, Trackers
 from ddpm_hf.training.validation import validation_loss
 
 
@@ -61,6 +62,8 @@ class Trainer:
     def _build(self) -> None:
         """Collective: makes everything that the loop works with."""
         config, training = self.config, self.config.training
+        self.trackers = Trackers(config.tracking, self.folder.path)
+        processes.on_rank_0(self.trackers.check)
         self.images, self.held_out = open_splits(config)
         self.class_names = class_names_of(self.images, config)
         self.has_null_label = config.objective.class_dropout > 0
@@ -133,7 +136,9 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         first_step, num_steps = self.state.global_step, self.config.training.num_steps
         self._progress = Progress(first_step, num_steps, is_main_process=self.is_main_process)
-        with StopWatcher() as watcher, self._progress:
+        if first_step < num_steps:
+            processes.on_rank_0(lambda: self.trackers.start(first_step, self.config.to_dict()))
+        with StopWatcher() as watcher, self._progress, self.trackers:
             started_at = time.monotonic()
             self.meter.start(first_step)
             while self.state.global_step < num_steps:
@@ -229,6 +234,7 @@ class Trainer:
         """Writes a line of metrics on rank 0."""
         if self.is_main_process:
             self.metrics.append(row)
+            self.trackers.log(row)
 
     def _validate(self) -> None:
         """Collective: writes the loss of the averaged weights on the held-out images, as a line of its own."""
@@ -255,6 +261,7 @@ class Trainer:
         def draw() -> None:
             with self.ema.swapped_in(self.unet):
                 save_preview(path, self.unet, self.scheduler, preview, seed, **self.pipeline_settings)
+            self.trackers.log_preview(self.state.global_step, path)
 
         processes.on_rank_0(draw)
 

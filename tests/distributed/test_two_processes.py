@@ -20,7 +20,11 @@ from tests.integration.test_training import (
 )
 
 pytestmark = pytest.mark.distributed
-WITH_VALIDATION = {"data__validation_fraction": 0.1, "training__validate_every_steps": 3}
+WITH_VALIDATION = {
+    "data__validation_fraction": 0.1,
+    "training__validate_every_steps": 3,
+    "tracking__trackers": ["tensorboard"],
+}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_ddpm.py")
 
 
@@ -39,6 +43,7 @@ def test_one_loss_curve_from_one_process_and_from_two(tmp_path: Path) -> None:
     assert expected.keys() == found.keys()
     for key in expected:
         torch.testing.assert_close(expected[key], found[key], rtol=0, atol=1e-5)
+    assert len(list((two / "tensorboard").glob("events.*"))) == 1, "only one process writes to trackers"
 
 
 def test_two_processes_stopped_through_one_of_them_continue_bit_identically(tmp_path: Path) -> None:

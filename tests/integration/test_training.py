@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -25,7 +26,7 @@ from ddpm_hf.training.objective import DenoisingLoss
 from ddpm_hf.training.timestep_sampling import HISTORY_LENGTH, LossAwareTimesteps, UniformTimesteps
 from ddpm_hf.training.trainer import Trainer
 from ddpm_hf.training.validation import validation_loss
-from tests.conftest import run_arguments
+from tests.conftest import REPOSITORY, run_arguments
 
 # Everything that draws random numbers or learns, but for dropout, which alone depends on how the batch is split. With
 # two timesteps the history of the losses is full after three steps.
@@ -109,6 +110,12 @@ def test_a_run_leaves_everything_it_promises(finished_run: Path) -> None:
         "step_00000006",
     ]
     assert [row["step"] for row in metrics_of(finished_run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_every_metric_is_documented(finished_run: Path) -> None:
+    document = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+    lines = (finished_run / "metrics.jsonl").read_text().splitlines()
+    assert {name for line in lines for name in json.loads(line)} <= set(re.findall(r"^\| `(\w+)` \|", document, re.M))
 
 
 def test_the_saved_pipeline_holds_the_averaged_weights(finished_run: Path) -> None:

@@ -140,6 +140,10 @@ def test_a_wrong_file_is_refused_in_one_sentence(yaml_file: Any, content: str, s
             ["--training.micro_batch_size", "8.0"],
             "training.micro_batch_size is 8.0, but must be a whole number, auto or null; write 8.",
         ),
+        (
+            ["--tracking.trackers", "wandb"],
+            "tracking.trackers is wandb, but must be a list of tensorboard, wandb or trackio, like [tensorboard].",
+        ),
         (["--objective.loss", "MSE"], "objective.loss is MSE, but must be mse, l1, huber, vlb or hybrid."),
         (["--model.overrides", "{"], "model.overrides is {, but must be a mapping."),
         (["--config", "/nowhere/run.yaml"], "--config: File does not exist: '/nowhere/run.yaml'"),
@@ -198,6 +202,7 @@ def test_yaml_that_is_code_is_refused_and_not_run(yaml_file: Any, tmp_path: Path
         ({"training__validate_every_steps": -1}, "training.validate_every_steps is -1, but must be 0 or more"),
         ({"training__validate_every_steps": 9}, "training.validate_every_steps 9 needs held-out images; set data.val"),
         ({"training__micro_batch_size": -2}, "training.micro_batch_size is -2, but must be greater than 0"),
+        ({"tracking__project": ""}, "tracking.project is empty"),
         ({"training__output_dir": ""}, "training.output_dir is not set"),
         ({"objective__huber_delta": 0.0}, "objective.huber_delta is 0.0, but must be greater than 0"),
         ({"objective__vlb_weight": 0.0}, "objective.vlb_weight is 0.0, but must be greater than 0"),
@@ -339,6 +344,7 @@ def test_a_batch_that_cannot_be_divided_comes_with_one_that_can(batch: int, micr
         {"evaluation__num_samples": 0, "preview__every_steps": 0},
         {"training__micro_batch_size": 32},
         {"training__micro_batch_size": "auto"},
+        {"tracking__trackers": ["tensorboard", "wandb"]},
         {"training__validate_every_steps": 9, "data__validation_fraction": 0.1},
         HYBRID | {"objective__weighting": "p2", "objective__p2_gamma": 0.5, "objective__vlb_weight": 0.01},
         VLB | {"objective__timestep_sampling": "loss_aware"},
@@ -438,6 +444,7 @@ def test_a_configuration_cannot_be_changed_behind_a_run() -> None:
         ({"training__mixed_precision": "bf16"}, False),
         ({"data__cache_dir": "/tmp/elsewhere"}, False),
         ({"preview__every_steps": 7}, False),
+        ({"tracking__trackers": ["tensorboard"]}, False),
     ],
 )
 def test_a_changed_setting_is_named_with_both_values(changes: dict[str, object], is_fixed: bool) -> None:

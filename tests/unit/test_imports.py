@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.guard": {"training.processes"},
     "training.loss_meter": set(),
     "training.metrics": {"training.loss_meter"},
-    "training.micro_batch": {"config", "training.objective", "training.processes", "training.tracking"},
+    "training.micro_batch": {"config", "training.objective", "training.processes", "training.progress"},
     "training.network": {"config", "diffusion", "pretrained", "training.checkpoint", "training.processes", "unet"},
     "training.noise": {"config", "rng"},
     "training.objective": {"config", "diffusion", "training.weighting"},
@@ -65,17 +65,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.power_function": set(),
     "training.preview": {"config", "diffusion", "plots", "rng"},
     "training.processes": {"config"},
+    "training.progress": set(),
     "training.resume": {"config", "training.checkpoint", "training.run_folder"},
     "training.run_folder": {"config", "training.checkpoint", "training.guard"},
     "training.saving": {
-        "config", "diffusion", "training.checkpoint", "training.ema", "training.processes", "training.resume",
-        "training.run_folder", "training.snapshot", "training.timestep_sampling", "training.tracking",
+        "config", "diffusion", "training.checkpoint", "training.ema", "training.processes", "training.progress",
+        "training.resume", "training.run_folder", "training.snapshot", "training.timestep_sampling",
+        "training.tracking",
     },
     "training.setup": {"config", "data", "diffusion", "training.processes"},
     "training.snapshot": {"training.ema", "training.optimizer_state"},
     "training.summary": {"training.trainer"},
     "training.timestep_sampling": {"config", "rng"},
-    "training.tracking": {"training.checkpoint"},
+    "training.tracking": {"config", "training.checkpoint"},
     "training.validation": {"config", "data", "rng", "training.objective", "training.processes"},
     "training.trainer": {"config", "diffusion", "rng", "training"},
     "training.weighting": {"config"},
@@ -97,9 +99,12 @@ HOMES_OF_LIBRARIES = {
     "matplotlib": {"plots"},
     "scipy": {"training.noise"},
     "sklearn": {"evaluation.recognition"},
+    "tensorboard": {"training.tracking"},
+    "trackio": {"training.tracking"},
+    "wandb": {"training.tracking"},
 }
 # Imported where they are used, so that what does not use them runs without them and starts quickly.
-ONLY_INSIDE_FUNCTIONS = {"datasets", "matplotlib", "scipy", "sklearn"}
+ONLY_INSIDE_FUNCTIONS = {"datasets", "matplotlib", "scipy", "sklearn", "tensorboard", "trackio", "wandb"}
 # The core travels with every checkpoint, to machines that have no more than this.
 LIBRARIES_OF_THE_CORE = {"torch", "diffusers", "numpy", "PIL", "typing_extensions"}  # the last comes with torch
 WITHOUT_TORCH = {"__init__", "config", "evaluation.recognition", "plots", "report", "training.checkpoint"}

@@ -62,6 +62,22 @@ def test_deterministic_asks_torch_for_deterministic_kernels(monkeypatch: pytest.
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_tf32_reaches_products_and_convolutions(monkeypatch: pytest.MonkeyPatch, is_allowed: bool) -> None:
+    """These are the settings that the kernels of a GPU read; torch takes them on a machine without one too."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not is_allowed)  # so that it is put back
+    processes.set_tf32(is_allowed)
+    assert torch.backends.cuda.matmul.allow_tf32 is is_allowed
+    assert torch.backends.cudnn.allow_tf32 is is_allowed
+    assert torch.get_float32_matmul_precision() == ("high" if is_allowed else "highest")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tf32_leaves_the_arithmetic_of_a_cpu_alone() -> None:
+    processes.start(TrainingConfig(tf32=True))
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_alone_everything_is_shared_as_it_is() -> None:
     value = {"step": 3, "names": ["a", "ö"], "none": None}
     assert processes.share_json(value) is value

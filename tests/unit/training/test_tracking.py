@@ -1,11 +1,21 @@
-"""metrics.jsonl is whole after any kill and goes back to the checkpoint on resume."""
+"""metrics.jsonl is whole after any kill and goes back to the checkpoint on resume; trackers never stop a run.
+
+W&B and Trackio need processes of their own: integration/test_trackers.py.
+"""
 
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
+from torch.utils.tensorboard import SummaryWriter
 
-from ddpm_hf.training.tracking import MetricsLog, Progress
+from ddpm_hf.config import ConfigError, TrackingConfig
+from ddpm_hf.training.tracking import MetricsLog, Trackers
 
 ROWS = [{"step": step, "loss": 1 / step, "grad_norm": None} for step in range(1, 6)]
 
@@ -66,21 +76,103 @@ def test_a_first_start_makes_an_empty_log(path: Path) -> None:
     assert path.read_text() == ""
 
 
-def test_the_bar_says_what_training_waits_for(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+# ------------------------------------------------------------------------------------------------------- trackers
+
+SETTINGS = {"training": {"num_steps": 6, "learning_rate": 1e-3, "max_grad_norm": None}, "data": {"source": "x"}}
+
+
+def tensorboard_run(output_dir: Path, first_step: int, num_steps: int) -> None:
+    """Logs some steps of a run, with the step as the loss."""
+    with Trackers(TrackingConfig(trackers=["tensorboard"]), output_dir) as trackers:
+        trackers.check()
+        trackers.start(first_step, SETTINGS)
+        for step in range(first_step + 1, num_steps + 1):
+            trackers.log({"step": step, "loss": float(step), "grad_norm": None if step == 2 else 1.0})
+        Image.fromarray(np.full((5, 7, 3), 200, np.uint8)).save(output_dir / "grid.png")
+        trackers.log_preview(num_steps, output_dir / "grid.png")
+        trackers.log_preview(num_steps, output_dir / "missing.png")
+
+
+def read_tensorboard(output_dir: Path) -> Any:
+    accumulator = event_accumulator.EventAccumulator(str(output_dir / "tensorboard"))
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_tensorboard_gets_metrics_settings_and_previews(tmp_path: Path) -> None:
+    tensorboard_run(tmp_path, 0, 3)
+    events = read_tensorboard(tmp_path)
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [event.step for event in events.Scalars("grad_norm")] == [1, 3]
+    assert "step" not in events.Tags()["scalars"]
+    (preview,) = events.Images("preview")
+    assert (preview.step, preview.height, preview.width) == (3, 5, 7)
+    (settings,) = (tmp_path / "tensorboard").rglob("hparams.yml")
+    assert yaml.safe_load(settings.read_text()) == {
+        "training/num_steps": 6,
+        "training/learning_rate": 1e-3,
+        "training/max_grad_norm": "null",
+        "data/source": "x",
+    }
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_tensorboard_shows_a_continued_run_as_one(tmp_path: Path) -> None:
+    """Steps 3 and 4 were logged and lost; the curve has each step once."""
+    tensorboard_run(tmp_path, 0, 4)
+    tensorboard_run(tmp_path, 2, 5)
+    events = read_tensorboard(tmp_path)
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+    assert len(list((tmp_path / "tensorboard").rglob("hparams.yml"))) == 1
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_tracker_that_fails_is_left_out_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True, raising=False)
-    with Progress(2, 9, is_main_process=True) as progress:
-        capsys.readouterr()
-        with progress.doing("Drawing a preview"):
-            assert "Drawing a preview" in capsys.readouterr().err
-        assert "Training" in capsys.readouterr().err
-        with pytest.raises(OSError), progress.doing("Saving"):
-            raise OSError
-        assert capsys.readouterr().err.rstrip().split("\r")[-1].startswith("Training")
+    """Here TensorBoard's writer fails as it would on a full disk, with a key in the message that must not be told."""
+    monkeypatch.setenv("SOME_API_KEY", "canary-0123456789")
+    num_calls = 0
+
+    def fail(*arguments: object, **settings: object) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        raise OSError("no room for canary-0123456789")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
+    with Trackers(TrackingConfig(trackers=["tensorboard"]), tmp_path) as trackers:
+        trackers.start(0, SETTINGS)
+        for step in range(1, 4):
+            trackers.log({"step": step, "loss": 1.0})
+    assert num_calls == 1
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "tensorboard failed (no room for $SOME_API_KEY) and gets nothing more; training and metrics.jsonl" in warning
 
 
-def test_without_a_terminal_nothing_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(0, 9, is_main_process=True) as progress, progress.doing("Drawing a preview"):
-        progress.update()
-    assert capsys.readouterr().err == ""
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_tracker_that_cannot_be_started_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    with pytest.raises(ConfigError, match=r"tracking.trackers: tensorboard cannot be started \(.*\); mend that, or"):
+        Trackers(TrackingConfig(trackers=["tensorboard"]), tmp_path).start(0, SETTINGS)
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of that name in the working directory, which W&B leaves there, is no installation."""
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    sentence = r'names trackio, which is not installed; pip install "ddpm_hf\[trackers\]", or leave it out\.'
+    with pytest.raises(ConfigError, match=sentence):
+        Trackers(TrackingConfig(trackers=["tensorboard", "trackio"]), tmp_path).check()
+    (tmp_path / "nowhere").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="names nowhere, which is not installed"):
+        Trackers(TrackingConfig(trackers=["nowhere"]), tmp_path).check()  # type: ignore[list-item]
+
+
+def test_without_trackers_nothing_is_written_or_imported(tmp_path: Path) -> None:
+    with Trackers(TrackingConfig(), tmp_path) as trackers:
+        trackers.check()
+        trackers.start(0, SETTINGS)
+        trackers.log({"step": 1, "loss": 1.0})
+        trackers.log_preview(1, tmp_path)
+    assert list(tmp_path.iterdir()) == []
