@@ -77,4 +77,5 @@ def _read(model: ModelConfig, checkpoints: Path) -> tuple[dict[str, Any], Pretra
     if model.config_file is not None:
         return read_config_file(model), None
     pretrained = load_pretrained(model)
-    return dict(pretrained.unet.config), pretrained
+    # Names with an underscore are notes of diffusers, among them the path.
+    return {name: value for name, value in pretrained.unet.config.items() if not name.startswith("_")}, pretrained

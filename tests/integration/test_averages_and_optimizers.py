@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from ddpm_hf import GaussianDiffusionPipeline
 from ddpm_hf.cli import main, train
 from ddpm_hf.config import TrainingConfig
-from ddpm_hf.training import ema as ema_module
-from ddpm_hf.training import power_function
+from ddpm_hf.training import posthoc_ema, power_function
 from ddpm_hf.training.ema import decay_laws
 from ddpm_hf.training.optim import learning_rate_at
 from tests.conftest import run_arguments
@@ -46,10 +45,13 @@ def averaged_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_averages_are_stored_at_intervals_and_at_the_end(averaged_run: Path) -> None:
     names = sorted(path.name for path in (averaged_run / "ema_snapshots").iterdir())
     assert names == ["step_00000002", "step_00000004", "step_00000006", "step_00000007"]
-    last = averaged_run / "checkpoints" / "step_00000007" / "ema_sigma_0.050"
-    in_checkpoint = load_file(last / "diffusion_pytorch_model.safetensors")
-    alone = load_file(averaged_run / "ema_snapshots" / "step_00000007" / "ema_sigma_0.050.safetensors")
-    assert all(torch.equal(alone[name], in_checkpoint[name]) for name in in_checkpoint)
+    for step in ("step_00000006", "step_00000007"):
+        for name in ("ema_sigma_0.050", "ema_sigma_0.100"):
+            path = averaged_run / "checkpoints" / step / name / "diffusion_pytorch_model.safetensors"
+            in_checkpoint = load_file(path)
+            alone = load_file(averaged_run / "ema_snapshots" / step / f"{name}.safetensors")
+            assert in_checkpoint.keys() == alone.keys()
+            assert all(torch.equal(alone[key], in_checkpoint[key]) for key in alone)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 6])
@@ -68,6 +70,24 @@ def test_a_stopped_and_continued_run_stores_the_same_bits(
             path.write_bytes(b"what another run of these steps would have stored")
     assert train(arguments) == 0
     assert_same_run(averaged_run, run, 7)
+    assert stored(run) == stored(averaged_run)
+
+
+def test_a_run_that_dies_while_it_stores_averages_stores_them_when_it_goes_on(
+    averaged_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are stored before the checkpoint of the same step, after which the step would not be done again."""
+    run = tmp_path / "run"
+    arguments = run_arguments(run, **EVERYTHING_RANDOM, **POSTHOC, training__num_steps=7)
+
+    def die(root: Path, step: int, *_: object) -> None:
+        raise RuntimeError(f"power cut at step {step}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(posthoc_ema, "store", die)
+        with pytest.raises(RuntimeError, match="power cut at step 2"):
+            train(arguments)
+    assert train(arguments) == 0
     assert stored(run) == stored(averaged_run)
 
 
@@ -101,7 +121,6 @@ def test_an_average_made_afterwards_is_the_one_that_was_followed_all_along(
     nearest = min(float((weights(last / f"ema_sigma_{name}") - followed).norm()) for name in ("0.050", "0.100"))
     assert nearest > 0.01
     assert float((made - followed).norm()) < 0.01 * nearest
-    assert ema_module.MAIN == "ema"
 
 
 def test_the_pipeline_of_another_length_samples(averaged_run: Path, tmp_path: Path) -> None:

@@ -135,7 +135,10 @@ def test_every_preset_has_exactly_the_published_parameters_and_attention(preset:
     assert sum(parameter.numel() for parameter in unet.parameters()) == num_parameters
     lowest = shape[-1] // 2 ** (len(unet.config["block_out_channels"]) - 1)
     assert sizes == {"down": attention, "up": attention, "mid": {lowest}}
-    assert {module.heads for module in unet.modules() if isinstance(module, Attention)} == heads
+    attentions = [module for module in unet.modules() if isinstance(module, Attention)]
+    assert {module.heads for module in attentions} == heads
+    # UNet2DModel leaves out the norm of the middle one with scale_shift, which the published network has.
+    assert all(isinstance(module.group_norm, nn.GroupNorm) for module in attentions)
 
 
 def eighth(preset: str) -> UNet2DModel:
@@ -166,13 +169,11 @@ def test_every_preset_starts_as_the_paper_does(preset: str) -> None:
     assert 0 < output.abs().max() < 1e-2
 
 
-def test_the_improved_networks_scale_and_shift_and_norm_every_attention() -> None:
-    """UNet2DModel leaves the norm out of the middle attention with scale_shift, which the published network has."""
-    unet = eighth("improved_32")
-    attentions = [module for module in unet.modules() if isinstance(module, Attention)]
-    assert len(attentions) == 2 * 3 + 2 * 4 + 1
-    assert all(isinstance(module.group_norm, nn.GroupNorm) for module in attentions)
-    blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
+def test_the_timestep_scales_and_shifts_in_the_improved_networks_only() -> None:
+    for preset in PRESETS:
+        expected = "scale_shift" if preset.startswith("improved") else "default"
+        assert PRESETS[preset].get("resnet_time_scale_shift", "default") == expected
+    blocks = [module for module in eighth("improved_32").modules() if isinstance(module, ResnetBlock2D)]
     assert {block.time_embedding_norm for block in blocks} == {"scale_shift"}
 
 
