@@ -25,7 +25,7 @@ def save_preview(
     class_names: dict[str, str] | None,
     has_null_label: bool,
     self_conditioned: bool = False,
-) -> None:
+) -> bool:
     """Samples one grid and writes it as PNG; where memory or the disk is full, it is a warning and training goes on.
 
     The network's mode is put back, and torch's global generators stay untouched.
@@ -39,16 +39,21 @@ def save_preview(
         class_names: Class number to name of a class-conditional network, in turn over the images; None without classes.
         has_null_label: Whether the network was trained with label dropout.
         self_conditioned: Whether the network takes its last prediction of x_0.
+
+    Returns:
+        Whether the file was written.
     """
     try:
         images = _sample(unet, scheduler, config, seed, class_names, has_null_label, self_conditioned)
         path.parent.mkdir(parents=True, exist_ok=True)
         num_columns = len(class_names) if class_names and len(class_names) <= config.num_images else None
         image_grid(images, num_columns or round(config.num_images**0.5)).save(path)
+        return True
     except torch.OutOfMemoryError:
         logger.warning("No memory for the preview; training goes on. Lower preview.num_images.")
     except OSError as error:
         logger.warning("The preview could not be written (%s); training goes on.", error.strerror or error)
+    return False
 
 
 def _sample(

@@ -124,9 +124,8 @@ class Trackers:
         self._with_each(lambda name, tracker: _log_values(name, tracker, row["step"], values))
 
     def log_preview(self, step: int, path: Path) -> None:
-        """Shows a preview grid, which may be missing if it could not be drawn."""
-        if path.exists():
-            self._with_each(lambda name, tracker: _log_image(name, tracker, step, path))
+        """Shows a preview grid."""
+        self._with_each(lambda name, tracker: _log_image(name, tracker, step, path))
 
     def _start(self, name: str, run_id: str, step: int, settings: dict[str, dict[str, object]]) -> Any:
         """Starts one tracker and gives it the settings."""

@@ -1,4 +1,4 @@
-"""The loop: build, train_step, log, preview, save, resume. It knows no mathematics; the objective does.
+"""The loop: build, train_step, log, validate, preview, save, resume. It knows no mathematics; the objective does.
 
 One step is one optimiser update on the global batch. Sample n of the run, its timestep, noise, flip and label drop are
 functions of (seed, step, position in the global batch), so the loss curve is the same however the batch is split over
@@ -117,23 +117,7 @@ class Trainer:
             ValueError: If the checkpoints in the run folder cannot be continued with this configuration.
         """
         self._resume()
-        self.unet.train()
-        attempt = step_on_gpu(self.unet, self.loss, self.images.image_shape, self.accelerator.autocast)
-        stored = self.state.micro_batch_size
-        self.micro_batch_size = settle(self.config.training, self.micro_batch_size, stored, attempt)
-        self.state.micro_batch_size = self.micro_batch_size
-        self._batches = BatchSource(
-            self.config,
-            self.images,
-            rank=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            micro_batch_size=self.micro_batch_size,
-            device=self.device,
-            timestep_sampler=self.timestep_sampler,
-        )
-        self._model, self._prepared_optimizer = self.accelerator.prepare(self.unet, self.optimizer)
-        if self.state.scaler and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(self.state.scaler)
+        self._prepare()
         first_step, num_steps = self.state.global_step, self.config.training.num_steps
         self._progress = Progress(first_step, num_steps, is_main_process=self.is_main_process)
         if first_step < num_steps:
@@ -156,6 +140,26 @@ class Trainer:
         if self.is_main_process:
             minutes, seconds = divmod(round(time.monotonic() - started_at), 60)
             say(f"Trained from step {first_step} to {num_steps} in {minutes}:{seconds:02}.")
+
+    def _prepare(self) -> None:
+        """Collective: settles how the batch is split, and wraps the network for the device and the other processes."""
+        self.unet.train()
+        attempt = step_on_gpu(self.unet, self.loss, self.images.image_shape, self.accelerator.autocast)
+        stored = self.state.micro_batch_size
+        self.micro_batch_size = settle(self.config.training, self.micro_batch_size, stored, attempt)
+        self.state.micro_batch_size = self.micro_batch_size
+        self._batches = BatchSource(
+            self.config,
+            self.images,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            micro_batch_size=self.micro_batch_size,
+            device=self.device,
+            timestep_sampler=self.timestep_sampler,
+        )
+        self._model, self._prepared_optimizer = self.accelerator.prepare(self.unet, self.optimizer)
+        if self.state.scaler and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self.state.scaler)
 
     def _train_step(self, step: int) -> None:
         """Collective: one optimiser update on the global batch, gradients accumulated over micro batches."""
@@ -194,7 +198,7 @@ class Trainer:
             self.ema.update(self.unet)
 
     def _after_step(self) -> None:
-        """Collective: writes metrics, previews and checkpoints where they are due."""
+        """Collective: logs, validates, draws and saves where that is due."""
         config, step = self.config, self.state.global_step
         is_last = step == config.training.num_steps
         if step % config.training.log_every_steps == 0 or is_last:
@@ -260,8 +264,9 @@ class Trainer:
 
         def draw() -> None:
             with self.ema.swapped_in(self.unet):
-                save_preview(path, self.unet, self.scheduler, preview, seed, **self.pipeline_settings)
-            self.trackers.log_preview(self.state.global_step, path)
+                is_drawn = save_preview(path, self.unet, self.scheduler, preview, seed, **self.pipeline_settings)
+            if is_drawn:
+                self.trackers.log_preview(self.state.global_step, path)
 
         processes.on_rank_0(draw)
 

@@ -24,9 +24,10 @@ def unet(resolution: int = 8) -> UNet2DModel:
     return unet
 
 
-def preview(path: Path, network: UNet2DModel, *, seed: int = 0, num_images: int = 6) -> Path:
-    config = PreviewConfig(num_images=num_images, num_inference_steps=2)
-    save_preview(path, network, GaussianDiffusionScheduler(), config, seed, NAMES, has_null_label=False)
+def preview(path: Path, network: UNet2DModel, *, seed: int = 0) -> Path:
+    config = PreviewConfig(num_images=6, num_inference_steps=2)
+    is_drawn = save_preview(path, network, GaussianDiffusionScheduler(), config, seed, NAMES, has_null_label=False)
+    assert is_drawn == path.exists()
     return path
 
 
