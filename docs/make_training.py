@@ -34,7 +34,7 @@ def recipes() -> str:
     for path in sorted((REPOSITORY / "configs").glob("*.yaml")):
         head = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
         comment = " ".join(line.removeprefix("#").strip() for line in head if line.startswith("#"))
-        title, *facts = re.split(r"(Data|Hardware|Result|Command):", comment)
+        title, *facts = re.split(r"(Data|Hardware|Time|Result|Command):", comment)
         found = {name: " ".join(text.split()) for name, text in zip(facts[::2], facts[1::2], strict=True)}
         lines = [f"[`{path.name}`](../configs/{path.name}): {title.strip()}", ""]
         lines += [f"- {name}: {text}" for name, text in found.items() if name != "Command"]
