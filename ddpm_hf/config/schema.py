@@ -82,6 +82,8 @@ class DiffusionConfig:
         beta_schedule: Noise schedule; "cosine" is stored under its diffusers name squaredcos_cap_v2.
         beta_start: First beta of the linear schedules, tuned to T = 1000.
         beta_end: Last beta of the linear schedules.
+        scale_betas_to_timesteps: Multiply beta_start and beta_end by 1000 / num_train_timesteps, so that a chain of
+            another length ends with about the same signal (Nichol & Dhariwal 2021); stored as the products.
         prediction_type: What the network predicts: epsilon (eps), sample (x0) or v_prediction (v).
         variance_type: Variance of the reverse steps: beta_t (fixed_large), the posterior's (fixed_small), one that the
             network learns between these two (learned_range, Nichol & Dhariwal 2021) or anywhere (learned); the learned
@@ -95,6 +97,7 @@ class DiffusionConfig:
     beta_schedule: str = "linear"
     beta_start: float = 1e-4
     beta_end: float = 0.02
+    scale_betas_to_timesteps: bool = False
     prediction_type: Literal["epsilon", "sample", "v_prediction", "eps", "x0", "v"] = "epsilon"
     variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = "fixed_large"
     clip_sample: bool = True
