@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_hf import __version__
-from ddpm_hf.config import ConfigError, RunConfig, load_config
+from ddpm_hf.config import ConfigError, RunConfig, load_config, load_data_config
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ddpm_hf.data import ImageSet
+    from ddpm_hf.data import ImageSet, ImageStream
     from ddpm_hf.training.trainer import Trainer
 
 _USAGE = """usage: ddpm-hf <command> ...
 
 commands:
+  data     show what a run would read; see ddpm-hf data --help
   train    train a DDPM; see ddpm-hf train --help
 """
 
@@ -35,12 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"ddpm-hf {__version__}")
         return 0
+    if command == "data":
+        return _exit_code(lambda: _show_data(rest[:-1]))
     if command == "train":
         return train(rest[:-1])
     print(_USAGE, end="")
     if command in ("-h", "--help"):
         return 0
-    print(f"ddpm-hf: {f'unknown command {command!r}' if command else 'no command'}; choose train.", file=sys.stderr)
+    print(
+        f"ddpm-hf: {f'unknown command {command!r}' if command else 'no command'}; choose data or train.",
+        file=sys.stderr,
+    )
     return 2
 
 
@@ -108,6 +114,22 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
         return 1
     trainer.leave_the_others()
     return exit_code
+
+
+def _show_data(arguments: Sequence[str]) -> int:
+    """Says what a run would read, and draws its first samples."""
+    config, picture = load_data_config(arguments)
+
+    from ddpm_hf.data import DataError, summarize
+    from ddpm_hf.plots import image_grid
+
+    summary = summarize(config.data, seed=config.training.seed, num_samples=64)
+    print("\n".join(summary.lines))
+    image_grid(summary.samples, 8).save(picture)
+    print(f"{'picture':<10}the first {len(summary.samples)} samples of a run are in {picture}")
+    if summary.problem is not None:
+        raise DataError(summary.problem)
+    return 0
 
 
 def _fit(trainer: "Trainer") -> int:
@@ -195,11 +217,14 @@ def _labels_in_turn(num_samples: int, num_classes: int) -> "NDArray[np.int64]":
     return np.arange(num_samples, dtype=np.int64) % num_classes
 
 
-def _as_arrays(images: "ImageSet") -> "tuple[NDArray[np.uint8], NDArray[np.int64]]":
-    """Returns all images of a set, channels last, and their labels."""
+def _as_arrays(images: "ImageSet | ImageStream") -> "tuple[NDArray[np.uint8], NDArray[np.int64]]":
+    """Returns all images of a set, 8 bits, channels last, and their labels."""
+    from ddpm_hf.data import ImageSet, to_uint8
+
+    assert isinstance(images, ImageSet)
     pixels, labels = images.take(images.positions)
     assert labels is not None
-    return pixels.transpose(0, 2, 3, 1), labels
+    return to_uint8(pixels).transpose(0, 2, 3, 1), labels
 
 
 def _main_settings(config: RunConfig) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The configuration of a run: its schema, its rules, and how it is read. This package needs no torch."""
 
-from ddpm_hf.config.parse import load_config, read_config_dict
+from ddpm_hf.config.parse import load_config, load_data_config, read_config_dict
 from ddpm_hf.config.rules import ConfigError, changed_settings, validate
 from ddpm_hf.config.schema import (
     DataConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "UNetOverride",
     "changed_settings",
     "load_config",
+    "load_data_config",
     "read_config_dict",
     "validate",
 ]

@@ -151,6 +151,11 @@ def share_json(value: Any, source: int = 0) -> Any:
     return json.loads(bytes(content.cpu().tolist()))
 
 
+def gather_json(value: Any) -> list[Any]:
+    """Collective: returns every rank's value, which must be plain JSON, on every rank."""
+    return [share_json(value, source) for source in range(_world_size())]
+
+
 def share_tensors(tensors: Iterable[torch.Tensor]) -> None:
     """Collective: overwrites tensors with rank 0's."""
     if _world_size() > 1:

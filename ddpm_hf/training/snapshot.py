@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -23,7 +24,9 @@ class TrainerState:
         num_skipped: Updates skipped because a gradient was not finite.
         num_consecutive_skipped: Those of them at the end.
         loss_sums: For each rank, sum and number of the losses since the last line of metrics.
-        num_images: Images in the training set, whose order the run depends on.
+        num_images: Images in the training set, whose order the run depends on; 0 when streaming.
+        data_digest: What tells the data from others; empty when streaming.
+        streams: Where each rank is in its stream; empty without one.
         scaler: State of the fp16 gradient scaler; None without one.
     """
 
@@ -33,6 +36,8 @@ class TrainerState:
     num_consecutive_skipped: int = 0
     loss_sums: list[list[float]] = field(default_factory=list)
     num_images: int = 0
+    data_digest: str = ""
+    streams: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, float | int] | None = None
 
 

@@ -8,13 +8,14 @@ processes and micro batches, and nothing random has to be stored.
 import logging
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ddpm_hf.config import ConfigError, RunConfig
-from ddpm_hf.data import open_images
+from ddpm_hf.data import describe_sets, open_sets
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.rng import seed_global_generators
 from ddpm_hf.training import checkpoint, processes
@@ -72,12 +73,19 @@ class Trainer:
 
     def _open_images(self) -> None:
         """Collective: opens the data; rank 0 decodes it, or says what is wrong with it, before the others look."""
-        config = self.config.data
         with_labels = self.config.model.class_conditional
-        processes.on_rank_0(lambda: open_images(config, with_labels=with_labels))
-        images = processes.on_every_rank(lambda: open_images(config, with_labels=with_labels))
-        self.images, self.held_out = images.split(config.validation_fraction, self.config.training.seed)
-        names = images.class_names if with_labels else None
+        open_all = partial(
+            open_sets,
+            self.config.data,
+            with_labels=with_labels,
+            seed=self.config.training.seed,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            device=self.device,
+        )
+        processes.on_rank_0(open_all)
+        self.images, self.held_out = processes.on_every_rank(open_all)
+        names = self.images.class_names if with_labels else None
         self.class_names = {str(number): name for number, name in enumerate(names)} if names else None
 
     def _build(self) -> None:
@@ -119,8 +127,8 @@ class Trainer:
         num_processes = self.accelerator.num_processes
         accumulation = self.config.training.train_batch_size // (self.micro_batch_size * num_processes)
         return (
-            f"{num_parameters:,} parameters, {len(self.images):,} training and {len(self.held_out):,} held-out images "
-            f"of {'x'.join(map(str, self.images.image_shape))}, {self.device.type} x {num_processes}, "
+            f"{num_parameters:,} parameters, {describe_sets(self.images, self.held_out)}, "
+            f"{self.device.type} x {num_processes}, "
             f"{self.config.training.mixed_precision}, batch {self.config.training.train_batch_size} = {num_processes} "
             f"x {self.micro_batch_size} x {accumulation} accumulated"
         )
@@ -271,7 +279,7 @@ class Trainer:
         self.state.num_ema_updates = self.ema.num_updates
         self.state.num_skipped = self.guard.num_skipped
         self.state.num_consecutive_skipped = self.guard.num_consecutive
-        self.state.num_images = len(self.images)
+        self._batches.write_state(self.state)
         scaler = self.accelerator.scaler
         self.state.scaler = scaler.state_dict() if scaler is not None else None
         processes.on_rank_0(lambda: self._write_checkpoint(must_succeed))
@@ -307,6 +315,7 @@ class Trainer:
                 self._loss_sum.copy_(torch.tensor(self.state.loss_sums[self.accelerator.process_index]))
             else:
                 self._loss_sum.copy_(torch.tensor(self.state.loss_sums).mean(dim=0))
+            self._batches.go_to(self.state)
         self.ema.num_updates = self.state.num_ema_updates
         self.guard.num_skipped = self.state.num_skipped
         self.guard.num_consecutive = self.state.num_consecutive_skipped
@@ -319,11 +328,7 @@ class Trainer:
             return None
         say(f"Continuing from step {latest.step} of {self.config.training.num_steps} ({latest.path}).")
         state, tensors = read_snapshot(latest.path, self.unet, self.ema)
-        if state.num_images != len(self.images):
-            raise ConfigError(
-                f"{self.config.data.source} has {len(self.images)} training images, but the run in {self.folder.path} "
-                f"began with {state.num_images}; restore the data, or choose another training.output_dir."
-            )
+        self._batches.check_state(state, self.folder.path)
         return state, tensors
 
     def _start_folder(self) -> None:

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "unet": {"config"},
     "data": {"data", "config", "rng"},
     "training.__init__": set(),
-    "training.batches": {"config", "data", "rng"},
+    "training.batches": {"config", "data", "rng", "training.processes", "training.snapshot"},
     "training.checkpoint": set(),
     "training.ema": set(),
     "training.guard": set(),

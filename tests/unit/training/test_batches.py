@@ -135,6 +135,23 @@ def test_every_image_is_seen_once_an_epoch(images: ImageSet) -> None:
     assert (seen.sort(dim=1).values == torch.arange(NUM_IMAGES)).all()
 
 
+def test_images_on_the_device_make_the_same_batches(images: ImageSet) -> None:
+    """Bit for bit, where a batch straddles two epochs."""
+    base = config_of()
+    resident = config_of(data=dataclasses.replace(base.data, device_resident=True))
+    batches = [joined(step_of(images, config, 2, 2, 8)) for config in (base, resident)]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+
+
+def test_flips_do_not_depend_on_the_batch_size(images: ImageSet) -> None:
+    """They belong to the image and the epoch: 12 steps of 16 show what 4 steps of 48 do."""
+    shown = [
+        torch.cat([joined(step_of(images, config_of(batch), step))["x_0"] for step in range(192 // batch)])
+        for batch in (16, 48)
+    ]
+    assert torch.equal(*shown)
+
+
 @pytest.mark.parametrize("micro_batch_size", [12, 24, 48])
 def test_only_the_last_micro_batch_updates(images: ImageSet, micro_batch_size: int) -> None:
     for part in step_of(images, config_of(96), 0, 2, micro_batch_size):
