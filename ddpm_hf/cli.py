@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_hf import __version__
-from ddpm_hf.config import ConfigError, RunConfig, load_config
+from ddpm_hf.config import ConfigError, RunConfig, load_config, load_data_config
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ddpm_hf.data import ImageSet
+    from ddpm_hf.data import ImageSet, ImageStream
     from ddpm_hf.training.trainer import Trainer
 
 _USAGE = """usage: ddpm-hf <command> ...
 
 commands:
+  data     show what a run would read; see ddpm-hf data --help
   train    train a DDPM; see ddpm-hf train --help
   ema      make a pipeline with an average of any length; see ddpm-hf ema --help
 """
@@ -37,15 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"ddpm-hf {__version__}")
         return 0
-    commands = {"train": train, "ema": ema}
+    commands = {"data": data, "train": train, "ema": ema}
     if command in commands:
         return commands[command](rest[:-1])
     print(_USAGE, end="")
     if command in ("-h", "--help"):
         return 0
     problem = f"unknown command {command!r}" if command else "no command"
-    print(f"ddpm-hf: {problem}; choose {' or '.join(commands)}.", file=sys.stderr)
+    print(f"ddpm-hf: {problem}; choose data, train or ema.", file=sys.stderr)
     return 2
+
+
+def data(arguments: Sequence[str]) -> int:
+    """Shows what a run would read, and returns the exit code."""
+    return _exit_code(lambda: _show_data(arguments))
 
 
 def train(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf train") -> int:
@@ -150,6 +156,22 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
     return exit_code
 
 
+def _show_data(arguments: Sequence[str]) -> int:
+    """Says what a run would read, and draws its first samples."""
+    config, picture = load_data_config(arguments)
+
+    from ddpm_hf.data import DataError, summarize
+    from ddpm_hf.plots import image_grid
+
+    summary = summarize(config.data, seed=config.training.seed, num_samples=64)
+    print("\n".join(summary.lines))
+    image_grid(summary.samples, 8).save(picture)
+    print(f"{'picture':<10}the first {len(summary.samples)} samples of a run are in {picture}")
+    if summary.problem is not None:
+        raise DataError(summary.problem)
+    return 0
+
+
 def _fit(trainer: "Trainer") -> int:
     """Trains and returns the exit code; a bug is not taken for a mistake of the user."""
     from ddpm_hf.data import DataError
@@ -243,11 +265,14 @@ def _labels_in_turn(num_samples: int, num_classes: int) -> "NDArray[np.int64]":
     return np.arange(num_samples, dtype=np.int64) % num_classes
 
 
-def _as_arrays(images: "ImageSet") -> "tuple[NDArray[np.uint8], NDArray[np.int64]]":
-    """Returns all images of a set, channels last, and their labels."""
+def _as_arrays(images: "ImageSet | ImageStream") -> "tuple[NDArray[np.uint8], NDArray[np.int64]]":
+    """Returns all images of a set, 8 bits, channels last, and their labels."""
+    from ddpm_hf.data import ImageSet, to_uint8
+
+    assert isinstance(images, ImageSet)
     pixels, labels = images.take(images.positions)
     assert labels is not None
-    return pixels.transpose(0, 2, 3, 1), labels
+    return to_uint8(pixels).transpose(0, 2, 3, 1), labels
 
 
 def _main_settings(config: RunConfig) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The configuration of a run: its schema, its rules, and how it is read. This package needs no torch."""
 
-from ddpm_hf.config.parse import load_config, read_config_dict
+from ddpm_hf.config.parse import load_config, load_data_config, read_config_dict
 from ddpm_hf.config.rules import ConfigError, changed_settings, changed_too_late, validate
 from ddpm_hf.config.schema import (
     DataConfig,
@@ -32,6 +32,7 @@ __all__ = [
     "changed_settings",
     "changed_too_late",
     "load_config",
+    "load_data_config",
     "read_config_dict",
     "validate",
 ]

@@ -45,7 +45,34 @@ def load_config(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf tra
     Raises:
         ConfigError: If a key is unknown, a value has the wrong type or settings contradict each other.
     """
+    config, namespace = _parse(_parser(prog), arguments)
+    validate(config)
+    return config, bool(namespace.dry_run)
+
+
+def load_data_config(arguments: Sequence[str], prog: str = "ddpm-hf data") -> tuple[RunConfig, Path]:
+    """Reads `SOURCE --picture FILE` and any flags of `ddpm-hf train`, of which those of the data count.
+
+    Returns:
+        The checked configuration, and where the picture goes.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
     parser = _parser(prog)
+    parser.description = "Show what a run would read: how many images, of which kind, and the first 64 samples."
+    parser.epilog = "Example: ddpm-hf data photos/ --data.resolution 64 --data.random_flip true"
+    parser.add_argument("source", nargs="?", help="Stands for --data.source.")
+    parser.add_argument("--picture", default="data.png", help="Where to write the samples.")
+    config, namespace = _parse(parser, arguments)
+    if namespace.source is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=namespace.source))
+    validate(config)
+    return config, Path(namespace.picture)
+
+
+def _parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> tuple[RunConfig, Namespace]:
+    """Reads a command line with the settings of a run."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         parsed = parser.parse_args(arguments)
@@ -53,9 +80,7 @@ def load_config(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf tra
         namespace = parser.instantiate(parsed)
     except (ArgumentError, UnicodeDecodeError) as error:
         raise ConfigError(_what_is_no_yaml(arguments) or _sentence(str(error))) from None
-    config = RunConfig(**{section: namespace[section] for section in _SECTIONS})
-    validate(config)
-    return config, bool(namespace.dry_run)
+    return RunConfig(**{section: namespace[section] for section in _SECTIONS}), namespace
 
 
 def _parser(prog: str) -> ArgumentParser:
@@ -145,6 +170,8 @@ def _words(hint: object) -> list[str]:
             return [word for part in parts for word in _words(part)]
         case typing.Literal:
             return [str(part) for part in parts]
+        case builtins.list if parts == (int,):
+            return ["a list of whole numbers"]
         case builtins.list:
             return [f"a list of {describe_type(parts[0])}, like [{_words(parts[0])[0]}]"]
         case _:

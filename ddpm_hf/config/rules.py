@@ -1,6 +1,6 @@
 """Which settings can work together, and which a run can be continued with."""
 
-from ddpm_hf.config.schema import ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
+from ddpm_hf.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
 
 
 class ConfigError(ValueError):
@@ -27,17 +27,24 @@ def validate(config: RunConfig) -> None:
                 f"{name}.guidance_scale {guidance_scale:g} needs a network that was trained without labels too; set "
                 "objective.class_dropout, for example to 0.1."
             )
-    if evaluation.recognition and not (model.class_conditional and data.validation_fraction > 0):
+    _check_data(data)
+    holds_out = data.validation_fraction > 0 or data.validation_split is not None
+    if evaluation.recognition and not (model.class_conditional and holds_out and not data.streaming):
         raise ConfigError(
-            "evaluation.recognition asks for classes and real held-out images; set model.class_conditional to true and "
-            "data.validation_fraction above 0."
+            "evaluation.recognition asks for classes and real held-out images; set model.class_conditional to true, "
+            "data.validation_fraction above 0 or data.validation_split, and data.streaming to false."
         )
     if not config.tracking.project:
         raise ConfigError("tracking.project is empty; give the project a name.")
-    if training.validate_every_steps > 0 and data.validation_fraction == 0:
+    if training.validate_every_steps > 0 and not holds_out:
+        which = "data.validation_split" if data.streaming else "data.validation_fraction, for example to 0.05"
         raise ConfigError(
-            f"training.validate_every_steps {training.validate_every_steps} needs held-out images; set "
-            "data.validation_fraction, for example to 0.05."
+            f"training.validate_every_steps {training.validate_every_steps} needs held-out images; set {which}."
+        )
+    if config.objective.immiscible_noise and data.streaming:
+        raise ConfigError(
+            "objective.immiscible_noise exchanges noise among images that other processes train on too, which "
+            "data.streaming gives to one process alone; set one of them to false."
         )
     if config.diffusion.rescale_betas_zero_snr and config.diffusion.prediction_type in ("epsilon", "eps"):
         raise ConfigError(
@@ -54,6 +61,42 @@ def validate(config: RunConfig) -> None:
             f"training.train_batch_size {batch} is not a multiple of training.micro_batch_size {micro}; "
             f"use {f'{lower} or ' if lower else ''}{lower + micro}."
         )
+
+
+def _check_data(data: DataConfig) -> None:
+    """Refuses settings of the data that contradict each other."""
+    if data.validation_split is not None and data.validation_fraction > 0:
+        raise ConfigError(
+            f"data.validation_split {data.validation_split} and data.validation_fraction {data.validation_fraction:g} "
+            "both hold out images; give one of them."
+        )
+    for name, number, lowest in (
+        ("resolution", data.resolution, 1), ("crop_before_resize", data.crop_before_resize, 1),
+        ("resize_to", data.resize_to, 0), ("shuffle_buffer_size", data.shuffle_buffer_size, 1),
+    ):  # fmt: skip
+        if isinstance(number, int) and number < lowest:
+            raise ConfigError(f"data.{name} is {number}, but must be {'greater than 0' if lowest else '0 or more'}.")
+    if not 0 <= data.max_bad_fraction < 1:
+        raise ConfigError(f"data.max_bad_fraction is {data.max_bad_fraction}, but must be at least 0 and below 1.")
+    if isinstance(data.resolution, list) and (len(data.resolution) != 2 or min(data.resolution) < 1):
+        raise ConfigError(f"data.resolution is {data.resolution}, but a list must be [height, width] in pixels.")
+    box = data.crop_before_resize
+    if isinstance(box, list) and (len(box) != 4 or min(box) < 0 or box[0] >= box[2] or box[1] >= box[3]):
+        raise ConfigError(f"data.crop_before_resize is {box}, but a list must be [left, top, right, bottom] in pixels.")
+    for name, value, default in (("resize_to", data.resize_to, None), ("crop", data.crop, "center")):
+        if value != default and data.resolution is None:
+            raise ConfigError(f"data.{name} {value} needs the size to cut out; set data.resolution.")
+    shorter = min(data.resolution) if isinstance(data.resolution, list) else data.resolution
+    if data.resize_to and shorter and data.resize_to < shorter:
+        raise ConfigError(f"data.resize_to {data.resize_to} is less than data.resolution {shorter}; set at least that.")
+    if data.streaming and (data.resolution is None or data.num_channels not in (1, 3, 4)):
+        raise ConfigError(
+            "data.streaming cannot look at all images first; set data.resolution, and data.num_channels to 1, 3 or 4."
+        )
+    if data.streaming and data.validation_fraction > 0:
+        raise ConfigError("data.streaming knows no number of images to hold out a fraction of; set validation_split.")
+    if data.streaming and data.device_resident is True:
+        raise ConfigError("data.streaming and data.device_resident exclude each other; set one of them to false.")
 
 
 # Settings that only one choice reads -> the choice.
@@ -156,7 +199,7 @@ def _check_numbers(config: RunConfig) -> None:
         ("training", "max_consecutive_nonfinite"), ("training", "learning_rate"), ("training", "max_grad_norm"),
         ("training", "adam_epsilon"), ("training", "ema_inv_gamma"), ("training", "ema_power"),
         ("training", "ema_every_steps"), ("training", "posthoc_ema_every_steps"),
-        ("data", "resolution"), ("preview", "num_images"),
+        ("data", "num_channels"), ("preview", "num_images"),
         ("preview", "num_inference_steps"), ("evaluation", "batch_size"), ("evaluation", "num_inference_steps"),
         ("objective", "huber_delta"), ("objective", "vlb_weight"), ("objective", "min_snr_gamma"),
         ("objective", "p2_k"),
@@ -198,7 +241,7 @@ def _check_numbers(config: RunConfig) -> None:
 # Settings that a checkpoint's tensors, data order or noise depend on: a run cannot be continued with others.
 _FIXED_SECTIONS = ("data", "model", "diffusion", "objective")
 _FIXED_TRAINING = ("seed", "train_batch_size", "optimizer", "optimizer_kwargs", "posthoc_ema")
-_FREE = (("data", "cache_dir"), ("model", "gradient_checkpointing"))
+_FREE = (("data", "cache_dir"), ("data", "device_resident"), ("model", "gradient_checkpointing"))
 # The others of training shape the weights, so a run that has nothing left to train can no longer follow them.
 _WITHOUT_EFFECT_ON_WEIGHTS = (
     "output_dir", "num_steps", "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps",

@@ -15,28 +15,54 @@ class DataConfig:
     """Which images to train on.
 
     Args:
-        source: A parquet, .npz or .npy file, a folder of images (class folders become labels) or a data set id of the
-            Hub.
-        split: Split of the data set to read.
-        image_column: Column with the images; null finds the only one.
-        label_column: Column with integer labels; null finds the only ClassLabel column, or one called "label".
-        resolution: Side length in pixels to resize (shorter side, antialiased) and centre-crop to; null keeps the
-            images as they are, which must then all have one size.
-        num_channels: 1 (gray), 3 (RGB) or 4 (RGBA); null takes that of the first image.
-        random_flip: Mirror each image left to right with a probability of one half, anew in every epoch.
+        source: A folder of images (class folders become labels), a .zip or .tar of one, a .parquet or .arrow file or a
+            folder of them, a .npy or .npz file, or a data set id of the Hub.
+        subset: Configuration of a Hub data set that has several.
+        revision: Branch, tag or commit of a Hub data set; null is the newest.
+        split: Split to read, or a part of it as "train[:90%]".
+        validation_split: Split held out from training, or a part of one; it must not overlap with split.
         validation_fraction: Fraction of the images held out from training, chosen by training.seed.
+        image_column: Column or array with the images; null finds the only one.
+        label_column: Column or array with integer labels; null finds the only ClassLabel column, or "label".
+        crop_before_resize: Cut this out first: the side of a square in the centre, or [left, top, right, bottom].
+        resolution: Side length in pixels, or [height, width], to resize (shorter side, antialiased) and crop to; null
+            keeps the images as they are, which must then all have one size.
+        resize_to: Shorter side before the crop, to leave room for random ones; null: as resolution, 0: do not resize.
+        resize_filter: Pillow's filter; nearest is the only one that does not antialias.
+        crop: Cut resolution out of the centre, or at random, anew in every epoch.
+        random_flip: Mirror each image left to right with a probability of one half, anew in every epoch.
+        num_channels: 1 (gray), 3 (RGB), 4 (RGBA), or that of an array; null takes what holds every image.
+        background: What transparent pixels show where num_channels has no room for them; null refuses such images.
+        on_bad_image: Stop at an image that cannot be read, with its name, or let the next good one stand in, counted.
+        max_bad_fraction: Stop if more of the images than this fraction cannot be read.
         cache_dir: Folder for decoded images; null is $XDG_CACHE_HOME/ddpm_hf or ~/.cache/ddpm_hf.
+        device_resident: Keep all images in the memory of the device; "auto" does where a GPU has ten times the room.
+        streaming: Decode while training instead of once before, for sets that do not fit on the disk.
+        shuffle_buffer_size: Encoded images that a process mixes at a time when streaming.
     """
 
     source: str = ""
+    subset: str | None = None
+    revision: str | None = None
     split: str = "train"
+    validation_split: str | None = None
+    validation_fraction: float = 0.0
     image_column: str | None = None
     label_column: str | None = None
-    resolution: int | None = None
-    num_channels: Literal[1, 3, 4] | None = None
+    crop_before_resize: int | list[int] | None = None
+    resolution: int | list[int] | None = None
+    resize_to: int | None = None
+    resize_filter: Literal["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"] = "lanczos"
+    crop: Literal["center", "random"] = "center"
     random_flip: bool = False
-    validation_fraction: float = 0.0
+    num_channels: int | None = None
+    background: Literal["white", "black"] | None = None
+    on_bad_image: Literal["error", "skip"] = "error"
+    max_bad_fraction: float = 0.01
     cache_dir: str | None = None
+    device_resident: Literal["auto"] | bool = "auto"
+    streaming: bool = False
+    shuffle_buffer_size: int = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +217,7 @@ class TrainingConfig:
         num_checkpoints_kept: Newest checkpoints kept, at least 2.
         log_every_steps: Write a line of metrics this often.
         validate_every_steps: Measure the loss of the averaged weights on the held-out images this often, and after the
-            last step; 0 never does. Needs data.validation_fraction above 0.
+            last step; 0 never does. Needs held-out images.
         max_consecutive_nonfinite: Stop (exit code 3) after this many updates in a row with a non-finite gradient; each
             such update is skipped.
         tf32: Let NVIDIA GPUs compute float32 matrix products and convolutions in TF32.
@@ -265,7 +291,7 @@ class EvaluationConfig:
         eta: 0 samples as DDIM, 1 as DDPM.
         guidance_scale: Classifier-free guidance; 1 is none.
         recognition: Report how many samples a classifier trained on the real images recognises as the class asked for;
-            needs model.class_conditional and data.validation_fraction above 0.
+            needs model.class_conditional and held-out images.
     """
 
     num_samples: int = 64

@@ -1,7 +1,9 @@
 """This rank's part of each global batch: images, and every random number that the objective needs.
 
 All of it is a function of (seed, step, position in the global batch), however the batch is split over ranks and micro
-batches; timesteps that follow the losses are a function of those too.
+batches; timesteps that follow the losses are a function of those too. What becomes of an image, flip and crop, is drawn
+for (seed, epoch, index), which follow from those. A stream is the exception: it gives each process the images it has
+next, so which these are depends on the number of processes.
 """
 
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ddpm_hf.config import RunConfig
-from ddpm_hf.data import ImageSet, SampleOrder, normalize
+from ddpm_hf.data import ImageFeed, ImageStream
 from ddpm_hf.rng import numpy_generator
 from ddpm_hf.training.noise import draw_noise, exchange_noise, whole_blocks
 from ddpm_hf.training.timestep_sampling import TimestepSampler
@@ -54,7 +56,7 @@ class BatchSource:
 
     Args:
         config: The configuration of the run.
-        images: The training images.
+        feed: The samples of the run, or this rank's stream of images.
         rank: Which process this is.
         num_processes: How many there are; they share the global batch in equal, consecutive parts.
         micro_batch_size: Images of one forward.
@@ -65,7 +67,7 @@ class BatchSource:
     def __init__(
         self,
         config: RunConfig,
-        images: ImageSet,
+        feed: ImageFeed | ImageStream,
         *,
         rank: int,
         num_processes: int,
@@ -74,8 +76,7 @@ class BatchSource:
         timestep_sampler: TimestepSampler,
     ) -> None:
         self._config = config
-        self._images = images
-        self._order = SampleOrder(len(images), config.training.seed)
+        self._feed = feed
         self._micro_batch_size = micro_batch_size
         self._device = device
         self._timestep_sampler = timestep_sampler
@@ -89,17 +90,16 @@ class BatchSource:
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """Yields this rank's micro batches of optimiser step `step`, on the device."""
         config, seed, size = self._config, self._config.training.seed, self._config.training.train_batch_size
-        objective = config.objective
+        objective, first = config.objective, step * size
         timesteps, importance = self._timestep_sampler.draw(step)
         dropped = numpy_generator(seed, "class_dropout", step).random(size) < objective.class_dropout
-        mirrored = numpy_generator(seed, "flip", step).random(size) < 0.5
         feeds_back = numpy_generator(seed, "self_conditioning", step).random() < objective.self_conditioning
         for start in range(self._positions.start, self._positions.stop, self._micro_batch_size):
             positions = range(start, start + self._micro_batch_size)
             part = slice(positions.start, positions.stop)
             # Noise is exchanged among the images of a block, so all of them are needed, also where the batch cuts it.
             drawn = whole_blocks(positions, size) if objective.immiscible_noise else positions
-            x_0, labels = self._images_at(step, drawn, mirrored)
+            x_0, labels = self._feed.samples(first + drawn.start, first + drawn.stop)
             noise = draw_noise(objective, seed, step, drawn, x_0.shape[1:], self._device)
             if objective.immiscible_noise:
                 noise = exchange_noise(x_0, noise)
@@ -109,20 +109,11 @@ class BatchSource:
                 noise=noise[mine],
                 timesteps=self._to_device(timesteps[part]),
                 importance=None if importance is None else self._to_device(importance[part]),
-                class_labels=self._to_device(labels[mine]) if labels is not None else None,
+                class_labels=labels[mine] if config.model.class_conditional and labels is not None else None,
                 dropped=self._to_device(dropped[part]) if objective.class_dropout > 0 else None,
                 feeds_back=feeds_back,
                 is_last=positions.stop == self._positions.stop,
             )
-
-    def _images_at(
-        self, step: int, positions: range, mirrored: NDArray[np.bool_]
-    ) -> tuple[torch.Tensor, NDArray[Any] | None]:
-        """Returns the images at some positions of the global batch, and their labels if the network takes them."""
-        config, first = self._config, step * self._config.training.train_batch_size
-        pixels, labels = self._images.take(self._order.positions(first + positions.start, first + positions.stop))
-        flips = self._to_device(mirrored[positions.start : positions.stop]) if config.data.random_flip else None
-        return normalize(self._to_device(pixels), flips), labels if config.model.class_conditional else None
 
     def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
         """Copies an array to the device without making the host wait."""

@@ -141,6 +141,11 @@ def share_json(value: Any, source: int = 0) -> Any:
     return json.loads(bytes(content.cpu().tolist()))
 
 
+def gather_json(value: Any) -> list[Any]:
+    """Collective: returns every rank's value, which must be plain JSON, on every rank."""
+    return [share_json(value, source) for source in range(world_size())]
+
+
 def reduce(value: float, operation: Literal["sum", "min"]) -> float:
     """Collective: returns the sum or the smallest of the numbers of all ranks, in float64."""
     if world_size() == 1:

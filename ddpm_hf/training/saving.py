@@ -11,8 +11,9 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf.config import ConfigError, RunConfig
+from ddpm_hf.data import ImageSet, ImageStream
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.training import checkpoint, processes, snapshot
+from ddpm_hf.training import checkpoint, data_state, processes, snapshot
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.progress import say
 from ddpm_hf.training.resume import choose_checkpoint
@@ -31,7 +32,7 @@ class Saver:
         config: The configuration of the run.
         folder: The run folder, held by this process.
         metrics: The lines of metrics in it.
-        num_images: Training images, whose order the run depends on.
+        images: Training images, whose order the run depends on.
         unet: The network.
         ema: Its average.
         optimizer: Its optimiser.
@@ -44,7 +45,7 @@ class Saver:
         folder: RunFolder,
         metrics: MetricsLog,
         *,
-        num_images: int,
+        images: ImageSet | ImageStream,
         unet: UNet2DModel,
         ema: EMA,
         optimizer: torch.optim.Optimizer,
@@ -53,7 +54,7 @@ class Saver:
         self._config = config
         self._folder = folder
         self._metrics = metrics
-        self._num_images = num_images
+        self._images = images
         self._unet, self._ema, self._optimizer = unet, ema, optimizer
         self._timestep_sampler = timestep_sampler
 
@@ -106,7 +107,7 @@ class Saver:
             OSError: If a checkpoint that must succeed cannot be written.
         """
         state.num_ema_updates = self._ema.num_updates
-        state.num_images = self._num_images
+        data_state.write_state(self._images, state)
         processes.on_rank_0(lambda: self._write_checkpoint(state, must_succeed))
 
     def save_pipeline(self, pipeline: GaussianDiffusionPipeline) -> None:
@@ -157,12 +158,7 @@ class Saver:
             return None
         say(f"Continuing from step {latest.step} of {self._config.training.num_steps} ({latest.path}).")
         state, tensors = read_snapshot(latest.path, self._unet, self._ema)
-        if state.num_images != self._num_images:
-            raise ConfigError(
-                f"{self._config.data.source} has {self._num_images} training images, but the run in "
-                f"{self._folder.path} began with {state.num_images}; restore the data, or choose another "
-                "training.output_dir."
-            )
+        data_state.check_state(self._images, state, self._config.data.source, self._folder.path)
         return state, tensors, snapshot.read_objective(latest.path)
 
     def _start_folder(self, step: int) -> None:

@@ -1,29 +1,52 @@
-"""From the configuration to what is trained: the images of both splits and the forward process."""
+"""From the configuration to what is trained: the images of both splits, the samples, and the forward process."""
 
 import dataclasses
 
+import torch
+from accelerate import Accelerator
+
 from ddpm_hf.config import ConfigError, DiffusionConfig, RunConfig
-from ddpm_hf.data import ImageSet, open_images
+from ddpm_hf.data import ImageFeed, ImageSet, ImageStream, open_sets
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.training import processes
 
 
-def open_splits(config: RunConfig) -> tuple[ImageSet, ImageSet]:
+def open_splits(config: RunConfig, accelerator: Accelerator) -> tuple[ImageSet | ImageStream, ImageSet]:
     """Collective: opens the data; rank 0 decodes it, or says what is wrong with it, before the others look.
 
     Returns:
-        The images to train on, and the held-out ones.
+        The images to train on, or this process's stream of them, and the held-out ones.
 
     Raises:
         ValueError: If the data cannot be trained on.
     """
-    data, with_labels = config.data, config.model.class_conditional
-    processes.on_rank_0(lambda: open_images(data, with_labels=with_labels))
-    images = processes.on_every_rank(lambda: open_images(data, with_labels=with_labels))
-    return images.split(data.validation_fraction, config.training.seed)
+
+    def open_both() -> tuple[ImageSet | ImageStream, ImageSet]:
+        return open_sets(
+            config.data,
+            with_labels=config.model.class_conditional,
+            seed=config.training.seed,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            device=accelerator.device,
+        )
+
+    processes.on_rank_0(open_both)
+    return processes.on_every_rank(open_both)
 
 
-def class_names_of(images: ImageSet, config: RunConfig) -> dict[str, str] | None:
+def build_feed(config: RunConfig, images: ImageSet | ImageStream, device: torch.device) -> ImageFeed | ImageStream:
+    """Collective: makes what gives the samples of the run; images that stay on the device go there now.
+
+    Raises:
+        ValueError: If the images are to be kept on a device that has no room for them.
+    """
+    if isinstance(images, ImageStream):
+        return images
+    return processes.on_every_rank(lambda: ImageFeed(images, config.data, config.training.seed, device))
+
+
+def class_names_of(images: ImageSet | ImageStream, config: RunConfig) -> dict[str, str] | None:
     """Returns class number to name, as a pipeline stores them; None for an unconditional network."""
     if not config.model.class_conditional or not images.class_names:
         return None

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -27,7 +28,9 @@ class TrainerState:
         num_consecutive_skipped: Those of them at the end.
         num_scaler_skips: Updates skipped because the fp16 gradient scaler had scaled too far.
         loss_sums: For each rank, what its `LossMeter` summed up since the last line of metrics.
-        num_images: Images in the training set, whose order the run depends on.
+        num_images: Images in the training set, whose order the run depends on; 0 when streaming.
+        data_digest: What tells the data from others; empty when streaming.
+        streams: Where each rank is in its stream; empty without one.
         micro_batch_size: Images of one forward on one device, which "auto" stays at.
         scaler: State of the fp16 gradient scaler; None without one.
         optimizer: What an optimiser knows beside tensors; empty for Adam.
@@ -40,6 +43,8 @@ class TrainerState:
     num_scaler_skips: int = 0
     loss_sums: list[list[float]] = field(default_factory=list)
     num_images: int = 0
+    data_digest: str = ""
+    streams: list[dict[str, Any]] = field(default_factory=list)
     micro_batch_size: int | None = None
     scaler: dict[str, float | int] | None = None
     optimizer: Scalars = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 One step is one optimiser update on the global batch. Sample n of the run, its timestep, noise, flip and label drop are
 functions of (seed, step, position in the global batch), so the loss curve is the same however the batch is split over
-processes and micro batches, and nothing random has to be stored.
+processes and micro batches, and nothing random has to be stored; of a stream of images, its place is.
 """
 
 import time
@@ -15,7 +15,7 @@ import torch
 from ddpm_hf.config import RunConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.rng import seed_global_generators
-from ddpm_hf.training import posthoc_ema, processes
+from ddpm_hf.training import data_state, posthoc_ema, processes
 from ddpm_hf.training.batches import BatchSource
 from ddpm_hf.training.ema import EMA, decay_laws
 from ddpm_hf.training.guard import NonFiniteGuard, StopWatcher, TrainingStopped
@@ -28,7 +28,7 @@ from ddpm_hf.training.preview import save_preview
 from ddpm_hf.training.progress import Progress, say
 from ddpm_hf.training.run_folder import RunFolder
 from ddpm_hf.training.saving import Saver
-from ddpm_hf.training.setup import build_scheduler, class_names_of, open_splits
+from ddpm_hf.training.setup import build_feed, build_scheduler, class_names_of, open_splits
 from ddpm_hf.training.snapshot import TrainerState
 from ddpm_hf.training.timestep_sampling import build_timestep_sampler
 from ddpm_hf.training.tracking import MetricsLog, Trackers
@@ -64,7 +64,8 @@ class Trainer:
         config, training = self.config, self.config.training
         self.trackers = Trackers(config.tracking, self.folder.path)
         processes.on_rank_0(self.trackers.check)
-        self.images, self.held_out = open_splits(config)
+        self.images, self.held_out = open_splits(config, self.accelerator)
+        self.feed = build_feed(config, self.images, self.device)
         self.class_names = class_names_of(self.images, config)
         self.has_null_label = config.objective.class_dropout > 0
         num_classes = len(self.class_names) if self.class_names else None
@@ -91,7 +92,7 @@ class Trainer:
             config,
             self.folder,
             self.metrics,
-            num_images=len(self.images),
+            images=self.images,
             unet=self.unet,
             ema=self.ema,
             optimizer=self.optimizer,
@@ -150,7 +151,7 @@ class Trainer:
         self.state.micro_batch_size = self.micro_batch_size
         self._batches = BatchSource(
             self.config,
-            self.images,
+            self.feed,
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
             micro_batch_size=self.micro_batch_size,
@@ -290,6 +291,7 @@ class Trainer:
             self.guard.num_skipped = state.num_skipped
             self.guard.num_consecutive = state.num_consecutive_skipped
             self.guard.num_scaler_skips = state.num_scaler_skips
+            data_state.go_to(self.images, state, self.accelerator.process_index, self.accelerator.num_processes)
 
     def _finish(self) -> None:
         """Collective: writes the pipeline with the averaged weights."""

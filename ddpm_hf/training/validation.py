@@ -41,8 +41,8 @@ def validation_loss(
     """Collective: returns the mean loss over the held-out images, each rank computing its part of them.
 
     The noise belongs to the image, so neither the number of processes nor the batch size enters, except for the order
-    of float32 additions in the network; the mean is taken in float64. The network's mode is put back, and nothing is
-    drawn from torch's global generators.
+    of float32 additions in the network; the mean is taken in float64. Images are cropped in the centre, never
+    mirrored. The network's mode is put back, and nothing is drawn from torch's global generators.
 
     Args:
         unet: The network with the weights to judge.

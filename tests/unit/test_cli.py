@@ -115,15 +115,14 @@ def test_a_column_that_is_not_there_is_named(
     assert f"data.image_column 'picture' is not a column of {DIGITS}; it has image, label." in message
     plain = write_images(tmp_path / "plain.parquet", np.zeros((8, 8), np.uint8))
     message = complaint(capsys, run_arguments(output_dir, data__source=plain))
-    assert "has no label column, but the network is class-conditional" in message
+    assert "has no labels, but the network is class-conditional" in message
 
 
 @pytest.mark.parametrize(
     ("second", "sentence"),
     [
         (np.zeros((8, 9), np.uint8), "has 9x8 pixels where the first has 8x8; set data.resolution"),
-        (np.zeros((8, 8, 3), np.uint8), "has mode RGB where L is asked for, which would lose channels"),
-        (np.zeros((8, 8), np.uint16), "has mode I;16; convert it to 8-bit gray (L), RGB or RGBA."),
+        (np.zeros((8, 8, 4), np.uint8), "has transparent pixels where RGB is asked for; set data.num_channels to 4"),
     ],
 )
 def test_an_image_of_another_kind_or_size_is_named(
@@ -196,8 +195,8 @@ def test_the_printed_configuration_repeats_the_run(
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "told"),
     [
-        ([], 2, "no command; choose train or ema."),
-        (["tarin"], 2, "unknown command 'tarin'; choose train or ema."),
+        ([], 2, "no command; choose data, train or ema."),
+        (["tarin"], 2, "unknown command 'tarin'; choose data, train or ema."),
         (["--help"], 0, ""),
         (["-h"], 0, ""),
     ],

@@ -45,6 +45,14 @@ def yaml_file(tmp_path: Path) -> Any:
     return write
 
 
+STREAMED = {"data__streaming": True, "data__resolution": 32, "data__num_channels": 3}
+RECOGNISED = {
+    "evaluation__recognition": True,
+    "model__class_conditional": True,
+    "data__validation_split": "test",
+}
+
+
 def with_changes(**changes: object) -> RunConfig:
     """Returns a good configuration with settings like `training__seed` changed."""
     config = dataclasses.replace(RunConfig(), data=dataclasses.replace(RunConfig().data, source="images"))
@@ -68,9 +76,17 @@ def test_a_number_may_be_written_as_people_write_it(yaml_file: Any) -> None:
     assert load(*yaml_file("training: {learning_rate: 1}\n")).training.learning_rate == 1.0
 
 
-@pytest.mark.parametrize("channels", ["1", "3", "4", "null"])
-def test_a_choice_of_numbers_reads_from_the_command_line(channels: str) -> None:
-    assert load("--data.num_channels", channels).data.num_channels == yaml.safe_load(channels)
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_channels", "3"), ("num_channels", "null"), ("resolution", "32"), ("resolution", "[32, 48]"),
+        ("resolution", "null"), ("crop_before_resize", "[40, 15, 188, 163]"), ("crop_before_resize", "148"),
+        ("device_resident", "auto"), ("device_resident", "true"), ("device_resident", "false"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_several_types_reads_from_the_command_line(setting: str, value: str) -> None:
+    given = ["--data.resolution", "32"] if setting == "crop_before_resize" else []
+    assert getattr(load(*given, f"--data.{setting}", value).data, setting) == yaml.safe_load(value)
 
 
 def test_arguments_of_an_optimizer_keep_their_types() -> None:
@@ -109,7 +125,12 @@ def test_overrides_keep_their_types() -> None:
         ("training: {tf32: maybe}", "training.tf32 is maybe, but must be true or false."),
         ("training: {num_steps: null}", "training.num_steps is null, but must be a whole number."),
         ("data: {split: null}", "data.split is null, but must be text."),
-        ("data: {num_channels: 2}", "data.num_channels is 2, but must be 1, 3, 4 or null."),
+        ("data: {crop: middle}", "data.crop is middle, but must be center or random."),
+        ("data: {device_resident: maybe}", "data.device_resident is maybe, but must be auto or true or false."),
+        (
+            "data: {resolution: big}",
+            "data.resolution is big, but must be a whole number, a list of whole numbers or null.",
+        ),
         ("data: {cache_dir: 5}", "data.cache_dir is 5, but must be text or null."),
         (
             "model: {preset: huge}",
@@ -200,9 +221,44 @@ def test_yaml_that_is_code_is_refused_and_not_run(yaml_file: Any, tmp_path: Path
         ({"data__validation_fraction": 1.0}, "data.validation_fraction is 1.0, but must be at least 0 and below 1"),
         ({"data__resolution": 0}, "data.resolution is 0, but must be greater than 0"),
         ({"training__validate_every_steps": -1}, "training.validate_every_steps is -1, but must be 0 or more"),
-        ({"training__validate_every_steps": 9}, "training.validate_every_steps 9 needs held-out images; set data.val"),
+        (
+            {"training__validate_every_steps": 9},
+            "needs held-out images; set data.validation_fraction, for example to 0.05.",
+        ),
+        (
+            STREAMED | {"training__validate_every_steps": 9},
+            "training.validate_every_steps 9 needs held-out images; set data.validation_split.",
+        ),
+        (
+            STREAMED | {"objective__immiscible_noise": True},
+            "data.streaming gives to one process alone; set one of them to false.",
+        ),
         ({"training__micro_batch_size": -2}, "training.micro_batch_size is -2, but must be greater than 0"),
         ({"tracking__project": ""}, "tracking.project is empty"),
+        ({"data__resolution": [3]}, "data.resolution is [3], but a list must be [height, width] in pixels"),
+        ({"data__resolution": [3, 0]}, "data.resolution is [3, 0], but a list must be [height, width] in pixels"),
+        ({"data__crop_before_resize": 0}, "data.crop_before_resize is 0, but must be greater than 0"),
+        ({"data__crop_before_resize": [1, 2, 3]}, "a list must be [left, top, right, bottom] in pixels"),
+        ({"data__crop_before_resize": [5, 2, 5, 9]}, "a list must be [left, top, right, bottom] in pixels"),
+        ({"data__crop": "random"}, "data.crop random needs the size to cut out; set data.resolution"),
+        ({"data__resize_to": 70}, "data.resize_to 70 needs the size to cut out; set data.resolution"),
+        ({"data__resize_to": -1}, "data.resize_to is -1, but must be 0 or more"),
+        ({"data__resize_to": 60, "data__resolution": 64}, "data.resize_to 60 is less than data.resolution 64"),
+        ({"data__max_bad_fraction": 1.0}, "data.max_bad_fraction is 1.0, but must be at least 0 and below 1"),
+        ({"data__shuffle_buffer_size": 0}, "data.shuffle_buffer_size is 0, but must be greater than 0"),
+        ({"data__num_channels": 0}, "data.num_channels is 0, but must be greater than 0"),
+        (
+            {"data__validation_split": "test", "data__validation_fraction": 0.1},
+            "both hold out images; give one of them",
+        ),
+        ({"data__streaming": True}, "set data.resolution, and data.num_channels to 1, 3 or 4"),
+        (STREAMED | {"data__num_channels": 2}, "set data.resolution, and data.num_channels to 1, 3 or 4"),
+        (STREAMED | {"data__validation_fraction": 0.1}, "data.streaming knows no number of images to hold out"),
+        (STREAMED | {"data__device_resident": True}, "data.streaming and data.device_resident exclude each other"),
+        (
+            STREAMED | RECOGNISED,
+            "data.validation_fraction above 0 or data.validation_split, and data.streaming to false",
+        ),
         ({"training__output_dir": ""}, "training.output_dir is not set"),
         ({"objective__huber_delta": 0.0}, "objective.huber_delta is 0.0, but must be greater than 0"),
         ({"objective__vlb_weight": 0.0}, "objective.vlb_weight is 0.0, but must be greater than 0"),
@@ -359,6 +415,11 @@ def test_a_batch_that_cannot_be_divided_comes_with_one_that_can(batch: int, micr
         {"training__optimizer": "adam", "training__weight_decay": 0.1},
         {"training__ema_warmup": "power", "training__ema_power": 0.5, "training__ema_inv_gamma": 2.0},
         {"training__posthoc_ema": True},
+        {"data__resolution": [64, 48], "data__crop": "random", "data__resize_to": 50},
+        {"data__resolution": 64, "data__resize_to": 0, "data__crop_before_resize": [40, 15, 188, 163]},
+        STREAMED | {"data__validation_split": "test", "training__validate_every_steps": 9},
+        {"data__validation_split": "test", "training__validate_every_steps": 9},
+        RECOGNISED,
     ],
 )
 def test_settings_that_fit_together_are_accepted(changes: dict[str, object]) -> None:
@@ -443,6 +504,8 @@ def test_a_configuration_cannot_be_changed_behind_a_run() -> None:
         ({"training__micro_batch_size": 32}, False),
         ({"training__mixed_precision": "bf16"}, False),
         ({"data__cache_dir": "/tmp/elsewhere"}, False),
+        ({"data__device_resident": False}, False),
+        ({"data__resolution": 8}, True),
         ({"preview__every_steps": 7}, False),
         ({"tracking__trackers": ["tensorboard"]}, False),
     ],

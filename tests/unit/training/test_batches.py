@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddpm_hf.config import DataConfig, DiffusionConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
-from ddpm_hf.data import ImageSet, SampleOrder, normalize
+from ddpm_hf.data import ImageFeed, ImageSet, SampleOrder, normalize
 from ddpm_hf.rng import normal_by_position
 from ddpm_hf.training.batches import BatchSource, MicroBatch
 from ddpm_hf.training.timestep_sampling import build_timestep_sampler
@@ -40,7 +40,7 @@ def source_of(
     """Returns the batches of one process, of its whole share unless told otherwise."""
     return BatchSource(
         config,
-        images,
+        ImageFeed(images, config.data, config.training.seed, torch.device("cpu")),
         rank=rank,
         num_processes=num_processes,
         micro_batch_size=micro_batch_size or config.training.train_batch_size // num_processes,
@@ -149,6 +149,23 @@ def test_every_image_is_seen_once_an_epoch(images: ImageSet) -> None:
     first_pixels = torch.cat([joined(step_of(images, config, step, 2, 4))["x_0"][:, 0, 0, 0] for step in range(25)])
     seen = ((first_pixels + 1) * 127.5).round().int().reshape(6, NUM_IMAGES)
     assert (seen.sort(dim=1).values == torch.arange(NUM_IMAGES)).all()
+
+
+def test_images_on_the_device_make_the_same_batches(images: ImageSet) -> None:
+    """Bit for bit, where a batch straddles two epochs."""
+    base = config_of()
+    resident = config_of(data=dataclasses.replace(base.data, device_resident=True))
+    batches = [joined(step_of(images, config, 2, 2, 8)) for config in (base, resident)]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+
+
+def test_flips_do_not_depend_on_the_batch_size(images: ImageSet) -> None:
+    """They belong to the image and the epoch: 12 steps of 16 show what 4 steps of 48 do."""
+    shown = [
+        torch.cat([joined(step_of(images, config_of(batch), step))["x_0"] for step in range(192 // batch)])
+        for batch in (16, 48)
+    ]
+    assert torch.equal(*shown)
 
 
 @pytest.mark.parametrize("micro_batch_size", [12, 24, 48])

@@ -1,5 +1,7 @@
 """The validation loss is one number of the weights: no luck, no batch size, no process and no mode enters."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,18 @@ def test_the_loss_does_not_depend_on_processes_or_batch_size(
 ) -> None:
     """To 1e-6: only the order of float32 additions in the network differs; the mean is taken in float64."""
     found = measure(images, num_processes=num_processes, batch_size=batch_size)
+    assert found == pytest.approx(measure(images), abs=1e-6)
+
+
+@pytest.mark.parametrize(("num_processes", "batch_size"), [(1, 9), (2, 4)])
+def test_deep_and_larger_images_are_judged_by_their_centres(
+    images: ImageSet, num_processes: int, batch_size: int
+) -> None:
+    """To 1e-6: 16 bits that were stretched from 8 are the same images to the rounding of float32."""
+    deep = np.random.default_rng(1).integers(0, 1 << 16, (30, 1, 12, 10), dtype=np.uint16)
+    deep[:, :, 2:10, 1:9] = images.images.astype(np.uint16) * 257
+    larger = dataclasses.replace(images, images=deep, crop_size=(8, 8))
+    found = measure(larger, num_processes=num_processes, batch_size=batch_size)
     assert found == pytest.approx(measure(images), abs=1e-6)
 
 

@@ -1,0 +1,101 @@
+"""NumPy arrays of images: a .npy file that needs nothing done to it is read where it lies."""
+
+import hashlib
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_hf.config import DataConfig
+from ddpm_hf.data.decoding import MODE_OF_CHANNELS, Cell
+from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.geometry import Geometry
+from ddpm_hf.data.image_set import ImageSet
+from ddpm_hf.data.source import Source, rows_of_split
+
+_LAYOUT = "(number, height, width, channels) with 1, 3 or 4 channels, or as many as data.num_channels says"
+_NUM_ROWS_IN_DIGEST = 256
+
+
+def open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source:
+    """Opens uint8 or uint16 images (number, height, width, channels) from .npy, or with labels from .npz.
+
+    Returns:
+        The images themselves if they need no transform, otherwise where to find them.
+
+    Raises:
+        DataError: If the file holds no images.
+    """
+    try:
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = {"images": content} if isinstance(content, np.ndarray) else dict(content)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read as a NumPy array ({error}).") from None
+    images, labels = _find_images(arrays, path, config), _find_labels(arrays, path, config)
+    if len(images) == 0:
+        raise DataError(f"{path} holds no images.")
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        raise DataError(f"{path}: labels are {labels.dtype} {labels.shape}; they must be {len(images)} integers.")
+    rows = rows_of_split(split, str(path), len(images))
+    if not rows:
+        raise DataError(f"split {split!r} of {path} holds no images.")
+    images = images[rows.start : rows.stop]
+    names = None if labels is None else tuple(str(label) for label in range(int(labels.max()) + 1))
+    labels = None if labels is None else labels[rows.start : rows.stop].astype(np.int64)
+    digest = _digest(images, labels)
+    if path.suffix == ".npy" and not _needs_transform(images, config):
+        geometry = Geometry.of(config)
+        crop = geometry.size if geometry.is_random_crop and geometry.size != images.shape[1:3] else None
+        return ImageSet(images.transpose(0, 3, 1, 2), labels, names, np.arange(len(images)), crop, digest=digest)
+
+    def read(rows: Sequence[int]) -> list[Cell]:
+        return [Cell(f"image {row} of {path}", images[row]) for row in rows]
+
+    return Source(str(path), path.suffix[1:], digest, len(images), read, labels, names)
+
+
+def _find_images(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig) -> NDArray[np.integer]:
+    """Returns the images, with channels."""
+    name = config.image_column
+    if name is None:
+        found = [name for name, array in arrays.items() if array.ndim >= 3 and array.dtype.kind in "iuf"]
+        name = "images" if "images" in arrays or len(found) != 1 else found[0]
+    if name not in arrays:
+        setting = f"data.image_column {name!r} is" if config.image_column else "images is"
+        raise DataError(f"{setting} not among the arrays of {path}, which are {', '.join(arrays) or 'none'}.")
+    images = arrays[name]
+    if images.ndim == 3:
+        images = images[..., None]
+    is_readable = images.dtype.name in ("uint8", "uint16") and images.ndim == 4
+    if not is_readable or images.shape[-1] not in (*MODE_OF_CHANNELS, config.num_channels):
+        raise DataError(f"{path} holds {images.dtype} {images.shape}; it must be uint8 or uint16 {_LAYOUT}.")
+    return images
+
+
+def _find_labels(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig) -> NDArray[Any] | None:
+    """Returns the labels, if there are any."""
+    if config.label_column is not None and config.label_column not in arrays:
+        raise DataError(
+            f"data.label_column {config.label_column!r} is not among the arrays of {path}, which are "
+            f"{', '.join(arrays)}."
+        )
+    return arrays.get(config.label_column or "labels")
+
+
+def _needs_transform(images: NDArray[np.integer], config: DataConfig) -> bool:
+    """Tells whether images must be cut, resized or given other channels before they are used."""
+    _, height, width, channels = images.shape
+    keeps_size = Geometry.of(config).size_after(width, height, "each image") == (height, width)
+    return not keeps_size or config.crop_before_resize is not None or config.num_channels not in (None, channels)
+
+
+def _digest(images: NDArray[np.integer], labels: NDArray[np.int64] | None) -> str:
+    """Tells arrays apart by their shape, their labels and evenly spaced images, since they may be huge."""
+    digest = hashlib.blake2b(f"{images.shape} {images.dtype}".encode(), digest_size=16)
+    for row in np.unique(np.linspace(0, len(images) - 1, _NUM_ROWS_IN_DIGEST).astype(int)):
+        digest.update(np.ascontiguousarray(images[row]).tobytes())
+    digest.update(b"" if labels is None else labels.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,9 @@
+"""What is said of data that cannot be trained on."""
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on; the message names the first offender and what to do."""
+
+
+class BadImage(DataError):
+    """One image that cannot be read, whatever the settings; data.on_bad_image says what follows."""

@@ -1,0 +1,215 @@
+"""Image files in a folder, a zip or a tar: found by name, sorted, labelled by the folders they lie in."""
+
+import hashlib
+import json
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_hf.data.decoding import Cell
+from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.source import NO_LABEL, Source, rows_of_split
+
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm",
+    ".pbm", ".pnm", ".tga", ".ico",
+)  # fmt: skip
+ZIP_SUFFIXES = (".zip",)
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_SPLIT_FOLDERS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+_LARGEST_FILE = 2**30  # a larger one inside an archive is no image, but may be a bomb
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file in a folder or an archive.
+
+    Args:
+        name: Path inside it, with forward slashes.
+        identity: What changes when the file does.
+        place: How to get at it.
+    """
+
+    name: str
+    identity: Sequence[int]
+    place: Path | zipfile.ZipInfo | tarfile.TarInfo
+
+
+def open_folder(path: Path, split: str) -> Source:
+    """Finds the images of a folder; class folders in it become labels.
+
+    Raises:
+        DataError: If there are none, or the split is not there.
+    """
+    files = [_File(place.relative_to(path).as_posix(), _identity(place), place) for place in _walk(path)]
+    return _source(path, "folder", sorted(files, key=lambda file: file.name), split, _read_files)
+
+
+def open_zip(path: Path, split: str) -> Source:
+    """Finds the images of a zip file, which is not unpacked.
+
+    Raises:
+        DataError: If there are none, or the file is damaged or encrypted.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read as a zip file ({error}).") from None
+    members = [member for member in archive.infolist() if not member.is_dir()]
+    if any(member.flag_bits & 1 for member in members):
+        raise DataError(f"{path} is encrypted; unpack it and give the folder.")
+    files = [_File(member.filename, (member.file_size, member.CRC), member) for member in members]
+
+    def read(name: str, file: _File) -> Cell:
+        assert isinstance(file.place, zipfile.ZipInfo)
+        if file.place.file_size > _LARGEST_FILE:
+            return Cell(name, None, f"it would unpack to {file.place.file_size:,} bytes")
+        try:
+            return Cell(name, archive.read(file.place))
+        except Exception as error:  # a damaged archive raises whatever its decompressor does
+            return Cell(name, None, f"{type(error).__name__}: {error}")
+
+    return _source(path, "zip", sorted(files, key=lambda file: file.name), split, read)
+
+
+def open_tar(path: Path, split: str) -> Source:
+    """Finds the images of a tar file, compressed or not, in the order in which they lie in it.
+
+    Raises:
+        DataError: If there are none, or the file is damaged.
+    """
+    try:
+        archive = tarfile.open(path)
+        members = [member for member in archive.getmembers() if member.isfile()]
+        assert archive.fileobj is not None
+        archive.fileobj.seek(archive.offset)
+        is_whole = bool(archive.fileobj.read(1))  # a tar ends with empty blocks
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+        raise DataError(f"{path} cannot be read as a tar file ({' '.join(str(error).split())}).") from None
+    if not is_whole:
+        raise DataError(f"{path} cannot be read as a tar file (its end is missing).")
+    status = path.stat()
+    whole = (status.st_size, status.st_mtime_ns)
+    files = [_File(member.name.removeprefix("./"), (member.size, *whole), member) for member in members]
+
+    def read(name: str, file: _File) -> Cell:
+        assert isinstance(file.place, tarfile.TarInfo)
+        if file.place.size > _LARGEST_FILE:
+            return Cell(name, None, f"it would unpack to {file.place.size:,} bytes")
+        try:
+            content = archive.extractfile(file.place)
+            return Cell(name, content.read() if content else None)
+        except Exception as error:  # a damaged archive raises whatever its decompressor does
+            return Cell(name, None, f"{type(error).__name__}: {error}")
+
+    return _source(path, "tar", files, split, read)
+
+
+def _read_files(name: str, file: _File) -> Cell:
+    """Returns the cell of a file in a folder, which is opened when it is decoded."""
+    assert isinstance(file.place, Path)
+    return Cell(name, file.place)
+
+
+def _identity(place: Path) -> tuple[int, int]:
+    """Returns size and time of change of a file; a link that leads nowhere is a bad image, found when it is read."""
+    try:
+        status = place.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Yields every file below a folder, through links but never in a circle."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}).")
+
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
+        seen.add(os.path.realpath(folder))
+        subfolders[:] = [name for name in subfolders if os.path.realpath(os.path.join(folder, name)) not in seen]
+        yield from (Path(folder, name) for name in names)
+
+
+def _source(path: Path, kind: str, files: list[_File], split: str, read: Callable[[str, _File], Cell]) -> Source:
+    """Makes a source of the files that are images by their names."""
+    visible = [file for file in files if not _is_hidden(file.name)]
+    images = [file for file in visible if file.name.lower().endswith(IMAGE_SUFFIXES)]
+    left_out = tuple(file.name for file in visible if not file.name.lower().endswith(IMAGE_SUFFIXES))
+    depth = 0 if kind == "folder" else _depth_of_root([file.name for file in images])
+    inside, depth, part = _choose_split(images, depth, split, path)
+    chosen = [inside[row] for row in rows_of_split(part, str(path), len(inside))]
+    if not chosen:
+        found = f"{len(left_out)} other files, the first of them {left_out[0]}" if left_out else "nothing"
+        raise DataError(f"{path} holds no images (split {split!r}), but {found}; images end in .png, .jpg and so on.")
+    labels, class_names = _classes([file.name for file in chosen], [file.name for file in images], depth)
+    identities = [[file.name, *file.identity] for file in chosen]
+    return Source(
+        name=str(path),
+        kind=kind,
+        fingerprint=hashlib.sha256(json.dumps(identities).encode()).hexdigest(),
+        num_images=len(chosen),
+        read=lambda rows: [read(f"image {row} of {path} ({chosen[row].name})", chosen[row]) for row in rows],
+        labels=labels,
+        class_names=class_names,
+        left_out=left_out,
+    )
+
+
+def _is_hidden(name: str) -> bool:
+    """Tells whether a file, or a folder above it, is one that systems leave behind (.DS_Store, __MACOSX)."""
+    return any(part.startswith((".", "__")) for part in PurePosixPath(name).parts)
+
+
+def _depth_of_root(names: Sequence[str]) -> int:
+    """Returns how many folders lie around everything in an archive; the last of several may be classes."""
+    folders = {PurePosixPath(name).parts[:-1] for name in names}
+    depth = 0
+    while len({folder[depth : depth + 1] for folder in folders}) == 1 and all(len(f) > depth for f in folders):
+        depth += 1
+    return depth - (len(folders) == 1 and depth > 1)
+
+
+def _choose_split(images: list[_File], depth: int, split: str, path: Path) -> tuple[list[_File], int, str]:
+    """Descends into the folder of a split where all folders are named after splits."""
+    tops = {PurePosixPath(file.name).parts[depth] for file in images if len(PurePosixPath(file.name).parts) > depth + 1}
+    is_split = {name: key for key, names in _SPLIT_FOLDERS.items() for name in names}
+    if not tops or any(name.lower() not in is_split for name in tops):
+        return images, depth, split
+    wanted, _, part = split.partition("[")
+    chosen = {name for name in tops if wanted == name or is_split[name.lower()] == wanted}
+    if not chosen:
+        raise DataError(f"{path} has no split {wanted!r}; its folders are {', '.join(sorted(tops))}.")
+    inside = [file for file in images if PurePosixPath(file.name).parts[depth] in chosen]
+    return inside, depth + 1, f"train[{part}" if part else "train"
+
+
+def _classes(
+    names: Sequence[str], all_names: Sequence[str], depth: int
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Labels files by the first folder they lie in, if any does; all splits together decide which classes there are."""
+
+    def class_of(name: str) -> str | None:
+        parts = PurePosixPath(name).parts
+        return parts[depth] if len(parts) > depth + 1 else None
+
+    class_names = tuple(sorted({name for name in map(class_of, all_names) if name is not None}))
+    if not class_names:
+        return None, None
+    numbers = {name: number for number, name in enumerate(class_names)}
+    found = [class_of(name) for name in names]
+    return np.asarray([NO_LABEL if name is None else numbers[name] for name in found], np.int64), class_names

@@ -1,0 +1,61 @@
+"""What every kind of data set looks like to the rest: numbered images that can be read, and labels."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_hf.data.decoding import Cell
+from ddpm_hf.data.errors import DataError
+
+NO_LABEL = -1
+"""What `datasets` itself puts where the label of an image is not known."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that has been found, but not decoded.
+
+    Args:
+        name: As its user wrote it.
+        kind: What it is, in a word.
+        fingerprint: Changes when the data do.
+        num_images: Images of the split.
+        read: Returns the cells of some rows, which are asked for in ascending order.
+        labels: int64 (number,), or None.
+        class_names: Names of the classes, or None.
+        left_out: Files beside the images that are none.
+    """
+
+    name: str
+    kind: str
+    fingerprint: str
+    num_images: int
+    read: Callable[[Sequence[int]], list[Cell]]
+    labels: NDArray[np.int64] | None = None
+    class_names: tuple[str, ...] | None = None
+    left_out: tuple[str, ...] = ()
+
+    def cell_name(self, row: int, file: str = "") -> str:
+        """Returns what an image is called in a message."""
+        return f"image {row} of {self.name}" + (f" ({file})" if file else "")
+
+
+def rows_of_split(split: str, name: str, num_images: int) -> range:
+    """Returns the rows of a data set that has one split only, "train", or of a part of it such as "train[:90%]".
+
+    Raises:
+        DataError: If another split is asked for, or a part that is none.
+    """
+    if split == "train":
+        return range(num_images)
+    if split.split("[")[0] != "train":
+        raise DataError(f"{name} has no split {split!r}, only 'train' and parts of it such as 'train[:90%]'.")
+    import datasets
+
+    try:
+        (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({"train": num_images})
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"data.split {split!r} names no part of {name} ({error}).") from None
+    return range(part.from_ or 0, num_images if part.to is None else part.to)

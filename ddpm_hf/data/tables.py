@@ -1,0 +1,185 @@
+"""Data sets that the `datasets` library opens: of the Hub, parquet and arrow files, folders with metadata."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ddpm_hf.config import DataConfig
+from ddpm_hf.data.decoding import Cell
+from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.source import NO_LABEL, Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features, IterableDataset
+
+_SAVED_TO_DISK = ("state.json", "dataset_dict.json")
+
+
+def open_table(config: DataConfig, split: str) -> Source:
+    """Finds the images and labels of a data set in rows and columns.
+
+    Raises:
+        DataError: If it cannot be opened, or has no such split or columns.
+    """
+    dataset = load_table(config, split)
+    if len(dataset) == 0:
+        raise DataError(f"split {split!r} of {config.source} holds no images.")
+    image_column, label_column = find_columns(dataset.features, config)
+    encoded = encoded_images(dataset, image_column)
+    labels, class_names = None, None
+    if label_column is not None:
+        # A missing label is harmless until a network asks for it.
+        cells = [NO_LABEL if label is None else label for label in dataset[label_column]]
+        labels = np.asarray(cells, dtype=np.int64)
+        class_names = class_names_of(dataset.features, label_column) or tuple(map(str, range(labels.max() + 1)))
+
+    def read(rows: Sequence[int]) -> list[Cell]:
+        images = encoded[list(rows)][image_column]
+        return [as_cell(row, config.source, image) for row, image in zip(rows, images, strict=True)]
+
+    return Source(
+        name=config.source,
+        kind="data set",
+        fingerprint=f"{dataset._fingerprint} {image_column} {label_column}",
+        num_images=len(dataset),
+        read=read,
+        labels=labels,
+        class_names=class_names,
+    )
+
+
+def as_cell(row: int, source: str, image: dict[str, Any] | None) -> Cell:
+    """Returns the image of a row, named by its number and its file, if it has one."""
+    name = f"image {row} of {source}"
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        return Cell(name, None)
+    if image["path"]:
+        name += f" ({Path(image['path']).name})"
+    return Cell(name, Path(image["path"]) if image["bytes"] is None else image["bytes"])
+
+
+def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) -> "Any":
+    """Loads one split with the `datasets` library.
+
+    Raises:
+        DataError: If it cannot be opened.
+    """
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    path = Path(config.source).expanduser()
+    try:
+        if path.is_dir() and not is_streaming and any((path / name).is_file() for name in _SAVED_TO_DISK):
+            return _part_of_saved(path, split)
+        arguments = _arguments(path, config)
+        return datasets.load_dataset(**arguments, split=split, streaming=is_streaming)
+    except DataError:
+        raise
+    except Exception as error:  # `datasets` raises its own and foreign types for every kind of unreadable data
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "corresponds to no data" in reason:
+            raise DataError(f"split {split!r} of {config.source} holds no images.") from None
+        where = "" if path.exists() else ", which is no file or folder here,"
+        raise DataError(f"data.source {config.source}{where} cannot be opened (split {split!r}): {reason}") from error
+
+
+def _arguments(path: Path, config: DataConfig) -> dict[str, Any]:
+    """Returns what tells `datasets` where the data are."""
+    if path.is_file():
+        kind = path.suffix[1:].lower()
+        if kind not in ("parquet", "arrow"):
+            raise DataError(f"a {path.suffix} file such as {path} is not streamed; set data.streaming to false.")
+        return {"path": kind, "data_files": str(path)}
+    if path.is_dir():
+        for kind in ("parquet", "arrow"):
+            if next(path.rglob(f"*.{kind}"), None):
+                return {"path": kind, "data_dir": str(path)}
+        return {"path": "imagefolder", "data_dir": str(path)}
+    if path.suffix[1:].isalpha() or config.source.startswith((".", "~", "/")) or config.source.count("/") > 1:
+        raise DataError(f"data.source {config.source} does not exist; check the path (here is {Path.cwd()}).")
+    return {"path": config.source, "name": config.subset, "revision": config.revision}
+
+
+def _part_of_saved(path: Path, split: str) -> "Dataset":
+    """Opens a folder that `save_to_disk` wrote."""
+    import datasets
+
+    saved = datasets.load_from_disk(os.fspath(path))
+    name, _, part = split.partition("[")
+    if isinstance(saved, datasets.DatasetDict):
+        if name not in saved:
+            raise DataError(f"{path} has no split {name!r}; it has {', '.join(saved)}.")
+        saved = saved[name]
+    elif name != "train":
+        raise DataError(f"{path} has no split {name!r}, only 'train'.")
+    if not part:
+        return saved
+    (chosen,) = datasets.ReadInstruction.from_spec(f"train[{part}").to_absolute({"train": len(saved)})
+    return saved.select(range(chosen.from_ or 0, len(saved) if chosen.to is None else chosen.to))
+
+
+def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | None]:
+    """Returns the image column and the label column, named or found.
+
+    Raises:
+        DataError: If one that is named does not exist or holds something else, or images are not found.
+    """
+    import datasets
+
+    columns = ", ".join(features)
+    for setting, column in (("image_column", config.image_column), ("label_column", config.label_column)):
+        if column is not None and column not in features:
+            raise DataError(f"data.{setting} {column!r} is not a column of {config.source}; it has {columns}.")
+    image_column = config.image_column
+    if image_column is None:
+        found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        found = found or [name for name, feature in features.items() if _may_hold_images(feature)]
+        if len(found) != 1:
+            raise DataError(
+                f"{config.source} has {len(found)} image columns among {columns}; name one with data.image_column."
+            )
+        image_column = found[0]
+    if not _may_hold_images(features[image_column]):
+        raise DataError(f"column {image_column!r} of {config.source} holds {features[image_column]}, not images.")
+    label_column = config.label_column
+    if label_column is None:
+        found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        found = found or [name for name in ("label",) if name in features]
+        label_column = found[0] if len(found) == 1 and _is_integer(features[found[0]]) else None
+    elif not _is_integer(features[label_column]):
+        raise DataError(
+            f"column {label_column!r} of {config.source} holds {features[label_column]}, not integer labels."
+        )
+    return image_column, label_column
+
+
+def encoded_images(dataset: "Dataset | IterableDataset", image_column: str) -> Any:
+    """Returns the images of a data set as files, not yet decoded."""
+    import datasets
+
+    return dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+
+
+def class_names_of(features: "Features", label_column: str) -> tuple[str, ...] | None:
+    """Returns the names of the classes, if the data set knows them."""
+    names = getattr(features[label_column], "names", None)
+    return tuple(names) if names else None
+
+
+def _may_hold_images(feature: Any) -> bool:
+    """Tells whether a column holds images, or files that may be images."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
+def _is_integer(feature: Any) -> bool:
+    """Tells whether a column of `datasets` holds integers."""
+    return str(getattr(feature, "dtype", "")).startswith(("int", "uint"))

@@ -1,0 +1,249 @@
+"""Runs on every kind of data: the same images train the same network wherever they lie; bad input costs a sentence."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_hf.cli import train
+from ddpm_hf.data import cache
+from tests.conftest import DIGITS, run_arguments, run_process
+from tests.integration.test_training import (
+    EVERYTHING_RANDOM,
+    assert_same_run,
+    metrics_of,
+    stop_with_signal_after,
+    tensors_of,
+)
+from tests.unit.data.helpers import encode, encode_deep, write_files, write_parquet
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[np.ndarray, list[int]]:
+    """The first hundred digits, sorted by class as folders are."""
+    table = datasets.load_dataset("parquet", data_files=str(DIGITS), split="train[:100]").with_format("numpy")
+    order = np.argsort(table["label"], kind="stable")
+    return np.stack(table["image"])[order], np.asarray(table["label"])[order].tolist()
+
+
+def store(folder: Path, kind: str, images: np.ndarray, labels: list[int]) -> Path:
+    """Writes digits in one of the ways in which people have images."""
+    pairs = enumerate(zip(images, labels, strict=True))
+    files = {f"{label}/{number:03}.png": encode(image) for number, (image, label) in pairs}
+    if kind == "parquet":
+        feature = datasets.ClassLabel(names=list("0123456789"))
+        return write_parquet(folder / "x.parquet", list(files.values()), labels, feature)
+    if kind == "npz":
+        np.savez(folder / "x.npz", images=images, labels=np.asarray(labels))
+        return folder / "x.npz"
+    write_files(folder / "x", files)
+    if kind == "folder":
+        return folder / "x"
+    return Path(shutil.make_archive(str(folder / "packed"), kind, folder / "x"))
+
+
+def test_the_same_images_train_the_same_network_wherever_they_lie(
+    tmp_path: Path, digits: tuple[np.ndarray, list[int]]
+) -> None:
+    """Bit for bit: order, flips and labels depend on the images alone."""
+    runs = []
+    for kind in ("folder", "zip", "parquet", "npz"):
+        (tmp_path / kind).mkdir()
+        source = store(tmp_path / kind, kind, *digits)
+        runs.append(tmp_path / f"run_{kind}")
+        assert train(run_arguments(runs[-1], **EVERYTHING_RANDOM, data__source=source)) == 0
+    for run in runs[1:]:
+        assert_same_run(runs[0], run, 6)
+
+
+def test_images_of_16_bits_train_a_network(tmp_path: Path, digits: tuple[np.ndarray, list[int]]) -> None:
+    """Stretched from 8 bits they are the same images, so the first loss is the same to the rounding of float32."""
+    images, labels = digits
+    for bits in (8, 16):
+        encoded = [encode(image) if bits == 8 else encode_deep(image.astype(np.uint16) * 257) for image in images]
+        pairs = enumerate(zip(encoded, labels, strict=True))
+        files = {f"{label}/{number:03}.png": data for number, (data, label) in pairs}
+        folder = write_files(tmp_path / str(bits), files)
+        assert train(run_arguments(tmp_path / f"run_{bits}", data__source=folder)) == 0
+    losses = [metrics_of(tmp_path / f"run_{bits}")[0]["loss"] for bits in (8, 16)]
+    assert abs(losses[0] - losses[1]) < 1e-6
+
+
+def test_unequal_images_train_a_network_on_random_crops(tmp_path: Path) -> None:
+    shapes = [(8, 12), (9, 9), (20, 10)] * 4
+    random = np.random.default_rng(0)
+    files = {f"{n}.png": encode(random.integers(0, 256, shape, dtype=np.uint8)) for n, shape in enumerate(shapes)}
+    crops = {"data__resolution": 8, "data__crop": "random", "data__random_flip": True}
+    folder = write_files(tmp_path / "x", files)
+    arguments = run_arguments(tmp_path / "run", data__source=folder, model__class_conditional=False, **crops)
+    assert train(arguments) == 0
+    assert np.isfinite([row["loss"] for row in metrics_of(tmp_path / "run")]).all()
+
+
+# --------------------------------------------------------------------------------------------- data that have changed
+
+
+def test_a_run_is_not_continued_on_other_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as before, but one of them is another."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    source = write_files(tmp_path / "x", {f"{number}.png": encode(image) for number, image in enumerate(images)})
+    changes = {"data__source": source, "model__class_conditional": False}
+    assert train(run_arguments(tmp_path / "run", **changes)) == 0
+    before = tensors_of(tmp_path / "run" / "checkpoints" / "step_00000006")
+    (source / "5.png").write_bytes(encode(255 - images[5]))
+    assert train(run_arguments(tmp_path / "run", **changes, training__num_steps=8)) == 2
+    assert (
+        f"{source} has other images or labels than before, but the run in {tmp_path / 'run'} began with those; restore "
+        "the data, or choose another training.output_dir." in capsys.readouterr().err
+    )
+    (source / "5.png").write_bytes(encode(images[5]))
+    assert train(run_arguments(tmp_path / "run", **changes, training__num_steps=8)) == 0
+    assert before.keys() == tensors_of(tmp_path / "run" / "checkpoints" / "step_00000008").keys()
+
+
+def test_a_run_goes_on_when_its_cache_is_gone(tmp_path: Path) -> None:
+    """And its images were written anew, as on another machine: what counts is what is in them."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    changes: dict[str, Any] = {"data__source": tmp_path / "x", "model__class_conditional": False}
+    for num_steps in (4, 6):
+        write_files(tmp_path / "x", {f"{number}.png": encode(image) for number, image in enumerate(images)})
+        changes["data__cache_dir"] = tmp_path / f"cache_{num_steps}"
+        assert train(run_arguments(tmp_path / "run", **changes, training__num_steps=num_steps)) == 0
+    assert train(run_arguments(tmp_path / "whole", **changes)) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
+
+
+# ------------------------------------------------------------------------------------------------------- streaming
+
+STREAMED = {
+    "data__streaming": True,
+    "data__resolution": 8,
+    "data__num_channels": 1,
+    "data__shuffle_buffer_size": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, digits: tuple[np.ndarray, list[int]]) -> Path:
+    """The digits in four files."""
+    folder, (images, labels) = tmp_path_factory.mktemp("shards"), digits
+    feature = datasets.ClassLabel(names=list("0123456789"))
+    for number in range(4):
+        part = slice(25 * number, 25 * (number + 1))
+        encoded = [encode(image) for image in images[part]]
+        write_parquet(folder / f"train-{number:05}-of-00004.parquet", encoded, labels[part], feature)
+    return folder
+
+
+def test_a_streamed_run_that_was_stopped_goes_on_bit_identically(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint knows the place in the stream; 100 images of which 8 a step are seen, so step 13 ends an epoch."""
+    changes = EVERYTHING_RANDOM | STREAMED | {"data__source": shards, "training__num_steps": 15}
+    changes["objective__immiscible_noise"] = False  # needs images of other processes, which a stream does not have
+    assert train(run_arguments(tmp_path / "whole", **changes)) == 0
+    with monkeypatch.context() as patch:
+        stop_with_signal_after(5, patch)
+        assert train(run_arguments(tmp_path / "run", **changes)) == 143
+    assert train(run_arguments(tmp_path / "run", **changes)) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 15)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000015" / "trainer_state.json").read_text())
+    assert [stream["num_used"] for stream in state["streams"]] == [120]
+    assert state["streams"][0]["epoch"] == 1
+
+
+def test_a_streamed_run_ends_like_any_other(tmp_path: Path, shards: Path) -> None:
+    """As a process: a reader of parquet that is still open when Python ends aborts it, with exit code 134."""
+    command = ["train_ddpm.py", *run_arguments(tmp_path / "run", **STREAMED, data__source=shards)]
+    result = run_process(command)
+    assert result.returncode == 0, result.stderr
+    assert "streamed training and 0 held-out images of 1x8x8" in result.stdout
+
+
+def test_a_streamed_run_is_judged_on_its_validation_split(tmp_path: Path, shards: Path, digits: Any) -> None:
+    """Which is read at once, so it costs the same wherever in the stream the run is."""
+    images, labels = digits
+    folder = shutil.copytree(shards, tmp_path / "x")
+    feature = datasets.ClassLabel(names=list("0123456789"))
+    write_parquet(
+        folder / "test-00000-of-00001.parquet", [encode(image) for image in images[::9]], labels[::9], feature
+    )
+    changes = STREAMED | {
+        "data__source": folder,
+        "data__validation_split": "test",
+        "data__validation_fraction": 0.0,
+        "training__validate_every_steps": 3,
+    }
+    assert train(run_arguments(tmp_path / "run", **changes)) == 0
+    losses = [row["validation_loss"] for row in metrics_of(tmp_path / "run") if "validation_loss" in row]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def bad_input(tmp_path: Path, kind: str) -> tuple[Path, dict[str, object], str]:
+    """Returns a data set that cannot be trained on, settings, and what is said of it."""
+    image = encode(np.zeros((8, 8), np.uint8))
+    folder, table = tmp_path / "x", tmp_path / "x.parquet"
+    match kind:
+        case "no images":
+            return write_files(folder, {"notes.txt": b""}), {}, f"{folder} holds no images (split 'train')"
+        case "one image":
+            return write_files(folder, {"cat/a.png": image}), {}, f"{folder} has one image to train on"
+        case "a column that is not images":
+            write_parquet(table, [image] * 2, [0, 1])
+            return table, {"data__image_column": "label"}, f"column 'label' of {table} holds ClassLabel"
+        case "a column of other bytes":
+            datasets.Dataset.from_dict({"text": [b"a", b"b"], "label": [0, 1]}).to_parquet(table)
+            return table, {}, f"image 0 of {table} cannot be decoded (it is no image of a known format)"
+        case "labels missing":
+            write_parquet(table, [image] * 3, [0, None, 1])
+            return table, {}, f"image 1 of {table} has no label; every image needs one from 0 to 1."
+        case "no labels":
+            return write_files(folder, {"a.png": image, "b.png": image}), {}, f"{folder} has no labels, but the network"
+        case "labels that are not integers":
+            write_parquet(table, [image] * 2, ["cat", "dog"], datasets.Value("string"))
+            return table, {"data__label_column": "label"}, f"column 'label' of {table} holds Value('string')"
+        case "sizes that cannot be batched":
+            wide = encode(np.zeros((8, 9), np.uint8))
+            folder = write_files(folder, {"cat/a.png": image, "dog/b.png": wide})
+            return folder, {}, f"image 1 of {folder} (dog/b.png) has 9x8 pixels where the first has 8x8; set data.resol"
+        case "more channels than asked":
+            red = encode(Image.new("RGB", (8, 8), "red"))
+            folder = write_files(folder, {"cat/a.png": image, "dog/b.png": red})
+            return folder, {"data__num_channels": 1}, f"image 1 of {folder} (dog/b.png) has colours where gray (L) is"
+        case "no space":
+            return (
+                write_files(folder, {"cat/a.png": image, "dog/b.png": image}),
+                {},
+                "the 2 decoded images need 0.0 MiB",
+            )
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "no images", "one image", "a column that is not images", "a column of other bytes", "labels missing",
+        "no labels", "labels that are not integers", "sizes that cannot be batched", "more channels than asked",
+        "no space",
+    ],
+)  # fmt: skip
+def test_bad_input_costs_one_sentence(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, settings, sentence = bad_input(tmp_path, kind)
+    if kind == "no space":
+        usage = shutil.disk_usage(tmp_path)._replace(free=100)
+        monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
+    assert train(run_arguments(tmp_path / "run", data__source=source, **settings)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {sentence}"), line
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("[!.]*")), "nothing was begun"

@@ -1,0 +1,420 @@
+"""Images are decoded once, by one process, and nobody ever reads a cache that is not whole."""
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddpm_hf.config import DataConfig
+from ddpm_hf.data import cache
+from tests.conftest import DIGITS
+from tests.unit.data.helpers import GRAY, RGB, encode, open_source, pixels_of, refusal, write_files, write_parquet
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def caches_in(cache_dir: Path) -> list[Path]:
+    """Returns the caches, and asserts that nothing else is left lying about."""
+    entries = list(cache_dir.iterdir())
+    assert all(entry.is_dir() and len(entry.name) == 32 for entry in entries), entries
+    return entries
+
+
+def state_of(folder: Path) -> list[tuple[int, int]]:
+    return [(file.stat().st_ino, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
+
+
+def test_images_are_decoded_once(tmp_path: Path, cache_dir: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", [encode(RGB), encode(255 - RGB)], [0, 1])
+    first = open_source(path, cache_dir, with_labels=True)
+    (folder,) = caches_in(cache_dir)
+    before = state_of(folder)
+    second = open_source(path, cache_dir)
+    assert state_of(folder) == before
+    assert np.array_equal(pixels_of(first), pixels_of(second))
+
+
+def test_a_cache_of_a_folder_that_cannot_be_written_to_is_used(tmp_path: Path, cache_dir: Path) -> None:
+    """A shared disk may be read-only, and whoever decoded the images may have gone."""
+    folder = write_files(tmp_path / "x", {"a.png": encode(RGB)})
+    open_source(folder, cache_dir)
+    cache_dir.rename(tmp_path / "real")
+    (cache_dir).symlink_to(tmp_path / "real")
+    before = os.stat(tmp_path / "real").st_mtime_ns
+    open_source(folder, cache_dir)
+    assert os.stat(tmp_path / "real").st_mtime_ns == before, "no lock is taken to read"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"resolution": 4}, {"num_channels": 4}, {"crop_before_resize": 4}, {"resolution": 4, "resize_to": 5},
+        {"resolution": 4, "resize_filter": "box"}, {"resolution": 4, "crop": "random"},
+        {"num_channels": 3, "background": "white"}, {"resolution": [4, 5]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_another_transform_is_decoded_anew(tmp_path: Path, cache_dir: Path, settings: dict[str, Any]) -> None:
+    folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "b.png": encode(255 - RGB)})
+    open_source(folder, cache_dir)
+    open_source(folder, cache_dir, **settings)
+    assert len(caches_in(cache_dir)) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"random_flip": True}, {"validation_fraction": 0.5}, {"device_resident": True}, {"on_bad_image": "skip"}],
+    ids=str,
+)
+def test_what_changes_no_stored_pixel_needs_no_other_cache(
+    tmp_path: Path, cache_dir: Path, settings: dict[str, Any]
+) -> None:
+    folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "b.png": encode(255 - RGB)})
+    open_source(folder, cache_dir)
+    open_source(folder, cache_dir, **settings)
+    assert len(caches_in(cache_dir)) == 1
+
+
+def test_changed_data_are_decoded_anew(tmp_path: Path, cache_dir: Path) -> None:
+    digests = set()
+    for pixels in (RGB, 255 - RGB):
+        folder = write_files(tmp_path / "x", {"a.png": encode(pixels)})
+        path = write_parquet(tmp_path / "x.parquet", [encode(pixels)])
+        for source in (folder, path):
+            images = open_source(source, cache_dir)
+            assert np.array_equal(pixels_of(images)[0], pixels), "the content counts, not the name"
+            digests.add(images.digest)
+    assert len(digests) == 2, "and the same images are the same data wherever they lie"
+    assert len(caches_in(cache_dir)) == 4
+
+
+def test_other_labels_are_other_data(tmp_path: Path, cache_dir: Path) -> None:
+    images = {f"{name}.png": encode(RGB) for name in ("cat/1", "dog/2")}
+    one = open_source(write_files(tmp_path / "x", images), cache_dir)
+    images = {f"{name}.png": encode(RGB) for name in ("cat/1", "cat/2", "dog/0")}
+    two = open_source(write_files(tmp_path / "y", images), cache_dir, split="train[:2]")
+    assert one.digest != two.digest
+
+
+def test_a_part_of_a_split_has_a_cache_of_its_own(tmp_path: Path, cache_dir: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", [encode(GRAY + np.uint8(number)) for number in range(4)])
+    for split, first, count in (("train", 0, 4), ("train[2:]", 2, 2), ("train[:1]", 0, 1)):
+        images = open_source(path, cache_dir, split=split)
+        assert len(images) == count
+        assert np.array_equal(pixels_of(images)[0, ..., 0], GRAY + np.uint8(first))
+
+
+# ------------------------------------------------------------------------------------------------- what is not whole
+
+
+def damage(folder: Path, kind: str) -> None:
+    pixels, meta = folder / "pixels.bin", folder / "meta.json"
+    content = json.loads(meta.read_text())
+    match kind:
+        case "no meta.json":
+            meta.unlink()
+        case "half a meta.json":
+            meta.write_text(meta.read_text()[:50])
+        case "foreign meta.json":
+            meta.write_text("[1, 2]")
+        case "pixels cut off":
+            pixels.write_bytes(pixels.read_bytes()[:-1])
+        case "pixels too long":
+            pixels.write_bytes(pixels.read_bytes() + b"x")
+        case "no pixels":
+            pixels.unlink()
+        case "no labels":
+            (folder / "labels.npy").unlink()
+        case "another version":
+            meta.write_text(json.dumps(content | {"version": 1}))
+        case "another key":
+            meta.write_text(json.dumps(content | {"key": "x"}))
+        case "a killed build":
+            meta.unlink()
+            folder.rename(folder.with_name(f"{folder.name}.building-0123456789abcdef"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "no meta.json", "half a meta.json", "foreign meta.json", "pixels cut off", "pixels too long", "no pixels",
+        "no labels", "another version", "another key", "a killed build",
+    ],
+)  # fmt: skip
+def test_a_cache_that_is_not_whole_is_built_again(tmp_path: Path, cache_dir: Path, kind: str) -> None:
+    path = write_parquet(
+        tmp_path / "x.parquet", [encode(GRAY + np.uint8(number)) for number in range(9)], [0, 1, 0] * 3
+    )
+    expected = pixels_of(open_source(path, cache_dir, with_labels=True)).copy()
+    (folder,) = caches_in(cache_dir)
+    damage(folder, kind)
+    again = open_source(path, cache_dir, with_labels=True)
+    assert np.array_equal(pixels_of(again), expected)
+    assert again.labels is not None
+    assert again.labels.tolist() == [0, 1, 0] * 3
+    assert caches_in(cache_dir) == [folder]
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path, cache_dir: Path) -> None:
+    folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "b.png": encode(RGB)[:-30]})
+    assert "cannot be decoded" in refusal(folder, cache_dir)
+    assert caches_in(cache_dir) == []
+
+
+# --------------------------------------------------------------------------------------------------------- the disk
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache.cache_root(DataConfig()) == tmp_path / "xdg" / "ddpm_hf" / "images"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.cache_root(DataConfig()) == tmp_path / ".cache" / "ddpm_hf" / "images"
+    assert cache.cache_root(DataConfig(cache_dir="~/x")) == tmp_path / "x"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = refusal(DIGITS, tmp_path / "file" / "cache")
+    assert "cannot be written" in message
+    assert "give another folder with data.cache_dir" in message
+
+
+def test_space_is_checked_before_anything_is_decoded(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the size of all images after the transform: 2 of 3x1000x1000, of which the disk says to have 5 MB."""
+    folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "b.png": encode(RGB)})
+    usage = shutil.disk_usage(tmp_path)._replace(free=5 * 2**20)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(cache, "decode_all", lambda *_: pytest.fail("began to decode"))
+    message = refusal(folder, cache_dir, resolution=1000)
+    assert f"the 2 decoded images need 5.7 MiB, but {cache_dir} has 5.0 MiB free; give another folder" in message
+    assert caches_in(cache_dir) == []
+
+
+def test_a_disk_that_fills_up_while_decoding_is_told_in_a_sentence(tmp_path: Path, cache_dir: Path) -> None:
+    """A process that may write no more than 1000 bytes to a file; a mapped file would have killed it instead."""
+    folder = write_files(tmp_path / "x", {f"{number}.png": encode(RGB) for number in range(40)})
+
+    def attempt(messages: Any) -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        messages.put(refusal(folder, cache_dir))
+
+    messages = FORK.Queue()
+    process = FORK.Process(target=attempt, args=(messages,))
+    process.start()
+    message = messages.get(timeout=60)
+    process.join(timeout=60)
+    assert f"cannot be written to {cache_dir} ({os.strerror(errno.EFBIG)}); give another folder" in message
+    assert caches_in(cache_dir) == []
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+class Builder:
+    """A process that opens a data set, and says when it begins to decode and what it has read.
+
+    Args:
+        source: The data set.
+        cache_dir: Where to decode it to.
+        host: Name of the machine that the process believes to be on.
+        is_slow: Whether it stops in the middle of decoding until `go_on`.
+        lease_seconds: How long a builder may be silent.
+    """
+
+    def __init__(
+        self, source: Path, cache_dir: Path, *, host: str = "here", is_slow: bool = False, lease_seconds: float = 60.0
+    ) -> None:
+        self.events: Any = FORK.Queue()
+        self._may_go_on = FORK.Event()
+        self._settings = source, cache_dir, host, is_slow, lease_seconds
+        self.process: BaseProcess = FORK.Process(target=self._run, daemon=True)
+        self.process.start()
+
+    def _run(self) -> None:
+        source, cache_dir, host, is_slow, lease_seconds = self._settings
+        decode_all = cache.decode_all
+
+        def told(*arguments: Any) -> Any:
+            self.events.put("decoding")
+            if is_slow:
+                self._may_go_on.wait()
+            return decode_all(*arguments)
+
+        cache.decode_all = told
+        cache._LEASE_SECONDS = lease_seconds
+        socket.gethostname = lambda: host
+        self.events.put(int(pixels_of(open_source(source, cache_dir)).astype(int).sum()))
+
+    def next(self, timeout: float = 60) -> object:
+        """Returns what the process says next."""
+        return self.events.get(timeout=timeout)
+
+    def is_silent(self, seconds: float) -> bool:
+        """Tells whether the process says nothing for some time."""
+        time.sleep(seconds)
+        return bool(self.events.empty())
+
+    def go_on(self) -> None:
+        self._may_go_on.set()
+
+    def end(self) -> None:
+        self.process.join(timeout=60)
+        assert self.process.exitcode == 0
+
+
+@pytest.fixture
+def many_images(tmp_path: Path) -> Path:
+    return write_files(tmp_path / "x", {f"{number}.png": encode(GRAY + np.uint8(number)) for number in range(100)})
+
+
+def sum_of(number: int = 100) -> int:
+    return int(sum((GRAY + np.uint8(number)).astype(int).sum() for number in range(number)))
+
+
+def test_two_processes_that_start_at_once_decode_once(many_images: Path, cache_dir: Path) -> None:
+    builders = [Builder(many_images, cache_dir) for _ in range(2)]
+    said = [[builder.next()] for builder in builders]
+    for builder, events in zip(builders, said, strict=True):
+        if events == ["decoding"]:
+            events.append(builder.next())
+        builder.end()
+    assert sorted(map(len, said)) == [1, 2], "one of them decodes"
+    assert [events[-1] for events in said] == [sum_of(), sum_of()]
+    assert len(caches_in(cache_dir)) == 1
+
+
+def test_one_that_waits_takes_over_when_the_builder_is_killed(many_images: Path, cache_dir: Path) -> None:
+    killed = Builder(many_images, cache_dir, is_slow=True)
+    assert killed.next() == "decoding"
+    waiting = Builder(many_images, cache_dir)
+    assert waiting.is_silent(1)
+    killed.process.kill()
+    killed.process.join()
+    assert [waiting.next(), waiting.next()] == ["decoding", sum_of()]
+    waiting.end()
+    assert len(caches_in(cache_dir)) == 1, "and clears away what the dead one left"
+
+
+def test_a_builder_on_another_machine_is_waited_for_as_long_as_it_lives(many_images: Path, cache_dir: Path) -> None:
+    """Nobody can see from here whether its process lives, only that its lease is renewed; here, within 1.5 s.
+
+    A builder that is stopped for longer loses the lease; when it goes on it finds the cache of its successor.
+    """
+    elsewhere = Builder(many_images, cache_dir, host="elsewhere", is_slow=True, lease_seconds=1.5)
+    assert elsewhere.next() == "decoding"
+    waiting = Builder(many_images, cache_dir, lease_seconds=1.5)
+    assert waiting.is_silent(4)
+    os.kill(elsewhere.process.pid or 0, signal.SIGSTOP)
+    assert [waiting.next(), waiting.next()] == ["decoding", sum_of()]
+    waiting.end()
+    before = [state_of(folder) for folder in cache_dir.iterdir() if len(folder.name) == 32]
+    os.kill(elsewhere.process.pid or 0, signal.SIGCONT)
+    elsewhere.go_on()
+    assert elsewhere.next() == sum_of()
+    elsewhere.end()
+    assert [state_of(folder) for folder in caches_in(cache_dir)] == before
+
+
+def test_one_that_waits_says_for_what(
+    many_images: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = Builder(many_images, cache_dir, is_slow=True)
+    assert builder.next() == "decoding"
+    monkeypatch.setattr(cache, "_SILENT_SECONDS", 0.1)
+    FORK.Process(target=lambda: (time.sleep(0.5), builder.go_on())).start()
+    open_source(many_images, cache_dir)
+    assert "Another process is decoding the same images into" in caplog.text
+    builder.end()
+
+
+# ------------------------------------------------------------------------------------------------------- bad images
+
+
+def with_bad_images(folder: Path, bad: set[int], number: int = 10) -> Path:
+    files = {f"{row}.png": b"text" if row in bad else encode(np.full((4, 4), row, np.uint8)) for row in range(number)}
+    return write_files(folder, files)
+
+
+def test_the_next_good_image_stands_in_for_a_bad_one(tmp_path: Path, cache_dir: Path) -> None:
+    """Also for the last one, and for several in a row; the number of images, and so the order, stays what it was."""
+    folder = with_bad_images(tmp_path / "x", {0, 3, 4, 9})
+    skipping = {"on_bad_image": "skip", "max_bad_fraction": 0.4}
+    images = open_source(folder, cache_dir, **skipping)
+    assert pixels_of(images)[:, 0, 0, 0].tolist() == [1, 1, 2, 5, 5, 5, 6, 7, 8, 1]
+    assert [len(images), images.num_bad, images.bad_rows.tolist()] == [10, 4, [0, 3, 4, 9]]
+    again = open_source(folder, cache_dir, **skipping)
+    assert np.array_equal(pixels_of(again), pixels_of(images))
+
+
+def test_labels_follow_the_image_that_stands_in(tmp_path: Path, cache_dir: Path) -> None:
+    files = {"cat/1.png": encode(RGB), "cat/2.png": b"text", "dog/1.png": encode(255 - RGB)}
+    images = open_source(write_files(tmp_path / "x", files), cache_dir, on_bad_image="skip", max_bad_fraction=0.5)
+    pixels, labels = images.take(np.array([1]))
+    assert labels is not None
+    assert labels.tolist() == [1]
+    assert np.array_equal(pixels[0].transpose(1, 2, 0), 255 - RGB)
+
+
+def test_bad_images_are_counted_and_said(tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = with_bad_images(tmp_path / "x", {3, 7})
+    open_source(folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.2)
+    assert f"2 of 10 images cannot be read, the next good one stands in for each; the first: image 3 of {folder}" in (
+        caplog.text
+    )
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_too_many_bad_images_are_refused(tmp_path: Path, cache_dir: Path, *, is_cached: bool) -> None:
+    folder = with_bad_images(tmp_path / "x", {3, 7})
+    if is_cached:
+        open_source(folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.2)
+    message = refusal(folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.15)
+    assert message.startswith("more than 1 of 10 images cannot be read, which is all that data.max_bad_fraction allows")
+    assert f"the first: image 3 of {folder} (3.png) cannot be decoded" in message
+    assert f"image 3 of {folder} (3.png) cannot be decoded" in refusal(folder, cache_dir, on_bad_image="error")
+    assert "set data.on_bad_image to skip" in refusal(folder, cache_dir, on_bad_image="skip"), "1 % of 10 is none"
+
+
+def test_only_bad_images_are_refused(tmp_path: Path, cache_dir: Path) -> None:
+    folder = with_bad_images(tmp_path / "x", set(range(10)))
+    assert "more than 9 of 10 images cannot be read" in refusal(
+        folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.99
+    )
+
+
+def test_a_bad_image_in_a_split_is_replaced_from_that_split(tmp_path: Path, cache_dir: Path) -> None:
+    """A held-out image must never stand in for one that is trained on, nor the other way round."""
+    folder = with_bad_images(tmp_path / "x", {0, 3, 4, 9}, number=40)
+    images = open_source(folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.4)
+    training, held_out = images.split(0.5, seed=0)
+    shown = [set(pixels_of(part)[:, 0, 0, 0].tolist()) for part in (training, held_out)]
+    assert not shown[0] & shown[1]
+    assert training.num_bad + held_out.num_bad == 4
+
+
+def test_bad_images_among_unequal_ones_are_replaced(tmp_path: Path, cache_dir: Path) -> None:
+    files = {"a.png": encode(RGB), "b.png": b"text", "c.png": encode(RGB[:, :4])}
+    folder = write_files(tmp_path / "x", files)
+    settings = {"resolution": 4, "resize_to": 0, "crop": "random", "on_bad_image": "skip", "max_bad_fraction": 0.5}
+    images = open_source(folder, cache_dir, **settings)
+    assert np.array_equal(pixels_of(images), [RGB[1:5, :4], RGB[1:5, :4], RGB[1:5, :4]])

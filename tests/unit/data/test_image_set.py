@@ -1,0 +1,71 @@
+"""A set of decoded images: what is taken from it, cut out of it, held out of it."""
+
+import numpy as np
+import pytest
+
+from ddpm_hf.data import DataError, ImageSet
+from tests.unit.data.helpers import SHAPES, numbered, pixels_of, unequal
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.95])
+def test_a_split_is_disjoint_and_complete_and_always_the_same(fraction: float) -> None:
+    training, held_out = numbered(101).split(fraction, seed=3)
+    assert len(held_out) == round(101 * fraction)
+    assert sorted([*training.indices, *held_out.indices]) == list(range(101))
+    again, _ = numbered(101).split(fraction, seed=3)
+    assert np.array_equal(training.indices, again.indices)
+    pixels, labels = held_out.take(held_out.positions)
+    assert labels is not None
+    assert np.array_equal(pixels[:, 0, 0, 0], labels)
+    if fraction:
+        assert not np.array_equal(training.indices, numbered(101).split(fraction, seed=4)[0].indices)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_a_split_that_leaves_a_side_empty_is_refused(fraction: float) -> None:
+    with pytest.raises(DataError, match=f"data.validation_fraction {fraction} of 10 images leaves"):
+        numbered(10).split(fraction, seed=0)
+
+
+def test_a_side_of_bad_images_only_is_refused() -> None:
+    """One image is held out, and it happens to be the bad one."""
+    images = numbered(10)
+    _, held_out = images.split(0.1, seed=0)
+    _, spoilt = numbered(10, bad_rows=held_out.indices).split(0.1, seed=0)
+    with pytest.raises(DataError, match="None of the 1 images of one part of the data can be read"):
+        pixels_of(spoilt)
+
+
+def test_images_of_unequal_sizes_are_cropped_where_they_are_told() -> None:
+    images, originals = unequal(SHAPES)
+    assert images.image_shape == (3, 4, 5)
+    corners = np.array([[0.0, 0.5], [0.99, 0.0], [0.4, 0.99999], [0.5, 0.5]], np.float32)
+    origins = [(0, 2), (3, 0), (1, 3), (0, 0)]
+    pixels, labels = images.take(images.positions, corners)
+    assert labels is not None
+    for found, image, (top, left) in zip(pixels, originals, origins, strict=True):
+        assert np.array_equal(found, image[:, top : top + 4, left : left + 5])
+
+
+def test_without_a_place_the_centre_is_cut_out() -> None:
+    images, originals = unequal(SHAPES)
+    pixels, _ = images.take(np.array([2, 0]))
+    assert np.array_equal(pixels[0], originals[2][:, 1:5, 1:6])
+    assert np.array_equal(pixels[1], originals[0][:, :, 2:7])
+
+
+def test_every_place_of_a_crop_is_as_likely_as_any_other_and_none_is_outside() -> None:
+    """The largest float32 below 1 times 1001 places rounds to 1001, which would be outside, in float32."""
+    images = ImageSet(np.zeros((1, 1, 1004, 4), np.uint8), None, None, np.zeros(4, np.int64), (4, 4))
+    largest = np.nextafter(np.float32(1), np.float32(0))
+    corners = np.array([[0, 0], [0.0009, 0], [0.001, 0], [largest, 0]], np.float32)
+    assert images.crop_origins(images.positions, corners)[:, 0].tolist() == [0, 0, 1, 1000]
+    grid = (np.arange(10_010, dtype=np.float32)[:, None] + 0.5) / 10_010
+    places = images.crop_origins(np.zeros(10_010, np.int64), np.repeat(grid, 2, axis=1))[:, 0]
+    assert (np.bincount(places) == 10).all()
+
+
+def test_images_of_one_size_with_room_are_cropped_too() -> None:
+    images = numbered(3, size=6, crop_size=(2, 4))
+    assert images.image_shape == (1, 2, 4)
+    assert pixels_of(images).shape == (3, 2, 4, 1)

@@ -1,0 +1,182 @@
+"""A streamed data set shows every image once an epoch, and goes on after a kill with the images it would have seen."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from ddpm_hf.config import DataConfig
+from ddpm_hf.data import DataError, ImageSet, ImageStream, open_sets, summarize
+from tests.unit.data.helpers import GRAY, encode, encode_deep, write_files, write_parquet
+
+
+def write_shards(folder: Path, sizes: list[int], bad: set[int] | None = None) -> Path:
+    """Writes parquet files of so many images each; image i is i everywhere and has the label i mod 2."""
+    start = 0
+    for number, size in enumerate(sizes):
+        rows = range(start, start + size)
+        images = [b"text" if row in (bad or set()) else encode(np.full((4, 4), row, np.uint8)) for row in rows]
+        write_parquet(folder / f"train-{number:05}.parquet", images, [row % 2 for row in rows])
+        start += size
+    return folder
+
+
+def stream_of(source: Path, *, rank: int = 0, num_processes: int = 1, **settings: Any) -> ImageStream:
+    config = DataConfig(
+        source=str(source),
+        **{"streaming": True, "resolution": 4, "num_channels": 1, "shuffle_buffer_size": 5} | settings,
+    )
+    stream, held_out = open_sets(
+        config, with_labels=True, seed=3, rank=rank, num_processes=num_processes, device=torch.device("cpu")
+    )
+    assert isinstance(stream, ImageStream)
+    assert isinstance(held_out, ImageSet)
+    return stream
+
+
+def take(stream: ImageStream, count: int) -> list[int]:
+    """Returns which images come next, after looking at their labels."""
+    pixels, labels = stream.samples(0, count)
+    numbers = ((pixels[:, 0, 0, 0] + 1) * 127.5).round().int()
+    assert labels is not None
+    assert torch.equal(labels, numbers.long() % 2)
+    return [int(number) for number in numbers]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "shards", [7, 4, 9, 3])
+
+
+@pytest.mark.parametrize("batch", [1, 7, 50])
+def test_every_epoch_shows_every_image_once(shards: Path, batch: int) -> None:
+    stream = stream_of(shards)
+    seen = [number for _ in range(-(-69 // batch)) for number in take(stream, batch)][:69]
+    epochs = [seen[start : start + 23] for start in (0, 23, 46)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(23))] * 3
+    assert epochs[0] != epochs[1] != epochs[2], "every epoch has its own order"
+    again = stream_of(shards)
+    assert [number for _ in range(-(-69 // batch)) for number in take(again, batch)][:69] == seen
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 4])
+def test_the_processes_share_the_images(shards: Path, num_processes: int) -> None:
+    """Whole files where four can be dealt out evenly, otherwise every third image of all of them."""
+    seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for rank in range(num_processes):
+        stream = stream_of(shards, rank=rank, num_processes=num_processes)
+        while stream.position.epoch < 2:
+            (number,) = take(stream, 1)
+            seen[stream.position.epoch].append(number)
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(23))
+
+
+@pytest.mark.parametrize("stop", [1, 5, 6, 23, 40])
+@pytest.mark.parametrize(("rank", "num_processes"), [(0, 1), (1, 2), (2, 3)])
+def test_a_stream_goes_on_with_the_images_it_would_have_shown(
+    shards: Path, stop: int, rank: int, num_processes: int
+) -> None:
+    """Through JSON, as a checkpoint holds it: in the middle of a buffer, at its ends, at the end of an epoch."""
+    stream = stream_of(shards, rank=rank, num_processes=num_processes, random_flip=True)
+    take(stream, stop)
+    state = json.dumps(asdict(stream.position))
+    expected = [stream.samples(0, count)[0] for count in (3, 8, 30)]
+    resumed = stream_of(shards, rank=rank, num_processes=num_processes, random_flip=True)
+    resumed.go_to(json.loads(state))
+    assert all(torch.equal(batch, resumed.samples(0, len(batch))[0]) for batch in expected)
+    assert resumed.position == stream.position
+
+
+def test_a_resume_reads_one_buffer_and_not_the_epoch(shards: Path) -> None:
+    """The place where the reader takes up is that of the buffer: so an epoch of terabytes costs nothing."""
+    stream = stream_of(shards)
+    take(stream, 18)
+    position = stream.position
+    assert (position.number, position.buffer, position.used) == (18, 3, 3)
+    assert position.file > 0, "the files before are not opened again"
+
+
+def test_images_are_mirrored_and_cropped_anew_in_every_epoch(tmp_path: Path) -> None:
+    ramp = np.tile(np.arange(0, 240, 30, dtype=np.uint8), (8, 1))
+    write_parquet(tmp_path / "x" / "0.parquet", [encode(ramp)] * 20, [0] * 20)
+    stream = stream_of(tmp_path / "x", crop="random", random_flip=True, resize_to=0)
+    pixels, _ = stream.samples(0, 200)
+    steps = (pixels[:, 0, 0, 1] - pixels[:, 0, 0, 0]).sign()
+    assert 60 < int((steps > 0).sum()) < 140, "half of them rise, half fall; seven standard deviations"
+    assert pixels.shape == (200, 1, 4, 4)
+    assert len(pixels[steps > 0][:, 0, 0, 0].unique()) == 5, "every place of the crop occurs"
+
+
+def test_a_bad_image_stops_a_stream_or_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_shards(tmp_path / "x", [10, 10], bad={3, 14})
+    with pytest.raises(DataError, match=r"image \d+ of the stream of .* cannot be decoded .*on_bad_image to skip"):
+        take(stream_of(folder), 20)
+    stream = stream_of(folder, on_bad_image="skip")
+    assert sorted(take(stream, 18)) == [number for number in range(20) if number not in (3, 14)]
+    assert stream.position.num_bad == 2
+    assert caplog.text.count("Passed over an image: image") == 2
+
+
+def test_too_many_bad_images_stop_a_stream(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "x", [40], bad=set(range(20)))
+    with pytest.raises(DataError, match=r"11 of \d+ images cannot be read, more than data.max_bad_fraction 0.1 allows"):
+        take(stream_of(folder, on_bad_image="skip", max_bad_fraction=0.1), 40)
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels", "feature", "sentence"),
+    [
+        ([encode(GRAY)], [None], None, "of the stream of .* has no label; every image needs one from 0 to 1"),
+        ([encode(GRAY)], [0], datasets.Value("int64"), "does not name its classes, so it cannot be streamed"),
+        ([encode_deep(GRAY.astype(np.uint16))], [0], None, "has 16 bits, which are not streamed"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(
+    tmp_path: Path, cells: list[bytes], labels: list[object], feature: object, sentence: str
+) -> None:
+    write_parquet(tmp_path / "x" / "0.parquet", cells, labels, feature)
+    with pytest.raises(DataError, match=sentence):
+        take(stream_of(tmp_path / "x"), 1)
+
+
+def test_a_stream_without_images_does_not_turn_for_ever(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "x" / "0.parquet", [], [])
+    with pytest.raises(DataError, match="holds no images"):
+        take(stream_of(tmp_path / "x"), 1)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.zip", "x.tar.gz"])
+def test_a_file_that_cannot_be_streamed_says_so(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"a \{Path(name).suffix} file such as .* is not streamed; set data.streaming"):
+        stream_of(tmp_path / name)
+
+
+def test_a_folder_of_images_is_streamed(tmp_path: Path) -> None:
+    files = {f"{'even' if n % 2 == 0 else 'odd'}/{n}.png": encode(np.full((4, 4), n, np.uint8)) for n in range(9)}
+    stream = stream_of(write_files(tmp_path / "x", files))
+    assert stream.class_names == ("even", "odd")
+    assert sorted(take(stream, 9)) == list(range(9))
+
+
+def test_a_validation_split_of_a_stream_is_decoded_as_usual(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "x", [10])
+    write_parquet(folder / "test-0.parquet", [encode(GRAY)] * 3, [0, 1, 0])
+    settings = {"streaming": True, "resolution": 4, "num_channels": 1, "cache_dir": str(tmp_path / "cache")}
+    config = DataConfig(source=str(folder), validation_split="test", **settings)
+    stream, held_out = open_sets(config, with_labels=True, seed=0, rank=0, num_processes=1, device=torch.device("cpu"))
+    assert isinstance(stream, ImageStream)
+    assert len(held_out) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "only the three are decoded"
+
+
+def test_the_first_samples_of_a_stream_can_be_looked_at(shards: Path) -> None:
+    config = DataConfig(source=str(shards), streaming=True, resolution=4, num_channels=1)
+    summary = summarize(config, seed=0, num_samples=6)
+    assert summary.samples.shape == (6, 4, 4, 1)
+    assert "streamed: nothing is counted or decoded before" in summary.lines[0]

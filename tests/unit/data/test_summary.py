@@ -1,0 +1,113 @@
+"""`ddpm-hf data` shows what a run would read, and refuses what a run would refuse."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_hf.cli import main
+from tests.conftest import DIGITS
+from tests.unit.data.helpers import RANDOM, RGB, encode, write_files
+
+
+def show(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str) -> tuple[int, str, str]:
+    """Returns the exit code and what was printed."""
+    code = main(["data", *arguments, "--data.cache_dir", str(tmp_path / "cache"), "--picture", str(tmp_path / "x.png")])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_a_data_set_is_described_in_lines_and_pixels(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, output, _ = show(capsys, tmp_path, str(DIGITS), "--data.validation_fraction", "0.1")
+    assert code == 0
+    lines = dict(line.split(maxsplit=1) for line in output.splitlines())
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert lines == {
+        "source": f"{DIGITS} (data set, split train)",
+        "images": "1,797",
+        "sizes": "all 8x8",
+        "modes": "L (1,797)",
+        "bad": "none",
+        "pixels": "values from 0 to 255 of 0 to 255",
+        "network": "sees 1x8x8 (channels, height, width)",
+        "cache": f"0.1 MiB in {folder}",
+        "classes": "10: 0 (178), 1 (182), 2 (177), 3 (183), 4 (181), 5 (182), 6 (181), 7 (179), 8 (174), 9 (180)",
+        "training": "1,617 images, 180 held out",
+        "picture": f"the first 64 samples of a run are in {tmp_path / 'x.png'}",
+    }
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (8 * 64 + 9 * 4, 8 * 64 + 9 * 4)
+
+
+def test_strange_images_are_all_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    files = {"cat/1.png": RGB, "cat/2.png": RGB[:4], "dog/1.png": RGB[..., 0], "dog/2.png": RGB[:, :4]}
+    encoded = {name: encode(pixels) for name, pixels in files.items()}
+    encoded |= {"dog/3.png": b"text", "cat/4.png": b"", "cat/notes.txt": b"", "photo.heic": b""}
+    frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
+    encoded["dog/4.gif"] = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    folder = write_files(tmp_path / "pets", encoded)
+    code, output, errors = show(capsys, tmp_path, str(folder), "--data.resolution", "4")
+    assert code == 2
+    for line in (
+        "images    7",
+        "sizes     3 from 4x4 to 5x6, the most frequent 5x6 (3), 5x4 (1), 4x6 (1)",
+        "modes     RGB (3), L (1), P (1)",
+        "animated  1 images have several frames; the first is used",
+        "left out  2 files that are no images by their names: cat/notes.txt, photo.heic",
+        "bad       2 cannot be read",
+        f"          image 2 of {folder} (cat/4.png) is empty (0 bytes).",
+        f"          image 5 of {folder} (dog/3.png) cannot be decoded (it is no image of a known format).",
+        "classes   2: cat (2), dog (5)",
+    ):
+        assert line in output.splitlines()
+    assert f"error: image 2 of {folder} (cat/4.png) is empty (0 bytes); repair or remove it, or set" in errors
+    skipping = ("--data.on_bad_image", "skip", "--data.max_bad_fraction", "0.3")
+    code, output, errors = show(capsys, tmp_path, str(folder), "--data.resolution", "4", *skipping)
+    assert (code, errors) == (0, "")
+    assert "training  7 images, 0 held out, 2 stand in for images that cannot be read" in output
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_arrays_are_described_too(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    pixels = RANDOM.integers(100, 4000, (5, 8, 9, 1), dtype=np.uint16)
+    np.save(tmp_path / name, pixels) if name == "x.npy" else np.savez(tmp_path / name, images=pixels)
+    code, output, _ = show(capsys, tmp_path, str(tmp_path / name))
+    assert code == 0
+    assert f"pixels    values from {pixels.min()} to {pixels.max()} of 0 to 65535" in output
+    assert "sizes     all 9x8" in output
+    assert "network   sees 1x8x9 (channels, height, width)" in output
+
+
+def test_the_samples_are_those_of_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """In the order of training and mirrored as there: with one image in two halves, both kinds appear."""
+    half = np.zeros((8, 8), np.uint8)
+    half[:, :4] = 255
+    folder = write_files(tmp_path / "x", {"a.png": encode(half), "b.png": encode(half)})
+    show(capsys, tmp_path, str(folder), "--data.random_flip", "true")
+    with Image.open(tmp_path / "x.png") as picture:
+        tiles = np.asarray(picture)[4 + 32 :: 68, 4 + 8 :: 68, 0]
+    assert set(np.unique(tiles)) == {0, 255}
+    assert 16 < (tiles == 255).sum() < 48
+
+
+def test_what_a_run_would_refuse_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    one = write_files(tmp_path / "x", {"a.png": encode(RGB)})
+    for arguments, sentence in (
+        ((str(one),), "has one image to train on"),
+        ((str(tmp_path / "missing.zip"),), "does not exist; check the path"),
+        ((str(DIGITS), "--data.num_channels", "x"), "data.num_channels is x, but must be a whole number or null"),
+        ((), "data.source is not set"),
+    ):
+        code, _, errors = show(capsys, tmp_path, *arguments)
+        assert code == 2
+        assert sentence in errors
+
+
+def test_the_help_names_the_source(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "--help"])
+    assert stopped.value.code == 0
+    output = capsys.readouterr().out
+    assert "ddpm-hf data photos/ --data.resolution 64" in output
+    assert "--data.crop_before_resize" in output
