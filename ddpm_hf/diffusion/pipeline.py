@@ -6,14 +6,42 @@ where ddpm_hf is installed. `docs/compatibility.md` of ddpm_hf has the details.
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+CORE_VERSION = "1.1.0"
+
+
+def _refuse_other_versions(versions: set[str]) -> None:
+    """Refuses siblings of another version.
+
+    When a second folder is loaded in one process, diffusers executes its pipeline.py beside the first one's files.
+    """
+    if versions - {CORE_VERSION}:
+        raise ImportError(
+            f"pipeline.py has version {CORE_VERSION}, but the files beside it are already loaded in version"
+            f" {' / '.join(sorted(versions))}, from another model's folder. Restart Python before loading this one, or"
+            " install ddpm_hf, whose classes load both."
+        )
+
+
+# Diffusers calls the package of this file after the repository. A dot in that name means a parent package to Python,
+# which looks for it in vain unless the package is there already.
+if __package__ not in sys.modules:
+    sys.modules[__package__] = ModuleType(__package__)
+    sys.modules[__package__].__path__ = [str(Path(__file__).parent)]
+
+# Before the imports, as names may be missing in another version.
+_siblings = [module for name, module in sys.modules.items() if name.rpartition(".")[0] == __package__]
+_refuse_other_versions({module.CORE_VERSION for module in _siblings if hasattr(module, "CORE_VERSION")})
 
 # All siblings are named here, although some import each other: from a local folder diffusers copies only the files that
 # this one names.
@@ -34,7 +62,6 @@ from .scheduler import CORE_VERSION as SCHEDULER_VERSION
 from .scheduler import GaussianDiffusionScheduler
 from .timesteps import CORE_VERSION as TIMESTEPS_VERSION
 
-CORE_VERSION = "1.1.0"
 PORTABLE_FILES = (
     "pipeline.py",
     "editing.py",
@@ -46,28 +73,23 @@ PORTABLE_FILES = (
     "forward_process.py",
     "gaussian.py",
     "timesteps.py",
-    "timesteps.py",
     "noise_schedule.py",
 )
 
-_loaded = (
-    EDITING_VERSION,
-    DENOISING_VERSION,
-    SAMPLING_VERSION,
-    IMAGES_VERSION,
-    FOLDER_VERSION,
-    SCHEDULER_VERSION,
-    FORWARD_PROCESS_VERSION,
-    GAUSSIAN_VERSION,
-    TIMESTEPS_VERSION,
-    NOISE_SCHEDULE_VERSION,
+_refuse_other_versions(
+    {
+        EDITING_VERSION,
+        DENOISING_VERSION,
+        SAMPLING_VERSION,
+        IMAGES_VERSION,
+        FOLDER_VERSION,
+        SCHEDULER_VERSION,
+        FORWARD_PROCESS_VERSION,
+        GAUSSIAN_VERSION,
+        TIMESTEPS_VERSION,
+        NOISE_SCHEDULE_VERSION,
+    }
 )
-if set(_loaded) != {CORE_VERSION}:
-    raise ImportError(
-        f"pipeline.py has version {CORE_VERSION}, but the files beside it are already loaded in version"
-        f" {' / '.join(sorted(set(_loaded)))}, from another model's folder. Restart Python before loading this one, or"
-        " install ddpm_hf, whose classes load both."
-    )
 
 
 class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
@@ -249,6 +271,7 @@ class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
             if not re.search("no file named .*safetensors|necessary `safetensors`", str(error)):
                 raise
             raise ValueError(
-                f"{pretrained_model_name_or_path} has no weights in the safetensors format. If you trust it, pass"
+                f"{pretrained_model_name_or_path} has no weights in the safetensors format under the usual name. If it"
+                " has those of a variant, pass its name, such as variant='fp16'. If you trust it, pass"
                 " use_safetensors=False to read its pickled .bin weights, and save the pipeline anew."
             ) from error

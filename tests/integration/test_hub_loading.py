@@ -248,7 +248,6 @@ def test_repositories_with_code_of_different_versions_load_side_by_side(loaded: 
     assert_as_saved(loaded.outcomes["2 newer"], loaded.expected["plain"])
 
 
-@pytest.mark.xfail(strict=True, reason="the name is that of a package, and a dot in it the name of its parent")
 def test_the_name_of_a_repository_may_have_a_dot(loaded: Loaded) -> None:
     """Diffusers makes it the name of a package."""
     assert_as_saved(loaded.outcomes["2 plain-1.5"], loaded.expected["plain"])

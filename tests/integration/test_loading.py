@@ -190,15 +190,7 @@ def test_a_folder_that_stock_would_sample_wrongly_is_refused_without_consent_exc
     assert torch.equal(loaded.images(3, name), loaded.expected[name])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "newer",
-        pytest.param(
-            "much newer", marks=pytest.mark.xfail(strict=True, reason="names are imported before versions are compared")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["newer", "much newer"])
 def test_a_second_folder_in_one_process_is_refused_if_its_code_is_of_another_version(loaded: Loaded, name: str) -> None:
     """Diffusers executes only the second folder's pipeline.py, beside the first one's files.
 
@@ -226,7 +218,6 @@ def test_a_folder_of_the_stock_pipeline_samples_the_same_as_stock(loaded: Loaded
     torch.testing.assert_close(loaded.images(3, "early"), loaded.images(1, "early"), rtol=0, atol=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="the sentence knows of pickles only")
 def test_a_folder_with_half_precision_alone_asks_for_its_variant(loaded: Loaded) -> None:
     assert "variant='fp16'" in loaded.outcomes["3 half"].refusal
 
