@@ -98,8 +98,10 @@ def _check_numbers(config: RunConfig) -> None:
 _FIXED_SECTIONS = ("data", "model", "diffusion", "objective")
 _FIXED_TRAINING = ("seed", "train_batch_size")
 _FREE_DATA = ("cache_dir",)
-# The others of training shape the weights, so a run that has nothing left to train can no longer follow them.
-_WITHOUT_EFFECT_ON_WEIGHTS = (
+# These have no effect on the weights. The other free settings have one, so that a run with nothing left to train can no
+# longer follow them.
+_SECTIONS_BESIDE_TRAINING = ("preview", "evaluation", "tracking")
+_TRAINING_BESIDE_WEIGHTS = (
     "output_dir", "num_steps", "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps",
     "validate_every_steps", "resume", "cpu",
 )  # fmt: skip
@@ -126,5 +128,10 @@ def changed_settings(old: dict[str, dict[str, object]], new: RunConfig) -> tuple
 
 def changed_too_late(free: list[str]) -> list[str]:
     """Returns those of the free changes that a finished run would have had to know before."""
-    harmless = {f"training.{name}" for name in _WITHOUT_EFFECT_ON_WEIGHTS}
-    return [line for line in free if line.startswith("training.") and line.split()[0] not in harmless]
+    harmless = {f"training.{name}" for name in _TRAINING_BESIDE_WEIGHTS} | {f"data.{name}" for name in _FREE_DATA}
+    names = {line: line.split()[0] for line in free}
+    return [
+        line
+        for line, name in names.items()
+        if name not in harmless and name.split(".")[0] not in _SECTIONS_BESIDE_TRAINING
+    ]
