@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
-from ddpm_hf.config import ConfigError, RunConfig, changed_settings, load_config, read_config_dict, validate
+from ddpm_hf.config import (
+    ConfigError,
+    RunConfig,
+    changed_settings,
+    changed_too_late,
+    load_config,
+    read_config_dict,
+    validate,
+)
 from tests.conftest import REPOSITORY
 
 SOURCE = ("--data.source", "images.parquet")
@@ -504,6 +512,7 @@ def test_a_configuration_cannot_be_changed_behind_a_run() -> None:
         ({"training__micro_batch_size": 32}, False),
         ({"training__mixed_precision": "bf16"}, False),
         ({"data__cache_dir": "/tmp/elsewhere"}, False),
+        ({"data__device_resident": "true"}, False),
         ({"data__device_resident": False}, False),
         ({"data__resolution": 8}, True),
         ({"preview__every_steps": 7}, False),
@@ -526,6 +535,30 @@ def test_a_setting_that_the_checkpoint_does_not_know_of_counts_as_its_default() 
     after = with_changes(objective__timestep_sampling="loss_aware")
     line = "objective.timestep_sampling was 'uniform', is 'loss_aware'"
     assert changed_settings(before, after) == ([line], [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_too_late"),
+    [
+        ({"training__learning_rate": 1e-5}, True),
+        ({"training__mixed_precision": "bf16"}, True),
+        ({"training__ema_decay": 0.5}, True),
+        ({"training__cpu": True}, False),
+        ({"training__log_every_steps": 7}, False),
+        ({"training__validate_every_steps": 7}, False),
+        ({"data__cache_dir": "/tmp/elsewhere"}, False),
+        ({"data__device_resident": "true"}, False),
+        ({"evaluation__num_samples": 7}, False),
+        ({"preview__eta": 0.5}, False),
+        ({"tracking__project": "x"}, False),
+    ],
+)
+def test_a_finished_run_cannot_follow_what_would_have_shaped_its_weights(
+    changes: dict[str, object], is_too_late: bool
+) -> None:
+    _, free = changed_settings(with_changes().to_dict(), with_changes(**changes))
+    assert len(free) == 1
+    assert changed_too_late(free) == (free if is_too_late else [])
 
 
 def test_a_moved_run_folder_or_a_setting_of_a_newer_version_is_no_change() -> None:
