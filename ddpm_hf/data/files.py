@@ -19,8 +19,8 @@ from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.source import NO_LABEL, Source, rows_of_split
 
 IMAGE_SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm",
-    ".pbm", ".pnm", ".tga", ".ico",
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".tga", ".ico",
 )  # fmt: skip
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
