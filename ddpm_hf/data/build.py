@@ -23,6 +23,9 @@ from ddpm_hf.data.source import Source
 Result = TypeVar("Result")
 
 _CELLS_READ_AT_ONCE = 64
+_CELLS_WORKED_AT_ONCE = 8
+_BYTES_WORKED_AT_ONCE = 64 * 1024
+"""Handing small images to a thread one by one takes longer than decoding them."""
 
 
 @dataclass
@@ -219,28 +222,37 @@ def _each(
         except BadImage as error:
             return error
 
-    def cells() -> Iterator[tuple[int, Cell]]:
-        for start in range(0, source.num_images, _CELLS_READ_AT_ONCE):
-            rows = range(start, min(start + _CELLS_READ_AT_ONCE, source.num_images))
-            yield from zip(rows, source.read(rows), strict=True)
-
-    def submit(pool: ThreadPoolExecutor) -> Iterator[tuple[int, str, Future[Result | BadImage]]]:
-        for row, cell in cells():
-            known_bad = Cell(cell.name, None) if row in skip else cell
-            yield row, cell.name, pool.submit(caught, known_bad)
+    def work_on(part: list[tuple[int, Cell]]) -> list[tuple[int, str, Result | BadImage]]:
+        return [(row, cell.name, caught(Cell(cell.name, None) if row in skip else cell)) for row, cell in part]
 
     bar = tqdm(total=source.num_images, desc=description, unit="img", disable=None, leave=False)
     # Pillow warns of damaged tags, which do no harm, and of large images, which are refused.
     with warnings.catch_warnings(), ThreadPoolExecutor(num_threads()) as pool, bar:
         warnings.simplefilter("ignore")
-        submitted = submit(pool)
-        pending: deque[tuple[int, str, Future[Any]]] = deque(islice(submitted, 4 * num_threads()))
+        submitted = (pool.submit(work_on, part) for part in _parts(source))
+        pending: deque[Future[Any]] = deque(islice(submitted, 4 * num_threads()))
         try:
             while pending:
-                row, name, future = pending.popleft()
-                yield row, name, future.result()
+                results = pending.popleft().result()
+                yield from results
                 pending.extend(islice(submitted, 1))
-                bar.update()
+                bar.update(len(results))
         finally:
-            for _, _, future in pending:
+            for future in pending:
                 future.cancel()
+
+
+def _parts(source: Source) -> Iterator[list[tuple[int, Cell]]]:
+    """Yields all images with their rows: large ones by themselves, small ones several together."""
+    part: list[tuple[int, Cell]] = []
+    num_bytes = 0
+    for start in range(0, source.num_images, _CELLS_READ_AT_ONCE):
+        rows = range(start, min(start + _CELLS_READ_AT_ONCE, source.num_images))
+        for row, cell in zip(rows, source.read(rows), strict=True):
+            if part and (len(part) == _CELLS_WORKED_AT_ONCE or num_bytes + cell.num_bytes > _BYTES_WORKED_AT_ONCE):
+                yield part
+                part, num_bytes = [], 0
+            part.append((row, cell))
+            num_bytes += cell.num_bytes
+    if part:
+        yield part

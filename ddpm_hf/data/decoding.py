@@ -46,6 +46,16 @@ class Cell:
     data: bytes | Path | Pixels | None
     problem: str = "it is missing"
 
+    @property
+    def num_bytes(self) -> int:
+        """How long the data are; 0 where there are none."""
+        if isinstance(self.data, Path):
+            try:
+                return self.data.stat().st_size
+            except OSError:
+                return 0
+        return 0 if self.data is None else len(self.data) if isinstance(self.data, bytes) else self.data.nbytes
+
     def read(self) -> bytes:
         """Returns the encoded bytes, or those of the pixels.
 
