@@ -13,7 +13,7 @@ from .forward_process import check_process
 from .images import OUTPUT_TYPES, check_size, to_images, to_unit_range
 from .sampling import ClassLabels, Condition, label_numbers, start_run, step_arguments
 
-CORE_VERSION = "1.1.0"
+CORE_VERSION = "1.2.0"
 
 CALLBACK_TENSORS = ["sample", "model_output"]
 

@@ -17,7 +17,7 @@ from .denoising import Run, SamplingOptions
 from .folder import NATIVE_SCHEDULER
 from .images import ImageInput, from_mask
 
-CORE_VERSION = "1.1.0"
+CORE_VERSION = "1.2.0"
 
 
 class Editing:

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-CORE_VERSION = "1.1.0"
+CORE_VERSION = "1.2.0"
 
 LIST_FORM = ["pipeline", "GaussianDiffusionPipeline"]
 NATIVE_SCHEDULER = "GaussianDiffusionScheduler"

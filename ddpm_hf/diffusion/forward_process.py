@@ -13,7 +13,7 @@ import torch
 from . import gaussian
 from .noise_schedule import STOCK_BETA_SCHEDULES, NoiseSchedule
 
-CORE_VERSION = "1.1.0"
+CORE_VERSION = "1.2.0"
 
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
 CHOICES: dict[str, tuple[str | bool, ...]] = {
@@ -188,7 +188,7 @@ class ForwardProcess:
         self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
         """Returns x_0 as the network's output predicts it, not clipped, (batch, channels, ...)."""
-        output, _ = self._split(model_output.to(compute_dtype(sample)), sample)
+        output, _ = self.split_variance(model_output.to(compute_dtype(sample)), sample)
         x_t = sample.to(output.dtype)
         x_0 = gaussian.predict_x_0(self.config["prediction_type"], output, x_t, *self._alpha_sigma(timesteps, x_t))
         return x_0.to(sample.dtype)
@@ -197,7 +197,7 @@ class ForwardProcess:
         self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
         """Returns the noise in the sample as the network's output predicts it, (batch, channels, ...)."""
-        output, _ = self._split(model_output.to(compute_dtype(sample)), sample)
+        output, _ = self.split_variance(model_output.to(compute_dtype(sample)), sample)
         x_t = sample.to(output.dtype)
         eps = gaussian.predict_eps(self.config["prediction_type"], output, x_t, *self._alpha_sigma(timesteps, x_t))
         return eps.to(sample.dtype)
@@ -219,7 +219,7 @@ class ForwardProcess:
         like = torch.empty(index.numel(), device=index.device)
         return self.gather("snr", index, like).view(index.shape)
 
-    def _split(self, model_output: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def split_variance(self, model_output: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Separates prediction and variance, the two halves of the channels where the variance is learned."""
         learned = self.config["variance_type"] in LEARNED_VARIANCE_TYPES
         expected = list(x_t.shape)

@@ -11,7 +11,7 @@ import torch
 
 from .noise_schedule import Transition
 
-CORE_VERSION = "1.1.0"
+CORE_VERSION = "1.2.0"
 
 Coefficient = float | torch.Tensor
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-CORE_VERSION = "1.1.0"
+CORE_VERSION = "1.2.0"
 
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8")
 ImageInput: TypeAlias = Image.Image | Sequence[Image.Image] | np.ndarray[Any, Any] | torch.Tensor

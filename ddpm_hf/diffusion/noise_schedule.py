@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-CORE_VERSION = "1.1.0"
+CORE_VERSION = "1.2.0"
 
 STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 """The schedules that every scheduler of diffusers knows by name."""

@@ -17,7 +17,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-CORE_VERSION = "1.1.0"
+CORE_VERSION = "1.2.0"
 
 
 def _refuse_other_versions(versions: set[str]) -> None:
@@ -56,6 +56,8 @@ from .gaussian import CORE_VERSION as GAUSSIAN_VERSION
 from .images import CORE_VERSION as IMAGES_VERSION
 from .images import ImageInput, from_images
 from .noise_schedule import CORE_VERSION as NOISE_SCHEDULE_VERSION
+from .reverse_variance import CORE_VERSION as REVERSE_VARIANCE_VERSION
+from .reverse_variance import find_second_moments
 from .sampling import CORE_VERSION as SAMPLING_VERSION
 from .sampling import ClassLabels, number_of_images
 from .scheduler import CORE_VERSION as SCHEDULER_VERSION
@@ -70,6 +72,7 @@ PORTABLE_FILES = (
     "images.py",
     "folder.py",
     "scheduler.py",
+    "reverse_variance.py",
     "forward_process.py",
     "gaussian.py",
     "timesteps.py",
@@ -84,6 +87,7 @@ _refuse_other_versions(
         IMAGES_VERSION,
         FOLDER_VERSION,
         SCHEDULER_VERSION,
+        REVERSE_VARIANCE_VERSION,
         FORWARD_PROCESS_VERSION,
         GAUSSIAN_VERSION,
         TIMESTEPS_VERSION,
@@ -263,15 +267,20 @@ class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
         Raises:
             ValueError: The weights exist only as pickles and `use_safetensors=False` was not given.
         """
-        if "use_safetensors" in kwargs:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True} | kwargs)
         except OSError as error:
-            if not re.search("no file named .*safetensors|necessary `safetensors`", str(error)):
+            if "use_safetensors" in kwargs or not re.search(
+                "no file named .*safetensors|necessary `safetensors`", str(error)
+            ):
                 raise
             raise ValueError(
                 f"{pretrained_model_name_or_path} has no weights in the safetensors format under the usual name. If it"
                 " has those of a variant, pass its name, such as variant='fp16'. If you trust it, pass"
                 " use_safetensors=False to read its pickled .bin weights, and save the pipeline anew."
             ) from error
+        pipeline = loaded[0] if isinstance(loaded, tuple) else loaded
+        file = find_second_moments(pretrained_model_name_or_path, kwargs)
+        if file is not None and isinstance(pipeline.scheduler, GaussianDiffusionScheduler):
+            pipeline.scheduler.load_second_moments(file)
+        return loaded

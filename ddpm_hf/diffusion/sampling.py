@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-CORE_VERSION = "1.1.0"
+CORE_VERSION = "1.2.0"
 
 ClassLabels = int | str | Iterable[int | str] | torch.Tensor
 

@@ -6,8 +6,10 @@ difference from diffusers.
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,9 +31,10 @@ from .noise_schedule import (
     scale_beta_range,
     whole_number,
 )
+from .reverse_variance import ReverseVariance
 from .timesteps import SamplingRun, spaced_timesteps
 
-CORE_VERSION = "1.1.0"
+CORE_VERSION = "1.2.0"
 
 PREDICTION_TYPE_ALIASES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 SMALLEST_ALPHA_BAR = 1e-38
@@ -51,7 +54,7 @@ class GaussianDiffusionSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
+class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin, ConfigMixin):
     """Noises training data and runs the reverse process.
 
     The configuration has the keys, values and defaults of `diffusers.DDPMScheduler`, so each class reads the other's
@@ -294,18 +297,18 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
             )
         dtype = compute_dtype(sample)
         x_t = sample.to(dtype)
-        output, variance_output = self._split(model_output.to(dtype), x_t)
+        output, variance_output = self.split_variance(model_output.to(dtype), x_t)
         alpha, sigma = math.sqrt(transition.alpha_bar), math.sqrt(1 - transition.alpha_bar)
-        x_0 = self._clip(gaussian.predict_x_0(self.config["prediction_type"], output, x_t, alpha, sigma))
+        x_0 = self.clip(gaussian.predict_x_0(self.config["prediction_type"], output, x_t, alpha, sigma))
         x_prev = gaussian.posterior_mean(x_0, x_t, *gaussian.reverse_mean_coefficients(transition, float(eta)))
-        if eta > 0 and transition.previous_timestep >= 0:
+        if (eta > 0 or self.analytic_variance) and transition.previous_timestep >= 0:
             x_prev = self._add_reverse_noise(x_prev, transition, variance_output, generator, float(eta))
         x_prev, x_0 = x_prev.to(sample.dtype), x_0.to(sample.dtype)
         if not return_dict:
             return x_prev, x_0
         return GaussianDiffusionSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0)
 
-    def _clip(self, x_0: torch.Tensor) -> torch.Tensor:
+    def clip(self, x_0: torch.Tensor) -> torch.Tensor:
         """Thresholds or clips a prediction of x_0 as configured."""
         if self.config["thresholding"]:
             ratio, max_value = self.config["dynamic_thresholding_ratio"], self.config["sample_max_value"]
@@ -327,7 +330,7 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
             raise ValueError(f"generator is a list of {len(generator)} for a batch of {len(mean)}; pass one for each.")
         noise = randn_tensor(tuple(mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)
         if variance_output is None:
-            return torch.add(mean, noise, alpha=eta * math.sqrt(self._fixed_variance(transition)))
+            return torch.add(mean, noise, alpha=math.sqrt(self.fixed_variance(transition, eta)))
         log_min, log_max = -1.0, 1.0  # learned: the output is the log-variance itself
         if self.config["variance_type"] == "learned_range":
             log_min, log_max = math.log(transition.posterior_variance), math.log(transition.beta)
@@ -335,9 +338,10 @@ class GaussianDiffusionScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
 
     def _get_variance(self, t: int) -> torch.Tensor:
         """Fixed variance of the step from t, under the name that it has in DDPMScheduler."""
-        return torch.tensor(self._fixed_variance(self._run.transitions[self._run.row(t)]))
+        return torch.tensor(self.fixed_variance(self._run.transitions[self._run.row(t)]))
 
-    def _fixed_variance(self, transition: Transition) -> float:
-        """Variance of a reverse step that the network does not predict. Section 3.2, Ho et al. 2020."""
-        small = self.config["variance_type"] in ("fixed_small", "fixed_small_log")
-        return transition.posterior_variance if small else transition.beta
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes the configuration, and the second moments of the analytic variance if they are known."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.save_second_moments(save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

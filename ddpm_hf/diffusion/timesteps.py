@@ -12,7 +12,7 @@ import torch
 
 from .noise_schedule import NoiseSchedule, whole_number
 
-CORE_VERSION = "1.1.0"
+CORE_VERSION = "1.2.0"
 
 
 def spaced_timesteps(spacing: str, num_inference_steps: int, num_train_timesteps: int, offset: int = 0) -> list[int]:

@@ -22,8 +22,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diffusion.timesteps": {"diffusion.noise_schedule"},
     "diffusion.gaussian": {"diffusion.noise_schedule"},
     "diffusion.forward_process": {"diffusion.noise_schedule", "diffusion.gaussian"},
+    "diffusion.reverse_variance": {"diffusion.noise_schedule", "diffusion.gaussian"},
     "diffusion.scheduler": {
         "diffusion.noise_schedule",
+        "diffusion.reverse_variance",
         "diffusion.timesteps",
         "diffusion.gaussian",
         "diffusion.forward_process",
@@ -83,8 +85,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.trainer": {"config", "diffusion", "rng", "training"},
     "training.weighting": {"config"},
     "evaluation.__init__": set(),
+    "evaluation.chain": {"data", "diffusion"},
+    "evaluation.likelihood": {"data", "diffusion", "evaluation.chain", "rng"},
     "evaluation.recognition": set(),
     "evaluation.sampling": {"config", "data", "diffusion", "rng"},
+    "evaluation.second_moments": {"data", "diffusion", "evaluation.chain", "rng"},
     "report": {"evaluation.recognition", "plots"},
     "cli": {"ddpm_hf", "config", "data", "diffusion", "evaluation", "plots", "report", "rng", "training", "unet"},
     "__main__": {"cli"},
@@ -95,7 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 HOMES_OF_LIBRARIES = {
     "accelerate": {"training"},
     "datasets": {"data"},
-    "huggingface_hub": {"data", "hub", "pretrained"},
+    "huggingface_hub": {"data", "diffusion.reverse_variance", "hub", "pretrained"},
     "jsonargparse": {"config"},
     "matplotlib": {"plots"},
     "scipy": {"training.noise"},
@@ -107,7 +112,11 @@ HOMES_OF_LIBRARIES = {
 # Imported where they are used, so that what does not use them runs without them and starts quickly.
 ONLY_INSIDE_FUNCTIONS = {"datasets", "matplotlib", "scipy", "sklearn", "tensorboard", "trackio", "wandb"}
 # The core travels with every checkpoint, to machines that have no more than this.
-LIBRARIES_OF_THE_CORE = {"torch", "diffusers", "numpy", "PIL", "typing_extensions"}  # the last comes with torch
+LIBRARIES_OF_THE_CORE = {
+    "torch", "diffusers", "numpy", "PIL",
+    "typing_extensions",  # comes with torch
+    "huggingface_hub", "safetensors",  # come with diffusers
+}  # fmt: skip
 WITHOUT_TORCH = {"__init__", "config", "evaluation.recognition", "plots", "report", "training.checkpoint"}
 
 FORBIDDEN_LIBRARIES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}

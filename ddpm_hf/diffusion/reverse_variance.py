@@ -1,0 +1,139 @@
+"""The variance of a reverse step: fixed, or optimal for a trained network (Analytic-DPM), without training it again.
+
+The optimum needs one number for each timestep of the training chain, Gamma_t = E |eps(x_t)|^2 / d, the second moment of
+the network's prediction of the noise. It lies beside the scheduler's configuration as `reverse_variance.safetensors`;
+the configuration itself stays that of a fixed variance, which every scheduler of diffusers reads.
+"""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import load, save
+
+from .gaussian import reverse_mean_coefficients
+from .noise_schedule import NoiseSchedule, Transition
+
+CORE_VERSION = "1.2.0"
+
+FILE_NAME = "reverse_variance.safetensors"
+
+
+def analytic_variance(step: Transition, eta: float, second_moment: float) -> float:
+    """Optimal variance of a reverse step. Theorem 1, Bao et al. 2022, for any two timesteps and eta.
+
+    It is eta^2 times the posterior variance and, since x_0 is only predicted, the square of its factor in the mean
+    times the variance that is left of x_0: (1 - alpha_bar) / alpha_bar (1 - Gamma), and at most 1, as data in [-1, 1]
+    have.
+
+    Args:
+        step: The step.
+        eta: 0 (DDIM) to 1 (DDPM).
+        second_moment: Gamma_t; 1 is a network that knows the noise exactly, and so is what an estimate has above it.
+    """
+    coef_x_0, _ = reverse_mean_coefficients(step, eta)
+    unexplained = max(1 - second_moment, 0.0)
+    left = (1 - step.alpha_bar) * unexplained
+    variance_of_x_0 = left / step.alpha_bar if left < step.alpha_bar else 1.0
+    return eta**2 * step.posterior_variance + coef_x_0**2 * variance_of_x_0
+
+
+class ReverseVariance:
+    """The part of the scheduler that says how much noise a reverse step adds where the network does not.
+
+    Attributes:
+        analytic_variance: Whether the variance is the optimal one; False until it is set. With it a run of eta 0 adds
+            noise too.
+    """
+
+    config: Any
+    noise_schedule: NoiseSchedule
+    _second_moments: torch.Tensor | None = None
+    _uses_analytic = False
+
+    @property
+    def eps_second_moments(self) -> torch.Tensor | None:
+        """Gamma_t of the network, float64 (T,) on the CPU, or None where it was never estimated."""
+        return self._second_moments
+
+    @eps_second_moments.setter
+    def eps_second_moments(self, moments: torch.Tensor | None) -> None:
+        if moments is None:
+            self._second_moments, self._uses_analytic = None, False
+            return
+        moments = torch.as_tensor(moments).detach().to("cpu", torch.float64)
+        if moments.shape != (len(self.noise_schedule),) or not bool((moments.isfinite() & (moments >= 0)).all()):
+            raise ValueError(
+                f"eps_second_moments has shape {tuple(moments.shape)}; it must be {len(self.noise_schedule)} finite"
+                " numbers of at least 0, one for each timestep of the training chain."
+            )
+        if self.config["variance_type"] not in ("fixed_small", "fixed_small_log"):
+            raise ValueError(
+                f"variance_type is {self.config['variance_type']}; the analytic variance replaces fixed_small only."
+            )
+        self._second_moments = moments
+
+    @property
+    def analytic_variance(self) -> bool:
+        """Whether the variance of a reverse step is the optimal one for the network."""
+        return self._uses_analytic
+
+    @analytic_variance.setter
+    def analytic_variance(self, value: bool) -> None:
+        if value and self._second_moments is None:
+            raise ValueError(
+                "analytic_variance needs the second moments of the network's prediction; estimate them with"
+                " ddpm_hf.evaluation.estimate_second_moments, or set eps_second_moments."
+            )
+        self._uses_analytic = bool(value)
+
+    def fixed_variance(self, transition: Transition, eta: float = 1.0) -> float:
+        """Variance of a reverse step that the network does not predict.
+
+        Section 3.2, Ho et al. 2020, times eta^2; or the optimal one.
+        """
+        if self._uses_analytic:
+            assert self._second_moments is not None
+            return analytic_variance(transition, eta, float(self._second_moments[transition.timestep]))
+        small = self.config["variance_type"] in ("fixed_small", "fixed_small_log")
+        return eta**2 * (transition.posterior_variance if small else transition.beta)
+
+    def save_second_moments(self, folder: str | PathLike[str]) -> None:
+        """Writes Gamma beside the configuration, if it is known."""
+        if self._second_moments is not None:
+            (Path(folder) / FILE_NAME).write_bytes(save({"eps_second_moments": self._second_moments}))
+
+    def load_second_moments(self, file: str | PathLike[str]) -> None:
+        """Reads Gamma.
+
+        Raises:
+            ValueError: The file is damaged, or of another chain.
+        """
+        try:
+            tensors = load(Path(file).read_bytes())
+        except Exception as error:  # safetensors has an exception of its own, and raises others for damaged files
+            raise ValueError(f"{file} cannot be read ({error}); remove it and estimate it again.") from error
+        if set(tensors) != {"eps_second_moments"}:
+            raise ValueError(f"{file} holds {sorted(tensors)} instead of eps_second_moments; remove it.")
+        self.eps_second_moments = tensors["eps_second_moments"]
+
+
+def find_second_moments(name_or_path: str | PathLike[str], options: dict[str, Any]) -> Path | None:
+    """Returns the file in a saved pipeline, or in the cache where a repository was just loaded from, if there is one.
+
+    Args:
+        name_or_path: Of the pipeline.
+        options: The keyword arguments that it was loaded with.
+    """
+    if Path(name_or_path).is_dir():
+        file = Path(name_or_path) / "scheduler" / FILE_NAME
+        return file if file.is_file() else None
+    cached = try_to_load_from_cache(
+        str(name_or_path),
+        f"scheduler/{FILE_NAME}",
+        cache_dir=options.get("cache_dir"),
+        revision=options.get("revision"),
+    )
+    return Path(cached) if isinstance(cached, str) else None

@@ -1,0 +1,49 @@
+"""The second moments of a network's prediction of the noise, which make its reverse variances optimal."""
+
+import math
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ddpm_hf.data import ImageSet
+from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.evaluation.chain import Chain, batches_of, load_images
+from ddpm_hf.rng import normal_by_position
+
+
+@torch.no_grad()
+def estimate_second_moments(
+    pipeline: GaussianDiffusionPipeline, images: ImageSet, *, seed: int, num_images: int, batch_size: int = 64
+) -> torch.Tensor:
+    """Estimates Gamma_t = E |eps(x_t)|^2 / d for every timestep of the training chain. Eq. 8, Bao et al. 2022.
+
+    Each timestep sees the next `num_images` images of the set, so a small number sees different ones at each.
+
+    Args:
+        pipeline: The network and the scheduler.
+        images: Training images; held-out ones would tell of the data what the network was not trained on.
+        seed: Of the noise.
+        num_images: For each timestep.
+        batch_size: Images of one forward.
+
+    Returns:
+        float64 (T,), for `scheduler.eps_second_moments`.
+    """
+    chain = Chain(pipeline)
+    moments = torch.zeros(len(chain), dtype=torch.float64)
+    was_training = pipeline.unet.training
+    pipeline.unet.eval()
+    try:
+        for row, step in enumerate(tqdm(chain.transitions, "Second moments", disable=None, leave=False)):
+            total = 0.0
+            for positions in batches_of(range(row * num_images, (row + 1) * num_images), batch_size):
+                turn = np.asarray(positions) % len(images)
+                x_0, class_labels = load_images(images, turn, chain, with_labels=pipeline.num_classes > 0)
+                noise = normal_by_position(seed, "moments", 0, positions, x_0.shape[1:], chain.device).to(chain.dtype)
+                eps = chain.predict(chain.noised(x_0, noise, step), step, class_labels).eps
+                total += float((eps.double() ** 2).sum()) / math.prod(eps.shape[1:])
+            moments[step.timestep] = total / num_images
+    finally:
+        pipeline.unet.train(was_training)
+    return moments

@@ -1,0 +1,233 @@
+"""Bits per dimension against integrals, sums and constants that were made without the code under test."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gaussian_pipeline import GaussianUnet, best_x_0, gaussian_images, gaussian_pipeline
+from scipy import integrate, stats
+
+from ddpm_hf.data import ImageSet
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.evaluation.chain import Chain
+from ddpm_hf.evaluation.likelihood import _weights, variational_bound
+from ddpm_hf.rng import normal_by_position
+from tests.conftest import tiny_unet
+
+SEED = 3
+ALPHA_BARS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+SHORT = [999, 700, 300, 40, 3, 0]
+
+
+def reverse_variance(kind: str, step: int, chain: list[int]) -> float:
+    """Section 3.2 of DDPM and Eq. 15 of improved DDPM on a chain; where the lower one is 0, that of the step before."""
+    bars = [*(ALPHA_BARS[t] for t in chain), 1.0]
+    beta = 1 - bars[step] / bars[step + 1]
+    is_last = step == len(chain) - 1
+    row = step - 1 if is_last else step
+    small = (1 - bars[row + 1]) / (1 - bars[row]) * (1 - bars[row] / bars[row + 1])
+    if kind == "learned":
+        return math.exp(GaussianUnet.V)
+    if kind == "learned_range":
+        return math.exp((GaussianUnet.V + 1) / 2 * math.log(beta) + (1 - GaussianUnet.V) / 2 * math.log(small))
+    return beta if kind == "fixed_large" and not is_last else small
+
+
+def bits_by_integration(x_0: float, noise: dict[int, float], kind: str, chain: list[int]) -> tuple[float, list[float]]:
+    """Eq. 5 of DDPM for one pixel, every divergence and probability by quadrature."""
+    final = ALPHA_BARS[chain[0]]
+    prior = divergence(math.sqrt(final) * x_0, 1 - final, 0.0, 1.0)
+    terms = []
+    for step, t in enumerate(chain):
+        now, then = ALPHA_BARS[t], ALPHA_BARS[chain[step + 1]] if step + 1 < len(chain) else 1.0
+        x_t = math.sqrt(now) * x_0 + math.sqrt(1 - now) * noise[t]
+        guess = float(best_x_0(x_t, now)) + GaussianUnet.OFFSET
+        beta = 1 - now / then
+        variance = reverse_variance(kind, step, chain)
+
+        def mean(x: float, x_t: float = x_t, now: float = now, then: float = then, beta: float = beta) -> float:
+            return (math.sqrt(then) * beta * x + math.sqrt(1 - beta) * (1 - then) * x_t) / (1 - now)
+
+        if step + 1 < len(chain):
+            terms.append(divergence(mean(x_0), (1 - then) / (1 - now) * beta, mean(guess), variance))
+        else:
+            low, high = (-math.inf if x_0 == -1 else x_0 - 1 / 255), (math.inf if x_0 == 1 else x_0 + 1 / 255)
+            model = stats.norm(mean(guess), math.sqrt(variance))
+            probability = model.sf(low) - model.sf(high) if low > mean(guess) else model.cdf(high) - model.cdf(low)
+            terms.append(-math.log(probability))
+    return prior / math.log(2), [nats / math.log(2) for nats in terms]
+
+
+def divergence(mean: float, variance: float, other_mean: float, other_variance: float) -> float:
+    """KL of two Gaussians, integrated."""
+
+    def log_density(x: float, mean: float, variance: float) -> float:
+        return -((x - mean) ** 2) / (2 * variance) - math.log(2 * math.pi * variance) / 2
+
+    def integrand(x: float) -> float:
+        truth = log_density(x, mean, variance)
+        return math.exp(truth) * (truth - log_density(x, other_mean, other_variance))
+
+    reach = 10 * math.sqrt(variance)
+    return float(integrate.quad(integrand, mean - reach, mean + reach, epsabs=1e-13)[0])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("kind", VARIANCES)
+def test_the_bound_of_a_gaussian_is_the_integral(kind: str, prediction_type: str) -> None:
+    """To 1e-6 of each term, in float64: what quadrature and the tables of the chain leave."""
+    images = gaussian_images(4)
+    pipeline = gaussian_pipeline(variance_type=kind, prediction_type=prediction_type)
+    bound = variational_bound(pipeline, images, seed=SEED, timesteps=SHORT, batch_size=3)
+    priors, terms = [], []
+    for image in range(4):
+        for pixel in range(2):
+            x_0 = float(images.images[image, 0, 0, pixel]) / 127.5 - 1
+            here = range(image, image + 1)
+            drawn = {
+                t: float(normal_by_position(SEED, "bound_noise", t, here, (1, 1, 2), "cpu")[0, 0, 0, pixel])
+                for t in SHORT
+            }
+            prior, bits = bits_by_integration(x_0, drawn, kind, SHORT)
+            priors.append(prior)
+            terms.append(bits)
+    np.testing.assert_allclose(bound.terms, np.mean(terms, axis=0), rtol=1e-6)
+    assert bound.prior == pytest.approx(np.mean(priors), rel=1e-6)
+    assert bound.bits_per_dim == pytest.approx(np.mean(priors) + np.sum(np.mean(terms, axis=0)), rel=1e-6)
+    each = np.reshape(np.sum(terms, axis=1) + priors, (4, 2)).mean(axis=1)
+    assert bound.standard_error == pytest.approx(each.std(ddof=1) / 2, rel=1e-6)
+
+
+def test_the_prior_costs_what_the_paper_says() -> None:
+    """Section 4.1 of DDPM: about 1e-5 bits per dimension; 1.16e-5 where the mean of x_0^2 is 0.4."""
+    chain = Chain(gaussian_pipeline())
+    bits = chain.prior(torch.tensor([[[[0.4**0.5]]]], dtype=torch.float64)).item() / math.log(2)
+    assert bits == pytest.approx(1.16e-5, rel=5e-3)
+
+
+def test_rate_and_distortion_are_those_of_a_progressive_code() -> None:
+    """The rate before x_t is the prior and the terms above it; the distortion is on the scale of gray levels."""
+    bound = variational_bound(gaussian_pipeline(), gaussian_images(6), seed=0, timesteps=SHORT)
+    assert bound.rate[0] == bound.prior
+    assert bound.rate[-1] + bound.terms[-1] == pytest.approx(bound.bits_per_dim, rel=1e-12)
+    np.testing.assert_allclose(bound.distortion**2 / 127.5**2, bound.x_0_mse)
+    assert bound.distortion[0] > bound.distortion[-1] > 0
+
+
+def test_the_errors_of_a_perfect_network_are_what_x_t_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Var(x_0 | x_t) of Gaussian data; four standard errors, sqrt(2 / n), of a mean of n squares."""
+    monkeypatch.setattr(GaussianUnet, "OFFSET", 0.0)
+    images = gaussian_images(300, (4, 4))
+    bound = variational_bound(gaussian_pipeline((4, 4)), images, seed=0, timesteps=SHORT)
+    bars, scale = ALPHA_BARS[SHORT], (images.images / 127.5 - 1).std() ** 2
+    left = scale * (1 - bars) / (bars * scale + 1 - bars)
+    np.testing.assert_allclose(bound.x_0_mse, left, rtol=4 * math.sqrt(2 / 4800) + 0.05)
+    np.testing.assert_allclose(bound.eps_mse, left * bars / (1 - bars), rtol=4 * math.sqrt(2 / 4800) + 0.05)
+
+
+def test_the_bound_depends_on_neither_batches_nor_processes() -> None:
+    """To 1e-12: the order of additions."""
+    pipeline, images = gaussian_pipeline(), gaussian_images(7)
+    whole = variational_bound(pipeline, images, seed=SEED, timesteps=SHORT, batch_size=7)
+    parts: dict[tuple[int, int], Any] = {}
+
+    def run(rank: int) -> Any:
+        calls = iter(range(3))
+
+        def gather(mine: np.ndarray) -> np.ndarray:
+            call = next(calls)
+            parts[rank, call] = mine
+            return np.concatenate([parts.get((r, call), mine[:0]) for r in range(2)])
+
+        return variational_bound(
+            pipeline, images, seed=SEED, timesteps=SHORT, batch_size=2, rank=rank, num_processes=2, gather=gather
+        )
+
+    run(0)
+    joined = run(1)
+    np.testing.assert_allclose(joined.totals, whole.totals, rtol=1e-12)
+    np.testing.assert_allclose(joined.terms, whole.terms, rtol=1e-12)
+    np.testing.assert_array_equal(joined.counts, [7] * len(SHORT))
+
+
+@pytest.mark.parametrize(("num_steps", "num_terms"), [(1000, 10), (50, 7), (6, 2), (6, 6)])
+def test_an_estimate_of_a_few_terms_counts_each_term_once_on_average(num_steps: int, num_terms: int) -> None:
+    """The mean weight of a term is 1: four standard errors of the mean of 5,000 draws of a weight w with odds 1 / w."""
+    weights = _weights(num_steps, num_terms, 0, range(5_000))
+    assert ((weights > 0).sum(axis=0) == num_terms).all()
+    assert (weights.sum(axis=0) == num_steps).all()
+    assert (weights[-1] == 1).all()
+    width = weights.max()
+    np.testing.assert_allclose(weights.mean(axis=1), 1, atol=4 * math.sqrt((width - 1) / 5_000) + 1e-12)
+
+
+def test_an_estimate_of_a_few_terms_costs_so_many_calls() -> None:
+    bound = variational_bound(gaussian_pipeline(), gaussian_images(9), seed=0, num_terms=4)
+    assert bound.counts.sum() == 9 * 4
+    assert bound.counts[-1] == 9
+    assert len(bound.terms) == 1000
+
+
+def test_the_bound_clips_what_sampling_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prediction above 1 for a white pixel costs nothing once it is clipped to 1, but for the decoder."""
+    monkeypatch.setattr(GaussianUnet, "OFFSET", 5.0)
+    white = ImageSet(np.full((1, 1, 1, 2), 255, np.uint8), None, None, np.arange(1))
+    costs = [
+        variational_bound(gaussian_pipeline(clip_sample=clip), white, seed=0, timesteps=SHORT).terms[:-1]
+        for clip in (True, False)
+    ]
+    assert (costs[0] < 1e-12).all()
+    assert (costs[1] > 1e-3).all()
+
+
+def test_a_network_that_is_fed_back_its_prediction_is_called_with_it() -> None:
+    pipeline = GaussianDiffusionPipeline(
+        tiny_unet(self_conditioned=True), GaussianDiffusionScheduler(), self_conditioned=True
+    )
+    seen: list[torch.Tensor] = []
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    chain = Chain(pipeline, [500])
+    with torch.no_grad():
+        chain.predict(x_t, chain.transitions[0], None)
+    first, second = seen
+    assert (first[:, 1:] == 0).all()
+    assert 0 < second[:, 1:].abs().max() <= 1
+    torch.testing.assert_close(first[:, :1], second[:, :1])
+
+
+def test_the_mode_of_the_network_is_put_back_and_nothing_global_is_drawn() -> None:
+    pipeline = gaussian_pipeline()
+    pipeline.unet.train()
+    state = torch.get_rng_state()
+    variational_bound(pipeline, gaussian_images(3), seed=0, timesteps=[5, 0])
+    assert pipeline.unet.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "sentence"),
+    [
+        (np.zeros((2, 1, 1, 2), np.uint16), {}, "the images have uint16 values; bits per dimension are those of 8-bit"),
+        (np.zeros((0, 1, 1, 2), np.uint8), {}, "there are no images"),
+        (np.zeros((2, 3, 1, 2), np.uint8), {}, "the images have 3 channels and the network 1"),
+        (np.zeros((2, 1, 1, 2), np.uint8), {"num_terms": 1}, "num_terms is 1; it must be between 2 and 1000"),
+        (np.zeros((2, 1, 1, 2), np.uint8), {"timesteps": [0, 5]}, "timesteps must be strictly descending"),
+    ],
+)
+def test_what_has_no_bits_per_dimension_is_refused(images: np.ndarray, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        variational_bound(gaussian_pipeline(), ImageSet(images, None, None, np.arange(len(images))), seed=0, **options)
+
+
+def test_a_network_with_classes_needs_labels() -> None:
+    pipeline = GaussianDiffusionPipeline(tiny_unet(num_class_embeds=3), GaussianDiffusionScheduler())
+    images = np.zeros((2, 1, 8, 8), np.uint8)
+    for labels in (None, np.array([0, 3])):
+        with pytest.raises(ValueError, match="each image needs a label from 0 to 2"):
+            variational_bound(pipeline, ImageSet(images, labels, None, np.arange(2)), seed=0, timesteps=[0])
+    bound = variational_bound(pipeline, ImageSet(images, np.array([0, 2]), None, np.arange(2)), seed=0, timesteps=[0])
+    assert len(bound.totals) == 2

@@ -1,0 +1,139 @@
+"""The analytic variance is that of the true reverse step where this is known; its file travels with the pipeline."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from gaussian_pipeline import DEVIATION, GaussianUnet, gaussian_images, gaussian_pipeline
+from safetensors.torch import save_file
+
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.reverse_variance import FILE_NAME, analytic_variance
+from ddpm_hf.evaluation.likelihood import variational_bound
+from ddpm_hf.evaluation.second_moments import estimate_second_moments
+from tests.conftest import tiny_unet
+
+ALPHA_BARS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+MOMENTS = (1 - ALPHA_BARS) / (ALPHA_BARS * DEVIATION**2 + 1 - ALPHA_BARS)
+"""E[eps^2] of the best prediction for N(m, DEVIATION^2): 1 - Var(eps | x_t)."""
+
+
+@pytest.mark.parametrize("pair", [(999, 998), (999, 500), (500, 499), (500, 3), (40, 0), (1, 0)])
+def test_the_variance_is_that_of_the_true_reverse_step(pair: tuple[int, int]) -> None:
+    """q(x_s | x_t) of Gaussian data by conditioning their joint Gaussian; to 1e-9, the cancellation in it."""
+    t, s = pair
+    now, then = ALPHA_BARS[t], ALPHA_BARS[s]
+    variance_s, variance_t = (bar * DEVIATION**2 + 1 - bar for bar in (then, now))
+    covariance = math.sqrt(now / then) * variance_s
+    scheduler = GaussianDiffusionScheduler()
+    step = scheduler.noise_schedule.transitions([t, s])[0]
+    assert analytic_variance(step, 1.0, MOMENTS[t]) == pytest.approx(variance_s - covariance**2 / variance_t, rel=1e-9)
+
+
+def test_a_chain_without_eta_adds_only_what_is_not_known_of_x_0() -> None:
+    """Eq. 8 of Bao et al. with lambda = 0, written as they do."""
+    step = GaussianDiffusionScheduler().noise_schedule.transitions([500, 300])[0]
+    alpha = step.alpha_bar / step.alpha_bar_prev
+    factor = math.sqrt((1 - step.alpha_bar) / alpha) - math.sqrt(1 - step.alpha_bar_prev)
+    assert analytic_variance(step, 0.0, 0.99) == pytest.approx(factor**2 * 0.01, rel=1e-9)
+    assert analytic_variance(step, 0.0, 1.2) == 0
+
+
+@pytest.mark.parametrize("second_moment", [0.0, 0.9])
+def test_data_in_the_range_bound_the_variance(second_moment: float) -> None:
+    """Without signal nothing is known of x_0, whose variance is at most 1; the ratio would be infinite."""
+    scheduler = GaussianDiffusionScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    step = scheduler.noise_schedule.transitions([999, 300])[0]
+    assert step.alpha_bar == 0
+    variance = analytic_variance(step, 1.0, second_moment)
+    assert variance == pytest.approx(step.posterior_variance + step.alpha_bar_prev, rel=1e-9)
+
+
+def test_moments_are_estimated() -> None:
+    """Four standard errors of a mean of n squares of normal values, and the rounding to 8 bits at t = 0."""
+    pipeline = gaussian_pipeline((4, 4), num_train_timesteps=40, beta_end=0.4)
+    object.__setattr__(pipeline.unet, "OFFSET", 0.0)
+    images = gaussian_images(64, (4, 4))
+    moments = estimate_second_moments(pipeline, images, seed=0, num_images=64, batch_size=10)
+    bars = pipeline.scheduler.noise_schedule.alphas_cumprod
+    spread = float((images.images / 127.5 - 1).var())
+    # The network takes DEVIATION^2 for the variance, the images have another: x_t has the one, its gain the other.
+    gain = bars * DEVIATION**2 / (bars * DEVIATION**2 + 1 - bars)
+    expected = (bars * spread + 1 - bars) * (1 - gain) ** 2 / (1 - bars)
+    torch.testing.assert_close(moments, expected, rtol=4 * math.sqrt(2 / 1024) + 0.02, atol=0)
+
+
+def test_the_analytic_variance_lowers_the_bound_of_a_short_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GaussianUnet, "OFFSET", 0.0)
+    images, chain = gaussian_images(50), list(range(0, 1000, 50))[::-1]
+    bits = {}
+    for kind in ("fixed_small", "fixed_large", "analytic"):
+        pipeline = gaussian_pipeline(variance_type="fixed_small" if kind == "analytic" else kind)
+        if kind == "analytic":
+            pipeline.scheduler.eps_second_moments = torch.from_numpy(MOMENTS)
+            pipeline.scheduler.analytic_variance = True
+        bits[kind] = variational_bound(pipeline, images, seed=0, timesteps=chain).bits_per_dim
+    assert bits["analytic"] < min(bits["fixed_small"], bits["fixed_large"]) - 0.01
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_step_adds_the_analytic_variance(eta: float) -> None:
+    scheduler = GaussianDiffusionScheduler(clip_sample=False)
+    scheduler.eps_second_moments = torch.from_numpy(MOMENTS)
+    scheduler.set_timesteps(10)
+    x_t, output = torch.zeros(1, 1, 64, 64, dtype=torch.float64), torch.zeros(1, 1, 64, 64, dtype=torch.float64)
+
+    def noise_of(*, is_analytic: bool) -> torch.Tensor:
+        scheduler.analytic_variance = is_analytic
+        return scheduler.step(output, 500, x_t, torch.Generator().manual_seed(0), eta=eta).prev_sample
+
+    ancestral = scheduler.step(output, 500, x_t, torch.Generator().manual_seed(0), eta=1.0).prev_sample
+    step = scheduler.noise_schedule.transitions([500, 400])[0]
+    unit = ancestral / math.sqrt(step.posterior_variance)
+    torch.testing.assert_close(
+        noise_of(is_analytic=True), unit * math.sqrt(analytic_variance(step, eta, MOMENTS[500])), rtol=1e-9, atol=0
+    )
+    torch.testing.assert_close(noise_of(is_analytic=False), eta * ancestral, rtol=1e-9, atol=0)
+
+
+def test_the_moments_travel_with_the_pipeline_and_stock_loads_it_as_before(tmp_path: Path) -> None:
+    pipeline = GaussianDiffusionPipeline(tiny_unet(), GaussianDiffusionScheduler())
+    pipeline.scheduler.eps_second_moments = torch.from_numpy(MOMENTS)
+    pipeline.save_pretrained(tmp_path)
+    loaded = GaussianDiffusionPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.scheduler.eps_second_moments, torch.from_numpy(MOMENTS), rtol=0, atol=0)
+    assert not loaded.scheduler.analytic_variance, "it is asked for, not found"
+    stock = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock.scheduler) is DDPMScheduler
+    assert stock.scheduler.config.variance_type == "fixed_small"
+    (tmp_path / "scheduler" / FILE_NAME).unlink()
+    assert GaussianDiffusionPipeline.from_pretrained(tmp_path).scheduler.eps_second_moments is None
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "cannot be read"),
+        (b"\x80\x04pickle", "cannot be read"),
+        ({"other": torch.ones(1000)}, "holds \\['other'\\] instead of eps_second_moments"),
+        ({"eps_second_moments": torch.ones(10)}, "it must be 1000 finite numbers"),
+        ({"eps_second_moments": torch.full((1000,), torch.nan)}, "it must be 1000 finite numbers"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path, content: bytes | dict, sentence: str) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / FILE_NAME).write_bytes(content)
+    else:
+        save_file(content, tmp_path / FILE_NAME)
+    with pytest.raises(ValueError, match=sentence):
+        GaussianDiffusionScheduler().load_second_moments(tmp_path / FILE_NAME)
+
+
+def test_what_has_no_analytic_variance_is_refused() -> None:
+    with pytest.raises(ValueError, match="the analytic variance replaces fixed_small only"):
+        GaussianDiffusionScheduler(variance_type="learned_range").eps_second_moments = torch.ones(1000)
+    with pytest.raises(ValueError, match="analytic_variance needs the second moments"):
+        GaussianDiffusionScheduler().analytic_variance = True
