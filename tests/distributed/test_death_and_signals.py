@@ -1,6 +1,5 @@
 """Processes that die and launchers that are told to stop: nothing hangs, and the last checkpoint goes on."""
 
-import os
 import signal
 import socket
 import subprocess
