@@ -159,10 +159,9 @@ def test_a_run_goes_on_with_more_processes_and_with_fewer_and_leaves_no_image_ou
 
 
 def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_bit_identically(folder: Path) -> None:
-    """SIGINT to rank 0 in step 2, SIGUSR1 to rank 1 in step 4; the second leaves one step to do."""
-    assert [report["exit_codes"] for report in reports_of(folder, "stopped")] == [[130, 143, 0]] * 2
-    worker_steps = sorted(path.name for path in (folder / "stopped" / "checkpoints").iterdir())
-    assert worker_steps[-1] == "step_00000006"
+    """SIGINT to rank 0 in its second step, then SIGUSR1 to rank 1; the third step is saved, which was not due."""
+    expected = {"exit_codes": [130, 143, 0], "saved": "step_00000003"}
+    assert reports_of(folder, "stopped") == [expected, expected]
     assert_same_run(folder / "never_stopped", folder / "stopped", 6)
 
 
@@ -218,6 +217,11 @@ def test_what_fails_on_one_rank_is_raised_on_both_and_the_smallest_memory_decide
         assert gives_up.startswith("training.micro_batch_size auto: not even one image fits")
         assert gathered == [[0, "ö"], [1, "ö"]]
         assert report["parts"] == [[200, 0], [0, 7]]
+
+
+def test_ranks_wait_longer_for_what_one_does_alone_than_in_a_step(folder: Path) -> None:
+    """In seconds: half an hour for a machine that has gone, half a day for decoding the data."""
+    assert [report["patience"] for report in reports_of(folder, "agreement")] == [[1800, 43200]] * 2
 
 
 def test_only_rank_0_reads_the_network_and_every_rank_has_it(folder: Path) -> None:

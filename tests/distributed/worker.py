@@ -174,10 +174,11 @@ def coverage(folder: Path) -> Report:
 
 def stopped(folder: Path) -> Report:
     """Stopped through one rank and continued, beside a run that never stopped; everything random switched on."""
-    codes = [train(folder, EVERYTHING_RANDOM, signalled(signal.SIGINT, 2, rank=0))[1]]
+    codes = [train(folder, EVERYTHING_RANDOM, signalled(signal.SIGINT, 1, rank=0))[1]]
+    saved = max((folder / "checkpoints").iterdir()).name
     codes += [train(folder, EVERYTHING_RANDOM, signalled(signal.SIGUSR1, 4, rank=1))[1]]
     codes += [train(folder.parent / "never_stopped", EVERYTHING_RANDOM)[1]]
-    return {"exit_codes": codes}
+    return {"exit_codes": codes, "saved": saved}
 
 
 def not_a_number(folder: Path) -> Report:
@@ -283,7 +284,9 @@ def agreement(folder: Path) -> Report:
     part = torch.tensor([[200, 0], [0, 7]], dtype=torch.uint8)
     part[1 - RANK] = 0
     processes.join_parts(part.numpy())
-    return {"said": said, "parts": part.tolist()}
+    groups = (dist.group.WORLD, processes._hosts())
+    patience = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    return {"said": said, "parts": part.tolist(), "patience": patience}
 
 
 def draw(path: Path, network: UNet2DModel) -> bool:
