@@ -276,6 +276,7 @@ def agreement(folder: Path) -> Report:
         lambda: processes.gather_json([RANK, "ö"]),
         lambda: network(str(folder.parent / "unconditional")),
         lambda: network(str(folder.parent / "gone")),
+        lambda: train(folder / "nine", {"training__train_batch_size": 9})[1],
     ):
         try:
             said.append(action())
