@@ -177,6 +177,7 @@ def _fit(trainer: "Trainer") -> int:
     from ddpm_hf.data import DataError
     from ddpm_hf.training.checkpoint import CheckpointError
     from ddpm_hf.training.guard import NonFiniteTraining, TrainingStopped
+    from ddpm_hf.training.processes import ProcessesDiffer
 
     try:
         trainer.fit()
@@ -185,6 +186,9 @@ def _fit(trainer: "Trainer") -> int:
     except NonFiniteTraining as error:
         _complain(str(error))
         return 3
+    except ProcessesDiffer as error:
+        _complain(str(error))
+        return 1
     except (ConfigError, DataError, CheckpointError):
         raise
     except ValueError as error:

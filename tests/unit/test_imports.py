@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config", "diffusion", "training.checkpoint", "training.ema", "training.power_function",
     },
     "training.power_function": set(),
-    "training.preview": {"config", "diffusion", "plots", "rng"},
+    "training.preview": {"config", "diffusion", "plots", "rng", "training.processes"},
     "training.processes": {"config"},
     "training.progress": set(),
     "training.resume": {"config", "training.checkpoint", "training.run_folder"},
