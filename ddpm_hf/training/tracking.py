@@ -6,7 +6,6 @@ metrics.jsonl has one line of JSON a log interval, whole after any kill, cut bac
 import importlib.util
 import json
 import logging
-import os
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm_hf.config import ConfigError, TrackingConfig
+from ddpm_hf.redaction import redact
 from ddpm_hf.training.checkpoint import replace_file
 
 logger = logging.getLogger(__name__)
@@ -224,9 +224,5 @@ def _flat(settings: dict[str, dict[str, object]]) -> dict[str, object]:
 
 
 def _without_secrets(error: Exception) -> str:
-    """Returns what an error says, without the keys and tokens of the environment."""
-    message = str(error) or type(error).__name__
-    for name, value in os.environ.items():
-        if name.endswith(("_KEY", "_TOKEN", "_PASSWORD")) and value:
-            message = message.replace(value, f"${name}")
-    return " ".join(message.split())
+    """Returns what an error says in one line, without keys and tokens."""
+    return " ".join(redact(str(error) or type(error).__name__).split())
