@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline, UNet2DModel
+from safetensors.torch import load_file
 
 from ddpm_hf.config import ConfigError, ModelConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
@@ -182,3 +184,46 @@ def test_a_process_of_absurd_length_is_refused_before_it_fills_the_memory(honest
     edit(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=10**15)
     with pytest.raises(ConfigError, match=r"has a scheduler that is no DDPM's"):
         load_pretrained(ModelConfig(preset=None, from_pretrained=str(folder)))
+
+
+# ------------------------------------------------------------------------------------------------------ honest pickles
+
+
+def split_into_pickles(folder: Path, canary: Path) -> None:
+    """Splits the weights into one shard that is a pickle without any harm, which diffusers would read."""
+    weights = load_file(folder / "unet" / WEIGHTS)
+    shards("shard.bin")(folder, canary)
+    torch.save(weights, folder / "unet" / "shard.bin")
+
+
+SHARD = r"names 'shard\.bin', which is no safetensors file"
+
+
+def test_shards_are_not_pickles_however_honest(honest: Path, watch: Watch) -> None:
+    folder = hostile_copy(honest, split_into_pickles, watch)
+    for consent in ({}, {"use_safetensors": True}):
+        with pytest.raises(ValueError, match=SHARD):
+            GaussianDiffusionPipeline.from_pretrained(folder, **consent)
+    with pytest.raises(ConfigError, match=SHARD):
+        load_pretrained(ModelConfig(preset=None, from_pretrained=str(folder / "unet")))
+
+
+def test_nor_are_those_of_a_repository(honest: Path, watch: Watch) -> None:
+    """The repository was downloaded before, as the Hub's cache keeps it."""
+    folder = hostile_copy(honest, split_into_pickles, watch)
+    repository = watch.folder / "models--someone--sharded"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
+    with pytest.raises(ValueError, match=SHARD):
+        GaussianDiffusionPipeline.from_pretrained("someone/sharded", cache_dir=watch.folder, local_files_only=True)
+
+
+def test_shards_of_safetensors_are_read(honest: Path, watch: Watch) -> None:
+    folder = hostile_copy(honest, lambda folder, canary: None, watch)
+    unet = UNet2DModel.from_pretrained(honest / "unet", use_safetensors=True)
+    (folder / "unet" / WEIGHTS).unlink()
+    unet.save_pretrained(folder / "unet", max_shard_size="10KB")
+    assert (folder / "unet" / INDEX).is_file()
+    loaded = GaussianDiffusionPipeline.from_pretrained(folder).unet.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in unet.state_dict().items())
