@@ -6,6 +6,7 @@ metrics.jsonl has one line of JSON a log interval, whole after any kill, cut bac
 import importlib.util
 import json
 import logging
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from ddpm_hf.redaction import redact
 from ddpm_hf.training.checkpoint import replace_file
 
 logger = logging.getLogger(__name__)
+
+_RUN_ID = re.compile(r"[0-9a-f]{8}")
 
 
 class MetricsLog:
@@ -155,7 +158,10 @@ class Trackers:
         path = self._output_dir / "trackers.json"
         if not path.exists():
             replace_file(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+        run_id = str(json.loads(path.read_text(encoding="utf-8"))["id"])
+        if _RUN_ID.fullmatch(run_id) is None:  # it becomes part of the names of folders
+            raise ConfigError(f"{path} holds no id of a run; remove it to start a new one in the trackers.")
+        return run_id
 
     def _check_login(self) -> None:
         """Raises ConfigError if W&B would ask for a key."""
