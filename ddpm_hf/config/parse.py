@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ddpm_hf.config.rules import ConfigError, validate
 from ddpm_hf.config.schema import RunConfig
@@ -84,7 +84,11 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> tuple[Run
 
 
 def _parser(prog: str) -> ArgumentParser:
-    """Builds the command line out of the dataclasses."""
+    """Builds the command line out of the dataclasses.
+
+    A value that names an import path in the place of a section would be imported, which runs it, before it is refused.
+    """
+    set_parsing_settings(import_path_denylist=["*"])
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,

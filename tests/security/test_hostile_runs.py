@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from ddpm_hf import cli
 from tests.conftest import run_arguments
 from tests.security.conftest import Watch
-from tests.security.hostile import pickle_that_runs, torch_file_that_runs
+from tests.security.hostile import module_that_runs, pickle_that_runs, torch_file_that_runs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -221,11 +221,17 @@ def test_a_linked_configuration_is_not_copied_into_the_new_pipeline(
         "!!python/module:antigravity",
         "data: {class_path: subprocess.Popen, init_args: {args: [touch, CANARY]}}",
         "model: {overrides: {class_path: os.system, init_args: {command: touch CANARY}}}",
+        "data: {class_path: hostile_module.GaussianDiffusionPipeline}",
+        "data: hostile_module.GaussianDiffusionPipeline",
+        "training: {optimizer_kwargs: {a: {class_path: hostile_module.GaussianDiffusionPipeline}}}",
     ],
 )
 def test_a_yaml_file_runs_nothing(
-    watch: Watch, capsys: pytest.CaptureFixture[str], line: str
+    watch: Watch, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
+    """Not even a module that lies where Python finds it, as one beside the program does."""
+    (watch.folder / "hostile_module.py").write_text(module_that_runs(watch.canary))
+    monkeypatch.syspath_prepend(str(watch.folder))
     path = watch.folder / "evil.yaml"
     path.write_text(line.replace("CANARY", str(watch.canary)) + "\n")
     output_dir = watch.folder / "out"

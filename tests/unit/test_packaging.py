@@ -27,7 +27,7 @@ FLOORS = {
     "accelerate": "1.13",
     "datasets": "4",
     "huggingface_hub": "1.32",
-    "jsonargparse": "4.49",
+    "jsonargparse": "4.52",
     "safetensors": "0.8",
 }
 # In two parts, so that this file does not contain what it looks for.
