@@ -30,7 +30,8 @@ class Watch:
         self.canary = folder / "canary"
         self.is_on = False
         self.found: list[str] = []
-        caches = [os.environ[name] for name in ("XDG_CACHE_HOME", "HF_HOME")]
+        # PyTorch makes a folder of its own the first time that an optimiser is built.
+        caches = [*(os.environ[name] for name in ("XDG_CACHE_HOME", "HF_HOME")), f"{tempfile.gettempdir()}/torchinductor_"]
         self._allowed = [str(folder), *caches, os.devnull]
 
     def see(self, event: str, arguments: Sequence[Any]) -> None:
