@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         return 0
     problem = f"unknown command {command!r}" if command else "no command"
-    print(f"ddpm-hf: {problem}; choose data, train or ema.", file=sys.stderr)
+    print(redact(f"ddpm-hf: {problem}; choose data, train or ema."), file=sys.stderr)
     return 2
 
 
