@@ -191,7 +191,9 @@ def read_config_dict(path: Path) -> dict[str, dict[str, object]]:
     try:
         content: dict[str, dict[str, object]] = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no configuration of a run ({' '.join(str(error).split())}); restore it.") from None
+        raise ConfigError(
+            f"{path} is no configuration of a run ({' '.join(str(error).split())}); restore it."
+        ) from None
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise ConfigError(f"{path} is no configuration of a run; restore it.")
     return content

@@ -75,8 +75,8 @@ def refuse_secrets(config: RunConfig) -> None:
         for name, value in settings.items():
             if (found := find_secret(str(value))) is not None:
                 raise ConfigError(
-                    f"{section}.{name} holds {found}, and settings are written to many places; leave it out, and log in "
-                    "with `hf auth login` or set HF_TOKEN."
+                    f"{section}.{name} holds {found}, and settings are written to many places; leave it out, and log "
+                    "in with `hf auth login` or set HF_TOKEN."
                 )
 
 

@@ -162,8 +162,8 @@ class Saver:
             learned = snapshot.read_objective(latest.path)
         except Exception as error:  # its files are those of the manifest, but whoever wrote it decided what is in them
             raise checkpoint.CheckpointError(
-                f"{latest.path} is whole, but holds no state of this run ({' '.join(str(error).split())[:200]}); remove "
-                "it to continue from an older one, or choose another training.output_dir."
+                f"{latest.path} is whole, but holds no state of this run ({' '.join(str(error).split())[:200]}); "
+                "remove it to continue from an older one, or choose another training.output_dir."
             ) from error
         data_state.check_state(self._images, state, self._config.data.source, self._folder.path)
         return state, tensors, learned

@@ -31,7 +31,10 @@ class Watch:
         self.is_on = False
         self.found: list[str] = []
         # PyTorch makes a folder of its own the first time that an optimiser is built.
-        caches = [*(os.environ[name] for name in ("XDG_CACHE_HOME", "HF_HOME")), f"{tempfile.gettempdir()}/torchinductor_"]
+        caches = [
+            *(os.environ[name] for name in ("XDG_CACHE_HOME", "HF_HOME")),
+            f"{tempfile.gettempdir()}/torchinductor_",
+        ]
         self._allowed = [str(folder), *caches, os.devnull]
 
     def see(self, event: str, arguments: Sequence[Any]) -> None:

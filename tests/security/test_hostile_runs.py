@@ -113,9 +113,7 @@ def test_a_checkpoint_with_the_right_sums_still_runs_nothing(
     assert str(folder) in error.splitlines()[-1]
 
 
-def test_pickles_beside_what_is_read_are_not_read(
-    run: Path, watch: Watch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pickles_beside_what_is_read_are_not_read(run: Path, watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
     """The names are those under which Accelerate would load them."""
     folder = run / "checkpoints" / "step_00000004"
     watch.is_on = False

@@ -38,8 +38,8 @@ MUST_BE_FALSE = {"allow_pickle", "shell", "trust_remote_code"}
 # What loads weights and arrays must say itself what it refuses.
 MUST_SAY = {"numpy.load": ("allow_pickle", "False"), "UNet2DModel.from_pretrained": ("use_safetensors", "True")}
 
-# Program -> names that are meant: an optimiser by import path is code by its own user's wish, and the package imports its
-# own modules when they are asked for.
+# Program -> names that are meant: an optimiser by import path is code by its own user's wish, and the package imports
+# its own modules when they are asked for.
 ALLOWED = {
     "ddpm_hf/training/optim.py": {"importlib.import_module"},
     "ddpm_hf/__init__.py": {"importlib.import_module"},
@@ -54,7 +54,9 @@ def full_names(tree: ast.Module) -> dict[str, str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                names[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+                names[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
     return names

@@ -88,7 +88,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation.sampling": {"config", "data", "diffusion", "rng"},
     "report": {"evaluation.recognition", "plots", "redaction"},
     "cli": {
-        "ddpm_hf", "config", "data", "diffusion", "evaluation", "plots", "redaction", "report", "rng", "training", "unet",
+        "ddpm_hf", "config", "data", "diffusion", "evaluation", "plots", "redaction", "report", "rng", "training",
+        "unet",
     },
     "__main__": {"cli"},
     "__init__": {"config", "diffusion", "training.trainer"},
