@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ddpm_hf.config import RunConfig
+from ddpm_hf.config import RunConfig, refuse_secrets
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.rng import seed_global_generators
 from ddpm_hf.training import data_state, posthoc_ema, processes
@@ -47,6 +47,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig) -> None:
+        refuse_secrets(config)
         self.config = config
         self.accelerator = processes.start(config.training)
         self.device = self.accelerator.device
