@@ -8,13 +8,16 @@ import importlib.util
 import os
 import shlex
 import sys
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ddpm_hf import __version__
 from ddpm_hf.config import ConfigError, RunConfig, load_config, load_data_config
+from ddpm_hf.redaction import redact
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         return 0
     problem = f"unknown command {command!r}" if command else "no command"
-    print(f"ddpm-hf: {problem}; choose data, train or ema.", file=sys.stderr)
+    print(redact(f"ddpm-hf: {problem}; choose data, train or ema."), file=sys.stderr)
     return 2
 
 
@@ -95,7 +98,8 @@ def _ema(folder: Path, length: float, step: int | None, output: Path | None) -> 
 
 
 def _exit_code(command: Callable[[], int]) -> int:
-    """Runs a command; what a user can cause is told in one sentence, once, by rank 0."""
+    """Runs a command; what a user can cause is told in one sentence, once, by rank 0, and a bug by a traceback."""
+    sys.excepthook = _print_traceback
     try:
         return command()
     except ValueError as error:
@@ -109,11 +113,16 @@ def _exit_code(command: Callable[[], int]) -> int:
         return 130
 
 
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints a traceback as Python does, without secrets: libraries put what they were given into their errors."""
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
+
+
 def _complain(message: str, *, of_this_rank: bool = False) -> None:
     """Prints an error on rank 0, since the other ranks have the same one, or on the only rank that has it."""
     rank = os.environ.get("RANK", "0")
     if of_this_rank or rank == "0":
-        print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{message}", file=sys.stderr, flush=True)
+        print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{redact(message)}", file=sys.stderr, flush=True)
 
 
 def _train(arguments: Sequence[str] | None, prog: str) -> int:
@@ -177,6 +186,7 @@ def _fit(trainer: "Trainer") -> int:
     from ddpm_hf.data import DataError
     from ddpm_hf.training.checkpoint import CheckpointError
     from ddpm_hf.training.guard import NonFiniteTraining, TrainingStopped
+    from ddpm_hf.training.processes import ProcessesDiffer
 
     try:
         trainer.fit()
@@ -185,6 +195,9 @@ def _fit(trainer: "Trainer") -> int:
     except NonFiniteTraining as error:
         _complain(str(error))
         return 3
+    except ProcessesDiffer as error:
+        _complain(str(error))
+        return 1
     except (ConfigError, DataError, CheckpointError):
         raise
     except ValueError as error:

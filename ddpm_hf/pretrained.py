@@ -16,6 +16,7 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.config import ConfigError, ModelConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
+from ddpm_hf.diffusion.folder import check_shards
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def load_pretrained(model: ModelConfig) -> Pretrained:
             "UNet2DModel.from_pretrained(..., use_safetensors=False), save it anew and give that folder."
         )
     try:
+        check_shards(unet_folder)
         unet, loaded = UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # diffusers and safetensors raise many types for files that do not fit together
         raise ConfigError(f"{name} cannot be loaded ({_reason(error)}).") from error
@@ -203,7 +205,7 @@ def _scheduler(folder: Path, name: str) -> GaussianDiffusionScheduler | None:
         if path.is_file():
             try:
                 scheduler: GaussianDiffusionScheduler = GaussianDiffusionScheduler.from_config(_read_json(path, name))
-            except ValueError as error:
+            except Exception as error:  # whatever torch raises for tables of an absurd size
                 raise ConfigError(f"{name} has a scheduler that is no DDPM's ({_reason(error)}).") from error
             return scheduler
     return None

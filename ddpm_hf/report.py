@@ -16,6 +16,7 @@ from PIL.Image import Image
 
 from ddpm_hf.evaluation.recognition import LabelArray, RecognitionReport
 from ddpm_hf.plots import UInt8Array, denoising_strip, image_grid, loss_curve, save_animation
+from ddpm_hf.redaction import redact
 
 PIPELINE_DIR = "pipeline"
 MAX_COLUMNS, MAX_ROWS = 10, 10
@@ -125,7 +126,7 @@ def write_report(
         origin=f"```sh\n{command}\n```" + _table(("setting", "value"), settings),
         files=_files_in(output_dir),
     )
-    _write(paths.readme, lambda path: path.write_text(readme, encoding="utf-8"))
+    _write(paths.readme, lambda path: path.write_text(redact(readme), encoding="utf-8"))
     return paths
 
 

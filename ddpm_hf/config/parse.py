@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ddpm_hf.config.rules import ConfigError, validate
 from ddpm_hf.config.schema import RunConfig
@@ -84,7 +84,11 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> tuple[Run
 
 
 def _parser(prog: str) -> ArgumentParser:
-    """Builds the command line out of the dataclasses."""
+    """Builds the command line out of the dataclasses.
+
+    A value that names an import path in the place of a section would be imported, which runs it, before it is refused.
+    """
+    set_parsing_settings(import_path_denylist=["*"])
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
@@ -179,6 +183,17 @@ def _words(hint: object) -> list[str]:
 
 
 def read_config_dict(path: Path) -> dict[str, dict[str, object]]:
-    """Reads a resolved configuration that `RunConfig.to_yaml` wrote."""
-    content: dict[str, dict[str, object]] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    """Reads a resolved configuration that `RunConfig.to_yaml` wrote.
+
+    Raises:
+        ConfigError: If it holds something else.
+    """
+    try:
+        content: dict[str, dict[str, object]] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path} is no configuration of a run ({' '.join(str(error).split())}); restore it."
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise ConfigError(f"{path} is no configuration of a run; restore it.")
     return content

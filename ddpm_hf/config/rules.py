@@ -1,6 +1,7 @@
 """Which settings can work together, and which a run can be continued with."""
 
 from ddpm_hf.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
+from ddpm_hf.redaction import find_secret
 
 
 class ConfigError(ValueError):
@@ -13,6 +14,7 @@ def validate(config: RunConfig) -> None:
     Raises:
         ConfigError: With one sentence that names the setting, its value and what to do.
     """
+    refuse_secrets(config)
     _check_numbers(config)
     data, model, training, evaluation = config.data, config.model, config.training, config.evaluation
     if not data.source:
@@ -61,6 +63,21 @@ def validate(config: RunConfig) -> None:
             f"training.train_batch_size {batch} is not a multiple of training.micro_batch_size {micro}; "
             f"use {f'{lower} or ' if lower else ''}{lower + micro}."
         )
+
+
+def refuse_secrets(config: RunConfig) -> None:
+    """Refuses a configuration with a secret in it, since it goes into files, logs and trackers; the secret is not told.
+
+    Raises:
+        ConfigError: With one sentence that names the setting.
+    """
+    for section, settings in config.to_dict().items():
+        for name, value in settings.items():
+            if (found := find_secret(str(value))) is not None:
+                raise ConfigError(
+                    f"{section}.{name} holds {found}, and settings are written to many places; leave it out, and log "
+                    "in with `hf auth login` or set HF_TOKEN."
+                )
 
 
 def _check_data(data: DataConfig) -> None:

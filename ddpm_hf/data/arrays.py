@@ -1,6 +1,7 @@
 """NumPy arrays of images: a .npy file that needs nothing done to it is read where it lies."""
 
 import hashlib
+import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from ddpm_hf.data.decoding import MODE_OF_CHANNELS, Cell
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.geometry import Geometry
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.source import Source, rows_of_split
+from ddpm_hf.data.source import Source, numbers_as_names, rows_of_split
 
 _LAYOUT = "(number, height, width, channels) with 1, 3 or 4 channels, or as many as data.num_channels says"
 _NUM_ROWS_IN_DIGEST = 256
@@ -31,8 +32,8 @@ def open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source:
     """
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
-        arrays = {"images": content} if isinstance(content, np.ndarray) else dict(content)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        arrays = {"images": content} if isinstance(content, np.ndarray) else _unpack(content)
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as a NumPy array ({error}).") from None
     images, labels = _find_images(arrays, path, config), _find_labels(arrays, path, config)
     if len(images) == 0:
@@ -43,8 +44,9 @@ def open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source:
     if not rows:
         raise DataError(f"split {split!r} of {path} holds no images.")
     images = images[rows.start : rows.stop]
-    names = None if labels is None else tuple(str(label) for label in range(int(labels.max()) + 1))
-    labels = None if labels is None else labels[rows.start : rows.stop].astype(np.int64)
+    labels = None if labels is None else labels.astype(np.int64)
+    names = None if labels is None else numbers_as_names(labels)
+    labels = None if labels is None else labels[rows.start : rows.stop]
     digest = _digest(images, labels)
     if path.suffix == ".npy" and not _needs_transform(images, config):
         geometry = Geometry.of(config)
@@ -55,6 +57,14 @@ def open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source:
         return [Cell(f"image {row} of {path}", images[row]) for row in rows]
 
     return Source(str(path), path.suffix[1:], digest, len(images), read, labels, names)
+
+
+def _unpack(archive: Any) -> dict[str, NDArray[Any]]:
+    """Reads the arrays of a .npz file, unless they cannot fit into the memory of this machine."""
+    size = sum(member.file_size for member in archive.zip.infolist())
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise MemoryError(f"it would unpack to {size:,} bytes, more than this machine has memory")
+    return dict(archive)
 
 
 def _find_images(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig) -> NDArray[np.integer]:

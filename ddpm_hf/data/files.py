@@ -30,6 +30,12 @@ _SPLIT_FOLDERS = {
     "test": {"test", "testing", "eval", "evaluation"},
 }
 _LARGEST_FILE = 2**30  # a larger one inside an archive is no image, but may be a bomb
+# So may one that is packed to less than a hundredth, where it is large enough to matter; tiny raw images are, too.
+_LARGEST_PACKING, _HARMLESS_SIZE = 100, 2**24
+_LARGEST_TAR_HEADER = 2**20
+_TAR_HEADERS_WITH_CONTENT = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,17 @@ class _File:
     name: str
     identity: Sequence[int]
     place: Path | zipfile.ZipInfo | tarfile.TarInfo
+
+
+class _TarMember(tarfile.TarInfo):
+    """A member of a tar file, whose names and notes are read into memory only if they are as short as names are."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_TarMember":
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _TAR_HEADERS_WITH_CONTENT and member.size > _LARGEST_TAR_HEADER:
+            raise tarfile.ReadError(f"one of its headers has {member.size:,} bytes")
+        return member
 
 
 def open_folder(path: Path, split: str) -> Source:
@@ -74,7 +91,7 @@ def open_zip(path: Path, split: str) -> Source:
 
     def read(name: str, file: _File) -> Cell:
         assert isinstance(file.place, zipfile.ZipInfo)
-        if file.place.file_size > _LARGEST_FILE:
+        if _is_bomb(file.place.file_size, file.place.file_size, file.place.compress_size):
             return Cell(name, None, f"it would unpack to {file.place.file_size:,} bytes")
         try:
             return Cell(name, archive.read(file.place))
@@ -91,7 +108,7 @@ def open_tar(path: Path, split: str) -> Source:
         DataError: If there are none, or the file is damaged.
     """
     try:
-        archive = tarfile.open(path)
+        archive = tarfile.open(path, tarinfo=_TarMember)
         members = [member for member in archive.getmembers() if member.isfile()]
         assert archive.fileobj is not None
         archive.fileobj.seek(archive.offset)
@@ -101,12 +118,13 @@ def open_tar(path: Path, split: str) -> Source:
     if not is_whole:
         raise DataError(f"{path} cannot be read as a tar file (its end is missing).")
     status = path.stat()
+    unpacked = sum(member.size for member in members)
     whole = (status.st_size, status.st_mtime_ns)
     files = [_File(member.name.removeprefix("./"), (member.size, *whole), member) for member in members]
 
     def read(name: str, file: _File) -> Cell:
         assert isinstance(file.place, tarfile.TarInfo)
-        if file.place.size > _LARGEST_FILE:
+        if _is_bomb(file.place.size, unpacked, status.st_size):
             return Cell(name, None, f"it would unpack to {file.place.size:,} bytes")
         try:
             content = archive.extractfile(file.place)
@@ -115,6 +133,17 @@ def open_tar(path: Path, split: str) -> Source:
             return Cell(name, None, f"{type(error).__name__}: {error}")
 
     return _source(path, "tar", files, split, read)
+
+
+def _is_bomb(size: int, unpacked: int, packed: int) -> bool:
+    """Tells whether a file would take far more memory than an image or than its archive lets expect.
+
+    Args:
+        size: Bytes of the file.
+        unpacked: Bytes of what is packed together with it, itself included.
+        packed: To how many bytes that is packed.
+    """
+    return size > _LARGEST_FILE or (size > _HARMLESS_SIZE and unpacked > _LARGEST_PACKING * packed)
 
 
 def _read_files(name: str, file: _File) -> Cell:
@@ -163,7 +192,7 @@ def _source(path: Path, kind: str, files: list[_File], split: str, read: Callabl
         kind=kind,
         fingerprint=hashlib.sha256(json.dumps(identities).encode()).hexdigest(),
         num_images=len(chosen),
-        read=lambda rows: [read(f"image {row} of {path} ({chosen[row].name})", chosen[row]) for row in rows],
+        read=lambda rows: (read(f"image {row} of {path} ({chosen[row].name})", chosen[row]) for row in rows),
         labels=labels,
         class_names=class_names,
         left_out=left_out,

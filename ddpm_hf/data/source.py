@@ -1,6 +1,6 @@
 """What every kind of data set looks like to the rest: numbered images that can be read, and labels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,8 @@ from ddpm_hf.data.errors import DataError
 
 NO_LABEL = -1
 """What `datasets` itself puts where the label of an image is not known."""
+MAX_CLASSES = 2**20
+"""More without names are no classes, but something else that is numbered, and a list of them would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Source:
         kind: What it is, in a word.
         fingerprint: Changes when the data do.
         num_images: Images of the split.
-        read: Returns the cells of some rows, which are asked for in ascending order.
+        read: Returns the cells of some rows, which are asked for in ascending order; an archive unpacks one at a time.
         labels: int64 (number,), or None.
         class_names: Names of the classes, or None.
         left_out: Files beside the images that are none.
@@ -32,7 +34,7 @@ class Source:
     kind: str
     fingerprint: str
     num_images: int
-    read: Callable[[Sequence[int]], list[Cell]]
+    read: Callable[[Sequence[int]], Iterable[Cell]]
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
     left_out: tuple[str, ...] = ()
@@ -40,6 +42,12 @@ class Source:
     def cell_name(self, row: int, file: str = "") -> str:
         """Returns what an image is called in a message."""
         return f"image {row} of {self.name}" + (f" ({file})" if file else "")
+
+
+def numbers_as_names(labels: NDArray[np.int64]) -> tuple[str, ...] | None:
+    """Names classes by their numbers; None where the numbers are too large to be those of classes."""
+    count = int(labels.max()) + 1
+    return tuple(map(str, range(count))) if count <= MAX_CLASSES else None
 
 
 def rows_of_split(split: str, name: str, num_images: int) -> range:

@@ -11,7 +11,7 @@ from ddpm_hf.data.cache import allowed_bad, open_cache
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.files import TAR_SUFFIXES, ZIP_SUFFIXES, open_folder, open_tar, open_zip
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.source import NO_LABEL, Source
+from ddpm_hf.data.source import MAX_CLASSES, NO_LABEL, Source
 from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.data.tables import open_table
 
@@ -115,6 +115,11 @@ def _is_table(folder: Path) -> bool:
 
 def _check_labels(source: Source | ImageSet, name: str) -> None:
     """Refuses labels that no class-conditional network can be trained on."""
+    if source.labels is not None and source.class_names is None:
+        raise DataError(
+            f"{name} has label {source.labels.max()}, but classes are numbered from 0 and there are at most "
+            f"{MAX_CLASSES:,}; name the column with the classes with data.label_column."
+        )
     if source.labels is None or source.class_names is None:
         raise DataError(
             f"{name} has no labels, but the network is class-conditional; name their column with data.label_column, "
@@ -125,7 +130,7 @@ def _check_labels(source: Source | ImageSet, name: str) -> None:
     if is_bad.any():
         row = int(np.argmax(is_bad))
         found = "no label" if source.labels[row] == NO_LABEL else f"label {source.labels[row]}"
-        image = source.read([row])[0].name if isinstance(source, Source) else f"image {row} of {name}"
+        image = next(iter(source.read([row]))).name if isinstance(source, Source) else f"image {row} of {name}"
         raise DataError(f"{image} has {found}; every image needs one from 0 to {num_classes - 1}.")
 
 

@@ -165,7 +165,7 @@ class ImageStream:
 
     def _cell(self, example: dict[str, Any], position: StreamPosition) -> Cell:
         """Returns the image of an example, named by its number in the epoch."""
-        return as_cell(position.number, f"the stream of {self._config.source}", example[self._image_column])
+        return as_cell(position.number, self._config, example[self._image_column])
 
     def _decode(self, cell: Cell) -> Pixels | BadImage:
         """Decodes an image; one that cannot be is returned as its error."""

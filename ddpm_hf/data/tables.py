@@ -11,7 +11,7 @@ import numpy as np
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.decoding import Cell
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.source import NO_LABEL, Source
+from ddpm_hf.data.source import NO_LABEL, Source, numbers_as_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -35,11 +35,11 @@ def open_table(config: DataConfig, split: str) -> Source:
         # A missing label is harmless until a network asks for it.
         cells = [NO_LABEL if label is None else label for label in dataset[label_column]]
         labels = np.asarray(cells, dtype=np.int64)
-        class_names = class_names_of(dataset.features, label_column) or tuple(map(str, range(labels.max() + 1)))
+        class_names = class_names_of(dataset.features, label_column) or numbers_as_names(labels)
 
     def read(rows: Sequence[int]) -> list[Cell]:
         images = encoded[list(rows)][image_column]
-        return [as_cell(row, config.source, image) for row, image in zip(rows, images, strict=True)]
+        return [as_cell(row, config, image) for row, image in zip(rows, images, strict=True)]
 
     return Source(
         name=config.source,
@@ -52,14 +52,35 @@ def open_table(config: DataConfig, split: str) -> Source:
     )
 
 
-def as_cell(row: int, source: str, image: dict[str, Any] | None) -> Cell:
-    """Returns the image of a row, named by its number and its file, if it has one."""
-    name = f"image {row} of {source}"
+def as_cell(row: int, config: DataConfig, image: dict[str, Any] | None) -> Cell:
+    """Returns the image of a row, named by its number and its file, if it has one.
+
+    A file is read only where the data set lies: the rows of somebody else's could name any picture on this machine,
+    and a network learns what it is shown.
+    """
+    name = f"image {row} of {'the stream of ' if config.streaming else ''}{config.source}"
     if image is None or (image["bytes"] is None and image["path"] is None):
         return Cell(name, None)
     if image["path"]:
         name += f" ({Path(image['path']).name})"
-    return Cell(name, Path(image["path"]) if image["bytes"] is None else image["bytes"])
+    if image["bytes"] is not None:
+        return Cell(name, image["bytes"])
+    path = Path(os.path.abspath(image["path"]))
+    if not any(path.is_relative_to(folder) for folder in _folders_of(config)):
+        return Cell(name, None, f"it is {path}, outside of the data set")
+    return Cell(name, path)
+
+
+def _folders_of(config: DataConfig) -> list[str]:
+    """Returns where the image files of a data set may lie: beside it, or where `datasets` puts what it downloads."""
+    import datasets
+    from huggingface_hub import constants
+
+    source = Path(config.source).expanduser()
+    if source.exists():
+        return [os.path.abspath(source if source.is_dir() else source.parent)]
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
+    return [os.path.abspath(folder) for folder in caches]
 
 
 def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) -> "Any":
@@ -81,7 +102,9 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
     except DataError:
         raise
     except Exception as error:  # `datasets` raises its own and foreign types for every kind of unreadable data
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # What it says itself is only that there was an error.
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        reason = " ".join(str(cause or error).split()) or type(error).__name__
         if "corresponds to no data" in reason:
             raise DataError(f"split {split!r} of {config.source} holds no images.") from None
         where = "" if path.exists() else ", which is no file or folder here,"

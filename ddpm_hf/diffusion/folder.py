@@ -79,3 +79,21 @@ def without_list_form(content: dict[str, Any]) -> dict[str, Any]:
     if content.get("_class_name") == LIST_FORM:
         content["_class_name"] = LIST_FORM[1]
     return content
+
+
+def check_shards(folder: Path) -> None:
+    """Refuses indices of sharded weights that name other files than safetensors.
+
+    diffusers reads a shard as what its name says it is, whatever `use_safetensors` says of the index: as a pickle, if
+    it ends in .bin.
+
+    Args:
+        folder: The folder of a pipeline or of one of its parts.
+
+    Raises:
+        ValueError: There is such an index.
+    """
+    for index in sorted([*folder.glob("*safetensors.index*.json"), *folder.glob("*/*safetensors.index*.json")]):
+        for shard in sorted(map(str, json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())):
+            if not shard.endswith(".safetensors") or Path(shard).name != shard:
+                raise ValueError(f"{index} names {shard!r}, which is no safetensors file beside it.")

@@ -50,7 +50,7 @@ from .denoising import CORE_VERSION as DENOISING_VERSION
 from .editing import CORE_VERSION as EDITING_VERSION
 from .editing import Editing
 from .folder import CORE_VERSION as FOLDER_VERSION
-from .folder import clean_component_configs, without_list_form, write_code, write_index
+from .folder import check_shards, clean_component_configs, without_list_form, write_code, write_index
 from .forward_process import CORE_VERSION as FORWARD_PROCESS_VERSION
 from .gaussian import CORE_VERSION as GAUSSIAN_VERSION
 from .images import CORE_VERSION as IMAGES_VERSION
@@ -267,6 +267,8 @@ class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
         Raises:
             ValueError: The weights exist only as pickles and `use_safetensors=False` was not given.
         """
+        if kwargs.get("use_safetensors", True) and Path(pretrained_model_name_or_path).is_dir():
+            check_shards(Path(pretrained_model_name_or_path))
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True} | kwargs)
         except OSError as error:
@@ -284,3 +286,15 @@ class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
         if file is not None and isinstance(pipeline.scheduler, GaussianDiffusionScheduler):
             pipeline.scheduler.load_second_moments(file)
         return loaded
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> Any:
+        """Downloads a repository, see `DiffusionPipeline`; `from_pretrained` calls this.
+
+        Raises:
+            ValueError: It names pickles as parts of weights that are asked for as safetensors.
+        """
+        folder = super().download(pretrained_model_name, **kwargs)
+        if kwargs.get("use_safetensors"):
+            check_shards(Path(folder))
+        return folder

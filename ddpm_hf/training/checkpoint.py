@@ -89,6 +89,8 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     """
     if _STEP_NAME.fullmatch(path.name) is None:
         raise CheckpointError(f"{path.name} is not named like a checkpoint (step_00001000)")
+    if path.is_symlink():
+        raise CheckpointError(f"{path.name} is a link")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if (version := manifest["schema_version"]) != SCHEMA_VERSION:
@@ -96,7 +98,7 @@ def verify_checkpoint(path: Path) -> Checkpoint:
         step, name, files = manifest["step"], _name(manifest["step"]), dict(manifest["files"])
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{MANIFEST} is missing or unreadable") from None
     if path.name != name:
         raise CheckpointError(f"it was renamed: {MANIFEST} says step {step}")

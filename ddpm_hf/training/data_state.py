@@ -46,19 +46,33 @@ def check_state(images: ImageSet | ImageStream, state: TrainerState, source: str
 
 
 def go_to(images: ImageSet | ImageStream, state: TrainerState, rank: int, num_processes: int) -> None:
-    """Goes on in the stream where the run stopped; other data need no such thing.
+    """Goes on in the data where the run stopped, and says what another number of processes changes.
 
-    With another number of processes the streams are other ones, and begin again with the epoch they were in.
+    Decoded images come in the same order on any number of processes. Streams are other ones then, and begin again with
+    the epoch they were in.
     """
+    num_before = len(state.loss_sums)  # one list a process
     if not isinstance(images, ImageStream):
+        if num_before not in (0, num_processes) and rank == 0:
+            logger.warning(
+                "The run was on %s and is now on %d: it goes on with the same images, noise and labels, none left out "
+                "and none repeated, but the weights are the same to rounding only, and dropout draws other masks.",
+                _processes(num_before), num_processes,
+            )  # fmt: skip
         return
     if len(state.streams) == num_processes:
         images.go_to(state.streams[rank])
         return
     epoch = min((stream["epoch"] for stream in state.streams), default=0)
-    logger.warning(
-        "The stream was shared by %d processes and is now by %d: it begins again with epoch %d, so the samples of "
-        "that epoch which were already seen repeat.",
-        len(state.streams), num_processes, epoch,
-    )  # fmt: skip
+    if rank == 0:
+        logger.warning(
+            "The stream was shared by %s and is now by %d: it begins again with epoch %d, so the samples of that epoch "
+            "which were already seen repeat.",
+            _processes(len(state.streams)), num_processes, epoch,
+        )  # fmt: skip
     images.go_to({"epoch": epoch})
+
+
+def _processes(number: int) -> str:
+    """Returns a number of processes in words."""
+    return f"{number} process{'es' if number > 1 else ''}"

@@ -63,9 +63,16 @@ class LossMeter:
         self._step_losses.clear()
 
     def load(self, sums_of_ranks: Sequence[Sequence[float]], rank: int, num_processes: int) -> None:
-        """Goes on from the sums of a checkpoint; where there were more or fewer ranks, each takes their mean."""
+        """Goes on from the sums of a checkpoint; where there were more or fewer ranks, each takes its part.
+
+        Of samples that is an equal part of all, of updates, which every rank counts, the mean.
+        """
         sums = torch.tensor(sums_of_ranks)
-        mine = sums[rank] if len(sums) == num_processes else sums.mean(dim=0)
+        if len(sums) == num_processes:
+            mine = sums[rank]
+        else:
+            mine = sums.sum(dim=0) / num_processes
+            mine[: _LOSSES.start] = sums[:, : _LOSSES.start].mean(dim=0)
         self.sums[: len(mine)] = mine  # those of a checkpoint that knew no quartiles are two
 
     @staticmethod

@@ -142,6 +142,8 @@ def rebuild(run: Path, length: float, step: int | None, output: Path) -> Rebuilt
             + ", or store them more often (training.posthoc_ema_every_steps)."
         )
     rebuilt = Rebuilt(step, length, len(chosen), error)
+    if (run / "config.yaml").is_symlink():
+        raise ConfigError(f"{run / 'config.yaml'} is a link, and what it leads to would go into the new folder.")
     pipeline = _pipeline(chosen[-1].path.parent, _sum(chosen, weights))
 
     def write(folder: Path) -> None:
@@ -163,9 +165,12 @@ def _find(run: Path) -> list[Stored]:
             logger.warning("%s is left out: %s.", folder, error)
             continue
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                average = json.loads(file.metadata()["average"])
-            found.append(Stored(path, step, **average))
+            try:
+                with safe_open(path, framework="pt") as file:
+                    average = json.loads(file.metadata()["average"])
+                found.append(Stored(path, step, **average))
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                logger.warning("%s is left out: it holds no average (%s).", path, error)
     if not found:
         raise ConfigError(f"{run} holds no {SNAPSHOTS}; give the folder of a run with training.posthoc_ema.")
     return found
@@ -195,5 +200,8 @@ def _pipeline(folder: Path, parameters: dict[str, torch.Tensor]) -> GaussianDiff
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             parameter.copy_(parameters[name])
-    pipeline: GaussianDiffusionPipeline = GaussianDiffusionPipeline.from_pretrained(folder, unet=unet)
+    try:
+        pipeline: GaussianDiffusionPipeline = GaussianDiffusionPipeline.from_pretrained(folder, unet=unet)
+    except Exception as error:  # diffusers raises many types for an index that names something else
+        raise ConfigError(f"{folder} holds no pipeline ({' '.join(str(error).split())[:200]}).") from error
     return pipeline

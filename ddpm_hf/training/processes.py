@@ -1,12 +1,17 @@
-"""What the processes of a run do together: start, agree, and share a state that only rank 0 has read.
+"""What the processes of a run do together: start, agree, share a state that only rank 0 has read, and compare theirs.
 
-Every function here is collective: all ranks must call it, in the same order.
+Every public function but `rank` and `world_size` is collective: all ranks must call it, in the same order.
+
+Hosts agree in a gloo group of their own, on CPU tensors: there the others wait for hours while rank 0 decodes the data
+or writes the report, and a process that has died is noticed at once, since its connections are closed. Gradients and
+weights go through the default group, nccl on GPUs, where nobody waits for long.
 """
 
+import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from numpy.typing import NDArray
 
 from ddpm_hf.config import ConfigError, TrainingConfig
 
@@ -21,7 +27,15 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+# A machine that has gone without closing its connections is given up after these.
+_LONGEST_STEP = timedelta(minutes=30)
+_LONGEST_WORK_OF_ONE_RANK = timedelta(hours=12)
+_VALUES_AT_A_TIME = 1 << 20
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class ProcessesDiffer(Exception):
+    """The processes no longer have the same weights; the message names one and says what to do."""
 
 
 def start(config: TrainingConfig) -> Accelerator:
@@ -40,10 +54,9 @@ def start(config: TrainingConfig) -> Accelerator:
         mixed_precision=_ACCELERATE_NAMES[config.mixed_precision],
         # The trainer accumulates by itself, so that the loss is a mean over the global batch however it is split.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # The others wait while rank 0 decodes the data, draws a preview or writes a checkpoint.
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+            InitProcessGroupKwargs(timeout=_LONGEST_STEP),
         ],
     )
     if config.mixed_precision == "fp16" and accelerator.device.type != "cuda":
@@ -101,7 +114,7 @@ def on_rank_0(function: Callable[[], Result]) -> Result | None:
     Returns:
         What the function returned on rank 0, None elsewhere.
     """
-    return on_every_rank(lambda: function() if _rank() == 0 else None)
+    return on_every_rank(lambda: function() if rank() == 0 else None)
 
 
 def on_every_rank(function: Callable[[], Result]) -> Result:
@@ -117,28 +130,32 @@ def on_every_rank(function: Callable[[], Result]) -> Result:
         result = function()
     except (ValueError, OSError) as error:
         failure = [isinstance(error, OSError), str(error) or type(error).__name__]
-    has_failed = torch.zeros(world_size(), device=_device())
-    has_failed[_rank()] = float(failure is not None)
-    dist.all_reduce(has_failed)
+    has_failed = torch.zeros(world_size())
+    has_failed[rank()] = float(failure is not None)
+    dist.all_reduce(has_failed, group=_hosts())
     if has_failed.any():
         is_system_error, message = share_json(failure, source=int(has_failed.argmax()))
         raise OSError(message) if is_system_error else ConfigError(message)
     return result
 
 
+def wait() -> None:
+    """Collective: waits until all ranks are here, also for the hours that rank 0 takes over the report."""
+    on_every_rank(lambda: None)
+
+
 def share_json(value: Any, source: int = 0) -> Any:
     """Collective: returns one rank's value, which must be plain JSON, on every rank."""
     if world_size() == 1:
         return value
-    device = _device()
-    encoded = json.dumps(value).encode() if _rank() == source else b""
-    length = torch.tensor(len(encoded), device=device)
-    dist.broadcast(length, source)
-    content = torch.zeros(int(length), dtype=torch.uint8, device=device)
-    if _rank() == source:
+    encoded = json.dumps(value).encode() if rank() == source else b""
+    length = torch.tensor(len(encoded))
+    dist.broadcast(length, source, group=_hosts())
+    content = torch.zeros(int(length), dtype=torch.uint8)
+    if rank() == source:
         content.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
-    dist.broadcast(content, source)
-    return json.loads(bytes(content.cpu().tolist()))
+    dist.broadcast(content, source, group=_hosts())
+    return json.loads(bytes(content.tolist()))
 
 
 def gather_json(value: Any) -> list[Any]:
@@ -150,9 +167,51 @@ def reduce(value: float, operation: Literal["sum", "min"]) -> float:
     """Collective: returns the sum or the smallest of the numbers of all ranks, in float64."""
     if world_size() == 1:
         return value
-    result = torch.tensor(value, dtype=torch.float64, device=_device())
-    dist.all_reduce(result, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN}[operation])
+    result = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(result, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN}[operation], group=_hosts())
     return float(result)
+
+
+def join_parts(array: NDArray[Any]) -> None:
+    """Collective: fills an array that every rank has filled in part, with zeros elsewhere, with the parts of all."""
+    if world_size() > 1:
+        dist.all_reduce(torch.from_numpy(array), group=_hosts())
+
+
+def check_same(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Collective: makes sure that all ranks hold the same tensors, bit by bit.
+
+    Every rank sends 8 bytes a tensor. A single value that differs is always found, several but for one case in 2^64.
+
+    Args:
+        tensors: float32, of the same names and shapes on all ranks.
+
+    Raises:
+        ProcessesDiffer: On every rank, if a tensor differs on one.
+    """
+    if world_size() == 1:
+        return
+    sums = torch.stack([_fingerprint(tensor.detach()) for tensor in tensors.values()]).cpu()
+    smallest = torch.stack([sums, ~sums])  # of the complements the smallest belongs to the largest sum
+    dist.all_reduce(smallest, dist.ReduceOp.MIN, group=_hosts())
+    is_different = (smallest[0] != ~smallest[1]).tolist()
+    if any(is_different):
+        names = [name for name, differs in zip(tensors, is_different, strict=True) if differs]
+        raise ProcessesDiffer(
+            f"the {world_size()} processes no longer have the same weights ({names[0]}"
+            f"{f' and {len(names) - 1} more' if names[1:] else ''}), so no checkpoint was written; the earlier ones "
+            "are intact, and the same command goes on from them. If it happens again, a GPU or its memory is at fault."
+        )
+
+
+def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of the bits of each value times its place, modulo 2^64."""
+    bits = tensor.contiguous().view(torch.int32).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(bits), _VALUES_AT_A_TIME):
+        some = bits[start : start + _VALUES_AT_A_TIME]
+        total += (some * torch.arange(start + 1, start + 1 + len(some), device=tensor.device)).sum()
+    return total
 
 
 def share_tensors(tensors: Iterable[torch.Tensor]) -> None:
@@ -182,11 +241,18 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _rank() -> int:
+def rank() -> int:
     """Returns which process this is."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def _device() -> str:
-    """Returns where the processes exchange tensors."""
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+def _hosts() -> dist.ProcessGroup:
+    """Collective when first called: returns the group in which the hosts agree."""
+    return _gloo_beside(dist.group.WORLD)
+
+
+@functools.cache
+def _gloo_beside(_: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Makes a group of all ranks, once for each default group."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_LONGEST_WORK_OF_ONE_RANK)
+    return group

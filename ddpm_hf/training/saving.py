@@ -157,9 +157,16 @@ class Saver:
         if latest is None:
             return None
         say(f"Continuing from step {latest.step} of {self._config.training.num_steps} ({latest.path}).")
-        state, tensors = read_snapshot(latest.path, self._unet, self._ema)
+        try:
+            state, tensors = read_snapshot(latest.path, self._unet, self._ema)
+            learned = snapshot.read_objective(latest.path)
+        except Exception as error:  # its files are those of the manifest, but whoever wrote it decided what is in them
+            raise checkpoint.CheckpointError(
+                f"{latest.path} is whole, but holds no state of this run ({' '.join(str(error).split())[:200]}); "
+                "remove it to continue from an older one, or choose another training.output_dir."
+            ) from error
         data_state.check_state(self._images, state, self._config.data.source, self._folder.path)
-        return state, tensors, snapshot.read_objective(latest.path)
+        return state, tensors, learned
 
     def _start_folder(self, step: int) -> None:
         """Writes the configuration and cuts metrics and stored averages back to the checkpoint."""

@@ -6,7 +6,7 @@ metrics.jsonl has one line of JSON a log interval, whole after any kill, cut bac
 import importlib.util
 import json
 import logging
-import os
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,9 +16,12 @@ import numpy as np
 from PIL import Image
 
 from ddpm_hf.config import ConfigError, TrackingConfig
+from ddpm_hf.redaction import redact
 from ddpm_hf.training.checkpoint import replace_file
 
 logger = logging.getLogger(__name__)
+
+_RUN_ID = re.compile(r"[0-9a-f]{8}")
 
 
 class MetricsLog:
@@ -155,7 +158,10 @@ class Trackers:
         path = self._output_dir / "trackers.json"
         if not path.exists():
             replace_file(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+        run_id = str(json.loads(path.read_text(encoding="utf-8"))["id"])
+        if _RUN_ID.fullmatch(run_id) is None:  # it becomes part of the names of folders
+            raise ConfigError(f"{path} holds no id of a run; remove it to start a new one in the trackers.")
+        return run_id
 
     def _check_login(self) -> None:
         """Raises ConfigError if W&B would ask for a key."""
@@ -224,9 +230,5 @@ def _flat(settings: dict[str, dict[str, object]]) -> dict[str, object]:
 
 
 def _without_secrets(error: Exception) -> str:
-    """Returns what an error says, without the keys and tokens of the environment."""
-    message = str(error) or type(error).__name__
-    for name, value in os.environ.items():
-        if name.endswith(("_KEY", "_TOKEN", "_PASSWORD")) and value:
-            message = message.replace(value, f"${name}")
-    return " ".join(message.split())
+    """Returns what an error says in one line, without keys and tokens."""
+    return " ".join(redact(str(error) or type(error).__name__).split())

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ddpm_hf.config import RunConfig
+from ddpm_hf.config import RunConfig, refuse_secrets
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.rng import seed_global_generators
 from ddpm_hf.training import data_state, posthoc_ema, processes
@@ -47,6 +47,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig) -> None:
+        refuse_secrets(config)
         self.config = config
         self.accelerator = processes.start(config.training)
         self.device = self.accelerator.device
@@ -106,7 +107,7 @@ class Trainer:
 
     def leave_the_others(self) -> None:
         """Collective: waits for the other processes, rank 0's report included, and parts from them."""
-        self.accelerator.wait_for_everyone()
+        processes.wait()
         self.accelerator.end_training()
 
     def fit(self) -> None:
@@ -115,6 +116,7 @@ class Trainer:
         Raises:
             TrainingStopped: After a signal, when the checkpoint is saved.
             NonFiniteTraining: If too many updates in a row were not finite.
+            ProcessesDiffer: If the processes no longer have the same weights.
             ValueError: If the checkpoints in the run folder cannot be continued with this configuration.
         """
         self._resume()
@@ -258,22 +260,19 @@ class Trainer:
         self._write({"step": self.state.global_step, "num_images": num_images, "validation_loss": finite_or_none(loss)})
 
     def _preview(self) -> None:
-        """Collective: draws the preview grid with the averaged weights on rank 0."""
+        """Collective: draws the preview grid with the averaged weights."""
         self._settle_update()
         path = self.folder.path / "previews" / f"step_{self.state.global_step:08d}.png"
         seed, preview = self.config.training.seed, self.config.preview
-
-        def draw() -> None:
-            with self.ema.swapped_in(self.unet):
-                is_drawn = save_preview(path, self.unet, self.scheduler, preview, seed, **self.pipeline_settings)
-            if is_drawn:
-                self.trackers.log_preview(self.state.global_step, path)
-
-        processes.on_rank_0(draw)
+        with self.ema.swapped_in(self.unet):
+            is_drawn = save_preview(path, self.unet, self.scheduler, preview, seed, **self.pipeline_settings)
+        if is_drawn:
+            self.trackers.log_preview(self.state.global_step, path)
 
     def _save(self, *, must_succeed: bool) -> None:
         """Collective: writes a checkpoint; a full disk stops training only where nothing may be lost."""
         self._settle_update()
+        processes.check_same(self._weights())
         scaler = self.accelerator.scaler
         self.state.loss_sums = self.meter.gather()
         self.state.num_skipped = self.guard.num_skipped
@@ -281,6 +280,15 @@ class Trainer:
         self.state.num_scaler_skips = self.guard.num_scaler_skips
         self.state.scaler = scaler.state_dict() if scaler is not None else None
         self.saver.save(self.state, must_succeed=must_succeed)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Returns the weights and all their averages, by name."""
+        weights: dict[str, torch.Tensor] = dict(self.unet.named_parameters())
+        names = list(weights)
+        for average in self.ema.names:
+            tensors = zip(names, self.ema.tensors(average), strict=True)
+            weights |= {f"{average} of {name}": tensor for name, tensor in tensors}
+        return weights
 
     def _resume(self) -> None:
         """Collective: takes up what `_save` wrote."""

@@ -1,40 +1,90 @@
-"""Two processes on the CPU, started by torchrun as a user would."""
+"""Two processes on the CPU, started by torchrun as a user would. What worker.py does shares one start."""
 
-import signal
+import json
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel
+from PIL import Image
+from safetensors.torch import load_file
 
-from ddpm_hf.cli import train
-from tests.conftest import REPOSITORY, process_environment, run_arguments, run_process
-from tests.integration.test_training import (
-    EVERYTHING_BUT_DROPOUT,
-    assert_same_run,
-    loss_columns,
-    metrics_of,
-    tensors_of,
-)
+from ddpm_hf.config import TrainingConfig
+from ddpm_hf.training.checkpoint import find_latest
+from ddpm_hf.training.optim import learning_rate_at
+from tests.conftest import run_arguments, run_process, tiny_unet
+from tests.distributed import worker
+from tests.integration.test_training import assert_same_run, loss_columns, metrics_of, tensors_of
+from tests.unit.data.helpers import encode, write_parquet
 
 pytestmark = pytest.mark.distributed
-WITH_VALIDATION = {
-    "data__validation_fraction": 0.1,
-    "training__validate_every_steps": 3,
-    "tracking__trackers": ["tensorboard"],
-}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_ddpm.py")
+NUM_IMAGES = 24
 
 
-def test_one_loss_curve_from_one_process_and_from_two(tmp_path: Path) -> None:
-    """To 1e-5: only the order of float32 additions differs. The history of the losses is that of both ranks."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    everything = EVERYTHING_BUT_DROPOUT | WITH_VALIDATION
-    assert train(run_arguments(one, **everything)) == 0
-    result = run_process([*TORCHRUN, *run_arguments(two, **everything)])
+@pytest.fixture(scope="module")
+def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images that can be told apart; three steps make an epoch."""
+    folder = tmp_path_factory.mktemp("two")
+    pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 8, 8), dtype=np.uint8)
+    names = ClassLabel(names=list("0123456789"))
+    labels = [number % 10 for number in range(NUM_IMAGES)]
+    return write_parquet(folder / "few.parquet", [encode(image) for image in pixels], labels, names)
+
+
+@pytest.fixture(scope="module")
+def begun_alone(few_images: Path) -> list[str]:
+    """The images of a run that one process began and stopped in the middle of its second epoch."""
+    seen: list[str] = []
+    changes = worker.COVERAGE | {"data__source": few_images}
+    stop = worker.signalled(worker.signal.SIGTERM, 3, rank=0)
+    _, exit_code = worker.train(few_images.parent / "coverage", changes, worker.recording(seen), stop)
+    assert exit_code == 143
+    assert len(seen) == 4 * 8
+    return seen
+
+
+@pytest.fixture(scope="module")
+def played(few_images: Path, begun_alone: list[str]) -> subprocess.CompletedProcess[str]:
+    """All scenarios, played by two ranks."""
+    folder = few_images.parent
+    tiny_unet(None).save_pretrained(folder / "unconditional")
+    tiny_unet(10).save_pretrained(folder / "conditional")
+    result = run_process([*TORCHRUN[:-1], "-m", "tests.distributed.worker", str(folder)])
     assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(few_images: Path, played: subprocess.CompletedProcess[str]) -> Path:
+    """Where the scenarios have left their runs."""
+    return few_images.parent
+
+
+def reports_of(folder: Path, scenario: str) -> list[dict[str, Any]]:
+    """Returns what each rank saw."""
+    return [json.loads((folder / f"{scenario}_{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+
+
+# ------------------------------------------------------------------------------------------------- one loss curve
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Path]:
+    """The run of the scenario `curve` on one process: in one forward of 8, and in two of 4."""
+    runs = {"1x8": folder / "one", "4+4": folder / "accumulated"}
+    worker.train(runs["1x8"], worker.CURVE)
+    worker.train(runs["4+4"], worker.CURVE | {"training__micro_batch_size": 4})
+    return runs
+
+
+@pytest.mark.parametrize("split", ["1x8", "4+4"])
+def test_one_loss_curve_from_one_process_and_from_two(folder: Path, alone: dict[str, Path], split: str) -> None:
+    """To 1e-5: only the order of float32 additions differs. The history of the losses is that of both ranks."""
+    one, two = alone[split], folder / "curve"
     np.testing.assert_allclose(loss_columns(one), loss_columns(two), rtol=0, atol=1e-5)
     validation = [[row["validation_loss"] for row in metrics_of(run) if "validation_loss" in row] for run in (one, two)]
     assert len(validation[0]) == 2
@@ -46,31 +96,171 @@ def test_one_loss_curve_from_one_process_and_from_two(tmp_path: Path) -> None:
     assert len(list((two / "tensorboard").glob("events.*"))) == 1, "only one process writes to trackers"
 
 
-def test_two_processes_stopped_through_one_of_them_continue_bit_identically(tmp_path: Path) -> None:
-    """The launcher passes SIGTERM on; both ranks save the same step and exit; the same command goes on exactly.
+def test_ranks_hold_the_same_weights_and_averages(folder: Path) -> None:
+    first, second = reports_of(folder, "curve")
+    assert first == second
 
-    The objective learns from the losses of both ranks, and feeds its prediction back to the network.
-    """
-    command = [sys.executable, *TORCHRUN, *run_arguments(tmp_path / "run", **EVERYTHING_BUT_DROPOUT)]
-    command += ["--training.num_steps", "4000"]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=process_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+
+def test_another_optimizer_and_stored_averages_are_those_of_one_process(folder: Path) -> None:
+    """To 1e-5: only the order of float32 additions differs. The learning rate is that of the step in both."""
+    runs = [folder / "other_optimizer_alone", folder / "other_optimizer"]
+    worker.train(runs[0], worker.OTHER_OPTIMIZER | {"model__from_pretrained": folder / "conditional"})
+    config = TrainingConfig(
+        learning_rate=1e-3, learning_rate_warmup_steps=2, learning_rate_schedule="cosine", num_steps=6
     )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    output, _ = process.communicate(timeout=120)
-    stopped_at = int(output.split("Stopped by a signal at step ")[1].split(";")[0])
-    newest = max((tmp_path / "run" / "checkpoints").iterdir())
-    assert newest.name == f"step_{stopped_at:08d}"
-    changes = EVERYTHING_BUT_DROPOUT | {"training__num_steps": stopped_at + 2}
-    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run", **changes)])
-    assert result.returncode == 0, result.stderr
-    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "whole", **changes)])
-    assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "whole", tmp_path / "run", stopped_at + 2)
+    expected = [learning_rate_at(step, config) for step in range(6)]
+    for run in runs:
+        assert [row["learning_rate"] for row in metrics_of(run)] == pytest.approx(expected)
+    np.testing.assert_allclose(*(loss_columns(run) for run in runs), rtol=0, atol=1e-5)
+    one, two = (tensors_of(run / "checkpoints" / "step_00000006") for run in runs)
+    assert one.keys() == two.keys()
+    for step, name in ((3, "ema_sigma_0.050"), (6, "ema_sigma_0.100")):
+        for tensors, run in ((one, runs[0]), (two, runs[1])):
+            path = run / "ema_snapshots" / f"step_{step:08d}" / f"{name}.safetensors"
+            tensors |= {f"{name} of {step}: {key}": value for key, value in load_file(path).items()}
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------- another number of processes
+
+
+def test_a_run_goes_on_with_more_processes_and_with_fewer_and_leaves_no_image_out(
+    folder: Path,
+    begun_alone: list[str],
+    played: subprocess.CompletedProcess[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One process, then two, then one, each stopped in the middle of an epoch and of a line of metrics.
+
+    The images are exactly those of a run that one process did alone, in its order. Losses to 1e-5: only the order of
+    float32 additions differs.
+    """
+    two, latest = reports_of(folder, "coverage"), find_latest(folder / "coverage" / "checkpoints")[0]
+    assert [report["exit_code"] for report in two] == [143, 143]
+    assert latest is not None
+    assert latest.step == 8, "the ranks agree on a stop one step after the signal"
+    changes, seen, whole = worker.COVERAGE | {"data__source": folder / "few.parquet"}, list[str](), list[str]()
+    worker.train(folder / "coverage", changes, worker.recording(seen))
+    assert "The run was on 2 processes and is now on 1: it goes on with the same images" in caplog.text
+    assert played.stderr.count("The run was on 1 process and is now on 2: it goes on with the same images") == 1
+    worker.train(folder / "whole", changes, worker.recording(whole))
+
+    shares = np.array([report["seen"] for report in two]).reshape(2, 4, 4)  # rank, step, image
+    together = [*begun_alone, *shares.swapaxes(0, 1).ravel().tolist(), *seen]
+    assert together == whole
+    epochs = np.array(together).reshape(4, NUM_IMAGES)
+    assert all(len(set(epoch)) == NUM_IMAGES for epoch in epochs.tolist()), "each image once an epoch"
+    assert [row["step"] for row in metrics_of(folder / "coverage")] == [5, 10, 12]
+    np.testing.assert_allclose(loss_columns(folder / "coverage"), loss_columns(folder / "whole"), rtol=0, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------- stopping
+
+
+def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_bit_identically(folder: Path) -> None:
+    """SIGINT to rank 0 in its second step, then SIGUSR1 to rank 1; the third step is saved, which was not due."""
+    expected = {"exit_codes": [130, 143, 0], "saved": "step_00000003"}
+    assert reports_of(folder, "stopped") == [expected, expected]
+    assert_same_run(folder / "never_stopped", folder / "stopped", 6)
+
+
+# ------------------------------------------------------------------------------------------------------- faults
+
+
+def test_what_is_not_finite_on_one_rank_is_skipped_on_both(folder: Path) -> None:
+    """NaN in an image of rank 1, then infinity in one of its gradients: 2 of 6 updates are left out everywhere."""
+    first, second = reports_of(folder, "not_a_number")
+    assert first == second
+    weights = first["weights"]
+    assert weights[2] == weights[1]
+    assert weights[4] == weights[3]
+    assert len(set(weights)) == 4, "the other updates are done"
+    assert (first["num_skipped"], first["num_ema_updates"], first["exit_code"]) == (2, 4, 0)
+    losses = [row["loss"] for row in metrics_of(folder / "not_a_number")]
+    assert [loss is None for loss in losses] == [False, False, True, False, True, False]
+
+
+def test_a_rank_that_is_late_holds_up_the_other_and_changes_nothing(folder: Path) -> None:
+    assert_same_run(folder / "curve", folder / "slow", 6)
+
+
+def test_only_rank_0_touches_the_run_folder(folder: Path) -> None:
+    first, second = reports_of(folder, "slow")
+    assert second["written"] == []
+    assert any(line.startswith("os.rename") for line in first["written"]), "it would have been noticed"
+    assert any(line.startswith("open") for line in first["written"])
+
+
+def test_ranks_whose_weights_differ_are_stopped_before_they_save(folder: Path) -> None:
+    """One bit of one weight of one rank, or of its average, is enough."""
+    first, second = reports_of(folder, "differing")
+    assert first == second
+    weight, average, *values = first["said"]
+    assert weight.startswith("the 2 processes no longer have the same weights (conv_in.weight), so no checkpoint was")
+    assert "(ema of conv_in.weight), so no checkpoint was written; the earlier ones are intact" in average
+    assert values == [
+        "the 2 processes no longer have the same weights (large)",
+        "the 2 processes no longer have the same weights (swapped)",
+        "the same",
+    ]
+    for name in ("weight", "average"):
+        assert [path.name for path in (folder / "differing" / name / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_what_fails_on_one_rank_is_raised_on_both_and_the_smallest_memory_decides(folder: Path) -> None:
+    """24 images fit on rank 0, 3 on rank 1: both take 3, a divisor of 24. Then none fits on rank 1: both give up."""
+    for report in reports_of(folder, "agreement"):
+        failure, size, gives_up, gathered, *_ = report["said"]
+        assert failure == "only rank 1 sees this"
+        assert size == 3
+        assert gives_up.startswith("training.micro_batch_size auto: not even one image fits")
+        assert gathered == [[0, "ö"], [1, "ö"]]
+        assert report["parts"] == [[200, 0], [0, 7]]
+
+
+def test_ranks_wait_longer_for_what_one_does_alone_than_in_a_step(folder: Path) -> None:
+    """In seconds: half an hour for a machine that has gone, half a day for decoding the data."""
+    assert [report["patience"] for report in reports_of(folder, "agreement")] == [[1800, 43200]] * 2
+
+
+def test_only_rank_0_reads_the_network_and_every_rank_has_it(folder: Path) -> None:
+    *_, network, refusal, _ = reports_of(folder, "agreement")[0]["said"]
+    assert network == worker.digest(*tiny_unet(None).parameters())
+    assert refusal.startswith(f"model.from_pretrained {folder / 'gone'}")
+    assert reports_of(folder, "agreement")[1]["said"][-3:-1] == [network, refusal]
+
+
+# ----------------------------------------------------------------------------------------------------- previews
+
+
+def test_a_preview_is_the_same_bit_by_bit_on_one_process_and_on_two(folder: Path) -> None:
+    """Images 0 to 7 and 16 to 19 are sampled by rank 0, the others by rank 1, in the forwards of one process."""
+    assert worker.draw(folder / "alone.png", tiny_unet())
+    assert (folder / "preview" / "grid.png").read_bytes() == (folder / "alone.png").read_bytes()
+    first, second = reports_of(folder, "preview")
+    assert (first["sampled"], second["sampled"]) == ([8, 8, 4, 4], [8, 8])
+
+
+def test_a_rank_without_memory_for_a_preview_costs_the_preview_alone(
+    folder: Path, played: subprocess.CompletedProcess[str]
+) -> None:
+    assert [report["drawn"] for report in reports_of(folder, "preview")] == [[True, False], [False, False]]
+    assert not (folder / "preview" / "none.png").exists()
+    assert played.stderr.count("No memory for the preview; training goes on. Lower preview.num_images.") == 1
+
+
+def test_previews_of_a_run_are_those_of_one_process(folder: Path, alone: dict[str, Path]) -> None:
+    """To one level of 255: the weights are the same to rounding, and an image may round the other way."""
+    for name in ("step_00000003.png", "step_00000006.png"):
+        one, two = (
+            np.asarray(Image.open(run / "previews" / name), np.int16) for run in (alone["1x8"], folder / "curve")
+        )
+        assert one.shape == two.shape
+        assert np.abs(one - two).max() <= 1
+
+
+# ------------------------------------------------------------------------------------------- a user's mistakes
 
 
 def test_a_users_mistake_is_told_once_and_no_rank_hangs(tmp_path: Path) -> None:
@@ -82,50 +272,6 @@ def test_a_users_mistake_is_told_once_and_no_rank_hangs(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
 
 
-def test_a_batch_that_two_processes_cannot_share_is_refused_with_numbers_that_work(tmp_path: Path) -> None:
-    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run", training__train_batch_size=9)])
-    assert "train_batch_size 9 is not a multiple of 2 processes; use 8 or 10." in result.stderr
-
-
-FAILING_ON_RANK_1 = """
-import os
-from ddpm_hf.config import TrainingConfig
-from ddpm_hf.training import processes
-processes.start(TrainingConfig(cpu=True))
-def fail_on_rank_1():
-    if os.environ["RANK"] == "1":
-        raise ValueError("only rank 1 sees this")
-try:
-    processes.on_every_rank(fail_on_rank_1)
-except ValueError as error:
-    os.write(1, f"rank {os.environ['RANK']} raised: {error}\\n".encode())  # one write: the ranks share the pipe
-
-import torch
-from ddpm_hf.training.micro_batch import settle
-def attempt(size):
-    if size > (24, 3)[int(os.environ["RANK"])]:
-        raise torch.OutOfMemoryError(f"no room for {size}")
-size = settle(TrainingConfig(micro_batch_size="auto"), 24, None, attempt)
-os.write(1, f"rank {os.environ['RANK']} takes {size}\\n".encode())
-try:
-    settle(TrainingConfig(micro_batch_size="auto"), 24, None, lambda size: attempt(size + 3))
-except ValueError as error:
-    os.write(1, f"rank {os.environ['RANK']} gives up\\n".encode())
-"""
-
-
-def test_what_fails_on_one_rank_is_raised_on_every_rank_and_the_smallest_memory_decides(tmp_path: Path) -> None:
-    """24 images fit on rank 0, 3 on rank 1: both take 3, a divisor of 24. Then none fits on rank 1: both give up."""
-    script = tmp_path / "failing.py"
-    script.write_text(FAILING_ON_RANK_1)
-    result = run_process([*TORCHRUN[:-1], str(script)])
-    assert sorted(result.stdout.split("\n")) == [
-        "",
-        "rank 0 gives up",
-        "rank 0 raised: only rank 1 sees this",
-        "rank 0 takes 3",
-        "rank 1 gives up",
-        "rank 1 raised: only rank 1 sees this",
-        "rank 1 takes 3",
-        "training.micro_batch_size auto: 3 images, of 24: that fits.",
-    ], result.stderr
+def test_a_batch_that_two_processes_cannot_share_is_refused_with_numbers_that_work(folder: Path) -> None:
+    for report in reports_of(folder, "agreement"):
+        assert report["said"][-1] == "training.train_batch_size 9 is not a multiple of 2 processes; use 8 or 10."

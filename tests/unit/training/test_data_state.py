@@ -64,3 +64,14 @@ def test_a_stream_shared_otherwise_begins_its_epoch_again(
     data_state.go_to(stream, state, rank=0, num_processes=1)
     assert torch.equal(stream.samples(0, 6)[0], expected)
     assert "The stream was shared by 2 processes and is now by 1: it begins again with epoch 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "rank", "told"), [(1, 2, 0, "was on 1 process and is now on 2"), (1, 2, 1, ""), (2, 2, 0, "")]
+)
+def test_another_number_of_processes_is_said_once(
+    caplog: pytest.LogCaptureFixture, before: int, now: int, rank: int, told: str
+) -> None:
+    data_state.go_to(image_set(), TrainerState(loss_sums=[[0.0, 0.0]] * before), rank=rank, num_processes=now)
+    assert told in caplog.text
+    assert len(caplog.records) == bool(told)

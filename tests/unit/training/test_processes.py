@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,6 +89,12 @@ def test_alone_everything_is_shared_as_it_is() -> None:
     assert processes.share_named_tensors(tensors, torch.device("cpu")) is tensors
     assert all(torch.equal(tensors[name], before[name]) for name in tensors)
     assert processes.share_named_tensors(None, torch.device("cpu")) == {}
+    processes.check_same(tensors)
+    processes.wait()
+    array = np.arange(3)
+    processes.join_parts(array)
+    assert array.tolist() == [0, 1, 2]
+    assert (processes.rank(), processes.world_size()) == (0, 1)
 
 
 def test_alone_an_error_keeps_its_type() -> None:

@@ -1,0 +1,336 @@
+"""What two ranks do in one torchrun, so that the start is paid once: torchrun ... -m tests.distributed.worker FOLDER.
+
+Each scenario leaves a run folder, and what each rank saw of it in report_RANK.json. Faults are put into a trainer from
+outside: the data, the weights, the clock and the signals are real.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import UNet2DModel
+
+from ddpm_hf.config import ConfigError, ModelConfig, PreviewConfig, RunConfig, TrainingConfig, load_config
+from ddpm_hf.diffusion import GaussianDiffusionScheduler
+from ddpm_hf.training import processes
+from ddpm_hf.training.guard import TrainingStopped
+from ddpm_hf.training.micro_batch import settle
+from ddpm_hf.training.network import make_network
+from ddpm_hf.training.preview import save_preview
+from ddpm_hf.training.processes import ProcessesDiffer
+from ddpm_hf.training.trainer import Trainer
+from tests.conftest import run_arguments, tiny_unet
+from tests.integration.test_training import EVERYTHING_BUT_DROPOUT, EVERYTHING_RANDOM
+
+RANK = int(os.environ.get("RANK", "0"))
+CURVE: dict[str, object] = EVERYTHING_BUT_DROPOUT | {
+    "data__validation_fraction": 0.1,
+    "training__validate_every_steps": 3,
+    "tracking__trackers": ["tensorboard"],
+    "preview__every_steps": 3,
+    "preview__num_images": 20,
+}
+# 24 images make an epoch of three steps; lines of metrics straddle what comes below.
+COVERAGE: dict[str, object] = {"training__num_steps": 12, "training__log_every_steps": 5}
+OTHER_OPTIMIZER: dict[str, object] = {
+    "model__preset": None,
+    "model__overrides": {},
+    "training__optimizer": "torch.optim.SGD",
+    "training__optimizer_kwargs": {"momentum": 0.9},
+    "training__learning_rate_schedule": "cosine",
+    "training__posthoc_ema": True,
+    "training__posthoc_ema_every_steps": 3,
+}
+Fault = Callable[[Trainer], None]
+Report = dict[str, Any]
+
+
+def train(output_dir: Path, changes: dict[str, object], *faults: Fault) -> tuple[Trainer, int]:
+    """Trains one run with faults put into it; returns its trainer and the exit code."""
+    config, _ = load_config(run_arguments(output_dir, **changes), "test")
+    trainer = Trainer(config)
+    for fault in faults:
+        fault(trainer)
+    try:
+        trainer.fit()
+        return trainer, 0
+    except TrainingStopped as stopped:
+        return trainer, stopped.exit_code
+    finally:
+        trainer.folder.release()
+
+
+def before_step(step: int, action: Callable[[Trainer], None]) -> Fault:
+    """Returns a fault that does something before optimiser step `step`, counted from 0."""
+
+    def put_in(trainer: Trainer) -> None:
+        train_step = trainer._train_step
+
+        def train_step_with_fault(current: int) -> None:
+            if current == step:
+                action(trainer)
+            train_step(current)
+
+        trainer._train_step = train_step_with_fault  # type: ignore[method-assign]
+
+    return put_in
+
+
+def signalled(number: signal.Signals, step: int, rank: int) -> Fault:
+    """Returns a fault: one rank receives a signal in a step."""
+    return before_step(step, lambda _: os.kill(os.getpid(), number) if rank == RANK else None)
+
+
+def recording(seen: list[str]) -> Fault:
+    """Returns a fault, which is none: every image that this rank trains on is noted in order."""
+
+    def put_in(trainer: Trainer) -> None:
+        samples = trainer.feed.samples
+
+        def noted(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+            x_0, labels = samples(start, stop)
+            seen.extend(digest(image) for image in x_0)
+            return x_0, labels
+
+        trainer.feed.samples = noted  # type: ignore[method-assign]
+
+    return put_in
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    """Returns what tells tensors from others."""
+    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def follow_weights(hashes: list[str]) -> Fault:
+    """Returns a fault, which is none: the weights after every step are noted."""
+
+    def put_in(trainer: Trainer) -> None:
+        train_step = trainer._train_step
+
+        def noted(step: int) -> None:
+            train_step(step)
+            hashes.append(digest(*trainer.unet.parameters()))
+
+        trainer._train_step = noted  # type: ignore[method-assign]
+
+    return put_in
+
+
+# ------------------------------------------------------------------------------------------------------ scenarios
+
+
+def curve(folder: Path) -> Report:
+    """The run that one process is compared with."""
+    trainer, _ = train(folder, CURVE)
+    return {"weights": digest(*trainer.unet.parameters()), "averages": digest(*trainer.ema.tensors())}
+
+
+def slow(folder: Path) -> Report:
+    """The same run with ranks that are late, in turn: with the data, and for everything that all do together."""
+
+    def late(rank: int, seconds: float = 0.4) -> None:
+        if rank == RANK:
+            time.sleep(seconds)
+
+    def put_in(trainer: Trainer) -> None:
+        for number, name in enumerate(("_log", "_validate", "_preview", "_save")):
+            whole = getattr(trainer, name)
+
+            def delayed(*, whole: Callable[..., None] = whole, number: int = number, **arguments: bool) -> None:
+                late((number + trainer.state.global_step) % 2)
+                whole(**arguments)
+
+            setattr(trainer, name, delayed)
+
+    written: list[str] = []
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.link", "os.symlink")
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (changes or writes) and str(folder) in repr(arguments):
+            written.append(f"{event} {arguments[0]}")
+
+    sys.addaudithook(note)
+    train(folder, CURVE, put_in, before_step(1, lambda _: late(1)), before_step(2, lambda _: late(0)))
+    return {"written": list(written)}
+
+
+def coverage(folder: Path) -> Report:
+    """Goes on with what one process has begun, until rank 1 alone is told to stop."""
+    source, seen = str(folder.parent / "few.parquet"), list[str]()
+    changes = COVERAGE | {"data__source": source}
+    _, exit_code = train(folder, changes, recording(seen), signalled(signal.SIGTERM, 6, rank=1))
+    return {"seen": seen, "exit_code": exit_code}
+
+
+def stopped(folder: Path) -> Report:
+    """Stopped through one rank and continued, beside a run that never stopped; everything random switched on."""
+    codes = [train(folder, EVERYTHING_RANDOM, signalled(signal.SIGINT, 1, rank=0))[1]]
+    saved = max((folder / "checkpoints").iterdir()).name
+    codes += [train(folder, EVERYTHING_RANDOM, signalled(signal.SIGUSR1, 4, rank=1))[1]]
+    codes += [train(folder.parent / "never_stopped", EVERYTHING_RANDOM)[1]]
+    return {"exit_codes": codes, "saved": saved}
+
+
+def not_a_number(folder: Path) -> Report:
+    """One rank meets what is not finite: in its images in step 2, in a gradient in step 4."""
+    hashes: list[str] = []
+
+    def spoil_images(trainer: Trainer) -> None:
+        samples = trainer.feed.samples
+
+        def spoilt(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+            x_0, labels = samples(start, stop)
+            if start // 8 == 2 and RANK == 1:
+                x_0[0, 0, 0, 0] = float("nan")
+            return x_0, labels
+
+        trainer.feed.samples = spoilt  # type: ignore[method-assign]
+
+    def spoil_gradient(trainer: Trainer) -> None:
+        if RANK == 1:
+            weight = trainer.unet.conv_out.weight
+            hook = weight.register_hook(lambda gradient: (hook.remove(), gradient * float("inf"))[1])
+
+    changes = {"objective__timestep_sampling": "loss_aware"}
+    trainer, exit_code = train(folder, changes, spoil_images, before_step(4, spoil_gradient), follow_weights(hashes))
+    return {
+        "weights": hashes,
+        "num_skipped": trainer.guard.num_skipped,
+        "num_ema_updates": trainer.ema.num_updates,
+        "averages": digest(*trainer.ema.tensors()),
+        "history": digest(*trainer.timestep_sampler.state().values()),
+        "exit_code": exit_code,
+    }
+
+
+def differing(folder: Path) -> Report:
+    """One bit of one weight of rank 1, then of its average, becomes another after the first checkpoint."""
+
+    def flip(trainer: Trainer, tensors: Callable[[], list[torch.Tensor]]) -> Fault:
+        save = trainer._save
+
+        def save_flipped(*, must_succeed: bool) -> None:
+            if trainer.state.global_step == 4 and RANK == 1:
+                tensors()[0].detach().view(torch.int32).flatten()[-1] ^= 1
+            save(must_succeed=must_succeed)
+
+        trainer._save = save_flipped  # type: ignore[method-assign]
+
+    said = []
+    for name in ("weight", "average"):
+        try:
+            train(
+                folder / name,
+                {},
+                lambda t, name=name: flip(  # type: ignore[misc]
+                    t, lambda: list(t.unet.parameters()) if name == "weight" else t.ema.tensors()
+                ),
+            )
+        except ProcessesDiffer as error:
+            said.append(str(error))
+    large = torch.zeros(1 << 20).repeat(2)
+    large[-1] = float(RANK)
+    swapped = torch.tensor([0.0, 1.0] if RANK else [1.0, 0.0])
+    for tensors in ({"same": torch.ones(3), "large": large}, {"swapped": swapped}, {"same": torch.ones(0)}):
+        try:
+            processes.check_same(tensors)
+            said.append("the same")
+        except ProcessesDiffer as error:
+            said.append(str(error).split(",")[0])
+    return {"said": said}
+
+
+def agreement(folder: Path) -> Report:
+    """What fails on one rank, the smallest memory, arrays filled in part, and a network that only rank 0 can read."""
+    said = []
+
+    def fail_on_rank_1() -> None:
+        if RANK == 1:
+            raise ValueError("only rank 1 sees this")
+
+    def attempt(size: int) -> None:
+        if size > (24, 3)[RANK]:
+            raise torch.OutOfMemoryError(f"no room for {size}")
+
+    def network(path: str) -> str:
+        source = path if RANK == 0 else "/a/disk/that/only/rank/0/has"
+        config = RunConfig(model=ModelConfig(preset=None, from_pretrained=source))
+        scheduler, device = GaussianDiffusionScheduler.create(), torch.device("cpu")
+        return digest(*make_network(config, (1, 8, 8), None, scheduler, Path("/nowhere"), device).parameters())
+
+    config = TrainingConfig(micro_batch_size="auto")
+    for action in (
+        lambda: processes.on_every_rank(fail_on_rank_1),
+        lambda: settle(config, 24, None, attempt),
+        lambda: settle(config, 24, None, lambda size: attempt(size + 3)),
+        lambda: processes.gather_json([RANK, "ö"]),
+        lambda: network(str(folder.parent / "unconditional")),
+        lambda: network(str(folder.parent / "gone")),
+        lambda: train(folder / "nine", {"training__train_batch_size": 9})[1],
+    ):
+        try:
+            said.append(action())
+        except ConfigError as error:
+            said.append(str(error))
+    part = torch.tensor([[200, 0], [0, 7]], dtype=torch.uint8)
+    part[1 - RANK] = 0
+    processes.join_parts(part.numpy())
+    groups = (dist.group.WORLD, processes._hosts())
+    patience = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    return {"said": said, "parts": part.tolist(), "patience": patience}
+
+
+def draw(path: Path, network: UNet2DModel) -> bool:
+    """Draws a preview of 20 images."""
+    config = PreviewConfig(num_images=20, num_inference_steps=2, eta=1.0)
+    return save_preview(path, network, GaussianDiffusionScheduler(), config, 0, None, has_null_label=False)
+
+
+def preview(folder: Path) -> Report:
+    """A grid of which each rank samples its part, and one for which rank 1 has no memory."""
+    network, sizes = tiny_unet(), list[int]()
+    network.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    drawn = [draw(folder / "grid.png", network)]
+    sampled = list(sizes)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    if RANK == 1:
+        network.conv_out.register_forward_pre_hook(fail)
+    drawn += [draw(folder / "none.png", network)]
+    return {"sampled": sampled, "drawn": drawn}
+
+
+def other_optimizer(folder: Path) -> Report:
+    """A network of others, an optimiser that cannot skip by itself, and stored averages."""
+    train(folder, OTHER_OPTIMIZER | {"model__from_pretrained": folder.parent / "conditional"})
+    return {}
+
+
+SCENARIOS = (agreement, preview, curve, slow, coverage, stopped, not_a_number, differing, other_optimizer)
+
+
+def main() -> None:
+    """Plays all scenarios, one after the other."""
+    folder = Path(sys.argv[1])
+    processes.start(TrainingConfig(cpu=True))
+    for scenario in SCENARIOS:
+        report = scenario(folder / scenario.__name__)
+        (folder / f"{scenario.__name__}_{RANK}.json").write_text(json.dumps(report), encoding="utf-8")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
