@@ -31,6 +31,7 @@ _USAGE = """usage: ddpm-hf <command> ...
 commands:
   data     show what a run would read; see ddpm-hf data --help
   train    train a DDPM; see ddpm-hf train --help
+  verify   tell whether a saved pipeline is what was saved; see ddpm-hf verify --help
   ema      make a pipeline with an average of any length; see ddpm-hf ema --help
 """
 
@@ -41,14 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"ddpm-hf {__version__}")
         return 0
-    commands = {"data": data, "train": train, "ema": ema}
+    commands = {"data": data, "train": train, "ema": ema, "verify": verify}
     if command in commands:
         return commands[command](rest[:-1])
     print(_USAGE, end="")
     if command in ("-h", "--help"):
         return 0
     problem = f"unknown command {command!r}" if command else "no command"
-    print(redact(f"ddpm-hf: {problem}; choose data, train or ema."), file=sys.stderr)
+    print(redact(f"ddpm-hf: {problem}; choose data, train, ema or verify."), file=sys.stderr)
     return 2
 
 
@@ -60,6 +61,13 @@ def data(arguments: Sequence[str]) -> int:
 def train(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf train") -> int:
     """Trains as the command line and its configuration say, and returns the exit code."""
     return _exit_code(lambda: _train(arguments, prog))
+
+
+def verify(arguments: Sequence[str]) -> int:
+    """Tells whether a saved pipeline is what was saved, and returns the exit code."""
+    from ddpm_hf.commands.verify import verify as command
+
+    return _exit_code(lambda: command(arguments))
 
 
 def ema(arguments: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from ddpm_hf.config import ConfigError, TrainingConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.evaluation.verification import write_verification
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.ema import EMA, POSTHOC_LENGTHS, posthoc_name
 from ddpm_hf.training.power_function import LONGEST, combine, gamma_of
@@ -148,6 +149,7 @@ def rebuild(run: Path, length: float, step: int | None, output: Path) -> Rebuilt
 
     def write(folder: Path) -> None:
         pipeline.save_pretrained(folder)
+        write_verification(folder)
         shutil.copyfile(run / "config.yaml", folder / "training_config.yaml")
         (folder / "posthoc_ema.json").write_text(json.dumps(asdict(rebuilt), indent=2) + "\n", encoding="utf-8")
 

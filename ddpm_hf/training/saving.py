@@ -13,6 +13,7 @@ from diffusers import UNet2DModel
 from ddpm_hf.config import ConfigError, RunConfig
 from ddpm_hf.data import ImageSet, ImageStream
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.evaluation.verification import write_verification
 from ddpm_hf.training import checkpoint, data_state, processes, snapshot
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.progress import say
@@ -116,6 +117,7 @@ class Saver:
         def write(folder: Path) -> None:
             with self._ema.swapped_in(self._unet):
                 pipeline.save_pretrained(folder)
+            write_verification(folder)
             (folder / "training_config.yaml").write_text(self._config.to_yaml(), encoding="utf-8")
 
         processes.on_rank_0(lambda: checkpoint.replace_folder(self._folder.pipeline, write))

@@ -1,0 +1,49 @@
+"""`ddpm-hf verify FOLDER`: is this the pipeline that was saved?"""
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def verify(arguments: Sequence[str]) -> int:
+    """Computes again what verification.json holds, in each way of loading, and says what differs.
+
+    Returns:
+        The exit code: 0 if nothing does, 1 if something does.
+    """
+    parser = ArgumentParser(
+        prog="ddpm-hf verify",
+        description="Compute again what a saved pipeline computed when it was saved, in each of the three ways of "
+        "loading it, and say what differs.",
+        epilog="example: ddpm-hf verify outputs/digits/pipeline",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, help="a saved pipeline")
+    parser.add_argument("--write", action="store_true", help="write verification.json into the folder instead")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run the code in the folder even if it is not the one that is installed",
+    )
+    options = parser.parse_args(arguments)
+    if not (options.folder / "model_index.json").is_file():
+        raise ValueError(f"{options.folder} is no saved pipeline: it has no model_index.json.")
+
+    from diffusers.utils import logging
+
+    from ddpm_hf.evaluation import verification
+
+    logging.disable_progress_bar()
+    if options.write:
+        verification.write_verification(options.folder)
+        print(f"{options.folder / verification.FILE_NAME} says what this pipeline computes.")
+        return 0
+    findings = verification.verify(options.folder, trust_remote_code=options.trust_remote_code)
+    for finding in findings:
+        if finding.problem:
+            print(f"{finding.way:<32}{'differs' if finding.is_bad else 'note'}: {finding.problem}")
+        else:
+            print(f"{finding.way:<32}the same, to {finding.difference:.1e} of the range")
+    is_bad = any(finding.is_bad for finding in findings)
+    print(f"{options.folder} is {'NOT ' if is_bad else ''}the pipeline that was saved.")
+    return int(is_bad)

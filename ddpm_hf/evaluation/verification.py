@@ -1,0 +1,251 @@
+"""What a saved pipeline computed when it was saved, so that anyone can tell a damaged or drifted copy of it.
+
+`verification.json` holds, for one seed in float32 on a CPU, statistics and a corner of what the network says of noise
+and of the image that four ancestral steps make, and the sha256 of the weights and configurations.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+
+from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.diffusion.folder import LIST_FORM, stock_pipeline_samples
+from ddpm_hf.diffusion.pipeline import PORTABLE_FILES
+from ddpm_hf.rng import torch_generator
+
+FILE_NAME = "verification.json"
+SCHEMA = 1
+SEED = 0
+NUM_STEPS = 4
+CORNER = 8
+TOLERANCE = 1e-3
+"""Of the range of an image: a quarter of a gray level. Processors and versions of torch differ by less."""
+_FILES = ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How one way of loading went.
+
+    Args:
+        way: What was done.
+        difference: Largest difference from what was saved, as a share of the range; None where it was not tried.
+        problem: What differs, or why it was not tried, in a sentence; empty where all is well.
+    """
+
+    way: str
+    difference: float | None
+    problem: str = ""
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the folder is not what was saved."""
+        return bool(self.problem) and self.difference is not None
+
+
+def write_verification(folder: Path) -> None:
+    """Loads a saved pipeline as float32 on the CPU, and writes what it computes into its folder.
+
+    Raises:
+        ValueError: The folder holds no pipeline.
+    """
+    pipeline = GaussianDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    content = {
+        "schema": SCHEMA,
+        "seed": SEED,
+        "num_inference_steps": min(NUM_STEPS, len(pipeline.scheduler)),
+        "class_label": 0 if pipeline.num_classes else None,
+        **_compute(pipeline, GaussianDiffusionPipeline),
+        "files": {name: _sha256(folder / name) for name in _file_names(folder)},
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    (folder / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def verify(folder: Path, *, trust_remote_code: bool = False) -> list[Finding]:
+    """Computes the same again in each way of loading.
+
+    Args:
+        folder: A saved pipeline with verification.json.
+        trust_remote_code: Run the code in the folder although it is not the installed one.
+
+    Raises:
+        ValueError: There is no verification.json, or it is damaged or of a newer version.
+    """
+    expected = _read(folder)
+    findings = list(_compare_files(folder, expected))
+    try:
+        pipeline = GaussianDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        return [*findings, Finding("with ddpm_hf", 1.0, f"does not load: {_line(error)}")]
+    findings.append(_compare("with ddpm_hf", pipeline, GaussianDiffusionPipeline, expected))
+    if pipeline.num_classes or not stock_pipeline_samples(pipeline):
+        why = (
+            "the stock pipeline knows no classes"
+            if pipeline.num_classes
+            else "the stock pipeline cannot sample from it"
+        )
+        findings.append(Finding("with diffusers alone", None, why))
+    else:
+        findings.append(_load_and_compare("with diffusers alone", folder, expected, {}))
+    if trust_remote_code or _has_installed_code(folder):
+        consent = {"custom_pipeline": str(folder), "trust_remote_code": True}
+        findings.append(_load_and_compare("with the code in the folder", folder, expected, consent))
+    else:
+        why = "it differs from the installed one; read it, then pass --trust_remote_code to run it"
+        findings.append(Finding("with the code in the folder", None, why))
+    return findings
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """Reads verification.json."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {FILE_NAME}; write one with ddpm-hf verify {folder} --write.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        schema, seed = content["schema"], content["seed"]
+        corners = [content[name]["corner"] for name in ("network", "image")]
+        is_whole = all(np.asarray(corner, dtype=float).size for corner in corners) and isinstance(
+            content["files"], dict
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({_line(error)}); write it anew with --write.") from None
+    if not is_whole or (schema, seed) != (SCHEMA, SEED):
+        raise ValueError(
+            f"{path} was written by another version of ddpm_hf (schema {schema!r}); this one reads {SCHEMA}."
+        )
+    return dict(content)
+
+
+def _compare_files(folder: Path, expected: dict[str, Any]) -> Iterator[Finding]:
+    """Yields a finding for every file that is missing or has other bytes; other bytes alone may mean the same."""
+    for name, digest in expected["files"].items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or not path.is_file():
+            yield Finding(name, 1.0, "is missing")
+        elif _sha256(path) != digest:
+            yield Finding(name, None, "has other bytes than were saved")
+
+
+def _load_and_compare(way: str, folder: Path, expected: dict[str, Any], arguments: dict[str, Any]) -> Finding:
+    """Loads as a user of diffusers would; whatever is raised there is a finding."""
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **arguments)
+    except Exception as error:
+        return Finding(way, 1.0, f"does not load: {_line(error)}")
+    return _compare(way, pipeline, type(pipeline), expected)
+
+
+def _compare(way: str, pipeline: Any, kind: type, expected: dict[str, Any]) -> Finding:
+    """Compares what a pipeline computes with what was saved."""
+    try:
+        found = _compute(pipeline, kind)
+    except Exception as error:
+        return Finding(way, 1.0, f"does not sample: {_line(error)}")
+    largest, problem = 0.0, ""
+    for name, what in (("network", "the network's output"), ("image", "the sampled image")):
+        for part in ("mean", "deviation", "corner"):
+            saved, now = np.asarray(expected[name][part]), np.asarray(found[name][part])
+            difference = float(np.abs(saved - now).max()) if saved.shape == now.shape else np.inf
+            difference = np.inf if np.isnan(difference) else difference
+            largest = max(largest, difference)
+            if difference > TOLERANCE and not problem:
+                problem = f"{what} differs: its {part} by {difference:.2g}, more than {TOLERANCE:g}"
+    return Finding(way, largest, problem)
+
+
+@torch.no_grad()
+def _compute(pipeline: Any, kind: type) -> dict[str, Any]:
+    """Runs the network once and the pipeline for a few steps, in float32 on the CPU."""
+    pipeline = pipeline.to("cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    unet = pipeline.unet.eval()
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    x_t = randn_tensor(
+        (1, unet.config.in_channels, height, width), generator=torch_generator("cpu", SEED, "verification")
+    )
+    label = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.int64)
+    with _one_thread():
+        timestep = torch.tensor([len(pipeline.scheduler) // 2])
+        output = unet(x_t, timestep, class_labels=label, return_dict=False)[0]
+        arguments = {} if label is None else {"class_labels": [0]}
+        image = pipeline(
+            batch_size=1,
+            num_inference_steps=min(NUM_STEPS, len(pipeline.scheduler)),
+            generator=torch_generator("cpu", SEED, "verification"),
+            output_type="np",
+            **arguments,
+        ).images
+    return {"network": _statistics(output), "image": _statistics(torch.from_numpy(image).permute(0, 3, 1, 2))}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, however many cores there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _statistics(values: torch.Tensor) -> dict[str, Any]:
+    """Returns mean and deviation, and the upper left corner of the first channel."""
+    corner = values[0, 0, :CORNER, :CORNER].double()
+    return {
+        "shape": list(values.shape),
+        "mean": float(values.double().mean()),
+        "deviation": float(values.double().std()),
+        "corner": [[round(value, 6) for value in row] for row in corner.tolist()],
+    }
+
+
+def _file_names(folder: Path) -> list[str]:
+    """Returns weights and configurations of a saved pipeline."""
+    weights = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.safetensors"))
+    return [*(name for name in _FILES if (folder / name).is_file()), *weights]
+
+
+def _has_installed_code(folder: Path) -> bool:
+    """Tells whether the code in the folder is the installed one, byte by byte, and the index names no other."""
+    own = Path(__file__).parents[1] / "diffusion"
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    parts = [value for key, value in index.items() if isinstance(value, list) and key != "_class_name"]
+    return (
+        sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py")) == sorted(PORTABLE_FILES)
+        and all(_sha256(folder / name) == _sha256(own / name) for name in PORTABLE_FILES)
+        and index.get("_class_name") in (LIST_FORM, "DDPMPipeline")
+        and all(part[:1] == ["diffusers"] for part in parts)
+    )
+
+
+def _sha256(path: Path) -> str:
+    """Returns the sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _line(error: BaseException) -> str:
+    """Returns what an error says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

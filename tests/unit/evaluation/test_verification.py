@@ -1,0 +1,146 @@
+"""A copy is told from the pipeline that was saved: by its bytes, its numbers, and in each way of loading."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ddpm_hf.cli import main
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.evaluation.verification import FILE_NAME, verify, write_verification
+from tests.conftest import tiny_unet
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    unet = tiny_unet()
+    with torch.no_grad():  # a fresh network ends in zeros
+        unet.conv_out.weight.normal_(generator=torch.Generator().manual_seed(1))
+    GaussianDiffusionPipeline(unet, GaussianDiffusionScheduler()).save_pretrained(folder)
+    write_verification(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def outcome(folder: Path) -> dict[str, str]:
+    """Way -> problem."""
+    return {finding.way: finding.problem for finding in verify(folder)}
+
+
+def test_an_honest_copy_is_the_same_in_all_three_ways(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(copy)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:3]] == [
+        "with ddpm_hf", "with diffusers alone", "with the code in the folder",
+    ]  # fmt: skip
+    assert all("the same" in line for line in lines[:3])
+    assert lines[3] == f"{copy} is the pipeline that was saved."
+
+
+def test_a_weight_that_drifted_is_seen_by_bytes_and_by_numbers(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(copy / WEIGHTS)
+    tensors["conv_out.weight"] *= 1.1
+    save_file(tensors, copy / WEIGHTS, {"format": "pt"})
+    problems = outcome(copy)
+    assert problems[WEIGHTS] == "has other bytes than were saved"
+    for way in ("with ddpm_hf", "with diffusers alone", "with the code in the folder"):
+        assert "the network's output differs" in problems[way]
+    assert main(["verify", str(copy)]) == 1
+    assert f"{copy} is NOT the pipeline that was saved." in capsys.readouterr().out
+
+
+def test_the_same_weights_in_other_bytes_are_the_same_pipeline(copy: Path) -> None:
+    save_file(load_file(copy / WEIGHTS), copy / WEIGHTS, {"format": "pt", "note": "saved again"})
+    findings = verify(copy)
+    assert [finding.way for finding in findings if finding.problem] == [WEIGHTS]
+    assert not any(finding.is_bad for finding in findings)
+
+
+def test_another_scheduler_is_seen_in_the_image(copy: Path) -> None:
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.01}))
+    problems = outcome(copy)
+    assert "the sampled image differs" in problems["with ddpm_hf"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "nan"])
+def test_damaged_weights_are_a_finding(copy: Path, damage: str) -> None:
+    path = copy / WEIGHTS
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "remove":
+        path.unlink()
+    else:
+        save_file(load_file(path) | {"conv_in.bias": torch.full((8,), torch.nan)}, path, {"format": "pt"})
+    findings = {finding.way: finding for finding in verify(copy)}
+    assert findings["with ddpm_hf"].is_bad
+    assert WEIGHTS in findings
+
+
+def test_a_model_with_classes_is_not_tried_where_there_are_none(tmp_path: Path) -> None:
+    pipeline = GaussianDiffusionPipeline(tiny_unet(num_class_embeds=3), GaussianDiffusionScheduler())
+    pipeline.save_pretrained(tmp_path)
+    write_verification(tmp_path)
+    findings = {finding.way: finding for finding in verify(tmp_path)}
+    assert findings["with diffusers alone"].problem == "the stock pipeline knows no classes"
+    assert findings["with the code in the folder"].difference is not None
+    assert not any(finding.is_bad for finding in findings.values())
+
+
+@pytest.mark.parametrize("attack", ["other code", "one more module", "index"])
+def test_code_that_is_not_the_installed_one_runs_only_with_consent(copy: Path, attack: str) -> None:
+    canary = copy.parent / "canary"
+    song = f"\nfrom pathlib import Path\nPath({str(canary)!r}).touch()\n"
+    if attack == "other code":
+        path = copy / "pipeline.py"
+        path.write_text(path.read_text() + song)
+    elif attack == "one more module":
+        (copy / "unet" / "extra.py").write_text(song)
+    else:
+        path = copy / "model_index.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"unet": ["antigravity", "UNet2DModel"]}))
+    findings = {finding.way: finding for finding in verify(copy)}
+    assert not canary.exists()
+    if attack != "index":  # which does not load at all
+        assert "read it, then pass --trust_remote_code" in findings["with the code in the folder"].problem
+        assert findings["with the code in the folder"].difference is None
+    if attack == "other code":
+        verify(copy, trust_remote_code=True)
+        assert canary.exists(), "the oracle works"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, f"has no {FILE_NAME}; write one with"),
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ({"schema": 99}, "was written by another version of ddpm_hf \\(schema 99\\)"),
+    ],
+)
+def test_a_damaged_record_is_a_sentence(copy: Path, content: Any, sentence: str) -> None:
+    path = copy / FILE_NAME
+    if content is None:
+        path.unlink()
+    elif isinstance(content, str):
+        path.write_text(content)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    with pytest.raises(ValueError, match=sentence):
+        verify(copy)
+
+
+def test_a_folder_that_is_no_pipeline_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "is no saved pipeline: it has no model_index.json" in capsys.readouterr().err
