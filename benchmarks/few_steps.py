@@ -1,0 +1,155 @@
+"""What few steps cost, in bits and in pictures: python benchmarks/few_steps.py PIPELINE --data SOURCE.
+
+Bits per dimension of held-out images under short chains with three variances of the reverse steps: the posterior's
+(fixed_small), beta (fixed_large), and the optimal one (Bao et al. 2022), whose second moments are estimated from the
+training images. Then samplers at equal numbers of network calls, by the Frechet distance to the training images in the
+pixels themselves: no network for features is needed for small images, and the number is no FID. Everything is done for
+several seeds; a standard error is that of their mean.
+"""
+
+import argparse
+import copy
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # the checkout is enough, it need not be installed
+RESULTS = Path(__file__).resolve().parent / "results"
+
+import diffusers  # noqa: E402
+
+from ddpm_hf.config import DataConfig  # noqa: E402
+from ddpm_hf.data import ImageSet, open_images  # noqa: E402
+from ddpm_hf.diffusion import GaussianDiffusionPipeline  # noqa: E402
+from ddpm_hf.evaluation.frechet import frechet_distance, moments_of  # noqa: E402
+from ddpm_hf.evaluation.likelihood import variational_bound  # noqa: E402
+from ddpm_hf.evaluation.second_moments import estimate_second_moments  # noqa: E402
+from ddpm_hf.rng import sampling_generators  # noqa: E402
+
+SAMPLERS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "DDPM, fixed_small": (None, {"eta": 1.0}),
+    "DDPM, analytic": (None, {"eta": 1.0, "analytic": True}),
+    "DDIM, uniform": (None, {"eta": 0.0}),
+    "DDIM, quadratic": (None, {"eta": 0.0, "timestep_spacing": "quadratic"}),
+    "DDIM, analytic": (None, {"eta": 0.0, "analytic": True}),
+    "DPM-Solver++ (2M)": ("DPMSolverMultistepScheduler", {}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+}
+
+
+def pixels_of(images: ImageSet) -> NDArray[np.float64]:
+    """Returns the pixels of all images, (number, values), in [-1, 1]."""
+    pixels, _ = images.take(images.positions)
+    return pixels.reshape(len(pixels), -1) / 127.5 - 1
+
+
+def sample(pipeline: GaussianDiffusionPipeline, sampler: str, steps: int, count: int, seed: int) -> NDArray[np.float64]:
+    """Returns the pixels of samples, the same start noise for every sampler."""
+    name, options = SAMPLERS[sampler]
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    options = dict(options)
+    if name is None:
+        scheduler.analytic_variance = bool(options.pop("analytic", False))
+        options.setdefault("timestep_spacing", "linspace")
+    else:
+        scheduler = getattr(diffusers, name).from_config(scheduler.config, timestep_spacing="linspace")
+    ours, pipeline.scheduler = pipeline.scheduler, scheduler
+    labels = [i % pipeline.num_classes for i in range(count)] if pipeline.num_classes else None
+    try:
+        images = pipeline(
+            batch_size=count,
+            num_inference_steps=steps,
+            generator=sampling_generators(seed, "few_steps", range(count), pipeline.device),
+            class_labels=labels,
+            output_type="uint8",
+            **options,
+        ).images
+    finally:
+        pipeline.scheduler = ours
+    return images.transpose(0, 3, 1, 2).reshape(count, -1) / 127.5 - 1
+
+
+def over_seeds(measure: Callable[[int], float], seeds: int) -> str:
+    """Returns mean and standard error."""
+    values = [measure(seed) for seed in range(seeds)]
+    error = statistics.stdev(values) / math.sqrt(seeds) if seeds > 1 else math.nan
+    return f"{statistics.mean(values):>9.3f} ± {error:.3f}"
+
+
+def main() -> int:
+    """Measures and writes the result file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("--data", required=True, help="what the pipeline was trained on")
+    parser.add_argument("--held_out", type=float, default=0.15, help="validation_fraction of the training")
+    parser.add_argument("--data_seed", type=int, default=0, help="training.seed of the training")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num_samples", type=int, default=300)
+    parser.add_argument("--num_images", type=int, default=100, help="held-out images for the bits")
+    parser.add_argument("--num_for_moments", type=int, default=8, help="training images a timestep")
+    parser.add_argument("--name", default="few_steps", help="name of the result file")
+    arguments = parser.parse_args()
+    pipeline = GaussianDiffusionPipeline.from_pretrained(arguments.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    _, height, width = (pipeline.num_channels, *np.broadcast_to(pipeline.unet.config.sample_size, 2).tolist())
+    config = DataConfig(source=arguments.data, resolution=[height, width], num_channels=pipeline.num_channels)
+    training, held_out = open_images(config, with_labels=pipeline.num_classes > 0).split(
+        arguments.held_out, arguments.data_seed
+    )
+    judged = held_out.split(1 - arguments.num_images / len(held_out), 0)[0]
+    lines = [f"command: {shlex.join(['python', 'benchmarks/few_steps.py', *sys.argv[1:]])}"]
+
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    moments = estimate_second_moments(pipeline, training, seed=0, num_images=arguments.num_for_moments)
+    say(f"bits per dimension of {len(judged)} held-out images, mean ± standard error over {arguments.seeds} seeds")
+    say(f"{'':<20}" + "".join(f"{f'{steps} steps':>18}" for steps in arguments.steps))
+    for kind in ("fixed_small", "fixed_large", "analytic"):
+        variant = copy.copy(pipeline.scheduler.config) | {
+            "variance_type": "fixed_large" if kind == "fixed_large" else "fixed_small"
+        }
+        ours, pipeline.scheduler = pipeline.scheduler, type(pipeline.scheduler).from_config(variant)
+        if kind == "analytic":
+            pipeline.scheduler.eps_second_moments = moments
+            pipeline.scheduler.analytic_variance = True
+        cells = []
+        for steps in arguments.steps:
+            chain = np.linspace(0, len(ours) - 1, steps).round().astype(int)[::-1].tolist()
+            measure = lambda seed, chain=chain: variational_bound(  # noqa: E731
+                pipeline, judged, seed=seed, timesteps=chain
+            ).bits_per_dim
+            cells.append(over_seeds(measure, arguments.seeds))
+        say(f"{kind:<20}" + "".join(f"{cell:>18}" for cell in cells))
+        pipeline.scheduler = ours
+    pipeline.scheduler.eps_second_moments = moments
+    reference = moments_of(pixels_of(training))
+    say(f"\nFrechet distance in pixels of {arguments.num_samples} samples to {len(training)} training images")
+    say(f"held-out images      {frechet_distance(moments_of(pixels_of(held_out)), reference):.3f} ({len(held_out)})")
+    say(f"{'':<20}" + "".join(f"{f'{steps} calls':>18}" for steps in arguments.steps))
+    for sampler in SAMPLERS:
+        cells = []
+        for steps in arguments.steps:
+            measure = lambda seed, steps=steps: frechet_distance(  # noqa: E731
+                moments_of(sample(pipeline, sampler, steps, arguments.num_samples, seed)), reference
+            )
+            cells.append(over_seeds(measure, arguments.seeds))
+        say(f"{sampler:<20}" + "".join(f"{cell:>18}" for cell in cells))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{arguments.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
