@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
+from safetensors import SafetensorError
 
 from ddpm_hf.config import ConfigError, RunConfig
 from ddpm_hf.data import ImageSet, ImageStream
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.training import checkpoint, data_state, processes, snapshot
+from ddpm_hf.training.checkpoint import CheckpointError
 from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.guard import check_finite
 from ddpm_hf.training.progress import say
 from ddpm_hf.training.resume import choose_checkpoint
 from ddpm_hf.training.run_folder import RunFolder
@@ -105,7 +108,10 @@ class Saver:
 
         Raises:
             OSError: If a checkpoint that must succeed cannot be written.
+            ValueError: If something else has taken the place of the run folder.
+            NonFiniteTraining: If the weights are not worth saving.
         """
+        check_finite([*self._unet.parameters(), *self._ema.tensors()], state.global_step)
         state.num_ema_updates = self._ema.num_updates
         data_state.write_state(self._images, state)
         processes.on_rank_0(lambda: self._write_checkpoint(state, must_succeed))
@@ -128,6 +134,7 @@ class Saver:
             snapshot.write_objective(folder, self._timestep_sampler.state())
 
         try:
+            self._folder.hold()
             checkpoint.write_checkpoint(self._folder.checkpoints, state.global_step, write)
         except OSError as error:
             message = f"The checkpoint of step {state.global_step} could not be written ({error.strerror or error})"
@@ -157,9 +164,17 @@ class Saver:
         if latest is None:
             return None
         say(f"Continuing from step {latest.step} of {self._config.training.num_steps} ({latest.path}).")
-        state, tensors = read_snapshot(latest.path, self._unet, self._ema)
+        try:
+            state, tensors = read_snapshot(latest.path, self._unet, self._ema)
+            learned = snapshot.read_objective(latest.path)
+        except (SafetensorError, FileNotFoundError, RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"{latest.path} is whole, but this version cannot go on from it ({reason}); restore another one, use "
+                "the version that wrote it, or choose another training.output_dir."
+            ) from error
         data_state.check_state(self._images, state, self._config.data.source, self._folder.path)
-        return state, tensors, snapshot.read_objective(latest.path)
+        return state, tensors, learned
 
     def _start_folder(self, step: int) -> None:
         """Writes the configuration and cuts metrics and stored averages back to the checkpoint."""

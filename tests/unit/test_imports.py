@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.run_folder": {"config", "training.checkpoint", "training.guard"},
     "training.saving": {
         "config", "data", "diffusion", "training.checkpoint", "training.data_state", "training.ema",
-        "training.processes", "training.progress", "training.resume", "training.run_folder", "training.snapshot",
+        "training.guard", "training.processes", "training.progress", "training.resume", "training.run_folder", "training.snapshot",
         "training.timestep_sampling", "training.tracking",
     },
     "training.setup": {"config", "data", "diffusion", "training.processes"},
