@@ -88,9 +88,12 @@ class RunFolder:
                 f"training.output_dir {self.path} was removed while training, and holds something else now "
                 f"({sorted(self._content())[0]}); training stops, so that this is left alone."
             )
-        logger.warning("training.output_dir %s was removed while training; it is made again.", self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(self.path)
+        try:
+            lock = RunLock(self.path)
+        except ValueError as error:
+            raise ConfigError(f"training.output_dir was removed while training, and now {error}") from None
+        logger.warning("training.output_dir %s was removed while training; it is made again.", self.path)
         self._lock.release()
         self._lock = lock
         replace_file(config_path, self._config)

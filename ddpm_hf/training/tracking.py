@@ -56,7 +56,7 @@ class MetricsLog:
     def cut_after(self, step: int) -> None:
         """Forgets what came after a step, since the run is about to do it again; what came before is not even read."""
         try:
-            file = self._path.open("r+b", opener=_open_no_link)
+            file = open(self._path, "r+b", opener=_open_no_link)
         except FileNotFoundError:
             replace_file(self._path, "")
             return

@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.timestep_sampling": {"config", "rng"},
     "training.tracking": {"config", "training.checkpoint"},
     "training.validation": {"config", "data", "rng", "training.objective", "training.processes"},
-    "training.trainer": {"config", "diffusion", "rng", "training"},
+    "training.trainer": {"config", "data", "diffusion", "rng", "training"},
     "training.weighting": {"config"},
     "evaluation.__init__": set(),
     "evaluation.recognition": set(),
