@@ -5,6 +5,7 @@ Every public function here is collective: all ranks must call it, in the same or
 
 import logging
 import shutil
+import textwrap
 from pathlib import Path
 
 import torch
@@ -168,7 +169,7 @@ class Saver:
             state, tensors = read_snapshot(latest.path, self._unet, self._ema)
             learned = snapshot.read_objective(latest.path)
         except (SafetensorError, FileNotFoundError, RuntimeError, TypeError, ValueError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
             raise CheckpointError(
                 f"{latest.path} is whole, but this version cannot go on from it ({reason}); restore another one, use "
                 "the version that wrote it, or choose another training.output_dir."

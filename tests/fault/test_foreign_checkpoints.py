@@ -111,7 +111,7 @@ def test_a_foreign_checkpoint_is_refused_in_one_sentence_and_left_as_it_is(
 
 
 def test_a_run_goes_on_at_a_million_steps_as_soon_as_at_two(source: Path, tmp_path: Path) -> None:
-    """Within a second, although 300,000 lines of metrics lie before it: nothing is done again, nothing is read again.
+    """Within a second, although 500,000 lines of metrics lie before it: nothing is done again, nothing is read again.
 
     Both times are taken in one process after a first resume has loaded what is loaded once; they are 0.1 to 0.4 s here.
     """
@@ -125,8 +125,8 @@ def test_a_run_goes_on_at_a_million_steps_as_soon_as_at_two(source: Path, tmp_pa
         (path / "config.yaml").write_text((path / "config.yaml").read_text().replace("num_steps: 2", f"num_steps: {step}"))
         sign_again(path, step)
         path.rename(path.with_name(f"step_{step:08d}"))
-        lines = (json.dumps({"step": row * step // 300_000, "loss": 0.1}) + "\n" for row in range(1, 300_001))
-        (run / "metrics.jsonl").write_text("".join(lines))
+        (run / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 0.1}) + "\n")
+        (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() * min(step, 500_000))
         began = time.monotonic()
         assert train(run_arguments(run, **changes, training__num_steps=step + 1)) == 0
         seconds = time.monotonic() - began
