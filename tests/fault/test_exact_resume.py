@@ -55,7 +55,9 @@ def whole_run(everything: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
 def pictures_of(run: Path) -> dict[str, bytes]:
     """Returns every file that is no checkpoint and must be the same, too."""
     roots = [run / "previews", run / "ema_snapshots", run / "pipeline" / "unet"]
-    return {str(path.relative_to(run)): path.read_bytes() for root in roots for path in root.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(run)): path.read_bytes() for root in roots for path in root.rglob("*") if path.is_file()
+    }
 
 
 def send_at(

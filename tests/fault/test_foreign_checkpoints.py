@@ -1,4 +1,4 @@
-"""A checkpoint that is whole but not what this run can go on from is refused with a sentence, and nothing is changed."""
+"""A checkpoint that is whole, but that this run cannot go on from, is refused with a sentence; nothing is changed."""
 
 import io
 import json
@@ -122,7 +122,9 @@ def test_a_run_goes_on_at_a_million_steps_as_soon_as_at_two(source: Path, tmp_pa
         shutil.copytree(source, run)
         path = run / "checkpoints" / "step_00000002"
         change_json("trainer_state.json", global_step=step)(path)
-        (path / "config.yaml").write_text((path / "config.yaml").read_text().replace("num_steps: 2", f"num_steps: {step}"))
+        (path / "config.yaml").write_text(
+            (path / "config.yaml").read_text().replace("num_steps: 2", f"num_steps: {step}")
+        )
         sign_again(path, step)
         path.rename(path.with_name(f"step_{step:08d}"))
         (run / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 0.1}) + "\n")

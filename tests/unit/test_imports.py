@@ -71,8 +71,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.run_folder": {"config", "training.checkpoint", "training.guard"},
     "training.saving": {
         "config", "data", "diffusion", "training.checkpoint", "training.data_state", "training.ema",
-        "training.guard", "training.processes", "training.progress", "training.resume", "training.run_folder", "training.snapshot",
-        "training.timestep_sampling", "training.tracking",
+        "training.guard", "training.processes", "training.progress", "training.resume", "training.run_folder",
+        "training.snapshot", "training.timestep_sampling", "training.tracking",
     },
     "training.setup": {"config", "data", "diffusion", "training.processes"},
     "training.snapshot": {"training.ema", "training.optimizer_state"},
