@@ -58,6 +58,11 @@ class ImageFeed:
             stored, labels = self._pick(positions, corners)
         return normalize(stored, mirrored), None if labels is None else to_device(labels, self._device)
 
+    def numbers(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Returns which images of the data set samples start to stop - 1 are, int64 (number,)."""
+        numbers: NDArray[np.int64] = self._images.rows[self._order.positions(start, stop)]
+        return numbers
+
     def _pick(
         self, positions: NDArray[np.int64], corners: NDArray[np.float32] | None
     ) -> tuple[torch.Tensor, NDArray[np.int64] | None]:

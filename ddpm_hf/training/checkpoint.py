@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def verify_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: If the folder is not a checkpoint or any file is missing, damaged, foreign or a link.
+        PermissionError: If this user may not read it.
     """
     if _STEP_NAME.fullmatch(path.name) is None:
         raise CheckpointError(f"{path.name} is not named like a checkpoint (step_00001000)")
@@ -96,7 +98,7 @@ def verify_checkpoint(path: Path) -> Checkpoint:
         if (version := manifest["schema_version"]) != SCHEMA_VERSION:
             raise CheckpointError(f"it was written by another version (schema {version}, this is {SCHEMA_VERSION})")
         step, name, files = manifest["step"], _name(manifest["step"]), dict(manifest["files"])
-    except CheckpointError:
+    except (CheckpointError, PermissionError):
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{MANIFEST} is missing or unreadable") from None
@@ -108,7 +110,13 @@ def verify_checkpoint(path: Path) -> Checkpoint:
     if foreign := sorted(present - set(files)):
         raise CheckpointError(f"{foreign[0]} does not belong to it")
     for name, expected in sorted(files.items()):
-        if _describe(path / name) != expected:
+        try:
+            found = _describe(path / name)
+        except PermissionError:
+            raise  # that can be mended, and says nothing about the file
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read ({error.strerror or error})") from None
+        if found != expected:
             raise CheckpointError(f"{name} is damaged (its sha256 is not the one in {MANIFEST})")
     return Checkpoint(path, step)
 
@@ -175,9 +183,15 @@ def remove_unfinished(root: Path) -> None:
 def replace_file(path: Path, content: str) -> None:
     """Writes a text file durably, whole or not at all."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(content, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
+    temporary.unlink(missing_ok=True)
+    try:
+        with temporary.open("x", encoding="utf-8") as file:  # a new file, never one that a link leads to
+            file.write(content)
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     _sync(path.parent)
 
 

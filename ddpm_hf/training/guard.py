@@ -4,6 +4,7 @@ import fcntl
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +16,8 @@ from ddpm_hf.training.processes import world_size
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A terminal's Ctrl-C reaches the workers directly and once more through torchrun; that is one request, not two.
 _SAME_REQUEST_SECONDS = 2.0
+# As early as possible: while the data are decoded, a launcher may go away too.
+_PARENT_AT_START = os.getppid()
 
 
 class TrainingStopped(Exception):
@@ -30,26 +33,56 @@ class TrainingStopped(Exception):
 
 
 class NonFiniteTraining(Exception):
-    """Too many updates in a row had a non-finite gradient; the message says since when and what to do."""
+    """The gradient or the weights are no longer finite; the message says since when and what to do."""
+
+
+def check_finite(tensors: Iterable[torch.Tensor], step: int) -> None:
+    """Makes sure that weights are worth saving: a run that goes on from others could never recover.
+
+    Raises:
+        NonFiniteTraining: If any number is not finite.
+    """
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+        raise NonFiniteTraining(
+            f"the weights or their averages are not finite after step {step}, so they are not saved; the checkpoints "
+            "before it are intact. Lower training.learning_rate, or choose another training.optimizer."
+        )
 
 
 class RunLock:
     """Holds a run folder for one process; the system lets go of it when the process ends, however that happens."""
 
     def __init__(self, output_dir: Path) -> None:
-        self._file = (output_dir / ".lock").open("w")
+        self._path = output_dir / ".lock"
+        self._take()
+        # A process that leaves removes the file of a folder it wrote nothing to. If it did so after we had opened the
+        # file, we hold one that nobody else will ever see.
+        while not self.is_held():
+            self.release()
+            self._take()
+
+    def _take(self) -> None:
+        """Opens and locks the file, which must not be a link to somebody else's."""
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.close()
+            self.release()
             raise ValueError(
-                f"another process is training in {output_dir}; wait for it, stop it, or choose another "
+                f"another process is training in {self._path.parent}; wait for it, stop it, or choose another "
                 "training.output_dir."
             ) from None
 
+    def is_held(self) -> bool:
+        """Tells whether the folder still has the file that was locked, so that others are kept out."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self._path.stat(follow_symlinks=False))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     def release(self) -> None:
         """Lets go of the folder."""
-        self._file.close()
+        os.close(self._descriptor)
 
 
 class StopWatcher:
@@ -62,7 +95,7 @@ class StopWatcher:
     def __init__(self) -> None:
         self._requested = 0
         self._requested_at = 0.0
-        self._launcher = os.getppid() if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
+        self._launcher = _PARENT_AT_START if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
         self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
         self._old_handlers: dict[int, object] = {}

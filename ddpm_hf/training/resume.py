@@ -2,6 +2,8 @@
 
 import logging
 
+import yaml
+
 from ddpm_hf.config import ConfigError, RunConfig, changed_settings, changed_too_late, read_config_dict
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.run_folder import RunFolder
@@ -26,7 +28,7 @@ def choose_checkpoint(
         logger.warning("Passed over a checkpoint that cannot be used: %s", line)
     if latest is None:
         return None
-    fixed, free = changed_settings(read_config_dict(latest.path / "config.yaml"), config)
+    fixed, free = changed_settings(_settings_of(latest), config)
     if fixed:
         raise ConfigError(
             f"{folder.path} holds a run with other settings ({'; '.join(fixed)}); restore them, or choose another "
@@ -48,3 +50,16 @@ def choose_checkpoint(
         for line in skipped:
             checkpoint.put_aside(folder.checkpoints / line.split(":")[0])
     return latest
+
+
+def _settings_of(found: checkpoint.Checkpoint) -> dict[str, dict[str, object]]:
+    """Reads the configuration that a checkpoint was written with."""
+    try:
+        settings = read_config_dict(found.path / "config.yaml")
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
+        raise checkpoint.CheckpointError(
+            f"{found.path} holds no configuration of a run; restore it, or choose another training.output_dir."
+        )
+    return settings

@@ -10,11 +10,15 @@ outputs/digits/
     pipeline/        the trained pipeline, for DiffusionPipeline.from_pretrained
 """
 
+import logging
+from contextlib import suppress
 from pathlib import Path
 
 from ddpm_hf.config import ConfigError
 from ddpm_hf.training.checkpoint import replace_file
 from ddpm_hf.training.guard import RunLock
+
+logger = logging.getLogger(__name__)
 
 _MARK = "# A run of ddpm_hf. `ddpm-hf train --config` of this file repeats it.\n"
 # Ours, but no sign that a run was begun: the lock, and a configuration that a kill left half written.
@@ -34,6 +38,7 @@ class RunFolder:
         self.ema_snapshots = path / "ema_snapshots"
         self.pipeline = path / "pipeline"
         self._lock: RunLock | None = None
+        self._config = ""
         self._made: list[Path] = []
 
     def check(self, resume: str) -> None:
@@ -65,21 +70,51 @@ class RunFolder:
                 f"training.output_dir {self.path} cannot be written ({error.strerror or error}); choose another folder."
             ) from None
 
+    def hold(self) -> None:
+        """Makes sure, before a checkpoint is written, that the folder is there and belongs to this process.
+
+        One that was removed in the middle of a run is made again, so that what the process knows is not lost.
+
+        Raises:
+            ValueError: If another process or something else has taken its place.
+            OSError: If it cannot be made again.
+        """
+        if self._lock is None or self._lock.is_held():
+            return
+        config_path = self.path / "config.yaml"
+        is_other = self.path.exists() and bool(self._content())
+        if is_other and not (config_path.is_file() and config_path.read_text(encoding="utf-8") == self._config):
+            raise ConfigError(
+                f"training.output_dir {self.path} was removed while training, and holds something else now "
+                f"({sorted(self._content())[0]}); training stops, so that this is left alone."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = RunLock(self.path)
+        except ValueError as error:
+            raise ConfigError(f"training.output_dir was removed while training, and now {error}") from None
+        logger.warning("training.output_dir %s was removed while training; it is made again.", self.path)
+        self._lock.release()
+        self._lock = lock
+        replace_file(config_path, self._config)
+
     def release(self) -> None:
         """Lets other processes use the folder; folders that nothing was written to go away again."""
         if self._lock is None:
             return
-        if not self._content():
+        if self._lock.is_held() and not self._content():
             for name in _TRACES:
                 (self.path / name).unlink(missing_ok=True)
         self._lock.release()
+        self._lock = None
         for folder in self._made:
-            if not any(folder.iterdir()):
+            with suppress(OSError):  # it is in use, or gone
                 folder.rmdir()
 
     def write_config(self, content: str) -> None:
         """Writes the resolved configuration, which also marks the folder as a run."""
-        replace_file(self.path / "config.yaml", _MARK + content)
+        self._config = _MARK + content
+        replace_file(self.path / "config.yaml", self._config)
 
     def _is_run(self) -> bool:
         """Tells whether the folder was begun by `write_config`."""

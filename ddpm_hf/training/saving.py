@@ -5,6 +5,7 @@ Every public function here is collective: all ranks must call it, in the same or
 
 import logging
 import shutil
+import textwrap
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from ddpm_hf.data import ImageSet, ImageStream
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.evaluation.verification import write_verification
 from ddpm_hf.training import checkpoint, data_state, processes, snapshot
+from ddpm_hf.training.checkpoint import CheckpointError
 from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.guard import check_finite
 from ddpm_hf.training.progress import say
 from ddpm_hf.training.resume import choose_checkpoint
 from ddpm_hf.training.run_folder import RunFolder
@@ -106,7 +109,10 @@ class Saver:
 
         Raises:
             OSError: If a checkpoint that must succeed cannot be written.
+            ValueError: If something else has taken the place of the run folder.
+            NonFiniteTraining: If the weights are not worth saving.
         """
+        check_finite([*self._unet.parameters(), *self._ema.tensors()], state.global_step)
         state.num_ema_updates = self._ema.num_updates
         data_state.write_state(self._images, state)
         processes.on_rank_0(lambda: self._write_checkpoint(state, must_succeed))
@@ -130,6 +136,7 @@ class Saver:
             snapshot.write_objective(folder, self._timestep_sampler.state())
 
         try:
+            self._folder.hold()
             checkpoint.write_checkpoint(self._folder.checkpoints, state.global_step, write)
         except OSError as error:
             message = f"The checkpoint of step {state.global_step} could not be written ({error.strerror or error})"
@@ -163,9 +170,10 @@ class Saver:
             state, tensors = read_snapshot(latest.path, self._unet, self._ema)
             learned = snapshot.read_objective(latest.path)
         except Exception as error:  # its files are those of the manifest, but whoever wrote it decided what is in them
-            raise checkpoint.CheckpointError(
-                f"{latest.path} is whole, but holds no state of this run ({' '.join(str(error).split())[:200]}); "
-                "remove it to continue from an older one, or choose another training.output_dir."
+            reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+            raise CheckpointError(
+                f"{latest.path} is whole, but this version cannot go on from it ({reason}); restore another one, use "
+                "the version that wrote it, or choose another training.output_dir."
             ) from error
         data_state.check_state(self._images, state, self._config.data.source, self._folder.path)
         return state, tensors, learned

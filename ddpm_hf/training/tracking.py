@@ -6,9 +6,12 @@ metrics.jsonl has one line of JSON a log interval, whole after any kill, cut bac
 import importlib.util
 import json
 import logging
+import mmap
+import os
 import re
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +39,69 @@ class MetricsLog:
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         """Writes one line, at once readable by others; on a full disk training goes on without it."""
+        size = None
         try:
             with self._path.open("a", encoding="utf-8") as file:
+                size = file.tell()
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             logger.warning("A line of metrics could not be written: %s", error)
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self._path, size)  # the next line must not begin in the middle of this one
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns all whole lines; a last line that a kill tore is left out."""
         if not self._path.exists():
             return []
-        rows = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return rows
+        rows = (_row(line) for line in self._path.read_bytes().splitlines())
+        return [row for row in rows if row is not None]
 
     def cut_after(self, step: int) -> None:
-        """Forgets what came after a step, since the run is about to do it again."""
-        rows = [row for row in self.rows() if row["step"] <= step]
-        replace_file(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+        """Forgets what came after a step, since the run is about to do it again; what came before is not even read."""
+        try:
+            file = open(self._path, "r+b", opener=_open_no_link)
+        except FileNotFoundError:
+            replace_file(self._path, "")
+            return
+        with file:
+            if not file.seek(0, os.SEEK_END):
+                return
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                end = _end_of(step, content)
+                is_ended = end == 0 or content[end - 1 : end] == b"\n"
+            file.truncate(end)
+            if not is_ended:
+                file.seek(end)
+                file.write(b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Returns what a line says, or None for one that a kill or a power cut tore."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+def _end_of(step: int, content: mmap.mmap) -> int:
+    """Returns where the last whole line of a step ends, or of an earlier one; looked for from the end."""
+    end = len(content)
+    while end:
+        start = content.rfind(b"\n", 0, end - 1) + 1
+        row = _row(content[start:end])
+        if row is not None and row["step"] <= step:
+            return end
+        end = start
+    return 0
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """Opens a file, but not one that a link leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 class Trackers:

@@ -5,6 +5,7 @@ functions of (seed, step, position in the global batch), so the loss curve is th
 processes and micro batches, and nothing random has to be stored; of a stream of images, its place is.
 """
 
+import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from ddpm_hf.config import RunConfig, refuse_secrets
+from ddpm_hf.data import ImageFeed
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.rng import seed_global_generators
 from ddpm_hf.training import data_state, posthoc_ema, processes
@@ -33,6 +35,10 @@ from ddpm_hf.training.snapshot import TrainerState
 from ddpm_hf.training.timestep_sampling import build_timestep_sampler
 from ddpm_hf.training.tracking import MetricsLog, Trackers
 from ddpm_hf.training.validation import validation_loss
+
+logger = logging.getLogger(__name__)
+
+_NUM_NAMED_IMAGES = 32
 
 
 class Trainer:
@@ -197,8 +203,21 @@ class Trainer:
 
     def _settle_update(self) -> None:
         """Lets the average follow the previous update, now that the host knows whether it was applied."""
+        num_skipped = self.guard.num_skipped
         if self.guard.was_applied():
             self.ema.update(self.unet)
+        elif self.guard.num_skipped > num_skipped and self.guard.num_consecutive == 1 and self.is_main_process:
+            self._tell_of_skipped_update()
+
+    def _tell_of_skipped_update(self) -> None:
+        """Names the step, and the images where they have numbers; of several in a row, only the first is told."""
+        step, size = self.state.global_step, self.config.training.train_batch_size
+        images = ""
+        if isinstance(self.feed, ImageFeed):
+            numbers = self.feed.numbers((step - 1) * size, step * size).tolist()
+            more = ", ..." if size > _NUM_NAMED_IMAGES else ""
+            images = f" Its images were {', '.join(map(str, numbers[:_NUM_NAMED_IMAGES]))}{more}."
+        logger.warning("The gradient of step %d was not finite, so its update was skipped.%s", step, images)
 
     def _after_step(self) -> None:
         """Collective: logs, validates, draws and saves where that is due."""

@@ -1,15 +1,27 @@
 """A process that is killed without a word, started again, loses nothing that a checkpoint held."""
 
+import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+from random import Random
+
+import pytest
 
 from ddpm_hf.cli import train
-from ddpm_hf.training.checkpoint import find_latest
+from ddpm_hf.training.checkpoint import find_latest, verify_checkpoint
 from tests.conftest import REPOSITORY, process_environment, run_arguments, run_process
+from tests.fault import victim
 from tests.integration.test_training import EVERYTHING_RANDOM, assert_same_run
 
+LAUNCH = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "train_ddpm.py"]
 LOADING = """
 import sys
 sys.modules["ddpm_hf"] = None
@@ -25,10 +37,8 @@ def test_train_kill_resume_sample_load(tmp_path: Path) -> None:
     """The whole way of a user, through `accelerate launch`, with SIGKILL in the middle."""
     run = tmp_path / "run"
     changes = EVERYTHING_RANDOM | {"training__log_every_steps": 1}
-    launch = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "train_ddpm.py"]
     process = subprocess.Popen(
-        [sys.executable, *launch, *run_arguments(run, **changes, training__num_steps=4000)],
+        [sys.executable, *LAUNCH, *run_arguments(run, **changes, training__num_steps=4000)],
         cwd=REPOSITORY,
         env=process_environment(),
         stdout=subprocess.PIPE,
@@ -46,10 +56,142 @@ def test_train_kill_resume_sample_load(tmp_path: Path) -> None:
     latest, _ = find_latest(run / "checkpoints")
     assert latest is not None
     num_steps = latest.step + 4
-    result = run_process([*launch, *run_arguments(run, **changes, training__num_steps=num_steps)])
+    result = run_process([*LAUNCH, *run_arguments(run, **changes, training__num_steps=num_steps)])
     assert result.returncode == 0, result.stderr
     assert f"Continuing from step {latest.step}" in result.stdout
     assert train(run_arguments(tmp_path / "whole", **changes, training__num_steps=num_steps)) == 0
     assert_same_run(tmp_path / "whole", run, num_steps)
     result = run_process(["-c", LOADING, str(run / "pipeline")])
     assert result.stdout.splitlines()[-1:] == ["GaussianDiffusionPipeline (2, 8, 8, 1)"], result.stderr
+
+
+# ------------------------------------------------------------------------------------------- a hundred times, slowly
+
+NUM_KILLS = int(os.environ.get("DDPM_HF_NUM_KILLS", "20"))
+SEED = int(os.environ.get("DDPM_HF_KILL_SEED", time.time_ns() % 10**6))
+# Short intervals, so that most of the time something is being written.
+BUSY = EVERYTHING_RANDOM | {
+    "training__checkpoint_every_steps": 2,
+    "training__num_checkpoints_kept": 2,
+    "training__posthoc_ema": True,
+    "training__posthoc_ema_every_steps": 3,
+    "training__log_every_steps": 1,
+    "preview__every_steps": 4,
+    "preview__num_images": 4,
+}
+
+
+def assert_nothing_torn(run: Path) -> int:
+    """Looks, as another process may at any time, at what a kill has left; returns the newest step."""
+    for root in (run / "checkpoints", run / "ema_snapshots"):
+        for folder in root.glob("step_*"):
+            # One that was being removed is the oldest of more than are kept.
+            if len(list(root.glob("step_*"))) <= 2 or folder != min(root.glob("step_*")):
+                verify_checkpoint(folder)
+    lines = (run / "metrics.jsonl").read_text().split("\n") if (run / "metrics.jsonl").exists() else [""]
+    steps = [json.loads(line)["step"] for line in lines[:-1]]
+    assert steps == sorted(set(steps))
+    latest, skipped = find_latest(run / "checkpoints")
+    assert skipped == []
+    return latest.step if latest is not None else 0
+
+
+def assert_all_is_the_same(whole: Path, run: Path, step: int) -> None:
+    """Compares two runs bit by bit, pictures and stored averages included."""
+    assert_same_run(whole, run, step)
+    for part in ("previews", "ema_snapshots", "pipeline/unet"):
+        one, other = (
+            {str(path.relative_to(root)): path.read_bytes() for path in (root / part).rglob("*") if path.is_file()}
+            for root in (whole, run)
+        )
+        assert one == other
+    assert [path for path in run.rglob(".*") if path.name != ".lock"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 + 60 * NUM_KILLS)
+def test_a_run_that_is_killed_at_random_moments_loses_nothing(tmp_path: Path) -> None:
+    """SIGKILL from outside, at any time from the start of the process on, again and again in one folder.
+
+    How often, and with which seed, DDPM_HF_NUM_KILLS and DDPM_HF_KILL_SEED say.
+    """
+    print(f"DDPM_HF_NUM_KILLS={NUM_KILLS} DDPM_HF_KILL_SEED={SEED}")
+    random, run, log = Random(SEED), tmp_path / "run", tmp_path / "log"  # noqa: S311
+    victim.start(run_arguments(tmp_path / "warm-up", **BUSY, training__num_steps=10), log).join()
+    began = time.monotonic()
+    victim.start(run_arguments(tmp_path / "other", **BUSY, training__num_steps=10), log).join()
+    usual = time.monotonic() - began
+    step = 0
+    for _ in range(NUM_KILLS):
+        process = victim.start(run_arguments(run, **BUSY, training__num_steps=10**6), log)
+        time.sleep(random.uniform(0, 2 * usual))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+        newest = assert_nothing_torn(run)
+        assert newest >= step, "a checkpoint was lost"
+        step = newest
+    num_steps = step + 3
+    for name in ("run", "whole"):
+        process = victim.start(run_arguments(tmp_path / name, **BUSY, training__num_steps=num_steps), log)
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+    assert step > NUM_KILLS, "otherwise most kills came before anything was done"
+    assert_all_is_the_same(tmp_path / "whole", run, num_steps)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 + 60 * NUM_KILLS)
+def test_a_run_that_is_killed_at_any_change_to_the_disk_loses_nothing(tmp_path: Path) -> None:
+    """Every opening, syncing, renaming and removing of a file is a moment to die at.
+
+    DDPM_HF_NUM_KILLS of them are tried, drawn with DDPM_HF_KILL_SEED; with a large number it is each of them.
+    """
+    print(f"DDPM_HF_NUM_KILLS={NUM_KILLS} DDPM_HF_KILL_SEED={SEED}")
+    changes, log = BUSY | {"training__num_steps": 7}, tmp_path / "log"
+    for name in ("warm-up", "whole"):
+        victim.start(run_arguments(tmp_path / name, **changes), log).join()
+    num_changes = int(log.read_text().split()[-1])
+    assert num_changes > 200
+    moments = list(range(1, num_changes + 1))
+    for moment in Random(SEED).sample(moments, min(NUM_KILLS, num_changes)):  # noqa: S311
+        run = tmp_path / f"run_{moment}"
+        process = victim.start(run_arguments(run, **changes), log, kill_at=moment)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (moment, log.read_text())
+        assert_nothing_torn(run)
+        process = victim.start(run_arguments(run, **changes), log)
+        process.join()
+        assert process.exitcode == 0, (moment, log.read_text())
+        assert_all_is_the_same(tmp_path / "whole", run, 7)
+        shutil.rmtree(run)
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_launcher_just_long_enough_to_save(tmp_path: Path) -> None:
+    """accelerate launch dies of SIGTERM and tells its child nothing: in a container nobody would ever stop that."""
+    run = tmp_path / "run"
+    changes = BUSY | {"training__checkpoint_every_steps": 10**5, "training__num_steps": 10**6}
+    with subprocess.Popen(
+        [sys.executable, *LAUNCH, *run_arguments(run, **changes)],
+        cwd=REPOSITORY,
+        env=process_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.startswith("step 5/"):
+                    process.terminate()
+                    break
+            said = process.stdout.read()  # ends with the child
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    stopped_at = re.search(r"Stopped by a signal at step (\d+)", said)
+    assert stopped_at is not None, said
+    latest, _ = find_latest(run / "checkpoints")
+    assert latest is not None
+    assert latest.step == int(stopped_at[1])

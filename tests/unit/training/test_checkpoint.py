@@ -188,6 +188,30 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, how: str) -> Non
     assert path.read_text() == "new"
 
 
+def test_a_file_that_cannot_be_replaced_leaves_nothing_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    replace_file(path, "old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            replace_file(path, "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("config.yaml", "old")]
+
+
+def test_a_file_is_never_written_through_a_link(tmp_path: Path) -> None:
+    """Somebody else's folder may hold one at the place of the file that is written first."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("precious")
+    for name in ("config.yaml", ".config.yaml.writing"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    replace_file(tmp_path / "run" / "config.yaml", "new")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert [(entry.name, entry.read_text()) for entry in (tmp_path / "run").iterdir()] == [("config.yaml", "new")]
+
+
 def test_everything_is_synced_before_the_rename_that_makes_it_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +317,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a manifest": (lambda path: os.truncate(path / MANIFEST, 100), f"{MANIFEST} is missing or unreadable"),
     "a list as manifest": (lambda path: (path / MANIFEST).write_text("[]"), f"{MANIFEST} is missing or unreadable"),
     "binary manifest": (lambda path: (path / MANIFEST).write_bytes(b"\xff"), f"{MANIFEST} is missing or unreadable"),
+    "a deep manifest": (
+        lambda path: (path / MANIFEST).write_text("[" * 100_000),
+        f"{MANIFEST} is missing or unreadable",
+    ),
     "strange files": (change_manifest(files="abc"), f"{MANIFEST} is missing or unreadable"),
     "strange step": (change_manifest(step="two"), f"{MANIFEST} is missing or unreadable"),
     "other size": (change_manifest(files={}), "does not belong to it"),
@@ -310,6 +338,36 @@ def test_a_checkpoint_that_is_not_what_was_written_is_refused(tmp_path: Path, da
     with pytest.raises(CheckpointError) as caught:
         verify_checkpoint(path)
     assert reason in str(caught.value)
+
+
+def fail_to_read(name: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes one file of one checkpoint unreadable, as a bad sector or a foreign owner does."""
+    open_path = Path.open
+
+    def open_or_fail(path: Path, *arguments: Any, **settings: Any) -> Any:
+        if str(path).endswith(name):
+            raise OSError(number, os.strerror(number), str(path))
+        return open_path(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", open_or_fail)
+
+
+def test_a_checkpoint_on_a_bad_sector_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, _ = write_steps(tmp_path, 2, 4)
+    fail_to_read("step_00000004/unet/weights", errno.EIO, monkeypatch)
+    latest, skipped = find_latest(tmp_path)
+    assert latest == Checkpoint(one, 2)
+    assert skipped == ["step_00000004: unet/weights cannot be read (Input/output error)"]
+
+
+def test_a_checkpoint_that_this_user_may_not_read_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps would be lost for want of a chmod."""
+    write_steps(tmp_path, 2, 4)
+    fail_to_read("step_00000004/state.json", errno.EACCES, monkeypatch)
+    with pytest.raises(PermissionError, match=r"step_00000004/state\.json"):
+        find_latest(tmp_path)
 
 
 def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Signals, the lock of the run folder, and the policy for gradients that are not finite."""
 
+import fcntl
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from ddpm_hf.training import guard
-from ddpm_hf.training.guard import NonFiniteGuard, NonFiniteTraining, RunLock, StopWatcher
+from ddpm_hf.training.guard import NonFiniteGuard, NonFiniteTraining, RunLock, StopWatcher, check_finite
 
 FINITE, NONFINITE = torch.tensor(False), torch.tensor(True)
 
@@ -66,6 +68,51 @@ def test_another_process_is_refused(tmp_path: Path) -> None:
     lock.release()
 
 
+def test_a_lock_is_taken_on_the_file_that_others_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that leaves removes the file just after we opened it: the file we lock is then nobody's."""
+    leaving, lock_file = RunLock(tmp_path), fcntl.flock
+
+    def leave_then_lock(descriptor: int, operation: int) -> None:
+        monkeypatch.undo()
+        (tmp_path / ".lock").unlink()
+        leaving.release()
+        lock_file(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", leave_then_lock)
+    lock = RunLock(tmp_path)
+    assert lock.is_held()
+    with pytest.raises(ValueError, match="another process is training in"):
+        RunLock(tmp_path)
+    lock.release()
+
+
+def test_a_lock_knows_when_its_folder_is_gone_or_another(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    lock = RunLock(run)
+    assert lock.is_held()
+    (run / ".lock").unlink()
+    assert not lock.is_held()
+    other = RunLock(run)
+    assert other.is_held()
+    assert not lock.is_held()
+    shutil.rmtree(run)
+    assert not other.is_held()
+    run.write_text("a file")
+    assert not other.is_held()
+    lock.release()
+    other.release()
+
+
+def test_a_lock_is_never_a_file_that_a_link_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic link"):
+        RunLock(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 # -------------------------------------------------------------------------------------------------------- signals
 
 
@@ -117,6 +164,14 @@ def test_a_launcher_that_went_away_stops_the_run(monkeypatch: pytest.MonkeyPatch
         assert watcher.exit_code_if_stopped() == 143
 
 
+def test_a_launcher_that_went_away_while_the_data_were_decoded_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is before the first step, so before anything watches."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with StopWatcher() as watcher:
+        assert watcher.exit_code_if_stopped() == 143
+
+
 def test_without_a_launcher_a_parent_that_went_away_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """That is what nohup and a closed terminal look like."""
     with StopWatcher() as watcher:
@@ -158,6 +213,15 @@ def test_too_many_in_a_row_stop_the_run(max_consecutive: int) -> None:
         watch.was_applied()
     assert f"not finite in {max_consecutive} updates in a row (training.max_consecutive_nonfinite)" in str(caught.value)
     assert watch.num_skipped == max_consecutive
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_not_worth_saving(value: float) -> None:
+    weights = [torch.ones(3, 2), torch.zeros(5)]
+    check_finite(weights, step=7)
+    weights[1][4] = value
+    with pytest.raises(NonFiniteTraining, match=r"not finite after step 7, so they are not saved; .* are intact"):
+        check_finite(weights, step=7)
 
 
 def test_counts_that_a_checkpoint_restored_go_on() -> None:

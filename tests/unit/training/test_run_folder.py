@@ -1,10 +1,13 @@
 """A run folder is taken only where it is ours or empty, and what is somebody else's stays as it is."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from ddpm_hf.config import ConfigError
+from ddpm_hf.training.guard import RunLock
 from ddpm_hf.training.run_folder import RunFolder
 
 
@@ -111,3 +114,66 @@ def test_a_start_that_was_killed_is_no_obstacle(tmp_path: Path, leftover: str) -
 def test_a_folder_that_was_never_taken_has_nothing_to_release(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run").release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_removed_in_the_middle_is_made_again_and_still_held(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = begin(tmp_path / "run")
+    folder.hold()
+    assert caplog.text == ""
+    shutil.rmtree(tmp_path / "run")
+    folder.hold()
+    assert f"training.output_dir {tmp_path / 'run'} was removed while training; it is made again." in caplog.text
+    assert "another process is training in" in refusal(tmp_path / "run")
+    folder.release()
+    begin(tmp_path / "run").release()
+
+
+def test_a_lock_that_was_removed_is_taken_again(tmp_path: Path) -> None:
+    folder = begin(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / ".lock").unlink()
+    folder.hold()
+    assert "another process is training in" in refusal(tmp_path)
+    folder.release()
+
+
+@pytest.mark.parametrize("name", ["theirs", "config.yaml"])
+def test_a_folder_whose_place_was_taken_is_left_alone(tmp_path: Path, name: str) -> None:
+    folder = begin(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("precious")
+    with pytest.raises(ValueError, match=rf"was removed while training, and holds something else now \({name}\)"):
+        folder.hold()
+    folder.release()
+    assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [(name, "precious")]
+
+
+def test_a_folder_whose_place_another_run_has_taken_is_left_to_it(tmp_path: Path) -> None:
+    folder = begin(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    lock = RunLock(tmp_path / "run")
+    with pytest.raises(ConfigError, match="and now another process is training in"):
+        folder.hold()
+    folder.release()
+    assert lock.is_held()
+    assert (tmp_path / "run" / ".lock").exists()
+    lock.release()
+
+
+def test_a_folder_that_was_removed_can_be_released(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "deep" / "run")
+    folder.check("auto")
+    shutil.rmtree(tmp_path / "deep")
+    folder.release()
+    folder.release()
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    assert "cannot be written (Too many levels of symbolic links)" in refusal(tmp_path / "run")
+    assert not (tmp_path / "precious").exists()

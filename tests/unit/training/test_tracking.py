@@ -3,6 +3,8 @@
 W&B and Trackio need processes of their own: integration/test_trackers.py.
 """
 
+import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,64 @@ def test_a_resumed_run_writes_each_step_once(log: MetricsLog, path: Path, step: 
 def test_a_first_start_makes_an_empty_log(path: Path) -> None:
     MetricsLog(path).cut_after(0)
     assert path.read_text() == ""
+
+
+def test_a_line_that_the_disk_does_not_take_does_not_tear_the_next(
+    log: MetricsLog, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Full in the middle of a line, and again free before the next."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+    try:
+        log.append({"step": 6, "loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "A line of metrics could not be written: [Errno 27] File too large" in caplog.text
+    log.append({"step": 7})
+    assert log.rows() == [*ROWS, {"step": 7}]
+    assert path.read_text().count("\n") == len(ROWS) + 1
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 9, b"\xff\xfe\n", b"17\n", b"{}\n", b"\n"])
+def test_what_a_power_cut_left_at_the_end_is_no_line(log: MetricsLog, path: Path, tail: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(tail)
+    assert log.rows() == ROWS
+    log.cut_after(99)
+    log.append({"step": 6})
+    assert path.read_text().splitlines()[-2:] == [json.dumps(ROWS[-1]), '{"step": 6}']
+
+
+def test_a_line_without_its_end_is_kept_and_ended(log: MetricsLog, path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+    log.cut_after(5)
+    log.append({"step": 6})
+    assert log.rows() == [*ROWS, {"step": 6}]
+
+
+def test_only_the_end_of_a_long_log_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of a million steps starts as soon as one of ten."""
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(10_000)))
+    num_read, load = 0, json.loads
+
+    def counted(line: bytes) -> object:
+        nonlocal num_read
+        num_read += 1
+        return load(line)
+
+    monkeypatch.setattr(json, "loads", counted)
+    MetricsLog(path).cut_after(9_997)
+    assert num_read == 3
+    assert path.read_text().endswith('{"step": 9996}\n{"step": 9997}\n')
+
+
+def test_a_log_is_never_a_file_that_a_link_leads_to(tmp_path: Path, path: Path) -> None:
+    """It is cut in place, and what stands in somebody else's file may not look like metrics."""
+    (tmp_path / "precious").write_text("precious")
+    path.symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic link"):
+        MetricsLog(path).cut_after(0)
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 # ------------------------------------------------------------------------------------------------------- trackers

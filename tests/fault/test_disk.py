@@ -1,0 +1,185 @@
+"""A disk that is full, cannot be written, or is gone, costs the checkpoints that it does not take and nothing else."""
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm_hf.cli import train
+from ddpm_hf.training.checkpoint import find_latest
+from ddpm_hf.training.guard import RunLock
+from ddpm_hf.training.trainer import Trainer
+from tests.conftest import REPOSITORY, process_environment, run_arguments
+from tests.integration.test_training import EVERYTHING_RANDOM, assert_same_run, tensors_of
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every run here would have been on a good disk; it also leaves the decoded data in the cache."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(run_arguments(run, **EVERYTHING_RANDOM)) == 0
+    return run
+
+
+def at_step(step: int, action: Any, patch: pytest.MonkeyPatch) -> None:
+    """Does something in the middle of an optimiser step (counted from 1)."""
+    train_step = Trainer._train_step
+
+    def train_step_with_action(self: Trainer, current: int) -> None:
+        if current + 1 == step:
+            action()
+        train_step(self, current)
+
+    patch.setattr(Trainer, "_train_step", train_step_with_action)
+
+
+@contextmanager
+def full_disk(size: int = 20_000) -> Iterator[None]:
+    """Lets no file grow beyond a size: a real error of the system in the middle of a write, in Python and in Rust."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def leftovers(run: Path) -> list[str]:
+    """Returns what was begun and never finished."""
+    return [path.name for path in run.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
+
+
+def test_a_disk_that_fills_up_costs_only_what_it_does_not_take(
+    whole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Full from step 3: that of step 4 is a warning, the last one is a failure, and with room the run is finished."""
+    run, limit = tmp_path / "run", full_disk()
+    arguments = run_arguments(run, **EVERYTHING_RANDOM)
+    with monkeypatch.context() as patch:
+        at_step(3, limit.__enter__, patch)
+        try:
+            assert train(arguments) == 1
+        finally:
+            limit.__exit__(None, None, None)
+    assert "checkpoint of step 4 could not be written (" in caplog.text
+    assert "training goes on, the older checkpoints are intact" in caplog.text
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "checkpoint of step 6 could not be written (" in line
+    assert f"make room in {run} and run the same command again" in line
+    latest, skipped = find_latest(run / "checkpoints")
+    assert latest is not None
+    assert (latest.step, skipped, leftovers(run)) == (2, [], [])
+    assert train(arguments) == 0
+    assert_same_run(whole_run, run, 6)
+
+
+def test_a_disk_that_can_no_longer_be_written_does_not_stop_training(
+    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Read-only after an error, as ext4 does it; root may write everywhere, so that the system call has to say it."""
+    run, mkdir = tmp_path / "run", os.mkdir
+
+    def refuse(path: Any, *arguments: Any, **settings: Any) -> None:
+        if run in Path(path).parents:
+            raise OSError(errno.EROFS, "Read-only file system")
+        mkdir(path, *arguments, **settings)
+
+    arguments = run_arguments(run, **EVERYTHING_RANDOM)
+    with monkeypatch.context() as patch:
+        at_step(3, lambda: patch.setattr(os, "mkdir", refuse), patch)
+        assert train(arguments) == 1
+    assert "checkpoint of step 4 could not be written (Read-only file system); training goes on" in caplog.text
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000002"]
+    assert train(arguments) == 0
+    assert_same_run(whole_run, run, 6)
+
+
+def test_a_run_whose_folder_was_removed_is_saved_in_a_new_one(
+    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is in memory is not lost: the next checkpoint is whole, and the folder is one that can be continued."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(3, lambda: shutil.rmtree(run), patch)
+        assert train(run_arguments(run, **EVERYTHING_RANDOM)) == 0
+    assert f"training.output_dir {run} was removed while training; it is made again." in caplog.text
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
+    assert train(run_arguments(run, **EVERYTHING_RANDOM)) == 0
+    expected, found = (tensors_of(path / "checkpoints" / "step_00000006") for path in (whole_run, run))
+    assert not [key for key in expected if not torch.equal(expected[key], found[key])]
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_run_whose_folder_was_given_to_another_leaves_it_alone(
+    is_running: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, locks = tmp_path / "run", []
+
+    def take_its_place() -> None:
+        shutil.rmtree(run)
+        run.mkdir()
+        (run / "theirs").write_text("precious")
+        if is_running:
+            (run / "theirs").unlink()
+            locks.append(RunLock(run))
+
+    at_step(3, take_its_place, monkeypatch)
+    assert train(run_arguments(run, training__log_every_steps=100)) == 2
+    expected = "another process is training in" if is_running else "holds something else now (theirs); training stops"
+    assert expected in capsys.readouterr().err
+    assert {path.name for path in run.iterdir()} == ({".lock"} if is_running else {"theirs"})
+    for lock in locks:
+        lock.release()
+
+
+SMALL_DISK = """
+import os, subprocess, sys
+from pathlib import Path
+from ddpm_hf.cli import train
+from ddpm_hf.training.checkpoint import find_latest
+from tests.conftest import run_arguments
+disk, num_kept = Path(sys.argv[1]), sys.argv[2]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)
+settings = {"num_steps": 9, "checkpoint_every_steps": 1, "num_checkpoints_kept": num_kept}
+settings = {f"training__{name}": value for name, value in settings.items()}
+code = train(run_arguments(disk / "run", **settings))
+latest, skipped = find_latest(disk / "run" / "checkpoints")
+print("latest", latest.step, skipped, len(os.listdir(disk / "run" / "checkpoints")))
+sys.exit(code)
+"""
+
+
+def may_mount() -> bool:
+    """Tells whether a process of its own name space can have a disk of its own."""
+    command = ["unshare", "--map-root-user", "--mount", "true"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not may_mount(), reason="needs leave to mount a disk")
+def test_a_run_on_a_disk_of_a_few_megabytes(tmp_path: Path) -> None:
+    """Where the checkpoints kept fit, the run is finished; where not, the old ones stay whole and it says so."""
+    for num_kept, exit_code in ((2, 0), (99, 1)):
+        (tmp_path / f"{num_kept}").mkdir()
+        command = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", SMALL_DISK]
+        result = subprocess.run(
+            [*command, str(tmp_path / f"{num_kept}"), str(num_kept)],
+            cwd=REPOSITORY, env=process_environment(), capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert result.returncode == exit_code, result.stderr
+        assert ("No space left on device" in result.stderr) is bool(exit_code)
+        step, skipped, num_left = result.stdout.splitlines()[-1].removeprefix("latest ").split(" ")
+        assert skipped == "[]"
+        assert (int(step), int(num_left)) == (9, 2) if exit_code == 0 else int(step) == int(num_left) < 9

@@ -1,0 +1,40 @@
+"""The losses of twenty steps stay what they are: nobody changes what a seed stands for without noticing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from ddpm_hf.cli import train
+from tests.conftest import run_arguments
+from tests.integration.test_training import EVERYTHING_RANDOM, metrics_of
+
+GOLDEN = Path(__file__).parent / "losses.json"
+RUNS = {
+    "plain": {},
+    "everything": EVERYTHING_RANDOM | {"training__log_every_steps": 1, "diffusion__num_train_timesteps": 20},
+}
+
+
+def losses_of(tmp_path: Path) -> dict[str, list[float]]:
+    """Returns the loss of each step of each run."""
+    losses = {}
+    for name, changes in RUNS.items():
+        settings = changes | {"training__num_steps": 20, "training__checkpoint_every_steps": 20}
+        assert train(run_arguments(tmp_path / name, **settings)) == 0
+        losses[name] = [row["loss"] for row in metrics_of(tmp_path / name)]
+    return losses
+
+
+def test_the_losses_of_the_first_steps_are_the_ones_on_record(tmp_path: Path) -> None:
+    """To 1e-3: processors and versions of PyTorch round differently, and twenty updates carry that on.
+
+    Another seed, order, flip, timestep or noise changes a loss by 1e-2 or more; where a change of these is meant,
+    delete the file, run this test, and say so in the changelog.
+    """
+    losses = losses_of(tmp_path)
+    if not GOLDEN.exists():
+        GOLDEN.write_text(json.dumps(losses, indent=1) + "\n", encoding="utf-8")
+        raise AssertionError(f"{GOLDEN} is written anew; look at the difference and run the test again.")
+    for name, expected in json.loads(GOLDEN.read_text(encoding="utf-8")).items():
+        np.testing.assert_allclose(losses[name], expected, rtol=1e-3, err_msg=name)
