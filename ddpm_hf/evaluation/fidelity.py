@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ddpm_hf.data import ImageSet
+from ddpm_hf.data.image_set import UnequalImages
 from ddpm_hf.evaluation.feature_network import FeatureNetwork, Features
 from ddpm_hf.evaluation.features import open_features
 from ddpm_hf.evaluation.frechet import frechet_distance, moments_of
@@ -155,6 +156,8 @@ def _check_images(samples: NDArray[np.uint8], reference: ImageSet) -> None:
         raise ValueError(f"There are {len(samples)} samples and {len(reference)} reference images; give some of both.")
     if reference.images.dtype != np.uint8:
         raise ValueError(f"The reference images are {reference.images.dtype}; metrics are defined for 8 bits a value.")
+    if isinstance(reference.images, UnequalImages) and reference.crop_size is None:
+        raise ValueError("The reference images are of several sizes; open them with data.resolution.")
     _, height, width, channels = samples.shape
     theirs = reference.image_shape
     if (channels, height, width) != theirs:
@@ -199,7 +202,7 @@ def _kernel_distance(samples: Features, reference: Features, seed: int) -> tuple
         torch.from_numpy(reference),
         kid_subsets=KERNEL_SUBSETS,
         kid_subset_size=size,
-        rng_seed=_seed(seed, "kernel_distance"),
+        rng_seed=_numpy_seed(seed),
         verbose=False,
     )
     spread = result[KEY_METRIC_KID_STD]
@@ -229,10 +232,10 @@ def _inception_score(network: FeatureNetwork, samples: Features, seed: int) -> t
     assert isinstance(network.module, InceptionFeatures)
     with torch.no_grad():
         logits = network.module.class_logits(torch.from_numpy(samples).to(network.device)).cpu()
-    result = isc_features_to_metric(logits, splits=INCEPTION_SCORE_SPLITS, rng_seed=_seed(seed, "inception_score"))
+    result = isc_features_to_metric(logits, splits=INCEPTION_SCORE_SPLITS, rng_seed=_numpy_seed(seed))
     return result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD] / math.sqrt(INCEPTION_SCORE_SPLITS - 1)
 
 
-def _seed(seed: int, stream: str) -> int:
+def _numpy_seed(seed: int) -> int:
     """Returns a seed that NumPy's older generators take."""
-    return derive_seed(seed, stream) % 2**32
+    return derive_seed(seed, "fidelity") % 2**32

@@ -88,18 +88,22 @@ def _default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_hf" / "features"
 
 
+def _read(path: Path) -> Arrays:
+    """Returns the arrays of a file, if they are as they were written."""
+    with safe_open(path, framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}
+        if (file.metadata() or {}).get("sha256") != digest_of(arrays):
+            raise ValueError("its checksum is wrong")
+    return arrays
+
+
 def _cached(path: Path, compute: Callable[[], Arrays]) -> Arrays:
     """Returns the arrays of a file, or computes and writes them."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-            if (file.metadata() or {}).get("sha256") != digest_of(arrays):
-                raise ValueError("its checksum is wrong")
-        return arrays
-    except FileNotFoundError:
-        pass
-    except (SafetensorError, OSError, ValueError) as error:
-        logger.warning("The statistics in %s are damaged (%s) and are computed anew.", path, error)
+    if path.is_file():
+        try:
+            return _read(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            logger.warning("The statistics in %s are damaged (%s) and are computed anew.", path, error)
     arrays = compute()
     building = path.with_name(f"{path.name}.building-{secrets.token_hex(4)}")
     try:
@@ -110,7 +114,8 @@ def _cached(path: Path, compute: Callable[[], Arrays]) -> Arrays:
             os.fsync(stream.fileno())
         building.replace(path)
     except OSError as error:
-        building.unlink(missing_ok=True)
+        if building.is_file():
+            building.unlink()
         logger.warning(
             "The statistics of the reference cannot be kept in %s (%s) and will be computed again.", path.parent, error
         )
