@@ -97,18 +97,7 @@ def measure_fidelity(
     _check_numbers(metrics, dimension, len(samples), len(reference))
     statistics = ReferenceStatistics(network, reference, batch_size, cache_dir)
     of_samples = network.features_of(len(samples), take, batch_size, "samples")
-    needed = set(metrics)
-    values: dict[str, tuple[float, float | None]] = {}
-    # Features before moments, which then need not be computed from features of their own.
-    if needed & {"kid", "kernel_distance"}:
-        values["kid"] = values["kernel_distance"] = _kernel_distance(of_samples, statistics.features(), seed)
-    if needed & {"precision", "recall"}:
-        values |= _precision_and_recall(of_samples, statistics.features(), device)
-    if needed & {"fid", "frechet_distance"}:
-        distance = frechet_distance(moments_of(of_samples), statistics.moments())
-        values["fid"] = values["frechet_distance"] = distance, None
-    if "inception_score" in needed:
-        values["inception_score"] = _inception_score(network, of_samples, seed)
+    values = _values(set(metrics), network, of_samples, statistics, seed)
     return [
         Score(
             name=_full_name(metric, network.name),
@@ -120,6 +109,24 @@ def measure_fidelity(
         )
         for metric in metrics
     ]
+
+
+def _values(
+    metrics: set[str], network: FeatureNetwork, samples: Features, reference: ReferenceStatistics, seed: int
+) -> dict[str, tuple[float, float | None]]:
+    """Returns value and standard error of metrics, each under all its names."""
+    values: dict[str, tuple[float, float | None]] = {}
+    # Features before moments, which then need not be computed from features of their own.
+    if metrics & {"kid", "kernel_distance"}:
+        values["kid"] = values["kernel_distance"] = _kernel_distance(samples, reference.features(), seed)
+    if metrics & {"precision", "recall"}:
+        values |= _precision_and_recall(samples, reference.features(), network.device)
+    if metrics & {"fid", "frechet_distance"}:
+        distance = frechet_distance(moments_of(samples), reference.moments())
+        values["fid"] = values["frechet_distance"] = distance, None
+    if "inception_score" in metrics:
+        values["inception_score"] = _inception_score(network, samples, seed)
+    return values
 
 
 def _full_name(metric: str, features: str) -> str:

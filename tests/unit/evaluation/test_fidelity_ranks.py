@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,4 +29,4 @@ def test_the_distance_ranks_halves_blurred_noisy_and_pure_noise(tmp_path: Path) 
     distances = list(json.loads((tmp_path / "ranks.json").read_text())["frechet_distance"].values())
     assert len(distances) == 4
     # Neighbours in the order are apart by more than a rounding: by 45 %, 290 % and 90 % when this was written.
-    assert all(worse > 1.2 * better for better, worse in zip(distances[:-1], distances[1:], strict=True))
+    assert all(worse > 1.2 * better for better, worse in pairwise(distances))
