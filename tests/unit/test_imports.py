@@ -88,8 +88,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.weighting": {"config"},
     "evaluation.__init__": set(),
     "evaluation.chain": {"data", "diffusion"},
+    "evaluation.feature_network": set(),
+    "evaluation.features": {"evaluation.feature_network", "evaluation.inception"},
+    "evaluation.fidelity": {
+        "data", "evaluation.feature_network", "evaluation.features", "evaluation.frechet", "evaluation.inception",
+        "evaluation.references", "rng",
+    },
+    "evaluation.frechet": set(),
+    "evaluation.inception": {"evaluation.feature_network"},
     "evaluation.likelihood": {"data", "diffusion", "evaluation.chain", "rng"},
     "evaluation.recognition": set(),
+    "evaluation.references": {"data", "evaluation.feature_network", "evaluation.frechet"},
     "evaluation.sampling": {"config", "data", "diffusion", "rng"},
     "evaluation.second_moments": {"data", "diffusion", "evaluation.chain", "rng"},
     "evaluation.verification": {"diffusion", "rng"},
@@ -114,18 +123,25 @@ HOMES_OF_LIBRARIES = {
     "scipy": {"training.noise"},
     "sklearn": {"evaluation.recognition"},
     "tensorboard": {"training.tracking"},
+    "torch_fidelity": {"evaluation.fidelity", "evaluation.inception"},
     "trackio": {"training.tracking"},
+    "transformers": {"evaluation.features"},
     "wandb": {"training.tracking"},
 }
 # Imported where they are used, so that what does not use them runs without them and starts quickly.
-ONLY_INSIDE_FUNCTIONS = {"datasets", "matplotlib", "scipy", "sklearn", "tensorboard", "trackio", "wandb"}
+ONLY_INSIDE_FUNCTIONS = {
+    "datasets", "matplotlib", "scipy", "sklearn", "tensorboard", "torch_fidelity", "trackio", "transformers", "wandb",
+}  # fmt: skip
 # The core travels with every checkpoint, to machines that have no more than this.
 LIBRARIES_OF_THE_CORE = {
     "torch", "diffusers", "numpy", "PIL",
     "typing_extensions",  # comes with torch
     "huggingface_hub", "safetensors",  # come with diffusers
 }  # fmt: skip
-WITHOUT_TORCH = {"__init__", "config", "evaluation.recognition", "plots", "redaction", "report", "training.checkpoint"}
+WITHOUT_TORCH = {
+    "__init__", "config", "evaluation.frechet", "evaluation.recognition", "plots", "redaction", "report",
+    "training.checkpoint",
+}  # fmt: skip
 
 TORCH_DRAWS = {
     "bernoulli", "multinomial", "normal", "poisson", "rand", "rand_like", "randint", "randint_like", "randn",

@@ -1,0 +1,248 @@
+"""How close samples are to real images: FID, KID, Inception Score, precision and recall, and their kin.
+
+FID, KID and Inception Score are names for Inception features alone; the same distances in the features of another
+network are called `frechet_distance[NETWORK]` and `kernel_distance[NETWORK]`. Images are compared as uint8, as they
+would be saved; published numbers are of 50,000 samples against all training images. A Fréchet distance falls with the
+number of images (its bias goes with 1 / number), a kernel distance does not.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ddpm_hf.data import ImageSet
+from ddpm_hf.data.image_set import UnequalImages
+from ddpm_hf.evaluation.feature_network import FeatureNetwork, Features
+from ddpm_hf.evaluation.features import open_features
+from ddpm_hf.evaluation.frechet import frechet_distance, moments_of
+from ddpm_hf.evaluation.inception import InceptionFeatures
+from ddpm_hf.evaluation.references import ReferenceStatistics
+from ddpm_hf.rng import derive_seed
+
+# What Inception alone may be asked for, and what the same is called with other features.
+_OF_INCEPTION = {"fid": "frechet_distance", "kid": "kernel_distance", "inception_score": None}
+METRICS = (*_OF_INCEPTION, "frechet_distance", "kernel_distance", "precision", "recall")
+
+KERNEL_SUBSETS = 100
+KERNEL_SUBSET_SIZE = 1000
+INCEPTION_SCORE_SPLITS = 10
+NEIGHBOURS = 3
+"""Of precision and recall; Kynkäänniemi et al. 2019."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number with what is needed to compare it.
+
+    Args:
+        name: Of the metric, with the network in brackets where it is not the one that the metric is known by.
+        value: The number.
+        standard_error: Of the number, over the choice of images; None where it is not known.
+        features: The network, its weights and resize, and the versions of the libraries.
+        num_samples: Samples that were judged.
+        num_reference: Real images that they were compared with; 0 if with none.
+    """
+
+    name: str
+    value: float
+    standard_error: float | None
+    features: str
+    num_samples: int
+    num_reference: int
+
+
+def measure_fidelity(
+    samples: NDArray[np.uint8],
+    reference: ImageSet,
+    *,
+    metrics: Sequence[str] = ("fid", "kid", "inception_score", "precision", "recall"),
+    features: str = "inception",
+    weights: Path | None = None,
+    batch_size: int = 64,
+    device: torch.device,
+    cache_dir: Path | None = None,
+    seed: int = 0,
+) -> list[Score]:
+    """Compares samples with real images.
+
+    Args:
+        samples: uint8 (number, height, width, channels), an array in memory or on the disk.
+        reference: Real images of the same size, un-augmented; for published numbers, all that the network trained on.
+        metrics: Names from METRICS.
+        features: The network; see `open_features`.
+        weights: The file of the weights of Inception, where it is not in torch's cache and cannot be downloaded.
+        batch_size: Images of one forward.
+        device: Where the network runs.
+        cache_dir: Where statistics of the reference are kept; None takes a folder in the cache of the user.
+        seed: Of the subsets of kernel distances and the splits of the Inception Score.
+
+    Returns:
+        The scores, in the order of `metrics`.
+
+    Raises:
+        ImportError: A library is missing.
+        ValueError: Metrics, features and images do not fit together, or there are too few images.
+    """
+    _check_metrics(metrics, features)
+    _check_images(samples, reference)
+    network = open_features(features, weights, device)
+    take = lambda positions: samples[positions.start : positions.stop].transpose(0, 3, 1, 2)  # noqa: E731
+    dimension = network.features_of(1, take, 1, "samples").shape[1]
+    _check_numbers(metrics, dimension, len(samples), len(reference))
+    statistics = ReferenceStatistics(network, reference, batch_size, cache_dir)
+    of_samples = network.features_of(len(samples), take, batch_size, "samples")
+    values = _values(set(metrics), network, of_samples, statistics, seed)
+    return [
+        Score(
+            name=_full_name(metric, network.name),
+            value=values[metric][0],
+            standard_error=values[metric][1],
+            features=network.description,
+            num_samples=len(samples),
+            num_reference=0 if metric == "inception_score" else len(reference),
+        )
+        for metric in metrics
+    ]
+
+
+def _values(
+    metrics: set[str], network: FeatureNetwork, samples: Features, reference: ReferenceStatistics, seed: int
+) -> dict[str, tuple[float, float | None]]:
+    """Returns value and standard error of metrics, each under all its names."""
+    values: dict[str, tuple[float, float | None]] = {}
+    # Features before moments, which then need not be computed from features of their own.
+    if metrics & {"kid", "kernel_distance"}:
+        values["kid"] = values["kernel_distance"] = _kernel_distance(samples, reference.features(), seed)
+    if metrics & {"precision", "recall"}:
+        values |= _precision_and_recall(samples, reference.features(), network.device)
+    if metrics & {"fid", "frechet_distance"}:
+        distance = frechet_distance(moments_of(samples), reference.moments())
+        values["fid"] = values["frechet_distance"] = distance, None
+    if "inception_score" in metrics:
+        values["inception_score"] = _inception_score(network, samples, seed)
+    return values
+
+
+def _full_name(metric: str, features: str) -> str:
+    """Returns the name of a metric, which tells its network unless it is Inception's own."""
+    is_plain = metric in _OF_INCEPTION or (features == "inception" and metric in {"precision", "recall"})
+    return metric if is_plain else f"{metric}[{features}]"
+
+
+def _check_metrics(metrics: Sequence[str], features: str) -> None:
+    """Refuses unknown metrics, and names of Inception's own with other features."""
+    if not metrics:
+        raise ValueError(f"metrics is empty; choose from {', '.join(METRICS)}.")
+    for metric in metrics:
+        if metric not in METRICS:
+            nearest = difflib.get_close_matches(metric, METRICS, n=1)
+            hint = f" Did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"metrics has {metric}, which is not one of {', '.join(METRICS)}.{hint}")
+        if metric in _OF_INCEPTION and features != "inception":
+            other = _OF_INCEPTION[metric]
+            raise ValueError(
+                f"metrics has {metric}, which is defined with Inception features, but features is {features}; "
+                + (f"ask for {other}." if other else "leave it out.")
+            )
+
+
+def _check_images(samples: NDArray[np.uint8], reference: ImageSet) -> None:
+    """Refuses images that are not 8 bits of one size, gray or RGB, on both sides."""
+    if not isinstance(samples, np.ndarray) or samples.dtype != np.uint8 or samples.ndim != 4:
+        given = f"{samples.dtype} {samples.shape}" if isinstance(samples, np.ndarray) else type(samples).__name__
+        raise ValueError(
+            f"samples must be one uint8 array (number, height, width, channels), all of one size; got {given}."
+        )
+    if len(reference) == 0 or len(samples) == 0:
+        raise ValueError(f"There are {len(samples)} samples and {len(reference)} reference images; give some of both.")
+    if reference.images.dtype != np.uint8:
+        raise ValueError(f"The reference images are {reference.images.dtype}; metrics are defined for 8 bits a value.")
+    if isinstance(reference.images, UnequalImages) and reference.crop_size is None:
+        raise ValueError("The reference images are of several sizes; open them with data.resolution.")
+    _, height, width, channels = samples.shape
+    theirs = reference.image_shape
+    if (channels, height, width) != theirs:
+        raise ValueError(
+            f"The samples have {width}x{height} pixels and {channels} channels, the reference images "
+            f"{theirs[2]}x{theirs[1]} and {theirs[0]}; open the reference with the resolution and channels of the "
+            "samples."
+        )
+    if channels not in {1, 3}:
+        raise ValueError(f"The images have {channels} channels; networks for features see gray (1) or RGB (3).")
+
+
+def _check_numbers(metrics: Sequence[str], dimension: int, num_samples: int, num_reference: int) -> None:
+    """Refuses fewer images than a metric needs, before the work begins."""
+    frechet, kernel = {"fid", "frechet_distance"}, {"kid", "kernel_distance"}
+    least = {name: dimension + 1 for name in frechet} | {name: 2 * INCEPTION_SCORE_SPLITS for name in kernel}
+    least |= {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1, "inception_score": INCEPTION_SCORE_SPLITS}
+    for metric in metrics:
+        fewest = num_samples if metric == "inception_score" else min(num_samples, num_reference)
+        if fewest < least[metric]:
+            why = f", one more than the features whose covariance it takes ({dimension})" if metric in frechet else ""
+            raise ValueError(
+                f"{metric} needs at least {least[metric]} images on each side{why}; there are {num_samples} samples "
+                f"and {num_reference} reference images. Take more images"
+                + (", or ask for kernel_distance." if metric in frechet else ".")
+            )
+
+
+def _kernel_distance(samples: Features, reference: Features, seed: int) -> tuple[float, float]:
+    """Returns the squared maximum mean discrepancy with the cubic kernel (Binkowski et al. 2018), and its error.
+
+    It is the mean over random subsets of m of the N images, of 1000, or of a tenth of fewer images so that the spread
+    tells something. One subset's variance v is that over all data sets less what they share, so that the mean of all
+    subsets has the variance v m / (N - m), and that of K subsets v / K more.
+    """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    fewest = min(len(samples), len(reference))
+    size = min(KERNEL_SUBSET_SIZE, fewest // 10)
+    result = kid_features_to_metric(
+        torch.from_numpy(samples),
+        torch.from_numpy(reference),
+        kid_subsets=KERNEL_SUBSETS,
+        kid_subset_size=size,
+        rng_seed=_numpy_seed(seed),
+        verbose=False,
+    )
+    spread = result[KEY_METRIC_KID_STD]
+    return result[KEY_METRIC_KID_MEAN], spread * math.sqrt(size / (fewest - size) + 1 / KERNEL_SUBSETS)
+
+
+def _precision_and_recall(
+    samples: Features, reference: Features, device: torch.device
+) -> dict[str, tuple[float, None]]:
+    """Returns which part of the samples lies among the real images, and the reverse. Kynkäänniemi et al. 2019."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    result = prc_features_to_metric(
+        torch.from_numpy(samples).to(device),
+        torch.from_numpy(reference).to(device),
+        prc_neighborhood=NEIGHBOURS,
+        save_cpu_ram=True,  # blocks, not all distances at once, which are 10 GB for 50,000 images
+        verbose=False,
+    )
+    return {name: (result[name], None) for name in ("precision", "recall")}
+
+
+def _inception_score(network: FeatureNetwork, samples: Features, seed: int) -> tuple[float, float]:
+    """Returns exp E KL(p(y|x) || p(y)), mean over ten parts of the samples, and its error. Salimans et al. 2016."""
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    assert isinstance(network.module, InceptionFeatures)
+    with torch.no_grad():
+        logits = network.module.class_logits(torch.from_numpy(samples).to(network.device)).cpu()
+    result = isc_features_to_metric(logits, splits=INCEPTION_SCORE_SPLITS, rng_seed=_numpy_seed(seed))
+    return result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD] / math.sqrt(INCEPTION_SCORE_SPLITS - 1)
+
+
+def _numpy_seed(seed: int) -> int:
+    """Returns a seed that NumPy's older generators take."""
+    return derive_seed(seed, "fidelity") % 2**32
