@@ -111,13 +111,13 @@ def write_report(
         evaluation=output_dir / "evaluation.json" if recognition else None,
         readme=output_dir / "README.md",
     )
-    _write(paths.samples, lambda path: grid.save(path, "PNG"))
+    write_whole(paths.samples, lambda path: grid.save(path, "PNG"))
     _show_denoising(trajectory, num_columns, paths)
     if paths.loss:
-        _write(paths.loss, lambda path: _draw_losses(training, validation, path))
+        write_whole(paths.loss, lambda path: _draw_losses(training, validation, path))
     if recognition and paths.evaluation:
         evaluation = json.dumps(recognition.to_dict(), indent=2) + "\n"
-        _write(paths.evaluation, lambda path: path.write_text(evaluation, encoding="utf-8"))
+        write_whole(paths.evaluation, lambda path: path.write_text(evaluation, encoding="utf-8"))
     readme = _readme(
         heading=f"# {title}\n\n![samples](samples.png)\n\n{caption}",
         quality=_quality_section(training, recognition),
@@ -126,7 +126,7 @@ def write_report(
         origin=f"```sh\n{command}\n```" + _table(("setting", "value"), settings),
         files=_files_in(output_dir),
     )
-    _write(paths.readme, lambda path: path.write_text(redact(readme), encoding="utf-8"))
+    write_whole(paths.readme, lambda path: path.write_text(redact(readme), encoding="utf-8"))
     return paths
 
 
@@ -203,8 +203,8 @@ def _show_denoising(trajectory: UInt8Array, num_columns: int, paths: ReportPaths
     num_columns = min(num_columns, num_fitting)
     animated = trajectory[:, : num_fitting // num_columns * num_columns]
     num_strip_rows = max(num_columns, MIN_STRIP_ROWS)
-    _write(paths.denoising, lambda path: denoising_strip(trajectory[:, :num_strip_rows]).save(path, "PNG"))
-    _write(paths.animation, lambda path: save_animation(animated, path, num_columns=num_columns))
+    write_whole(paths.denoising, lambda path: denoising_strip(trajectory[:, :num_strip_rows]).save(path, "PNG"))
+    write_whole(paths.animation, lambda path: save_animation(animated, path, num_columns=num_columns))
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
@@ -262,7 +262,7 @@ def _table(header: tuple[str, str], rows: Mapping[str, str]) -> str:
     return "\n\n" + "\n".join([f"| {header[0]} | {header[1]} |", "| --- | --- |", *lines])
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file under a temporary name beside it and renames it."""
     temporary = path.with_name(f".{path.name}.writing")
     write(temporary)
