@@ -85,11 +85,12 @@ def _evaluate(options: Namespace) -> None:
             weights=options.weights,
             batch_size=options.batch_size,
             device=work.device,
-            cache_dir=options.cache_dir,
+            cache_dir=Path(options.data_cache_dir) if options.data_cache_dir else None,
             seed=options.seed,
             ranks=work.ranks,
         )
-    bound, bound_settings = None, {}
+    bound: VariationalBound | None = None
+    bound_settings: dict[str, Any] = {}
     if BITS_PER_DIM in options.metrics:
         metric, bound, bound_settings = _bits_per_dim(work)
         metrics.append(metric)
@@ -119,7 +120,8 @@ def _prepare(options: Namespace) -> _Work:
 
     accelerator = processes.start(TrainingConfig(cpu=options.cpu, tf32=False))
     folder = find_folder(options.folder)
-    if folder is None and (options.output is None or options.estimate_variance):
+    output = options.output or folder
+    if output is None or (folder is None and options.estimate_variance):
         raise ConfigError(
             f"{options.folder} is no folder of this machine; give --output for what is written, and a local folder for "
             "--estimate_variance."
@@ -148,7 +150,7 @@ def _prepare(options: Namespace) -> _Work:
     return _Work(
         options=options,
         folder=folder,
-        output=options.output or folder,
+        output=output,
         pipeline=pipeline,
         sampler=Sampler(
             **{name: getattr(options, name) for name in names}, analytic_variance=options.variance == "analytic"

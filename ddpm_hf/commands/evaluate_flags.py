@@ -46,7 +46,7 @@ def _add_measuring(parser: ArgumentParser) -> None:
     add("--num_terms", type=_int_or("all"), default=50, help="terms of the bound for each of them, or all")
     add("--likelihood_steps", type=int, help="length of the chain for bits_per_dim; by default that of training")
     add("--estimate_variance", type=int, default=0, metavar="N",
-        help="first estimate the analytic variance on N training images a timestep and save it in the folder")  # fmt: skip
+        help="first estimate the analytic variance on N training images a timestep, and save it in folder")  # fmt: skip
     add("--output", type=Path, help="folder for evaluation.json and evaluation.png; by default that of the pipeline")
     add("--cpu", action="store_true", help="use the CPU even where there is a GPU")
 

@@ -107,7 +107,7 @@ def _write_report(trainer: "Trainer", command: str) -> None:
 
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.evaluation.recognition import recognition_report
-    from ddpm_hf.evaluation.sampling import sample_images, sample_trajectory
+    from ddpm_hf.evaluation.sampling import Sampler, sample_images, sample_trajectory
     from ddpm_hf.report import SamplingSettings, loading_lines, write_report
 
     config, evaluation, output_dir = trainer.config, trainer.config.evaluation, trainer.folder.path
@@ -117,9 +117,20 @@ def _write_report(trainer: "Trainer", command: str) -> None:
     pipeline = GaussianDiffusionPipeline.from_pretrained(output_dir / "pipeline").to(trainer.device)
     names = list(trainer.class_names.values()) if trainer.class_names else None
     labels = _labels_in_turn(evaluation.num_samples, len(names)) if names else None
-    samples = sample_images(pipeline, evaluation, config.training.seed, labels)
+    sampler = Sampler(
+        num_inference_steps=evaluation.num_inference_steps,
+        eta=evaluation.eta,
+        guidance_scale=evaluation.guidance_scale,
+    )
+    samples = sample_images(
+        pipeline,
+        sampler,
+        seed=config.training.seed,
+        indices=range(evaluation.num_samples),
+        batch_size=evaluation.batch_size,
+    )
     num_shown = min(evaluation.num_samples, 4 * len(names) if names and len(names) <= 10 else 16)
-    trajectory = sample_trajectory(pipeline, evaluation, config.training.seed, num_shown, labels)
+    trajectory = sample_trajectory(pipeline, sampler, seed=config.training.seed, num_images=num_shown)
     recognition = None
     if evaluation.recognition and labels is not None:
         recognition = recognition_report(*_as_arrays(trainer.images), *_as_arrays(trainer.held_out), samples, labels)

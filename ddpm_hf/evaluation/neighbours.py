@@ -38,7 +38,7 @@ def nearest_images(
 
 def real_images(images: ImageSet, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Returns images of a set as samples are: uint8 (number, height, width, channels)."""
-    return to_uint8(images.take(positions)[0]).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(to_uint8(images.take(positions)[0]).transpose(0, 2, 3, 1))
 
 
 def _rows(images: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -13,8 +13,10 @@ from ddpm_hf.evaluation.likelihood import VariationalBound
 from ddpm_hf.plots import LINE_COLOR, VALIDATION_COLOR, UInt8Array, image_grid
 
 NUM_COLUMNS = 8
-NUM_NEIGHBOURS = 8
+NUM_NEIGHBOURS = 4 * NUM_COLUMNS
+NUM_BINS = 100
 DPI = 130
+FAINT = 0.25
 
 
 def draw_evaluation(
@@ -48,15 +50,9 @@ def draw_evaluation(
     axes = figure.subplots(num_rows, 3, squeeze=False)
     _show(axes[0, 0], samples, "samples, not selected")
     _show(axes[0, 1], real, "real images")
-    count = min(NUM_NEIGHBOURS, len(neighbours))
-    shown = distances[:count]
-    pairs = np.concatenate([samples[:count], neighbours[:count]])
-    _show(
-        axes[0, 2],
-        pairs,
-        f"samples (top) and their nearest real images\ndistance {shown.min():.3f} to {shown.max():.3f}",
-        num_columns=count,
-    )
+    reach = f"{distances.min():.3f} to {distances.max():.3f}"
+    title_of_pairs = f"samples and, below each, the nearest real image\ndistance {reach}"
+    _show(axes[0, 2], _in_pairs_of_rows(samples[: len(neighbours)], neighbours), title_of_pairs)
     if bound is not None:
         _draw_errors(axes[1, 0], bound)
         _draw_terms(axes[1, 1], bound)
@@ -64,36 +60,66 @@ def draw_evaluation(
     figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
 
 
-def _show(axes: Any, images: UInt8Array, title: str, num_columns: int = NUM_COLUMNS) -> None:
+def _in_pairs_of_rows(upper: UInt8Array, lower: UInt8Array) -> UInt8Array:
+    """Returns images so that a grid shows a row of the one and below it a row of the other."""
+    rows = [
+        images[start : start + NUM_COLUMNS] for start in range(0, len(upper), NUM_COLUMNS) for images in (upper, lower)
+    ]
+    return np.concatenate(rows)
+
+
+def _show(axes: Any, images: UInt8Array, title: str) -> None:
     """Shows a grid of images."""
-    axes.imshow(np.asarray(image_grid(images, min(num_columns, len(images)))), interpolation="nearest")
+    axes.imshow(np.asarray(image_grid(images, min(NUM_COLUMNS, len(images)))), interpolation="nearest")
     axes.set_title(title, fontsize=10)
     axes.axis("off")
 
 
+def binned(values: NDArray[np.float64], bound: VariationalBound) -> NDArray[np.float64]:
+    """Returns means over neighbouring steps, weighted by how many images each was computed for.
+
+    Of a bound that is estimated from a few terms an image, most steps have seen few images.
+
+    Args:
+        values: One for each step of the chain.
+        bound: Where they come from.
+
+    Returns:
+        At most NUM_BINS values, in the order of the chain; bins without an image are left out.
+    """
+    bins = np.arange(len(values)) * min(NUM_BINS, len(values)) // len(values)
+    counts = np.bincount(bins, bound.counts)
+    sums = np.bincount(bins, bound.counts * values)
+    return np.asarray(sums[counts > 0] / counts[counts > 0])
+
+
+def _draw_by_timestep(axes: Any, values: NDArray[np.float64], bound: VariationalBound, color: str, label: str) -> None:
+    """Draws values over the timesteps: each faintly, their means in front."""
+    is_known = bound.counts > 0
+    timesteps = np.asarray(bound.timesteps, np.float64)
+    axes.plot(timesteps[is_known], values[is_known], lw=0.8, color=color, alpha=FAINT)
+    axes.plot(binned(timesteps, bound), binned(values, bound), lw=1.6, color=color, label=label)
+
+
 def _draw_errors(axes: Any, bound: VariationalBound) -> None:
     """Draws the mean square errors over the timesteps; both have about the same range of values."""
-    is_known = bound.counts > 0
-    timesteps = np.asarray(bound.timesteps)[is_known]
-    axes.plot(timesteps, bound.x_0_mse[is_known], lw=1.4, color=LINE_COLOR, label=r"$x_0$, values in [-1, 1]")
-    axes.plot(timesteps, bound.eps_mse[is_known], lw=1.4, color=VALIDATION_COLOR, label=r"$\epsilon$")
+    _draw_by_timestep(axes, bound.x_0_mse, bound, LINE_COLOR, "x0, values in [-1, 1]")
+    _draw_by_timestep(axes, bound.eps_mse, bound, VALIDATION_COLOR, "eps")
     _finish(axes, "error by timestep", "timestep t", "mean square error")
-    axes.legend(frameon=False)
     axes.set_yscale("log")
+    axes.legend(frameon=False)
 
 
 def _draw_terms(axes: Any, bound: VariationalBound) -> None:
     """Draws what each step costs; the last one is the decoder."""
-    is_known = (bound.counts > 0) & (bound.terms > 0)
-    axes.plot(np.asarray(bound.timesteps)[is_known], bound.terms[is_known], lw=1.4, color=LINE_COLOR)
-    _finish(axes, f"the bound, {bound.bits_per_dim:.3f} bits per dimension", "timestep t", "bits per dimension")
+    _draw_by_timestep(axes, bound.terms, bound, LINE_COLOR, "")
+    _finish(axes, f"the bound, {bound.bits_per_dim:.3f} bits per dimension", "timestep t", "bits per dimension a step")
     axes.set_yscale("log")
 
 
 def _draw_rate(axes: Any, bound: VariationalBound) -> None:
     """Draws the progressive code: the error left after so many bits. Fig. 5, Ho et al. 2020."""
-    is_known = bound.counts > 0
-    axes.plot(bound.rate[is_known], bound.distortion[is_known], lw=1.4, color=LINE_COLOR)
+    axes.plot(binned(bound.rate, bound), binned(bound.distortion, bound), lw=1.6, color=LINE_COLOR)
     _finish(axes, "rate and distortion", "bits per dimension sent", "root mean square error, 0 to 255")
     axes.set_ylim(bottom=0)
 

@@ -187,6 +187,8 @@ def _join(folder: Path, num_images: int, shape: tuple[int, ...]) -> None:
     for part, images in parts:
         if images.stop <= num_images:
             part.unlink()
+    if not any((folder / PARTS).iterdir()):
+        (folder / PARTS).rmdir()
 
 
 def _write_pictures(folder: Path, samples: Images, indices: range) -> None:

@@ -199,5 +199,3 @@ def batches(is_wanted: NDArray[np.bool_], batch_size: int, *, first: int = 0) ->
         else:
             found.append(range(index, index + 1))
     return found
-
-
