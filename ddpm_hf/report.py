@@ -120,7 +120,7 @@ def write_report(
         write_whole(paths.evaluation, lambda path: path.write_text(evaluation, encoding="utf-8"))
     readme = _readme(
         heading=f"# {title}\n\n![samples](samples.png)\n\n{caption}",
-        quality=_quality_section(training, recognition),
+        quality=_quality_section(training, recognition, _score_lines(metrics)),
         loss="## Loss\n\n![training loss](loss.png)" if paths.loss else "",
         loading=loading_lines(Path(PIPELINE_DIR), _names(sample_labels, class_names), sampling=sampling),
         origin=f"```sh\n{command}\n```" + _table(("setting", "value"), settings),
@@ -223,11 +223,27 @@ def _draw_losses(training: Sequence[tuple[int, float]], validation: Sequence[tup
     )
 
 
-def _quality_section(training: Sequence[tuple[int, float]], recognition: RecognitionReport | None) -> str:
+def _quality_section(
+    training: Sequence[tuple[int, float]], recognition: RecognitionReport | None, scores: Sequence[str]
+) -> str:
     """Says in a few lines how good the samples are and how far the loss came."""
     lines = list(recognition.lines()) if recognition else []
+    lines += scores
     lines += [f"loss {loss:.4f} at step {step:,}" for step, loss in training[-1:]]
     return "## How good it is\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
+
+
+def _score_lines(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says which score the run ended with, and what it is a score of."""
+    rows = [row for row in metrics if row.get("score") is not None]
+    if not rows:
+        return []
+    last = rows[-1]
+    features = f" in the features of {last['score_features']}" if last["score_features"] else ""
+    return [
+        f"{last['score_metric']}{features} {last['score']:.4f} at step {last['step']:,}: "
+        f"{last['score_num_samples']:,} images, {last['score_num_steps']} steps, seed {last['score_seed']}; to compare within the run"
+    ]
 
 
 def _readme(*, heading: str, quality: str, loss: str, loading: str, origin: str, files: Mapping[str, str]) -> str:

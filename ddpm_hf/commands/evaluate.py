@@ -50,6 +50,7 @@ class _Work:
     sampler: "Sampler"
     training: "ImageSet"
     held_out: "ImageSet"
+    measured: "ImageSet"
     ranks: "Ranks"
     device: "torch.device"
 
@@ -113,7 +114,7 @@ def _prepare(options: Namespace) -> _Work:
     from ddpm_hf.commands.ranks import started_ranks
     from ddpm_hf.data import ImageSet
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
-    from ddpm_hf.evaluation.evaluate import BITS_PER_DIM
+    from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, choose_images
     from ddpm_hf.evaluation.sampling import Sampler, image_shape
     from ddpm_hf.training import processes
     from ddpm_hf.training.setup import open_splits
@@ -157,6 +158,7 @@ def _prepare(options: Namespace) -> _Work:
         ),
         training=training,
         held_out=held_out,
+        measured=choose_images(held_out if len(held_out) else training, options.num_images, options.seed),
         ranks=started_ranks(),
         device=accelerator.device,
     )
@@ -214,9 +216,8 @@ def _bits_per_dim(work: _Work) -> "tuple[Metric, VariationalBound, dict[str, Any
     num_terms = None if options.num_terms == "all" or options.num_terms >= num_steps else options.num_terms
     metric, bound = bits_per_dim(
         work.pipeline,
-        work.held_out if len(work.held_out) else work.training,
+        work.measured,
         seed=options.seed,
-        num_images=options.num_images,
         num_terms=num_terms,
         timesteps=timesteps,
         batch_size=options.batch_size,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ddpm_hf.data import ImageSet, ImageStream
+    from ddpm_hf.training.scoring import Scorer
     from ddpm_hf.training.trainer import Trainer
 
 
@@ -30,7 +31,7 @@ def run(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     from ddpm_hf.training.trainer import Trainer
 
     try:
-        trainer = Trainer(config)
+        trainer = Trainer(config, _scorer(config))
         try:
             _check_classes(trainer)
             if trainer.is_main_process:
@@ -56,6 +57,18 @@ def run(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
         return 1
     trainer.leave_the_others()
     return exit_code
+
+
+def _scorer(config: RunConfig) -> "Scorer | None":
+    """Returns what measures the score of the run, if it is to have one."""
+    from ddpm_hf.commands.ranks import started_ranks
+    from ddpm_hf.evaluation.score import small_sample_score
+
+    if not config.evaluation.score_every_steps:
+        return None
+    return lambda pipeline, training, held_out: small_sample_score(
+        pipeline, training, held_out, config, started_ranks()
+    )
 
 
 def _fit(trainer: "Trainer") -> int:

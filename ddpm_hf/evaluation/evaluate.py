@@ -112,21 +112,15 @@ def bits_per_dim(
     images: ImageSet,
     *,
     seed: int,
-    num_images: int | None = None,
     num_terms: int | None = None,
     timesteps: list[int] | None = None,
     batch_size: int = 64,
     ranks: Ranks = ALONE,
 ) -> tuple[Metric, VariationalBound]:
-    """Collective: computes the variational bound of images, or of some drawn from them by the seed.
-
-    Raises:
-        ValueError: There are fewer images than asked for, or they have no bits per dimension.
-    """
-    chosen = choose_images(images, num_images, seed)
+    """Collective: computes the variational bound of images; the arguments are those of `variational_bound`."""
     bound = variational_bound(
         pipeline,
-        chosen,
+        images,
         seed=seed,
         timesteps=timesteps,
         num_terms=num_terms,
@@ -141,7 +135,7 @@ def bits_per_dim(
         value=bound.bits_per_dim,
         standard_error=None if math.isnan(error) else error,
         features=None,
-        num_samples=len(chosen),
+        num_samples=len(images),
         num_reference=0,
     )
     return metric, bound
