@@ -242,7 +242,7 @@ def _score_lines(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     features = f" in the features of {last['score_features']}" if last["score_features"] else ""
     return [
         f"{last['score_metric']}{features} {last['score']:.4f} at step {last['step']:,}: "
-        f"{last['score_num_samples']:,} images, {last['score_num_steps']} steps, seed {last['score_seed']}; to compare within the run"
+        f"{last['score_num_samples']:,} images, {last['score_num_steps']} steps, seed {last['score_seed']}"
     ]
 
 

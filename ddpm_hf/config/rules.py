@@ -248,8 +248,8 @@ def _check_numbers(config: RunConfig) -> None:
         ("training", "ema_every_steps"), ("training", "posthoc_ema_every_steps"),
         ("data", "num_channels"), ("preview", "num_images"),
         ("preview", "num_inference_steps"), ("evaluation", "batch_size"), ("evaluation", "num_inference_steps"),
-        ("evaluation", "score_num_samples"), ("objective", "huber_delta"), ("objective", "vlb_weight"), ("objective", "min_snr_gamma"),
-        ("objective", "p2_k"),
+        ("evaluation", "score_num_samples"), ("objective", "huber_delta"), ("objective", "vlb_weight"),
+        ("objective", "min_snr_gamma"), ("objective", "p2_k"),
     )  # fmt: skip
     not_negative = (
         ("training", "learning_rate_warmup_steps"), ("training", "weight_decay"), ("training", "seed"),

@@ -72,6 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.progress": set(),
     "training.resume": {"config", "training.checkpoint", "training.run_folder"},
     "training.run_folder": {"config", "training.checkpoint", "training.guard"},
+    "training.scoring": {"data", "diffusion"},
     "training.saving": {
         "config", "data", "diffusion", "training.checkpoint", "training.data_state", "training.ema",
         "training.processes", "training.progress", "training.resume", "training.run_folder", "training.snapshot",
@@ -86,16 +87,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.trainer": {"config", "diffusion", "rng", "training"},
     "training.weighting": {"config"},
     "evaluation.__init__": set(),
+    "evaluation.fingerprint": {"diffusion"},
+    "evaluation.ranks": set(),
+    "evaluation.neighbours": {"data"},
+    "evaluation.picture": {"evaluation.likelihood", "plots"},
+    "evaluation.evaluate": {
+        "data", "diffusion", "evaluation.fidelity", "evaluation.likelihood", "evaluation.ranks", "rng",
+    },
+    "evaluation.samples": {"diffusion", "evaluation.fingerprint", "evaluation.ranks", "evaluation.sampling"},
+    "evaluation.score": {
+        "config", "data", "diffusion", "evaluation.evaluate", "evaluation.ranks", "evaluation.sampling",
+    },
     "evaluation.chain": {"data", "diffusion"},
     "evaluation.likelihood": {"data", "diffusion", "evaluation.chain", "rng"},
     "evaluation.recognition": set(),
-    "evaluation.sampling": {"config", "data", "diffusion", "rng"},
+    "evaluation.sampling": {"diffusion", "rng"},
     "evaluation.second_moments": {"data", "diffusion", "evaluation.chain", "rng"},
     "report": {"evaluation.recognition", "plots", "redaction"},
-    "cli": {
-        "ddpm_hf", "config", "data", "diffusion", "evaluation", "plots", "redaction", "report", "rng", "training",
-        "unet",
+    "commands": {
+        "commands", "config", "data", "diffusion", "evaluation", "plots", "redaction", "report", "training",
     },
+    "cli": {"ddpm_hf", "commands", "redaction"},
     "__main__": {"cli"},
     "__init__": {"config", "diffusion", "training.trainer"},
 }  # fmt: skip
@@ -106,7 +118,7 @@ HOMES_OF_LIBRARIES = {
     "datasets": {"data"},
     "huggingface_hub": {"data", "diffusion.reverse_variance", "hub", "pretrained"},
     "jsonargparse": {"config"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"evaluation.picture", "plots"},
     "scipy": {"training.noise"},
     "sklearn": {"evaluation.recognition"},
     "tensorboard": {"training.tracking"},
