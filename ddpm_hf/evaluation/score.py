@@ -8,7 +8,7 @@ import numpy as np
 from ddpm_hf.config import RunConfig
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, LOWER_IS_BETTER, bits_per_dim, choose_images, fidelity
+from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, LOWER_IS_BETTER, Metric, bits_per_dim, choose_images, fidelity
 from ddpm_hf.evaluation.ranks import ALONE, Ranks
 from ddpm_hf.evaluation.sampling import Sampler, sample_images
 
@@ -75,51 +75,69 @@ def small_sample_score(
         config: The configuration of the run.
         ranks: The processes.
     """
-    evaluation, seed = config.evaluation, config.training.seed
+    evaluation = config.evaluation
     sampler = Sampler(
         num_inference_steps=evaluation.num_inference_steps,
         eta=evaluation.eta,
         guidance_scale=evaluation.guidance_scale,
     )
-    prepared = sampler.prepare(pipeline)
-    if evaluation.score_metric == BITS_PER_DIM:
-        measured, _ = bits_per_dim(
-            prepared,
-            choose_images(held_out, min(evaluation.score_num_samples, len(held_out)), seed),
-            seed=seed,
-            num_terms=evaluation.score_num_terms,
-            batch_size=evaluation.batch_size,
-            ranks=ranks,
-        )
-        metrics, features, num_steps = [measured], None, evaluation.score_num_terms
-        num_samples = measured.num_samples
+    metric: Metric | None
+    prepared, is_bound = sampler.prepare(pipeline), evaluation.score_metric == BITS_PER_DIM
+    num_samples = min(evaluation.score_num_samples, len(held_out)) if is_bound else evaluation.score_num_samples
+    if is_bound:
+        metric = _bits_per_dim(prepared, held_out, num_samples, config, ranks)
     else:
-        num_samples, features, num_steps = (
-            evaluation.score_num_samples,
-            evaluation.score_features,
-            evaluation.num_inference_steps,
-        )
-        mine = ranks.part(num_samples)
-        samples = sample_images(prepared, sampler, seed=seed, indices=mine, batch_size=evaluation.batch_size)
-        metrics = fidelity(
-            ranks.gather(samples),
-            training,
-            [evaluation.score_metric],
-            features=features,
-            batch_size=evaluation.batch_size,
-            device=pipeline.device,
-            seed=seed,
-            ranks=ranks,
-        )
-        metrics = metrics if ranks.rank == 0 else []
-    known = [(metric.value, np.nan if metric.standard_error is None else metric.standard_error) for metric in metrics]
+        metric = _compare(prepared, sampler, training, num_samples, config, ranks)
+    known = [] if metric is None else [(metric.value, metric.standard_error)]
     value, standard_error = ranks.gather(np.array(known, np.float64).reshape(-1, 2))[0].tolist()
     return SmallSampleScore(
         metric=evaluation.score_metric,
-        features=features,
+        features=None if is_bound else evaluation.score_features,
         value=value,
         standard_error=standard_error,
         num_samples=num_samples,
-        num_steps=num_steps,
-        seed=seed,
+        num_steps=evaluation.score_num_terms if is_bound else evaluation.num_inference_steps,
+        seed=config.training.seed,
     )
+
+
+def _bits_per_dim(
+    pipeline: GaussianDiffusionPipeline, held_out: ImageSet, num_images: int, config: RunConfig, ranks: Ranks
+) -> Metric:
+    """Collective: computes the bound of some held-out images."""
+    seed = config.training.seed
+    metric, _ = bits_per_dim(
+        pipeline,
+        choose_images(held_out, num_images, seed),
+        seed=seed,
+        num_terms=config.evaluation.score_num_terms,
+        batch_size=config.evaluation.batch_size,
+        ranks=ranks,
+    )
+    return metric
+
+
+def _compare(
+    pipeline: GaussianDiffusionPipeline,
+    sampler: Sampler,
+    training: ImageSet,
+    num_samples: int,
+    config: RunConfig,
+    ranks: Ranks,
+) -> Metric | None:
+    """Collective: draws samples, each process its part, and compares them on rank 0; None elsewhere."""
+    evaluation, seed = config.evaluation, config.training.seed
+    mine = sample_images(
+        pipeline, sampler, seed=seed, indices=ranks.part(num_samples), batch_size=evaluation.batch_size
+    )
+    metrics = fidelity(
+        ranks.gather(mine),
+        training,
+        [evaluation.score_metric],
+        features=evaluation.score_features,
+        batch_size=evaluation.batch_size,
+        device=pipeline.device,
+        seed=seed,
+        ranks=ranks,
+    )
+    return metrics[0] if metrics else None
