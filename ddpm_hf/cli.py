@@ -7,20 +7,11 @@ saving.
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from types import TracebackType
 
 from ddpm_hf import __version__
 from ddpm_hf.commands.complaints import complain
 from ddpm_hf.redaction import redact
-
-# Name -> what it does; the module of a command is imported when it is asked for.
-COMMANDS = {
-    "data": "show what a run would read",
-    "train": "train a DDPM",
-    "ema": "make a pipeline with an average of any length",
-    "evaluate": "measure how good a pipeline is",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,10 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ddpm-hf {__version__}")
         return 0
     if command in COMMANDS:
-        return _run(command, rest[:-1])
+        run, _ = COMMANDS[command]
+        return run(rest[:-1])
     print("usage: ddpm-hf <command> ...\n\ncommands:")
-    for name, help_text in COMMANDS.items():
-        print(f"  {name:<9}{help_text}; see ddpm-hf {name} --help")
+    for name, (_, purpose) in COMMANDS.items():
+        print(f"  {name:<9}{purpose}; see ddpm-hf {name} --help")
     if command in ("-h", "--help"):
         return 0
     problem = f"unknown command {command!r}" if command else "no command"
@@ -44,32 +36,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def data(arguments: Sequence[str]) -> int:
     """Shows what a run would read, and returns the exit code."""
-    return _run("data", arguments)
+    from ddpm_hf.commands.data import data as command
+
+    return _exit_code(lambda: command(arguments))
 
 
 def train(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf train") -> int:
     """Trains as the command line and its configuration say, and returns the exit code."""
-    return _run("train", arguments, prog)
+    from ddpm_hf.commands.train import train as command
+
+    return _exit_code(lambda: command(arguments, prog))
 
 
 def ema(arguments: Sequence[str]) -> int:
     """Makes a pipeline with an average of any length out of those that a run stored, and returns the exit code."""
-    return _run("ema", arguments)
+    from ddpm_hf.commands.ema import ema as command
+
+    return _exit_code(lambda: command(arguments))
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Measures how good a pipeline is, and returns the exit code."""
-    return _run("evaluate", arguments)
+    from ddpm_hf.commands.evaluate import evaluate as command
+
+    return _exit_code(lambda: command(arguments))
 
 
-def _run(command: str, *arguments: object) -> int:
-    """Runs a command out of its module, which is imported only now."""
-
-    def run() -> int:
-        exit_code: int = import_module(f"ddpm_hf.commands.{command}").run(*arguments)
-        return exit_code
-
-    return _exit_code(run)
+# The order is that of the help.
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "data": (data, "show what a run would read"),
+    "train": (train, "train a DDPM"),
+    "ema": (ema, "make a pipeline with an average of any length"),
+    "evaluate": (evaluate, "measure how good a pipeline is"),
+}
 
 
 def _exit_code(command: Callable[[], int]) -> int:

@@ -1,1 +1,1 @@
-"""The commands of `ddpm-hf`, one module each; `run(arguments)` does the work and returns the exit code."""
+"""One module a command of `ddpm-hf`; cli.py finds them by name and turns what goes wrong into sentences."""

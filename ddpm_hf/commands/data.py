@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ddpm_hf.config import load_data_config
 
 
-def run(arguments: Sequence[str]) -> int:
+def data(arguments: Sequence[str]) -> int:
     """Says what a run would read, draws its first samples, and returns the exit code."""
     config, picture = load_data_config(arguments)
 

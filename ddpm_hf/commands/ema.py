@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def run(arguments: Sequence[str]) -> int:
+def ema(arguments: Sequence[str]) -> int:
     """Makes a pipeline with an average of any length out of those that a run stored, and returns the exit code."""
     parser = ArgumentParser(
         prog="ddpm-hf ema",

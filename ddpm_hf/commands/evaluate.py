@@ -24,7 +24,7 @@ REPORT, PICTURE, SAMPLES = "evaluation.json", "evaluation.png", "evaluation_samp
 NUM_SHOWN = 64
 
 
-def run(arguments: Sequence[str]) -> int:
+def evaluate(arguments: Sequence[str]) -> int:
     """Evaluates a pipeline and returns the exit code."""
     options = parse(arguments)
 

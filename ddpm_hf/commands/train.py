@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ddpm_hf.training.trainer import Trainer
 
 
-def run(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
+def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     """Builds a trainer, lets it train, writes the report, and returns the exit code."""
     config, is_dry_run = load_config(arguments, prog)
     if config.evaluation.recognition and importlib.util.find_spec("sklearn") is None:

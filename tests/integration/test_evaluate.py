@@ -15,7 +15,7 @@ from PIL import Image
 from ddpm_hf import cli
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from tests.conftest import DIGITS, tiny_unet
+from tests.conftest import DIGITS, run_process, tiny_unet
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -151,3 +151,19 @@ def test_a_conditional_network_needs_labels_for_its_bound(
 def test_a_folder_without_a_pipeline_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert f"{tmp_path} holds no pipeline (model_index.json)" in complaint(capsys, tmp_path, *QUICK)
     assert "is no folder of this machine; give --output" in complaint(capsys, "user/model", *QUICK)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path: Path, saved: Path) -> None:
+    """The samples to the bit; the bound to 1e-12, the order of additions."""
+    arguments = ["-m", "ddpm_hf", "evaluate", str(saved), *QUICK, *BOUND, "--batch_size", "3", "--output"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    alone = run_process([*arguments, str(tmp_path / "one")])
+    together = run_process([*launcher, *arguments, str(tmp_path / "two")])
+    assert (alone.returncode, together.returncode) == (0, 0), alone.stderr + together.stderr
+    assert alone.stdout.replace("/one", "/two") == together.stdout, "and only rank 0 speaks"
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert one["metrics"][0]["value"] == pytest.approx(two["metrics"][0]["value"], rel=1e-12)
+    assert one["sampling"] == two["sampling"]
+    samples = [np.load(tmp_path / name / "evaluation_samples" / "samples.npy") for name in ("one", "two")]
+    np.testing.assert_array_equal(*samples)
