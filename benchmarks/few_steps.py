@@ -9,6 +9,7 @@ several seeds; a standard error is that of their mean.
 
 import argparse
 import copy
+import functools
 import math
 import shlex
 import statistics
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -127,9 +127,11 @@ def main() -> int:
         cells = []
         for steps in arguments.steps:
             chain = np.linspace(0, len(ours) - 1, steps).round().astype(int)[::-1].tolist()
-            measure = lambda seed, chain=chain: variational_bound(  # noqa: E731
-                pipeline, judged, seed=seed, timesteps=chain
-            ).bits_per_dim
+            measure = lambda seed, chain=chain: (
+                variational_bound(  # noqa: E731
+                    pipeline, judged, seed=seed, timesteps=chain
+                ).bits_per_dim
+            )
             cells.append(over_seeds(measure, arguments.seeds))
         say(f"{kind:<20}" + "".join(f"{cell:>18}" for cell in cells))
         pipeline.scheduler = ours
@@ -141,10 +143,10 @@ def main() -> int:
     for sampler in SAMPLERS:
         cells = []
         for steps in arguments.steps:
-            measure = lambda seed, steps=steps: frechet_distance(  # noqa: E731
-                moments_of(sample(pipeline, sampler, steps, arguments.num_samples, seed)), reference
+            draw = functools.partial(sample, pipeline, sampler, steps, arguments.num_samples)
+            cells.append(
+                over_seeds(lambda seed, draw=draw: frechet_distance(moments_of(draw(seed)), reference), arguments.seeds)
             )
-            cells.append(over_seeds(measure, arguments.seeds))
         say(f"{sampler:<20}" + "".join(f"{cell:>18}" for cell in cells))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{arguments.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

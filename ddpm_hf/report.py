@@ -111,22 +111,22 @@ def write_report(
         evaluation=output_dir / "evaluation.json" if recognition else None,
         readme=output_dir / "README.md",
     )
-    _write(paths.samples, lambda path: grid.save(path, "PNG"))
+    write_whole(paths.samples, lambda path: grid.save(path, "PNG"))
     _show_denoising(trajectory, num_columns, paths)
     if paths.loss:
-        _write(paths.loss, lambda path: _draw_losses(training, validation, path))
+        write_whole(paths.loss, lambda path: _draw_losses(training, validation, path))
     if recognition and paths.evaluation:
         evaluation = json.dumps(recognition.to_dict(), indent=2) + "\n"
-        _write(paths.evaluation, lambda path: path.write_text(evaluation, encoding="utf-8"))
+        write_whole(paths.evaluation, lambda path: path.write_text(evaluation, encoding="utf-8"))
     readme = _readme(
         heading=f"# {title}\n\n![samples](samples.png)\n\n{caption}",
-        quality=_quality_section(training, recognition),
+        quality=_quality_section(training, recognition, _score_lines(metrics)),
         loss="## Loss\n\n![training loss](loss.png)" if paths.loss else "",
         loading=loading_lines(Path(PIPELINE_DIR), _names(sample_labels, class_names), sampling=sampling),
         origin=f"```sh\n{command}\n```" + _table(("setting", "value"), settings),
         files=_files_in(output_dir),
     )
-    _write(paths.readme, lambda path: path.write_text(redact(readme), encoding="utf-8"))
+    write_whole(paths.readme, lambda path: path.write_text(redact(readme), encoding="utf-8"))
     return paths
 
 
@@ -203,8 +203,8 @@ def _show_denoising(trajectory: UInt8Array, num_columns: int, paths: ReportPaths
     num_columns = min(num_columns, num_fitting)
     animated = trajectory[:, : num_fitting // num_columns * num_columns]
     num_strip_rows = max(num_columns, MIN_STRIP_ROWS)
-    _write(paths.denoising, lambda path: denoising_strip(trajectory[:, :num_strip_rows]).save(path, "PNG"))
-    _write(paths.animation, lambda path: save_animation(animated, path, num_columns=num_columns))
+    write_whole(paths.denoising, lambda path: denoising_strip(trajectory[:, :num_strip_rows]).save(path, "PNG"))
+    write_whole(paths.animation, lambda path: save_animation(animated, path, num_columns=num_columns))
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
@@ -223,11 +223,27 @@ def _draw_losses(training: Sequence[tuple[int, float]], validation: Sequence[tup
     )
 
 
-def _quality_section(training: Sequence[tuple[int, float]], recognition: RecognitionReport | None) -> str:
+def _quality_section(
+    training: Sequence[tuple[int, float]], recognition: RecognitionReport | None, scores: Sequence[str]
+) -> str:
     """Says in a few lines how good the samples are and how far the loss came."""
     lines = list(recognition.lines()) if recognition else []
+    lines += scores
     lines += [f"loss {loss:.4f} at step {step:,}" for step, loss in training[-1:]]
     return "## How good it is\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
+
+
+def _score_lines(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says which score the run ended with, and what it is a score of."""
+    rows = [row for row in metrics if row.get("score") is not None]
+    if not rows:
+        return []
+    last = rows[-1]
+    features = f" in the features of {last['score_features']}" if last["score_features"] else ""
+    return [
+        f"{last['score_metric']}{features} {last['score']:.4f} at step {last['step']:,}: "
+        f"{last['score_num_samples']:,} images, {last['score_num_steps']} steps, seed {last['score_seed']}"
+    ]
 
 
 def _readme(*, heading: str, quality: str, loss: str, loading: str, origin: str, files: Mapping[str, str]) -> str:
@@ -262,7 +278,7 @@ def _table(header: tuple[str, str], rows: Mapping[str, str]) -> str:
     return "\n\n" + "\n".join([f"| {header[0]} | {header[1]} |", "| --- | --- |", *lines])
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file under a temporary name beside it and renames it."""
     temporary = path.with_name(f".{path.name}.writing")
     write(temporary)

@@ -1,1 +1,1 @@
-"""One module a command of `ddpm-hf`; cli.py gives them their names and turns what goes wrong into sentences."""
+"""One module a command of `ddpm-hf`; cli.py finds them by name and turns what goes wrong into sentences."""

@@ -1,5 +1,6 @@
 """Which settings can work together, and which a run can be continued with."""
 
+from ddpm_hf.config.evaluation import EvaluationConfig
 from ddpm_hf.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from ddpm_hf.redaction import find_secret
 
@@ -36,6 +37,7 @@ def validate(config: RunConfig) -> None:
             "evaluation.recognition asks for classes and real held-out images; set model.class_conditional to true, "
             "data.validation_fraction above 0 or data.validation_split, and data.streaming to false."
         )
+    _check_score(config, holds_out=holds_out)
     if not config.tracking.project:
         raise ConfigError("tracking.project is empty; give the project a name.")
     if training.validate_every_steps > 0 and not holds_out:
@@ -62,6 +64,34 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(
             f"training.train_batch_size {batch} is not a multiple of training.micro_batch_size {micro}; "
             f"use {f'{lower} or ' if lower else ''}{lower + micro}."
+        )
+
+
+def _check_score(config: RunConfig, *, holds_out: bool) -> None:
+    """Refuses a score that has nothing to compare with, and settings that nothing would read."""
+    evaluation, default = config.evaluation, EvaluationConfig()
+    is_bound = evaluation.score_metric == "bits_per_dim"
+    unread = "score_features" if is_bound else "score_num_terms"
+    if getattr(evaluation, unread) != getattr(default, unread):
+        raise ConfigError(
+            f"evaluation.{unread} does nothing with evaluation.score_metric {evaluation.score_metric}; leave it out."
+        )
+    if evaluation.score_every_steps == 0:
+        return
+    if is_bound and not holds_out:
+        raise ConfigError(
+            "evaluation.score_metric bits_per_dim needs held-out images; set data.validation_fraction, for example to "
+            "0.05, or data.validation_split."
+        )
+    if is_bound and not 2 <= evaluation.score_num_terms <= config.diffusion.num_train_timesteps:
+        raise ConfigError(
+            f"evaluation.score_num_terms is {evaluation.score_num_terms}, but must be between 2 and "
+            f"diffusion.num_train_timesteps, {config.diffusion.num_train_timesteps}."
+        )
+    if not is_bound and config.data.streaming:
+        raise ConfigError(
+            f"evaluation.score_metric {evaluation.score_metric} compares with all training images, and data.streaming "
+            "keeps none; set evaluation.score_metric to bits_per_dim, or data.streaming to false."
         )
 
 
@@ -218,13 +248,13 @@ def _check_numbers(config: RunConfig) -> None:
         ("training", "ema_every_steps"), ("training", "posthoc_ema_every_steps"),
         ("data", "num_channels"), ("preview", "num_images"),
         ("preview", "num_inference_steps"), ("evaluation", "batch_size"), ("evaluation", "num_inference_steps"),
-        ("objective", "huber_delta"), ("objective", "vlb_weight"), ("objective", "min_snr_gamma"),
-        ("objective", "p2_k"),
+        ("evaluation", "score_num_samples"), ("objective", "huber_delta"), ("objective", "vlb_weight"),
+        ("objective", "min_snr_gamma"), ("objective", "p2_k"),
     )  # fmt: skip
     not_negative = (
         ("training", "learning_rate_warmup_steps"), ("training", "weight_decay"), ("training", "seed"),
         ("training", "validate_every_steps"), ("preview", "every_steps"), ("preview", "guidance_scale"),
-        ("evaluation", "num_samples"), ("evaluation", "guidance_scale"),
+        ("evaluation", "num_samples"), ("evaluation", "guidance_scale"), ("evaluation", "score_every_steps"),
         ("objective", "p2_gamma"), ("objective", "offset_noise"),
         ("training", "ema_start_step"),
     )  # fmt: skip

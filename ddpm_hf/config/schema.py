@@ -6,6 +6,8 @@ from typing import Literal, TypeAlias
 
 import yaml
 
+from ddpm_hf.config.evaluation import EvaluationConfig
+
 UNetOverride: TypeAlias = int | float | bool | str | list[int] | list[str] | None
 OptimizerOption: TypeAlias = int | float | bool | str | list[float] | None
 
@@ -278,28 +280,6 @@ class PreviewConfig:
     num_inference_steps: int = 50
     eta: float = 0.0
     guidance_scale: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationConfig:
-    """What is sampled and measured when training ends.
-
-    Args:
-        num_samples: Images to sample for the report; 0 samples none and writes no report.
-        batch_size: Images sampled at once.
-        num_inference_steps: Sampling steps an image.
-        eta: 0 samples as DDIM, 1 as DDPM.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        recognition: Report how many samples a classifier trained on the real images recognises as the class asked for;
-            needs model.class_conditional and held-out images.
-    """
-
-    num_samples: int = 64
-    batch_size: int = 100
-    num_inference_steps: int = 50
-    eta: float = 0.0
-    guidance_scale: float = 1.0
-    recognition: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

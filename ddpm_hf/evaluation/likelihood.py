@@ -58,8 +58,12 @@ class VariationalBound:
 
     @property
     def rate(self) -> Array:
-        """Bits per dimension sent before each step's x_t is known, along the chain. Section 4.3, Ho et al. 2020."""
-        sent = np.concatenate([[0.0], np.cumsum(self.terms[:-1])])
+        """Bits per dimension sent before each step's x_t is known, along the chain. Section 4.3, Ho et al. 2020.
+
+        Terms that were computed for no image are those between their neighbours, and not 0.
+        """
+        steps, is_known = np.arange(len(self.terms)), self.counts > 0
+        sent = np.concatenate([[0.0], np.cumsum(np.interp(steps, steps[is_known], self.terms[is_known])[:-1])])
         return np.asarray(self.prior + sent)
 
     @property

@@ -20,6 +20,8 @@ from ddpm_hf.rng import numpy_generator
 from ddpm_hf.training.noise import draw_noise, exchange_noise, whole_blocks
 from ddpm_hf.training.timestep_sampling import TimestepSampler
 
+_NUM_NAMED_IMAGES = 32
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -114,6 +116,15 @@ class BatchSource:
                 feeds_back=feeds_back,
                 is_last=positions.stop == self._positions.stop,
             )
+
+    def images_of(self, step: int) -> str:
+        """Returns a sentence that names the images of a step, of all ranks; nothing where they have no numbers."""
+        if not isinstance(self._feed, ImageFeed):
+            return ""
+        size = self._config.training.train_batch_size
+        numbers = self._feed.numbers(step * size, (step + 1) * size).tolist()
+        more = ", ..." if size > _NUM_NAMED_IMAGES else ""
+        return f" Its images were {', '.join(map(str, numbers[:_NUM_NAMED_IMAGES]))}{more}."
 
     def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
         """Copies an array to the device without making the host wait."""

@@ -158,9 +158,11 @@ def _name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def prune(root: Path, num_kept: int) -> None:
-    """Removes all but the newest checkpoints; one that cannot be removed is named and left."""
+def prune(root: Path, num_kept: int, best_step: int | None = None) -> None:
+    """Removes all but the newest checkpoints and the best one; one that cannot be removed is named and left."""
     for path in sorted(_checkpoint_dirs(root), key=_step_of)[:-num_kept]:
+        if _step_of(path) == best_step:
+            continue
         try:
             shutil.rmtree(path)
         except OSError as error:

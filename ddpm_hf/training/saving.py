@@ -100,12 +100,15 @@ class Saver:
         processes.on_rank_0(lambda: self._start_folder(state.global_step if state else 0))
         return state
 
-    def save(self, state: TrainerState, *, must_succeed: bool) -> None:
+    def save(self, state: TrainerState, *, must_succeed: bool) -> bool:
         """Collective: writes a checkpoint on rank 0 and removes old ones.
 
         Args:
             state: The counters of the run.
             must_succeed: Whether a full disk ends the run, since work would be lost; otherwise it is a warning.
+
+        Returns:
+            Whether it was written.
 
         Raises:
             OSError: If a checkpoint that must succeed cannot be written.
@@ -115,7 +118,7 @@ class Saver:
         check_finite([*self._unet.parameters(), *self._ema.tensors()], state.global_step)
         state.num_ema_updates = self._ema.num_updates
         data_state.write_state(self._images, state)
-        processes.on_rank_0(lambda: self._write_checkpoint(state, must_succeed))
+        return bool(processes.share_json(processes.on_rank_0(lambda: self._write_checkpoint(state, must_succeed))))
 
     def save_pipeline(self, pipeline: GaussianDiffusionPipeline) -> None:
         """Collective: writes the finished pipeline with the averaged weights on rank 0."""
@@ -128,8 +131,8 @@ class Saver:
 
         processes.on_rank_0(lambda: checkpoint.replace_folder(self._folder.pipeline, write))
 
-    def _write_checkpoint(self, state: TrainerState, must_succeed: bool) -> None:
-        """Writes and prunes checkpoints on rank 0."""
+    def _write_checkpoint(self, state: TrainerState, must_succeed: bool) -> bool:
+        """Writes and prunes checkpoints on rank 0, and says whether it could."""
 
         def write(folder: Path) -> None:
             write_snapshot(folder, self._unet, self._ema, self._optimizer, state, self._config.to_yaml())
@@ -143,8 +146,10 @@ class Saver:
             if must_succeed:
                 raise OSError(f"{message}; make room in {self._folder.path} and run the same command again.") from error
             logger.warning("%s; training goes on, the older checkpoints are intact.", message)
-            return
-        checkpoint.prune(self._folder.checkpoints, self._config.training.num_checkpoints_kept)
+            return False
+        best_step = state.best["step"] if state.best else None
+        checkpoint.prune(self._folder.checkpoints, self._config.training.num_checkpoints_kept, best_step)
+        return True
 
     def _check_space(self, latest: checkpoint.Checkpoint | None) -> None:
         """Refuses a disk that has no room for two checkpoints, or for one more; a finished run needs none."""

@@ -34,6 +34,7 @@ class TrainerState:
         micro_batch_size: Images of one forward on one device, which "auto" stays at.
         scaler: State of the fp16 gradient scaler; None without one.
         optimizer: What an optimiser knows beside tensors; empty for Adam.
+        best: Step, kind and value of the best score so far; None before the first.
     """
 
     global_step: int = 0
@@ -48,6 +49,7 @@ class TrainerState:
     micro_batch_size: int | None = None
     scaler: dict[str, float | int] | None = None
     optimizer: Scalars = field(default_factory=dict)
+    best: dict[str, Any] | None = None
 
 
 def write_snapshot(

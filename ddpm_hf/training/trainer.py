@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from ddpm_hf.config import RunConfig, refuse_secrets
-from ddpm_hf.data import ImageFeed
+from ddpm_hf.config import ConfigError, RunConfig, refuse_secrets
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.rng import seed_global_generators
 from ddpm_hf.training import data_state, posthoc_ema, processes
@@ -30,6 +29,7 @@ from ddpm_hf.training.preview import save_preview
 from ddpm_hf.training.progress import Progress, say
 from ddpm_hf.training.run_folder import RunFolder
 from ddpm_hf.training.saving import Saver
+from ddpm_hf.training.scoring import Scorer, best_of
 from ddpm_hf.training.setup import build_feed, build_scheduler, class_names_of, open_splits
 from ddpm_hf.training.snapshot import TrainerState
 from ddpm_hf.training.timestep_sampling import build_timestep_sampler
@@ -38,22 +38,27 @@ from ddpm_hf.training.validation import validation_loss
 
 logger = logging.getLogger(__name__)
 
-_NUM_NAMED_IMAGES = 32
-
 
 class Trainer:
     """One training run on one process of possibly many. Collective: build and use it on every rank.
 
     Args:
         config: The checked configuration.
+        scorer: Measures evaluation.score_metric; needed with evaluation.score_every_steps.
 
     Raises:
         ValueError: With a sentence, if the data, the network, the machine or the run folder do not fit the
             configuration.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, scorer: Scorer | None = None) -> None:
         refuse_secrets(config)
+        if config.evaluation.score_every_steps and scorer is None:
+            raise ConfigError(
+                f"evaluation.score_every_steps {config.evaluation.score_every_steps} needs Trainer(config, scorer) "
+                "to be given what measures it, as `ddpm-hf train` does; set it to 0, or give one."
+            )
+        self._scorer = scorer
         self.config = config
         self.accelerator = processes.start(config.training)
         self.device = self.accelerator.device
@@ -207,28 +212,24 @@ class Trainer:
         if self.guard.was_applied():
             self.ema.update(self.unet)
         elif self.guard.num_skipped > num_skipped and self.guard.num_consecutive == 1 and self.is_main_process:
-            self._tell_of_skipped_update()
-
-    def _tell_of_skipped_update(self) -> None:
-        """Names the step, and the images where they have numbers; of several in a row, only the first is told."""
-        step, size = self.state.global_step, self.config.training.train_batch_size
-        images = ""
-        if isinstance(self.feed, ImageFeed):
-            numbers = self.feed.numbers((step - 1) * size, step * size).tolist()
-            more = ", ..." if size > _NUM_NAMED_IMAGES else ""
-            images = f" Its images were {', '.join(map(str, numbers[:_NUM_NAMED_IMAGES]))}{more}."
-        logger.warning("The gradient of step %d was not finite, so its update was skipped.%s", step, images)
+            step = self.state.global_step
+            images = self._batches.images_of(step - 1)
+            logger.warning("The gradient of step %d was not finite, so its update was skipped.%s", step, images)
 
     def _after_step(self) -> None:
-        """Collective: logs, validates, draws and saves where that is due."""
+        """Collective: logs, validates, scores, draws and saves where that is due."""
         config, step = self.config, self.state.global_step
-        is_last = step == config.training.num_steps
+        is_last, new_best = step == config.training.num_steps, None
+        score_every_steps = config.evaluation.score_every_steps
         if step % config.training.log_every_steps == 0 or is_last:
             self._log()
         with self.meter.paused():
             if config.training.validate_every_steps and (step % config.training.validate_every_steps == 0 or is_last):
                 with self._progress.doing("Validating"):
                     self._validate()
+            if score_every_steps and (step % score_every_steps == 0 or is_last):
+                with self._progress.doing("Measuring the score"):
+                    new_best = self._score()
             if config.preview.every_steps and step % config.preview.every_steps == 0:
                 with self._progress.doing("Drawing a preview"):
                     self._preview()
@@ -237,9 +238,9 @@ class Trainer:
                 processes.on_rank_0(
                     lambda: posthoc_ema.store(self.folder.ema_snapshots, step, self.ema, self._pipeline())
                 )
-            if step % config.training.checkpoint_every_steps == 0 or is_last:
+            if step % config.training.checkpoint_every_steps == 0 or is_last or new_best:
                 with self._progress.doing("Saving"):
-                    self._save(must_succeed=is_last)
+                    self._save(must_succeed=is_last, new_best=new_best)
 
     def _log(self) -> None:
         """Collective: writes one line of metrics: means since the line before."""
@@ -256,7 +257,7 @@ class Trainer:
         self._write(row)
         self._progress.show(row, self.config.training.train_batch_size)
 
-    def _write(self, row: dict[str, float | int | None]) -> None:
+    def _write(self, row: dict[str, Any]) -> None:
         """Writes a line of metrics on rank 0."""
         if self.is_main_process:
             self.metrics.append(row)
@@ -278,6 +279,16 @@ class Trainer:
         num_images = self.state.global_step * self.config.training.train_batch_size
         self._write({"step": self.state.global_step, "num_images": num_images, "validation_loss": finite_or_none(loss)})
 
+    def _score(self) -> dict[str, Any] | None:
+        """Collective: writes the score of the averaged weights, and returns what is noted of it if it is the best."""
+        assert self._scorer is not None
+        self._settle_update()
+        with self.ema.swapped_in(self.unet):
+            score = self._scorer(self._pipeline(), self.images, self.held_out)
+        num_images = self.state.global_step * self.config.training.train_batch_size
+        self._write({"step": self.state.global_step, "num_images": num_images, **score.row()})
+        return best_of(score, self.state.global_step, self.state.best)
+
     def _preview(self) -> None:
         """Collective: draws the preview grid with the averaged weights."""
         self._settle_update()
@@ -288,8 +299,8 @@ class Trainer:
         if is_drawn:
             self.trackers.log_preview(self.state.global_step, path)
 
-    def _save(self, *, must_succeed: bool) -> None:
-        """Collective: writes a checkpoint; a full disk stops training only where nothing may be lost."""
+    def _save(self, *, must_succeed: bool, new_best: dict[str, Any] | None = None) -> None:
+        """Collective: writes a checkpoint, perhaps the best; a full disk stops training only where all may be lost."""
         self._settle_update()
         processes.check_same(self._weights())
         scaler = self.accelerator.scaler
@@ -298,7 +309,10 @@ class Trainer:
         self.state.num_consecutive_skipped = self.guard.num_consecutive
         self.state.num_scaler_skips = self.guard.num_scaler_skips
         self.state.scaler = scaler.state_dict() if scaler is not None else None
-        self.saver.save(self.state, must_succeed=must_succeed)
+        best_before = self.state.best
+        self.state.best = new_best or best_before
+        if not self.saver.save(self.state, must_succeed=must_succeed):
+            self.state.best = best_before
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """Returns the weights and all their averages, by name."""

@@ -195,8 +195,8 @@ def test_the_printed_configuration_repeats_the_run(
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "told"),
     [
-        ([], 2, "no command; choose data, train, ema or verify."),
-        (["tarin"], 2, "unknown command 'tarin'; choose data, train, ema or verify."),
+        ([], 2, "no command; choose data, train, ema, evaluate or verify."),
+        (["tarin"], 2, "unknown command 'tarin'; choose data, train, ema, evaluate or verify."),
         (["--help"], 0, ""),
         (["-h"], 0, ""),
     ],
@@ -243,7 +243,7 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_config", interrupt)
+    monkeypatch.setattr("ddpm_hf.commands.train.load_config", interrupt)
     assert cli.train([]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 

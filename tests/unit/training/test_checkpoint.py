@@ -451,6 +451,15 @@ def test_pruning_keeps_the_newest(tmp_path: Path, num_kept: int) -> None:
     assert (tmp_path / "step_of_someone").exists()
 
 
+def test_pruning_keeps_the_best(tmp_path: Path) -> None:
+    """Beside the newest, and also where it is one of them."""
+    paths = write_steps(tmp_path, 2, 4, 6, 8)
+    prune(tmp_path, 2, best_step=4)
+    assert [path for path in paths if path.exists()] == paths[1:]
+    prune(tmp_path, 2, best_step=8)
+    assert [path for path in paths if path.exists()] == paths[2:]
+
+
 def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

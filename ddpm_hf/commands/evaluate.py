@@ -1,0 +1,269 @@
+"""`ddpm-hf evaluate`: measures how good a pipeline is, prints a table, writes evaluation.json and a picture."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm_hf.commands.complaints import complain
+from ddpm_hf.commands.evaluate_flags import data_config, parse
+from ddpm_hf.config import ConfigError, ModelConfig, RunConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddpm_hf.data import ImageSet
+    from ddpm_hf.diffusion import GaussianDiffusionPipeline
+    from ddpm_hf.evaluation.evaluate import Metric
+    from ddpm_hf.evaluation.likelihood import VariationalBound
+    from ddpm_hf.evaluation.ranks import Ranks
+    from ddpm_hf.evaluation.sampling import Images, Sampler
+
+REPORT, PICTURE, SAMPLES = "evaluation.json", "evaluation.png", "evaluation_samples"
+NUM_SHOWN = 64
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Evaluates a pipeline and returns the exit code."""
+    options = parse(arguments)
+
+    import torch
+
+    try:
+        _evaluate(options)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        complain(f"the device ran out of memory ({reason}); lower --batch_size.", of_this_rank=True)
+        return 1
+    return 0
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is evaluated, on what and by whom."""
+
+    options: Namespace
+    folder: Path | None
+    output: Path
+    pipeline: "GaussianDiffusionPipeline"
+    sampler: "Sampler"
+    training: "ImageSet"
+    held_out: "ImageSet"
+    measured: "ImageSet"
+    ranks: "Ranks"
+    device: "torch.device"
+
+
+def _evaluate(options: Namespace) -> None:
+    """Collective: does everything that was asked for."""
+    from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, FIDELITY, as_json, check_metrics, fidelity, table
+    from ddpm_hf.evaluation.samples import sample_to_folder, settings_of
+
+    check_metrics(options.metrics)
+    work = _prepare(options)
+    if options.estimate_variance:
+        _estimate_variance(work)
+    sampling = work.sampler.prepare(work.pipeline)
+    wanted = [name for name in options.metrics if name in FIDELITY]
+    samples = sample_to_folder(
+        sampling,
+        work.sampler,
+        options.samples_dir or work.output / SAMPLES,
+        seed=options.seed,
+        num_images=options.num_samples or (50_000 if wanted else NUM_SHOWN),
+        batch_size=options.batch_size,
+        as_png=options.format == "png",
+        ranks=work.ranks,
+    )
+    metrics: list[Metric] = []
+    if wanted:
+        metrics += fidelity(
+            samples,
+            work.training,
+            wanted,
+            features=options.features,
+            weights=options.weights,
+            batch_size=options.batch_size,
+            device=work.device,
+            cache_dir=Path(options.data_cache_dir) if options.data_cache_dir else None,
+            seed=options.seed,
+            ranks=work.ranks,
+        )
+    bound: VariationalBound | None = None
+    bound_settings: dict[str, Any] = {}
+    if BITS_PER_DIM in options.metrics:
+        metric, bound, bound_settings = _bits_per_dim(work)
+        metrics.append(metric)
+    if work.ranks.rank == 0:
+        content = as_json(
+            metrics,
+            bound,
+            settings=settings_of(sampling, work.sampler, options.seed),
+            data=_describe_data(work),
+            bound_settings=bound_settings,
+        )
+        _write(work, content, samples, bound)
+        print(f"{table(metrics)}\n\nEverything is in {work.output}: look at {REPORT} and {PICTURE}.")
+
+
+def _prepare(options: Namespace) -> _Work:
+    """Collective: joins the processes, loads the pipeline and opens the data."""
+    import torch
+
+    from ddpm_hf.commands.ranks import started_ranks
+    from ddpm_hf.data import ImageSet
+    from ddpm_hf.diffusion import GaussianDiffusionPipeline
+    from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, choose_images
+    from ddpm_hf.evaluation.sampling import Sampler, image_shape
+    from ddpm_hf.training import processes
+    from ddpm_hf.training.setup import open_splits
+
+    accelerator = processes.start(TrainingConfig(cpu=options.cpu, tf32=False))
+    folder = find_folder(options.folder)
+    output = options.output or folder
+    if output is None or (folder is None and options.estimate_variance):
+        raise ConfigError(
+            f"{options.folder} is no folder of this machine; give --output for what is written, and a local folder for "
+            "--estimate_variance."
+        )
+    dtype = getattr(torch, options.dtype)
+    try:
+        pipeline = GaussianDiffusionPipeline.from_pretrained(folder or options.folder, dtype=dtype)
+    except OSError as error:
+        raise ConfigError(f"{options.folder} holds no pipeline that can be loaded: {error}") from error
+    pipeline = pipeline.to(accelerator.device)
+    height, width, num_channels = image_shape(pipeline)
+    needs_labels = pipeline.num_classes > 0 and (BITS_PER_DIM in options.metrics or options.estimate_variance > 0)
+    config = RunConfig(
+        data=data_config(options, (height, width), num_channels),
+        model=ModelConfig(class_conditional=needs_labels),
+        training=TrainingConfig(seed=options.split_seed),
+    )
+    training, held_out = open_splits(config, accelerator)
+    assert isinstance(training, ImageSet)
+    if training.image_shape != (num_channels, height, width):
+        raise ConfigError(
+            f"{config.data.source} has images of {'x'.join(map(str, training.image_shape))} and the network makes "
+            f"{num_channels}x{height}x{width}; leave --data.resolution and --data.num_channels out, or give others."
+        )
+    names = ("scheduler", "num_inference_steps", "eta", "timestep_spacing", "guidance_scale", "labels")
+    return _Work(
+        options=options,
+        folder=folder,
+        output=output,
+        pipeline=pipeline,
+        sampler=Sampler(
+            **{name: getattr(options, name) for name in names}, analytic_variance=options.variance == "analytic"
+        ),
+        training=training,
+        held_out=held_out,
+        measured=choose_images(held_out if len(held_out) else training, options.num_images, options.seed),
+        ranks=started_ranks(),
+        device=accelerator.device,
+    )
+
+
+def find_folder(name: str) -> Path | None:
+    """Returns the folder of a pipeline, that inside a run folder included; None for a repository of the Hub."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return None
+    for candidate in (folder, folder / "pipeline"):
+        if (candidate / "model_index.json").is_file():
+            return candidate
+    raise ConfigError(f"{folder} holds no pipeline (model_index.json); give the folder that training saved.")
+
+
+def _estimate_variance(work: _Work) -> None:
+    """Collective: estimates the second moments on rank 0 and keeps them beside the scheduler's configuration."""
+    import numpy as np
+
+    from ddpm_hf.evaluation.second_moments import estimate_second_moments
+
+    options, scheduler = work.options, work.pipeline.scheduler
+    assert work.folder is not None
+    folder = work.folder / "scheduler"
+
+    def estimate() -> Any:
+        moments = estimate_second_moments(
+            work.pipeline,
+            work.training,
+            seed=options.seed,
+            num_images=options.estimate_variance,
+            batch_size=options.batch_size,
+        )
+        scheduler.eps_second_moments = moments
+        scheduler.save_second_moments(folder)
+        return moments.numpy()
+
+    moments = work.ranks.on_rank_0(estimate)
+    scheduler.eps_second_moments = work.ranks.gather(np.zeros(0) if moments is None else moments)
+
+
+def _bits_per_dim(work: _Work) -> "tuple[Metric, VariationalBound, dict[str, Any]]":
+    """Collective: computes the bound of the held-out images, or of all where none are held out."""
+    from ddpm_hf.evaluation.evaluate import bits_per_dim
+
+    options, scheduler = work.options, work.pipeline.scheduler
+    timesteps = None
+    if options.variance == "analytic":
+        scheduler.analytic_variance = True
+    if options.likelihood_steps is not None:
+        scheduler.set_timesteps(options.likelihood_steps)
+        timesteps = scheduler.timesteps.tolist()
+    num_steps = len(timesteps or scheduler.config["num_train_timesteps"] * [0])
+    num_terms = None if options.num_terms == "all" or options.num_terms >= num_steps else options.num_terms
+    metric, bound = bits_per_dim(
+        work.pipeline,
+        work.measured,
+        seed=options.seed,
+        num_terms=num_terms,
+        timesteps=timesteps,
+        batch_size=options.batch_size,
+        ranks=work.ranks,
+    )
+    settings = {
+        "images": "held out" if len(work.held_out) else "all",
+        "num_steps": num_steps,
+        "num_terms": num_terms or num_steps,
+        "variance": "analytic" if options.variance == "analytic" else scheduler.config["variance_type"],
+    }
+    return metric, bound, settings
+
+
+def _describe_data(work: _Work) -> dict[str, Any]:
+    """Says which images these were."""
+    options = work.options
+    return {
+        "source": Path(options.data).name if Path(options.data).exists() else options.data,
+        "split": options.data_split,
+        "fingerprint": work.training.digest or None,
+        "num_training_images": len(work.training),
+        "num_held_out_images": len(work.held_out),
+    }
+
+
+def _write(work: _Work, content: str, samples: "Images", bound: "VariationalBound | None") -> None:
+    """Writes evaluation.json and the picture on rank 0."""
+    from ddpm_hf.evaluation.evaluate import choose_images
+    from ddpm_hf.evaluation.neighbours import nearest_images, real_images
+    from ddpm_hf.evaluation.picture import NUM_NEIGHBOURS, draw_evaluation
+    from ddpm_hf.report import write_whole
+
+    shown = choose_images(work.training, min(NUM_SHOWN, len(work.training)), work.options.seed)
+    neighbours, _, distances = nearest_images(samples[:NUM_NEIGHBOURS], work.training)
+    work.output.mkdir(parents=True, exist_ok=True)
+    write_whole(
+        work.output / PICTURE,
+        lambda path: draw_evaluation(
+            path,
+            samples=samples[:NUM_SHOWN],
+            real=real_images(shown, shown.positions),
+            neighbours=neighbours,
+            distances=distances,
+            bound=bound,
+            title=f"{Path(work.options.folder).name}, {Path(work.options.data).name}",
+        ),
+    )
+    write_whole(work.output / REPORT, lambda path: path.write_text(content, encoding="utf-8"))

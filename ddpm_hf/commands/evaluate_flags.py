@@ -1,0 +1,154 @@
+"""The flags of `ddpm-hf evaluate`."""
+
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddpm_hf.config import ConfigError, DataConfig, RunConfig, validate
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """Reads the command line.
+
+    Raises:
+        ConfigError: A number is outside its range, or settings contradict each other.
+    """
+    parser = ArgumentParser(
+        prog="ddpm-hf evaluate",
+        description="Measure how good a pipeline is: a table, evaluation.json and evaluation.png. Run the same command "
+        "again to go on with one that was stopped.",
+        epilog="Example: ddpm-hf evaluate outputs/digits --data data/digits.parquet --metrics bits_per_dim",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", help="folder of a pipeline or of a run, or a repository of the Hub")
+    parser.add_argument("--data", required=True, help="the images that it was trained on, as data.source of training")
+    for name, (kind, help_text) in _DATA_FLAGS.items():
+        default = getattr(DataConfig(), name)
+        parser.add_argument(f"--data.{name}", dest=f"data_{name}", type=kind, default=default, help=help_text)
+    parser.add_argument("--data.streaming", dest="data_streaming", nargs="?", const="true", help=SUPPRESS)
+    _add_measuring(parser)
+    _add_sampling(parser)
+    options = parser.parse_args(arguments)
+    _check(options)
+    return options
+
+
+def _add_measuring(parser: ArgumentParser) -> None:
+    """Adds what is measured, and where the results go."""
+    add = parser.add_argument
+    add("--split_seed", type=int, default=0, help="training.seed of the run, which chose its held-out images")
+    add("--metrics", type=_list_of(str), default=["fid", "kid", "precision", "recall", "bits_per_dim"],
+        help="comma-separated: fid, kid, inception_score, precision, recall, bits_per_dim")  # fmt: skip
+    add("--features", default="inception", help="network whose features are compared")
+    add("--weights", type=Path, help="file with its weights; by default they are found or downloaded")
+    add("--num_images", type=int, help="images for bits_per_dim; by default all that are held out, or all")
+    add("--num_terms", type=_int_or("all"), default=50, help="terms of the bound for each of them, or all")
+    add("--likelihood_steps", type=int, help="length of the chain for bits_per_dim; by default that of training")
+    add("--estimate_variance", type=int, default=0, metavar="N",
+        help="first estimate the analytic variance on N training images a timestep, and save it in folder")  # fmt: skip
+    add("--output", type=Path, help="folder for evaluation.json and evaluation.png; by default that of the pipeline")
+    add("--cpu", action="store_true", help="use the CPU even where there is a GPU")
+
+
+def _add_sampling(parser: ArgumentParser) -> None:
+    """Adds how samples are drawn."""
+    add = parser.add_argument
+    add("--num_samples", type=int, help="by default 50000, or 64 for the picture where no metric needs samples")
+    add("--seed", type=int, default=0, help="image i is a function of (seed, i)")
+    add("--batch_size", type=int, default=64, help="images of one forward on one process")
+    add("--scheduler", help="name of a scheduler of diffusers; by default that of the pipeline")
+    add("--num_inference_steps", type=int, help="by default as many as in training")
+    add("--eta", type=float, help="0 samples as DDIM, 1 as DDPM; by default what the scheduler does by itself")
+    add("--timestep_spacing", help="leading, trailing, linspace or quadratic; by default that of the scheduler")
+    add("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
+    add("--labels", type=_list_of(int), help="comma-separated classes to sample in turn; by default all")
+    add("--variance", choices=("trained", "analytic"), default="trained",
+        help="analytic: the optimal one for the network (Bao et al. 2022)")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision of the network")
+    add("--samples_dir", type=Path, help="folder for the samples; by default evaluation_samples beside the results")
+    add("--format", choices=("npy", "png"), default="npy", help="png writes each image as a file too")
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Returns a reader of comma-separated values."""
+
+    def read(text: str) -> Any:
+        values = [kind(part.strip()) for part in text.split(",") if part.strip()]
+        return values if kind is str else tuple(values)
+
+    read.__name__ = "comma-separated list"
+    return read
+
+
+def _int_or(word: str) -> Callable[[str], int | str]:
+    """Returns a reader of a whole number or a word."""
+
+    def read(text: str) -> int | str:
+        if text != word and not text.lstrip("-").isdigit():
+            raise ArgumentTypeError(f"{text!r} is neither a whole number nor {word}")
+        return word if text == word else int(text)
+
+    return read
+
+
+def _side_or(number: int) -> Callable[[str], int | list[int]]:
+    """Returns a reader of one whole number, or of so many in a list."""
+
+    def read(text: str) -> int | list[int]:
+        values = [int(part) for part in text.strip("[]").split(",")]
+        if len(values) not in (1, number):
+            raise ArgumentTypeError(f"{text!r} is neither one whole number nor {number} with commas between them")
+        return values[0] if len(values) == 1 else values
+
+    return read
+
+
+_DATA_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "subset": (str, "configuration of a Hub data set that has several"),
+    "revision": (str, "branch, tag or commit of a Hub data set"),
+    "split": (str, "split to compare with, or a part of it"),
+    "validation_split": (str, "split that was held out"),
+    "validation_fraction": (float, "fraction that was held out, chosen by --split_seed"),
+    "image_column": (str, "column or array with the images"),
+    "label_column": (str, "column or array with the labels"),
+    "crop_before_resize": (_side_or(4), "side of a square in the centre, or left,top,right,bottom"),
+    "resolution": (_side_or(2), "side, or height,width; by default those of the network"),
+    "resize_to": (int, "shorter side before the crop"),
+    "resize_filter": (str, "Pillow's filter"),
+    "num_channels": (int, "by default those of the network"),
+    "background": (str, "white or black behind transparent pixels"),
+    "on_bad_image": (str, "error, or skip"),
+    "max_bad_fraction": (float, "how many images may be unreadable"),
+    "cache_dir": (str, "folder for decoded images"),
+}
+
+
+def _check(options: Namespace) -> None:
+    """Refuses numbers outside their range, and a stream."""
+    if options.data_streaming is not None and options.data_streaming != "false":
+        raise ConfigError(
+            "data.streaming keeps no images to compare with, and an evaluation needs all of them, the same each time; "
+            "leave it out, and set --data.cache_dir to a disk with room for them."
+        )
+    for name, lowest in (
+        ("num_samples", 1), ("num_images", 1), ("batch_size", 1), ("num_inference_steps", 1), ("likelihood_steps", 1),
+        ("num_terms", 2), ("estimate_variance", 0), ("seed", 0), ("guidance_scale", 0),
+    ):  # fmt: skip
+        value = getattr(options, name)
+        if isinstance(value, int | float) and not value >= lowest:
+            raise ConfigError(f"--{name} is {value}, but must be at least {lowest}.")
+
+
+def data_config(options: Namespace, size: tuple[int, int], num_channels: int) -> DataConfig:
+    """Returns which images to compare with; size and channels are those of the network unless told otherwise.
+
+    Raises:
+        ConfigError: The settings contradict each other.
+    """
+    given = {name: getattr(options, f"data_{name}") for name in _DATA_FLAGS}
+    defaults = {"resolution": list(size), "num_channels": num_channels}
+    filled = given | {name: default for name, default in defaults.items() if given[name] is None}
+    config = DataConfig(source=options.data, **filled)
+    validate(RunConfig(data=config))
+    return config

@@ -1,0 +1,205 @@
+"""`ddpm-hf train`: trains, samples, judges the samples and writes the report."""
+
+import importlib.util
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddpm_hf.commands.complaints import complain
+from ddpm_hf.config import ConfigError, RunConfig, load_config
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ddpm_hf.data import ImageSet, ImageStream
+    from ddpm_hf.training.scoring import Scorer
+    from ddpm_hf.training.trainer import Trainer
+
+
+def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
+    """Builds a trainer, lets it train, writes the report, and returns the exit code."""
+    config, is_dry_run = load_config(arguments, prog)
+    if config.evaluation.recognition and importlib.util.find_spec("sklearn") is None:
+        raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
+
+    import torch
+
+    from ddpm_hf.training.summary import describe
+    from ddpm_hf.training.trainer import Trainer
+
+    try:
+        trainer = Trainer(config, _scorer(config))
+        try:
+            _check_classes(trainer)
+            if trainer.is_main_process:
+                print(f"{describe(trainer)}\n\n{config.to_yaml()}", flush=True)
+            if is_dry_run:
+                trainer.saver.check()
+                if trainer.is_main_process:
+                    print("Everything fits together; without --dry_run this would train.")
+                exit_code = 0
+            else:
+                exit_code = _fit(trainer)
+            if exit_code == 0 and not is_dry_run and trainer.is_main_process and config.evaluation.num_samples:
+                program = f"python {prog}" if prog.endswith(".py") else prog
+                _report(trainer, f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}")
+        finally:
+            trainer.folder.release()
+    except torch.OutOfMemoryError as error:
+        complain(
+            f"the device ran out of memory ({str(error).splitlines()[0]}); lower training.micro_batch_size, or "
+            "evaluation.batch_size if it was while sampling the report.",
+            of_this_rank=True,
+        )
+        return 1
+    trainer.leave_the_others()
+    return exit_code
+
+
+def _scorer(config: RunConfig) -> "Scorer | None":
+    """Returns what measures the score of the run, if it is to have one."""
+    from ddpm_hf.commands.ranks import started_ranks
+    from ddpm_hf.evaluation.score import small_sample_score
+
+    if not config.evaluation.score_every_steps:
+        return None
+    return lambda pipeline, training, held_out: small_sample_score(
+        pipeline, training, held_out, config, started_ranks()
+    )
+
+
+def _fit(trainer: "Trainer") -> int:
+    """Trains and returns the exit code; a bug is not taken for a mistake of the user."""
+    from ddpm_hf.data import DataError
+    from ddpm_hf.training.checkpoint import CheckpointError
+    from ddpm_hf.training.guard import NonFiniteTraining, TrainingStopped
+    from ddpm_hf.training.processes import ProcessesDiffer
+
+    try:
+        trainer.fit()
+    except TrainingStopped as stop:
+        return stop.exit_code
+    except NonFiniteTraining as error:
+        complain(str(error))
+        return 3
+    except ProcessesDiffer as error:
+        complain(str(error))
+        return 1
+    except (ConfigError, DataError, CheckpointError):
+        raise
+    except ValueError as error:
+        raise RuntimeError("training failed") from error
+    return 0
+
+
+def _report(trainer: "Trainer", command: str) -> None:
+    """Writes the report; what goes wrong there is no bad input any more, and takes nothing away from the training."""
+    try:
+        _write_report(trainer, command)
+    except ValueError as error:
+        raise RuntimeError(f"the report failed; the trained pipeline is in {trainer.folder.pipeline}") from error
+
+
+def _check_classes(trainer: "Trainer") -> None:
+    """Refuses, before training, a question about classes that the report could not answer."""
+    from ddpm_hf.evaluation.recognition import check_classes
+
+    evaluation = trainer.config.evaluation
+    if not evaluation.recognition or not evaluation.num_samples:
+        return
+    _, labels = _as_arrays(trainer.images)
+    check_classes(labels, _labels_in_turn(evaluation.num_samples, len(trainer.class_names or ())))
+
+
+def _write_report(trainer: "Trainer", command: str) -> None:
+    """Samples from the saved pipeline, judges the samples if asked, and writes pictures and README."""
+    from diffusers.utils import logging
+
+    from ddpm_hf.diffusion import GaussianDiffusionPipeline
+    from ddpm_hf.evaluation.recognition import recognition_report
+    from ddpm_hf.evaluation.sampling import Sampler, sample_images, sample_trajectory
+    from ddpm_hf.report import SamplingSettings, loading_lines, write_report
+
+    config, evaluation, output_dir = trainer.config, trainer.config.evaluation, trainer.folder.path
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    print(f"Sampling {evaluation.num_samples} images from {output_dir / 'pipeline'} ...", flush=True)
+    pipeline = GaussianDiffusionPipeline.from_pretrained(output_dir / "pipeline").to(trainer.device)
+    names = list(trainer.class_names.values()) if trainer.class_names else None
+    labels = _labels_in_turn(evaluation.num_samples, len(names)) if names else None
+    sampler = Sampler(
+        num_inference_steps=evaluation.num_inference_steps,
+        eta=evaluation.eta,
+        guidance_scale=evaluation.guidance_scale,
+    )
+    samples = sample_images(
+        pipeline,
+        sampler,
+        seed=config.training.seed,
+        indices=range(evaluation.num_samples),
+        batch_size=evaluation.batch_size,
+    )
+    num_shown = min(evaluation.num_samples, 4 * len(names) if names and len(names) <= 10 else 16)
+    trajectory = sample_trajectory(pipeline, sampler, seed=config.training.seed, num_images=num_shown)
+    recognition = None
+    if evaluation.recognition and labels is not None:
+        recognition = recognition_report(*_as_arrays(trainer.images), *_as_arrays(trainer.held_out), samples, labels)
+    sampling = SamplingSettings(
+        num_inference_steps=evaluation.num_inference_steps,
+        eta=evaluation.eta,
+        guidance_scale=evaluation.guidance_scale if evaluation.guidance_scale != 1 else None,
+    )
+    write_report(
+        output_dir,
+        samples=samples,
+        sample_labels=labels,
+        class_names=names,
+        trajectory=trajectory,
+        metrics=trainer.metrics.rows(),
+        recognition=recognition,
+        title=f"A DDPM trained on {Path(config.data.source).name}",
+        command=command,
+        settings=_main_settings(config),
+        sampling=sampling,
+    )
+    if recognition is not None:
+        print("\n".join(recognition.lines()))
+        print(f"recognised={recognition.recognised:.3f}")
+    print(f"\nEverything is in {output_dir}: look at samples.png, denoising.gif and README.md.")
+    print(f"Load the trained pipeline with\n\n{loading_lines(output_dir / 'pipeline', names, sampling=sampling)}")
+
+
+def _labels_in_turn(num_samples: int, num_classes: int) -> "NDArray[np.int64]":
+    """Returns labels that go through the classes in turn."""
+    import numpy as np
+
+    return np.arange(num_samples, dtype=np.int64) % num_classes
+
+
+def _as_arrays(images: "ImageSet | ImageStream") -> "tuple[NDArray[np.uint8], NDArray[np.int64]]":
+    """Returns all images of a set, 8 bits, channels last, and their labels."""
+    from ddpm_hf.data import ImageSet, to_uint8
+
+    assert isinstance(images, ImageSet)
+    pixels, labels = images.take(images.positions)
+    assert labels is not None
+    return to_uint8(pixels).transpose(0, 2, 3, 1), labels
+
+
+def _main_settings(config: RunConfig) -> dict[str, str]:
+    """Returns what a reader of the report wants to know first."""
+    diffusion, training = config.diffusion, config.training
+    return {
+        "data": f"{config.data.source} (split {config.data.split})",
+        "network": config.model.from_pretrained or config.model.config_file or str(config.model.preset),
+        "beta schedule, T": f"{diffusion.beta_schedule}, {diffusion.num_train_timesteps}",
+        "prediction": diffusion.prediction_type,
+        "steps x global batch": f"{training.num_steps:,} x {training.train_batch_size}",
+        "learning rate": f"{training.learning_rate:g}, {training.learning_rate_schedule}",
+        "EMA decay": f"{training.ema_decay:g}",
+        "precision": training.mixed_precision,
+        "seed": str(training.seed),
+    }

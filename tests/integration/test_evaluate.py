@@ -1,0 +1,169 @@
+"""`ddpm-hf evaluate` as its user runs it, on a tiny pipeline and the embedded digits."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_hf import cli
+from ddpm_hf.data import ImageSet
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from tests.conftest import DIGITS, run_process, tiny_unet
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+DIGIT_NAMES = {str(digit): str(digit) for digit in range(10)}
+QUICK = ["--data", str(DIGITS), "--cpu", "--num_inference_steps", "2", "--num_samples", "16"]
+BOUND = ["--metrics", "bits_per_dim", "--num_images", "5", "--num_terms", "3"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the fidelity module answers."""
+
+    name: str
+    value: float
+    standard_error: float | None
+    features: str
+    num_samples: int
+    num_reference: int
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a class-conditional pipeline with a chain of 20 steps."""
+    folder = tmp_path_factory.mktemp("run") / "pipeline"
+    scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=20, variance_type="fixed_small")
+    GaussianDiffusionPipeline(tiny_unet(num_class_embeds=10), scheduler, class_names=DIGIT_NAMES).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def evaluate(*arguments: object) -> int:
+    return cli.main(["evaluate", *map(str, arguments)])
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs an evaluation with a mistake in it and returns the sentence it is answered with."""
+    capsys.readouterr()
+    assert evaluate(*arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line.removeprefix("error: ")
+
+
+def test_bits_per_dimension_are_printed_and_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path
+) -> None:
+    """Of the run folder, with held-out images, the analytic variance and a chain of 10 steps."""
+    held_out = ["--data.validation_fraction", "0.1", "--estimate_variance", "2", "--variance", "analytic"]
+    assert evaluate(saved.parent, *QUICK, *BOUND, *held_out, "--likelihood_steps", "10", "--output", tmp_path) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    (metric,) = report["metrics"]
+    assert f"bits_per_dim  {metric['value']:.4f}" in printed
+    assert metric["standard_error"] > 0
+    del metric["value"], metric["standard_error"]
+    assert metric == {
+        "name": "bits_per_dim", "features": None, "num_samples": 5, "num_reference": 0, "seed": 0,
+        "images": "held out", "num_steps": 10, "num_terms": 3, "variance": "analytic",
+    }  # fmt: skip
+    assert report["schema_version"] == 1
+    assert report["data"]["source"] == "digits.parquet"
+    assert report["data"]["num_held_out_images"] == 180
+    assert len(report["data"]["fingerprint"]) == 32
+    assert report["sampling"]["analytic_variance"] is True
+    assert len(report["bound"]["terms"]) == 10
+    assert report["versions"]["torch"] == torch.__version__
+    width, height = Image.open(tmp_path / "evaluation.png").size
+    assert width > height > 1000
+    assert np.load(tmp_path / "evaluation_samples" / "samples.npy").shape == (16, 8, 8, 1)
+    moments = saved / "scheduler" / "reverse_variance.safetensors"
+    assert GaussianDiffusionPipeline.from_pretrained(saved).scheduler.eps_second_moments.shape == (20,)
+    moments.unlink()
+
+
+def test_fidelity_sees_the_samples_and_the_training_images(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path
+) -> None:
+    """With another module in the place of the one that needs weights."""
+    asked: dict[str, Any] = {}
+
+    def measure_fidelity(samples: np.ndarray, reference: ImageSet, **options: Any) -> list[Score]:
+        asked.update(options, samples=np.array(samples), num_reference=len(reference))
+        return [Score("fid", 12.5, None, options["features"], len(samples), len(reference))]
+
+    stand_in = ModuleType("ddpm_hf.evaluation.fidelity")
+    stand_in.measure_fidelity = measure_fidelity  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    options = ["--metrics", "fid,kid", "--features", "tiny", "--seed", "3", "--format", "png"]
+    assert evaluate(saved, *QUICK, "--data.validation_fraction", "0.1", *options, "--output", tmp_path) == 0
+    assert asked["metrics"] == ("fid", "kid")
+    assert (asked["features"], asked["seed"], asked["num_reference"]) == ("tiny", 3, 1617)
+    np.testing.assert_array_equal(asked["samples"], np.load(tmp_path / "evaluation_samples" / "samples.npy"))
+    assert len(list((tmp_path / "evaluation_samples" / "png").iterdir())) == 16
+    (metric,) = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
+    assert metric == {
+        "name": "fid", "value": 12.5, "standard_error": None, "features": "tiny", "num_samples": 16,
+        "num_reference": 1617, "seed": 3, "sampler": "GaussianDiffusionScheduler", "num_inference_steps": 2,
+    }  # fmt: skip
+    assert "fid     12.5000" in capsys.readouterr().out
+    changed = complaint(capsys, saved, *QUICK, *BOUND, "--seed", "4", "--output", tmp_path)
+    assert "holds samples of other settings (seed was 3, is 4)" in changed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--metrics", "fid,lpips"], "metrics has 'lpips', which is none; choose from fid, kid,"),
+        (["--data.streaming"], "data.streaming keeps no images to compare with"),
+        ([*BOUND, "--data.resolution", "16"], "digits.parquet has images of 1x16x16 and the network makes 1x8x8"),
+        ([*BOUND, "--data.num_channels", "3"], "has images of 3x8x8 and the network makes 1x8x8"),
+        ([*BOUND, "--num_images", "1798"], "num_images is 1798, but there are 1797 images"),
+        ([*BOUND, "--num_terms", "1"], "--num_terms is 1, but must be at least 2"),
+        ([*BOUND, "--labels", "10"], "labels are [10], but the classes of the network are 0 to 9"),
+        ([*BOUND, "--scheduler", "Fancy"], "scheduler is Fancy, which diffusers"),
+        ([*BOUND, "--variance", "analytic"], "analytic_variance needs the second moments"),
+        ([*BOUND, "--data.split", "test"], "test"),
+    ],
+)
+def test_a_mistake_is_answered_with_one_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path, arguments: list[str], sentence: str
+) -> None:
+    assert sentence in complaint(capsys, saved, *QUICK, *arguments, "--output", tmp_path)
+
+
+def test_a_conditional_network_needs_labels_for_its_bound(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path
+) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((4, 8, 8), np.uint8))
+    arguments = [*QUICK, *BOUND, "--data", tmp_path / "x.npy", "--output", tmp_path / "out"]
+    assert "has no labels, but the network is class-conditional" in complaint(capsys, saved, *arguments)
+
+
+def test_a_folder_without_a_pipeline_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert f"{tmp_path} holds no pipeline (model_index.json)" in complaint(capsys, tmp_path, *QUICK)
+    assert "is no folder of this machine; give --output" in complaint(capsys, "user/model", *QUICK)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path: Path, saved: Path) -> None:
+    """The samples to the bit; the bound to 1e-12, the order of additions."""
+    arguments = ["-m", "ddpm_hf", "evaluate", str(saved), *QUICK, *BOUND, "--batch_size", "3", "--output"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    alone = run_process([*arguments, str(tmp_path / "one")])
+    together = run_process([*launcher, *arguments, str(tmp_path / "two")])
+    assert (alone.returncode, together.returncode) == (0, 0), alone.stderr + together.stderr
+    assert alone.stdout.replace("/one", "/two") == together.stdout, "and only rank 0 speaks"
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert one["metrics"][0]["value"] == pytest.approx(two["metrics"][0]["value"], rel=1e-12)
+    assert one["sampling"] == two["sampling"]
+    samples = [np.load(tmp_path / name / "evaluation_samples" / "samples.npy") for name in ("one", "two")]
+    np.testing.assert_array_equal(*samples)

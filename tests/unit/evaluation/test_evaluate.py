@@ -1,0 +1,167 @@
+"""What an evaluation chooses, compares and tells."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_hf.config import EvaluationConfig, RunConfig, TrainingConfig
+from ddpm_hf.data import ImageSet
+from ddpm_hf.evaluation.evaluate import Metric, as_json, check_metrics, choose_images, table
+from ddpm_hf.evaluation.likelihood import VariationalBound, variational_bound
+from ddpm_hf.evaluation.neighbours import nearest_images
+from ddpm_hf.evaluation.picture import NUM_BINS, binned, draw_evaluation
+from ddpm_hf.evaluation.score import small_sample_score
+from tests.unit.evaluation.gaussian_pipeline import gaussian_images, gaussian_pipeline
+
+
+def random_images(count: int, shape: tuple[int, int, int] = (3, 4, 4), seed: int = 0) -> ImageSet:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, *shape), np.uint8)
+    return ImageSet(pixels, None, None, np.arange(count))
+
+
+def test_metrics_that_do_not_exist_are_named() -> None:
+    check_metrics(["fid", "bits_per_dim"])
+    with pytest.raises(ValueError, match="metrics has 'lpips', which is none; choose from fid, kid"):
+        check_metrics(["fid", "lpips"])
+    with pytest.raises(ValueError, match="metrics is empty"):
+        check_metrics([])
+
+
+def test_images_are_drawn_from_the_whole_set_by_the_seed() -> None:
+    """Not the first ones, and never one twice; that none of the last 25 is drawn has odds of 1 in 10^9."""
+    images = random_images(100)
+    chosen = choose_images(images, 50, 0).indices
+    assert len(set(chosen.tolist())) == 50
+    assert chosen.max() >= 75
+    np.testing.assert_array_equal(choose_images(images, 50, 0).indices, chosen)
+    assert (choose_images(images, 50, 1).indices != chosen).any()
+    assert choose_images(images, None, 0) is images
+    with pytest.raises(ValueError, match="num_images is 101, but there are 100 images"):
+        choose_images(images, 101, 0)
+
+
+def test_the_nearest_image_is_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all distances, in several parts; a copy is found at distance 0."""
+    monkeypatch.setattr("ddpm_hf.evaluation.neighbours.IMAGES_AT_ONCE", 7)
+    images = random_images(30)
+    samples = random_images(5, seed=1).images.transpose(0, 2, 3, 1).copy()
+    samples[2] = images.images[13].transpose(1, 2, 0)
+    found, positions, distances = nearest_images(samples, images)
+    real = images.images.transpose(0, 2, 3, 1).astype(float)
+    all_distances = np.sqrt(((samples[:, None].astype(float) - real[None]) ** 2).mean(axis=(2, 3, 4))) / 255
+    np.testing.assert_array_equal(positions, all_distances.argmin(axis=1))
+    np.testing.assert_allclose(distances, all_distances.min(axis=1), rtol=1e-12)
+    assert (positions[2], distances[2]) == (13, 0)
+    np.testing.assert_array_equal(found[2], samples[2])
+
+
+def a_bound(num_steps: int) -> VariationalBound:
+    counts = np.arange(num_steps) % 3
+    terms = np.linspace(1, 2, num_steps) * (counts > 0)
+    return VariationalBound(tuple(range(num_steps))[::-1], 0.5, terms, terms, terms, counts, np.ones(4))
+
+
+def test_means_of_neighbouring_steps_are_weighted_by_their_images() -> None:
+    bound = a_bound(1000)
+    means = binned(bound.terms, bound)
+    assert len(means) == NUM_BINS
+    assert means[0] == pytest.approx((bound.terms[:10] * bound.counts[:10]).sum() / bound.counts[:10].sum())
+    few = a_bound(6)
+    np.testing.assert_array_equal(binned(few.terms, few), few.terms[few.counts > 0])
+
+
+def test_a_term_that_was_not_computed_is_not_sent_for_free() -> None:
+    """The rate takes it from its neighbours: of terms that rise evenly it is that of all of them."""
+    bound = a_bound(7)
+    everything = np.linspace(1, 2, 7)
+    everything[0] = everything[1]  # before the first known one there is no neighbour
+    everything[6] = everything[5]
+    np.testing.assert_allclose(bound.rate, 0.5 + np.concatenate([[0], np.cumsum(everything[:-1])]))
+
+
+@pytest.mark.parametrize("with_bound", [True, False])
+def test_the_picture_shows_what_there_is(tmp_path: Path, with_bound: bool) -> None:
+    samples = random_images(64).images.transpose(0, 2, 3, 1).copy()
+    draw_evaluation(
+        tmp_path / "x.png", samples=samples, real=samples, neighbours=samples[:32], distances=np.full(32, 0.1),
+        bound=a_bound(50) if with_bound else None, title="test",
+    )  # fmt: skip
+    picture = np.asarray(Image.open(tmp_path / "x.png").convert("L"))
+    assert picture.shape == (1196 if with_bound else 598, 1690)
+    assert (picture < 128).mean() > 0.05
+
+
+def test_the_table_and_the_file_tell_all_of_a_metric() -> None:
+    fid = Metric(name="fid", value=3.17, standard_error=None, features="inception", num_samples=50_000, num_reference=7)
+    assert table([fid]).splitlines() == [
+        "metric  value   standard error  images  compared with  features",
+        "fid     3.1700                  50,000  7              inception",
+    ]
+    settings = {"schema_version": 1, "seed": 5, "scheduler": "DDIMScheduler", "num_inference_steps": 9}
+    content = json.loads(as_json([fid], None, settings=settings, data={"source": "x"}, bound_settings={}))
+    (row,) = content["metrics"]
+    assert (row["value"], row["seed"], row["sampler"], row["num_inference_steps"]) == (3.17, 5, "DDIMScheduler", 9)
+    assert content["schema_version"] == 1
+    assert content["bound"] is None
+    assert set(content["versions"]) == {"ddpm_hf", "torch", "diffusers", "numpy", "python"}
+
+
+def score_config(**changes: Any) -> RunConfig:
+    evaluation = {"score_every_steps": 1, "batch_size": 4, "num_inference_steps": 3, "score_num_samples": 6}
+    return RunConfig(evaluation=EvaluationConfig(**evaluation | changes), training=TrainingConfig(seed=7))
+
+
+def test_the_score_of_held_out_images_is_their_bound() -> None:
+    held_out = gaussian_images(9)
+    pipeline = gaussian_pipeline()
+    pipeline.unet.train()
+    config = score_config(score_metric="bits_per_dim", score_num_terms=4)
+    score = small_sample_score(pipeline, None, held_out, config)
+    bound = variational_bound(pipeline, choose_images(held_out, 6, 7), seed=7, num_terms=4)
+    assert score.value == pytest.approx(bound.bits_per_dim, rel=1e-12)
+    assert score.standard_error == pytest.approx(bound.standard_error, rel=1e-12)
+    assert score.lower_is_better
+    assert pipeline.unet.training
+    assert score.row() == {
+        "score": score.value, "score_standard_error": score.standard_error, "score_metric": "bits_per_dim",
+        "score_features": None, "score_num_samples": 6, "score_num_steps": 4, "score_seed": 7,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    name: str
+    value: float
+    standard_error: float | None
+    features: str
+    num_samples: int
+    num_reference: int
+
+
+def test_the_score_in_features_compares_samples_with_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another module in the place of the one that needs weights."""
+    asked: dict[str, Any] = {}
+
+    def measure_fidelity(samples: np.ndarray, reference: ImageSet, **options: Any) -> list[Answer]:
+        asked.update(options, samples=samples, reference=reference)
+        return [Answer("precision", 0.25, None, "tiny", len(samples), len(reference))]
+
+    stand_in = ModuleType("ddpm_hf.evaluation.fidelity")
+    stand_in.measure_fidelity = measure_fidelity  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    training, size = gaussian_images(5, (4, 4)), (4, 4)
+    config = score_config(score_metric="precision", score_features="tiny")
+    score = small_sample_score(gaussian_pipeline(size), training, training, config)
+    assert asked["samples"].shape == (6, 4, 4, 1)
+    assert len(np.unique(asked["samples"], axis=0)) == 6
+    assert asked["reference"] is training
+    assert (asked["metrics"], asked["features"], asked["seed"]) == (("precision",), "tiny", 7)
+    assert (score.value, score.lower_is_better, score.row()["score_standard_error"]) == (0.25, False, None)
+    assert score.kind == "precision in the features of tiny, 6 images, 3 steps, seed 7"

@@ -1,0 +1,286 @@
+"""Image i is a function of (seed, i), and a killed evaluation goes on where it was."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.evaluation.fingerprint import fingerprint
+from ddpm_hf.evaluation.ranks import Ranks
+from ddpm_hf.evaluation.samples import sample_to_folder
+from ddpm_hf.evaluation.sampling import Sampler, batches, sample_images, sample_trajectory
+from tests.conftest import tiny_unet
+
+SAMPLER = Sampler(num_inference_steps=2, eta=1.0)
+CLASSES = {"0": "cat", "1": "dog", "2": "owl"}
+
+
+def make_pipeline(sampler: Sampler = SAMPLER, **options: Any) -> GaussianDiffusionPipeline:
+    """Returns a class-conditional pipeline of 3 classes, ready for a sampler."""
+    scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=20, **options)
+    pipeline = GaussianDiffusionPipeline(tiny_unet(num_class_embeds=3), scheduler, class_names=CLASSES)
+    return sampler.prepare(pipeline)
+
+
+def sample(folder: Path, num_images: int = 11, **options: Any) -> np.ndarray:
+    """Samples into a folder, 4 images at a time."""
+    sampler = options.pop("sampler", SAMPLER)
+    pipeline = options.pop("pipeline", None) or make_pipeline(sampler)
+    settings: dict[str, Any] = {"seed": 0, "batch_size": 4} | options
+    return np.array(sample_to_folder(pipeline, sampler, folder, num_images=num_images, **settings))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """11 images, sampled at once."""
+    return sample(tmp_path_factory.mktemp("whole") / "samples")
+
+
+class Together:
+    """Processes as threads: gather and on_rank_0 wait for each other as those of a process group do."""
+
+    def __init__(self, num_processes: int) -> None:
+        self.num_processes = num_processes
+        self._barrier = threading.Barrier(num_processes)
+        self._parts: dict[int, Any] = {}
+
+    def run(self, work: Callable[[Ranks], Any]) -> list[Any]:
+        results: dict[int, Any] = {}
+
+        def one(rank: int) -> None:
+            results[rank] = work(self._ranks(rank))
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.num_processes)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [results[rank] for rank in range(self.num_processes)]
+
+    def _ranks(self, rank: int) -> Ranks:
+        def gather(mine: np.ndarray) -> np.ndarray:
+            self._parts[rank] = mine
+            self._barrier.wait()
+            joined = np.concatenate([self._parts[other] for other in range(self.num_processes)])
+            self._barrier.wait()
+            return joined
+
+        def on_rank_0(work: Callable[[], Any]) -> Any:
+            result = work() if rank == 0 else None
+            self._barrier.wait()
+            return result
+
+        return Ranks(rank, self.num_processes, gather, on_rank_0)
+
+
+def test_an_image_is_the_same_in_any_batch(tmp_path: Path, whole: np.ndarray) -> None:
+    """To one gray level: sums in a network depend on the size of the batch in their last digits."""
+    assert whole.shape == (11, 8, 8, 1)
+    assert len(np.unique(whole, axis=0)) == 11
+    others = sample(tmp_path / "samples", batch_size=3)
+    assert np.abs(others.astype(int) - whole).max() <= 1
+    in_memory = sample_images(make_pipeline(), SAMPLER, seed=0, indices=range(11), batch_size=4)
+    np.testing.assert_array_equal(in_memory, whole)
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_the_bits_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, whole: np.ndarray, num_processes: int
+) -> None:
+    parts = Together(num_processes).run(lambda ranks: sample(tmp_path / "samples", ranks=ranks))
+    for samples in parts:
+        np.testing.assert_array_equal(samples, whole)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["samples.npy", "settings.json"]
+
+
+@pytest.mark.parametrize("batches_done", [0, 1, 2])
+def test_a_killed_evaluation_goes_on_to_the_same_bits(tmp_path: Path, whole: np.ndarray, batches_done: int) -> None:
+    """What a kill leaves: whole batches, a file under its temporary name, and one that the disk has cut."""
+    pipeline, num_calls = make_pipeline(), 0
+
+    def kill(*_: object) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 2 * batches_done:
+            raise KeyboardInterrupt
+
+    hook = pipeline.unet.register_forward_pre_hook(kill)
+    with pytest.raises(KeyboardInterrupt):
+        sample(tmp_path / "samples", pipeline=pipeline)
+    hook.remove()
+    parts = tmp_path / "samples" / "parts"
+    assert len(list(parts.iterdir())) == batches_done
+    (parts / ".00000008-00000011.npy.writing").write_bytes(b"half")
+    np.save(parts / "00000008-00000011.npy", whole[8:])
+    cut = (parts / "00000008-00000011.npy").read_bytes()[:-5]
+    (parts / "00000008-00000011.npy").write_bytes(cut)
+    sizes: list[int] = []
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    np.testing.assert_array_equal(sample(tmp_path / "samples", pipeline=pipeline), whole)
+    assert sum(sizes) == 2 * (11 - 4 * batches_done), "nothing that was done is done again"
+    assert not parts.exists()
+
+
+def test_a_folder_is_extended_and_gives_its_first_images(tmp_path: Path, whole: np.ndarray) -> None:
+    first = sample(tmp_path / "samples", 8)
+    np.testing.assert_array_equal(first, whole[:8])
+    pipeline = make_pipeline()
+    sizes: list[int] = []
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    np.testing.assert_array_equal(sample(tmp_path / "samples", 11, pipeline=pipeline), whole)
+    assert sizes == [3, 3]
+    np.testing.assert_array_equal(sample(tmp_path / "samples", 5, pipeline=pipeline), whole[:5])
+    assert sizes == [3, 3]
+    assert len(np.load(tmp_path / "samples" / "samples.npy")) == 11
+
+
+def test_pictures_hold_the_same_pixels(tmp_path: Path, whole: np.ndarray) -> None:
+    sample(tmp_path / "samples", as_png=True)
+    paths = sorted((tmp_path / "samples" / "png").iterdir())
+    assert [path.name for path in paths] == [f"{index:06d}.png" for index in range(11)]
+    for path, image in zip(paths, whole, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), image[..., 0])
+
+
+def another_network() -> GaussianDiffusionPipeline:
+    pipeline = make_pipeline()
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias[0] += 1e-7
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"seed": 1}, r"\(seed was 0, is 1\)"),
+        ({"sampler": Sampler(num_inference_steps=3, eta=1.0)}, r"\(num_inference_steps was 2, is 3\)"),
+        ({"sampler": Sampler(num_inference_steps=2, eta=0.0)}, r"\(eta was 1.0, is 0.0\)"),
+        ({"sampler": Sampler(num_inference_steps=2, eta=1.0, labels=(2,))}, r"\(labels was \[0, 1, 2\], is \[2\]\)"),
+        ({"pipeline": another_network}, r"\(pipeline was \"\w{12}…, is \"\w{12}…\)"),
+    ],
+)
+def test_samples_of_other_settings_are_refused(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
+    sample(tmp_path / "samples", 2)
+    before = (tmp_path / "samples" / "samples.npy").read_bytes()
+    if "pipeline" in options:
+        options = {"pipeline": another_network()}
+    with pytest.raises(ValueError, match=sentence):
+        sample(tmp_path / "samples", 2, **options)
+    assert (tmp_path / "samples" / "samples.npy").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_untouched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="holds no samples, but something else"):
+        sample(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    sample(tmp_path / "samples", 2)
+    (tmp_path / "samples" / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings.json is damaged; remove"):
+        sample(tmp_path / "samples", 2)
+
+
+def test_the_fingerprint_is_that_of_what_the_samples_depend_on(tmp_path: Path) -> None:
+    """The same after saving and loading and in training mode; another one for a weight, a schedule or a variance."""
+    pipeline = make_pipeline()
+    known = fingerprint(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    loaded = GaussianDiffusionPipeline.from_pretrained(tmp_path)
+    loaded.unet.train()
+    assert fingerprint(loaded) == known
+    moments = torch.full((20,), 0.9)
+    loaded.scheduler.eps_second_moments = moments if loaded.scheduler.variance_type == "fixed_small" else None
+    assert fingerprint(loaded) == known, "moments that are not in use change no sample"
+    loaded.scheduler.analytic_variance = True
+    others = [another_network(), make_pipeline(clip_sample=False), make_pipeline(beta_end=0.03), loaded]
+    others.append(make_pipeline(Sampler(scheduler="DDIMScheduler")))
+    assert len({known, *map(fingerprint, others)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name"),
+    [
+        (Sampler(scheduler="DPMSolverMultistepScheduler", num_inference_steps=3), "DPMSolverMultistepScheduler"),
+        (Sampler(scheduler="DDIMScheduler", num_inference_steps=3, eta=0.5), "DDIMScheduler"),
+        (Sampler(scheduler="DDPMScheduler", num_inference_steps=3), "GaussianDiffusionScheduler"),
+        (Sampler(timestep_spacing="quadratic", num_inference_steps=3), "GaussianDiffusionScheduler"),
+    ],
+)
+def test_any_scheduler_samples_by_its_name(sampler: Sampler, name: str) -> None:
+    pipeline = make_pipeline(sampler)
+    assert type(pipeline.scheduler).__name__ == name
+    assert sampler.to_dict(pipeline)["scheduler"] == name
+    assert sample_images(pipeline, sampler, seed=0, indices=range(2), batch_size=2).std() > 0
+    assert len(pipeline.scheduler.timesteps) == 3
+
+
+@pytest.mark.parametrize(
+    ("sampler", "sentence"),
+    [
+        (Sampler(scheduler="FancyScheduler"), "scheduler is FancyScheduler, which diffusers .* does not have; give"),
+        (Sampler(scheduler="UNet2DModel"), "scheduler is UNet2DModel, which diffusers"),
+        (Sampler(scheduler="DPMSolverMultistepScheduler", eta=1.0), "DPMSolverMultistepScheduler has no eta"),
+        (Sampler(scheduler="DDIMScheduler", analytic_variance=True), "the scheduler is DDIMScheduler"),
+        (Sampler(analytic_variance=True), "analytic_variance needs the second moments"),
+        (Sampler(labels=(3,)), r"labels are \[3\], but the classes of the network are 0 to 2"),
+        (Sampler(guidance_scale=2.0), "no null label to guide against"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(sampler: Sampler, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        sample_images(make_pipeline(sampler), sampler, seed=0, indices=range(1), batch_size=1)
+
+
+def test_classes_come_in_turn_and_the_network_is_left_as_it_was() -> None:
+    pipeline = make_pipeline()
+    pipeline.unet.train()
+    seen: list[list[int]] = []
+    modes: list[bool] = []
+
+    def look(module: torch.nn.Module, _: Any, named: dict[str, Any]) -> None:
+        seen.append(named["class_labels"].tolist())
+        modes.append(module.training)
+
+    pipeline.unet.register_forward_pre_hook(look, with_kwargs=True)
+    state = torch.get_rng_state()
+    sample_images(pipeline, SAMPLER, seed=0, indices=range(2, 7), batch_size=5)
+    assert seen == [[2, 0, 1], [2, 0, 1], [2, 0], [2, 0]]
+    assert not any(modes)
+    assert pipeline.unet.training
+    assert torch.equal(torch.get_rng_state(), state)
+    sample_images(pipeline, Sampler(num_inference_steps=1, labels=(1,)), seed=0, indices=range(2), batch_size=2)
+    assert seen[-1] == [1, 1]
+
+
+def test_the_trajectory_ends_in_the_samples(whole: np.ndarray) -> None:
+    """The first 4 were sampled in a batch of 4 too."""
+    states = sample_trajectory(make_pipeline(), SAMPLER, seed=0, num_images=4)
+    assert states.shape == (3, 4, 8, 8, 1)
+    np.testing.assert_array_equal(states[-1], whole[:4])
+
+
+def test_batches_lie_on_one_grid_whatever_is_left_out() -> None:
+    wanted = np.ones(10, bool)
+    assert batches(wanted, 4) == [range(4), range(4, 8), range(8, 10)]
+    wanted[:4] = False
+    assert batches(wanted, 4) == [range(4, 8), range(8, 10)]
+    wanted[5] = False
+    assert batches(wanted, 4) == [range(4, 5), range(6, 8), range(8, 10)]
+    assert batches(~np.ones(3, bool), 4) == []
+
+
+def test_settings_are_told_in_the_folder(tmp_path: Path) -> None:
+    sample(tmp_path / "samples", 2)
+    settings = json.loads((tmp_path / "samples" / "settings.json").read_text())
+    assert settings | {"pipeline": ""} == {
+        "schema_version": 1, "pipeline": "", "seed": 0, "scheduler": "GaussianDiffusionScheduler",
+        "num_inference_steps": 2, "eta": 1.0, "timestep_spacing": "leading", "guidance_scale": 1.0,
+        "analytic_variance": False, "labels": [0, 1, 2], "dtype": "float32", "device": "cpu",
+    }  # fmt: skip
