@@ -1,5 +1,6 @@
 """What keeps a run from being lost: signals, the run folder's lock, and the policy for non-finite gradients."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -16,6 +17,7 @@ from ddpm_hf.training.processes import world_size
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A terminal's Ctrl-C reaches the workers directly and once more through torchrun; that is one request, not two.
 _SAME_REQUEST_SECONDS = 2.0
+_NUM_ATTEMPTS = 10
 # As early as possible: while the data are decoded, a launcher may go away too.
 _PARENT_AT_START = os.getppid()
 
@@ -54,12 +56,14 @@ class RunLock:
 
     def __init__(self, output_dir: Path) -> None:
         self._path = output_dir / ".lock"
-        self._take()
-        # A process that leaves removes the file of a folder it wrote nothing to. If it did so after we had opened the
-        # file, we hold one that nobody else will ever see.
-        while not self.is_held():
-            self.release()
+        for _ in range(_NUM_ATTEMPTS):
             self._take()
+            if self.is_held():
+                return
+            # A process that leaves removes the file of a folder it wrote nothing to. It did so after we had opened the
+            # file, so that we hold one that nobody else will ever see.
+            self.release()
+        raise OSError(errno.ESTALE, "its lock file is another one whenever it is looked at", str(self._path))
 
     def _take(self) -> None:
         """Opens and locks the file, which must not be a link to somebody else's."""
