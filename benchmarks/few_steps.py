@@ -11,6 +11,7 @@ import argparse
 import copy
 import functools
 import math
+import platform
 import shlex
 import statistics
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -101,13 +103,16 @@ def main() -> int:
     arguments = parser.parse_args()
     pipeline = GaussianDiffusionPipeline.from_pretrained(arguments.pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    _, height, width = (pipeline.num_channels, *np.broadcast_to(pipeline.unet.config.sample_size, 2).tolist())
-    config = DataConfig(source=arguments.data, resolution=[height, width], num_channels=pipeline.num_channels)
+    size = np.broadcast_to(pipeline.unet.config.sample_size, 2).tolist()
+    config = DataConfig(source=arguments.data, resolution=size, num_channels=pipeline.num_channels)
     training, held_out = open_images(config, with_labels=pipeline.num_classes > 0).split(
         arguments.held_out, arguments.data_seed
     )
     judged = held_out.split(1 - arguments.num_images / len(held_out), 0)[0]
-    lines = [f"command: {shlex.join(['python', 'benchmarks/few_steps.py', *sys.argv[1:]])}"]
+    lines = [
+        f"command: {shlex.join(['python', 'benchmarks/few_steps.py', *sys.argv[1:]])}",
+        f"machine: {platform.processor() or platform.machine()}, torch {torch.__version__}, {pipeline.device}",
+    ]
 
     def say(line: str) -> None:
         lines.append(line)
@@ -127,12 +132,8 @@ def main() -> int:
         cells = []
         for steps in arguments.steps:
             chain = np.linspace(0, len(ours) - 1, steps).round().astype(int)[::-1].tolist()
-            measure = lambda seed, chain=chain: (
-                variational_bound(  # noqa: E731
-                    pipeline, judged, seed=seed, timesteps=chain
-                ).bits_per_dim
-            )
-            cells.append(over_seeds(measure, arguments.seeds))
+            bound = functools.partial(variational_bound, pipeline, judged, timesteps=chain)
+            cells.append(over_seeds(lambda seed, bound=bound: bound(seed=seed).bits_per_dim, arguments.seeds))
         say(f"{kind:<20}" + "".join(f"{cell:>18}" for cell in cells))
         pipeline.scheduler = ours
     pipeline.scheduler.eps_second_moments = moments
@@ -144,9 +145,8 @@ def main() -> int:
         cells = []
         for steps in arguments.steps:
             draw = functools.partial(sample, pipeline, sampler, steps, arguments.num_samples)
-            cells.append(
-                over_seeds(lambda seed, draw=draw: frechet_distance(moments_of(draw(seed)), reference), arguments.seeds)
-            )
+            distance = lambda seed, draw=draw: frechet_distance(moments_of(draw(seed)), reference)  # noqa: E731
+            cells.append(over_seeds(distance, arguments.seeds))
         say(f"{sampler:<20}" + "".join(f"{cell:>18}" for cell in cells))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{arguments.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
