@@ -106,6 +106,7 @@ def test_fid_needs_more_images_than_features(standard: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_fid_is_that_of_torch_fidelity(standard: Path, tmp_path: Path) -> None:
     """torch-fidelity takes means in float32 and roots of a product that is not symmetric: four digits."""
     samples, reference = (RANDOM.integers(0, high, (2100, 8, 8, 3), dtype=np.uint8) for high in (256, 200))
