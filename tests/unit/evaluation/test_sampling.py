@@ -48,7 +48,7 @@ class Together:
 
     def __init__(self, num_processes: int) -> None:
         self.num_processes = num_processes
-        self._barrier = threading.Barrier(num_processes)
+        self._barrier = threading.Barrier(num_processes, timeout=20)
         self._parts: dict[int, Any] = {}
 
     def run(self, work: Callable[[Ranks], Any]) -> list[Any]:
@@ -94,9 +94,17 @@ def test_an_image_is_the_same_in_any_batch(tmp_path: Path, whole: np.ndarray) ->
 def test_the_bits_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, whole: np.ndarray, num_processes: int
 ) -> None:
-    parts = Together(num_processes).run(lambda ranks: sample(tmp_path / "samples", ranks=ranks))
-    for samples in parts:
+    """And each process samples its part alone: 2 steps of 11 images in all."""
+    sizes: list[int] = []
+
+    def work(ranks: Ranks) -> np.ndarray:
+        pipeline = make_pipeline()
+        pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        return sample(tmp_path / "samples", ranks=ranks, pipeline=pipeline)
+
+    for samples in Together(num_processes).run(work):
         np.testing.assert_array_equal(samples, whole)
+    assert sum(sizes) == 2 * 11
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["samples.npy", "settings.json"]
 
 
@@ -118,6 +126,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(tmp_path: Path, whole: np.
     parts = tmp_path / "samples" / "parts"
     assert len(list(parts.iterdir())) == batches_done
     (parts / ".00000008-00000011.npy.writing").write_bytes(b"half")
+    np.save(parts / "00000011-00000012.npy", whole[:1, :4])
     np.save(parts / "00000008-00000011.npy", whole[8:])
     cut = (parts / "00000008-00000011.npy").read_bytes()[:-5]
     (parts / "00000008-00000011.npy").write_bytes(cut)
