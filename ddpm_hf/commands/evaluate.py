@@ -57,7 +57,8 @@ class _Work:
 
 def _evaluate(options: Namespace) -> None:
     """Collective: does everything that was asked for."""
-    from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, FIDELITY, as_json, check_metrics, fidelity, table
+    from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, as_json, check_metrics, fidelity, table
+    from ddpm_hf.evaluation.fidelity import METRICS
     from ddpm_hf.evaluation.samples import sample_to_folder, settings_of
 
     check_metrics(options.metrics)
@@ -65,13 +66,16 @@ def _evaluate(options: Namespace) -> None:
     if options.estimate_variance:
         _estimate_variance(work)
     sampling = work.sampler.prepare(work.pipeline)
-    wanted = [name for name in options.metrics if name in FIDELITY]
+    wanted = [name for name in options.metrics if name in METRICS]
+    num_samples = options.num_samples or (50_000 if wanted else NUM_SHOWN)
+    if wanted:
+        _check_fidelity(work, wanted, num_samples)
     samples = sample_to_folder(
         sampling,
         work.sampler,
         options.samples_dir or work.output / SAMPLES,
         seed=options.seed,
-        num_images=options.num_samples or (50_000 if wanted else NUM_SHOWN),
+        num_images=num_samples,
         batch_size=options.batch_size,
         as_png=options.format == "png",
         ranks=work.ranks,
@@ -161,6 +165,24 @@ def _prepare(options: Namespace) -> _Work:
         measured=choose_images(held_out if len(held_out) else training, options.num_images, options.seed),
         ranks=started_ranks(),
         device=accelerator.device,
+    )
+
+
+def _check_fidelity(work: _Work, metrics: list[str], num_samples: int) -> None:
+    """Collective: refuses what cannot be measured before anybody has waited for the samples."""
+    from ddpm_hf.evaluation.fidelity import check_fidelity
+
+    options = work.options
+    work.ranks.on_rank_0(
+        lambda: check_fidelity(
+            metrics,
+            work.training.image_shape,
+            num_samples,
+            len(work.training),
+            features=options.features,
+            weights=options.weights,
+            device=work.device,
+        )
     )
 
 

@@ -31,6 +31,9 @@ def parse(arguments: Sequence[str]) -> Namespace:
     _add_sampling(parser)
     options = parser.parse_args(arguments)
     _check(options)
+    if options.metrics is None:
+        distances = ["fid", "kid"] if options.features == "inception" else ["frechet_distance", "kernel_distance"]
+        options.metrics = [*distances, "precision", "recall", "bits_per_dim"]
     return options
 
 
@@ -38,9 +41,12 @@ def _add_measuring(parser: ArgumentParser) -> None:
     """Adds what is measured, and where the results go."""
     add = parser.add_argument
     add("--split_seed", type=int, default=0, help="training.seed of the run, which chose its held-out images")
-    add("--metrics", type=_list_of(str), default=["fid", "kid", "precision", "recall", "bits_per_dim"],
-        help="comma-separated: fid, kid, inception_score, precision, recall, bits_per_dim")  # fmt: skip
-    add("--features", default="inception", help="network whose features are compared")
+    add("--metrics", type=_list_of(str),
+        help="comma-separated: fid, kid, inception_score (in Inception features), frechet_distance, kernel_distance "
+        "(in any), precision, recall, bits_per_dim")  # fmt: skip
+    add("--features", default="inception",
+        help="network whose features are compared: inception, dinov2:facebook/dinov2-base or another vision model of "
+        "transformers, or package.module:factory, which is imported")  # fmt: skip
     add("--weights", type=Path, help="file with its weights; by default they are found or downloaded")
     add("--num_images", type=int, help="images for bits_per_dim; by default all that are held out, or all")
     add("--num_terms", type=_int_or("all"), default=50, help="terms of the bound for each of them, or all")

@@ -3,7 +3,7 @@
 import importlib.util
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
         trainer = Trainer(config, _scorer(config))
         try:
             _check_classes(trainer)
+            _check_score(trainer)
             if trainer.is_main_process:
                 print(f"{describe(trainer)}\n\n{config.to_yaml()}", flush=True)
             if is_dry_run:
@@ -69,6 +70,25 @@ def _scorer(config: RunConfig) -> "Scorer | None":
     return lambda pipeline, training, held_out: small_sample_score(
         pipeline, training, held_out, config, started_ranks()
     )
+
+
+def _check_score(trainer: "Trainer") -> None:
+    """Collective: refuses, before training, a score that could not be measured."""
+    from ddpm_hf.evaluation.fidelity import METRICS, check_fidelity
+    from ddpm_hf.training import processes
+
+    evaluation = trainer.config.evaluation
+    if evaluation.score_every_steps and evaluation.score_metric in METRICS:
+        processes.on_rank_0(
+            lambda: check_fidelity(
+                [evaluation.score_metric],
+                trainer.images.image_shape,
+                evaluation.score_num_samples,
+                len(trainer.images) if isinstance(trainer.images, Sized) else 0,
+                features=evaluation.score_features,
+                device=trainer.device,
+            )
+        )
 
 
 def _fit(trainer: "Trainer") -> int:

@@ -38,7 +38,7 @@ def verify(arguments: Sequence[str]) -> int:
         verification.write_verification(options.folder)
         print(f"{options.folder / verification.FILE_NAME} says what this pipeline computes.")
         return 0
-    findings = verification.verify(options.folder, trust_remote_code=options.trust_remote_code)
+    findings = verification.verify(options.folder, runs_its_code=options.trust_remote_code)
     for finding in findings:
         if finding.problem:
             print(f"{finding.way:<32}{'differs' if finding.is_bad else 'note'}: {finding.problem}")

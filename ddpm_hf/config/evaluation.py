@@ -19,7 +19,8 @@ class EvaluationConfig:
         score_every_steps: Measure a score of the averaged weights this often, and after the last step, and keep the
             checkpoint with the best one; 0 never does. Scores of few samples are biased: compare those of one run.
         score_metric: Which one: a distance between samples and training images in the features of a network (fid, kid,
-            inception_score, precision, recall), or bits_per_dim of held-out images, which needs no such network.
+            inception_score in those of Inception; frechet_distance, kernel_distance, precision, recall in any), or
+            bits_per_dim of held-out images, which needs no such network.
         score_features: The network whose features are compared, as `ddpm-hf evaluate --features`.
         score_num_samples: Samples drawn for it, or held-out images looked at (all, if there are fewer).
         score_num_terms: Terms of the bound computed for each of these images; bits_per_dim alone reads it.
@@ -32,7 +33,9 @@ class EvaluationConfig:
     guidance_scale: float = 1.0
     recognition: bool = False
     score_every_steps: int = 0
-    score_metric: Literal["fid", "kid", "inception_score", "precision", "recall", "bits_per_dim"] = "fid"
+    score_metric: Literal[
+        "fid", "kid", "inception_score", "frechet_distance", "kernel_distance", "precision", "recall", "bits_per_dim"
+    ] = "fid"  # fmt: skip
     score_features: str = "inception"
     score_num_samples: int = 1000
     score_num_terms: int = 20

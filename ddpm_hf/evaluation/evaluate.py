@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.evaluation.fidelity import METRICS as FIDELITY
+from ddpm_hf.evaluation.fidelity import measure_fidelity
 from ddpm_hf.evaluation.likelihood import VariationalBound, variational_bound
 from ddpm_hf.evaluation.ranks import ALONE, Ranks
 from ddpm_hf.rng import numpy_generator
 
 SCHEMA_VERSION = 1
-FIDELITY = ("fid", "kid", "inception_score", "precision", "recall")
 BITS_PER_DIM = "bits_per_dim"
 METRICS = (*FIDELITY, BITS_PER_DIM)
-LOWER_IS_BETTER = ("fid", "kid", BITS_PER_DIM)
+LOWER_IS_BETTER = ("fid", "kid", "frechet_distance", "kernel_distance", BITS_PER_DIM)
 _LIBRARIES = ("ddpm_hf", "torch", "diffusers", "numpy")
 
 
@@ -89,8 +90,6 @@ def fidelity(
     Returns:
         The metrics on rank 0, and none elsewhere.
     """
-    from ddpm_hf.evaluation.fidelity import measure_fidelity
-
     scores = ranks.on_rank_0(
         lambda: measure_fidelity(
             samples,

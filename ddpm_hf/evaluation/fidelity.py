@@ -7,6 +7,7 @@ number of images (its bias goes with 1 / number), a kernel distance does not.
 """
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,6 +128,42 @@ def _values(
     if "inception_score" in metrics:
         values["inception_score"] = _inception_score(network, samples, seed)
     return values
+
+
+def check_fidelity(
+    metrics: Sequence[str],
+    image_shape: tuple[int, int, int],
+    num_samples: int,
+    num_reference: int,
+    *,
+    features: str = "inception",
+    weights: Path | None = None,
+    device: torch.device,
+) -> None:
+    """Refuses what `measure_fidelity` would refuse, before any sample is drawn; opens the network for it.
+
+    Args:
+        metrics: As in `measure_fidelity`.
+        image_shape: Channels, height and width of the samples.
+        num_samples: Samples that will be drawn.
+        num_reference: Real images.
+        features: As in `measure_fidelity`.
+        weights: As in `measure_fidelity`.
+        device: As in `measure_fidelity`.
+
+    Raises:
+        ValueError: As `measure_fidelity`; also where a library is missing.
+    """
+    _check_metrics(metrics, features)
+    if set(metrics) - {"fid", "frechet_distance"} and importlib.util.find_spec("torch_fidelity") is None:
+        raise ValueError(f'{", ".join(metrics)} need torch-fidelity; install it with pip install "ddpm_hf[eval]".')
+    try:
+        network = open_features(features, weights, device)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    gray = np.full((1, *image_shape), 128, np.uint8)
+    dimension = network.features_of(1, lambda _: gray, 1, "samples").shape[1]
+    _check_numbers(metrics, dimension, num_samples, num_reference)
 
 
 def _full_name(metric: str, features: str) -> str:

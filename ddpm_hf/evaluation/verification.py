@@ -4,10 +4,11 @@
 and of the image that four ancestral steps make, and the sha256 of the weights and configurations.
 """
 
+import functools
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +78,12 @@ def write_verification(folder: Path) -> None:
     (folder / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def verify(folder: Path, *, trust_remote_code: bool = False) -> list[Finding]:
+def verify(folder: Path, *, runs_its_code: bool = False) -> list[Finding]:
     """Computes the same again in each way of loading.
 
     Args:
         folder: A saved pipeline with verification.json.
-        trust_remote_code: Run the code in the folder although it is not the installed one.
+        runs_its_code: Run the code in the folder although it is not the installed one, which is consent.
 
     Raises:
         ValueError: There is no verification.json, or it is damaged or of a newer version.
@@ -102,10 +103,13 @@ def verify(folder: Path, *, trust_remote_code: bool = False) -> list[Finding]:
         )
         findings.append(Finding("with diffusers alone", None, why))
     else:
-        findings.append(_load_and_compare("with diffusers alone", folder, expected, {}))
-    if trust_remote_code or _has_installed_code(folder):
-        consent = {"custom_pipeline": str(folder), "trust_remote_code": True}
-        findings.append(_load_and_compare("with the code in the folder", folder, expected, consent))
+        load = functools.partial(DiffusionPipeline.from_pretrained, folder)
+        findings.append(_load_and_compare("with diffusers alone", load, expected))
+    if runs_its_code or _has_installed_code(folder):
+        load = functools.partial(
+            DiffusionPipeline.from_pretrained, folder, custom_pipeline=str(folder), trust_remote_code=True
+        )
+        findings.append(_load_and_compare("with the code in the folder", load, expected))
     else:
         why = "it differs from the installed one; read it, then pass --trust_remote_code to run it"
         findings.append(Finding("with the code in the folder", None, why))
@@ -143,10 +147,10 @@ def _compare_files(folder: Path, expected: dict[str, Any]) -> Iterator[Finding]:
             yield Finding(name, None, "has other bytes than were saved")
 
 
-def _load_and_compare(way: str, folder: Path, expected: dict[str, Any], arguments: dict[str, Any]) -> Finding:
+def _load_and_compare(way: str, load: Callable[..., Any], expected: dict[str, Any]) -> Finding:
     """Loads as a user of diffusers would; whatever is raised there is a finding."""
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **arguments)
+        pipeline = load(dtype=torch.float32, use_safetensors=True)
     except Exception as error:
         return Finding(way, 1.0, f"does not load: {_line(error)}")
     return _compare(way, pipeline, type(pipeline), expected)

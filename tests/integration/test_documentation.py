@@ -52,7 +52,7 @@ def test_the_code_of_the_sampling_document_runs_from_top_to_bottom(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_evaluation_document_is_accepted(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    """As a dry run: what it does is the matter of tests/integration/test_evaluate.py."""
+    """As a dry run: what it does is the matter of tests/integration/test_evaluate_command.py."""
     monkeypatch.chdir(DOCS.parent)
     if command.startswith("ddpm-hf train "):
         config, _ = load_config(shlex.split(command)[2:])

@@ -116,7 +116,7 @@ def test_code_that_is_not_the_installed_one_runs_only_with_consent(copy: Path, a
         assert "read it, then pass --trust_remote_code" in findings["with the code in the folder"].problem
         assert findings["with the code in the folder"].difference is None
     if attack == "other code":
-        verify(copy, trust_remote_code=True)
+        verify(copy, runs_its_code=True)
         assert canary.exists(), "the oracle works"
 
 

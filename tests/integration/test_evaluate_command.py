@@ -1,11 +1,7 @@
 """`ddpm-hf evaluate` as its user runs it, on a tiny pipeline and the embedded digits."""
 
 import json
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,27 +9,18 @@ import torch
 from PIL import Image
 
 from ddpm_hf import cli
-from ddpm_hf.data import ImageSet
+from ddpm_hf.config import DataConfig
+from ddpm_hf.data import open_images
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.evaluation.frechet import frechet_distance, moments_of
 from tests.conftest import DIGITS, run_process, tiny_unet
+from tests.feature_networks import pooled
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 DIGIT_NAMES = {str(digit): str(digit) for digit in range(10)}
 QUICK = ["--data", str(DIGITS), "--cpu", "--num_inference_steps", "2", "--num_samples", "16"]
 BOUND = ["--metrics", "bits_per_dim", "--num_images", "5", "--num_terms", "3"]
-
-
-@dataclass(frozen=True)
-class Score:
-    """What the fidelity module answers."""
-
-    name: str
-    value: float
-    standard_error: float | None
-    features: str
-    num_samples: int
-    num_reference: int
 
 
 @pytest.fixture(scope="module")
@@ -91,32 +78,42 @@ def test_bits_per_dimension_are_printed_and_written(
 
 
 def test_fidelity_sees_the_samples_and_the_training_images(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path
 ) -> None:
-    """With another module in the place of the one that needs weights."""
-    asked: dict[str, Any] = {}
-
-    def measure_fidelity(samples: np.ndarray, reference: ImageSet, **options: Any) -> list[Score]:
-        asked.update(options, samples=np.array(samples), num_reference=len(reference))
-        return [Score("fid", 12.5, None, options["features"], len(samples), len(reference))]
-
-    stand_in = ModuleType("ddpm_hf.evaluation.fidelity")
-    stand_in.measure_fidelity = measure_fidelity  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
-    options = ["--metrics", "fid,kid", "--features", "tiny", "--seed", "3", "--format", "png"]
+    features = "tests.feature_networks:pooled"
+    options = ["--metrics", "frechet_distance", "--features", features, "--seed", "3", "--format", "png"]
     assert evaluate(saved, *QUICK, "--data.validation_fraction", "0.1", *options, "--output", tmp_path) == 0
-    assert asked["metrics"] == ("fid", "kid")
-    assert (asked["features"], asked["seed"], asked["num_reference"]) == ("tiny", 3, 1617)
-    np.testing.assert_array_equal(asked["samples"], np.load(tmp_path / "evaluation_samples" / "samples.npy"))
+    samples = np.load(tmp_path / "evaluation_samples" / "samples.npy")
     assert len(list((tmp_path / "evaluation_samples" / "png").iterdir())) == 16
+    training, _ = open_images(DataConfig(source=str(DIGITS)), with_labels=False).split(0.1, 0)
+    pixels, _ = training.take(training.positions)
+    moments = [moments_of(pooled()(torch.from_numpy(x)).numpy()) for x in (samples.transpose(0, 3, 1, 2), pixels)]
     (metric,) = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
+    assert metric.pop("value") == pytest.approx(frechet_distance(*moments), rel=1e-6)
+    assert features in metric.pop("features")
     assert metric == {
-        "name": "fid", "value": 12.5, "standard_error": None, "features": "tiny", "num_samples": 16,
+        "name": f"frechet_distance[{features}]", "standard_error": None, "num_samples": 16,
         "num_reference": 1617, "seed": 3, "sampler": "GaussianDiffusionScheduler", "num_inference_steps": 2,
     }  # fmt: skip
-    assert "fid     12.5000" in capsys.readouterr().out
+    assert f"frechet_distance[{features}]" in capsys.readouterr().out
     changed = complaint(capsys, saved, *QUICK, *BOUND, "--seed", "4", "--output", tmp_path)
     assert "holds samples of other settings (seed was 3, is 4)" in changed
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--metrics", "fid", "--features", "tests.feature_networks:pooled"], "ask for frechet_distance"),
+        (["--metrics", "frechet_distance", "--features", "tests.feature_networks:nothing"], "cannot be imported"),
+        (["--metrics", "frechet_distance", "--features", "tests.feature_networks:pooled", "--num_samples", "4"],
+         "frechet_distance needs at least 5 images"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_told_before_anything_is_sampled(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path, options: list[str], sentence: str
+) -> None:
+    assert sentence in complaint(capsys, saved, *QUICK, *options, "--output", tmp_path)
+    assert not (tmp_path / "evaluation_samples").exists()
 
 
 @pytest.mark.parametrize(
