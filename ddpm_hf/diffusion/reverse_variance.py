@@ -84,8 +84,8 @@ class ReverseVariance:
     def analytic_variance(self, value: bool) -> None:
         if value and self._second_moments is None:
             raise ValueError(
-                "analytic_variance needs the second moments of the network's prediction: ddpm-hf evaluate estimates them"
-                " with --estimate_variance, or set eps_second_moments."
+                "analytic_variance needs the second moments of the network's prediction: ddpm-hf evaluate estimates"
+                " them with --estimate_variance, or set eps_second_moments."
             )
         self._uses_analytic = bool(value)
 

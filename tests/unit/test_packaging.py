@@ -90,8 +90,9 @@ def test_every_floor_for_safety_has_its_reason_in_writing() -> None:
     assert [f"{name} {floor}" for name, floor in FLOORS.items() if f"{name} {floor}" not in text] == []
 
 
-def test_every_test_that_the_security_document_names_exists() -> None:
-    text = (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", ["SECURITY.md", "docs/reliability.md"])
+def test_every_test_that_a_document_names_exists(document: str) -> None:
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+)`", text))
     sources = [path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").rglob("test_*.py")]
     assert len(named) > 20
