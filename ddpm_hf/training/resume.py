@@ -2,8 +2,6 @@
 
 import logging
 
-import yaml
-
 from ddpm_hf.config import ConfigError, RunConfig, changed_settings, changed_too_late, read_config_dict
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.run_folder import RunFolder
@@ -56,7 +54,7 @@ def _settings_of(found: checkpoint.Checkpoint) -> dict[str, dict[str, object]]:
     """Reads the configuration that a checkpoint was written with."""
     try:
         settings = read_config_dict(found.path / "config.yaml")
-    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
+    except (FileNotFoundError, UnicodeDecodeError, ConfigError):
         settings = None
     if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
         raise checkpoint.CheckpointError(

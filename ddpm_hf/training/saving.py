@@ -28,6 +28,9 @@ from ddpm_hf.training.tracking import MetricsLog
 
 logger = logging.getLogger(__name__)
 
+_BYTES_OF_A_NAME = 128
+"""What a tensor takes in the header of a safetensors file."""
+
 
 class Saver:
     """Keeps the run folder of one run: checkpoints, configuration, metrics and, in the end, the pipeline.
@@ -67,7 +70,8 @@ class Saver:
         """About how large a checkpoint is: the weights, their average, and two moments of each weight."""
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self._unet.parameters())
         averages = sum(average.numel() * average.element_size() for average in self._ema.tensors())
-        return int(3 * weights + averages)
+        names = 4 * _BYTES_OF_A_NAME * sum(1 for _ in self._unet.parameters())
+        return int(3 * weights + averages + names)
 
     def check(self) -> None:
         """Collective: raises what `resume` would raise about the run folder, and changes nothing."""

@@ -9,8 +9,11 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENT = (REPOSITORY / "docs" / "mathematics.md").read_text(encoding="utf-8")
 LINKS = re.findall(r"\[`([\w/]+\.py)::([\w.]+)`\]\(\.\./([\w/]+\.py)\)", DOCUMENT)
-EXPLAINED = ("noise_schedule", "timesteps", "gaussian", "forward_process")
-PLUMBING = {"SamplingRun.row"}
+EXPLAINED = ("noise_schedule", "timesteps", "gaussian", "forward_process", "reverse_variance")
+PLUMBING = {
+    "SamplingRun.row", "ForwardProcess.split_variance", "find_second_moments", "ReverseVariance.eps_second_moments",
+    "ReverseVariance.analytic_variance", "ReverseVariance.save_second_moments", "ReverseVariance.load_second_moments",
+}  # fmt: skip
 
 
 def names_in(path: Path) -> set[str]:
