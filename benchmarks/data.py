@@ -168,6 +168,7 @@ def measure(cases: list[Case], batch: int, num_rounds: int, seconds: float) -> N
     for number in range(num_rounds):
         for case in cases if number % 2 == 0 else reversed(cases):
             count = counts[case.name]
+            time.sleep(0.5)  # workers of the case before may still be busy with batches that nobody will ask for
             started = time.perf_counter()
             case.batches(count)
             case.seconds.append((time.perf_counter() - started) / (count * batch))
