@@ -161,7 +161,7 @@ def test_a_dry_run_checks_everything_and_leaves_nothing_behind(
     printed = capsys.readouterr().out
     assert "45,289 parameters, 1,797 training and 0 held-out images of 1x8x8\n" in printed
     assert "6 steps of 8 images, 0.0 epochs\ncpu x 1, fp32, batch 8 = 1 x 8 x 1 accumulated\n" in printed
-    assert f"0.7 MB a checkpoint, 3 are kept in {output_dir}\n" in printed
+    assert f"0.8 MB a checkpoint, 3 are kept in {output_dir}\n" in printed
     assert f"  output_dir: {output_dir}\n" in printed
     assert "Everything fits together" in printed
     assert list(tmp_path.iterdir()) == []
