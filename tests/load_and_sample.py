@@ -47,12 +47,16 @@ class Task:
 
 @dataclass
 class Outcome:
-    """The images, (2, channels, height, width) in [0, 1], and the classes; or the sentence of the refusal."""
+    """The images, (2, channels, height, width) in [0, 1], and the classes; or the sentence of the refusal.
+
+    `second_moments` are those of the scheduler, where it has any.
+    """
 
     images: torch.Tensor | None = None
     pipeline_class: str = ""
     scheduler_class: str = ""
     refusal: str = ""
+    second_moments: list[float] | None = None
 
 
 def class_name(value: object) -> str:
@@ -104,6 +108,8 @@ def carry_out(tasks: Sequence[Task]) -> dict[str, Outcome]:
         if pipe := pipes.get(task.name):
             outcome = outcomes[task.name]
             outcome.pipeline_class, outcome.scheduler_class = class_name(pipe), class_name(pipe.scheduler)
+            moments = getattr(pipe.scheduler, "eps_second_moments", None)
+            outcome.second_moments = None if moments is None else moments.tolist()
             try:
                 outcome.images = sample(pipe, **task.call)
             except Exception as error:

@@ -20,6 +20,8 @@ CALLS: dict[str, dict[str, Any]] = {
 FOR_STOCK = ("plain", "learned_range")
 NOT_FOR_STOCK = ("self_conditioned", "learned")
 SAVED_FOLDERS = (*FOR_STOCK, *CALLS, *NOT_FOR_STOCK)
+# Where the scheduler of "plain" keeps what it knows beside its configuration.
+SECOND_MOMENTS = "scheduler/reverse_variance.json"
 
 # A folder like google/ddpm-cifar10-32 on the Hub, with a quarter of its channels: written by an early release of
 # diffusers, it has no folders inside and none of the options that came later.
@@ -72,6 +74,7 @@ def make_pipeline(name: str, seed: int = 0) -> GaussianDiffusionPipeline:
     create = GaussianDiffusionScheduler.create
     if name == "plain":
         scheduler = create(beta_schedule="cosine", prediction_type="v")
+        scheduler.eps_second_moments = torch.linspace(0, 1, len(scheduler), dtype=torch.float64)
         return GaussianDiffusionPipeline(tiny_unet(seed), scheduler)
     if name == "guided":
         scheduler = create(beta_schedule="cosine", prediction_type="x0", rescale_betas_zero_snr=True)

@@ -1,24 +1,26 @@
 """The variance of a reverse step: fixed, or optimal for a trained network (Analytic-DPM), without training it again.
 
 The optimum needs one number for each timestep of the training chain, Gamma_t = E |eps(x_t)|^2 / d, the second moment of
-the network's prediction of the noise. It lies beside the scheduler's configuration as `reverse_variance.safetensors`;
-the configuration itself stays that of a fixed variance, which every scheduler of diffusers reads.
+the network's prediction of the noise. They lie beside the scheduler's configuration as `reverse_variance.json`: beside
+a safetensors file there, diffusers would take the whole repository for one without safetensors and not download its
+weights. The configuration itself stays that of a fixed variance, which every scheduler of diffusers reads.
 """
 
+import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors.torch import load, save
 
 from .gaussian import reverse_mean_coefficients
 from .noise_schedule import NoiseSchedule, Transition
 
 CORE_VERSION = "1.2.0"
 
-FILE_NAME = "reverse_variance.safetensors"
+FILE_NAME = "reverse_variance.json"
+KEY = "eps_second_moments"
 
 
 def analytic_variance(step: Transition, eta: float, second_moment: float) -> float:
@@ -103,7 +105,8 @@ class ReverseVariance:
     def save_second_moments(self, folder: str | PathLike[str]) -> None:
         """Writes Gamma beside the configuration, if it is known."""
         if self._second_moments is not None:
-            (Path(folder) / FILE_NAME).write_bytes(save({"eps_second_moments": self._second_moments}))
+            content = json.dumps({KEY: self._second_moments.tolist()})
+            (Path(folder) / FILE_NAME).write_text(content + "\n", encoding="utf-8")
 
     def load_second_moments(self, file: str | PathLike[str]) -> None:
         """Reads Gamma.
@@ -112,12 +115,10 @@ class ReverseVariance:
             ValueError: The file is damaged, or of another chain.
         """
         try:
-            tensors = load(Path(file).read_bytes())
-        except Exception as error:  # safetensors has an exception of its own, and raises others for damaged files
-            raise ValueError(f"{file} cannot be read ({error}); remove it and estimate it again.") from error
-        if set(tensors) != {"eps_second_moments"}:
-            raise ValueError(f"{file} holds {sorted(tensors)} instead of eps_second_moments; remove it.")
-        self.eps_second_moments = tensors["eps_second_moments"]
+            moments = torch.tensor(json.loads(Path(file).read_text(encoding="utf-8"))[KEY], dtype=torch.float64)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{file} cannot be read ({error!r}); remove it and estimate it again.") from error
+        self.eps_second_moments = moments
 
 
 def find_second_moments(name_or_path: str | PathLike[str], options: dict[str, Any]) -> Path | None:

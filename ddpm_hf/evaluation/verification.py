@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ NUM_STEPS = 4
 CORNER = 8
 TOLERANCE = 1e-3
 """Of the range of an image: a quarter of a gray level. Processors and versions of torch differ by less."""
+_LOCAL_CODE = "diffusers_modules.local"
 _FILES = ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json")
 
 
@@ -109,7 +111,8 @@ def verify(folder: Path, *, runs_its_code: bool = False) -> list[Finding]:
         load = functools.partial(
             DiffusionPipeline.from_pretrained, folder, custom_pipeline=str(folder), trust_remote_code=True
         )
-        findings.append(_load_and_compare("with the code in the folder", load, expected))
+        with _no_other_local_code():
+            findings.append(_load_and_compare("with the code in the folder", load, expected))
     else:
         why = "it differs from the installed one; read it, then pass --trust_remote_code to run it"
         findings.append(Finding("with the code in the folder", None, why))
@@ -198,6 +201,20 @@ def _compute(pipeline: Any, kind: type) -> dict[str, Any]:
             **arguments,
         ).images
     return {"network": _statistics(output), "image": _statistics(torch.from_numpy(image).permute(0, 3, 1, 2))}
+
+
+@contextmanager
+def _no_other_local_code() -> Iterator[None]:
+    """Sets aside what diffusers loaded from other folders: it gives the code of every local folder one module name."""
+    aside = {name: module for name, module in sys.modules.items() if name.startswith(_LOCAL_CODE)}
+    for name in aside:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.startswith(_LOCAL_CODE)]:
+            del sys.modules[name]
+        sys.modules.update(aside)
 
 
 @contextmanager

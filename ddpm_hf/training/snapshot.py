@@ -81,6 +81,8 @@ def read_snapshot(folder: Path, unet: UNet2DModel, ema: EMA) -> tuple[TrainerSta
         The counters of the run and the optimiser's named tensors, for `load_optimizer`.
     """
     state = TrainerState(**json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")))
+    if state.best is not None and set(state.best) != {"step", "kind", "value"}:
+        raise ValueError(f"best is {state.best!r}; it must hold step, kind and value")
     for name in ema.names:
         _copy_weights(folder / name, unet)
         ema.load(unet, state.num_ema_updates, name)

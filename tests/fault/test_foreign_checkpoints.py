@@ -56,6 +56,7 @@ def pickle_in_place_of_weights(folder: Path) -> None:
 
 FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "counters of a newer version": (change_json("trainer_state.json", phase_of_the_moon=1), "phase_of_the_moon"),
+    "a best score without its step": (change_json("trainer_state.json", best={"kind": "fid"}), "best is"),
     "counters that are no JSON": (lambda folder: (folder / "trainer_state.json").write_text("{"), "Expecting"),
     "counters that are a list": (lambda folder: (folder / "trainer_state.json").write_text("[]"), "cannot go on from"),
     "another network": (other_network, "size mismatch"),

@@ -72,7 +72,7 @@ def test_bits_per_dimension_are_printed_and_written(
     width, height = Image.open(tmp_path / "evaluation.png").size
     assert width > height > 1000
     assert np.load(tmp_path / "evaluation_samples" / "samples.npy").shape == (16, 8, 8, 1)
-    moments = saved / "scheduler" / "reverse_variance.safetensors"
+    moments = saved / "scheduler" / "reverse_variance.json"
     assert GaussianDiffusionPipeline.from_pretrained(saved).scheduler.eps_second_moments.shape == (20,)
     moments.unlink()
 

@@ -14,7 +14,7 @@ import torch
 
 from tests.load_and_sample import Outcome, Task, carry_out_elsewhere, sample
 from tests.loopback_hub import LoopbackHub, files_of
-from tests.saved_folders import CALLS, NOT_FOR_STOCK, make_pipeline, save_early_folder
+from tests.saved_folders import CALLS, NOT_FOR_STOCK, SECOND_MOMENTS, make_pipeline, save_early_folder
 
 # Four processes that import torch and diffusers, on a machine that may be slow.
 pytestmark = pytest.mark.timeout(900)
@@ -159,6 +159,15 @@ def test_a_repository_gives_the_same_images_in_all_three_ways(loaded: Loaded, wa
     assert_as_saved(loaded.outcomes[f"{way} plain"], loaded.expected["plain"])
 
 
+def test_the_second_moments_of_a_repository_come_along_where_ddpm_hf_is_installed(loaded: Loaded) -> None:
+    """Beside them the other ways load as ever, which a safetensors file in that place would prevent."""
+    expected = make_pipeline("plain").scheduler.eps_second_moments.tolist()
+    for outcomes in (loaded.outcomes, loaded.offline):
+        assert outcomes["3 plain"].second_moments == expected
+    for way in (1, 2):
+        assert loaded.outcomes[f"{way} plain"].second_moments is None
+
+
 @WAYS
 @pytest.mark.parametrize("kind", ["branch", "tag", "commit"])
 def test_a_revision_loads_the_weights_of_that_revision(loaded: Loaded, way: int, kind: str) -> None:
@@ -235,11 +244,12 @@ def test_a_repository_that_stock_would_sample_wrongly_asks_for_consent(loaded: L
 
 @NATIVE_WAYS
 def test_what_is_loaded_from_the_hub_is_saved_as_it_was_committed(loaded: Loaded, way: int) -> None:
-    """All but the card, byte for byte; so no path of the cache is in it."""
+    """All but the card, byte for byte; so no path of the cache is in it. Way 2 knows no second moments."""
+    left_out = {"README.md", SECOND_MOMENTS} if way == 2 else {"README.md"}
     repository = loaded.hub.repositories["user/plain"]
     committed = repository.commits[repository.branches["main"]]
     assert files_of(loaded.folder / f"saved by way {way}") == {
-        path: content for path, content in committed.items() if path != "README.md"
+        path: content for path, content in committed.items() if path not in left_out
     }
 
 

@@ -20,6 +20,7 @@ from tests.saved_folders import (
     FOR_STOCK,
     NOT_FOR_STOCK,
     SAVED_FOLDERS,
+    SECOND_MOMENTS,
     make_pipeline,
     save_early_folder,
 )
@@ -157,10 +158,16 @@ def test_folders_loaded_in_one_process_do_not_disturb_each_other(loaded: Loaded,
 @NATIVE_WAYS
 @pytest.mark.parametrize("name", SAVED_FOLDERS)
 def test_a_loaded_folder_saves_itself_again_byte_for_byte(loaded: Loaded, way: int, name: str) -> None:
-    """Index, configurations, code and weights; so no path of where it was loaded from is in it."""
+    """Index, configurations, code and weights; so no path of where it was loaded from is in it.
+
+    Way 2 knows no second moments: diffusers tells the code in a folder nothing of that folder.
+    """
     saved_again = files_of(loaded.folder / f"saved by way {way}" / name)
     assert {"model_index.json", "unet/config.json", "scheduler/scheduler_config.json"} < set(saved_again)
-    assert saved_again == files_of(loaded.folder / name)
+    left_out = {SECOND_MOMENTS} if way == 2 else set()
+    assert saved_again == {
+        path: content for path, content in files_of(loaded.folder / name).items() if path not in left_out
+    }
 
 
 def test_a_folder_saved_without_ddpm_hf_loads_in_all_three_ways(loaded: Loaded) -> None:

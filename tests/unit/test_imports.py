@@ -146,7 +146,7 @@ ONLY_INSIDE_FUNCTIONS = {
 LIBRARIES_OF_THE_CORE = {
     "torch", "diffusers", "numpy", "PIL",
     "typing_extensions",  # comes with torch
-    "huggingface_hub", "safetensors",  # come with diffusers
+    "huggingface_hub",  # comes with diffusers
 }  # fmt: skip
 WITHOUT_TORCH = {
     "__init__", "config", "evaluation.frechet", "evaluation.recognition", "plots", "redaction", "report",

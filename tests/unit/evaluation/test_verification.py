@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf.cli import main
@@ -46,6 +49,19 @@ def test_an_honest_copy_is_the_same_in_all_three_ways(copy: Path, capsys: pytest
     ]  # fmt: skip
     assert all("the same" in line for line in lines[:3])
     assert lines[3] == f"{copy} is the pipeline that was saved."
+
+
+def test_code_of_another_folder_that_this_process_runs_is_left_alone(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Diffusers executes the code of each local folder in one module, and takes its only pipeline class."""
+    other = ModuleType("diffusers_modules.local.pipeline")
+    other.__package__ = "diffusers_modules.local"
+    other.Other = type("Other", (DiffusionPipeline,), {"__module__": other.__name__})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, other.__name__, other)
+    assert outcome(copy) == dict.fromkeys(("with ddpm_hf", "with diffusers alone", "with the code in the folder"), "")
+    assert sys.modules[other.__name__] is other
+    assert "diffusers_modules.local.scheduler" not in sys.modules
 
 
 def test_a_weight_that_drifted_is_seen_by_bytes_and_by_numbers(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
