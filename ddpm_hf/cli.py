@@ -69,12 +69,20 @@ def verify(arguments: Sequence[str]) -> int:
     return _exit_code(lambda: command(arguments))
 
 
+def push(arguments: Sequence[str]) -> int:
+    """Publishes a trained pipeline on the Hub, and returns the exit code."""
+    from ddpm_hf.commands.push import push as command
+
+    return _exit_code(lambda: command(arguments))
+
+
 # The order is that of the help.
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "data": (data, "show what a run would read"),
     "train": (train, "train a DDPM"),
     "ema": (ema, "make a pipeline with an average of any length"),
     "evaluate": (evaluate, "measure how good a pipeline is"),
+    "push": (push, "publish a pipeline on the Hub"),
     "verify": (verify, "tell whether a saved pipeline is what was saved"),
 }
 

@@ -19,6 +19,7 @@ from ddpm_hf.plots import UInt8Array, denoising_strip, image_grid, loss_curve, s
 from ddpm_hf.redaction import redact
 
 PIPELINE_DIR = "pipeline"
+SAMPLES, STRIP, ANIMATION = "samples.png", "denoising.png", "denoising.gif"
 MAX_COLUMNS, MAX_ROWS = 10, 10
 # Noise cannot be compressed: an animation of many large images would be tens of megabytes.
 MAX_ANIMATED_PIXELS = 1 << 14
@@ -101,18 +102,16 @@ def write_report(
         ValueError: If the samples and their labels do not fit together.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    grid, caption, num_columns = _choose_samples(samples, sample_labels, class_names)
+    caption = draw_samples(output_dir, samples, sample_labels, class_names, trajectory)
     training, validation = _points(metrics, "loss"), _points(metrics, "validation_loss")
     paths = ReportPaths(
-        samples=output_dir / "samples.png",
-        denoising=output_dir / "denoising.png",
-        animation=output_dir / "denoising.gif",
+        samples=output_dir / SAMPLES,
+        denoising=output_dir / STRIP,
+        animation=output_dir / ANIMATION,
         loss=output_dir / "loss.png" if training else None,
         evaluation=output_dir / "evaluation.json" if recognition else None,
         readme=output_dir / "README.md",
     )
-    write_whole(paths.samples, lambda path: grid.save(path, "PNG"))
-    _show_denoising(trajectory, num_columns, paths)
     if paths.loss:
         write_whole(paths.loss, lambda path: _draw_losses(training, validation, path))
     if recognition and paths.evaluation:
@@ -128,6 +127,34 @@ def write_report(
     )
     write_whole(paths.readme, lambda path: path.write_text(redact(readme), encoding="utf-8"))
     return paths
+
+
+def draw_samples(
+    output_dir: Path,
+    samples: UInt8Array,
+    labels: LabelArray | None,
+    class_names: Sequence[str] | None,
+    trajectory: UInt8Array,
+) -> str:
+    """Draws samples.png, and denoising.png and denoising.gif, which show how samples come out of noise.
+
+    Args:
+        output_dir: A folder that exists.
+        samples: uint8, (number, height, width, channels).
+        labels: The class of each sample, or None for an unconditional model.
+        class_names: The name of each class; None names them by number.
+        trajectory: uint8, (frames, number, height, width, channels), noise first; with classes, one of each in turns.
+
+    Returns:
+        A sentence about samples.png.
+
+    Raises:
+        ValueError: If the samples and their labels do not fit together.
+    """
+    grid, caption, num_columns = _choose_samples(samples, labels, class_names)
+    write_whole(output_dir / SAMPLES, lambda path: grid.save(path, "PNG"))
+    _show_denoising(trajectory, num_columns, output_dir)
+    return caption
 
 
 def loading_lines(
@@ -196,15 +223,16 @@ def _names(labels: LabelArray | None, class_names: Sequence[str] | None) -> Sequ
     return class_names if class_names is not None else [str(label) for label in range(count)]
 
 
-def _show_denoising(trajectory: UInt8Array, num_columns: int, paths: ReportPaths) -> None:
+def _show_denoising(trajectory: UInt8Array, num_columns: int, output_dir: Path) -> None:
     """Draws the strip and the animation, of whole rows of images, or of part of one where the images are large."""
     count, height, width = trajectory.shape[1:4]
     num_fitting = min(count, max(1, MAX_ANIMATED_PIXELS // (height * width)))
     num_columns = min(num_columns, num_fitting)
     animated = trajectory[:, : num_fitting // num_columns * num_columns]
     num_strip_rows = max(num_columns, MIN_STRIP_ROWS)
-    write_whole(paths.denoising, lambda path: denoising_strip(trajectory[:, :num_strip_rows]).save(path, "PNG"))
-    write_whole(paths.animation, lambda path: save_animation(animated, path, num_columns=num_columns))
+    strip = denoising_strip(trajectory[:, :num_strip_rows])
+    write_whole(output_dir / STRIP, lambda path: strip.save(path, "PNG"))
+    write_whole(output_dir / ANIMATION, lambda path: save_animation(animated, path, num_columns=num_columns))
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:

@@ -4,6 +4,7 @@ import importlib.util
 import shlex
 import sys
 from collections.abc import Sequence, Sized
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ddpm_hf.data import ImageSet, ImageStream
+    from ddpm_hf.hub.background import BackgroundPush
     from ddpm_hf.training.scoring import Scorer
     from ddpm_hf.training.trainer import Trainer
 
@@ -27,28 +29,17 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
 
     import torch
 
-    from ddpm_hf.training.summary import describe
     from ddpm_hf.training.trainer import Trainer
 
+    program = f"python {prog}" if prog.endswith(".py") else prog
+    command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     try:
-        trainer = Trainer(config, _scorer(config))
-        try:
-            _check_classes(trainer)
-            _check_score(trainer)
-            if trainer.is_main_process:
-                print(f"{describe(trainer)}\n\n{config.to_yaml()}", flush=True)
-            if is_dry_run:
-                trainer.saver.check()
-                if trainer.is_main_process:
-                    print("Everything fits together; without --dry_run this would train.")
-                exit_code = 0
-            else:
-                exit_code = _fit(trainer)
-            if exit_code == 0 and not is_dry_run and trainer.is_main_process and config.evaluation.num_samples:
-                program = f"python {prog}" if prog.endswith(".py") else prog
-                _report(trainer, f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}")
-        finally:
-            trainer.folder.release()
+        with _publisher(config) or nullcontext() as publisher:
+            trainer = Trainer(config, _scorer(config), publisher)
+            try:
+                exit_code = _run(trainer, publisher, command, is_dry_run=is_dry_run)
+            finally:
+                trainer.folder.release()
     except torch.OutOfMemoryError as error:
         complain(
             f"the device ran out of memory ({str(error).splitlines()[0]}); lower training.micro_batch_size, or "
@@ -58,6 +49,46 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
         return 1
     trainer.leave_the_others()
     return exit_code
+
+
+def _run(trainer: "Trainer", publisher: "BackgroundPush | None", command: str, *, is_dry_run: bool) -> int:
+    """Collective: checks, trains, reports, publishes, and returns the exit code."""
+    from ddpm_hf.training import processes
+    from ddpm_hf.training.summary import describe
+
+    _check_classes(trainer)
+    _check_score(trainer)
+    if publisher is not None:
+        processes.on_rank_0(publisher.check)
+    if trainer.is_main_process:
+        print(f"{describe(trainer)}\n\n{trainer.config.to_yaml()}", flush=True)
+    if is_dry_run:
+        trainer.saver.check()
+        if trainer.is_main_process:
+            print("Everything fits together; without --dry_run this would train.")
+        return 0
+    exit_code = _fit(trainer)
+    if exit_code or not trainer.is_main_process:
+        return exit_code
+    if trainer.config.evaluation.num_samples:
+        _report(trainer, command)
+    if publisher is not None and not publisher.finish(trainer.folder.path):
+        complain(
+            f"the trained pipeline is not on the Hub; it is in {trainer.folder.pipeline}, and the same command tries "
+            "again."
+        )
+        return 1
+    return 0
+
+
+def _publisher(config: RunConfig) -> "BackgroundPush | None":
+    """Returns what pushes the pipelines of the run, if they are to be pushed."""
+    if not config.hub.push_to_hub:
+        return None
+
+    from ddpm_hf.hub.background import BackgroundPush
+
+    return BackgroundPush(config.hub, Path(config.training.output_dir).expanduser() / "hub")
 
 
 def _scorer(config: RunConfig) -> "Scorer | None":

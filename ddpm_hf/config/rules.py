@@ -1,6 +1,7 @@
 """Which settings can work together, and which a run can be continued with."""
 
 from ddpm_hf.config.evaluation import EvaluationConfig
+from ddpm_hf.config.hub import HubConfig
 from ddpm_hf.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from ddpm_hf.redaction import find_secret
 
@@ -55,6 +56,7 @@ def validate(config: RunConfig) -> None:
             "diffusion.rescale_betas_zero_snr leaves no signal at the last timestep, where epsilon says nothing about "
             "x_0; set diffusion.prediction_type to v_prediction or sample."
         )
+    _check_hub(config.hub)
     _check_objective(config)
     _check_network(model)
     _check_optimizer_and_averages(training)
@@ -93,6 +95,15 @@ def _check_score(config: RunConfig, *, holds_out: bool) -> None:
             f"evaluation.score_metric {evaluation.score_metric} compares with all training images, and data.streaming "
             "keeps none; set evaluation.score_metric to bits_per_dim, or data.streaming to false."
         )
+
+
+def _check_hub(hub: HubConfig) -> None:
+    """Refuses a push to nowhere, and settings of a push that is not asked for."""
+    if hub.push_to_hub and not hub.repo_id:
+        raise ConfigError('hub.push_to_hub needs to know where; set hub.repo_id, for example to "user/name".')
+    for name in HubConfig.__dataclass_fields__:
+        if not hub.push_to_hub and getattr(hub, name) != getattr(HubConfig(), name):
+            raise ConfigError(f"hub.{name} does nothing without hub.push_to_hub; set that to true.")
 
 
 def refuse_secrets(config: RunConfig) -> None:
@@ -255,7 +266,7 @@ def _check_numbers(config: RunConfig) -> None:
         ("training", "learning_rate_warmup_steps"), ("training", "weight_decay"), ("training", "seed"),
         ("training", "validate_every_steps"), ("preview", "every_steps"), ("preview", "guidance_scale"),
         ("evaluation", "num_samples"), ("evaluation", "guidance_scale"), ("evaluation", "score_every_steps"),
-        ("objective", "p2_gamma"), ("objective", "offset_noise"),
+        ("objective", "p2_gamma"), ("objective", "offset_noise"), ("hub", "push_every_steps"),
         ("training", "ema_start_step"),
     )  # fmt: skip
     below_one = (

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 import yaml
 
 from ddpm_hf.config.evaluation import EvaluationConfig
+from ddpm_hf.config.hub import HubConfig
 
 UNetOverride: TypeAlias = int | float | bool | str | list[int] | list[str] | None
 OptimizerOption: TypeAlias = int | float | bool | str | list[float] | None
@@ -310,6 +311,7 @@ class RunConfig:
         preview: Sample grids during training.
         evaluation: What is sampled and measured when training ends.
         tracking: Where metrics and previews go.
+        hub: Where the pipeline is published.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -320,6 +322,7 @@ class RunConfig:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
     def to_yaml(self) -> str:
         """Returns the resolved configuration as YAML that `--config` reads."""

@@ -7,6 +7,7 @@ outputs/digits/
     metrics.jsonl    one line a log interval
     trackers.json    the id of the run in its trackers, where it has some
     previews/        sample grids during training
+    hub/             what is being pushed while training lasts; with hub.push_to_hub
     pipeline/        the trained pipeline, for DiffusionPipeline.from_pretrained
 """
 
@@ -37,6 +38,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.ema_snapshots = path / "ema_snapshots"
         self.pipeline = path / "pipeline"
+        self.previews = path / "previews"
+        self.hub = path / "hub"
         self._lock: RunLock | None = None
         self._config = ""
         self._made: list[Path] = []

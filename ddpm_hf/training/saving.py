@@ -3,6 +3,7 @@
 Every public function here is collective: all ranks must call it, in the same order.
 """
 
+import json
 import logging
 import shutil
 import textwrap
@@ -15,11 +16,12 @@ from ddpm_hf.config import ConfigError, RunConfig
 from ddpm_hf.data import ImageSet, ImageStream
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.evaluation.verification import write_verification
-from ddpm_hf.training import checkpoint, data_state, processes, snapshot
+from ddpm_hf.training import checkpoint, data_state, processes, record, snapshot
 from ddpm_hf.training.checkpoint import CheckpointError
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.guard import check_finite
 from ddpm_hf.training.progress import say
+from ddpm_hf.training.publishing import Publisher, publish
 from ddpm_hf.training.resume import choose_checkpoint
 from ddpm_hf.training.run_folder import RunFolder
 from ddpm_hf.training.snapshot import TrainerState, load_optimizer, read_snapshot, write_snapshot
@@ -118,22 +120,56 @@ class Saver:
             OSError: If a checkpoint that must succeed cannot be written.
             ValueError: If something else has taken the place of the run folder.
             NonFiniteTraining: If the weights are not worth saving.
+            ProcessesDiffer: If the processes no longer have the same weights.
         """
+        processes.check_same(self._weights())
         check_finite([*self._unet.parameters(), *self._ema.tensors()], state.global_step)
         state.num_ema_updates = self._ema.num_updates
         data_state.write_state(self._images, state)
         return bool(processes.share_json(processes.on_rank_0(lambda: self._write_checkpoint(state, must_succeed))))
 
-    def save_pipeline(self, pipeline: GaussianDiffusionPipeline) -> None:
+    def save_pipeline(self, pipeline: GaussianDiffusionPipeline, step: int) -> None:
         """Collective: writes the finished pipeline with the averaged weights on rank 0."""
 
         def write(folder: Path) -> None:
-            with self._ema.swapped_in(self._unet):
-                pipeline.save_pretrained(folder)
+            self._write_pipeline(folder, pipeline, step)
             write_verification(folder)
-            (folder / "training_config.yaml").write_text(self._config.to_yaml(), encoding="utf-8")
 
         processes.on_rank_0(lambda: checkpoint.replace_folder(self._folder.pipeline, write))
+
+    def publish(self, publisher: Publisher, pipeline: GaussianDiffusionPipeline, step: int) -> None:
+        """Collective: lets rank 0 publish the averaged weights while training goes on."""
+
+        def write(folder: Path) -> None:
+            check_finite([*self._unet.parameters(), *self._ema.tensors()], step)
+            self._write_pipeline(folder, pipeline, step)
+
+        handed_over, previews = self._folder.hub / "run", self._folder.previews
+        processes.on_rank_0(lambda: publish(publisher, handed_over, step, previews, write))
+
+    def _write_pipeline(self, folder: Path, pipeline: GaussianDiffusionPipeline, step: int) -> None:
+        """Writes the averaged weights and where they come from."""
+        with self._ema.swapped_in(self._unet):
+            pipeline.save_pretrained(folder)
+        (folder / "training_config.yaml").write_text(self._config.to_yaml(), encoding="utf-8")
+        summary = record.summarize(
+            self._config,
+            step,
+            images=self._images,
+            unet=self._unet,
+            num_processes=processes.world_size(),
+            metrics=self._metrics.rows(),
+        )
+        (folder / record.FILE_NAME).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Returns the weights and all their averages, by name."""
+        weights: dict[str, torch.Tensor] = dict(self._unet.named_parameters())
+        names = list(weights)
+        for average in self._ema.names:
+            tensors = zip(names, self._ema.tensors(average), strict=True)
+            weights |= {f"{average} of {name}": tensor for name, tensor in tensors}
+        return weights
 
     def _write_checkpoint(self, state: TrainerState, must_succeed: bool) -> bool:
         """Writes and prunes checkpoints on rank 0, and says whether it could."""

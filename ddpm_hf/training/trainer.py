@@ -27,6 +27,7 @@ from ddpm_hf.training.objective import DenoisingLoss
 from ddpm_hf.training.optim import build_optimizer, learning_rate_at, may_step
 from ddpm_hf.training.preview import save_preview
 from ddpm_hf.training.progress import Progress, say
+from ddpm_hf.training.publishing import Publisher
 from ddpm_hf.training.run_folder import RunFolder
 from ddpm_hf.training.saving import Saver
 from ddpm_hf.training.scoring import Scorer, best_of
@@ -45,20 +46,25 @@ class Trainer:
     Args:
         config: The checked configuration.
         scorer: Measures evaluation.score_metric; needed with evaluation.score_every_steps.
+        publisher: Publishes the averaged weights while training lasts; needed with hub.push_every_steps.
 
     Raises:
         ValueError: With a sentence, if the data, the network, the machine or the run folder do not fit the
             configuration.
     """
 
-    def __init__(self, config: RunConfig, scorer: Scorer | None = None) -> None:
+    def __init__(self, config: RunConfig, scorer: Scorer | None = None, publisher: Publisher | None = None) -> None:
         refuse_secrets(config)
-        if config.evaluation.score_every_steps and scorer is None:
-            raise ConfigError(
-                f"evaluation.score_every_steps {config.evaluation.score_every_steps} needs Trainer(config, scorer) "
-                "to be given what measures it, as `ddpm-hf train` does; set it to 0, or give one."
-            )
-        self._scorer = scorer
+        for name, every_steps, given in (
+            ("evaluation.score_every_steps", config.evaluation.score_every_steps, scorer),
+            ("hub.push_every_steps", config.hub.push_every_steps, publisher),
+        ):
+            if every_steps and given is None:
+                raise ConfigError(
+                    f"{name} {every_steps} needs Trainer to be given what does it, as `ddpm-hf train` does; set it to "
+                    "0, or give a scorer or publisher."
+                )
+        self._scorer, self._publisher = scorer, publisher
         self.config = config
         self.accelerator = processes.start(config.training)
         self.device = self.accelerator.device
@@ -241,6 +247,10 @@ class Trainer:
             if step % config.training.checkpoint_every_steps == 0 or is_last or new_best:
                 with self._progress.doing("Saving"):
                     self._save(must_succeed=is_last, new_best=new_best)
+            if config.hub.push_every_steps and step % config.hub.push_every_steps == 0 and not is_last:
+                self._settle_update()
+                assert self._publisher is not None
+                self.saver.publish(self._publisher, self._pipeline(), step)
 
     def _log(self) -> None:
         """Collective: writes one line of metrics: means since the line before."""
@@ -292,7 +302,7 @@ class Trainer:
     def _preview(self) -> None:
         """Collective: draws the preview grid with the averaged weights."""
         self._settle_update()
-        path = self.folder.path / "previews" / f"step_{self.state.global_step:08d}.png"
+        path = self.folder.previews / f"step_{self.state.global_step:08d}.png"
         seed, preview = self.config.training.seed, self.config.preview
         with self.ema.swapped_in(self.unet):
             is_drawn = save_preview(path, self.unet, self.scheduler, preview, seed, **self.pipeline_settings)
@@ -302,7 +312,6 @@ class Trainer:
     def _save(self, *, must_succeed: bool, new_best: dict[str, Any] | None = None) -> None:
         """Collective: writes a checkpoint, perhaps the best; a full disk stops training only where all may be lost."""
         self._settle_update()
-        processes.check_same(self._weights())
         scaler = self.accelerator.scaler
         self.state.loss_sums = self.meter.gather()
         self.state.num_skipped = self.guard.num_skipped
@@ -313,15 +322,6 @@ class Trainer:
         self.state.best = new_best or best_before
         if not self.saver.save(self.state, must_succeed=must_succeed):
             self.state.best = best_before
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """Returns the weights and all their averages, by name."""
-        weights: dict[str, torch.Tensor] = dict(self.unet.named_parameters())
-        names = list(weights)
-        for average in self.ema.names:
-            tensors = zip(names, self.ema.tensors(average), strict=True)
-            weights |= {f"{average} of {name}": tensor for name, tensor in tensors}
-        return weights
 
     def _resume(self) -> None:
         """Collective: takes up what `_save` wrote."""
@@ -336,7 +336,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """Collective: writes the pipeline with the averaged weights."""
-        self.saver.save_pipeline(self._pipeline())
+        self.saver.save_pipeline(self._pipeline(), self.state.global_step)
 
     def _pipeline(self) -> GaussianDiffusionPipeline:
         """Returns the pipeline around the network with the weights that it has."""

@@ -1,0 +1,112 @@
+"""`ddpm-hf push`: publishes a trained pipeline on the Hub, with a card that says what it is."""
+
+import re
+import sys
+import tempfile
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ddpm_hf.hub.push import Target
+
+_EXAMPLES = """examples:
+  ddpm-hf push outputs/digits user/digits --dry_run      what would be published, with sizes
+  ddpm-hf push outputs/digits user/digits --license mit --private
+  ddpm-hf push outputs/digits user/digits --pull_request
+
+Log in beforehand with hf auth login, or set HF_TOKEN. The same command again sends only what has changed."""
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """Reads the command line.
+
+    Raises:
+        ValueError: A value cannot be.
+    """
+    parser = ArgumentParser(
+        prog="ddpm-hf push",
+        description="Publish a trained pipeline on the Hugging Face Hub: weights as safetensors, code, a model card "
+        "with samples, settings and measurements.",
+        epilog=_EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("folder", type=Path, help="folder of a finished run, or of a pipeline")
+    add("repo_id", help='"user/name", "organisation/name", or "name" for your own')
+    add("--private", action="store_true", help="make the repository private, if it is made now")
+    add("--pull_request", action="store_true", help="propose the change instead of making it")
+    add("--branch", help="push to this branch instead of main; it is made if it does not exist")
+    add("--fp16", action="store_true", help='add half-precision weights, for from_pretrained(..., variant="fp16")')
+    add("--license", help="identifier of the licence for the card, such as mit; by default it is marked as unknown")
+    add("--message", help="first line of the commit")
+    add("--dry_run", action="store_true", help="put all together, list it with sizes, and push nothing")
+    options = parser.parse_args(arguments)
+    if options.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", options.license):
+        raise ValueError(
+            f"--license is {options.license!r}; give an identifier such as mit, apache-2.0 or cc-by-4.0 "
+            "(https://huggingface.co/docs/hub/repositories-licenses)."
+        )
+    return options
+
+
+def push(arguments: Sequence[str]) -> int:
+    """Puts together what is published, publishes it, prints where, and returns the exit code."""
+    options = parse(arguments)
+
+    from diffusers.utils import logging
+
+    from ddpm_hf.hub import push as hub
+    from ddpm_hf.hub.card import make_card
+    from ddpm_hf.hub.export import assemble, contents
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        hub.hide_progress()
+    target = hub.Target(
+        repo_id=options.repo_id,
+        private=options.private,
+        branch=options.branch,
+        as_pull_request=options.pull_request,
+    )
+    if not options.dry_run:
+        hub.check_access(target)  # before the work
+    with tempfile.TemporaryDirectory(prefix="ddpm-hf-push-") as temporary:
+        folder = Path(temporary) / "repository"
+        assemble(options.folder, folder, fp16=options.fp16)
+        remote = hub.Remote(options.repo_id, None, None) if options.dry_run else hub.look_up(target)
+        card = make_card(folder, repo_id=remote.repo_id, license=options.license, existing=remote.card)
+        (folder / hub.CARD).write_text(card.text, encoding="utf-8", newline="")
+        sizes = contents(folder)
+        for section in card.kept:
+            print(f"{hub.CARD}: {section} was edited on the Hub, and stays as it is there.")
+        if options.license is None and remote.card is None:
+            print("The card says that the licence is unknown; --license mit, for example, would state it.")
+        if options.dry_run:
+            print("\n".join(f"{_size(size):>10}  {name}" for name, size in sizes.items()))
+            print(f"{_size(sum(sizes.values())):>10}  in {len(sizes)} files would go to {_where(target)}.")
+            return 0
+        message = options.message or "Push a pipeline trained by ddpm_hf"
+        pushed = hub.push(folder, target, remote, message)
+    print(f"{pushed.url}{'' if pushed.is_new else ' was up to date; nothing was sent'}")
+    return 0
+
+
+def _where(target: "Target") -> str:
+    """Says where a push would go."""
+    if target.as_pull_request:
+        return f"a pull request to {target.repo_id}"
+    branch = f", branch {target.branch}" if target.branch else ""
+    return f"{target.repo_id}{branch}{' (private, if it is made)' if target.private else ''}"
+
+
+def _size(number: int) -> str:
+    """Says a number of bytes as a person would."""
+    amount, unit = float(number), "B"
+    for larger in ("kB", "MB", "GB"):
+        if amount < 1000:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"

@@ -1,0 +1,194 @@
+"""What of a trained pipeline is published: a fresh folder made of what is on a list, and nothing else.
+
+Weights, configurations and code are written anew from the loaded pipeline, so neither a file that happens to lie beside
+them nor code that the folder brought along goes with them; records and pictures are copied by name.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.evaluation.sampling import Sampler, sample_images, sample_trajectory
+from ddpm_hf.evaluation.verification import FILE_NAME as VERIFICATION
+from ddpm_hf.evaluation.verification import verify, write_verification
+from ddpm_hf.plots import schedule_plot
+from ddpm_hf.report import ANIMATION, PIPELINE_DIR, SAMPLES, STRIP, draw_samples
+
+PICTURES_DIR = "samples"
+SCHEDULE, LOSS, EVALUATION_PICTURE = "schedule.png", "loss.png", "evaluation.png"
+CONFIGURATION, SUMMARY, EVALUATION = "training_config.yaml", "training_summary.json", "evaluation.json"
+NUM_DRAWN, NUM_STEPS = 16, 50
+MAX_CLASSES_DRAWN, NUM_DRAWN_OF_A_CLASS = 10, 4
+
+
+def find_pipeline(folder: Path) -> Path:
+    """Returns the folder of the pipeline: this one, or that of the finished run in it.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for candidate in (folder, folder / PIPELINE_DIR):
+        if (candidate / "model_index.json").is_file():
+            return candidate
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist; give the folder of a run or of a pipeline (here is {Path.cwd()}).")
+    if (folder / "checkpoints").is_dir():
+        raise ValueError(f"{folder} holds a run that is not finished; finish it with the command that began it.")
+    raise ValueError(f"{folder} holds no pipeline (model_index.json); give the folder of a run or of a pipeline.")
+
+
+def assemble(folder: Path, target: Path, *, fp16: bool = False) -> None:
+    """Puts together all that is published but the card.
+
+    Args:
+        folder: Of a pipeline or of a finished run.
+        target: A new folder.
+        fp16: Write half-precision weights too.
+
+    Raises:
+        ValueError: The pipeline does not load, is not what was saved, or has weights that are not finite.
+    """
+    source = find_pipeline(folder)
+    if (source / VERIFICATION).is_file():
+        for finding in verify(source):
+            if finding.is_bad:
+                raise ValueError(
+                    f"{source} is not the pipeline that was saved ({finding.way}: {finding.problem}); restore it, or "
+                    f"declare it good with ddpm-hf verify {source} --write."
+                )
+    try:
+        pipeline = GaussianDiffusionPipeline.from_pretrained(source, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(f"{source} holds no pipeline that can be loaded: {error}") from error
+    _check_finite(pipeline, source, "float32")
+    pipeline.save_pretrained(target)
+    write_verification(target)
+    (target / PICTURES_DIR).mkdir()
+    _draw_schedule(pipeline, target / PICTURES_DIR / SCHEDULE)
+    _add_samples(pipeline, folder, target / PICTURES_DIR)
+    for picture in (folder / LOSS, source / EVALUATION_PICTURE):
+        _copy_picture(picture, target / PICTURES_DIR)
+    for name in (SUMMARY, EVALUATION):
+        if (source / name).is_file():
+            _write_json(target / name, _read_json(source / name))
+    if (source / CONFIGURATION).is_file():
+        (target / CONFIGURATION).write_text(_public_settings(source / CONFIGURATION), encoding="utf-8")
+    if fp16:
+        pipeline = pipeline.to(dtype=torch.float16)
+        _check_finite(pipeline, source, "float16")
+        pipeline.unet.save_pretrained(target / "unet", variant="fp16")
+
+
+def contents(folder: Path) -> dict[str, int]:
+    """Returns the size in bytes of every file, by its path in the repository."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+
+def _check_finite(pipeline: GaussianDiffusionPipeline, source: Path, dtype: str) -> None:
+    """Refuses weights that are not finite; in half precision, a large one is not."""
+    for name, parameter in pipeline.unet.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            advice = "leave fp16 out" if dtype == "float16" else "go back to an earlier checkpoint"
+            raise ValueError(f"{source} has weights that are not finite as {dtype} ({name}); {advice}.")
+
+
+def _draw_schedule(pipeline: GaussianDiffusionPipeline, path: Path) -> None:
+    """Draws the noise schedule that the network was trained with."""
+    scheduler = GaussianDiffusionScheduler.from_config(pipeline.scheduler.config)
+    schedule_plot({"": scheduler.noise_schedule.alphas_cumprod.double().numpy()}, path)
+
+
+def _add_samples(pipeline: GaussianDiffusionPipeline, run: Path, target: Path) -> None:
+    """Copies the pictures of the run's report, or draws such pictures."""
+    if all((run / name).is_file() for name in (SAMPLES, STRIP, ANIMATION)):
+        for name in (SAMPLES, STRIP, ANIMATION):
+            _copy_picture(run / name, target)
+        return
+    if _copy_picture(run / SAMPLES, target):
+        return
+    num_classes = min(pipeline.num_classes, MAX_CLASSES_DRAWN)
+    number = num_classes * NUM_DRAWN_OF_A_CLASS or NUM_DRAWN
+    sampler = Sampler(
+        num_inference_steps=min(NUM_STEPS, int(pipeline.scheduler.config["num_train_timesteps"])),
+        eta=0.0 if isinstance(pipeline.scheduler, GaussianDiffusionScheduler) else None,
+        labels=tuple(range(num_classes)) or None,
+    )
+    prepared = sampler.prepare(pipeline)
+    samples = sample_images(prepared, sampler, seed=0, indices=range(number), batch_size=number)
+    trajectory = sample_trajectory(prepared, sampler, seed=0, num_images=number)
+    names = pipeline.config.get("class_names")
+    draw_samples(
+        target,
+        samples,
+        np.arange(number) % num_classes if num_classes else None,
+        [names[str(label)] for label in range(pipeline.num_classes)] if names else None,
+        trajectory,
+    )
+
+
+def _copy_picture(path: Path, target: Path) -> bool:
+    """Copies a picture that is one, under its own name, and says whether it did; links lead elsewhere."""
+    if not path.is_file() or path.is_symlink():
+        return False
+    try:
+        with Image.open(path, formats=["PNG", "GIF"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is no picture that can be published ({error}); remove it, and push again.") from error
+    shutil.copyfile(path, target / path.name)
+    return True
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Reads a record."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); make it anew, or remove it.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no record; make it anew, or remove it.")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a record, without numbers that JSON does not have."""
+    path.write_text(json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """Returns a value with None in the place of what is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _public_settings(path: Path) -> str:
+    """Returns the settings of the training without the places of this machine: of a path, its last part stays."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove it, and push again.") from None
+    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
+        raise ValueError(f"{path} holds no settings of a training; remove it, and push again.")
+    for section in settings.values():
+        for name, value in section.items():
+            if isinstance(value, str) and _is_local(value):
+                section[name] = Path(value).name
+    return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def _is_local(value: str) -> bool:
+    """Tells whether a setting is a path of this machine, and no name on the Hub."""
+    is_outside = value.startswith(("/", "~", ".")) or "\\" in value or value.count("/") > 1
+    return is_outside or Path(value).expanduser().exists()

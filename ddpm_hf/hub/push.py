@@ -1,0 +1,241 @@
+"""Uploads a folder to the Hub in one commit, as whoever `hf auth login` or HF_TOKEN says.
+
+Large files go first and can be seen by nobody until the commit names them, so a push that breaks off publishes nothing.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+
+from ddpm_hf.redaction import redact
+
+CARD = "README.md"
+# Of httpx in huggingface_hub 1, of httpx2 in 2: what is raised when there is no answer.
+_HTTPError: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+# What an earlier push may have left that a new one no longer has: weights in another number of parts or precision,
+# code, pictures, records. Whatever else is in the repository stays.
+_OURS = (
+    "unet/diffusion_pytorch_model*", "scheduler/reverse_variance.json", "*.py", "samples/*", "training_config.yaml",
+    "training_summary.json", "evaluation.json", "verification.json",
+)  # fmt: skip
+
+
+class HubRefused(ValueError):
+    """The Hub says no to what was asked; the message says what to do."""
+
+
+class HubFailed(OSError):
+    """The Hub cannot be reached, or could not do it; nothing was published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where a folder goes.
+
+    Args:
+        repo_id: "user/name", or "name" for the user who is logged in.
+        private: Whether a repository that is made is private; one that exists stays what it is.
+        branch: Instead of main; made if it does not exist.
+        as_pull_request: Propose the change to whoever owns the repository.
+
+    Raises:
+        HubRefused: The id is malformed, or a branch and a pull request are asked for.
+    """
+
+    repo_id: str
+    private: bool = False
+    branch: str | None = None
+    as_pull_request: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError:
+            raise HubRefused(
+                f'{self.repo_id!r} is no name of a repository; give "user/name" of letters, digits, "-", "_" and ".", '
+                "at most 96 in all."
+            ) from None
+        if self.branch and self.as_pull_request:
+            raise HubRefused("a pull request has a branch of its own; leave out the branch or the pull request.")
+        if self.branch is not None and not re.fullmatch(r"[\w][\w.-]*(?:/[\w][\w.-]*)*", self.branch):
+            raise HubRefused(f"{self.branch!r} is no name of a branch; use letters, digits, -, _, . and /.")
+
+    @property
+    def revision(self) -> str:
+        """The branch."""
+        return self.branch or constants.DEFAULT_REVISION
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What there is after a push.
+
+    Args:
+        url: Where to look at it.
+        is_new: Whether anything was uploaded; False if all of it was there already.
+    """
+
+    url: str
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository before a push.
+
+    Args:
+        repo_id: With the name of its owner.
+        commit: The one that the push is made on top of; None for a repository or branch that does not exist.
+        card: The text of its README.md, if there is one.
+    """
+
+    repo_id: str
+    commit: str | None
+    card: str | None
+
+
+def check_access(target: Target) -> str:
+    """Asks the Hub whether this user may write there, and changes nothing.
+
+    Returns:
+        The full name of the repository.
+
+    Raises:
+        HubRefused: Nobody is logged in, or this user may not.
+        HubFailed: The Hub cannot be asked.
+    """
+    api = HfApi()
+    with _in_words(target.repo_id):
+        if get_token() is None:
+            raise HubRefused("nobody is logged in to the Hub; run hf auth login, or set HF_TOKEN.")
+        user = api.whoami()
+        name = target.repo_id if "/" in target.repo_id else f"{user['name']}/{target.repo_id}"
+        owners = {user["name"], *(organisation["name"] for organisation in user.get("orgs", []))}
+        try:
+            if target.as_pull_request:  # anybody who can read a repository may propose a change
+                api.repo_info(name)
+            else:
+                api.auth_check(name, write=True)
+        except RepositoryNotFoundError:
+            if name.split("/")[0] not in owners or target.as_pull_request:
+                raise HubRefused(
+                    f"{name} does not exist, and {user['name']} cannot make it there; choose a name under "
+                    f"{' or '.join(sorted(owners))}."
+                ) from None
+    return name
+
+
+def look_up(target: Target) -> Remote:
+    """Makes the repository and the branch where they do not exist, and reads the card.
+
+    Raises:
+        HubRefused: This user may not.
+        HubFailed: The Hub cannot be asked.
+    """
+    api, name = HfApi(), check_access(target)
+    with _in_words(name):
+        if not target.as_pull_request:
+            api.create_repo(name, private=target.private or None, exist_ok=True)
+        if target.branch:
+            api.create_branch(name, branch=target.branch, exist_ok=True)
+        try:
+            commit = api.repo_info(name, revision=target.revision).sha
+            card = Path(api.hf_hub_download(name, CARD, revision=commit)).read_bytes().decode("utf-8", "replace")
+        except EntryNotFoundError:
+            card = None
+    return Remote(name, commit, card)
+
+
+def push(folder: Path, target: Target, remote: Remote, message: str) -> Pushed:
+    """Makes the folder the content of the repository, in one commit on top of what was looked up.
+
+    Args:
+        folder: All that is published.
+        target: Where.
+        remote: What `look_up` returned; if somebody has changed it since, nothing is published.
+        message: First line of the commit.
+
+    Raises:
+        HubRefused: This user may not, or somebody else was faster.
+        HubFailed: The connection broke, or the Hub could not do it.
+    """
+    with _in_words(remote.repo_id):
+        commit = HfApi().upload_folder(
+            repo_id=remote.repo_id,
+            folder_path=folder,
+            commit_message=message,
+            revision=target.revision,
+            create_pr=target.as_pull_request,
+            parent_commit=None if target.as_pull_request else remote.commit,
+            delete_patterns=list(_OURS),
+        )
+    if commit.pr_url:
+        return Pushed(commit.pr_url, is_new=True)
+    home = f"{constants.ENDPOINT}/{remote.repo_id}"
+    return Pushed(f"{home}/tree/{target.branch}" if target.branch else home, commit.oid != remote.commit)
+
+
+def hide_progress() -> None:
+    """Shows no bars, as is right for a file or a pipe."""
+    disable_progress_bars()
+
+
+@contextmanager
+def _in_words(name: str) -> Iterator[None]:
+    """Turns what the client raises into one sentence."""
+    try:
+        yield
+    except (HubRefused, HubFailed):
+        raise
+    except OfflineModeIsEnabled:
+        raise HubFailed("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it.") from None
+    except RevisionNotFoundError as error:
+        raise HubRefused(f"{name} has no such branch ({_reason(error)}).") from error
+    except HfHubHTTPError as error:
+        raise _refusal(error, name) from error
+    except (_HTTPError, OSError, RuntimeError) as error:
+        if isinstance(error.__cause__, HfHubHTTPError):  # of an upload, which the client wraps
+            raise _refusal(error.__cause__, name) from error
+        raise HubFailed(
+            f"the Hub could not be reached ({_reason(error.__cause__ or error)}); nothing was published. Check the "
+            f"network and {constants.ENDPOINT}, and push again."
+        ) from error
+
+
+def _refusal(error: HfHubHTTPError, name: str) -> HubRefused | HubFailed:
+    """Says what an answer of the Hub means for whoever wanted to push."""
+    status = error.response.status_code
+    said = _reason(error)
+    if status == 401:
+        return HubRefused(f"the Hub does not accept your login ({said}); run hf auth login, or set HF_TOKEN anew.")
+    if status in (403, 404):
+        return HubRefused(
+            f"you may not write to {name} ({said}); use a token with write access, ask its owner, or push a pull "
+            "request."
+        )
+    if status in (409, 412):
+        return HubRefused(f"{name} was changed by somebody else in the same moment ({said}); push again.")
+    if status < 500 and status != 429:
+        return HubRefused(f"the Hub refused the push to {name} ({said}).")
+    return HubFailed(f"the Hub could not do it ({said}); nothing was published. Push again later.")
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what an error says, in one line that is not too long and holds no secret."""
+    server_message = getattr(error, "server_message", None)
+    lines = [line.strip() for line in (server_message or str(error)).splitlines() if line.strip()]
+    status = f"{error.response.status_code} " if isinstance(error, HfHubHTTPError) else ""
+    return redact(f"{status}{lines[0] if lines else type(error).__name__}"[:200])
