@@ -6,7 +6,7 @@ temporary name and renamed, so a reader never finds half of one.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
+from ddpm_hf.durable import write_text, write_whole
 from ddpm_hf.evaluation.recognition import LabelArray, RecognitionReport
 from ddpm_hf.plots import UInt8Array, denoising_strip, image_grid, loss_curve, save_animation
 from ddpm_hf.redaction import redact
@@ -116,7 +117,7 @@ def write_report(
         write_whole(paths.loss, lambda path: _draw_losses(training, validation, path))
     if recognition and paths.evaluation:
         evaluation = json.dumps(recognition.to_dict(), indent=2) + "\n"
-        write_whole(paths.evaluation, lambda path: path.write_text(evaluation, encoding="utf-8"))
+        write_text(paths.evaluation, evaluation)
     readme = _readme(
         heading=f"# {title}\n\n![samples](samples.png)\n\n{caption}",
         quality=_quality_section(training, recognition, _score_lines(metrics)),
@@ -125,7 +126,7 @@ def write_report(
         origin=f"```sh\n{command}\n```" + _table(("setting", "value"), settings),
         files=_files_in(output_dir),
     )
-    write_whole(paths.readme, lambda path: path.write_text(redact(readme), encoding="utf-8"))
+    write_text(paths.readme, redact(readme))
     return paths
 
 
@@ -304,10 +305,3 @@ def _table(header: tuple[str, str], rows: Mapping[str, str]) -> str:
     pipe = r"\|"
     lines = [f"| {key} | {value.replace('|', pipe)} |" for key, value in rows.items()]
     return "\n\n" + "\n".join([f"| {header[0]} | {header[1]} |", "| --- | --- |", *lines])
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under a temporary name beside it and renames it."""
-    temporary = path.with_name(f".{path.name}.writing")
-    write(temporary)
-    temporary.replace(path)

@@ -268,10 +268,10 @@ def _describe_data(work: _Work) -> dict[str, Any]:
 
 def _write(work: _Work, content: str, samples: "Images", bound: "VariationalBound | None") -> None:
     """Writes evaluation.json and the picture on rank 0."""
+    from ddpm_hf.durable import write_text, write_whole
     from ddpm_hf.evaluation.evaluate import choose_images
     from ddpm_hf.evaluation.neighbours import nearest_images, real_images
     from ddpm_hf.evaluation.picture import NUM_NEIGHBOURS, draw_evaluation
-    from ddpm_hf.report import write_whole
 
     shown = choose_images(work.training, min(NUM_SHOWN, len(work.training)), work.options.seed)
     neighbours, _, distances = nearest_images(samples[:NUM_NEIGHBOURS], work.training)
@@ -288,4 +288,4 @@ def _write(work: _Work, content: str, samples: "Images", bound: "VariationalBoun
             title=f"{Path(work.options.folder).name}, {Path(work.options.data).name}",
         ),
     )
-    write_whole(work.output / REPORT, lambda path: path.write_text(content, encoding="utf-8"))
+    write_text(work.output / REPORT, content)

@@ -26,6 +26,7 @@ from ddpm_hf.data.decoding import Target
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_set import ImageSet, UnequalImages
 from ddpm_hf.data.source import Source
+from ddpm_hf.durable import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def _build(source: Source, config: DataConfig, folder: Path, bad: BadImages) -> 
     building.mkdir()
     try:
         meta = _fill(source, config, building, bad) | {"version": _VERSION, "key": folder.name}
-        _write_durably(building / "meta.json", json.dumps(meta, indent=1))
+        write_text(building / "meta.json", json.dumps(meta, indent=1))
         if (theirs := read_meta(folder)) is None:
             shutil.rmtree(folder, ignore_errors=True)  # one that is not whole
             building.rename(folder)
@@ -238,11 +239,3 @@ def _tell(source: Source, found: Survey, bad: BadImages, lowest: int, highest: i
             "them if that is not what they show.",
             source.name, lowest, highest, full,
         )  # fmt: skip
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Writes a file that survives a power cut."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

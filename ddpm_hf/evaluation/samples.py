@@ -10,11 +10,10 @@ extended to more images, and gives its first ones where fewer are asked for.
 """
 
 import json
-import os
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.durable import write_text, write_whole
 from ddpm_hf.evaluation.fingerprint import fingerprint
 from ddpm_hf.evaluation.ranks import ALONE, Ranks
 from ddpm_hf.evaluation.sampling import Images, Sampler, batches, image_shape
@@ -89,7 +89,7 @@ def sample_to_folder(
     ) as bar:
         for batch in mine:
             images = sampler.sample(pipeline, seed, batch).images
-            _write(folder / PARTS / f"{batch.start:08d}-{batch.stop:08d}.npy", lambda file: np.save(file, images))  # noqa: B023
+            write_whole(folder / PARTS / f"{batch.start:08d}-{batch.stop:08d}.npy", partial(_save, images))
             bar.update(len(batch))
     ranks.gather(np.zeros(1))  # until all parts are there
     ranks.on_rank_0(lambda: _join(folder, num_images, shape))
@@ -106,7 +106,7 @@ def _open(folder: Path, settings: dict[str, Any]) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} holds no samples, but something else; choose a new or an empty folder.")
         (folder / PARTS).mkdir(parents=True)
-        _write(path, lambda file: file.write((json.dumps(settings, indent=2) + "\n").encode()))
+        write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     try:
         before = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -171,19 +171,27 @@ def _samples(folder: Path) -> Images:
     return samples
 
 
+def _save(images: Images, path: Path) -> None:
+    """Writes an array under exactly this name."""
+    with path.open("wb") as file:
+        np.save(file, images)
+
+
 def _join(folder: Path, num_images: int, shape: tuple[int, ...]) -> None:
     """Joins what is there into one file, and removes the parts that it holds whole."""
     path, parts = folder / SAMPLES, _parts(folder)
     old = _samples(folder) if path.exists() else np.zeros((0, *shape), np.uint8)
     if len(old) < num_images:
-        temporary = path.with_name(f".{path.name}.writing")
-        joined = np.lib.format.open_memmap(temporary, "w+", np.uint8, (num_images, *shape))
-        joined[: len(old)] = old
-        for part, images in parts:
-            stop = max(images.start, min(images.stop, num_images))
-            joined[images.start : stop] = np.load(part, allow_pickle=False)[: stop - images.start]
-        joined.flush()
-        temporary.replace(path)
+
+        def write(temporary: Path) -> None:
+            joined = np.lib.format.open_memmap(temporary, "w+", np.uint8, (num_images, *shape))
+            joined[: len(old)] = old
+            for part, images in parts:
+                stop = max(images.start, min(images.stop, num_images))
+                joined[images.start : stop] = np.load(part, allow_pickle=False)[: stop - images.start]
+            joined.flush()
+
+        write_whole(path, write)
     for part, images in parts:
         if images.stop <= num_images:
             part.unlink()
@@ -199,14 +207,4 @@ def _write_pictures(folder: Path, samples: Images, indices: range) -> None:
         if not path.exists():
             pixels = samples[index]
             picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-            _write(path, lambda file: picture.save(file, "PNG"))  # noqa: B023
-
-
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file durably, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+            write_whole(path, partial(picture.save, format="PNG"))

@@ -24,6 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.diffusion.folder import LIST_FORM, stock_pipeline_samples
 from ddpm_hf.diffusion.pipeline import PORTABLE_FILES
+from ddpm_hf.durable import write_text
 from ddpm_hf.rng import torch_generator
 
 FILE_NAME = "verification.json"
@@ -77,7 +78,7 @@ def write_verification(folder: Path) -> None:
             "python": platform.python_version(),
         },
     }
-    (folder / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / FILE_NAME, json.dumps(content, indent=1) + "\n")
 
 
 def verify(folder: Path, *, runs_its_code: bool = False) -> list[Finding]:

@@ -19,9 +19,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from ddpm_hf.durable import sync, sync_tree
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def write_checkpoint(root: Path, step: int, write_content: Callable[[Path], None
         The checkpoint under its final name. A valid one of this step is left as it is, since a step is always the same.
     """
     root.mkdir(parents=True, exist_ok=True)
-    _sync(root.parent)
+    sync(root.parent)
     remove_unfinished(root)
     final = root / _name(step)
     if final.exists():
@@ -74,9 +75,9 @@ def write_checkpoint(root: Path, step: int, write_content: Callable[[Path], None
     try:
         write_content(temporary)
         _write_manifest(temporary, step)
-        _sync_tree(temporary)
+        sync_tree(temporary)
         temporary.rename(final)
-        _sync(root)
+        sync(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Checkpoint(final, step)
@@ -182,48 +183,6 @@ def remove_unfinished(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def replace_file(path: Path, content: str) -> None:
-    """Writes a text file durably, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.unlink(missing_ok=True)
-    try:
-        with temporary.open("x", encoding="utf-8") as file:  # a new file, never one that a link leads to
-            file.write(content)
-        _sync(temporary)
-        temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def replace_folder(path: Path, write_content: Callable[[Path], None]) -> None:
-    """Writes a folder beside the old one and exchanges them when it is whole.
-
-    A kill between the two renames leaves the old folder beside its place; the next call begins by putting it back.
-    """
-    temporary, old = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.old")
-    _tidy_up(path, temporary, old)
-    temporary.mkdir(parents=True)
-    try:
-        write_content(temporary)
-        _sync_tree(temporary)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        _sync(path.parent)
-    finally:
-        _tidy_up(path, temporary, old)
-
-
-def _tidy_up(path: Path, temporary: Path, old: Path) -> None:
-    """Puts the old folder back where no new one took its place, and removes the rest."""
-    if old.exists() and not path.exists():
-        old.rename(path)
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 def _checkpoint_dirs(root: Path) -> list[Path]:
     """Returns the folders named like checkpoints."""
     return [path for path in root.glob("step_*") if _STEP_NAME.fullmatch(path.name) and path.is_dir()]
@@ -261,18 +220,3 @@ def _write_manifest(folder: Path, step: int) -> None:
     files = {str(file.relative_to(folder)): _describe(file) for file in _files(folder)}
     content = json.dumps({"schema_version": SCHEMA_VERSION, "step": step, "files": files}, indent=2)
     (folder / MANIFEST).write_text(content, encoding="utf-8")
-
-
-def _sync_tree(folder: Path) -> None:
-    """Asks the disk to keep every file and folder."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Asks the disk to keep one file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

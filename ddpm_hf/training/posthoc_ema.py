@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from ddpm_hf.config import ConfigError, TrainingConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.durable import replace_folder
 from ddpm_hf.evaluation.verification import write_verification
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.ema import EMA, POSTHOC_LENGTHS, posthoc_name
@@ -153,7 +154,7 @@ def rebuild(run: Path, length: float, step: int | None, output: Path) -> Rebuilt
         shutil.copyfile(run / "config.yaml", folder / "training_config.yaml")
         (folder / "posthoc_ema.json").write_text(json.dumps(asdict(rebuilt), indent=2) + "\n", encoding="utf-8")
 
-    checkpoint.replace_folder(output, write)
+    replace_folder(output, write)
     return rebuilt
 
 

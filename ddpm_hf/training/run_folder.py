@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ddpm_hf.config import ConfigError
-from ddpm_hf.training.checkpoint import replace_file
+from ddpm_hf.durable import write_text
 from ddpm_hf.training.guard import RunLock
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class RunFolder:
         logger.warning("training.output_dir %s was removed while training; it is made again.", self.path)
         self._lock.release()
         self._lock = lock
-        replace_file(config_path, self._config)
+        write_text(config_path, self._config)
 
     def release(self) -> None:
         """Lets other processes use the folder; folders that nothing was written to go away again."""
@@ -117,7 +117,7 @@ class RunFolder:
     def write_config(self, content: str) -> None:
         """Writes the resolved configuration, which also marks the folder as a run."""
         self._config = _MARK + content
-        replace_file(self.path / "config.yaml", self._config)
+        write_text(self.path / "config.yaml", self._config)
 
     def _is_run(self) -> bool:
         """Tells whether the folder was begun by `write_config`."""

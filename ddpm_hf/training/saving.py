@@ -15,6 +15,7 @@ from diffusers import UNet2DModel
 from ddpm_hf.config import ConfigError, RunConfig
 from ddpm_hf.data import ImageSet, ImageStream
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.durable import replace_folder
 from ddpm_hf.evaluation.verification import write_verification
 from ddpm_hf.training import checkpoint, data_state, processes, record, snapshot
 from ddpm_hf.training.checkpoint import CheckpointError
@@ -135,7 +136,7 @@ class Saver:
             self._write_pipeline(folder, pipeline, step)
             write_verification(folder)
 
-        processes.on_rank_0(lambda: checkpoint.replace_folder(self._folder.pipeline, write))
+        processes.on_rank_0(lambda: replace_folder(self._folder.pipeline, write))
 
     def publish(self, publisher: Publisher, pipeline: GaussianDiffusionPipeline, step: int) -> None:
         """Collective: lets rank 0 publish the averaged weights while training goes on."""

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from ddpm_hf.config import ConfigError, TrackingConfig
+from ddpm_hf.durable import write_text
 from ddpm_hf.redaction import redact
-from ddpm_hf.training.checkpoint import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class MetricsLog:
         try:
             file = open(self._path, "r+b", opener=_open_no_link)
         except FileNotFoundError:
-            replace_file(self._path, "")
+            write_text(self._path, "")
             return
         with file:
             if not file.seek(0, os.SEEK_END):
@@ -201,7 +201,7 @@ class Trackers:
         """Returns the id of this run in all trackers, made when it is first needed."""
         path = self._output_dir / "trackers.json"
         if not path.exists():
-            replace_file(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
+            write_text(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
         run_id = str(json.loads(path.read_text(encoding="utf-8"))["id"])
         if _RUN_ID.fullmatch(run_id) is None:  # it becomes part of the names of folders
             raise ConfigError(f"{path} holds no id of a run; remove it to start a new one in the trackers.")

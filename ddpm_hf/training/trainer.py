@@ -55,14 +55,14 @@ class Trainer:
 
     def __init__(self, config: RunConfig, scorer: Scorer | None = None, publisher: Publisher | None = None) -> None:
         refuse_secrets(config)
-        for name, every_steps, given in (
-            ("evaluation.score_every_steps", config.evaluation.score_every_steps, scorer),
-            ("hub.push_every_steps", config.hub.push_every_steps, publisher),
+        for name, every_steps, argument, given in (
+            ("evaluation.score_every_steps", config.evaluation.score_every_steps, "scorer", scorer),
+            ("hub.push_every_steps", config.hub.push_every_steps, "publisher", publisher),
         ):
             if every_steps and given is None:
                 raise ConfigError(
-                    f"{name} {every_steps} needs Trainer to be given what does it, as `ddpm-hf train` does; set it to "
-                    "0, or give a scorer or publisher."
+                    f"{name} {every_steps} needs Trainer(config, {argument}=...) to be given what does it, as "
+                    "`ddpm-hf train` does; set it to 0, or give one."
                 )
         self._scorer, self._publisher = scorer, publisher
         self.config = config

@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf.config import TrainingConfig
+from ddpm_hf.durable import replace_folder, write_text
 from ddpm_hf.training.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -23,8 +24,6 @@ from ddpm_hf.training.checkpoint import (
     prune,
     put_aside,
     remove_unfinished,
-    replace_file,
-    replace_folder,
     verify_checkpoint,
     write_checkpoint,
 )
@@ -176,13 +175,13 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, how: str) -> N
 @pytest.mark.parametrize("how", HOWS)
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, how: str) -> None:
     path = tmp_path / "config.yaml"
-    replace_file(path, "old")
+    write_text(path, "old")
     for stop_at in range(1, 100):
-        is_done = run_until(lambda: replace_file(path, "new"), stop_at, how)
+        is_done = run_until(lambda: write_text(path, "new"), stop_at, how)
         assert path.read_text() in ("old", "new")
         if is_done:
             break
-        replace_file(path, "old")
+        write_text(path, "old")
         assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
     assert is_done
     assert path.read_text() == "new"
@@ -190,12 +189,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, how: str) -> Non
 
 def test_a_file_that_cannot_be_replaced_leaves_nothing_half_written(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    replace_file(path, "old")
+    write_text(path, "old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            replace_file(path, "new" * 1000)
+            write_text(path, "new" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("config.yaml", "old")]
@@ -207,7 +206,7 @@ def test_a_file_is_never_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
     for name in ("config.yaml", ".config.yaml.writing"):
         (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
-    replace_file(tmp_path / "run" / "config.yaml", "new")
+    write_text(tmp_path / "run" / "config.yaml", "new")
     assert (tmp_path / "precious").read_text() == "precious"
     assert [(entry.name, entry.read_text()) for entry in (tmp_path / "run").iterdir()] == [("config.yaml", "new")]
 
