@@ -34,6 +34,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 from ddpm_hf.config import DataConfig  # noqa: E402
 from ddpm_hf.data import ImageFeed, ImageSet, ImageStream, SampleOrder, open_images, open_sets  # noqa: E402
+from ddpm_hf.training.record import device_name  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -230,7 +231,7 @@ def main() -> int:
     parser.add_argument("--work_dir", help="folder for made-up images and caches; the system's by default")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
+    name = device_name(device)
     lines = [
         f"command: {shlex.join(['python', 'benchmarks/data.py', *sys.argv[1:]])}",
         f"machine: {name}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, "
@@ -252,15 +253,6 @@ def main() -> int:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"\nwritten to {path}")
     return 0
-
-
-def _processor() -> str:
-    """Returns the name of the processor."""
-    try:
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        return models[0].partition(":")[2].strip()
-    except (OSError, IndexError):
-        return platform.processor() or "unknown processor"
 
 
 if __name__ == "__main__":

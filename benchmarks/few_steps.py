@@ -11,11 +11,11 @@ import argparse
 import copy
 import functools
 import math
-import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from ddpm_hf.evaluation.frechet import frechet_distance, moments_of  # noqa: E40
 from ddpm_hf.evaluation.likelihood import variational_bound  # noqa: E402
 from ddpm_hf.evaluation.second_moments import estimate_second_moments  # noqa: E402
 from ddpm_hf.rng import sampling_generators  # noqa: E402
+from ddpm_hf.training.record import device_name  # noqa: E402
 
 SAMPLERS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "DDPM, fixed_small": (None, {"eta": 1.0}),
@@ -87,8 +88,53 @@ def over_seeds(measure: Callable[[int], float], seeds: int) -> str:
     return f"{statistics.mean(values):>9.3f} ± {error:.3f}"
 
 
-def main() -> int:
-    """Measures and writes the result file."""
+def bits_table(
+    pipeline: GaussianDiffusionPipeline, judged: ImageSet, moments: torch.Tensor, steps: list[int], seeds: int
+) -> Iterator[str]:
+    """Yields the bits per dimension under short chains, a line for each variance of the reverse steps."""
+    yield f"bits per dimension of {len(judged)} held-out images, mean ± standard error over {seeds} seeds"
+    yield f"{'':<20}" + "".join(f"{f'{number} steps':>18}" for number in steps)
+    for kind in ("fixed_small", "fixed_large", "analytic"):
+        variant = copy.copy(pipeline.scheduler.config) | {
+            "variance_type": "fixed_large" if kind == "fixed_large" else "fixed_small"
+        }
+        ours, pipeline.scheduler = pipeline.scheduler, type(pipeline.scheduler).from_config(variant)
+        if kind == "analytic":
+            pipeline.scheduler.eps_second_moments = moments
+            pipeline.scheduler.analytic_variance = True
+        cells = []
+        for number in steps:
+            timesteps = np.linspace(0, len(ours) - 1, number).round().astype(int)[::-1].tolist()
+            bound = functools.partial(variational_bound, pipeline, judged, timesteps=timesteps)
+            cells.append(over_seeds(lambda seed, bound=bound: bound(seed=seed).bits_per_dim, seeds))
+        yield f"{kind:<20}" + "".join(f"{cell:>18}" for cell in cells)
+        pipeline.scheduler = ours
+
+
+def distance_table(
+    pipeline: GaussianDiffusionPipeline,
+    training: ImageSet,
+    held_out: ImageSet,
+    steps: list[int],
+    seeds: int,
+    num_samples: int,
+) -> Iterator[str]:
+    """Yields the distance of samples to the training images, a line for each sampler."""
+    reference = moments_of(pixels_of(training))
+    yield f"\nFrechet distance in pixels of {num_samples} samples to {len(training)} training images"
+    yield f"held-out images      {frechet_distance(moments_of(pixels_of(held_out)), reference):.3f} ({len(held_out)})"
+    yield f"{'':<20}" + "".join(f"{f'{number} calls':>18}" for number in steps)
+    for sampler in SAMPLERS:
+        cells = []
+        for number in steps:
+            draw = functools.partial(sample, pipeline, sampler, number, num_samples)
+            distance = lambda seed, draw=draw: frechet_distance(moments_of(draw(seed)), reference)  # noqa: E731
+            cells.append(over_seeds(distance, seeds))
+        yield f"{sampler:<20}" + "".join(f"{cell:>18}" for cell in cells)
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--data", required=True, help="what the pipeline was trained on")
@@ -100,7 +146,12 @@ def main() -> int:
     parser.add_argument("--num_images", type=int, default=100, help="held-out images for the bits")
     parser.add_argument("--num_for_moments", type=int, default=8, help="training images a timestep")
     parser.add_argument("--name", default="few_steps", help="name of the result file")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measures and writes the result file."""
+    arguments = parse()
     pipeline = GaussianDiffusionPipeline.from_pretrained(arguments.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     size = np.broadcast_to(pipeline.unet.config.sample_size, 2).tolist()
@@ -109,45 +160,20 @@ def main() -> int:
         arguments.held_out, arguments.data_seed
     )
     judged = held_out.split(1 - arguments.num_images / len(held_out), 0)[0]
+    moments = estimate_second_moments(pipeline, training, seed=0, num_images=arguments.num_for_moments)
+    steps, seeds = arguments.steps, arguments.seeds
     lines = [
         f"command: {shlex.join(['python', 'benchmarks/few_steps.py', *sys.argv[1:]])}",
-        f"machine: {platform.processor() or platform.machine()}, torch {torch.__version__}, {pipeline.device}",
+        f"machine: {device_name(pipeline.device)}, torch {torch.__version__}",
     ]
-
-    def say(line: str) -> None:
+    print("\n".join(lines), flush=True)
+    pipeline.scheduler.eps_second_moments = moments
+    for line in chain(
+        bits_table(pipeline, judged, moments, steps, seeds),
+        distance_table(pipeline, training, held_out, steps, seeds, arguments.num_samples),
+    ):
         lines.append(line)
         print(line, flush=True)
-
-    moments = estimate_second_moments(pipeline, training, seed=0, num_images=arguments.num_for_moments)
-    say(f"bits per dimension of {len(judged)} held-out images, mean ± standard error over {arguments.seeds} seeds")
-    say(f"{'':<20}" + "".join(f"{f'{steps} steps':>18}" for steps in arguments.steps))
-    for kind in ("fixed_small", "fixed_large", "analytic"):
-        variant = copy.copy(pipeline.scheduler.config) | {
-            "variance_type": "fixed_large" if kind == "fixed_large" else "fixed_small"
-        }
-        ours, pipeline.scheduler = pipeline.scheduler, type(pipeline.scheduler).from_config(variant)
-        if kind == "analytic":
-            pipeline.scheduler.eps_second_moments = moments
-            pipeline.scheduler.analytic_variance = True
-        cells = []
-        for steps in arguments.steps:
-            chain = np.linspace(0, len(ours) - 1, steps).round().astype(int)[::-1].tolist()
-            bound = functools.partial(variational_bound, pipeline, judged, timesteps=chain)
-            cells.append(over_seeds(lambda seed, bound=bound: bound(seed=seed).bits_per_dim, arguments.seeds))
-        say(f"{kind:<20}" + "".join(f"{cell:>18}" for cell in cells))
-        pipeline.scheduler = ours
-    pipeline.scheduler.eps_second_moments = moments
-    reference = moments_of(pixels_of(training))
-    say(f"\nFrechet distance in pixels of {arguments.num_samples} samples to {len(training)} training images")
-    say(f"held-out images      {frechet_distance(moments_of(pixels_of(held_out)), reference):.3f} ({len(held_out)})")
-    say(f"{'':<20}" + "".join(f"{f'{steps} calls':>18}" for steps in arguments.steps))
-    for sampler in SAMPLERS:
-        cells = []
-        for steps in arguments.steps:
-            draw = functools.partial(sample, pipeline, sampler, steps, arguments.num_samples)
-            distance = lambda seed, draw=draw: frechet_distance(moments_of(draw(seed)), reference)  # noqa: E731
-            cells.append(over_seeds(distance, arguments.seeds))
-        say(f"{sampler:<20}" + "".join(f"{cell:>18}" for cell in cells))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{arguments.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0

@@ -133,6 +133,8 @@ def main() -> int:
 
     import torch
 
+    from ddpm_hf.training.record import device_name
+
     batch = arguments.batch
     base = Case(f"1 process, {batch} images", 1, batch)
     cases = [
@@ -145,7 +147,7 @@ def main() -> int:
         for case in cases if number % 2 == 0 else reversed(cases):
             num_parameters = measure(case, arguments.steps)
         print(f"round {number + 1} of {arguments.rounds}", flush=True)
-    machine = arguments.machine or _processor()
+    machine = arguments.machine or device_name(torch.device("cpu"))
     lines = [
         f"{machine}, {os.cpu_count()} CPUs, 1 thread a process, gloo on loopback",
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}",
@@ -160,15 +162,6 @@ def main() -> int:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"\nwritten to {path}")
     return 0
-
-
-def _processor() -> str:
-    """Returns the name of the processor."""
-    try:
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        return models[0].partition(":")[2].strip()
-    except (OSError, IndexError):
-        return platform.processor() or "unknown processor"
 
 
 if __name__ == "__main__":

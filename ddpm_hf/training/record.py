@@ -47,7 +47,7 @@ def summarize(
         "num_steps": config.training.num_steps,
         "num_images_seen": step * config.training.train_batch_size,
         "seconds": _seconds(metrics),
-        "device": _device_name(unet.device),
+        "device": device_name(unet.device),
         "num_processes": num_processes,
         "num_parameters": sum(parameter.numel() for parameter in unet.parameters()),
         "data": {
@@ -77,10 +77,10 @@ def _seconds(metrics: Sequence[Mapping[str, Any]]) -> float:
     return round(seconds, 1)
 
 
-def _device_name(device: torch.device) -> str:
-    """Returns what the device is called by those who sell it."""
+def device_name(device: torch.device) -> str:
+    """Returns what a device is called by those who sell it."""
     if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
+        return str(torch.cuda.getdevice_name(device))
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
