@@ -1,25 +1,30 @@
-"""A Hugging Face Hub on the loopback device, kept in memory: the part that clients read models from.
+"""A Hugging Face Hub on the loopback device, kept in memory: the part that clients read models from and push them to.
 
     with LoopbackHub() as hub:
         commit = hub.repository("user/model").commit(files_of(folder))
 
-A client finds it through `HF_ENDPOINT=hub.endpoint` in the environment that it starts with. As on the real Hub, small
-files are served in place and large ones by a redirect to another origin, which must never be shown the token. A further
-route is one more method of LoopbackHub and one more row in ROUTES.
+A client finds it through `HF_ENDPOINT=hub.endpoint` in the environment that it starts with, and logs in with
+`HF_TOKEN=hub.token`. As on the real Hub, small files are served in place and large ones by a redirect to another
+origin, where they are also uploaded to; that origin must never be shown the token. A further route is one more method
+of LoopbackHub and one more row in ROUTES.
+
+There is no Xet storage. A client that has hf_xet and was not told HF_HUB_DISABLE_XET=1 asks nobody whether to use it
+for large files, only which files are large: with `hub.takes_large_files = False` it is told that none is.
 """
 
-import hashlib
+import base64
 import json
 import re
-import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote
 
-LARGE_FILES = (".safetensors", ".bin", ".png")
+import yaml
+
+from tests.loopback_reading import ORGANIZATION, USER, ReadableHub
+from tests.loopback_repository import Upload, git_blob_id, is_large, sha256
+from tests.loopback_server import Refusal, Request, Response, as_json
+
 REPOSITORY = r"(?P<repository>[^/]+/[^/]+)"
 REVISION = r"(?P<revision>[^/]+)"
 
@@ -29,183 +34,171 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def sha256(content: bytes) -> str:
-    """The name of a large file in the storage."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def git_blob_id(content: bytes) -> str:
-    """The name that git gives a file."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-@dataclass
-class Repository:
-    """The commits of a model, {commit id: {path: content}}, and the names that point to them."""
-
-    private: bool = False
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, files: Mapping[str, bytes], branch: str = "main") -> str:
-        """Makes these files the whole content of a branch and returns the id of the commit, 40 digits as in git."""
-        tree = [f"{git_blob_id(content)} {path}" for path, content in sorted(files.items())]
-        parent = self.branches.get(branch, "")
-        commit = hashlib.sha1("\n".join([parent, *tree]).encode(), usedforsecurity=False).hexdigest()
-        self.commits[commit] = dict(files)
-        self.branches[branch] = commit
-        return commit
-
-    def find(self, revision: str) -> str | None:
-        """Returns the commit that a branch, a tag or a commit id means."""
-        commit = self.branches.get(revision) or self.tags.get(revision) or revision
-        return commit if commit in self.commits else None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a client asked; the path is still quoted, names of headers are in any case."""
-
-    method: str
-    path: str
-    query: dict[str, list[str]]
-    headers: Mapping[str, str]
-    body: bytes
-
-
-@dataclass(frozen=True)
-class Response:
-    """What it gets; a HEAD request gets no content, but its length."""
-
-    status: int
-    content: bytes = b""
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-class Refusal(Exception):
-    """An answer that says why not: clients turn the code into their own exceptions."""
-
-    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
-        reason = {"X-Error-Code": code, "X-Error-Message": message}
-        self.response = Response(status, json.dumps({"error": message}).encode(), reason | dict(headers or {}))
-
-
-def as_json(value: Any, headers: Mapping[str, str] | None = None) -> Response:
-    """Answers with a value."""
-    return Response(200, json.dumps(value).encode(), {"Content-Type": "application/json"} | dict(headers or {}))
-
-
-def as_file(request: Request, content: bytes, headers: Mapping[str, str]) -> Response:
-    """Answers with a file, or with the part of it that the request asks for to go on with a broken download."""
-    headers = {"Accept-Ranges": "bytes"} | dict(headers)
-    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
-    if asked is None:
-        return Response(200, content, headers)
-    first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
-    if first > last:
-        return Response(416, b"", headers | {"Content-Range": f"bytes */{len(content)}"})
-    part = {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
-    return Response(206, content[first : last + 1], headers | part)
-
-
-class LoopbackHub:
-    """The Hub and the storage of its large files, each on a port of its own while the context lasts.
-
-    Attributes:
-        endpoint: The address for HF_ENDPOINT.
-        token: The one that may read private repositories.
-        repositories: By "user/name".
-        stored: The large files that the storage serves, by their sha256.
-        requests: What was asked so far, as "METHOD path".
-    """
-
-    def __init__(self) -> None:
-        self.token = "hf_loopback"  # noqa: S105 - no secret: it opens nothing but this object
-        self.repositories: dict[str, Repository] = {}
-        self.stored: dict[str, bytes] = {}
-        self.requests: list[str] = []
-        self._hub, self._storage = _server(self.answer), _server(self.answer_of_storage)
-        self.endpoint, self._storage_endpoint = (
-            f"http://127.0.0.1:{server.server_port}" for server in (self._hub, self._storage)
-        )
-
-    def __enter__(self) -> "LoopbackHub":
-        for server in (self._hub, self._storage):
-            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for server in (self._hub, self._storage):
-            server.shutdown()
-            server.server_close()
-
-    def repository(self, name: str) -> Repository:
-        """Returns the repository of this name, a new one if there is none."""
-        return self.repositories.setdefault(name, Repository())
+class LoopbackHub(ReadableHub):
+    """The Hub with all its routes; what a test sets and reads are the attributes of ReadableHub."""
 
     def answer(self, request: Request) -> Response:
         """Takes the route of a request."""
-        self.requests.append(f"{request.method} {request.path}")
         for methods, pattern, route in ROUTES:
             found = re.fullmatch(pattern, request.path)
             if found and request.method in methods:
                 names = {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
-                return route(self, request, **names)
+                with self._lock:
+                    return route(self, request, **names)
         raise Refusal(404, "EntryNotFound", f"This Hub has no route for {request.method} {request.path}.")
 
-    def answer_of_storage(self, request: Request) -> Response:
-        """Serves a large file by its sha256; as a signed address, it takes no token."""
-        self.requests.append(f"{request.method} {request.path}")
-        if "Authorization" in request.headers:
-            raise Refusal(400, "InvalidRequest", "The token was shown to the storage.")
-        content = self.stored.get(request.path.removeprefix("/"))
-        if content is None:
-            raise Refusal(404, "EntryNotFound", "The storage has no such file.")
-        return as_file(request, content, {})
+    def create(self, request: Request) -> Response:
+        """Makes a repository, with the first commit that the Hub makes itself."""
+        asked = json.loads(request.body)
+        owner = asked.get("organization") or USER
+        name = f"{owner}/{asked['name']}"
+        role = self._role(request)
+        if role is None:
+            raise Refusal(401, "", "Invalid username or password.")
+        if asked.get("type", "model") != "model":
+            raise Refusal(400, "", f"This Hub has models only, no {asked['type']}.")
+        if role != "write" or owner not in (USER, ORGANIZATION):
+            message = f'You don\'t have the rights to create a model under the namespace "{owner}"'
+            raise Refusal(403, "", message)
+        answer = {"url": f"{self.endpoint}/{name}", "name": name, "id": name}
+        if name in self.repositories:
+            return as_json(answer | {"error": "You already created this model repo"}, status=409)
+        repository = self.repository(name)
+        repository.private = asked.get("visibility") == "private"
+        repository.commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+        return as_json(answer)
 
-    def info(self, request: Request, repository: str, revision: str = "main") -> Response:
-        """The commit of a revision and its files."""
-        found, commit = self._open(request, repository, revision)
-        siblings = [{"rfilename": path} for path in sorted(found.commits[commit])]
-        return as_json({"id": repository, "sha": commit, "private": found.private, "tags": [], "siblings": siblings})
+    def create_branch(self, request: Request, repository: str, revision: str) -> Response:
+        """Gives a commit, main's by default, a further name."""
+        found = self._open_for_writing(request, repository)
+        if revision.startswith("refs/"):
+            raise Refusal(400, "", f"Invalid reference name: {revision}")
+        if revision in found.branches:
+            raise Refusal(409, "", f"Reference already exists: {revision}")
+        start = json.loads(request.body or b"{}").get("startingPoint", "main")
+        found.branches[revision] = self._commit_of(found, start)
+        return as_json({})
 
-    def tree(self, request: Request, repository: str, revision: str) -> Response:
-        """Every file of a revision with its size and hashes, whether asked to recurse or not; no folders."""
-        found, commit = self._open(request, repository, revision)
-        entries = []
-        for path, content in sorted(found.commits[commit].items()):
-            entry = {"type": "file", "path": path, "size": len(content), "oid": git_blob_id(content)}
-            if path.endswith(LARGE_FILES):
-                entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
-            entries.append(entry)
-        return as_json(entries, {"X-Repo-Commit": commit})
+    def validate_yaml(self, request: Request) -> Response:
+        """Whether the head of a model card is YAML with settings in it; the Hub itself knows more about them."""
+        self._role(request)
+        head = re.match(r"---\r?\n(.*?)^---\s*$", json.loads(request.body)["content"], re.DOTALL | re.MULTILINE)
+        if head is None:
+            return as_json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
+        try:
+            problem = "" if isinstance(yaml.safe_load(head[1]), dict) else "the metadata are no mapping"
+        except yaml.YAMLError as error:
+            problem = str(error)
+        errors = [{"message": problem}] if problem else []
+        return as_json({"errors": errors, "warnings": []}, status=400 if errors else 200)
 
-    def resolve(self, request: Request, repository: str, revision: str, path: str) -> Response:
-        """A file of a revision: in place, or where it is stored."""
-        found, commit = self._open(request, repository, revision)
-        headers = {"X-Repo-Commit": commit}
-        content = found.commits[commit].get(path)
-        if content is None:
-            raise Refusal(404, "EntryNotFound", f"{repository} has no file {path}.", headers)
-        if not path.endswith(LARGE_FILES):
-            return as_file(request, content, headers | {"ETag": f'"{git_blob_id(content)}"'})
-        name = sha256(content)
-        self.stored[name] = content
-        headers |= {"Location": f"{self._storage_endpoint}/{name}", "ETag": f'"{git_blob_id(content)}"'}
-        return Response(302, b"", headers | {"X-Linked-ETag": f'"{name}"', "X-Linked-Size": str(len(content))})
+    def preupload(self, request: Request, repository: str, revision: str) -> Response:
+        """Which files go to the storage, and which name each has there or in git already."""
+        found = self._open_for_writing(request, repository, may_be_foreign="create_pr" in request.query)
+        present = found.commits[self._commit_of(found, revision)]
+        answer = []
+        for file in json.loads(request.body)["files"]:
+            self._wire.heard.append(base64.b64decode(file["sample"]))
+            path, large = file["path"], self.takes_large_files and is_large(file["path"], file["size"])
+            name = (sha256 if large else git_blob_id)(present[path]) if path in present else None
+            mode = "lfs" if large else "regular"
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": name})
+        return as_json({"files": answer})
 
-    def _open(self, request: Request, name: str, revision: str) -> tuple[Repository, str]:
-        """Returns a repository that the request may read, and the commit that it means."""
-        authorization = request.headers.get("Authorization")
-        repository = self.repositories.get(name)
-        if repository is None or (repository.private and authorization != f"Bearer {self.token}"):
-            # Without a token the answer does not say whether there is such a repository.
-            raise Refusal(404 if authorization else 401, "RepoNotFound", "Repository not found")
-        commit = repository.find(revision)
-        if commit is None:
+    def announce(self, request: Request, repository: str) -> Response:
+        """Where to upload those large files that are not in the storage yet."""
+        asked = json.loads(request.body)
+        # A client names no revision if it is going to make a pull request.
+        found = self._open_for_writing(request, repository, may_be_foreign="ref" not in asked)
+        for files in found.commits.values():
+            self.stored |= {sha256(content): content for path, content in files.items() if is_large(path, len(content))}
+        objects = []
+        for entry in asked["objects"]:
+            answer = {"oid": entry["oid"], "size": entry["size"]}
+            if entry["oid"] not in self.stored:
+                self._announced.add(entry["oid"])
+                upload = {"href": self.stored_at(entry["oid"])}
+                verify = {"href": f"{self.endpoint}/{repository}.git/info/lfs/objects/verify"}
+                answer["actions"] = {"upload": upload, "verify": verify}
+            objects.append(answer)
+        return as_json({"transfer": "basic", "objects": objects})
+
+    def verify(self, request: Request, repository: str) -> Response:
+        """Whether an upload has arrived."""
+        self._open_for_writing(request, repository, may_be_foreign=True)
+        entry = json.loads(request.body)
+        if len(self.stored.get(entry["oid"], b"")) != entry["size"]:
+            raise Refusal(404, "", "The storage has no such file of this size.")
+        return as_json({})
+
+    def commit(self, request: Request, repository: str, revision: str) -> Response:
+        """Changes a branch, or makes a pull request with the changes: all of them, or none if one cannot be made."""
+        as_pull_request = "create_pr" in request.query
+        found = self._open_for_writing(request, repository, may_be_foreign=as_pull_request)
+        parent = found.branches.get(revision)
+        if parent is None:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        return repository, commit
+        header, *operations = (json.loads(line) for line in request.body.splitlines())
+        if header["value"].get("parentCommit", parent) != parent:
+            raise Refusal(412, "", "A commit has happened since. Please refresh and try again.")
+        files, sizes, deleted = dict(found.commits[parent]), {}, []
+        for operation in operations:
+            kind, value = operation["key"], operation["value"]
+            path = value["path"]
+            if kind in ("file", "lfsFile"):
+                files[path] = self._content(kind, value)
+                sizes[path] = len(files[path])
+                continue
+            gone = [name for name in files if name == path or (kind == "deletedFolder" and name.startswith(path))]
+            if not gone:
+                raise Refusal(404, "EntryNotFound", f"A file with this name doesn't exist: {path}")
+            deleted += gone
+            files = {name: content for name, content in files.items() if name not in gone}
+        message = header["value"]["summary"]
+        if as_pull_request:
+            revision = found.open_pull_request(message, parent)
+        commit = found.commit(files, revision)
+        self.uploaded.append(Upload(repository, revision, commit, message, sizes, deleted))
+        answer = {"success": True, "commitOid": commit, "commitUrl": f"{self.endpoint}/{repository}/commit/{commit}"}
+        if as_pull_request:
+            answer["pullRequestUrl"] = f"{self.endpoint}/{repository}/discussions/{len(found.pull_requests)}"
+        return as_json(answer)
+
+    def open_pull_request(self, request: Request, repository: str) -> Response:
+        """An empty one, which a client with hf_xet makes before it commits to its branch."""
+        found = self._open_for_writing(request, repository, may_be_foreign=True)
+        found.open_pull_request(json.loads(request.body)["title"], found.branches["main"])
+        return as_json({"num": len(found.pull_requests)})
+
+    def pull_request(self, request: Request, repository: str, number: str) -> Response:
+        """What a pull request is called and where it goes to."""
+        found = self._find(request, repository)
+        if not 0 < int(number) <= len(found.pull_requests):
+            raise Refusal(404, "EntryNotFound", f"{repository} has no pull request {number}.")
+        return as_json(
+            {
+                "num": int(number),
+                "title": found.pull_requests[int(number) - 1],
+                "isPullRequest": True,
+                "status": "draft",
+                "author": {"name": USER},
+                "createdAt": "2026-01-01T00:00:00.000Z",
+                "repo": {"name": repository, "type": "model"},
+                "changes": {"base": "main"},
+                "filesWithConflicts": [],
+                "events": [],
+            }
+        )
+
+    def _content(self, kind: str, value: Mapping[str, str]) -> bytes:
+        """Returns what a commit puts into a file."""
+        if kind == "file":
+            content = base64.b64decode(value["content"])
+            self._wire.heard.append(content)
+            return content
+        if value["oid"] not in self.stored:
+            raise Refusal(400, "", f"{value['path']} was not uploaded to the storage.")
+        return self.stored[value["oid"]]
 
 
 ROUTES: tuple[tuple[tuple[str, ...], str, Callable[..., Response]], ...] = (
@@ -213,34 +206,16 @@ ROUTES: tuple[tuple[tuple[str, ...], str, Callable[..., Response]], ...] = (
     (("GET",), rf"/api/models/{REPOSITORY}/revision/{REVISION}", LoopbackHub.info),
     (("GET",), rf"/api/models/{REPOSITORY}/tree/{REVISION}", LoopbackHub.tree),
     (("GET", "HEAD"), rf"/{REPOSITORY}/resolve/{REVISION}/(?P<path>.+)", LoopbackHub.resolve),
+    (("GET",), rf"/api/models/{REPOSITORY}/refs", LoopbackHub.refs),
+    (("GET",), r"/api/whoami-v2", LoopbackHub.who_am_i),
+    (("GET",), rf"/api/models/{REPOSITORY}/auth-check(?:/(?P<right>write))?", LoopbackHub.auth_check),
+    (("POST",), r"/api/repos/create", LoopbackHub.create),
+    (("POST",), rf"/api/models/{REPOSITORY}/branch/{REVISION}", LoopbackHub.create_branch),
+    (("POST",), r"/api/validate-yaml", LoopbackHub.validate_yaml),
+    (("POST",), rf"/api/models/{REPOSITORY}/preupload/{REVISION}", LoopbackHub.preupload),
+    (("POST",), rf"/{REPOSITORY}\.git/info/lfs/objects/batch", LoopbackHub.announce),
+    (("POST",), rf"/{REPOSITORY}\.git/info/lfs/objects/verify", LoopbackHub.verify),
+    (("POST",), rf"/api/models/{REPOSITORY}/commit/{REVISION}", LoopbackHub.commit),
+    (("POST",), rf"/api/models/{REPOSITORY}/discussions", LoopbackHub.open_pull_request),
+    (("GET",), rf"/api/models/{REPOSITORY}/discussions/(?P<number>\d+)", LoopbackHub.pull_request),
 )
-
-
-def _server(answer: Callable[[Request], Response]) -> ThreadingHTTPServer:
-    """Returns a server on a free port of the loopback device, with a thread for each connection."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def handle_request(self) -> None:
-            url = urlsplit(self.path)
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            try:
-                response = answer(Request(self.command, url.path, parse_qs(url.query), self.headers, body))
-            except Refusal as refusal:
-                response = refusal.response
-            self.send_response(response.status)
-            for name, value in response.headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(response.content)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(response.content)
-
-        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request  # noqa: N815 - names of the base class
-
-        def log_message(self, *_: object) -> None:
-            """Prints nothing: what was asked is in LoopbackHub.requests."""
-
-    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
