@@ -115,6 +115,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation.second_moments": {"data", "diffusion", "evaluation.chain", "rng"},
     "evaluation.verification": {"diffusion", "rng"},
     "report": {"evaluation.recognition", "plots", "redaction"},
+    "hub": {"config", "diffusion", "hub", "plots", "redaction"},
     "commands": {
         "commands", "config", "data", "diffusion", "evaluation", "plots", "redaction", "report", "training",
     },
@@ -128,6 +129,7 @@ HOMES_OF_LIBRARIES = {
     "accelerate": {"training"},
     "datasets": {"data"},
     "huggingface_hub": {"data", "diffusion.reverse_variance", "hub", "pretrained"},
+    "jinja2": {"hub"},
     "jsonargparse": {"config"},
     "matplotlib": {"evaluation.picture", "plots"},
     "scipy": {"training.noise"},
