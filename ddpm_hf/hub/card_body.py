@@ -1,4 +1,4 @@
-"""The marked sections of a card: ours are renewed, those that somebody edited stay, and so does all that is around them.
+"""The marked sections of a card: ours are renewed, those that somebody edited stay, as does all around them.
 
 A section begins with `<!-- ddpm_hf: begin NAME sha256=... -->` and ends with `<!-- ddpm_hf: end NAME -->`. The hash is
 that of the text between, without the empty lines around it and with line breaks of one kind. A mark is a line of its
@@ -95,9 +95,8 @@ def merged_body(text: str, sections: Mapping[str, str]) -> tuple[str, tuple[str,
     written, kept = "", []
     for part in read_parts(text):
         if part.name is None:
-            kept += [
-                found[1] for line in part.text.splitlines() if (found := _BEGIN.fullmatch(line) or _END.fullmatch(line))
-            ]
+            marks = [_BEGIN.fullmatch(line) or _END.fullmatch(line) for line in part.text.splitlines()]
+            kept += [mark[1] for mark in marks if mark]
             written += part.text
         elif part.was_edited:
             kept.append(part.name)

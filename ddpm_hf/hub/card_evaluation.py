@@ -150,12 +150,9 @@ def command(
     """
     sampling, data = evaluation.sampling, config.get("data") or {}
     flags = {"data": source, "data.split": evaluation.data.get("split")}
-    names = [
-        "subset",
-        *(["validation_split", "validation_fraction"] if evaluation.data.get("num_held_out_images") else []),
-    ]
-    flags |= {f"data.{name}": data.get(name) or None for name in names}
-    if data.get("validation_fraction"):
+    flags["data.subset"] = data.get("subset")
+    if evaluation.data.get("num_held_out_images"):
+        flags |= {f"data.{name}": data.get(name) or None for name in ("validation_split", "validation_fraction")}
         flags["split_seed"] = (config.get("training") or {}).get("seed") or None
     flags["metrics"] = ",".join(dict.fromkeys(one.metric for one in evaluation.measurements))
     flags["features"] = next((one.network for one in evaluation.of_samples if "[" in one.row["name"]), None)

@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
-from huggingface_hub.utils import yaml_dump
 
 MODEL_INDEX = "model-index"
 _RECORD = "# ddpm_hf wrote: "
@@ -199,4 +198,4 @@ def _record_line(record: Record) -> str:
 
 def _dump(data: Mapping[str, Any]) -> str:
     """Returns YAML as huggingface_hub writes it, with no line break at its end."""
-    return str(yaml_dump(dict(data), sort_keys=False)).strip()
+    return str(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)).strip()

@@ -34,7 +34,7 @@ def metadata(facts: Facts, license: str | None) -> dict[str, Any]:
         model_name=facts.name if measured else None,
         eval_results=[_result(one, facts) for one in measured] or None,
     )
-    return dict(data.to_dict())
+    return dict(data.to_dict())  # type: ignore[no-untyped-call]
 
 
 def _result(one: Measurement, facts: Facts) -> EvalResult:
