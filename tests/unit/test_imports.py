@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"config", "redaction"},
     "redaction": set(),
     "rng": set(),
-    "plots": set(),
+    "plots": {"plots"},
     "unet": {"config"},
     "pretrained": {"config", "diffusion"},
     "data": {"data", "config", "rng"},
@@ -118,6 +118,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": {
         "commands", "config", "data", "diffusion", "evaluation", "plots", "redaction", "report", "training",
     },
+    "commands.plot": {"commands.plot_inputs", "config", "data", "diffusion", "plots", "report", "rng", "training"},
     "cli": {"ddpm_hf", "commands", "redaction"},
     "__main__": {"cli"},
     "__init__": {"config", "diffusion", "training.trainer"},
