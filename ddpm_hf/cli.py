@@ -62,6 +62,13 @@ def evaluate(arguments: Sequence[str]) -> int:
     return _exit_code(lambda: command(arguments))
 
 
+def plot(arguments: Sequence[str]) -> int:
+    """Draws a picture, and returns the exit code."""
+    from ddpm_hf.commands.plot import plot as command
+
+    return _exit_code(lambda: command(arguments))
+
+
 def verify(arguments: Sequence[str]) -> int:
     """Tells whether a saved pipeline is what was saved, and returns the exit code."""
     from ddpm_hf.commands.verify import verify as command
@@ -82,6 +89,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a DDPM"),
     "ema": (ema, "make a pipeline with an average of any length"),
     "evaluate": (evaluate, "measure how good a pipeline is"),
+    "plot": (plot, "draw schedules, noising, curves of runs, grids"),
     "push": (push, "publish a pipeline on the Hub"),
     "verify": (verify, "tell whether a saved pipeline is what was saved"),
 }

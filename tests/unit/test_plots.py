@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_hf.plots import LABEL_HEIGHT, _loss_figure, denoising_strip, image_grid, loss_curve, save_animation
+from ddpm_hf.plots import LABEL_HEIGHT, denoising_strip, forward_strip, image_grid, loss_curve, save_animation
+from ddpm_hf.plots.curves import _loss_figure
+from ddpm_hf.plots.images import _short
 
 
 def distinct_images(count: int, height: int = 2, width: int = 2, channels: int = 1) -> np.ndarray:
@@ -112,6 +114,45 @@ def test_strip_shows_all_frames_of_a_short_trajectory() -> None:
 def test_strip_refuses_a_single_frame() -> None:
     with pytest.raises(ValueError, match="ask for at least 2"):
         denoising_strip(distinct_images(3)[:, None], num_frames=1)
+
+
+def test_forward_strip_shows_each_state_with_its_timestep_above_and_its_snr_below() -> None:
+    states = distinct_images(3, height=2, width=2, channels=3)
+    plain = np.asarray(image_grid(states, 3, enlarge_to=96, gap=4))
+    picture = np.asarray(forward_strip(states, [0, 500, 999], [9999.0, 0.0784, 4.04e-5]))
+    assert picture.shape == (2 * LABEL_HEIGHT + 96, 4 + 3 * 100, 3)
+    np.testing.assert_array_equal(picture[LABEL_HEIGHT:-LABEL_HEIGHT], plain[4:-4])
+    for labels in (picture[:LABEL_HEIGHT], picture[-LABEL_HEIGHT:]):
+        assert [labels[:, 4 + column * 100 : 100 + column * 100].min() < 128 for column in range(3)] == [True] * 3
+        assert labels[:, [*range(4), *range(100, 104), *range(200, 204)]].min() == 255
+
+
+def test_forward_strip_writes_what_it_was_given() -> None:
+    """The same words give the same pixels, and other numbers give others."""
+    states = distinct_images(2)
+    picture = np.asarray(forward_strip(states, [0, 10], [2.0, 0.5]))
+    other_t = np.asarray(forward_strip(states, [0, 11], [2.0, 0.5]))
+    other_snr = np.asarray(forward_strip(states, [0, 10], [2.0, 0.6]))
+    assert (picture[:LABEL_HEIGHT] != other_t[:LABEL_HEIGHT]).any()
+    np.testing.assert_array_equal(picture[LABEL_HEIGHT:], other_t[LABEL_HEIGHT:])
+    assert (picture[-LABEL_HEIGHT:] != other_snr[-LABEL_HEIGHT:]).any()
+    np.testing.assert_array_equal(picture[:-LABEL_HEIGHT], other_snr[:-LABEL_HEIGHT])
+
+
+@pytest.mark.parametrize(
+    ("snr", "text"),
+    [(0.0, "0"), (9999.0, "9999"), (23999.4, "23999"), (4.14, "4.1"), (0.0057, "0.0057"), (4.04e-5, "4.0e-05"),
+     (1e12, "1.0e+12")],
+)  # fmt: skip
+def test_an_snr_is_written_so_that_it_fits_below_an_image(snr: float, text: str) -> None:
+    assert _short(snr) == text
+
+
+def test_forward_strip_refuses_labels_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="2 states, 1 timesteps and 2 snrs"):
+        forward_strip(distinct_images(2), [0], [2.0, 0.5])
+    with pytest.raises(ValueError, match="2 states, 2 timesteps and 3 snrs"):
+        forward_strip(distinct_images(2), [0, 1], [2.0, 0.5, 0.1])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

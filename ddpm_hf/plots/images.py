@@ -1,12 +1,12 @@
-"""Pictures of images and losses: grids, denoising strips, animations, loss curves.
+"""Pictures of images: grids, strips, animations.
 
-Arrays in, pictures out; no torch. Images are uint8 in [0, 255], (number, height, width, channels), with 1 channel
+Images are uint8 in [0, 255], (number, height, width, channels), with 1 channel
 (gray), 3 (RGB) or 4 (RGBA, shown on white). Other channels are shown side by side, each as a gray image.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ BACKGROUND = 255
 LABEL_COLOR = (60, 60, 60)
 LABEL_HEIGHT = 26
 LARGEST_FONT, SMALLEST_FONT = 17, 8
-LINE_COLOR, VALIDATION_COLOR = "#1f5a94", "#c4541b"
 
 
 def image_grid(
@@ -90,6 +89,45 @@ def denoising_strip(trajectory: UInt8Array, *, num_frames: int = 10, enlarge_to:
     return image_grid(rows, len(shown), enlarge_to=enlarge_to, gap=gap, column_labels=labels)
 
 
+def forward_strip(
+    states: UInt8Array,
+    timesteps: Sequence[int],
+    snrs: Sequence[float],
+    *,
+    enlarge_to: int = 96,
+    gap: int = 4,
+) -> Image.Image:
+    """Shows how the forward process turns an image into noise: one row, t above and the SNR below each state.
+
+    Args:
+        states: uint8, (number, height, width, channels), x_t at each of the timesteps.
+        timesteps: t of each state.
+        snrs: alpha_bar_t / (1 - alpha_bar_t) of each state.
+        enlarge_to: As in `image_grid`.
+        gap: As in `image_grid`.
+
+    Returns:
+        The picture, RGB.
+
+    Raises:
+        ValueError: If the states are not uint8 of that shape, or there is not one t and one SNR for each.
+    """
+    _check_images(states, "states", num_dimensions=4)
+    if not len(states) == len(timesteps) == len(snrs):
+        raise ValueError(
+            f"There are {len(states)} states, {len(timesteps)} timesteps and {len(snrs)} snrs; give one of each."
+        )
+    grid = image_grid(
+        states, len(states), enlarge_to=enlarge_to, gap=gap, column_labels=[f"t = {t}" for t in timesteps]
+    )
+    picture = Image.new("RGB", (grid.width, grid.height - gap + LABEL_HEIGHT), (BACKGROUND,) * 3)
+    picture.paste(grid)
+    width = (grid.width - gap) // len(states) - gap
+    centers = [gap + column * (width + gap) + width / 2 for column in range(len(states))]
+    _write_labels(picture, [f"SNR {_short(snr)}" for snr in snrs], centers, width, top=grid.height - gap)
+    return picture
+
+
 def save_animation(
     trajectory: UInt8Array,
     path: Path,
@@ -121,105 +159,6 @@ def save_animation(
     ]
     durations = [frame_milliseconds] * (len(frames) - 1) + [hold_last]
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-
-
-def loss_curve(
-    steps: Sequence[int],
-    losses: Sequence[float],
-    path: Path,
-    *,
-    validation_steps: Sequence[int] = (),
-    validation_losses: Sequence[float] = (),
-) -> None:
-    """Draws the training loss over the steps: every value faintly, a moving average in front.
-
-    Args:
-        steps: Optimiser steps, ascending.
-        losses: The loss of each of these steps; values that are not finite are counted in the legend, not drawn.
-        path: Where to write a PNG.
-        validation_steps: Steps at which the validation loss was measured.
-        validation_losses: The validation loss of each of these steps.
-
-    Raises:
-        ValueError: If there is no loss, or not one for each step.
-    """
-    if not losses or len(steps) != len(losses) or len(validation_steps) != len(validation_losses):
-        raise ValueError(
-            f"A loss curve needs one loss a step; got {len(steps)} steps with {len(losses)} losses and "
-            f"{len(validation_steps)} validation steps with {len(validation_losses)} losses."
-        )
-    figure = _loss_figure(steps, losses, validation_steps, validation_losses)
-    figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
-
-
-def _loss_figure(
-    steps: Sequence[int], losses: Sequence[float], validation_steps: Sequence[int], validation_losses: Sequence[float]
-) -> Any:
-    """Returns the matplotlib figure of `loss_curve`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    _draw_losses(axes, np.asarray(steps), np.asarray(losses, np.float64))
-    if validation_steps:
-        axes.plot(
-            validation_steps, validation_losses, "o-", ms=4, lw=1.5, color=VALIDATION_COLOR, label="validation loss"
-        )
-    _style_axes(axes, np.asarray([*losses, *validation_losses], np.float64))
-    return figure
-
-
-def _draw_losses(axes: Any, steps: npt.NDArray[Any], losses: npt.NDArray[np.float64]) -> None:
-    """Draws the raw losses and their moving average, over about a fiftieth of the curve."""
-    finite = np.isfinite(losses)
-    steps, num_left_out = steps[finite], int((~finite).sum())
-    losses = losses[finite]
-    note = f" ({num_left_out} not finite)" if num_left_out else ""
-    if losses.size < 20:
-        axes.plot(steps, losses, "o-", ms=3, lw=1.5, color=LINE_COLOR, label=f"training loss{note}")
-        return
-    axes.plot(steps, losses, lw=0.8, color=LINE_COLOR, alpha=0.3, label=f"training loss{note}")
-    smooth = _moving_average(losses, max(3, losses.size // 50))
-    axes.plot(steps, smooth, lw=1.8, color=LINE_COLOR, label="moving average")
-
-
-def _style_axes(axes: Any, losses: npt.NDArray[np.float64]) -> None:
-    """Labels the axes of a loss curve, logarithmic if it spans a wide range, and draws what helps to read it."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
-
-    finite = losses[np.isfinite(losses)]
-    if finite.size and 0 < 5 * finite.min() < finite.max():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss")
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.01)
-    # So that the place of a few points says how far the run was, and that of a single one how large its loss is.
-    axes.set_xlim(left=0)
-    if finite.size == 1:
-        axes.set_ylim(bottom=min(0.0, finite[0]))
-    axes.legend(frameon=False)
-
-
-def _moving_average(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
-    """Averages each value with up to `width` neighbours on each side, never more after it than before it.
-
-    So the steep beginning is not averaged away, and the last values are not followed one by one.
-    """
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    before = np.minimum(width, index)
-    after = np.minimum(before, len(values) - 1 - index)
-    averages: npt.NDArray[np.float64] = (sums[index + after + 1] - sums[index - before]) / (before + after + 1)
-    return averages
 
 
 def _check_images(images: UInt8Array, name: str, *, num_dimensions: int) -> None:
@@ -257,8 +196,20 @@ def _spread(length: int, count: int) -> list[int]:
     return [round(position) for position in np.linspace(0, length - 1, min(count, length)).tolist()]
 
 
-def _write_labels(picture: Image.Image, labels: Sequence[str], centers: Sequence[float], width: int) -> None:
-    """Writes a word above each column, all in the largest size in which the longest one fits, cut if none does."""
+def _short(number: float) -> str:
+    """Writes a number of at least 0 with two digits or its whole part, and as a power of ten where it is far from 1."""
+    if 100 <= number < 1e6:
+        return f"{number:.0f}"
+    return f"{number:.2g}" if 1e-3 <= number < 100 or number == 0 else f"{number:.1e}"
+
+
+def _write_labels(
+    picture: Image.Image, labels: Sequence[str], centers: Sequence[float], width: int, top: int = 0
+) -> None:
+    """Writes a word over each column, from `top` on LABEL_HEIGHT high.
+
+    All have the largest size in which the longest one fits; where none does, words are cut.
+    """
     draw = ImageDraw.Draw(picture)
     for size in range(LARGEST_FONT, SMALLEST_FONT - 1, -1):
         font = ImageFont.load_default(size)
@@ -266,7 +217,7 @@ def _write_labels(picture: Image.Image, labels: Sequence[str], centers: Sequence
             break
     for label, center in zip(labels, centers, strict=True):
         text = _fit(draw, label, font, width)
-        draw.text((center, LABEL_HEIGHT / 2), text, LABEL_COLOR, font, anchor="mm")
+        draw.text((center, top + LABEL_HEIGHT / 2), text, LABEL_COLOR, font, anchor="mm")
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: AnyFont, width: int) -> str:
