@@ -66,6 +66,10 @@ class ReadableHub:
         """Makes the next requests fail that a pattern is found in, as tests.loopback_server.Wire.fail says."""
         self._wire.fail(pattern, status, times, after_bytes)
 
+    def mend(self) -> None:
+        """Ends what `fail` began."""
+        self._wire.mend()
+
     def repository(self, name: str) -> Repository:
         """Returns the repository of this name, a new one if there is none."""
         return self.repositories.setdefault(name, Repository())

@@ -107,6 +107,10 @@ class Wire:
             raise ValueError(f'after_bytes {after_bytes} with status {status!r}: only "cut" may come in the middle.')
         self._faults.append(Fault(pattern, status, times, after_bytes))
 
+    def mend(self) -> None:
+        """Lets everything go well again."""
+        self._faults.clear()
+
     def fault_of(self, asked: str) -> Fault | None:
         """Remembers a request and returns what shall go wrong with it, once less from now on."""
         with self._lock:

@@ -40,7 +40,7 @@ def plot(arguments: Sequence[str]) -> int:
         raise NotADirectoryError(f"--output: there is no folder {output.parent}")
     write, words = options.draw(options)
 
-    from ddpm_hf.report import write_whole
+    from ddpm_hf.durable import write_whole
 
     write_whole(output, write)
     print(f"{output}: {words}.")

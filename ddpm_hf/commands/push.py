@@ -62,8 +62,8 @@ def push(arguments: Sequence[str]) -> int:
     from ddpm_hf.hub.card import make_card
     from ddpm_hf.hub.export import assemble, contents
 
+    logging.disable_progress_bar()  # the pipeline is loaded several times
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
         hub.hide_progress()
     target = hub.Target(
         repo_id=options.repo_id,

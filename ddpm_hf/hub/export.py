@@ -67,7 +67,7 @@ def assemble(folder: Path, target: Path, *, fp16: bool = False) -> None:
     try:
         pipeline = GaussianDiffusionPipeline.from_pretrained(source, dtype=torch.float32)
     except OSError as error:
-        raise ValueError(f"{source} holds no pipeline that can be loaded: {error}") from error
+        raise ValueError(f"{source} holds no pipeline that can be loaded: {_line(error)}") from error
     _check_finite(pipeline, source, "float32")
     pipeline.save_pretrained(target)
     write_verification(target)
@@ -82,9 +82,9 @@ def assemble(folder: Path, target: Path, *, fp16: bool = False) -> None:
     if (source / CONFIGURATION).is_file():
         (target / CONFIGURATION).write_text(_public_settings(source / CONFIGURATION), encoding="utf-8")
     if fp16:
-        pipeline = pipeline.to(dtype=torch.float16)
+        pipeline.unet.half()
         _check_finite(pipeline, source, "float16")
-        pipeline.unet.save_pretrained(target / "unet", variant="fp16")
+        pipeline.save_pretrained(target, variant="fp16")
 
 
 def contents(folder: Path) -> dict[str, int]:
@@ -143,7 +143,9 @@ def _copy_picture(path: Path, target: Path) -> bool:
         with Image.open(path, formats=["PNG", "GIF"]) as image:
             image.verify()
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is no picture that can be published ({error}); remove it, and push again.") from error
+        raise ValueError(
+            f"{path} is no picture that can be published ({_line(error)}); remove it, and push again."
+        ) from error
     shutil.copyfile(path, target / path.name)
     return True
 
@@ -153,7 +155,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); make it anew, or remove it.") from None
+        raise ValueError(f"{path} cannot be read ({_line(error)}); make it anew, or remove it.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no record; make it anew, or remove it.")
     return content
@@ -178,7 +180,7 @@ def _public_settings(path: Path) -> str:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); remove it, and push again.") from None
+        raise ValueError(f"{path} cannot be read ({_line(error)}); remove it, and push again.") from None
     if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
         raise ValueError(f"{path} holds no settings of a training; remove it, and push again.")
     for section in settings.values():
@@ -192,3 +194,8 @@ def _is_local(value: str) -> bool:
     """Tells whether a setting is a path of this machine, and no name on the Hub."""
     is_outside = value.startswith(("/", "~", ".")) or "\\" in value or value.count("/") > 1
     return is_outside or Path(value).expanduser().exists()
+
+
+def _line(error: BaseException) -> str:
+    """Returns what an error says, in one line."""
+    return " ".join(str(error).split())[:300]

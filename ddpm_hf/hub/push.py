@@ -38,7 +38,7 @@ class HubRefused(ValueError):
 
 
 class HubFailed(OSError):
-    """The Hub cannot be reached, or could not do it; nothing was published."""
+    """The Hub cannot be reached, or could not do it; nothing was half published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,8 @@ def push(folder: Path, target: Target, remote: Remote, message: str) -> Pushed:
         HubRefused: This user may not, or somebody else was faster.
         HubFailed: The connection broke, or the Hub could not do it.
     """
-    with _in_words(remote.repo_id):
+    # An answer may be lost after the commit was made.
+    with _in_words(remote.repo_id, "all of it was published or nothing"):
         commit = HfApi().upload_folder(
             repo_id=remote.repo_id,
             folder_path=folder,
@@ -194,7 +195,7 @@ def hide_progress() -> None:
 
 
 @contextmanager
-def _in_words(name: str) -> Iterator[None]:
+def _in_words(name: str, outcome: str = "nothing was published") -> Iterator[None]:
     """Turns what the client raises into one sentence."""
     try:
         yield
@@ -205,17 +206,17 @@ def _in_words(name: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise HubRefused(f"{name} has no such branch ({_reason(error)}).") from error
     except HfHubHTTPError as error:
-        raise _refusal(error, name) from error
+        raise _refusal(error, name, outcome) from error
     except (_HTTPError, OSError, RuntimeError) as error:
         if isinstance(error.__cause__, HfHubHTTPError):  # of an upload, which the client wraps
-            raise _refusal(error.__cause__, name) from error
+            raise _refusal(error.__cause__, name, outcome) from error
         raise HubFailed(
-            f"the Hub could not be reached ({_reason(error.__cause__ or error)}); nothing was published. Check the "
+            f"the Hub could not be reached ({_reason(error.__cause__ or error)}); {outcome}. Check the "
             f"network and {constants.ENDPOINT}, and push again."
         ) from error
 
 
-def _refusal(error: HfHubHTTPError, name: str) -> HubRefused | HubFailed:
+def _refusal(error: HfHubHTTPError, name: str, outcome: str) -> HubRefused | HubFailed:
     """Says what an answer of the Hub means for whoever wanted to push."""
     status = error.response.status_code
     said = _reason(error)
@@ -230,7 +231,7 @@ def _refusal(error: HfHubHTTPError, name: str) -> HubRefused | HubFailed:
         return HubRefused(f"{name} was changed by somebody else in the same moment ({said}); push again.")
     if status < 500 and status != 429:
         return HubRefused(f"the Hub refused the push to {name} ({said}).")
-    return HubFailed(f"the Hub could not do it ({said}); nothing was published. Push again later.")
+    return HubFailed(f"the Hub could not do it ({said}); {outcome}. Push again later.")
 
 
 def _reason(error: BaseException) -> str:
