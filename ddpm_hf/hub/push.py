@@ -124,6 +124,7 @@ def check_access(target: Target) -> str:
         user = api.whoami()
         name = target.repo_id if "/" in target.repo_id else f"{user['name']}/{target.repo_id}"
         owners = {user["name"], *(organisation["name"] for organisation in user.get("orgs", []))}
+    with _in_words(name):
         try:
             if target.as_pull_request:  # anybody who can read a repository may propose a change
                 api.repo_info(name)

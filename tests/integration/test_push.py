@@ -2,9 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,31 +15,12 @@ from ddpm_hf.cli import main
 from ddpm_hf.hub import push as hub_push
 from ddpm_hf.hub.export import assemble
 from ddpm_hf.hub.push import HubFailed, HubRefused, Pushed, Target, check_access, look_up, push
-from tests.load_and_sample import Outcome, Task, carry_out_elsewhere, sample
+from tests.integration.conftest import SECRET
+from tests.load_and_sample import Task, carry_out_elsewhere, sample
 from tests.loopback_hub import LoopbackHub, files_of
 from tests.saved_folders import make_pipeline
 
-SECRET = "hf_" + "planted" * 6
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """A Hub that this process is logged in to, although it was started offline."""
-    with LoopbackHub() as hub:
-        for name, value in {
-            "ENDPOINT": hub.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        _http.close_session()  # whoever used one before did so offline
-        hub.token = SECRET
-        monkeypatch.setenv("HF_TOKEN", SECRET)
-        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between two attempts of the client
-        yield hub
-    _http.close_session()
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +57,11 @@ def send(folder: Path, target: Target) -> Pushed:
     return push(folder, target, look_up(target), "a push")
 
 
-class Published(NamedTuple):
-    """What came of pushing the run and loading it elsewhere."""
-
-    files: dict[str, bytes]
-    printed: str
-    seen: bytes
-    outcomes: dict[str, Outcome]
-    offline: dict[str, Outcome]
-
-
 @pytest.mark.timeout(600)
 def test_a_run_is_published_and_loads_in_all_three_ways_also_offline(
     hub: LoopbackHub, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ways 1 and 2 by processes that cannot import ddpm_hf; offline from their cache, way 2 by its snapshot."""
+    """Ways 1 and 2 by a process that cannot import ddpm_hf; offline from the cache, way 2 by its snapshot."""
     assert main(["push", str(run), "birds", "--license", "mit", "--fp16"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"{hub.endpoint}/user/birds"
     files = branch(hub, "user/birds")
@@ -109,13 +78,13 @@ def test_a_run_is_published_and_loads_in_all_three_ways_also_offline(
     assert "output_dir: birds\n" in settings
 
     online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    first, others = [Task("1", 1, "user/birds"), Task("2", 2, "user/birds")], [Task("3", 3, "user/birds")]
+    first, third = [Task("1", 1, "user/birds"), Task("2", 2, "user/birds")], Task("3", 3, "user/birds")
     outcomes = carry_out_elsewhere(first, tmp_path, tmp_path / "home", **online)
-    outcomes |= carry_out_elsewhere(others, tmp_path, tmp_path / "home", with_ddpm_hf=True, **online)
+    outcomes |= carry_out_elsewhere([third], tmp_path, tmp_path / "home", with_ddpm_hf=True, **online)
     [snapshot] = (tmp_path / "home").glob("hub/models--user--birds/snapshots/*")
     num_requests = len(hub.requests)
-    offline = carry_out_elsewhere([first[0], Task("2", 2, str(snapshot))], tmp_path, tmp_path / "home")
-    offline |= carry_out_elsewhere(others, tmp_path, tmp_path / "home", with_ddpm_hf=True)
+    tasks = [first[0], Task("2", 2, str(snapshot)), third]
+    offline = carry_out_elsewhere(tasks, tmp_path, tmp_path / "home", with_ddpm_hf=True)
     assert len(hub.requests) == num_requests
     expected = sample(make_pipeline("plain"))
     for way, found in [*outcomes.items(), *offline.items()]:

@@ -1,0 +1,80 @@
+"""A training that pushes to the Hub as it goes: nothing about the training depends on how that goes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.utils import _http
+from safetensors.torch import load_file
+
+from ddpm_hf.cli import train
+from ddpm_hf.config import HubConfig
+from ddpm_hf.hub.background import BackgroundPush
+from tests.conftest import run_arguments
+from tests.integration.conftest import SECRET
+from tests.loopback_hub import LoopbackHub, files_of
+from tests.saved_folders import make_pipeline
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+PUSHING = {"hub__push_to_hub": True, "hub__repo_id": "birds", "hub__push_every_steps": 2, "hub__license": "mit"}
+WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.timeout(600)
+def test_a_refused_push_is_told_and_the_last_one_publishes_the_finished_model(
+    hub: LoopbackHub, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The weights are those of a run that pushes nothing, and the token is in no file of the run."""
+    hub.fail("/commit/", 403)
+    assert train(run_arguments(tmp_path / "run", training__num_steps=5, preview__every_steps=2, **PUSHING)) == 0
+    printed = capfd.readouterr()
+    assert "Will be pushed to user/birds." in printed.out + printed.err
+    assert "Step 4 is not pushed to the Hub: the push before it is not done." in caplog.text
+    assert "The push of step 2 failed (error: you may not write to user/birds (403" in caplog.text
+    assert f"Pushed the finished run: {hub.endpoint}/user/birds" in printed.out + printed.err
+    [upload] = hub.uploaded
+    assert upload.message == "Push the finished run"
+    published = hub.repositories["user/birds"].files()
+    assert b'"step": 5' in published["training_summary.json"]
+    (tmp_path / "published.safetensors").write_bytes(published["unet/diffusion_pytorch_model.safetensors"])
+    assert train(run_arguments(tmp_path / "alone", training__num_steps=5)) == 0
+    alone = load_file(tmp_path / "alone" / WEIGHTS)
+    for weights in (load_file(tmp_path / "published.safetensors"), load_file(tmp_path / "run" / WEIGHTS)):
+        assert weights.keys() == alone.keys()
+        assert all(torch.equal(weights[name], alone[name]) for name in alone)
+    assert SECRET not in printed.out + printed.err + caplog.text
+    assert SECRET.encode() not in hub.seen + b"".join(files_of(tmp_path).values())
+
+
+def test_whoever_may_not_push_is_told_before_the_first_step(
+    hub: LoopbackHub, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repository("user/birds")
+    monkeypatch.setenv("HF_TOKEN", hub.reader_token)
+    assert train(run_arguments(tmp_path / "run", **PUSHING)) == 2
+    assert "error: you may not write to user/birds" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_that_cannot_be_asked_is_told_before_the_first_step(
+    hub: LoopbackHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub.fail("whoami", "cut", times=20)
+    assert train(run_arguments(tmp_path / "run", **PUSHING)) == 1
+    assert "error: the Hub could not be reached" in capfd.readouterr().err
+
+
+def test_a_push_that_is_under_way_ends_with_the_training(
+    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after Ctrl-C, which the push does not get itself."""
+    make_pipeline("plain").save_pretrained(tmp_path / "run" / "pipeline")
+    with BackgroundPush(HubConfig(push_to_hub=True, repo_id="birds"), tmp_path / "hub") as pushing:
+        pushing.start(tmp_path / "run", 7)
+        assert not pushing.is_free()
+        process = pushing._process
+    assert process is not None and process.poll() is not None
+    assert "The push of step 7 was stopped; nothing of it was published." in caplog.text
+    assert hub.uploaded == []
+    _http.close_session()
