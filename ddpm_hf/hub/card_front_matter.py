@@ -176,8 +176,12 @@ def _hash_of_metric(result: Mapping[str, Any], metric: Mapping[str, Any]) -> str
 
 
 def _hash(value: Any) -> str:
-    """Returns a short hash of a value of YAML."""
-    return hashlib.sha256(json.dumps(value, skipkeys=True, default=str).encode()).hexdigest()[:10]
+    """Returns a short hash of a value of YAML, whatever the order of its keys; an empty one of what is never ours."""
+    try:
+        text = json.dumps(value, sort_keys=True, default=str)
+    except (TypeError, ValueError, RecursionError):
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def _hashes(data: Mapping[str, Any]) -> Record:
