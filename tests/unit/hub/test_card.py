@@ -456,7 +456,8 @@ def test_metadata_that_somebody_changed_or_added_stays(folder_of: Folder) -> Non
 
     def edit(head: str) -> str:
         head = head.replace("license: unknown", "license: cc-by-4.0  # asked Bob")
-        return head.replace("- pytorch\n", "- mine\n") + "\n# my languages\nlanguage:\n- en"
+        head = head.replace("pipeline_tag: unconditional-image-generation\n", "")
+        return head.replace("- pytorch\n", "- mine  # for fun\n") + "\n# my languages\nlanguage:\n- en"
 
     mine = edit_front(old, edit)
     better = Metric(**{**FID.__dict__, "value": 2.5})
@@ -466,6 +467,8 @@ def test_metadata_that_somebody_changed_or_added_stays(folder_of: Folder) -> Non
     assert "mine" in data["tags"]
     assert "class-conditional" in data["tags"]
     assert "pytorch" not in data["tags"]
+    assert "pipeline_tag" not in data
+    assert "# for fun\n" in new.text
     assert "license: cc-by-4.0  # asked Bob\n" in new.text
     assert "# my languages\nlanguage:\n- en\n" in new.text
     metrics = data["model-index"][0]["results"][0]["metrics"]
