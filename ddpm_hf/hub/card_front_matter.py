@@ -74,7 +74,10 @@ def merged_front_matter(
     renewed = {key: value for key, value in new.items() if key not in before or key not in stays}
     result = "\n".join([*written, _record_line(remembered | _hashes(renewed))])
     # What somebody wrote in a form that is not read above stays, rather than being written wrongly.
-    if (yaml.safe_load(result) or {}) != after:
+    try:
+        if (yaml.safe_load(result) or {}) != after:
+            return None
+    except yaml.YAMLError:
         return None
     line_break = "\r\n" if "\r\n" in front else "\n"
     # An empty head has no line break before its last line, and the last line may end with the text.
