@@ -119,6 +119,12 @@ class Facts:
         return public_name(str(source), is_known=bool(self.setting("data.revision") or self.setting("data.subset")))
 
     @property
+    def measured_on(self) -> str | None:
+        """The data set of evaluation.json, which may be another one."""
+        source = self.evaluation.data.get("source") if self.evaluation else None
+        return public_name(str(source), is_known=True) if source else self.data_source
+
+    @property
     def hub_data_set(self) -> str | None:
         """The id of the data set, if it is one of the Hub."""
         source = self.data_source

@@ -74,7 +74,10 @@ def merged_front_matter(
     renewed = {key: value for key, value in new.items() if key not in before or key not in stays}
     result = "\n".join([*written, _record_line(remembered | _hashes(renewed))])
     # What somebody wrote in a form that is not read above stays, rather than being written wrongly.
-    if (yaml.safe_load(result) or {}) != after:
+    try:
+        if (yaml.safe_load(result) or {}) != after:
+            return None
+    except yaml.YAMLError:
         return None
     line_break = "\r\n" if "\r\n" in front else "\n"
     # An empty head has no line break before its last line, and the last line may end with the text.
@@ -176,8 +179,12 @@ def _hash_of_metric(result: Mapping[str, Any], metric: Mapping[str, Any]) -> str
 
 
 def _hash(value: Any) -> str:
-    """Returns a short hash of a value of YAML."""
-    return hashlib.sha256(json.dumps(value, skipkeys=True, default=str).encode()).hexdigest()[:10]
+    """Returns a short hash of a value of YAML, whatever the order of its keys; an empty one of what is never ours."""
+    try:
+        text = json.dumps(value, sort_keys=True, default=str)
+    except (TypeError, ValueError, RecursionError):
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def _hashes(data: Mapping[str, Any]) -> Record:

@@ -40,7 +40,7 @@ def metadata(facts: Facts, license: str | None) -> dict[str, Any]:
 def _result(one: Measurement, facts: Facts) -> EvalResult:
     """Returns one number, with all that is needed to compare it with that of another model."""
     assert facts.evaluation is not None
-    source = facts.data_source or "unknown"
+    source = facts.measured_on or "unknown"
     sampling, row = facts.evaluation.sampling, one.row
     names = _ARGUMENTS_OF_BOUND if one.metric == BITS_PER_DIM else ("sampler", "num_inference_steps")
     details = {

@@ -4,6 +4,7 @@ Whatever the template shows is escaped, so that the name of a class is read as a
 code alone is shown as it is.
 """
 
+import functools
 import html
 import json
 import math
@@ -75,12 +76,7 @@ def render(facts: Facts, *, license: str) -> dict[str, str]:
         facts: What the folder says.
         license: That of the weights, as the metadata has it.
     """
-    # Autoescape knows HTML alone; `finalize` escapes Markdown too.
-    environment = jinja2.Environment(  # noqa: S701
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
-    )
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(
+    text = _template().render(
         facts=facts,
         license=license,
         images=_images(facts),
@@ -105,6 +101,16 @@ def render(facts: Facts, *, license: str) -> dict[str, str]:
         ideas=_ideas(facts),
     )
     return {part.name: part.content for part in read_parts(text) if part.name}
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """Returns the template, which takes longer to compile than to fill."""
+    # Autoescape knows HTML alone; `finalize` escapes Markdown too.
+    environment = jinja2.Environment(  # noqa: S701
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _shown(value: Any) -> str:
@@ -178,7 +184,7 @@ def _command(facts: Facts) -> str:
     return command(
         facts.evaluation,
         repo_id=facts.repo_id,
-        source=facts.data_source or "DATA",
+        source=facts.measured_on or "DATA",
         spacing=facts.scheduler.get("timestep_spacing"),
         length=facts.num_train_timesteps,
         config=facts.config,
@@ -188,7 +194,11 @@ def _command(facts: Facts) -> str:
 def _settings(facts: Facts) -> list[tuple[str, Any]]:
     """Returns the settings of the run that say something; those that are off say nothing."""
     found = [(label, name, facts.setting(name)) for label, name in _SETTINGS.items()]
-    return [(label, value) for label, name, value in found if value not in _OFF or name in _SHOWN_EVEN_IF_OFF]
+    return [
+        (label, value)
+        for label, name, value in found
+        if value not in _OFF or (name in _SHOWN_EVEN_IF_OFF and value is not None)
+    ]
 
 
 def _beta_schedule(facts: Facts) -> str:
