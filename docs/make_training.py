@@ -34,11 +34,12 @@ def recipes() -> str:
     for path in sorted((REPOSITORY / "configs").glob("*.yaml")):
         head = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
         comment = " ".join(line.removeprefix("#").strip() for line in head if line.startswith("#"))
-        title, *facts = re.split(r"(Data|Hardware|Time|Result|Command):", comment)
+        title, *facts = re.split(r"(Data|Hardware|Time|Result|Command|Then):", comment)
         found = {name: " ".join(text.split()) for name, text in zip(facts[::2], facts[1::2], strict=True)}
         lines = [f"[`{path.name}`](../configs/{path.name}): {title.strip()}", ""]
-        lines += [f"- {name}: {text}" for name, text in found.items() if name != "Command"]
-        parts.append("\n".join([*lines, "", "```sh", found["Command"], "```", ""]))
+        lines += [f"- {name}: {text}" for name, text in found.items() if name not in ("Command", "Then")]
+        then = [f"Then {found['Then']}", ""] if "Then" in found else []
+        parts.append("\n".join([*lines, "", "```sh", found["Command"], "```", "", *then]))
     return "\n".join(parts)
 
 

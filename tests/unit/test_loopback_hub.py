@@ -243,10 +243,11 @@ def test_the_storage_is_shown_no_token_and_takes_only_what_was_announced(hub: Lo
 
 def test_all_that_is_received_is_remembered_but_for_the_token_in_its_place(hub: LoopbackHub, api: HfApi) -> None:
     """So a token that was put anywhere else is found: in a file, a path or a message."""
-    planted = ("in a card", "in weights", "in/path%.txt", "in a message")
-    files = {"README.md": CARD + planted[0].encode(), "a.safetensors": planted[1].encode(), planted[2]: b"1"}
+    planted = ("in a card", "in weights", "in/path%.txt", "after the sample of a file", "in a message")
+    files = {"README.md": CARD + planted[0].encode(), "a.safetensors": planted[1].encode()}
+    files[planted[2]] = bytes(1000) + planted[3].encode()
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
-    api.create_commit(NAME, operations, commit_message=planted[3])
+    api.create_commit(NAME, operations, commit_message=planted[4])
     api.repo_info(NAME)
     with pytest.raises(RevisionNotFoundError):
         api.repo_info(NAME, revision="in a revision")
