@@ -11,6 +11,7 @@ def ema(arguments: Sequence[str]) -> int:
         prog="ddpm-hf ema",
         description="Make a pipeline with an average of any length, out of those that a run with training.posthoc_ema "
         "stored (Karras et al. 2024).",
+        epilog="example: ddpm-hf ema outputs/mnist --length 0.08",
         allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, help="folder of the run")

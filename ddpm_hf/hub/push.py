@@ -4,12 +4,13 @@ Large files go first and can be seen by nobody until the commit names them, so a
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -175,19 +176,31 @@ def push(folder: Path, target: Target, remote: Remote, message: str) -> Pushed:
     """
     # An answer may be lost after the commit was made.
     with _in_words(remote.repo_id, "all of it was published or nothing"):
-        commit = HfApi().upload_folder(
-            repo_id=remote.repo_id,
-            folder_path=folder,
+        api = HfApi()
+        there = api.list_repo_files(remote.repo_id, revision=remote.commit)
+        # Not upload_folder, which may make several commits of it, and keep some of them when another one fails.
+        commit = api.create_commit(
+            remote.repo_id,
+            _changes(folder, there),
             commit_message=message,
             revision=target.revision,
             create_pr=target.as_pull_request,
             parent_commit=None if target.as_pull_request else remote.commit,
-            delete_patterns=list(_OURS),
         )
     if commit.pr_url:
         return Pushed(commit.pr_url, is_new=True)
     home = f"{constants.ENDPOINT}/{remote.repo_id}"
     return Pushed(f"{home}/tree/{target.branch}" if target.branch else home, commit.oid != remote.commit)
+
+
+def _changes(folder: Path, there: Iterable[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Returns what makes the folder the content of a repository; the client leaves out what is there already."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    old = [name for name in there if name not in files and any(fnmatchcase(name, pattern) for pattern in _OURS)]
+    return [
+        *(CommitOperationAdd(name, path) for name, path in files.items()),
+        *(CommitOperationDelete(name) for name in old),
+    ]
 
 
 def hide_progress() -> None:
