@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -341,6 +342,25 @@ def test_help_has_an_example_that_the_parser_takes(capsys: pytest.CaptureFixture
     assert len(examples) == (1 if kind else 5)
     for example in examples:
         assert kind in _parser().parse_args(example.split()).kind
+
+
+def test_commands_and_code_of_the_document_run() -> None:
+    text = (REPOSITORY / "docs" / "plots.md").read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+    assert len(commands) == 5
+    Path("configs").symlink_to(REPOSITORY / "configs")
+    write_run(Path("outputs/run1"))
+    write_run(Path("outputs/run2"))
+    write_image(Path("photo.jpg"), pixels_of(1, 80, 70, 3))
+    write_image(Path("photos/cat/1.png"), pixels_of(1, 80, 70, 3))
+    for command in commands:
+        program, *arguments = command.split()
+        assert (program, cli.main(arguments)) == ("ddpm-hf", 0)
+        assert Path(f"{arguments[1]}.png").exists()
+    Path("schedule.png").unlink()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(code, {})  # noqa: S102
+    assert Path("schedule.png").exists()
 
 
 def test_help_and_curves_of_runs_need_no_torch() -> None:

@@ -19,7 +19,7 @@ from ddpm_hf.diffusion.noise_schedule import (
     rescale_to_zero_terminal_snr,
 )
 from ddpm_hf.plots import schedule_plot
-from ddpm_hf.plots.schedules import _schedule_figure
+from ddpm_hf.plots.schedules import _schedule_figure, betas_of
 
 
 def alphas_cumprod(name: str, num_timesteps: int = 50) -> np.ndarray:
@@ -45,6 +45,11 @@ def test_the_numbers_drawn_are_those_of_the_schedule(name: str) -> None:
     np.testing.assert_array_equal(t_snr, t[has_signal])
     np.testing.assert_allclose(log_snr, np.log(schedule.snr.numpy()[has_signal]), rtol=1e-10, atol=1e-10)
     assert has_signal.all() == (not snr_axes.texts), "what is not drawn is told"
+
+
+def test_a_signal_that_has_ended_stays_away() -> None:
+    """Nothing is left that a beta could be read from; the schedule's own rescaling says 1 there too."""
+    np.testing.assert_allclose(betas_of(np.asarray([0.9, 0.45, 0.0, 0.0])), [0.1, 0.5, 1.0, 1.0], rtol=1e-12)
 
 
 def test_chains_of_other_lengths_lie_on_the_curve_that_they_share() -> None:
