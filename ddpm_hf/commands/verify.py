@@ -2,7 +2,8 @@
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from pathlib import Path
+
+from ddpm_hf.commands.folders import find_folder
 
 
 def verify(arguments: Sequence[str]) -> int:
@@ -18,7 +19,7 @@ def verify(arguments: Sequence[str]) -> int:
         epilog="example: ddpm-hf verify outputs/digits/pipeline",
         allow_abbrev=False,
     )
-    parser.add_argument("folder", type=Path, help="a saved pipeline")
+    parser.add_argument("folder", help="a saved pipeline, or the folder of a run")
     parser.add_argument("--write", action="store_true", help="write verification.json into the folder instead")
     parser.add_argument(
         "--trust_remote_code",
@@ -26,8 +27,9 @@ def verify(arguments: Sequence[str]) -> int:
         help="run the code in the folder even if it is not the one that is installed",
     )
     options = parser.parse_args(arguments)
-    if not (options.folder / "model_index.json").is_file():
-        raise ValueError(f"{options.folder} is no saved pipeline: it has no model_index.json.")
+    folder = find_folder(options.folder)
+    if folder is None:
+        raise ValueError(f"{options.folder} is no folder of this machine; download it first, with `hf download`.")
 
     from diffusers.utils import logging
 
@@ -35,15 +37,15 @@ def verify(arguments: Sequence[str]) -> int:
 
     logging.disable_progress_bar()
     if options.write:
-        verification.write_verification(options.folder)
-        print(f"{options.folder / verification.FILE_NAME} says what this pipeline computes.")
+        verification.write_verification(folder)
+        print(f"{folder / verification.FILE_NAME} says what this pipeline computes.")
         return 0
-    findings = verification.verify(options.folder, runs_its_code=options.trust_remote_code)
+    findings = verification.verify(folder, runs_its_code=options.trust_remote_code)
     for finding in findings:
         if finding.problem:
             print(f"{finding.way:<32}{'differs' if finding.is_bad else 'note'}: {finding.problem}")
         else:
             print(f"{finding.way:<32}the same, to {finding.difference:.1e} of the range")
     is_bad = any(finding.is_bad for finding in findings)
-    print(f"{options.folder} is {'NOT ' if is_bad else ''}the pipeline that was saved.")
+    print(f"{folder} is {'NOT ' if is_bad else ''}the pipeline that was saved.")
     return int(is_bad)

@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from numpy.typing import NDArray
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionPipelineOutput, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.sampling import nearest
 from ddpm_hf.rng import sampling_generators
 
 Images = NDArray[np.uint8]
@@ -129,12 +130,19 @@ def scheduler_class(name: str) -> Any:
     if name == GaussianDiffusionScheduler.__name__:
         return GaussianDiffusionScheduler
     found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+    if not _is_scheduler(found):
+        names = [one for one in dir(diffusers) if one.endswith("Scheduler")]
+        known = [GaussianDiffusionScheduler.__name__, *(one for one in names if _is_scheduler(getattr(diffusers, one)))]
         raise ValueError(
-            f"scheduler is {name}, which diffusers {diffusers.__version__} does not have; give a name such as "
-            "DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler."
+            f"scheduler is {name}, which diffusers {diffusers.__version__} does not have{nearest(name, known)}; give a "
+            "name such as DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler."
         )
     return found
+
+
+def _is_scheduler(found: object) -> bool:
+    """Whether something of diffusers is a scheduler, and none that stands in for a library that is missing."""
+    return isinstance(found, type) and issubclass(found, SchedulerMixin)
 
 
 def sample_images(

@@ -116,7 +116,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation.verification": {"diffusion", "rng"},
     "report": {"evaluation.recognition", "plots", "redaction"},
     "commands": {
-        "commands", "config", "data", "diffusion", "evaluation", "plots", "redaction", "report", "training",
+        "commands", "config", "data", "diffusion", "evaluation", "plots", "redaction", "report", "rng", "training",
     },
     "cli": {"ddpm_hf", "commands", "redaction"},
     "__main__": {"cli"},
@@ -127,7 +127,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 HOMES_OF_LIBRARIES = {
     "accelerate": {"training"},
     "datasets": {"data"},
-    "huggingface_hub": {"data", "diffusion.reverse_variance", "hub", "pretrained"},
+    "huggingface_hub": {"commands.folders", "data", "diffusion.reverse_variance", "hub", "pretrained"},
     "jsonargparse": {"config"},
     "matplotlib": {"evaluation.picture", "plots"},
     "scipy": {"training.noise"},
