@@ -1,5 +1,6 @@
 """`ddpm-hf sample`: draws images from any DDPM into a folder."""
 
+import inspect
 import platform
 import re
 import sys
@@ -85,13 +86,14 @@ def _prepare(
 
     from ddpm_hf.diffusion.denoising import Run
     from ddpm_hf.diffusion.editing import start_level
-    from ddpm_hf.diffusion.sampling import step_arguments
     from ddpm_hf.evaluation.sampling import Sampler, image_shape, scheduler_class
     from ddpm_hf.rng import plain_generators
 
     device = _device(options.device)
     if options.scheduler is not None:
-        step_arguments(scheduler_class(options.scheduler), None, options.eta)
+        steps = inspect.signature(scheduler_class(options.scheduler).step).parameters
+        if options.eta is not None and "eta" not in steps:
+            raise ConfigError(f"--eta is {options.eta}, but {options.scheduler} has no eta; leave one of them out.")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     given = {"revision": options.revision, "variant": options.variant}

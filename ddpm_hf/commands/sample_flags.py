@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """
     parser = ArgumentParser(
         prog="ddpm-hf sample",
-        description="Draw images from any DDPM: a folder, or a repository of the Hub. One seed gives one picture, "
+        description="Draw images from any DDPM: a folder, or a repository of the Hub. One seed gives one\npicture, "
         "whatever the batch, and the same as a generator with that seed gives in Python.",
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
@@ -112,7 +112,7 @@ def _check_contradictions(options: Namespace) -> None:
     """Refuses flags that another one, or its absence, would leave without effect."""
 
     def given(name: str) -> bool:
-        return getattr(options, name) not in (None, False)
+        return getattr(options, name) is not None and getattr(options, name) is not False
 
     for flag, needed in (("mask", "image"), ("strength", "image"), ("num_resamples", "mask"), ("jump_length", "mask")):
         if given(flag) and not given(needed):
