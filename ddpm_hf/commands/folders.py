@@ -1,6 +1,8 @@
 """The models that commands are pointed at: a folder of this machine or a repository of the Hub, found and loaded."""
 
 import re
+import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,8 @@ from ddpm_hf.config import ConfigError
 if TYPE_CHECKING:
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
 
+# What is underneath whatever the client of the Hub calls it.
+_UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 _REPOSITORY_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
 
 
@@ -83,17 +87,12 @@ def _reason_of_hub(error: Exception, revision: str | None) -> str:
         (errors.RevisionNotFoundError, f"has no revision {revision}; give a branch, a tag or a commit that it has."),
         (errors.OfflineModeIsEnabled, "is no folder here and not in the cache, and HF_HUB_OFFLINE forbids to ask the "
          "Hub; unset it, or give a folder."),
-        (errors.LocalEntryNotFoundError, "is no folder here and not in the cache, and the Hub cannot be reached; check "
-         "the connection, or give a folder."),
+        (_UNREACHABLE, "is no folder here and not in the cache, and the Hub cannot be reached; check the connection, or "
+         "give a folder."),
         (errors.EntryNotFoundError, "is a repository without a pipeline (model_index.json); choose a DDPM."),
     ):  # fmt: skip
         if any(isinstance(cause, kind) for cause in _causes(error)):
             return reason
-    if any(type(cause).__module__.startswith("httpx") for cause in _causes(error)):
-        return (
-            "is no folder here and not in the cache, and the Hub cannot be reached; check the connection, or give a "
-            "folder."
-        )
     return f"is a repository that cannot be loaded: {_first_line(error)}"
 
 

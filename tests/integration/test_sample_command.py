@@ -1,7 +1,6 @@
 """`ddpm-hf sample` as its user runs it, on tiny pipelines."""
 
 import json
-import os
 import signal
 import sys
 import time
@@ -91,10 +90,9 @@ def test_the_picture_of_a_seed_is_the_one_that_python_gives(
     animals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exactly; nothing but the result is printed, since stderr is no terminal here."""
-    how = ("--num_inference_steps", 6, "--eta", 0.5, "--timestep_spacing", "trailing", "--guidance_scale", 2)
-    output = draw(
-        animals, tmp_path / "a", "--seeds", 7, "--labels", "dog", *how, "--guidance_rescale", 0.5, quiet=capsys
-    )
+    steps = ("--num_inference_steps", 6, "--eta", 0.5, "--timestep_spacing", "trailing")
+    guidance = ("--labels", "dog", "--guidance_scale", 2, "--guidance_rescale", 0.5)
+    output = draw(animals, tmp_path / "a", "--seeds", 7, *steps, *guidance, quiet=capsys)
     image = load(animals)(
         generator=seeded(7), class_labels=["dog"], num_inference_steps=6, eta=0.5, timestep_spacing="trailing",
         guidance_scale=2.0, guidance_rescale=0.5,
@@ -104,12 +102,14 @@ def test_the_picture_of_a_seed_is_the_one_that_python_gives(
 
 def test_one_seed_gives_one_picture_whatever_the_batch_the_number_or_the_order(animals: Path, tmp_path: Path) -> None:
     """Up to one gray level: sums in a network depend on the size of a batch in their last digits."""
-    whole = draw(animals, tmp_path / "whole", "--num_images", 7, "--batch_size", 3)
+    steps = ("--num_inference_steps", 4)
+    whole = draw(animals, tmp_path / "whole", "--num_images", 7, "--batch_size", 3, *steps)
     names = {path.name for path in whole.glob("seed_*.png")}
     assert names == {f"seed_{seed:06d}_{('cat', 'dog', 'sea_lion_young')[seed % 3]}.png" for seed in range(7)}
     for flags in (("--seeds", "5,3,0"), ("--seeds", "2-6", "--batch_size", 1), ("--seed", 4, "--num_images", 1)):
-        part = draw(animals, tmp_path / "part", *flags, "--overwrite")
-        assert (found := sorted(part.glob("seed_*.png")))
+        part = draw(animals, tmp_path / "part", *flags, *steps, "--overwrite")
+        found = sorted(part.glob("seed_*.png"))
+        assert len(found) in (1, 3, 5)
         for path in found:
             difference = pixels(path).astype(int) - pixels(whole / path.name)
             assert np.abs(difference).max() <= 1, path.name
@@ -415,12 +415,9 @@ def test_repositories_of_a_hub_are_sampled_and_their_refusals_are_sentences(
         hub.repository("user/private").private = True
         hub.repository("user/data").commit({"README.md": b"# Data\n"})
         hub.repository("user/pickled").commit(files_of(tmp_path / "pickled"))
-        for name, value in (
-            ("HF_ENDPOINT", hub.endpoint),
-            ("HF_HOME", str(tmp_path / "home")),
-            ("HF_HUB_OFFLINE", "0"),
-        ):
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         few = "--seeds 1 --num_inference_steps 2"
         lines = [
             f"user/model --revision v1 {few} --output {tmp_path / 'a'}",
@@ -428,8 +425,7 @@ def test_repositories_of_a_hub_are_sampled_and_their_refusals_are_sentences(
             f"user/model --revision v2 --output {tmp_path / 'b'}",
         ]
         done = run_process(["-c", CALLS, *lines])
-    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-    offline = run_process(["-c", CALLS, f"user/model --revision v1 {few} --output {tmp_path / 'c'}", lines[-2]])
+    offline = run_process(["-c", CALLS, f"user/model --revision v1 {few} --output {tmp_path / 'c'}", lines[1]])
     found = [line for line in done.stderr.splitlines() if line.startswith(("> ", "error: "))]
     may_read = "is no folder here and no repository of the Hub that you may read"
     for line, start in zip(found, [
@@ -451,4 +447,3 @@ def test_repositories_of_a_hub_are_sampled_and_their_refusals_are_sentences(
     assert sorted(names) == ["grid.png", "seed_000001.png"]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
-    assert os.environ["HF_HOME"] == str(tmp_path / "home")
