@@ -87,8 +87,8 @@ def _reason_of_hub(error: Exception, revision: str | None) -> str:
         (errors.RevisionNotFoundError, f"has no revision {revision}; give a branch, a tag or a commit that it has."),
         (errors.OfflineModeIsEnabled, "is no folder here and not in the cache, and HF_HUB_OFFLINE forbids to ask the "
          "Hub; unset it, or give a folder."),
-        (_UNREACHABLE, "is no folder here and not in the cache, and the Hub cannot be reached; check the connection, or "
-         "give a folder."),
+        (_UNREACHABLE, "is no folder here and not in the cache, and the Hub cannot be reached; check the connection, "
+         "or give a folder."),
         (errors.EntryNotFoundError, "is a repository without a pipeline (model_index.json); choose a DDPM."),
     ):  # fmt: skip
         if any(isinstance(cause, kind) for cause in _causes(error)):
