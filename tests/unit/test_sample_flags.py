@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ddpm_hf import cli
 from ddpm_hf.commands.folders import find_folder
+from ddpm_hf.commands.overviews import Film
 from ddpm_hf.commands.picture_folder import PictureFolder
 from ddpm_hf.commands.sample_flags import parse
 from ddpm_hf.commands.start_images import fit, read_images, to_mask
@@ -182,6 +184,17 @@ def test_a_write_that_fails_leaves_neither_file_nor_part_of_it(tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt):
         folder.write("grid.png", fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_film_of_many_steps_keeps_states_evenly_spaced_and_the_last() -> None:
+    """To half a gray level, the rounding; the noise itself is not shown to a callback, and is missing here."""
+    film = Film(100)
+    for step in range(100):
+        film(None, step, None, {"sample": torch.full((2, 1, 8, 8), (step + 1) / 50 - 1)})
+    states = film.states()
+    assert states.shape == (39, 2, 8, 8, 1)
+    levels = [round(frame * 100 / 39) for frame in range(1, 40)]
+    np.testing.assert_allclose(states[:, 0, 0, 0, 0], [2.55 * level for level in levels], atol=0.51, rtol=0)
 
 
 # --------------------------------------------------------------------------------------------------------- given images
