@@ -269,7 +269,7 @@ def test_images_of_any_channels_are_written(
         ("plain", "--labels 1", "--labels are given, but the model is unconditional; leave them out."),
         ("plain", "--guidance_scale 2", "no null label to guide against"),
         ("plain", "--scheduler ddim", "(did you mean 'DDIMScheduler'?)"),
-        ("plain", "--scheduler FlowMatchEulerDiscreteScheduler", "does not run a denoising diffusion process"),
+        ("plain", "--scheduler ScoreSdeVeScheduler", "does not run a denoising diffusion process"),
         ("plain", "--scheduler DPMSolverMultistepScheduler --eta 0", "DPMSolverMultistepScheduler has no eta"),
         ("plain", "--variance analytic", "analytic_variance needs the second moments"),
         ("plain", "--num_inference_steps 13", "num_inference_steps 13 is not between 1 and 12"),
