@@ -55,6 +55,13 @@ def ema(arguments: Sequence[str]) -> int:
     return _exit_code(lambda: command(arguments))
 
 
+def sample(arguments: Sequence[str]) -> int:
+    """Draws images from a pipeline into a folder, and returns the exit code."""
+    from ddpm_hf.commands.sample import sample as command
+
+    return _exit_code(lambda: command(arguments))
+
+
 def evaluate(arguments: Sequence[str]) -> int:
     """Measures how good a pipeline is, and returns the exit code."""
     from ddpm_hf.commands.evaluate import evaluate as command
@@ -88,6 +95,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "data": (data, "show what a run would read"),
     "train": (train, "train a DDPM"),
     "ema": (ema, "make a pipeline with an average of any length"),
+    "sample": (sample, "draw images from a pipeline"),
     "evaluate": (evaluate, "measure how good a pipeline is"),
     "plot": (plot, "draw schedules, noising, curves of runs, grids"),
     "push": (push, "publish a pipeline on the Hub"),

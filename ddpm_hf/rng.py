@@ -73,3 +73,8 @@ def sampling_generators(
 ) -> list[torch.Generator]:
     """Returns one generator an image, so that image i is the same in any batch and on any process."""
     return [torch_generator(device, seed, stream, index) for index in indices]
+
+
+def plain_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """Returns generators as users make them: on the CPU, which draws the same numbers for every device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,18 +1,18 @@
 """`ddpm-hf ema`: makes a pipeline with an average of any length."""
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
+
+from ddpm_hf.commands.parser import Parser
 
 
 def ema(arguments: Sequence[str]) -> int:
     """Makes a pipeline with an average of any length out of those that a run stored, and returns the exit code."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="ddpm-hf ema",
         description="Make a pipeline with an average of any length, out of those that a run with training.posthoc_ema "
         "stored (Karras et al. 2024).",
         epilog="example: ddpm-hf ema outputs/mnist --length 0.08",
-        allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, help="folder of the run")
     parser.add_argument(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.commands.complaints import complain
 from ddpm_hf.commands.evaluate_flags import data_config, parse
+from ddpm_hf.commands.folders import find_folder, load_pipeline
 from ddpm_hf.config import ConfigError, ModelConfig, RunConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -117,7 +118,6 @@ def _prepare(options: Namespace) -> _Work:
 
     from ddpm_hf.commands.ranks import started_ranks
     from ddpm_hf.data import ImageSet
-    from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, choose_images
     from ddpm_hf.evaluation.sampling import Sampler, image_shape
     from ddpm_hf.training import processes
@@ -132,11 +132,7 @@ def _prepare(options: Namespace) -> _Work:
             "--estimate_variance."
         )
     dtype = getattr(torch, options.dtype)
-    try:
-        pipeline = GaussianDiffusionPipeline.from_pretrained(folder or options.folder, dtype=dtype)
-    except OSError as error:
-        raise ConfigError(f"{options.folder} holds no pipeline that can be loaded: {error}") from error
-    pipeline = pipeline.to(accelerator.device)
+    pipeline = load_pipeline(options.folder, folder, dtype=dtype).to(accelerator.device)
     height, width, num_channels = image_shape(pipeline)
     needs_labels = pipeline.num_classes > 0 and (BITS_PER_DIM in options.metrics or options.estimate_variance > 0)
     config = RunConfig(
@@ -184,17 +180,6 @@ def _check_fidelity(work: _Work, metrics: list[str], num_samples: int) -> None:
             device=work.device,
         )
     )
-
-
-def find_folder(name: str) -> Path | None:
-    """Returns the folder of a pipeline, that inside a run folder included; None for a repository of the Hub."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return None
-    for candidate in (folder, folder / "pipeline"):
-        if (candidate / "model_index.json").is_file():
-            return candidate
-    raise ConfigError(f"{folder} holds no pipeline (model_index.json); give the folder that training saved.")
 
 
 def _estimate_variance(work: _Work) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddpm_hf.commands.parser import Parser
 from ddpm_hf.config import ConfigError, DataConfig, RunConfig, validate
 
 
@@ -14,12 +15,11 @@ def parse(arguments: Sequence[str]) -> Namespace:
     Raises:
         ConfigError: A number is outside its range, or settings contradict each other.
     """
-    parser = ArgumentParser(
+    parser = Parser(
         prog="ddpm-hf evaluate",
         description="Measure how good a pipeline is: a table, evaluation.json and evaluation.png. Run the same command "
         "again to go on with one that was stopped.",
         epilog="Example: ddpm-hf evaluate outputs/digits --data data/digits.parquet --metrics bits_per_dim",
-        allow_abbrev=False,
     )
     parser.add_argument("folder", help="folder of a pipeline or of a run, or a repository of the Hub")
     parser.add_argument("--data", required=True, help="the images that it was trained on, as data.source of training")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpm_hf.commands.parser import Parser
 from ddpm_hf.config import DataConfig
 
 if TYPE_CHECKING:
@@ -49,20 +50,17 @@ def plot(arguments: Sequence[str]) -> int:
 
 def _parser() -> ArgumentParser:
     """Builds the command line."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="ddpm-hf plot",
         description="Draw a picture as a PNG. Each kind has a --help of its own.",
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", title="kinds")
 
     def add_kind(name: str, draw: Callable[[Namespace], Any], description: str) -> ArgumentParser:
         example = next(line for line in _EXAMPLES.splitlines() if f" plot {name} " in line).strip()
-        kind = kinds.add_parser(
-            name, help=description, description=description, epilog=f"example: {example}", allow_abbrev=False
-        )
+        kind = kinds.add_parser(name, help=description, description=description, epilog=f"example: {example}")
         kind.add_argument("--output", type=Path, default=Path(f"{name}.png"), help="by default %(default)s, here")
         kind.set_defaults(draw=draw)
         return kind

@@ -3,10 +3,12 @@
 import re
 import sys
 import tempfile
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ddpm_hf.commands.parser import Parser
 
 if TYPE_CHECKING:
     from ddpm_hf.hub.push import Target
@@ -25,13 +27,12 @@ def parse(arguments: Sequence[str]) -> Namespace:
     Raises:
         ValueError: A value cannot be.
     """
-    parser = ArgumentParser(
+    parser = Parser(
         prog="ddpm-hf push",
         description="Publish a trained pipeline on the Hugging Face Hub: weights as safetensors, code, a model card "
         "with samples, settings and measurements.",
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("folder", type=Path, help="folder of a finished run, or of a pipeline")

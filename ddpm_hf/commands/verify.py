@@ -1,8 +1,9 @@
 """`ddpm-hf verify FOLDER`: is this the pipeline that was saved?"""
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
-from pathlib import Path
+
+from ddpm_hf.commands.folders import download_folder, find_folder
+from ddpm_hf.commands.parser import Parser
 
 
 def verify(arguments: Sequence[str]) -> int:
@@ -11,14 +12,14 @@ def verify(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 if nothing does, 1 if something does.
     """
-    parser = ArgumentParser(
+    parser = Parser(
         prog="ddpm-hf verify",
         description="Compute again what a saved pipeline computed when it was saved, in each of the three ways of "
         "loading it, and say what differs.",
-        epilog="example: ddpm-hf verify outputs/digits/pipeline",
-        allow_abbrev=False,
+        epilog="examples: ddpm-hf verify outputs/digits/pipeline; ddpm-hf verify user/digits",
     )
-    parser.add_argument("folder", type=Path, help="a saved pipeline")
+    parser.add_argument("folder", help="a saved pipeline, the folder of a run, or a repository of the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit of a repository of the Hub")
     parser.add_argument("--write", action="store_true", help="write verification.json into the folder instead")
     parser.add_argument(
         "--trust_remote_code",
@@ -26,19 +27,25 @@ def verify(arguments: Sequence[str]) -> int:
         help="run the code in the folder even if it is not the one that is installed",
     )
     options = parser.parse_args(arguments)
-    if not (options.folder / "model_index.json").is_file():
-        raise ValueError(f"{options.folder} is no saved pipeline: it has no model_index.json.")
+    folder = find_folder(options.folder)
+    if folder is not None and options.revision:
+        raise ValueError(
+            f"--revision {options.revision} applies to the Hub, but {options.folder} is here; leave it out."
+        )
+    if folder is None and options.write:
+        raise ValueError(f"--write needs a folder of this machine, and {options.folder} is none; give one.")
 
     from diffusers.utils import logging
 
     from ddpm_hf.evaluation import verification
 
     logging.disable_progress_bar()
+    folder = folder or download_folder(options.folder, options.revision)
     if options.write:
-        verification.write_verification(options.folder)
-        print(f"{options.folder / verification.FILE_NAME} says what this pipeline computes.")
+        verification.write_verification(folder)
+        print(f"{folder / verification.FILE_NAME} says what this pipeline computes.")
         return 0
-    findings = verification.verify(options.folder, runs_its_code=options.trust_remote_code)
+    findings = verification.verify(folder, runs_its_code=options.trust_remote_code)
     for finding in findings:
         if finding.problem:
             print(f"{finding.way:<32}{'differs' if finding.is_bad else 'note'}: {finding.problem}")

@@ -1,5 +1,6 @@
 """The parts of a sampling call before its loop: labels and guidance, arguments for any scheduler."""
 
+import difflib
 import inspect
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
@@ -63,8 +64,21 @@ def label_numbers(
         if not 0 <= number < num_class_embeds or isinstance(label, bool) or label not in (number, *numbers):
             null = f", {num_classes} for no class" if has_null_label else ""
             names = f", or a name: {', '.join(numbers)}" if numbers else ""
-            raise ValueError(f"class_labels has {label!r}; a label is a number 0 to {num_classes - 1}{null}{names}.")
+            raise ValueError(
+                f"class_labels has {label!r}{nearest(label, numbers)}; a label is a number 0 to {num_classes - 1}{null}"
+                f"{names}."
+            )
     return labels
+
+
+def nearest(given: int | str, names: Iterable[str]) -> str:
+    """Returns a question about the name that may be meant, the shortest that goes on so or the most similar, or ""."""
+    if not given or not isinstance(given, str):
+        return ""
+    folded = {name.casefold(): name for name in names}
+    longer = sorted((name for name in folded if name.startswith(given.casefold())), key=len)
+    found = longer or difflib.get_close_matches(given.casefold(), folded, n=1)
+    return f" (did you mean {folded[found[0]]!r}?)" if found else ""
 
 
 @dataclass(frozen=True)

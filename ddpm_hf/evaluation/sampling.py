@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from numpy.typing import NDArray
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionPipelineOutput, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.sampling import nearest
 from ddpm_hf.rng import sampling_generators
 
 Images = NDArray[np.uint8]
@@ -124,17 +125,29 @@ def scheduler_class(name: str) -> Any:
     """Returns the class of a scheduler by its name.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: There is none of that name, or it runs another process.
     """
     if name == GaussianDiffusionScheduler.__name__:
         return GaussianDiffusionScheduler
     found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        names = [one for one in dir(diffusers) if one.endswith("Scheduler")]
+        known = [GaussianDiffusionScheduler.__name__, *(one for one in names if _runs_ddpm(getattr(diffusers, one)))]
         raise ValueError(
-            f"scheduler is {name}, which diffusers {diffusers.__version__} does not have; give a name such as "
+            f"scheduler is {name}, which diffusers {diffusers.__version__} does not have{nearest(name, known)}; give a "
+            "name such as DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler."
+        )
+    if not _runs_ddpm(found):
+        raise ValueError(
+            f"scheduler is {name}, which does not run a denoising diffusion process (DDPM); give a name such as "
             "DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler."
         )
     return found
+
+
+def _runs_ddpm(found: object) -> bool:
+    """Whether something of diffusers is a scheduler that says that DDPMScheduler can stand in its place."""
+    return "DDPMScheduler" in getattr(found, "_compatibles", ())
 
 
 def sample_images(

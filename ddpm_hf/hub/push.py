@@ -27,10 +27,10 @@ CARD = "README.md"
 # Of httpx in huggingface_hub 1, of httpx2 in 2: what is raised when there is no answer.
 _HTTPError: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 # What an earlier push may have left that a new one no longer has: weights in another number of parts or precision,
-# code, pictures, records. Whatever else is in the repository stays.
+# records, pictures. Whatever else is in the repository stays.
 _OURS = (
-    "unet/diffusion_pytorch_model*", "scheduler/reverse_variance.json", "*.py", "samples/*", "training_config.yaml",
-    "training_summary.json", "evaluation.json", "verification.json",
+    "unet/diffusion_pytorch_model*", "scheduler/reverse_variance.json", "training_config.yaml", "training_summary.json",
+    "evaluation.json", "samples/samples.png", "samples/denoising.*", "samples/loss.png", "samples/evaluation.png",
 )  # fmt: skip
 
 

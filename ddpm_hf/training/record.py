@@ -80,7 +80,7 @@ def _seconds(metrics: Sequence[Mapping[str, Any]]) -> float:
 def device_name(device: torch.device) -> str:
     """Returns what a device is called by those who sell it."""
     if device.type == "cuda":
-        return str(torch.cuda.getdevice_name(device))
+        return str(torch.cuda.get_device_name(device))
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

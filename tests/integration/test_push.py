@@ -149,8 +149,12 @@ def test_private_branch_and_pull_request_are_what_they_say(hub: LoopbackHub, tex
 
 
 def test_what_an_earlier_push_left_goes_and_what_others_put_there_stays(hub: LoopbackHub, text_folder: Path) -> None:
-    theirs = {"LICENSE": b"mit", "notes.md": b"x", "unet/README": b"x"}
-    ours = {"unet/diffusion_pytorch_model.fp16.safetensors": b"old", "samples/old.png": b"old", "chain.py": b"old"}
+    theirs = {"LICENSE": b"mit", "demo.py": b"x", "samples/mine.png": b"x", "unet/README": b"x"}
+    ours = {
+        "unet/diffusion_pytorch_model.fp16.safetensors": b"old",
+        "samples/loss.png": b"old",
+        "evaluation.json": b"{}",
+    }
     hub.repository("user/model").commit(theirs | ours)
     send(text_folder, Target(repo_id="user/model"))
     assert branch(hub, "user/model") == files_of(text_folder) | theirs

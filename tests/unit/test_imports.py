@@ -124,10 +124,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub.export": {"diffusion", "evaluation.sampling", "evaluation.verification", "plots", "report"},
     "hub.push": {"redaction"},
     "commands": {
-        "commands", "config", "data", "diffusion", "durable", "evaluation", "hub", "plots", "redaction", "report",
+        "commands", "config", "data", "diffusion", "durable", "evaluation", "hub", "plots", "redaction", "report", "rng",
         "training",
     },
-    "commands.plot": {"commands.plot_inputs", "config", "data", "diffusion", "plots", "report", "rng", "training"},
+    "commands.plot": {
+        "commands.plot_inputs", "config", "data", "diffusion", "durable", "plots", "rng", "training",
+    },
     "cli": {"ddpm_hf", "commands", "redaction"},
     "__main__": {"cli"},
     "__init__": {"config", "diffusion", "training.trainer"},
@@ -137,7 +139,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 HOMES_OF_LIBRARIES = {
     "accelerate": {"training"},
     "datasets": {"data"},
-    "huggingface_hub": {"data", "diffusion.reverse_variance", "hub", "pretrained"},
+    "huggingface_hub": {"commands.folders", "data", "diffusion.reverse_variance", "hub", "pretrained"},
     "jinja2": {"hub"},
     "jsonargparse": {"config"},
     "matplotlib": {"evaluation.picture", "plots"},

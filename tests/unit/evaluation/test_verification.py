@@ -159,4 +159,4 @@ def test_a_damaged_record_is_a_sentence(copy: Path, content: Any, sentence: str)
 
 def test_a_folder_that_is_no_pipeline_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path)]) == 2
-    assert "is no saved pipeline: it has no model_index.json" in capsys.readouterr().err
+    assert "holds no pipeline (model_index.json)" in capsys.readouterr().err
