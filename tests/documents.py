@@ -192,7 +192,9 @@ def _by_parser_of(name: str) -> Callable[[list[str]], object]:
 
 def _check_python(arguments: list[str]) -> None:
     script, *rest = arguments
-    if script == "-m":
+    if script == "-c":
+        compile(rest[0], "-c", "exec")
+    elif script == "-m":
         module, *rest = rest
         if module in OTHER_MODULES:
             return

@@ -16,7 +16,7 @@ def verify(arguments: Sequence[str]) -> int:
         prog="ddpm-hf verify",
         description="Compute again what a saved pipeline computed when it was saved, in each of the three ways of "
         "loading it, and say what differs.",
-        epilog="examples: ddpm-hf verify outputs/digits/pipeline; ddpm-hf verify user/digits",
+        epilog="example: ddpm-hf verify user/digits",
     )
     parser.add_argument("folder", help="a saved pipeline, the folder of a run, or a repository of the Hub")
     parser.add_argument("--revision", help="branch, tag or commit of a repository of the Hub")

@@ -195,8 +195,8 @@ def test_the_printed_configuration_repeats_the_run(
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "told"),
     [
-        ([], 2, "no command; choose data, train, ema, evaluate, plot or verify."),
-        (["tarin"], 2, "unknown command 'tarin'; choose data, train, ema, evaluate, plot or verify."),
+        ([], 2, "no command; choose data, train, ema, sample, evaluate, plot, push or verify."),
+        (["tarin"], 2, "unknown command 'tarin'; choose data, train, ema, sample, evaluate, plot, push or verify."),
         (["--help"], 0, ""),
         (["-h"], 0, ""),
     ],

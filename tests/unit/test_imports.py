@@ -124,11 +124,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub.export": {"diffusion", "evaluation.sampling", "evaluation.verification", "plots", "report"},
     "hub.push": {"redaction"},
     "commands": {
-        "commands", "config", "data", "diffusion", "durable", "evaluation", "hub", "plots", "redaction", "report", "rng",
-        "training",
+        "commands", "config", "data", "diffusion", "durable", "evaluation", "hub", "plots", "redaction", "report",
+        "rng", "training",
     },
     "commands.plot": {
-        "commands.plot_inputs", "config", "data", "diffusion", "durable", "plots", "rng", "training",
+        "commands.parser", "commands.plot_inputs", "config", "data", "diffusion", "durable", "plots", "rng", "training",
     },
     "cli": {"ddpm_hf", "commands", "redaction"},
     "__main__": {"cli"},
