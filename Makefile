@@ -28,7 +28,7 @@ train: $(VENV)/.train ## Train on the embedded digits, sample, judge the samples
 	$(LAUNCH) train_ddpm.py --config $(CONFIG) $(ARGS)
 
 test: lint types ## Lint, check types and run every test that is not slow and needs no GPU
-	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and formatting
 	$(RUN) ruff check .

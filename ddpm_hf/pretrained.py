@@ -17,6 +17,7 @@ from diffusers import UNet2DModel
 from ddpm_hf.config import ConfigError, ModelConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.diffusion.folder import check_shards
+from ddpm_hf.redaction import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def load_pretrained(model: ModelConfig) -> Pretrained:
         check_shards(unet_folder)
         unet, loaded = UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # diffusers and safetensors raise many types for files that do not fit together
-        raise ConfigError(f"{name} cannot be loaded ({_reason(error)}).") from error
+        raise ConfigError(f"{name} cannot be loaded ({reason_of(error)}).") from error
     if missing := loaded["missing_keys"]:
         raise ConfigError(f"{name} lacks weights of its own network ({', '.join(sorted(missing)[:3])}, ...).")
     index = _read_json(folder / "model_index.json", name) if (folder / "model_index.json").is_file() else None
@@ -126,7 +127,7 @@ def take_weights(
         unet.load_state_dict(pretrained.unet.state_dict())
     except RuntimeError as error:
         raise ConfigError(
-            f"{pretrained.name} has weights of another shape than model.overrides ask for ({_reason(error)}); leave "
+            f"{pretrained.name} has weights of another shape than model.overrides ask for ({reason_of(error)}); leave "
             "out those that change the shape."
         ) from None
 
@@ -206,7 +207,7 @@ def _scheduler(folder: Path, name: str) -> GaussianDiffusionScheduler | None:
             try:
                 scheduler: GaussianDiffusionScheduler = GaussianDiffusionScheduler.from_config(_read_json(path, name))
             except Exception as error:  # whatever torch raises for tables of an absurd size
-                raise ConfigError(f"{name} has a scheduler that is no DDPM's ({_reason(error)}).") from error
+                raise ConfigError(f"{name} has a scheduler that is no DDPM's ({reason_of(error)}).") from error
             return scheduler
     return None
 
@@ -233,8 +234,8 @@ def _folder(name: str, source: str, revision: str | None, files: Sequence[str]) 
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the Hub's own errors, those of the network, and those of the disk
         raise ConfigError(
-            f"{name} is no folder here and cannot be had from the Hub ({_reason(error)}); check the name, the network "
-            "and, for a private repository, that you are logged in."
+            f"{name} is no folder here and cannot be had from the Hub ({reason_of(error)}); check the name, the "
+            "network and, for a private repository, that you are logged in."
         ) from error
 
 
@@ -260,16 +261,10 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: {path.name} cannot be read ({_reason(error)}).") from None
+        raise ConfigError(f"{name}: {path.name} cannot be read ({reason_of(error)}).") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{name}: {path.name} holds no settings.")
     return content
-
-
-def _reason(error: BaseException) -> str:
-    """Returns what an error says, in one line that is not too long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _pair(size: int | Sequence[int]) -> list[int]:

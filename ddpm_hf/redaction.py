@@ -18,6 +18,7 @@ _TOKEN = re.compile(r"\b(?:hf_|api_org_|wandb_v\d_|gh[oprsu]_|github_pat_)[A-Za-
 _SECRET_NAMES = ("_KEY", "_PASSWORD", "_SECRET", "_TOKEN")
 # Those whose value is surely no setting.
 _OUR_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_LONGEST_REASON = 200
 _SHORTEST_SECRET = 8  # a shorter value would be found everywhere
 
 
@@ -29,6 +30,12 @@ def redact(text: str) -> str:
     text = _CREDENTIALS_IN_MESSAGES.sub(r"\1***@", text)
     text = _SIGNATURE.sub(r"\1***", text)
     return _TOKEN.sub("***", text)
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns what an error says, without secrets, in one line that is not too long and has no full stop."""
+    text = redact(" ".join(str(error).split()).rstrip(".")) or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
 
 
 def find_secret(text: str) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.config import ConfigError
+from ddpm_hf.redaction import reason_of
 
 if TYPE_CHECKING:
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
@@ -34,6 +35,8 @@ def find_folder(name: str) -> Path | None:
     for candidate in (folder, folder / "pipeline"):
         if (candidate / "model_index.json").is_file():
             return candidate
+    if (folder / "checkpoints").is_dir():
+        raise ConfigError(f"{folder} holds a run that is not finished; finish it with the command that began it.")
     raise ConfigError(f"{folder} holds no pipeline (model_index.json); give the folder that training saved.")
 
 
@@ -90,7 +93,7 @@ def commit_of(pipeline: "GaussianDiffusionPipeline") -> str | None:
 
 def _reason_here(error: Exception) -> str:
     """Says why a folder does not load."""
-    return f"holds no pipeline that can be loaded: {_first_line(error)}"
+    return f"holds no pipeline that can be loaded: {reason_of(error)}."
 
 
 def _reason_of_hub(error: Exception, revision: str | None) -> str:
@@ -111,7 +114,7 @@ def _reason_of_hub(error: Exception, revision: str | None) -> str:
     ):  # fmt: skip
         if any(isinstance(cause, kind) for cause in _causes(error)):
             return reason
-    return f"is a repository that cannot be loaded: {_first_line(error)}"
+    return f"is a repository that cannot be loaded: {reason_of(error)}."
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -119,8 +122,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _first_line(error: Exception) -> str:
-    """Returns what an error says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

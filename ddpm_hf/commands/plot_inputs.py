@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm_hf.config import ConfigError, DataConfig, RunConfig, load_config
+from ddpm_hf.config import ConfigError, DataConfig, RunConfig, read_config
 
 if TYPE_CHECKING:
     from ddpm_hf.data.decoding import Cell
@@ -75,7 +75,7 @@ def _read_config(file: Path) -> Process:
     from ddpm_hf.diffusion import GaussianDiffusionScheduler
 
     try:
-        config, _ = load_config(["--config", str(file)])
+        config = read_config(file)
     except ConfigError as error:
         raise ConfigError(f"{file} is not the configuration of a run: {error}") from None
     settings = {name: getattr(config.diffusion, name) for name in config.diffusion.__dataclass_fields__}

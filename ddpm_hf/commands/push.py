@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddpm_hf.commands.folders import find_folder
 from ddpm_hf.commands.parser import Parser
+from ddpm_hf.config import ConfigError
 
 if TYPE_CHECKING:
     from ddpm_hf.hub.push import Target
@@ -35,7 +37,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
         formatter_class=RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("folder", type=Path, help="folder of a finished run, or of a pipeline")
+    add("folder", help="folder of a finished run, or of a pipeline")
     add("repo_id", help='"user/name", "organisation/name", or "name" for your own')
     add("--private", action="store_true", help="make the repository private, if it is made now")
     add("--pull_request", action="store_true", help="propose the change instead of making it")
@@ -66,6 +68,9 @@ def push(arguments: Sequence[str]) -> int:
     logging.disable_progress_bar()  # the pipeline is loaded several times
     if not sys.stderr.isatty():
         hub.hide_progress()
+    source = find_folder(options.folder)
+    if source is None:
+        raise ConfigError(f"{options.folder} is no folder of this machine; give that of a run or of a pipeline.")
     target = hub.Target(
         repo_id=options.repo_id,
         private=options.private,
@@ -76,7 +81,7 @@ def push(arguments: Sequence[str]) -> int:
         hub.check_access(target)  # before the work
     with tempfile.TemporaryDirectory(prefix="ddpm-hf-push-") as temporary:
         folder = Path(temporary) / "repository"
-        assemble(options.folder, folder, fp16=options.fp16)
+        assemble(source, folder, run=Path(options.folder).expanduser(), fp16=options.fp16)
         remote = hub.Remote(options.repo_id, None, None) if options.dry_run else hub.look_up(target)
         card = make_card(folder, repo_id=remote.repo_id, license=options.license, existing=remote.card)
         (folder / hub.CARD).write_text(card.text, encoding="utf-8", newline="")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpm_hf import __version__
 from ddpm_hf.commands.complaints import complain
 from ddpm_hf.commands.folders import commit_of, find_folder, load_pipeline
 from ddpm_hf.commands.overviews import Film, grid, grid_of_edits, in_grid
@@ -276,7 +277,7 @@ def _settings(work: _Work) -> dict[str, Any]:
             settings["jump_length"] = options.jump_length or JUMP_LENGTH
         else:
             settings["strength"] = options.strength or STRENGTH
-    libraries = ("ddpm_hf", "torch", "diffusers", "numpy", "pillow")
+    libraries = ("torch", "diffusers", "numpy", "pillow")
     pictures = [
         {"file": picture.name, "seed": picture.seed}
         | ({} if picture.label is None else {"label": picture.label, "class_name": picture.class_name})
@@ -284,6 +285,7 @@ def _settings(work: _Work) -> dict[str, Any]:
         for picture in work.pictures
     ]
     return settings | {
-        "versions": {"python": platform.python_version()} | {library: version(library) for library in libraries},
+        "versions": {"python": platform.python_version(), "ddpm_hf": __version__}
+        | {library: version(library) for library in libraries},
         "images": pictures,
     }

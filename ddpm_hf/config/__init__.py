@@ -2,7 +2,7 @@
 
 from ddpm_hf.config.evaluation import EvaluationConfig
 from ddpm_hf.config.hub import HubConfig
-from ddpm_hf.config.parse import load_config, load_data_config, read_config_dict
+from ddpm_hf.config.parse import load_config, load_data_config, read_config, read_config_dict
 from ddpm_hf.config.rules import ConfigError, changed_settings, changed_too_late, refuse_secrets, validate
 from ddpm_hf.config.schema import (
     DataConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "changed_too_late",
     "load_config",
     "load_data_config",
+    "read_config",
     "read_config_dict",
     "refuse_secrets",
     "validate",

@@ -50,6 +50,15 @@ def load_config(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf tra
     return config, bool(namespace.dry_run)
 
 
+def read_config(path: Path) -> RunConfig:
+    """Reads a YAML file with any of the settings, and does not ask whether a run could be made of them.
+
+    Raises:
+        ConfigError: If it is no YAML, a key is unknown or a value has the wrong type.
+    """
+    return _parse(_parser("ddpm-hf"), ["--config", str(path)])[0]
+
+
 def load_data_config(arguments: Sequence[str], prog: str = "ddpm-hf data") -> tuple[RunConfig, Path]:
     """Reads `SOURCE --picture FILE` and any flags of `ddpm-hf train`, of which those of the data count.
 

@@ -71,13 +71,13 @@ def label_numbers(
     return labels
 
 
-def nearest(given: int | str, names: Iterable[str]) -> str:
+def nearest(given: int | str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """Returns a question about the name that may be meant, the shortest that goes on so or the most similar, or ""."""
     if not given or not isinstance(given, str):
         return ""
     folded = {name.casefold(): name for name in names}
     longer = sorted((name for name in folded if name.startswith(given.casefold())), key=len)
-    found = longer or difflib.get_close_matches(given.casefold(), folded, n=1)
+    found = longer or difflib.get_close_matches(given.casefold(), folded, n=1, cutoff=cutoff)
     return f" (did you mean {folded[found[0]]!r}?)" if found else ""
 
 

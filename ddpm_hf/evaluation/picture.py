@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from ddpm_hf.evaluation.likelihood import VariationalBound
 from ddpm_hf.plots import LINE_COLOR, VALIDATION_COLOR, UInt8Array, image_grid
+from ddpm_hf.plots.figures import bin_means, finish_axes, new_figure, save_figure
 
 NUM_COLUMNS = 8
 NUM_NEIGHBOURS = 4 * NUM_COLUMNS
 NUM_BINS = 100
-DPI = 130
 FAINT = 0.25
 
 
@@ -40,12 +40,8 @@ def draw_evaluation(
         bound: The variational bound.
         title: What was evaluated.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     num_rows = 1 if bound is None else 2
-    figure = Figure(figsize=(13, 4.6 * num_rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 4.6 * num_rows)
     figure.suptitle(title)
     axes = figure.subplots(num_rows, 3, squeeze=False)
     _show(axes[0, 0], samples, "samples, not selected")
@@ -57,7 +53,7 @@ def draw_evaluation(
         _draw_errors(axes[1, 0], bound)
         _draw_terms(axes[1, 1], bound)
         _draw_rate(axes[1, 2], bound)
-    figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def _in_pairs_of_rows(upper: UInt8Array, lower: UInt8Array) -> UInt8Array:
@@ -76,21 +72,11 @@ def _show(axes: Any, images: UInt8Array, title: str) -> None:
 
 
 def binned(values: NDArray[np.float64], bound: VariationalBound) -> NDArray[np.float64]:
-    """Returns means over neighbouring steps, weighted by how many images each was computed for.
+    """Returns means over at most NUM_BINS stretches of the chain, in its order, weighted by images.
 
     Of a bound that is estimated from a few terms an image, most steps have seen few images.
-
-    Args:
-        values: One for each step of the chain.
-        bound: Where they come from.
-
-    Returns:
-        At most NUM_BINS values, in the order of the chain; bins without an image are left out.
     """
-    bins = np.arange(len(values)) * min(NUM_BINS, len(values)) // len(values)
-    counts = np.bincount(bins, bound.counts)
-    sums = np.bincount(bins, bound.counts * values)
-    return np.asarray(sums[counts > 0] / counts[counts > 0])
+    return bin_means(values, bound.counts, NUM_BINS)
 
 
 def _draw_by_timestep(axes: Any, values: NDArray[np.float64], bound: VariationalBound, color: str, label: str) -> None:
@@ -127,7 +113,4 @@ def _draw_rate(axes: Any, bound: VariationalBound) -> None:
 def _finish(axes: Any, title: str, x: str, y: str) -> None:
     """Labels the axes and draws what helps to read them."""
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
+    finish_axes(axes, x, y)

@@ -133,8 +133,9 @@ def scheduler_class(name: str) -> Any:
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         names = [one for one in dir(diffusers) if one.endswith("Scheduler")]
         known = [GaussianDiffusionScheduler.__name__, *(one for one in names if _runs_ddpm(getattr(diffusers, one)))]
+        meant = nearest(name, known, cutoff=0.8)  # all names end alike, so any two are a little similar
         raise ValueError(
-            f"scheduler is {name}, which diffusers {diffusers.__version__} does not have{nearest(name, known)}; give a "
+            f"scheduler is {name}, which diffusers {diffusers.__version__} does not have{meant}; give a "
             "name such as DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler."
         )
     if not _runs_ddpm(found):

@@ -25,6 +25,7 @@ from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.diffusion.folder import LIST_FORM, stock_pipeline_samples
 from ddpm_hf.diffusion.pipeline import PORTABLE_FILES
 from ddpm_hf.durable import write_text
+from ddpm_hf.redaction import reason_of
 from ddpm_hf.rng import torch_generator
 
 FILE_NAME = "verification.json"
@@ -96,7 +97,7 @@ def verify(folder: Path, *, runs_its_code: bool = False) -> list[Finding]:
     try:
         pipeline = GaussianDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
-        return [*findings, Finding("with ddpm_hf", 1.0, f"does not load: {_line(error)}")]
+        return [*findings, Finding("with ddpm_hf", 1.0, f"does not load: {reason_of(error)}")]
     findings.append(_compare("with ddpm_hf", pipeline, GaussianDiffusionPipeline, expected))
     if pipeline.num_classes or not stock_pipeline_samples(pipeline):
         why = (
@@ -133,7 +134,7 @@ def _read(folder: Path) -> dict[str, Any]:
             content["files"], dict
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({_line(error)}); write it anew with --write.") from None
+        raise ValueError(f"{path} cannot be read ({reason_of(error)}); write it anew with --write.") from None
     if not is_whole or (schema, seed) != (SCHEMA, SEED):
         raise ValueError(
             f"{path} was written by another version of ddpm_hf (schema {schema!r}); this one reads {SCHEMA}."
@@ -156,7 +157,7 @@ def _load_and_compare(way: str, load: Callable[..., Any], expected: dict[str, An
     try:
         pipeline = load(dtype=torch.float32, use_safetensors=True)
     except Exception as error:
-        return Finding(way, 1.0, f"does not load: {_line(error)}")
+        return Finding(way, 1.0, f"does not load: {reason_of(error)}")
     return _compare(way, pipeline, type(pipeline), expected)
 
 
@@ -165,7 +166,7 @@ def _compare(way: str, pipeline: Any, kind: type, expected: dict[str, Any]) -> F
     try:
         found = _compute(pipeline, kind)
     except Exception as error:
-        return Finding(way, 1.0, f"does not sample: {_line(error)}")
+        return Finding(way, 1.0, f"does not sample: {reason_of(error)}")
     largest, problem = 0.0, ""
     for name, what in (("network", "the network's output"), ("image", "the sampled image")):
         for part in ("mean", "deviation", "corner"):
@@ -266,8 +267,3 @@ def _sha256(path: Path) -> str:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
-
-
-def _line(error: BaseException) -> str:
-    """Returns what an error says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

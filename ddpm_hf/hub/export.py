@@ -20,7 +20,8 @@ from ddpm_hf.evaluation.sampling import Sampler, sample_images, sample_trajector
 from ddpm_hf.evaluation.verification import FILE_NAME as VERIFICATION
 from ddpm_hf.evaluation.verification import verify, write_verification
 from ddpm_hf.plots import schedule_plot
-from ddpm_hf.report import ANIMATION, PIPELINE_DIR, SAMPLES, STRIP, draw_samples
+from ddpm_hf.redaction import reason_of
+from ddpm_hf.report import ANIMATION, SAMPLES, STRIP, draw_samples
 
 PICTURES_DIR = "samples"
 SCHEDULE, LOSS, EVALUATION_PICTURE = "schedule.png", "loss.png", "evaluation.png"
@@ -29,34 +30,18 @@ NUM_DRAWN, NUM_STEPS = 16, 50
 MAX_CLASSES_DRAWN, NUM_DRAWN_OF_A_CLASS = 10, 4
 
 
-def find_pipeline(folder: Path) -> Path:
-    """Returns the folder of the pipeline: this one, or that of the finished run in it.
-
-    Raises:
-        ValueError: There is none.
-    """
-    for candidate in (folder, folder / PIPELINE_DIR):
-        if (candidate / "model_index.json").is_file():
-            return candidate
-    if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist; give the folder of a run or of a pipeline (here is {Path.cwd()}).")
-    if (folder / "checkpoints").is_dir():
-        raise ValueError(f"{folder} holds a run that is not finished; finish it with the command that began it.")
-    raise ValueError(f"{folder} holds no pipeline (model_index.json); give the folder of a run or of a pipeline.")
-
-
-def assemble(folder: Path, target: Path, *, fp16: bool = False) -> None:
+def assemble(source: Path, target: Path, *, run: Path | None = None, fp16: bool = False) -> None:
     """Puts together all that is published but the card.
 
     Args:
-        folder: Of a pipeline or of a finished run.
+        source: Folder of a pipeline.
         target: A new folder.
+        run: Folder of the run that it was trained in, whose pictures are taken; without them some are drawn.
         fp16: Write half-precision weights too.
 
     Raises:
         ValueError: The pipeline does not load, is not what was saved, or has weights that are not finite.
     """
-    source = find_pipeline(folder)
     if (source / VERIFICATION).is_file():
         for finding in verify(source):
             if finding.is_bad:
@@ -67,14 +52,14 @@ def assemble(folder: Path, target: Path, *, fp16: bool = False) -> None:
     try:
         pipeline = GaussianDiffusionPipeline.from_pretrained(source, dtype=torch.float32)
     except OSError as error:
-        raise ValueError(f"{source} holds no pipeline that can be loaded: {_line(error)}") from error
+        raise ValueError(f"{source} holds no pipeline that can be loaded: {reason_of(error)}.") from error
     _check_finite(pipeline, source, "float32")
     pipeline.save_pretrained(target)
     write_verification(target)
     (target / PICTURES_DIR).mkdir()
     _draw_schedule(pipeline, target / PICTURES_DIR / SCHEDULE)
-    _add_samples(pipeline, folder, target / PICTURES_DIR)
-    for picture in (folder / LOSS, source / EVALUATION_PICTURE):
+    _add_samples(pipeline, run or source, target / PICTURES_DIR)
+    for picture in ((run or source) / LOSS, source / EVALUATION_PICTURE):
         _copy_picture(picture, target / PICTURES_DIR)
     for name in (SUMMARY, EVALUATION):
         if (source / name).is_file():
@@ -144,7 +129,7 @@ def _copy_picture(path: Path, target: Path) -> bool:
             image.verify()
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(
-            f"{path} is no picture that can be published ({_line(error)}); remove it, and push again."
+            f"{path} is no picture that can be published ({reason_of(error)}); remove it, and push again."
         ) from error
     shutil.copyfile(path, target / path.name)
     return True
@@ -155,7 +140,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({_line(error)}); make it anew, or remove it.") from None
+        raise ValueError(f"{path} cannot be read ({reason_of(error)}); make it anew, or remove it.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no record; make it anew, or remove it.")
     return content
@@ -180,7 +165,7 @@ def _public_settings(path: Path) -> str:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read ({_line(error)}); remove it, and push again.") from None
+        raise ValueError(f"{path} cannot be read ({reason_of(error)}); remove it, and push again.") from None
     if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
         raise ValueError(f"{path} holds no settings of a training; remove it, and push again.")
     for section in settings.values():
@@ -194,8 +179,3 @@ def _is_local(value: str) -> bool:
     """Tells whether a setting is a path of this machine, and no name on the Hub."""
     is_outside = value.startswith(("/", "~", ".")) or "\\" in value or value.count("/") > 1
     return is_outside or Path(value).expanduser().exists()
-
-
-def _line(error: BaseException) -> str:
-    """Returns what an error says, in one line."""
-    return " ".join(str(error).split())[:300]

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
-from ddpm_hf.redaction import redact
+from ddpm_hf.redaction import reason_of
 
 CARD = "README.md"
 # Of httpx in huggingface_hub 1, of httpx2 in 2: what is raised when there is no answer.
@@ -249,8 +249,8 @@ def _refusal(error: HfHubHTTPError, name: str, outcome: str) -> HubRefused | Hub
 
 
 def _reason(error: BaseException) -> str:
-    """Returns what an error says, in one line that is not too long and holds no secret."""
-    server_message = getattr(error, "server_message", None)
-    lines = [line.strip() for line in (server_message or str(error)).splitlines() if line.strip()]
-    status = f"{error.response.status_code} " if isinstance(error, HfHubHTTPError) else ""
-    return redact(f"{status}{lines[0] if lines else type(error).__name__}"[:200])
+    """Returns what an error says; of an answer of the Hub its number and what the Hub itself says."""
+    if not isinstance(error, HfHubHTTPError):
+        return reason_of(error)
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{error.response.status_code} {reason_of(ValueError(error.server_message or first_line))}"

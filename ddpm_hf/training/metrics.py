@@ -43,9 +43,9 @@ class Meter:
         self._train_batch_size = train_batch_size
         self.losses = LossMeter(num_timesteps, train_batch_size // accelerator.num_processes, accelerator.device)
 
-    def start(self, step: int) -> None:
-        """Starts the clock at a step."""
-        self._logged_step, self._logged_at = step, time.monotonic()
+    def start(self, step: int, seconds: float = 0.0) -> None:
+        """Starts the clock at a step, to which training has taken so many seconds."""
+        self._logged_step, self._logged_at, self._seconds = step, time.monotonic(), seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -67,6 +67,7 @@ class Meter:
         now = time.monotonic()
         num_images = (step - self._logged_step) * self._train_batch_size
         images_per_second = num_images / max(now - self._logged_at, 1e-9)
+        self._seconds += now - self._logged_at
         self._logged_step, self._logged_at = step, now
         self.losses.sums.zero_()
         return {
@@ -74,6 +75,7 @@ class Meter:
             "num_images": step * self._train_batch_size,
             **LossMeter.columns(sums),
             "images_per_second": round(images_per_second, 2),
+            "seconds": round(self._seconds, 1),
             "peak_memory_mib": round(peak_memory_mib(self._accelerator.device), 1),
         }
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load, save
 
 from ddpm_hf.config import ConfigError
+from ddpm_hf.redaction import reason_of
 
 Scalar: TypeAlias = str | int | float | bool | None
 # "state": parameter -> key -> value; "group": what changed in the group of all parameters since it was made.
@@ -86,7 +87,7 @@ def check_that_it_continues(
         content = load(save(tensors))
     except (ConfigError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"{name} cannot be stored in a checkpoint ({_reason(error)}); choose another optimiser."
+            f"{name} cannot be stored in a checkpoint ({reason_of(error)}); choose another optimiser."
         ) from None
     second = [torch.nn.Parameter(parameter.detach().clone()) for parameter in first]
     again = build(second)
@@ -111,7 +112,7 @@ def _step(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parame
         optimizer.step()
     except Exception as error:  # whatever an optimiser that is not ours may raise
         raise ConfigError(
-            f"{name} cannot take a step ({type(error).__name__}: {_reason(error)}); choose "
+            f"{name} cannot take a step ({type(error).__name__}: {reason_of(error)}); choose "
             "another optimiser or other training.optimizer_kwargs."
         ) from error
 
@@ -143,9 +144,3 @@ def _checked(value: object, key: str) -> Scalar:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise ConfigError(f"it keeps {key} as {type(value).__name__}, which is no tensor, number, text, true or false")
-
-
-def _reason(error: BaseException) -> str:
-    """Returns what an error says, in one line that is not too long."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."

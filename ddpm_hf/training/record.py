@@ -1,7 +1,7 @@
 """training_summary.json: what a saved pipeline says of its training, for a model card."""
 
 import platform
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from diffusers import UNet2DModel
 from ddpm_hf import __version__
 from ddpm_hf.config import RunConfig
 from ddpm_hf.data import ImageSet, ImageStream
+from ddpm_hf.training.tracking import MetricsLog
 
 FILE_NAME = "training_summary.json"
 _SCORE = "score"
@@ -24,7 +25,7 @@ def summarize(
     images: ImageSet | ImageStream,
     unet: UNet2DModel,
     num_processes: int,
-    metrics: Sequence[Mapping[str, Any]],
+    metrics: MetricsLog,
 ) -> dict[str, Any]:
     """Returns how long a network was trained on what.
 
@@ -34,19 +35,18 @@ def summarize(
         images: The training images.
         unet: The network, on the device that it is trained on.
         num_processes: How many train it together.
-        metrics: The lines of metrics so far.
+        metrics: Its lines of metrics.
 
     Returns:
         Values that JSON can hold. The seconds are those of training itself, without validation, previews and saving.
     """
     source = config.data.source
-    losses = [row["loss"] for row in metrics if row.get("loss") is not None]
-    scores = [row for row in metrics if row.get(_SCORE) is not None]
+    timed, learned, scored = (metrics.last(name) or {} for name in ("seconds", "loss", _SCORE))
     return {
         "step": step,
         "num_steps": config.training.num_steps,
         "num_images_seen": step * config.training.train_batch_size,
-        "seconds": _seconds(metrics),
+        "seconds": timed.get("seconds"),
         "device": device_name(unet.device),
         "num_processes": num_processes,
         "num_parameters": sum(parameter.numel() for parameter in unet.parameters()),
@@ -56,8 +56,8 @@ def summarize(
             "num_images": len(images) if isinstance(images, Sized) else None,
             "num_classes": unet.config.num_class_embeds and unet.config.num_class_embeds - _has_null_label(config),
         },
-        "loss": losses[-1] if losses else None,
-        "score": {name: value for name, value in scores[-1].items() if name.startswith(_SCORE)} if scores else None,
+        "loss": learned.get("loss"),
+        "score": {name: value for name, value in scored.items() if name.startswith(_SCORE)} or None,
         "versions": {"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }
 
@@ -65,16 +65,6 @@ def summarize(
 def _has_null_label(config: RunConfig) -> bool:
     """Whether one of the network's labels means "no class"."""
     return config.objective.class_dropout > 0
-
-
-def _seconds(metrics: Sequence[Mapping[str, Any]]) -> float:
-    """Adds up the time between the lines of metrics, from the images in it and how fast they were."""
-    seconds, num_images = 0.0, 0
-    for row in metrics:
-        if row.get("images_per_second"):
-            seconds += (row["num_images"] - num_images) / row["images_per_second"]
-            num_images = row["num_images"]
-    return round(seconds, 1)
 
 
 def device_name(device: torch.device) -> str:

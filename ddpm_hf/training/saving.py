@@ -159,7 +159,7 @@ class Saver:
             images=self._images,
             unet=self._unet,
             num_processes=processes.world_size(),
-            metrics=self._metrics.rows(),
+            metrics=self._metrics,
         )
         (folder / record.FILE_NAME).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 

@@ -57,6 +57,21 @@ class MetricsLog:
         rows = (_row(line) for line in self._path.read_bytes().splitlines())
         return [row for row in rows if row is not None]
 
+    def last(self, name: str) -> dict[str, Any] | None:
+        """Returns the last line with a column, None if there is none; looked for from the end."""
+        if not self._path.exists() or not self._path.stat().st_size:
+            return None
+        with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = len(content)
+            while (found := content.rfind(f'"{name}": '.encode(), 0, end)) >= 0:
+                start = content.rfind(b"\n", 0, found) + 1
+                stop = content.find(b"\n", found)
+                row = _row(content[start : stop if stop >= 0 else len(content)])
+                if row is not None and row.get(name) is not None:
+                    return row
+                end = start
+        return None
+
     def cut_after(self, step: int) -> None:
         """Forgets what came after a step, since the run is about to do it again; what came before is not even read."""
         try:

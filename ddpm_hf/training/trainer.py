@@ -144,7 +144,8 @@ class Trainer:
             processes.on_rank_0(lambda: self.trackers.start(first_step, self.config.to_dict()))
         with StopWatcher() as watcher, self._progress, self.trackers:
             started_at = time.monotonic()
-            self.meter.start(first_step)
+            timed = self.metrics.last("seconds") or {}
+            self.meter.start(first_step, timed.get("seconds", 0.0))
             while self.state.global_step < num_steps:
                 self._train_step(self.state.global_step)
                 self.state.global_step += 1

@@ -277,9 +277,9 @@ def test_weights_that_are_not_finite_are_never_published(
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda run: shutil.rmtree(run / "pipeline"), "holds no pipeline (model_index.json); give the folder of a run"),
+        (lambda run: shutil.rmtree(run / "pipeline"), "holds no pipeline (model_index.json); give the folder that"),
         (lambda run: (run / "pipeline").rename(run / "checkpoints"), "holds a run that is not finished"),
-        (lambda run: shutil.rmtree(run), "does not exist; give the folder of a run or of a pipeline"),
+        (lambda run: shutil.rmtree(run), "is no folder of this machine"),
         (lambda run: (run / "pipeline" / "evaluation.json").write_text("{"), "evaluation.json cannot be read"),
         (lambda run: (run / "pipeline" / "evaluation.json").write_text("[]"), "evaluation.json holds no record"),
         (lambda run: (run / "pipeline" / "training_config.yaml").write_text("a: ["), "training_config.yaml cannot be"),
@@ -302,7 +302,7 @@ def test_a_pipeline_that_is_not_what_was_saved_is_not_published(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copied = Path(shutil.copytree(run, tmp_path / "run"))
-    assemble(copied, tmp_path / "assembled")
+    assemble(copied / "pipeline", tmp_path / "assembled")
     tensors = load_file(tmp_path / "assembled" / WEIGHTS)
     tensors["conv_in.weight"] *= 1.5
     save_file(tensors, tmp_path / "assembled" / WEIGHTS, {"format": "pt"})
@@ -315,7 +315,7 @@ def test_pictures_are_drawn_where_there_are_none_and_links_are_not_followed(tmp_
     private = tmp_path / "private.png"
     Image.new("L", (8, 8)).save(private)
     (tmp_path / "loss.png").symlink_to(private)
-    assemble(tmp_path, tmp_path / "assembled")
+    assemble(tmp_path / "pipeline", tmp_path / "assembled", run=tmp_path)
     assert sorted(path.name for path in (tmp_path / "assembled" / "samples").iterdir()) == [
         "denoising.gif", "denoising.png", "samples.png", "schedule.png",
     ]  # fmt: skip
@@ -331,6 +331,6 @@ def test_there_is_no_option_for_a_token(capsys: pytest.CaptureFixture[str]) -> N
 def test_numbers_that_json_does_not_have_are_none(run: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(run, tmp_path / "run"))
     (copied / "pipeline" / "training_summary.json").write_text('{"step": 3, "loss": NaN, "score": {"score": Infinity}}')
-    assemble(copied, tmp_path / "assembled")
+    assemble(copied / "pipeline", tmp_path / "assembled")
     content = (tmp_path / "assembled" / "training_summary.json").read_text()
     assert json.loads(content) == {"step": 3, "loss": None, "score": {"score": None}}

@@ -61,10 +61,13 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {f"{file.relative_to(checkpoint)}:{key}": value for file in files for key, value in load_file(file).items()}
 
 
+TIME_AND_MEMORY = ("images_per_second", "seconds", "peak_memory_mib")
+
+
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
     """Returns the metrics without the columns that tell time and memory, which differ between two equal runs."""
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in row if key not in ("images_per_second", "peak_memory_mib")} for row in rows]
+    return [{key: row[key] for key in row if key not in TIME_AND_MEMORY} for row in rows]
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:

@@ -1,7 +1,6 @@
 """What a pipeline says of its training is what happened, and nothing of the machine's folders."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,13 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.config import DataConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from ddpm_hf.training.record import summarize
+from ddpm_hf.training.tracking import MetricsLog
 from tests.conftest import tiny_unet
 
-ROWS = [
-    {"step": 10, "num_images": 80, "loss": 0.9, "images_per_second": 40.0},
+ROWS: list[dict[str, Any]] = [
+    {"step": 10, "num_images": 80, "loss": 0.9, "seconds": 2.0},
     {"step": 10, "num_images": 80, "score_metric": "fid", "score": 30.0},
-    {"step": 25, "num_images": 200, "loss": 0.5, "images_per_second": 60.0},
+    {"step": 25, "num_images": 200, "loss": 0.5, "seconds": 4.5},
     {"step": 25, "num_images": 200, "validation_loss": 0.6},
 ]
 
@@ -27,7 +27,12 @@ class Images:
         return 3
 
 
-def summary(source: str, metrics: list[Mapping[str, Any]], unet: UNet2DModel | None = None, **objective: float) -> Any:
+@pytest.fixture
+def log(tmp_path: Path) -> MetricsLog:
+    return MetricsLog(tmp_path / "metrics.jsonl")
+
+
+def summary(source: str, metrics: MetricsLog, unet: UNet2DModel | None = None, **objective: float) -> Any:
     config = RunConfig(
         data=DataConfig(source=source),
         objective=ObjectiveConfig(**objective),
@@ -44,10 +49,11 @@ def summary(source: str, metrics: list[Mapping[str, Any]], unet: UNet2DModel | N
     return json.loads(json.dumps(content, allow_nan=False))
 
 
-def test_counts_and_times_are_those_of_the_metrics() -> None:
-    """80 images at 40 a second and 120 at 60; the lines of scores and validation are no training."""
-    content = summary("user/images", ROWS)
-    assert content["seconds"] == 80 / 40 + 120 / 60
+def test_counts_and_times_are_those_of_the_metrics(log: MetricsLog) -> None:
+    for row in ROWS:
+        log.append(row)
+    content = summary("user/images", log)
+    assert content["seconds"] == 4.5
     assert (content["step"], content["num_steps"], content["num_images_seen"]) == (25, 100, 200)
     assert content["loss"] == 0.5
     assert content["score"] == {"score_metric": "fid", "score": 30.0}
@@ -55,20 +61,20 @@ def test_counts_and_times_are_those_of_the_metrics() -> None:
     assert content["device"]
 
 
-def test_a_run_without_a_line_of_metrics_says_so() -> None:
-    content = summary("user/images", [])
-    assert (content["seconds"], content["loss"], content["score"]) == (0, None, None)
+def test_a_run_without_a_line_of_metrics_says_so(log: MetricsLog) -> None:
+    content = summary("user/images", log)
+    assert (content["seconds"], content["loss"], content["score"]) == (None, None, None)
 
 
 @pytest.mark.parametrize(("dropout", "num_classes"), [(0.0, 4), (0.1, 3)])
-def test_the_null_label_is_no_class(dropout: float, num_classes: int) -> None:
+def test_the_null_label_is_no_class(log: MetricsLog, dropout: float, num_classes: int) -> None:
     assert (
-        summary("x/y", [], tiny_unet(num_class_embeds=4), class_dropout=dropout)["data"]["num_classes"] == num_classes
+        summary("x/y", log, tiny_unet(num_class_embeds=4), class_dropout=dropout)["data"]["num_classes"] == num_classes
     )
 
 
-def test_of_a_path_only_the_name_is_told(tmp_path: Path) -> None:
+def test_of_a_path_only_the_name_is_told(log: MetricsLog, tmp_path: Path) -> None:
     source = tmp_path / "holiday"
     source.mkdir()
-    assert summary(str(source), [])["data"] == {"source": "holiday", "num_images": 3, "num_classes": None}
-    assert summary("user/images", [])["data"]["source"] == "user/images"
+    assert summary(str(source), log)["data"] == {"source": "holiday", "num_images": 3, "num_classes": None}
+    assert summary("user/images", log)["data"]["source"] == "user/images"

@@ -41,6 +41,23 @@ def test_rows_come_back_as_they_were(log: MetricsLog, path: Path) -> None:
     assert path.read_text().count("\n") == len(ROWS)
 
 
+def test_the_last_line_with_a_column_is_found(log: MetricsLog, path: Path) -> None:
+    """Whatever lines without it, without a value or torn come after it."""
+    assert log.last("loss") is None
+    for row in (
+        {"step": 1, "loss": 0.3},
+        {"step": 2, "loss": 0.2},
+        {"step": 3, "loss": None},
+        {"step": 3, "loss_q0": 9},
+    ):
+        log.append(row)
+    with path.open("a") as file:
+        file.write('{"step": 4, "loss": 0.')
+    assert log.last("loss") == {"step": 2, "loss": 0.2}
+    assert log.last("loss_q0") == {"step": 3, "loss_q0": 9}
+    assert log.last("score") is None
+
+
 def test_a_log_that_does_not_exist_is_empty(path: Path) -> None:
     assert MetricsLog(path).rows() == []
 
