@@ -102,6 +102,16 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
 
 
+@pytest.fixture(autouse=True)
+def no_code_of_folders() -> Iterator[None]:
+    """Diffusers executes the code of all local folders in modules of one name: that of a test ends with it."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("diffusers_modules.local"):
+            del sys.modules[name]
+
+
 def tiny_unet(
     num_class_embeds: int | None = None,
     self_conditioned: bool = False,

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from ddpm_hf.evaluation.sampling import Images, Sampler
 
 REPORT, PICTURE, SAMPLES = "evaluation.json", "evaluation.png", "evaluation_samples"
-NUM_SHOWN = 64
+# A few samples in few steps, where nothing but the picture needs any.
+SHOWN_SAMPLES, NUM_SHOWN, NUM_SHOWN_STEPS = "evaluation_picture", 64, 50
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -66,15 +67,16 @@ def _evaluate(options: Namespace) -> None:
     work = _prepare(options)
     if options.estimate_variance:
         _estimate_variance(work)
-    sampling = work.sampler.prepare(work.pipeline)
     wanted = [name for name in options.metrics if name in METRICS]
     num_samples = options.num_samples or (50_000 if wanted else NUM_SHOWN)
+    sampler = work.sampler if wanted else _for_the_picture(work)
+    sampling = sampler.prepare(work.pipeline)
     if wanted:
         _check_fidelity(work, wanted, num_samples)
     samples = sample_to_folder(
         sampling,
-        work.sampler,
-        options.samples_dir or work.output / SAMPLES,
+        sampler,
+        options.samples_dir or work.output / (SAMPLES if wanted else SHOWN_SAMPLES),
         seed=options.seed,
         num_images=num_samples,
         batch_size=options.batch_size,
@@ -104,7 +106,7 @@ def _evaluate(options: Namespace) -> None:
         content = as_json(
             metrics,
             bound,
-            settings=settings_of(sampling, work.sampler, options.seed),
+            settings=settings_of(sampling, sampler, options.seed),
             data=_describe_data(work),
             bound_settings=bound_settings,
         )
@@ -162,6 +164,13 @@ def _prepare(options: Namespace) -> _Work:
         ranks=started_ranks(),
         device=accelerator.device,
     )
+
+
+def _for_the_picture(work: _Work) -> "Sampler":
+    """Returns the sampler, in few steps unless told otherwise."""
+    if work.sampler.num_inference_steps is not None:
+        return work.sampler
+    return replace(work.sampler, num_inference_steps=min(NUM_SHOWN_STEPS, len(work.pipeline.scheduler)))
 
 
 def _check_fidelity(work: _Work, metrics: list[str], num_samples: int) -> None:

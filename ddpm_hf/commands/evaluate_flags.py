@@ -60,7 +60,7 @@ def _add_measuring(parser: ArgumentParser) -> None:
 def _add_sampling(parser: ArgumentParser) -> None:
     """Adds how samples are drawn."""
     add = parser.add_argument
-    add("--num_samples", type=int, help="by default 50000, or 64 for the picture where no metric needs samples")
+    add("--num_samples", type=int, help="by default 50000; 64 for the picture, in 50 steps, where no metric needs any")
     add("--seed", type=int, default=0, help="image i is a function of (seed, i)")
     add("--batch_size", type=int, default=64, help="images of one forward on one process")
     add("--scheduler", help="name of a scheduler of diffusers; by default that of the pipeline")

@@ -76,14 +76,8 @@ def test_a_rank_that_dies_ends_the_other_and_the_last_checkpoint_goes_on(tmp_pat
     goes_on(tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_launcher_that_is_told_to_stop_makes_both_ranks_save(tmp_path: Path, number: signal.Signals) -> None:
     """torchrun passes SIGTERM and SIGINT on. SIGUSR1 ends it, which its ranks take for SIGTERM."""
     run = tmp_path / "run"

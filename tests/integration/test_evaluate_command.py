@@ -71,10 +71,22 @@ def test_bits_per_dimension_are_printed_and_written(
     assert report["versions"]["torch"] == torch.__version__
     width, height = Image.open(tmp_path / "evaluation.png").size
     assert width > height > 1000
-    assert np.load(tmp_path / "evaluation_samples" / "samples.npy").shape == (16, 8, 8, 1)
+    assert np.load(tmp_path / "evaluation_picture" / "samples.npy").shape == (16, 8, 8, 1)
     moments = saved / "scheduler" / "reverse_variance.json"
     assert GaussianDiffusionPipeline.from_pretrained(saved).scheduler.eps_second_moments.shape == (20,)
     moments.unlink()
+
+
+def test_samples_for_the_picture_alone_cost_few_steps_and_stand_in_nobodys_way(tmp_path: Path) -> None:
+    """Of 60 steps in training, 50 for the picture; the folder of a later metric's samples is another one."""
+    unet = tiny_unet(num_class_embeds=10)
+    scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=60)
+    GaussianDiffusionPipeline(unet, scheduler, class_names=DIGIT_NAMES).save_pretrained(tmp_path / "long")
+    data = ["--data", str(DIGITS), "--cpu", "--num_samples", "4"]
+    assert evaluate(tmp_path / "long", *data, *BOUND) == 0
+    report = json.loads((tmp_path / "long" / "evaluation.json").read_text())
+    assert report["sampling"]["num_inference_steps"] == 50
+    assert not (tmp_path / "long" / "evaluation_samples").exists()
 
 
 def test_fidelity_sees_the_samples_and_the_training_images(
@@ -96,7 +108,8 @@ def test_fidelity_sees_the_samples_and_the_training_images(
         "num_reference": 1617, "seed": 3, "sampler": "GaussianDiffusionScheduler", "num_inference_steps": 2,
     }  # fmt: skip
     assert f"frechet_distance[{features}]" in capsys.readouterr().out
-    changed = complaint(capsys, saved, *QUICK, *BOUND, "--seed", "4", "--output", tmp_path)
+    options[options.index("3")] = "4"
+    changed = complaint(capsys, saved, *QUICK, *options, "--output", tmp_path)
     assert "holds samples of other settings (seed was 3, is 4)" in changed
 
 
@@ -162,5 +175,5 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, saved: Path) -> Non
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert one["metrics"][0]["value"] == pytest.approx(two["metrics"][0]["value"], rel=1e-12)
     assert one["sampling"] == two["sampling"]
-    samples = [np.load(tmp_path / name / "evaluation_samples" / "samples.npy") for name in ("one", "two")]
+    samples = [np.load(tmp_path / name / "evaluation_picture" / "samples.npy") for name in ("one", "two")]
     np.testing.assert_array_equal(*samples)

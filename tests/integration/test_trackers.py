@@ -29,6 +29,7 @@ def arguments(run: Path, trackers: list[str], **changes: object) -> list[str]:
     return ["train_ddpm.py", *run_arguments(run, tracking__trackers=trackers, **preview, **changes)]
 
 
+@pytest.mark.slow
 def test_wandb_without_a_login_is_refused_before_training(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     result = run_process([*arguments(tmp_path / "run", ["wandb"]), "--dry_run"])

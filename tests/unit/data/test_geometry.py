@@ -68,12 +68,16 @@ def test_every_filter_is_the_one_of_pillow(name: str) -> None:
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_16_bits_and_many_channels_are_resized_like_8_bits(channels: int) -> None:
-    """To one value of 8 bits: with 8 bits Pillow rounds after the horizontal and again after the vertical pass."""
+    """With 8 bits Pillow rounds after the horizontal and again after the vertical pass.
+
+    The second pass weighs the error of the first, up to 1/2, with Lanczos coefficients, whose absolute values add up to
+    1.38 here, and adds another 1/2: 1.19 in all.
+    """
     pixels = RANDOM.integers(0, 256, (30, 21, channels), dtype=np.uint8)
     planes = [place(pixels[..., [number]], resolution=8)[..., 0] for number in range(channels)]
     deep = place(pixels.astype(np.uint16) * 257, resolution=8)
     assert deep.dtype == np.uint16
-    assert abs(deep / 257 - np.stack(planes, axis=-1)).max() <= 1
+    assert abs(deep / 257 - np.stack(planes, axis=-1)).max() <= 1.2
 
 
 def test_16_bits_are_resized_with_all_of_them() -> None:
