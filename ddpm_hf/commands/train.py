@@ -28,9 +28,11 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
         raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
 
     import torch
+    from diffusers.utils import logging
 
     from ddpm_hf.training.trainer import Trainer
 
+    logging.disable_progress_bar()  # for each part of a saved pipeline that is loaded
     program = f"python {prog}" if prog.endswith(".py") else prog
     command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     try:
@@ -167,16 +169,12 @@ def _check_classes(trainer: "Trainer") -> None:
 
 def _write_report(trainer: "Trainer", command: str) -> None:
     """Samples from the saved pipeline, judges the samples if asked, and writes pictures and README."""
-    from diffusers.utils import logging
-
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.evaluation.recognition import recognition_report
     from ddpm_hf.evaluation.sampling import Sampler, sample_images, sample_trajectory
     from ddpm_hf.report import SamplingSettings, loading_lines, write_report
 
     config, evaluation, output_dir = trainer.config, trainer.config.evaluation, trainer.folder.path
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     print(f"Sampling {evaluation.num_samples} images from {output_dir / 'pipeline'} ...", flush=True)
     pipeline = GaussianDiffusionPipeline.from_pretrained(output_dir / "pipeline").to(trainer.device)
     names = list(trainer.class_names.values()) if trainer.class_names else None

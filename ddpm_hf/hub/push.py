@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -137,6 +138,8 @@ def check_access(target: Target) -> str:
                     f"{name} does not exist, and {user['name']} cannot make it there; choose a name under "
                     f"{' or '.join(sorted(owners))}."
                 ) from None
+        except RemoteEntryNotFoundError:  # a Hub of an enterprise or a mirror that does not know the question
+            api.repo_info(name)
     return name
 
 

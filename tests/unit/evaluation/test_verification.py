@@ -1,5 +1,6 @@
 """A copy is told from the pipeline that was saved: by its bytes, its numbers, and in each way of loading."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -13,11 +14,13 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf.cli import main
+from ddpm_hf.config import read_config
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.verification import FILE_NAME, verify, write_verification
-from tests.conftest import tiny_unet
+from tests.conftest import REPOSITORY, tiny_unet
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+WAYS = ("with ddpm_hf", "with diffusers alone", "with the code in the folder")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,29 @@ def test_an_honest_copy_is_the_same_in_all_three_ways(copy: Path, capsys: pytest
     assert lines[3] == f"{copy} is the pipeline that was saved."
 
 
+RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(pytest.param(dataclasses.asdict(read_config(path).diffusion), id=path.stem) for path in RECIPES),
+        *({"variance_type": kind, "timestep_spacing": "trailing"} for kind in ("fixed_small", "fixed_large")),
+        {"prediction_type": "v", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+        {"num_train_timesteps": 3, "prediction_type": "x0", "timestep_spacing": "linspace"},
+    ],
+    ids=str,
+)
+def test_the_pipeline_of_any_process_is_the_same_in_each_way(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Also where the stock scheduler would add noise in the last of a few steps: fixed_large, not ending at t = 0."""
+    unet = tiny_unet()
+    with torch.no_grad():
+        unet.conv_out.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    GaussianDiffusionPipeline(unet, GaussianDiffusionScheduler.create(**settings)).save_pretrained(tmp_path / "model")
+    write_verification(tmp_path / "model")
+    assert outcome(tmp_path / "model") == dict.fromkeys(WAYS, "")
+
+
 def test_code_of_another_folder_that_this_process_runs_is_left_alone(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +86,7 @@ def test_code_of_another_folder_that_this_process_runs_is_left_alone(
     other.Other = type("Other", (DiffusionPipeline,), {"__module__": other.__name__})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, other.__name__, other)
     before = set(sys.modules)
-    assert outcome(copy) == dict.fromkeys(("with ddpm_hf", "with diffusers alone", "with the code in the folder"), "")
+    assert outcome(copy) == dict.fromkeys(WAYS, "")
     assert sys.modules[other.__name__] is other
     assert not [name for name in set(sys.modules) - before if name.startswith("diffusers_modules.local")]
 
