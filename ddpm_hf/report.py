@@ -37,6 +37,7 @@ _FILES = {
     "wandb/": "the same for W&B",
     "config.yaml": "every setting of the run; `--config` reads it",
     "previews/": "samples of the same noise during training",
+    "hub/": "what was pushed last while training, and what the push said",
     "checkpoints/": "what the same command continues from",
 }
 

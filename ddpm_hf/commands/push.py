@@ -2,7 +2,6 @@
 
 import re
 import sys
-import tempfile
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,8 +61,9 @@ def push(arguments: Sequence[str]) -> int:
     from diffusers.utils import logging
 
     from ddpm_hf.hub import push as hub
-    from ddpm_hf.hub.card import make_card
-    from ddpm_hf.hub.export import assemble, contents
+    from ddpm_hf.hub.card import FILE_NAME
+    from ddpm_hf.hub.export import contents
+    from ddpm_hf.hub.publish import MESSAGE, prepared
 
     logging.disable_progress_bar()  # the pipeline is loaded several times
     if not sys.stderr.isatty():
@@ -77,25 +77,24 @@ def push(arguments: Sequence[str]) -> int:
         branch=options.branch,
         as_pull_request=options.pull_request,
     )
-    if not options.dry_run:
-        hub.check_access(target)  # before the work
-    with tempfile.TemporaryDirectory(prefix="ddpm-hf-push-") as temporary:
-        folder = Path(temporary) / "repository"
-        assemble(source, folder, run=Path(options.folder).expanduser(), fp16=options.fp16)
-        remote = hub.Remote(options.repo_id, None, None) if options.dry_run else hub.look_up(target)
-        card = make_card(folder, repo_id=remote.repo_id, license=options.license, existing=remote.card)
-        (folder / hub.CARD).write_text(card.text, encoding="utf-8", newline="")
-        sizes = contents(folder)
-        for section in card.kept:
-            print(f"{hub.CARD}: {section} was edited on the Hub, and stays as it is there.")
-        if options.license is None and remote.card is None:
+    with prepared(
+        source,
+        target,
+        run=Path(options.folder).expanduser(),
+        fp16=options.fp16,
+        license=options.license,
+        is_dry_run=options.dry_run,
+    ) as work:
+        for section in work.kept:
+            print(f"{FILE_NAME}: {section} was edited on the Hub, and stays as it is there.")
+        if options.license is None and work.remote.card is None:
             print("The card says that the licence is unknown; --license mit, for example, would state it.")
         if options.dry_run:
+            sizes = contents(work.folder)
             print("\n".join(f"{_size(size):>10}  {name}" for name, size in sizes.items()))
             print(f"{_size(sum(sizes.values())):>10}  in {len(sizes)} files would go to {_where(target)}.")
             return 0
-        message = options.message or "Push a pipeline trained by ddpm_hf"
-        pushed = hub.push(folder, target, remote, message)
+        pushed = hub.push(work.folder, target, work.remote, options.message or MESSAGE)
     print(f"{pushed.url}{'' if pushed.is_new else ' was up to date; nothing was sent'}")
     return 0
 

@@ -15,6 +15,8 @@ from ddpm_hf.cli import main
 from ddpm_hf.hub import push as hub_push
 from ddpm_hf.hub.export import assemble
 from ddpm_hf.hub.push import HubFailed, HubRefused, Pushed, Target, check_access, look_up, push
+from tests.conftest import REPOSITORY
+from tests.documents import blocks
 from tests.integration.conftest import SECRET
 from tests.load_and_sample import Task, carry_out_elsewhere, sample
 from tests.loopback_hub import LoopbackHub, files_of
@@ -91,6 +93,17 @@ def test_a_run_is_published_and_loads_in_all_three_ways_also_offline(
         assert found.images is not None, (way, found.refusal)
         # Stock differs by its float32 tables, 10 steps of 1e-5 with the network between.
         torch.testing.assert_close(found.images, expected, rtol=0, atol=1e-3 if way == "1" else 0)
+
+
+def test_the_code_of_the_document_publishes(
+    hub: LoopbackHub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "outputs" / "digits")
+    monkeypatch.chdir(tmp_path)
+    [code] = [code for code in blocks((REPOSITORY / "docs" / "hub.md").read_text(), "python") if "publish(" in code]
+    exec(compile(code, "hub.md", "exec"), {})  # noqa: S102
+    assert capsys.readouterr().out == f"{hub.endpoint}/user/digits\n"
+    assert b"license: mit" in branch(hub, "user/digits")["README.md"]
 
 
 def test_a_dry_run_says_what_would_go_and_asks_nobody(

@@ -124,6 +124,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub.export": {
         "diffusion", "evaluation.sampling", "evaluation.verification", "plots", "redaction", "report",
     },
+    "hub.publish": {"hub.card", "hub.export", "hub.push"},
     "hub.push": {"redaction"},
     "commands": {
         "ddpm_hf", "commands", "config", "data", "diffusion", "durable", "evaluation", "hub", "plots", "redaction",

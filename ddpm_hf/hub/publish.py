@@ -1,0 +1,90 @@
+"""From the folder of a pipeline to a repository of the Hub: put together, written about, pushed."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpm_hf.hub.card import FILE_NAME, make_card
+from ddpm_hf.hub.export import assemble
+from ddpm_hf.hub.push import Pushed, Remote, Target, check_access, look_up, push
+
+MESSAGE = "Push a pipeline trained by ddpm_hf"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is about to be published.
+
+    Args:
+        folder: All of it, the card included.
+        remote: The repository as it is.
+        kept: Sections of the card that somebody edited on the Hub, which stay.
+    """
+
+    folder: Path
+    remote: Remote
+    kept: tuple[str, ...]
+
+
+@contextmanager
+def prepared(
+    source: Path,
+    target: Target,
+    *,
+    run: Path | None = None,
+    fp16: bool = False,
+    license: str | None = None,
+    is_dry_run: bool = False,
+) -> Iterator[Prepared]:
+    """Puts together what is published, in a folder that goes away again.
+
+    Args:
+        source: Folder of a pipeline.
+        target: Where it goes.
+        run: Folder of the run that it was trained in, whose pictures are taken.
+        fp16: Add half-precision weights.
+        license: Identifier of the licence for the card; None leaves what the card says.
+        is_dry_run: Ask the Hub nothing, as if there were no repository.
+
+    Raises:
+        ValueError: The pipeline cannot be published, or this user may not.
+        OSError: The Hub cannot be reached.
+    """
+    if not is_dry_run:
+        check_access(target)  # before the work
+    with tempfile.TemporaryDirectory(prefix="ddpm-hf-push-") as temporary:
+        folder = Path(temporary) / "repository"
+        assemble(source, folder, run=run, fp16=fp16)
+        remote = Remote(target.repo_id, None, None) if is_dry_run else look_up(target)
+        card = make_card(folder, repo_id=remote.repo_id, license=license, existing=remote.card)
+        (folder / FILE_NAME).write_text(card.text, encoding="utf-8", newline="")
+        yield Prepared(folder, remote, card.kept)
+
+
+def publish(
+    source: Path,
+    target: Target,
+    *,
+    run: Path | None = None,
+    fp16: bool = False,
+    license: str | None = None,
+    message: str = MESSAGE,
+) -> Pushed:
+    """Publishes a pipeline in one commit, as whoever is logged in.
+
+    Args:
+        source: As in `prepared`.
+        target: As in `prepared`.
+        run: As in `prepared`.
+        fp16: As in `prepared`.
+        license: As in `prepared`.
+        message: First line of the commit.
+
+    Raises:
+        ValueError: As in `prepared`, or somebody else was faster.
+        OSError: As in `prepared`.
+    """
+    with prepared(source, target, run=run, fp16=fp16, license=license) as work:
+        return push(work.folder, target, work.remote, message)
