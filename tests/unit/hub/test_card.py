@@ -332,7 +332,7 @@ def test_only_what_the_folder_holds_is_shown(folder_of: Folder) -> None:
     (folder / "evaluation.json").write_text(evaluation(FID))
     text = card_of(folder).text
     assert sorted(re.findall(r"\]\(samples/(.*?)\)", text)) == sorted([*names, "evaluation.png"])
-    assert "ddpm-hf verify tiny-ddpm" in text
+    assert f"ddpm-hf verify {REPO_ID}" in text
 
 
 def test_training_is_told_in_numbers(folder_of: Folder) -> None:
