@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed while running, 2 bad input, 3 training was not fini
 saving.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -111,6 +112,12 @@ def _exit_code(command: Callable[[], int]) -> int:
     except ValueError as error:
         complain(str(error))
         return 2
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except MemoryError as error:
+        complain(f"out of memory ({error}); ask for less." if str(error) else "out of memory; ask for less.")
+        return 1
     except OSError as error:
         complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         return 1

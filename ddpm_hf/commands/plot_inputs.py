@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.config import ConfigError, DataConfig, RunConfig, read_config
+from ddpm_hf.redaction import reason_of
 
 if TYPE_CHECKING:
     from ddpm_hf.data.decoding import Cell
@@ -91,7 +92,10 @@ def _read_scheduler(file: Path) -> Process:
         raise ValueError(f"{file} is not the configuration of a scheduler with betas: it has no {missing[0]}.")
     from ddpm_hf.diffusion import GaussianDiffusionScheduler
 
-    scheduler = GaussianDiffusionScheduler.from_config(content)
+    try:
+        scheduler = GaussianDiffusionScheduler.from_config(content)
+    except Exception as error:  # whatever torch raises for tables of an absurd size
+        raise ValueError(f"{file} is not the configuration of a scheduler with betas: {reason_of(error)}.") from error
     return Process(scheduler.noise_schedule, scheduler.config["prediction_type"], None)
 
 
@@ -123,7 +127,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{file} does not exist; give the folder of a run, which holds {METRICS}.")
     rows = MetricsLog(file).rows()
     if not rows:
-        raise ValueError(f"{file} holds no line of metrics; wait for training.log_every_steps, or give another run.")
+        raise ValueError(
+            f"{file} holds no whole line of metrics; wait for training.log_every_steps if the run has just begun, or "
+            "give another run."
+        )
     return rows
 
 
@@ -136,7 +143,7 @@ def read_image(file: Path, data: DataConfig) -> "UInt8Array":
     from ddpm_hf.data.decoding import Cell
 
     if not file.is_file():
-        raise ValueError(f"{file} does not exist; give the file of an image.")
+        raise ValueError(f"{file} is no file; give that of an image.")
     (image,) = _decode([Cell(str(file), file)], data)
     return image
 

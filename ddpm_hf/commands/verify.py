@@ -48,9 +48,10 @@ def verify(arguments: Sequence[str]) -> int:
     findings = verification.verify(folder, runs_its_code=options.trust_remote_code)
     for finding in findings:
         if finding.problem:
-            print(f"{finding.way:<32}{'differs' if finding.is_bad else 'note'}: {finding.problem}")
+            print(f"{finding.way:<31} {'differs' if finding.is_bad else 'note'}: {finding.problem}")
         else:
-            print(f"{finding.way:<32}the same, to {finding.difference:.1e} of the range")
+            print(f"{finding.way:<31} the same, to {finding.difference:.1e} of the range")
     is_bad = any(finding.is_bad for finding in findings)
-    print(f"{options.folder} is {'NOT ' if is_bad else ''}the pipeline that was saved.")
+    same = "computes the same as" if any(finding.is_other_file for finding in findings) else "is"
+    print(f"{options.folder} {'is NOT' if is_bad else same} the pipeline that was saved.")
     return int(is_bad)

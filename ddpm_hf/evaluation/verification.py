@@ -37,6 +37,7 @@ SPACING = "leading"
 CORNER = 8
 TOLERANCE = 1e-3
 """Of the range of an image: a quarter of a gray level. Processors and versions of torch differ by less."""
+_OTHER_BYTES = "has other bytes than were saved"
 _LOCAL_CODE = "diffusers_modules.local"
 _FILES = ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json")
 
@@ -54,6 +55,11 @@ class Finding:
     way: str
     difference: float | None
     problem: str = ""
+
+    @property
+    def is_other_file(self) -> bool:
+        """Whether it is about a file with other bytes, which may mean the same."""
+        return self.problem == _OTHER_BYTES
 
     @property
     def is_bad(self) -> bool:
@@ -140,7 +146,8 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({reason_of(error)}); write it anew with --write.") from None
     if not is_whole or (schema, seed) != (SCHEMA, SEED):
         raise ValueError(
-            f"{path} was written by another version of ddpm_hf (schema {schema!r}); this one reads {SCHEMA}."
+            f"{path} was written by another version of ddpm_hf (schema {schema!r}, not {SCHEMA}); if you know that the "
+            f"folder is what was saved, write it anew with ddpm-hf verify {folder} --write."
         )
     return dict(content)
 
@@ -152,7 +159,7 @@ def _compare_files(folder: Path, expected: dict[str, Any]) -> Iterator[Finding]:
         if ".." in Path(name).parts or Path(name).is_absolute() or not path.is_file():
             yield Finding(name, 1.0, "is missing")
         elif _sha256(path) != digest:
-            yield Finding(name, None, "has other bytes than were saved")
+            yield Finding(name, None, _OTHER_BYTES)
 
 
 def _load_and_compare(way: str, load: Callable[..., Any], expected: dict[str, Any]) -> Finding:

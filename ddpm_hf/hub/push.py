@@ -25,6 +25,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from ddpm_hf.redaction import reason_of
 
 CARD = "README.md"
+_BRANCH = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*")
 # Of httpx in huggingface_hub 1, of httpx2 in 2: what is raised when there is no answer.
 _HTTPError: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 # What an earlier push may have left that a new one no longer has: weights in another number of parts or precision,
@@ -70,9 +71,9 @@ class Target:
                 f'{self.repo_id!r} is no name of a repository; give "user/name" of letters, digits, "-", "_" and ".", '
                 "at most 96 in all."
             ) from None
-        if self.branch and self.as_pull_request:
+        if self.branch is not None and self.as_pull_request:
             raise HubRefused("a pull request has a branch of its own; leave out the branch or the pull request.")
-        if self.branch is not None and not re.fullmatch(r"[\w][\w.-]*(?:/[\w][\w.-]*)*", self.branch):
+        if self.branch is not None and (".." in self.branch or not _BRANCH.fullmatch(self.branch)):
             raise HubRefused(f"{self.branch!r} is no name of a branch; use letters, digits, -, _, . and /.")
 
     @property

@@ -255,6 +255,12 @@ def test_a_malformed_name_is_refused(name: str) -> None:
         Target(repo_id=name)
 
 
+@pytest.mark.parametrize("branch", ["a..b", "-x", "a b", "a/", ""])
+def test_a_malformed_branch_is_refused(branch: str) -> None:
+    with pytest.raises(HubRefused, match="is no name of a branch"):
+        Target(repo_id="user/model", branch=branch)
+
+
 def test_the_token_is_in_nothing_but_its_header(
     hub: LoopbackHub, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

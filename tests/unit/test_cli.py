@@ -1,6 +1,7 @@
 """The command line: what a user's mistake costs is one sentence and exit code 2, and nothing else."""
 
 import datetime
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -282,3 +283,25 @@ def test_help_needs_neither_torch_nor_patience(command: list[str]) -> None:
     assert "--training.learning_rate" in finished.stdout
     assert finished.stderr == "set()\n"
     assert datetime.datetime.now() - before < datetime.timedelta(seconds=5)
+
+
+def test_memory_that_there_is_not_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def ask() -> int:
+        raise MemoryError("Unable to allocate 2 TiB")
+
+    assert cli._exit_code(ask) == 1
+    assert capsys.readouterr().err == "error: out of memory (Unable to allocate 2 TiB); ask for less.\n"
+
+
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    """As of `ddpm-hf ... | head`: 128 + SIGPIPE, and not a word."""
+    program = (
+        "import sys; from ddpm_hf import cli; sys.exit(cli._exit_code(lambda: print('x' * 100_000, flush=True) or 0))"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.run(
+        [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, cwd=REPOSITORY, timeout=60
+    )
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (141, b"")

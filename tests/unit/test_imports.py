@@ -131,7 +131,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report", "rng", "training",
     },
     "commands.plot": {
-        "commands.parser", "commands.plot_inputs", "config", "data", "diffusion", "durable", "plots", "rng", "training",
+        "commands.parser", "commands.plot_inputs", "config", "data", "diffusion", "durable", "plots", "redaction",
+        "rng", "training",
     },
     "cli": {"ddpm_hf", "commands", "redaction"},
     "__main__": {"cli"},

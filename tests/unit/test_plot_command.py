@@ -232,6 +232,7 @@ def bad_inputs() -> None:
     Path("list.json").write_text("[]")
     Path("torn.json").write_text('{"num_train')
     Path("bad.json").write_text('{"num_train_timesteps": 10, "beta_schedule": "zigzag"}')
+    Path("absurd.json").write_text('{"num_train_timesteps": 1000000000000, "beta_schedule": "linear"}')
     Path("empty").mkdir()
     write_run(Path("new"), [])
     write_run(Path("other"), [{"step": 1, "grad_norm": 0.5}])
@@ -264,13 +265,14 @@ def bad_inputs() -> None:
         ("schedule bad.json", 2, "'zigzag' is not one of linear, "),
         ("loss nowhere", 2, "nowhere does not exist; give the folder of a run, which holds metrics.jsonl."),
         ("loss empty", 2, "empty/metrics.jsonl does not exist; give the folder of a run"),
-        ("loss new", 2, "new/metrics.jsonl holds no line of metrics; "),
+        ("loss new", 2, "new/metrics.jsonl holds no whole line of metrics; "),
         ("loss broken other", 2, "The metrics of other hold no loss, validation_loss or score; "),
         ("timesteps photo.png", 2, "photo.png is no folder; "),
         ("timesteps other", 2, "other says nothing of the loss by timestep: "),
         ("timesteps broken", 2, "broken/evaluation.json is not JSON ("),
         ("timesteps halved", 2, "bound must have timesteps, x_0_mse, eps_mse, terms, counts, one number for each step"),
-        ("noising nowhere.png --config good.yaml", 2, "nowhere.png does not exist; give the file of an image."),
+        ("schedule absurd.json", 2, "absurd.json is not the configuration of a scheduler with betas: "),
+        ("noising nowhere.png --config good.yaml", 2, "nowhere.png is no file; give that of an image."),
         ("noising text.png --config good.yaml", 2, "text.png cannot be decoded"),
         ("noising photo.png --config gray.yaml", 2, "photo.png has colours where gray (L) is asked for"),
         ("noising clear.png --config good.yaml", 2, "clear.png has transparent pixels where RGB is asked for"),

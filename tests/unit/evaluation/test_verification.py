@@ -103,11 +103,15 @@ def test_a_weight_that_drifted_is_seen_by_bytes_and_by_numbers(copy: Path, capsy
     assert f"{copy} is NOT the pipeline that was saved." in capsys.readouterr().out
 
 
-def test_the_same_weights_in_other_bytes_are_the_same_pipeline(copy: Path) -> None:
+def test_the_same_weights_in_other_bytes_are_the_same_pipeline(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file(load_file(copy / WEIGHTS), copy / WEIGHTS, {"format": "pt", "note": "saved again"})
     findings = verify(copy)
     assert [finding.way for finding in findings if finding.problem] == [WEIGHTS]
     assert not any(finding.is_bad for finding in findings)
+    assert main(["verify", str(copy)]) == 0
+    said = capsys.readouterr().out
+    assert f"{WEIGHTS} note: has other bytes than were saved" in said
+    assert said.endswith(f"{copy} computes the same as the pipeline that was saved.\n")
 
 
 def test_another_scheduler_is_seen_in_the_image(copy: Path) -> None:
@@ -169,7 +173,7 @@ def test_code_that_is_not_the_installed_one_runs_only_with_consent(copy: Path, a
         (None, f"has no {FILE_NAME}; write one with"),
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ({"schema": 99}, "was written by another version of ddpm_hf \\(schema 99\\)"),
+        ({"schema": 99}, "was written by another version of ddpm_hf \\(schema 99, not 2\\)"),
     ],
 )
 def test_a_damaged_record_is_a_sentence(copy: Path, content: Any, sentence: str) -> None:
