@@ -14,7 +14,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from ddpm_hf.config import HubConfig
-from ddpm_hf.hub.push import Target, check_access
+from ddpm_hf.hub.push import Target, check_access, check_license
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +51,18 @@ class BackgroundPush:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._process is not None and self._process.poll() is None:
-            self._process.terminate()  # nothing is visible before the last request of a push
+            self._process.terminate()  # nothing is visible before the last request of a push, and all of it after it
             self._process.wait()
-            logger.warning("The push of %s was stopped; nothing of it was published.", self._what)
+            logger.warning("The push of %s was stopped: all of it was published, or nothing.", self._what)
 
     def check(self) -> None:
         """Asks, before training, whether this user may push there.
 
         Raises:
-            ValueError: Nobody is logged in, or this user may not.
+            ValueError: Nobody is logged in, this user may not, or the licence is no identifier.
             OSError: The Hub cannot be asked.
         """
+        check_license(self._config.license)
         name = check_access(Target(repo_id=str(self._config.repo_id), branch=self._config.branch))
         tqdm.write(f"Will be pushed to {name}.")
 

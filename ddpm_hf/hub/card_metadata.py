@@ -1,12 +1,12 @@
 """The metadata of a card: what the Hub lists, filters and compares models by."""
 
-import re
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from ddpm_hf.hub.card_evaluation import BITS_PER_DIM, Measurement
 from ddpm_hf.hub.card_facts import Facts
+from ddpm_hf.hub.push import check_license
 
 PIPELINE_TAG = "unconditional-image-generation"
 UNKNOWN_LICENSE = "unknown"
@@ -21,8 +21,7 @@ def metadata(facts: Facts, license: str | None) -> dict[str, Any]:
     Raises:
         ValueError: The license is no identifier of the Hub.
     """
-    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-        raise ValueError(f"license is {license!r}; give an identifier that the Hub knows, such as apache-2.0 or mit.")
+    check_license(license)
     measured = [one for one in facts.evaluation.measurements if one.is_finite] if facts.evaluation else []
     data = ModelCardData(
         library_name="diffusers",

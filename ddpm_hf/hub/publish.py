@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ddpm_hf.hub.card import FILE_NAME, make_card
 from ddpm_hf.hub.export import assemble
-from ddpm_hf.hub.push import Pushed, Remote, Target, check_access, look_up, push
+from ddpm_hf.hub.push import Pushed, Remote, Target, check_access, check_license, look_up, push
 
 MESSAGE = "Push a pipeline trained by ddpm_hf"
 
@@ -52,6 +52,7 @@ def prepared(
         ValueError: The pipeline cannot be published, or this user may not.
         OSError: The Hub cannot be reached.
     """
+    check_license(license)
     if not is_dry_run:
         check_access(target)  # before the work
     with tempfile.TemporaryDirectory(prefix="ddpm-hf-push-") as temporary:

@@ -110,6 +110,19 @@ class Remote:
     card: str | None
 
 
+def check_license(license: str | None) -> None:
+    """Refuses what is no identifier of a licence; None is that of nobody knows which.
+
+    Raises:
+        HubRefused: It is a name or a sentence.
+    """
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise HubRefused(
+            f"license is {license!r}; give an identifier that the Hub knows, such as mit, apache-2.0 or cc-by-4.0 "
+            "(https://huggingface.co/docs/hub/repositories-licenses)."
+        )
+
+
 def check_access(target: Target) -> str:
     """Asks the Hub whether this user may write there, and changes nothing.
 

@@ -56,6 +56,16 @@ def test_whoever_may_not_push_is_told_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_licence_that_is_none_is_told_before_the_first_step(
+    hub: LoopbackHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And not by each of the pushes, hours later."""
+    assert train(run_arguments(tmp_path / "run", **PUSHING | {"hub__license": "MIT License"})) == 2
+    assert "error: license is 'MIT License'; give an identifier that the Hub knows" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert hub.requests == []
+
+
 def test_a_hub_that_cannot_be_asked_is_told_before_the_first_step(
     hub: LoopbackHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +84,6 @@ def test_a_push_that_is_under_way_ends_with_the_training(
         assert not pushing.is_free()
         process = pushing._process
     assert process is not None and process.poll() is not None
-    assert "The push of step 7 was stopped; nothing of it was published." in caplog.text
+    assert "The push of step 7 was stopped: all of it was published, or nothing." in caplog.text
     assert hub.uploaded == []
     _http.close_session()
