@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed while running, 2 bad input, 3 training was not fini
 saving.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -104,6 +105,15 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 }
 
 
+_ADVICE = {
+    errno.ENOSPC: "make room, or write to another disk",
+    errno.EDQUOT: "make room, or write to another disk",
+    errno.EROFS: "write to a disk that is not read-only",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+}
+
+
 def _exit_code(command: Callable[[], int]) -> int:
     """Runs a command; what a user can cause is told in one sentence, once, by rank 0, and a bug by a traceback."""
     sys.excepthook = _print_traceback
@@ -119,7 +129,8 @@ def _exit_code(command: Callable[[], int]) -> int:
         complain(f"out of memory ({error}); ask for less." if str(error) else "out of memory; ask for less.")
         return 1
     except OSError as error:
-        complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        complain(f"{what}; {_ADVICE[error.errno]}." if error.errno in _ADVICE else what)
         return 1
     except KeyboardInterrupt:
         complain("interrupted")

@@ -13,6 +13,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: Where, in a folder that exists.
         write: Writes a new file at the path that it is given.
+
+    Raises:
+        OSError: It cannot be written; the error names the file, also where the disk is full.
     """
     temporary = path.with_name(f".{path.name}.writing")
     temporary.unlink(missing_ok=True)
@@ -20,6 +23,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         sync(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

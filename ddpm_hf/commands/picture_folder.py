@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm_hf.config import ConfigError
+from ddpm_hf.durable import write_whole
 
 SETTINGS = "settings.json"
 SCHEMA_VERSION = 1
@@ -99,17 +100,21 @@ class PictureFolder:
             self.write(name, lambda path: picture.save(path, "PNG"))
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Writes a file under another name and renames it; what stops it leaves nothing."""
-        temporary = self.path / f".{name}.writing"
-        try:
-            write(temporary)
-            temporary.replace(self.path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Writes a file; what stops it leaves nothing."""
+        write_whole(self.path / name, write)
 
     def _write_settings(self) -> None:
         text = json.dumps(self._content, indent=2, ensure_ascii=False) + "\n"
         self.write(SETTINGS, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def overviews_in(folder: Path) -> set[str]:
+    """Returns the names of the pictures that show others of the folder; none where `sample` has drawn nothing."""
+    try:
+        content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        return set(content["files"]) - {image["file"] for image in content["images"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _save_array(path: Path, pixels: NDArray[np.uint8]) -> None:

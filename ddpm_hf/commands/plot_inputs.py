@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpm_hf.commands.picture_folder import overviews_in
 from ddpm_hf.config import ConfigError, DataConfig, RunConfig, read_config
 from ddpm_hf.redaction import reason_of
 
@@ -151,6 +152,8 @@ def read_image(file: Path, data: DataConfig) -> "UInt8Array":
 def read_folder(folder: Path, data: DataConfig, num_columns: int, num_rows: int) -> tuple["UInt8Array", list[str], str]:
     """Reads the first images of a folder, or the first ones of each of its sub folders.
 
+    Of a folder that `ddpm-hf sample` drew, the grid, the strip and the animation are none of them.
+
     Returns:
         uint8 (number, height, width, channels) in the order of a grid; the label of each column, none without sub
         folders; and what they are, in words.
@@ -166,8 +169,11 @@ def read_folder(folder: Path, data: DataConfig, num_columns: int, num_rows: int)
         raise ValueError(f"{folder} is no folder; give a folder of images.")
     source = open_folder(folder, "train")
     if source.labels is None or source.class_names is None:
-        order = list(range(min(source.num_images, num_columns * num_rows)))
-        names, words = [], f"{len(order)} of {source.num_images} images"
+        overviews = {folder / name for name in overviews_in(folder)}
+        cells = source.read(range(source.num_images))
+        pictures = [row for row, cell in enumerate(cells) if cell.data not in overviews]
+        order = pictures[: num_columns * num_rows]
+        names, words = [], f"{len(order)} of {len(pictures)} images"
     else:
         present = np.unique(source.labels[source.labels >= 0]).tolist()
         of_each = [np.flatnonzero(source.labels == label) for label in present[:num_columns]]

@@ -169,7 +169,10 @@ def _training_figure(runs: Mapping[str, Rows]) -> Any:
         raise ValueError("runs is empty; give the rows of metrics of at least one.")
     for name, rows in runs.items():
         if not any(points(rows, column)[0].size for column in ("loss", "validation_loss", "score")):
-            raise ValueError(f"The metrics of {name} hold no loss, validation_loss or score; give those of a run.")
+            raise ValueError(
+                f"The metrics of {name} hold no loss, validation_loss or score that is a finite number; give those of "
+                "a run that went well."
+            )
     kinds = sorted({kind for rows in runs.values() for row in rows if (kind := _score_kind(row)) is not None})
     figure = new_figure(7.2, 4.2 + 2.6 * len(kinds))
     heights = [4.2, *[2.6] * len(kinds)]

@@ -208,6 +208,19 @@ def test_a_grid_has_a_labelled_column_for_each_sub_folder(capsys: pytest.Capture
     assert capsys.readouterr().out == "grid.png: 2 images of each of 2 of 3 folders.\n"
 
 
+def test_a_grid_of_what_sample_drew_shows_the_pictures_without_the_overviews(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One that something else wrote is a folder like any other."""
+    for name, color in {"grid.png": 9, "seed_000001.png": 1, "seed_000002.png": 2}.items():
+        write_image(Path("drawn", name), pixels_of(color, 4, 4, 3))
+    settings = {"files": ["seed_000001.png", "seed_000002.png", "grid.png"]}
+    for images, expected in (([{"file": name} for name in settings["files"][:2]], "2 of 2"), (None, "3 of 3")):
+        Path("drawn/settings.json").write_text(json.dumps(settings | ({"images": images} if images else {})))
+        assert cli.main(["plot", "grid", "drawn"]) == 0
+        assert capsys.readouterr().out == f"grid.png: {expected} images.\n"
+
+
 def test_a_grid_of_a_flat_folder_shows_its_first_images(capsys: pytest.CaptureFixture[str]) -> None:
     """Gray and colour mix as in training: all get the channels that hold every one of them."""
     write_image(Path("photos/a.png"), pixels_of(1, 4, 4))
@@ -266,7 +279,7 @@ def bad_inputs() -> None:
         ("loss nowhere", 2, "nowhere does not exist; give the folder of a run, which holds metrics.jsonl."),
         ("loss empty", 2, "empty/metrics.jsonl does not exist; give the folder of a run"),
         ("loss new", 2, "new/metrics.jsonl holds no whole line of metrics; "),
-        ("loss broken other", 2, "The metrics of other hold no loss, validation_loss or score; "),
+        ("loss broken other", 2, "The metrics of other hold no loss, validation_loss or score that"),
         ("timesteps photo.png", 2, "photo.png is no folder; "),
         ("timesteps other", 2, "other says nothing of the loss by timestep: "),
         ("timesteps broken", 2, "broken/evaluation.json is not JSON ("),

@@ -84,8 +84,9 @@ def test_losses_that_are_no_finite_numbers_are_counted_and_not_drawn() -> None:
 
 
 def test_runs_without_anything_to_draw_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="metrics of two hold no loss"):
-        training_curves({"one": losses(2), "two": [{"step": 1, "grad_norm": 2.0}]}, tmp_path / "x.png")
+    for rows in ([{"step": 1, "grad_norm": 2.0}], [{"step": 1, "loss": None}]):
+        with pytest.raises(ValueError, match="metrics of two hold no loss, validation_loss or score that is a finite"):
+            training_curves({"one": losses(2), "two": rows}, tmp_path / "x.png")
     with pytest.raises(ValueError, match="runs is empty"):
         training_curves({}, tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
