@@ -335,15 +335,15 @@ def test_a_builder_on_another_machine_is_waited_for_as_long_as_it_lives(many_ima
     assert [state_of(folder) for folder in caches_in(cache_dir)] == before
 
 
-def test_one_that_waits_says_for_what(
-    many_images: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_waits_says_for_what(many_images: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other goes on only when that has been said."""
     builder = Builder(many_images, cache_dir, is_slow=True)
     assert builder.next() == "decoding"
+    said: list[str] = []
     monkeypatch.setattr(cache, "_SILENT_SECONDS", 0.1)
-    FORK.Process(target=lambda: (time.sleep(0.5), builder.go_on())).start()
+    monkeypatch.setattr(cache.logger, "warning", lambda text, *_: (said.append(text), builder.go_on()))
     open_source(many_images, cache_dir)
-    assert "Another process is decoding the same images into" in caplog.text
+    assert said == ["Another process is decoding the same images into %s; waiting for it."]
     builder.end()
 
 

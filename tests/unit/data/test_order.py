@@ -88,13 +88,13 @@ def test_the_order_is_a_closed_form_of_the_sample_number() -> None:
 def test_resuming_at_step_1_000_000_takes_under_a_second() -> None:
     """One table of each kind is drawn, those of the epoch that the step is in, whatever came before.
 
-    The bound is loose: for CIFAR-10 it takes a few milliseconds.
+    The bound is loose: for CIFAR-10 it takes a few milliseconds. What others do on the machine does not count.
     """
-    batch, started = 128, time.perf_counter()
+    batch, started = 128, time.process_time()
     order = SampleOrder(50_000, seed=0)
     first = 1_000_000 * batch
     assert len(order.positions(first, first + batch)) == len(order.is_mirrored(first, first + batch)) == batch
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert sorted(order._tables) == [("flip", 2560), ("order", 2560)]
 
 
