@@ -243,6 +243,7 @@ def test_bad_input_costs_one_sentence(
     if kind == "no space":
         usage = shutil.disk_usage(tmp_path)._replace(free=100)
         monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
+    capsys.readouterr()  # what writing the data set printed
     assert train(run_arguments(tmp_path / "run", data__source=source, **settings)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {sentence}"), line
