@@ -38,6 +38,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.ema_snapshots = path / "ema_snapshots"
         self.pipeline = path / "pipeline"
+        self.evaluations = path / "evaluations"
         self.previews = path / "previews"
         self.hub = path / "hub"
         self._lock: RunLock | None = None

@@ -19,6 +19,7 @@ from ddpm_hf.durable import replace_folder
 from ddpm_hf.evaluation.verification import write_verification
 from ddpm_hf.training import checkpoint, data_state, processes, record, snapshot
 from ddpm_hf.training.checkpoint import CheckpointError
+from ddpm_hf.training.earlier_pipeline import keep_additions
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.guard import check_finite
 from ddpm_hf.training.progress import say
@@ -130,11 +131,12 @@ class Saver:
         return bool(processes.share_json(processes.on_rank_0(lambda: self._write_checkpoint(state, must_succeed))))
 
     def save_pipeline(self, pipeline: GaussianDiffusionPipeline, step: int) -> None:
-        """Collective: writes the finished pipeline with the averaged weights on rank 0."""
+        """Collective: writes the finished pipeline with the averaged weights on rank 0, and keeps what lay in it."""
 
         def write(folder: Path) -> None:
             self._write_pipeline(folder, pipeline, step)
             write_verification(folder)
+            keep_additions(self._folder.pipeline, folder, self._folder.evaluations)
 
         processes.on_rank_0(lambda: replace_folder(self._folder.pipeline, write))
 

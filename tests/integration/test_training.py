@@ -225,6 +225,37 @@ def test_a_finished_run_started_again_trains_no_step(uninterrupted_run: Path, tm
     assert_same_run(uninterrupted_run, run, 6)
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_was_measured_of_a_finished_run_stays_when_it_is_started_again(
+    uninterrupted_run: Path, tmp_path: Path
+) -> None:
+    """As after a push that failed; and when it trains on, the numbers of the model before stay beside the new one."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted_run, run)
+    pipeline = run / "pipeline"
+    additions = {
+        "evaluation.json": b"{}",
+        "evaluation.png": b"picture",
+        "evaluation_samples/samples.npy": b"samples",
+        "scheduler/reverse_variance.json": json.dumps({"eps_second_moments": [1.0] * 1000}).encode(),
+    }
+    for name, content in additions.items():
+        (pipeline / name).parent.mkdir(exist_ok=True)
+        (pipeline / name).write_bytes(content)
+    before = files_of(pipeline)
+    assert train(run_arguments(run, **EVERYTHING_RANDOM)) == 0
+    assert files_of(pipeline).keys() == before.keys()
+    assert {name: files_of(pipeline)[name] for name in additions} == additions
+    assert not (run / "evaluations").exists()
+
+    assert train(run_arguments(run, **EVERYTHING_RANDOM, training__num_steps=7)) == 0
+    assert files_of(pipeline).keys() == before.keys() - additions.keys()
+    assert files_of(run / "evaluations") == {"step_00000006.json": b"{}", "step_00000006.png": b"picture"}
+
+
 def test_a_finished_run_is_not_said_to_be_trained_with_what_comes_too_late(
     uninterrupted_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
