@@ -1,1 +1,1 @@
-"""One module a command of `ddpm-hf`; cli.py finds them by name and turns what goes wrong into sentences."""
+"""The commands of `ddpm-hf`, a module each, and what several of them need; cli.py finds them by name."""

@@ -4,6 +4,7 @@ Everything is read from the source, so a rule holds for code that no test runs. 
 """
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -196,7 +197,12 @@ MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def parse(module: str) -> ast.Module:
-    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    return parse_file(MODULES[module])
+
+
+@functools.cache
+def parse_file(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def is_in(module: str, homes: set[str]) -> bool:
@@ -275,6 +281,23 @@ def test_imports_only_point_downwards(module: str) -> None:
     assert row is not None, f"ddpm_hf.{module} has no row in MAY_IMPORT: say where it stands in the house"
     ours = {target.removeprefix("ddpm_hf.") for target, _ in imports(module) if target.startswith("ddpm_hf")}
     assert sorted(target for target in ours if not is_in(target, MAY_IMPORT[row])) == []
+
+
+def test_the_architecture_document_shows_every_module_once() -> None:
+    """A line of the house names modules first; the line of the package that they are in is above and further left."""
+    document = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = document.split("```")[1].split("ddpm_hf/\n")[1].split("benchmarks/")[0]
+    found, package = [], ""
+    for indent, first, line in re.findall(r"^( +)(\S+)(.*)$", block, re.M):
+        if first.endswith("/"):
+            package = f"{first[:-1]}."
+        elif len(indent) < 4:
+            package = ""
+        if first.endswith(".py"):
+            others = re.match(r"((?: +\w+\.py)*)", line)[1].split()
+            found += [f"{package}{name.removesuffix('.py')}" for name in (first, *others)]
+    packages = {module for module in MODULES if module.endswith("__init__")} | {"__main__"}
+    assert sorted(name for name in found if name != "__init__") == sorted(MODULES.keys() - packages)
 
 
 @every_module
