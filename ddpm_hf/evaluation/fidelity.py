@@ -198,10 +198,7 @@ def _check_images(samples: NDArray[np.uint8], reference: ImageSet) -> None:
         )
     if len(reference) == 0 or len(samples) == 0:
         raise ValueError(f"There are {len(samples)} samples and {len(reference)} reference images; give some of both.")
-    if reference.images.dtype != np.uint8:
-        raise ValueError(f"The reference images are {reference.images.dtype}; metrics are defined for 8 bits a value.")
-    if isinstance(reference.images, UnequalImages) and reference.crop_size is None:
-        raise ValueError("The reference images are of several sizes; open them with data.resolution.")
+    check_reference(reference)
     _, height, width, channels = samples.shape
     theirs = reference.image_shape
     if (channels, height, width) != theirs:
@@ -210,6 +207,19 @@ def _check_images(samples: NDArray[np.uint8], reference: ImageSet) -> None:
             f"{theirs[2]}x{theirs[1]} and {theirs[0]}; open the reference with the resolution and channels of the "
             "samples."
         )
+
+
+def check_reference(reference: ImageSet) -> None:
+    """Refuses real images that no network for features sees: they have 8 bits, one size, and are gray or RGB.
+
+    Raises:
+        ValueError: With what to do.
+    """
+    if reference.images.dtype != np.uint8:
+        raise ValueError(f"The reference images are {reference.images.dtype}; metrics are defined for 8 bits a value.")
+    if isinstance(reference.images, UnequalImages) and reference.crop_size is None:
+        raise ValueError("The reference images are of several sizes; open them with data.resolution.")
+    channels = reference.image_shape[0]
     if channels not in {1, 3}:
         raise ValueError(f"The images have {channels} channels; networks for features see gray (1) or RGB (3).")
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.evaluation.chain import Chain, batches_of, load_images
+from ddpm_hf.evaluation.chain import Chain, batches_of, check_labels, load_images
 from ddpm_hf.rng import normal_by_position, numpy_generator
 
 Array = NDArray[np.float64]
@@ -102,8 +102,7 @@ def variational_bound(
     Raises:
         ValueError: The images have more than 8 bits, the classes do not fit, or `num_terms` is not in 2 ... chain.
     """
-    chain = Chain(pipeline, timesteps)
-    _check(pipeline, images, chain, num_terms)
+    chain = check_bound(pipeline, images, timesteps, num_terms)
     first, stop = (len(images) * (rank + side) // num_processes for side in (0, 1))
     was_training = pipeline.unet.training
     pipeline.unet.eval()
@@ -158,8 +157,21 @@ def _sums(
     return sums, totals, priors
 
 
-def _check(pipeline: GaussianDiffusionPipeline, images: ImageSet, chain: Chain, num_terms: int | None) -> None:
-    """Refuses what has no bits per dimension."""
+def check_bound(
+    pipeline: GaussianDiffusionPipeline, images: ImageSet, timesteps: list[int] | None, num_terms: int | None
+) -> Chain:
+    """Refuses what has no bits per dimension, before the network is called, and returns the chain.
+
+    Args:
+        pipeline: This and the following are those of `variational_bound`.
+        images: Those whose bound is asked for.
+        timesteps: The chain.
+        num_terms: Terms for each image.
+
+    Raises:
+        ValueError: As `variational_bound`.
+    """
+    chain = Chain(pipeline, timesteps)
     if images.images.dtype != np.uint8:
         raise ValueError(f"the images have {images.images.dtype} values; bits per dimension are those of 8-bit images.")
     if len(images) == 0:
@@ -169,13 +181,10 @@ def _check(pipeline: GaussianDiffusionPipeline, images: ImageSet, chain: Chain, 
             f"the images have {images.image_shape[0]} channels and the network {pipeline.num_channels}; set "
             "data.num_channels."
         )
-    if pipeline.num_classes and (images.labels is None or images.labels[images.rows].max() >= pipeline.num_classes):
-        raise ValueError(
-            f"the network has {pipeline.num_classes} classes, so each image needs a label from 0 to "
-            f"{pipeline.num_classes - 1}; name their column with data.label_column."
-        )
+    check_labels(images, pipeline.num_classes)
     if num_terms is not None and not 2 <= num_terms <= len(chain):
         raise ValueError(f"num_terms is {num_terms}; it must be between 2 and {len(chain)}, the steps of the chain.")
+    return chain
 
 
 def _weights(num_steps: int, num_terms: int | None, seed: int, positions: range) -> Array:

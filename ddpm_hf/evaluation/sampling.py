@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from numpy.typing import NDArray
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionPipelineOutput, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.denoising import Run
 from ddpm_hf.diffusion.sampling import nearest
 from ddpm_hf.rng import sampling_generators
 
@@ -95,20 +96,35 @@ class Sampler:
         pipeline.unet.eval()
         try:
             output = pipeline(
-                batch_size=len(indices),
-                num_inference_steps=self.num_inference_steps,
-                eta=self.eta,
-                timestep_spacing=self.timestep_spacing,
-                guidance_scale=self.guidance_scale,
-                class_labels=self.labels_of(pipeline, indices),
-                generator=sampling_generators(seed, "evaluation", indices, pipeline.device),
-                output_type="uint8",
-                return_trajectory=return_trajectory,
+                batch_size=len(indices), return_trajectory=return_trajectory, **self._call(pipeline, seed, indices)
             )
         finally:
             pipeline.unet.train(was_training)
         assert isinstance(output, GaussianDiffusionPipelineOutput)
         return output
+
+    def check(self, pipeline: GaussianDiffusionPipeline) -> int:
+        """Refuses what a call of the pipeline would refuse, and returns the number of steps that the scheduler makes.
+
+        Args:
+            pipeline: What `prepare` returned.
+
+        Raises:
+            ValueError: The settings do not fit the model, the scheduler or each other.
+        """
+        return len(Run(pipeline, 1, **self._call(pipeline, 0, range(1))).timesteps)
+
+    def _call(self, pipeline: GaussianDiffusionPipeline, seed: int, indices: range) -> dict[str, Any]:
+        """Returns the keyword arguments of the pipeline for some images."""
+        return {
+            "num_inference_steps": self.num_inference_steps,
+            "eta": self.eta,
+            "timestep_spacing": self.timestep_spacing,
+            "guidance_scale": self.guidance_scale,
+            "class_labels": self.labels_of(pipeline, indices),
+            "generator": sampling_generators(seed, "evaluation", indices, pipeline.device),
+            "output_type": "uint8",
+        }
 
     def to_dict(self, pipeline: GaussianDiffusionPipeline) -> dict[str, Any]:
         """Returns the settings as JSON can hold them, with what was left to the pipeline filled in."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from PIL import Image
 
 from ddpm_hf import cli
@@ -127,6 +128,45 @@ def test_what_cannot_be_measured_is_told_before_anything_is_sampled(
 ) -> None:
     assert sentence in complaint(capsys, saved, *QUICK, *options, "--output", tmp_path)
     assert not (tmp_path / "evaluation_samples").exists()
+
+
+ESTIMATE = ["--estimate_variance", "2"]
+IN_FEATURES = ["--metrics", "frechet_distance", "--features", "tests.feature_networks:pooled"]
+
+
+@pytest.mark.parametrize(
+    ("variance_type", "options", "sentence"),
+    [
+        ("fixed_small", [*ESTIMATE, *IN_FEATURES, "--num_samples", "4"], "needs at least 5 images"),
+        ("fixed_small", [*ESTIMATE, *BOUND, "--num_inference_steps", "21"], "num_inference_steps 21 is not between"),
+        ("fixed_small", [*ESTIMATE, *BOUND, "--likelihood_steps", "21"], "num_inference_steps 21 is not between"),
+        ("fixed_small", [*ESTIMATE, *BOUND, "--guidance_scale", "2"], "no null label to guide against"),
+        ("fixed_small", [*ESTIMATE, *BOUND, "--variance", "analytic", "--samples_dir", "tests"], "something else"),
+        ("fixed_small", [*IN_FEATURES, "--scheduler", "DPMSolverMultistepScheduler", "--eta", "0"], "has no eta"),
+        ("learned_range", [*ESTIMATE, *BOUND], "the analytic variance replaces fixed_small only"),
+    ],
+)
+def test_everything_is_checked_before_the_network_is_called_and_a_folder_is_made(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variance_type: str,
+    options: list[str],
+    sentence: str,
+) -> None:
+    """A folder of samples that a refused command left would refuse the corrected one."""
+    config = saved / "scheduler" / "scheduler_config.json"
+    original = config.read_text()
+    config.write_text(json.dumps(json.loads(original) | {"variance_type": variance_type}))
+    monkeypatch.setattr(UNet2DModel, "forward", lambda *_, **__: pytest.fail("the network was called"))
+    before = sorted(saved.rglob("*"))
+    try:
+        assert sentence in complaint(capsys, saved, *QUICK, *options, "--output", tmp_path / "out")
+    finally:
+        config.write_text(original)
+    assert sorted(saved.rglob("*")) == before
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,11 @@ def test_the_bits_do_not_depend_on_the_number_of_processes(
 ) -> None:
     """And each process samples its part alone: 2 steps of 11 images in all."""
     sizes: list[int] = []
+    # Made one after the other: a network draws its weights from the one generator that all threads share.
+    pipelines = [make_pipeline() for _ in range(num_processes)]
 
     def work(ranks: Ranks) -> np.ndarray:
-        pipeline = make_pipeline()
+        pipeline = pipelines[ranks.rank]
         pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
         return sample(tmp_path / "samples", ranks=ranks, pipeline=pipeline)
 
