@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm_hf.commands.complaints import complain
+from ddpm_hf.commands.complaints import out_of_memory
 from ddpm_hf.commands.evaluate_flags import data_config, parse
-from ddpm_hf.commands.folders import find_folder, load_pipeline
+from ddpm_hf.commands.folders import find_model, load_pipeline
+from ddpm_hf.commands.sampling_flags import CALL_FLAGS, check_scheduler, label_list
 from ddpm_hf.config import ConfigError, ModelConfig, RunConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -30,14 +31,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     """Evaluates a pipeline and returns the exit code."""
     options = parse(arguments)
 
-    import torch
-
-    try:
+    with out_of_memory(f"lower --batch_size, which is {options.batch_size}"):
         _evaluate(options)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        complain(f"the device ran out of memory ({reason}); lower --batch_size.", of_this_rank=True)
-        return 1
     return 0
 
 
@@ -136,7 +131,8 @@ def _prepare(options: Namespace) -> _Work:
     from ddpm_hf.training.setup import open_splits
 
     accelerator = processes.start(TrainingConfig(cpu=options.cpu, tf32=False))
-    folder = find_folder(options.folder)
+    folder = find_model(options.folder, options.revision)
+    check_scheduler(options)
     output = options.output or folder
     if output is None or (folder is None and options.estimate_variance):
         raise ConfigError(
@@ -144,7 +140,9 @@ def _prepare(options: Namespace) -> _Work:
             "--estimate_variance."
         )
     dtype = getattr(torch, options.dtype)
-    pipeline = load_pipeline(options.folder, folder, dtype=dtype).to(accelerator.device)
+    pipeline = load_pipeline(
+        options.folder, folder, dtype=dtype, revision=options.revision, variant=options.variant
+    ).to(accelerator.device)
     height, width, num_channels = image_shape(pipeline)
     needs_labels = pipeline.num_classes > 0 and (BITS_PER_DIM in options.metrics or options.estimate_variance > 0)
     config = RunConfig(
@@ -184,11 +182,11 @@ def _sampler(options: Namespace, pipeline: "GaussianDiffusionPipeline", *, for_t
     """Returns how samples are drawn: for the picture alone in few steps, unless told otherwise."""
     from ddpm_hf.evaluation.sampling import Sampler
 
-    names = ("scheduler", "num_inference_steps", "eta", "timestep_spacing", "guidance_scale", "labels")
-    settings = {name: getattr(options, name) for name in names}
+    settings = {name: getattr(options, name) for name in ("scheduler", *CALL_FLAGS)}
     if for_the_picture and options.num_inference_steps is None:
         settings["num_inference_steps"] = min(NUM_SHOWN_STEPS, len(pipeline.scheduler))
-    return Sampler(**settings, analytic_variance=options.variance == "analytic")
+    labels = None if options.labels is None else tuple(label_list(options.labels, pipeline) or ())
+    return Sampler(**settings, labels=labels, analytic_variance=options.variance == "analytic")
 
 
 def _chain(options: Namespace, pipeline: "GaussianDiffusionPipeline") -> tuple[list[int] | None, int | None]:

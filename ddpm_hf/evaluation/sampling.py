@@ -31,8 +31,9 @@ class Sampler:
         eta: 0 (DDIM) to 1 (DDPM); None is what the scheduler does by itself.
         timestep_spacing: None takes that of the scheduler.
         guidance_scale: Classifier-free guidance; 1 is none.
+        guidance_rescale: How far guidance keeps the contrast, 0 to 1.
         analytic_variance: Add the noise that is optimal for the network (Bao et al. 2022); needs its second moments.
-        labels: Classes, which the images have in turn; None takes all of a class-conditional network.
+        labels: Classes, or the null label, which the images have in turn; None takes all classes of the network.
     """
 
     scheduler: str | None = None
@@ -40,6 +41,7 @@ class Sampler:
     eta: float | None = None
     timestep_spacing: str | None = None
     guidance_scale: float = 1.0
+    guidance_rescale: float = 0.0
     analytic_variance: bool = False
     labels: tuple[int, ...] | None = None
 
@@ -76,9 +78,10 @@ class Sampler:
         if self.labels is None and not pipeline.num_classes:
             return None
         labels = tuple(range(pipeline.num_classes)) if self.labels is None else self.labels
-        if not labels or not all(0 <= label < pipeline.num_classes for label in labels):
-            known = f"0 to {pipeline.num_classes - 1}" if pipeline.num_classes else "none"
-            raise ValueError(f"labels are {list(labels)}, but the classes of the network are {known}; change them.")
+        num_labels = pipeline.unet.config.num_class_embeds or 0
+        if not labels or not all(0 <= label < num_labels for label in labels):
+            known = f"0 to {num_labels - 1}" if num_labels else "none"
+            raise ValueError(f"labels are {list(labels)}, but those of the network are {known}; change them.")
         return [labels[index % len(labels)] for index in indices]
 
     def sample(
@@ -121,6 +124,7 @@ class Sampler:
             "eta": self.eta,
             "timestep_spacing": self.timestep_spacing,
             "guidance_scale": self.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
             "class_labels": self.labels_of(pipeline, indices),
             "generator": sampling_generators(seed, "evaluation", indices, pipeline.device),
             "output_type": "uint8",

@@ -164,6 +164,7 @@ def command(
         flags["timestep_spacing"] = sampling.get("timestep_spacing")
     if sampling.get("guidance_scale") not in (None, 1, 1.0):
         flags["guidance_scale"] = sampling["guidance_scale"]
+        flags["guidance_rescale"] = sampling.get("guidance_rescale") or None
     if sampling.get("analytic_variance"):
         flags["variance"] = "analytic"
     if sampling.get("dtype") in ("bfloat16", "float16"):

@@ -19,7 +19,8 @@ from tests.feature_networks import pooled
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-DIGIT_NAMES = {str(digit): str(digit) for digit in range(10)}
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_NAMES = {str(digit): word for digit, word in enumerate(WORDS)}
 QUICK = ["--data", str(DIGITS), "--cpu", "--num_inference_steps", "2", "--num_samples", "16"]
 BOUND = ["--metrics", "bits_per_dim", "--num_images", "5", "--num_terms", "3"]
 
@@ -93,8 +94,10 @@ def test_samples_for_the_picture_alone_cost_few_steps_and_stand_in_nobodys_way(t
 def test_fidelity_sees_the_samples_and_the_training_images(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path
 ) -> None:
+    """Nothing but the result is printed, since stderr is no terminal here."""
     features = "tests.feature_networks:pooled"
     options = ["--metrics", "frechet_distance", "--features", features, "--seed", "3", "--format", "png"]
+    options += ["--labels", "eight,three"]
     assert evaluate(saved, *QUICK, "--data.validation_fraction", "0.1", *options, "--output", tmp_path) == 0
     samples = np.load(tmp_path / "evaluation_samples" / "samples.npy")
     assert len(list((tmp_path / "evaluation_samples" / "png").iterdir())) == 16
@@ -108,7 +111,10 @@ def test_fidelity_sees_the_samples_and_the_training_images(
         "name": f"frechet_distance[{features}]", "standard_error": None, "num_samples": 16,
         "num_reference": 1617, "seed": 3, "sampler": "GaussianDiffusionScheduler", "num_inference_steps": 2,
     }  # fmt: skip
-    assert f"frechet_distance[{features}]" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert f"frechet_distance[{features}]" in printed.out
+    assert printed.err == ""
+    assert json.loads((tmp_path / "evaluation_samples" / "settings.json").read_text())["labels"] == [8, 3]
     options[options.index("3")] = "4"
     changed = complaint(capsys, saved, *QUICK, *options, "--output", tmp_path)
     assert "holds samples of other settings (seed was 3, is 4)" in changed
@@ -178,7 +184,10 @@ def test_everything_is_checked_before_the_network_is_called_and_a_folder_is_made
         ([*BOUND, "--data.num_channels", "3"], "has images of 3x8x8 and the network makes 1x8x8"),
         ([*BOUND, "--num_images", "1798"], "num_images is 1798, but there are 1797 images"),
         ([*BOUND, "--num_terms", "1"], "--num_terms is 1, but must be at least 2"),
-        ([*BOUND, "--labels", "10"], "labels are [10], but the classes of the network are 0 to 9"),
+        ([*BOUND, "--labels", "10"], "--labels has 10; a label is a number 0 to 9"),
+        ([*BOUND, "--labels", "eigth"], "--labels has 'eigth' (did you mean 'eight'?)"),
+        ([*BOUND, "--revision", "main"], "--revision is for repositories of the Hub"),
+        ([*BOUND, "--scheduler", "UniPCMultistepScheduler", "--eta", "0"], "UniPCMultistepScheduler has no eta"),
         ([*BOUND, "--scheduler", "Fancy"], "scheduler is Fancy, which diffusers"),
         ([*BOUND, "--variance", "analytic"], "analytic_variance needs the second moments"),
         ([*BOUND, "--data.split", "test"], "test"),

@@ -67,6 +67,24 @@ def test_flags_that_contradict_each_other_are_refused_before_anything_is_read(
 
 
 @pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--variance analytic --scheduler DDIMScheduler", "--variance analytic needs GaussianDiffusionScheduler"),
+        ("--guidance_rescale 0.5", "--guidance_rescale corrects guidance, and --guidance_scale is 1"),
+        ("--guidance_scale nan", "--guidance_scale is nan"),
+        ("--eta 7", "--eta is 7.0, but must be 0 to 1."),
+        ("--batch_size 0", "--batch_size is 0, but must be at least 1."),
+    ],
+)
+def test_evaluate_refuses_the_same_flags_of_drawing(
+    capsys: pytest.CaptureFixture[str], flags: str, sentence: str
+) -> None:
+    for command in (["sample", "./nowhere"], ["evaluate", "./nowhere", "--data", "./nothing"]):
+        assert cli.main([*command, *flags.split()]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("flags", "seeds"),
     [
         ("--seeds 9,7,8", [9, 7, 8]),

@@ -240,7 +240,7 @@ def test_any_scheduler_samples_by_its_name(sampler: Sampler, name: str) -> None:
         (Sampler(scheduler="DPMSolverMultistepScheduler", eta=1.0), "DPMSolverMultistepScheduler has no eta"),
         (Sampler(scheduler="DDIMScheduler", analytic_variance=True), "the scheduler is DDIMScheduler"),
         (Sampler(analytic_variance=True), "analytic_variance needs the second moments"),
-        (Sampler(labels=(3,)), r"labels are \[3\], but the classes of the network are 0 to 2"),
+        (Sampler(labels=(3,)), r"labels are \[3\], but those of the network are 0 to 2"),
         (Sampler(guidance_scale=2.0), "no null label to guide against"),
     ],
 )
@@ -293,5 +293,6 @@ def test_settings_are_told_in_the_folder(tmp_path: Path) -> None:
     assert settings | {"pipeline": ""} == {
         "schema_version": 1, "pipeline": "", "seed": 0, "scheduler": "GaussianDiffusionScheduler",
         "num_inference_steps": 2, "eta": 1.0, "timestep_spacing": "leading", "guidance_scale": 1.0,
+        "guidance_rescale": 0.0,
         "analytic_variance": False, "labels": [0, 1, 2], "dtype": "float32", "device": "cpu",
     }  # fmt: skip
