@@ -126,7 +126,7 @@ def _prepare(options: Namespace) -> _Work:
     from ddpm_hf.data import ImageSet
     from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, choose_images
     from ddpm_hf.evaluation.fidelity import METRICS
-    from ddpm_hf.evaluation.sampling import image_shape
+    from ddpm_hf.evaluation.image_shape import image_shape
     from ddpm_hf.training import processes
     from ddpm_hf.training.setup import open_splits
 
@@ -203,9 +203,9 @@ def _check(work: _Work) -> None:
     """Collective: refuses all that could be refused later, before the network is called or a folder is made."""
     from ddpm_hf.evaluation.evaluate import BITS_PER_DIM
     from ddpm_hf.evaluation.fidelity import check_fidelity, check_reference
+    from ddpm_hf.evaluation.image_shape import image_shape
     from ddpm_hf.evaluation.likelihood import check_bound
     from ddpm_hf.evaluation.samples import check_channels, check_folder, settings_of
-    from ddpm_hf.evaluation.sampling import image_shape
     from ddpm_hf.evaluation.second_moments import check_second_moments
 
     options, pipeline, sampler = work.options, work.pipeline, work.sampler

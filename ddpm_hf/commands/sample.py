@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ddpm_hf import __version__
 from ddpm_hf.commands.complaints import complain, out_of_memory
 from ddpm_hf.commands.folders import commit_of, find_model, load_pipeline
-from ddpm_hf.commands.overviews import Film, grid, grid_of_edits, in_grid
+from ddpm_hf.commands.overviews import grid, grid_of_edits, in_grid
 from ddpm_hf.commands.picture_folder import PictureFolder
 from ddpm_hf.commands.sample_flags import JUMP_LENGTH, NUM_RESAMPLES, STRENGTH, parse
 from ddpm_hf.commands.sample_pictures import Picture, pictures_of
@@ -75,7 +75,8 @@ def _prepare(
 
     from ddpm_hf.diffusion.denoising import Run
     from ddpm_hf.diffusion.editing import start_level
-    from ddpm_hf.evaluation.sampling import Sampler, image_shape
+    from ddpm_hf.evaluation.image_shape import image_shape
+    from ddpm_hf.evaluation.sampling import Sampler
     from ddpm_hf.rng import plain_generators
 
     device = _device(options.device)
@@ -177,6 +178,7 @@ def _draw_all(work: _Work) -> int:
 
 def _batches(work: _Work) -> Iterator[tuple[list[Picture], UInt8Array, UInt8Array | None]]:
     """Draws the pictures a batch at a time; of the first ones also states on the way, (frames, number, ...)."""
+    from ddpm_hf.evaluation.film import Film
     from ddpm_hf.rng import plain_generators
 
     options, pipeline, size = work.options, work.pipeline, work.options.batch_size

@@ -163,7 +163,7 @@ def _write_report(trainer: "Trainer", command: str) -> None:
     """Samples from the saved pipeline, judges the samples if asked, and writes pictures and README."""
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.evaluation.recognition import recognition_report
-    from ddpm_hf.evaluation.sampling import Sampler, sample_images, sample_trajectory
+    from ddpm_hf.evaluation.sampling import Sampler, sample_film, sample_images
     from ddpm_hf.report import SamplingSettings, loading_lines, write_report
 
     config, evaluation, output_dir = trainer.config, trainer.config.evaluation, trainer.folder.path
@@ -184,7 +184,9 @@ def _write_report(trainer: "Trainer", command: str) -> None:
         batch_size=evaluation.batch_size,
     )
     num_shown = min(evaluation.num_samples, 4 * len(names) if names and len(names) <= 10 else 16)
-    trajectory = sample_trajectory(pipeline, sampler, seed=config.training.seed, num_images=num_shown)
+    trajectory = sample_film(
+        pipeline, sampler, seed=config.training.seed, num_images=num_shown, batch_size=evaluation.batch_size
+    )
     recognition = None
     if evaluation.recognition and labels is not None:
         recognition = recognition_report(*_as_arrays(trainer.images), *_as_arrays(trainer.held_out), samples, labels)

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.durable import write_text, write_whole
 from ddpm_hf.evaluation.fingerprint import fingerprint
+from ddpm_hf.evaluation.image_shape import image_shape
 from ddpm_hf.evaluation.ranks import ALONE, Ranks
-from ddpm_hf.evaluation.sampling import Images, Sampler, batches, image_shape
+from ddpm_hf.evaluation.sampling import Images, Sampler, batches
 
 SCHEMA_VERSION = 1
 SETTINGS, SAMPLES, PARTS, PICTURES = "settings.json", "samples.npy", "parts", "png"
@@ -87,7 +88,7 @@ def sample_to_folder(
         total=sum(map(len, mine)), desc="Sampling", unit="img", disable=True if ranks.rank else None, leave=False
     ) as bar:
         for batch in mine:
-            images = sampler.sample(pipeline, seed, batch).images
+            images = sampler.sample(pipeline, seed, batch)
             write_whole(folder / PARTS / f"{batch.start:08d}-{batch.stop:08d}.npy", partial(_save, images))
             bar.update(len(batch))
     ranks.gather(np.zeros(1))  # until all parts are there

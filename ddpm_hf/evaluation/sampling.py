@@ -9,13 +9,14 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from numpy.typing import NDArray
 
-from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionPipelineOutput, GaussianDiffusionScheduler
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.denoising import Run
 from ddpm_hf.diffusion.sampling import nearest
+from ddpm_hf.evaluation.film import Film
+from ddpm_hf.evaluation.image_shape import image_shape
 from ddpm_hf.rng import sampling_generators
 
 Images = NDArray[np.uint8]
@@ -85,26 +86,29 @@ class Sampler:
         return [labels[index % len(labels)] for index in indices]
 
     def sample(
-        self, pipeline: GaussianDiffusionPipeline, seed: int, indices: range, *, return_trajectory: bool = False
-    ) -> GaussianDiffusionPipelineOutput:
+        self, pipeline: GaussianDiffusionPipeline, seed: int, indices: range, *, film: Film | None = None
+    ) -> Images:
         """Samples the images of some indices in one batch.
 
         Args:
             pipeline: What `prepare` returned.
             seed: Image i is drawn from (seed, i).
             indices: Which images.
-            return_trajectory: Also return the states on the way from noise.
+            film: Keeps states on the way from noise.
+
+        Returns:
+            uint8 images (number, height, width, channels).
         """
+        call = self._call(pipeline, seed, indices)
+        if film is not None:
+            call |= {"sample": film.begin(pipeline, call["generator"]), "callback_on_step_end": film}
         was_training = pipeline.unet.training
         pipeline.unet.eval()
         try:
-            output = pipeline(
-                batch_size=len(indices), return_trajectory=return_trajectory, **self._call(pipeline, seed, indices)
-            )
+            images: Images = pipeline(batch_size=len(indices), **call).images
         finally:
             pipeline.unet.train(was_training)
-        assert isinstance(output, GaussianDiffusionPipelineOutput)
-        return output
+        return images
 
     def check(self, pipeline: GaussianDiffusionPipeline) -> int:
         """Refuses what a call of the pipeline would refuse, and returns the number of steps that the scheduler makes.
@@ -189,33 +193,33 @@ def sample_images(
     parts = []
     for batch in batches(np.ones(indices.stop, bool), batch_size, first=indices.start):
         pipeline.set_progress_bar_config(desc=f"Sampling {len(batch)} images", disable=None, leave=False)
-        parts.append(sampler.sample(pipeline, seed, batch).images)
+        parts.append(sampler.sample(pipeline, seed, batch))
     return np.concatenate(parts) if parts else np.zeros((0, *image_shape(pipeline)), np.uint8)
 
 
-def sample_trajectory(pipeline: GaussianDiffusionPipeline, sampler: Sampler, *, seed: int, num_images: int) -> Images:
-    """Samples the first images once more and returns every state on the way from noise.
+def sample_film(
+    pipeline: GaussianDiffusionPipeline, sampler: Sampler, *, seed: int, num_images: int, batch_size: int
+) -> Images:
+    """Samples the first images once more, in batches, and returns states on the way from noise.
+
+    Args:
+        pipeline: What `Sampler.prepare` returned.
+        sampler: How.
+        seed: Image i is drawn from (seed, i).
+        num_images: How many.
+        batch_size: Images sampled at once; in the same batches, the last states are the samples to the bit.
 
     Returns:
-        uint8 states (steps + 1, number, height, width, channels).
+        uint8 states (frames, number, height, width, channels), at most NUM_FRAMES, evenly spaced, the noise first.
     """
+    num_steps = sampler.check(pipeline)
     pipeline.set_progress_bar_config(desc=f"Sampling {num_images} images", disable=None, leave=False)
-    output = sampler.sample(pipeline, seed, range(num_images), return_trajectory=True)
-    states = torch.as_tensor(output.trajectory).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return states.permute(0, 1, 3, 4, 2).cpu().numpy()
-
-
-def image_shape(pipeline: GaussianDiffusionPipeline) -> tuple[int, int, int]:
-    """Returns height, width and channels of the images that a pipeline samples.
-
-    Raises:
-        ValueError: The configuration of the network does not tell its size.
-    """
-    size = pipeline.unet.config.sample_size
-    if size is None:
-        raise ValueError("the network's configuration has no sample_size; set it in unet/config.json.")
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width, pipeline.num_channels
+    parts = []
+    for batch in batches(np.ones(num_images, bool), batch_size):
+        film = Film(num_steps)
+        sampler.sample(pipeline, seed, batch, film=film)
+        parts.append(film.states())
+    return np.concatenate(parts, axis=1)
 
 
 def batches(is_wanted: NDArray[np.bool_], batch_size: int, *, first: int = 0) -> list[range]:

@@ -93,6 +93,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.trainer": {"config", "data", "diffusion", "rng", "training"},
     "training.weighting": {"config"},
     "evaluation.__init__": set(),
+    "evaluation.film": {"diffusion", "evaluation.image_shape", "plots"},
+    "evaluation.image_shape": {"diffusion"},
     "evaluation.fingerprint": {"diffusion"},
     "evaluation.ranks": set(),
     "evaluation.neighbours": {"data"},
@@ -100,7 +102,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation.evaluate": {
         "data", "diffusion", "evaluation.fidelity", "evaluation.likelihood", "evaluation.ranks", "rng",
     },
-    "evaluation.samples": {"durable", "diffusion", "evaluation.fingerprint", "evaluation.ranks", "evaluation.sampling"},
+    "evaluation.samples": {
+        "durable", "diffusion", "evaluation.fingerprint", "evaluation.image_shape", "evaluation.ranks",
+        "evaluation.sampling",
+    },
     "evaluation.score": {
         "config", "data", "diffusion", "evaluation.evaluate", "evaluation.ranks", "evaluation.sampling",
     },
@@ -116,9 +121,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation.likelihood": {"data", "diffusion", "evaluation.chain", "rng"},
     "evaluation.recognition": set(),
     "evaluation.references": {"data", "evaluation.feature_network", "evaluation.frechet"},
-    "evaluation.sampling": {"diffusion", "rng"},
+    "evaluation.sampling": {"diffusion", "evaluation.film", "evaluation.image_shape", "rng"},
     "evaluation.second_moments": {"data", "diffusion", "evaluation.chain", "rng"},
-    "evaluation.verification": {"diffusion", "durable", "redaction", "rng"},
+    "evaluation.verification": {"diffusion", "durable", "evaluation.image_shape", "redaction", "rng"},
     "report": {"durable", "evaluation.recognition", "plots", "redaction"},
     "hub": {"config", "diffusion", "hub", "plots", "redaction"},
     "hub.background": {"config", "hub.push"},

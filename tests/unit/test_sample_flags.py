@@ -12,12 +12,12 @@ from PIL import Image
 
 from ddpm_hf import cli
 from ddpm_hf.commands.folders import find_folder
-from ddpm_hf.commands.overviews import Film
 from ddpm_hf.commands.picture_folder import PictureFolder
 from ddpm_hf.commands.sample_flags import parse
 from ddpm_hf.commands.start_images import fit, read_images, to_mask
 from ddpm_hf.config import ConfigError
 from ddpm_hf.diffusion.sampling import label_numbers
+from ddpm_hf.evaluation.film import Film
 from tests.conftest import REPOSITORY
 
 GRAY = (8, 8, 1)

@@ -15,7 +15,7 @@ from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionSchedu
 from ddpm_hf.evaluation.fingerprint import fingerprint
 from ddpm_hf.evaluation.ranks import Ranks
 from ddpm_hf.evaluation.samples import sample_to_folder
-from ddpm_hf.evaluation.sampling import Sampler, batches, sample_images, sample_trajectory
+from ddpm_hf.evaluation.sampling import Sampler, batches, sample_film, sample_images
 from tests.conftest import tiny_unet
 
 SAMPLER = Sampler(num_inference_steps=2, eta=1.0)
@@ -270,11 +270,25 @@ def test_classes_come_in_turn_and_the_network_is_left_as_it_was() -> None:
     assert seen[-1] == [1, 1]
 
 
-def test_the_trajectory_ends_in_the_samples(whole: np.ndarray) -> None:
-    """The first 4 were sampled in a batch of 4 too."""
-    states = sample_trajectory(make_pipeline(), SAMPLER, seed=0, num_images=4)
-    assert states.shape == (3, 4, 8, 8, 1)
-    np.testing.assert_array_equal(states[-1], whole[:4])
+def test_the_film_is_drawn_in_batches_from_noise_to_the_samples(whole: np.ndarray) -> None:
+    """To the bit, since the batches are those of the samples; of the noise, 4 of 6 values lie within [-1, 1]."""
+    pipeline = make_pipeline()
+    sizes: list[int] = []
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    states = sample_film(pipeline, SAMPLER, seed=0, num_images=7, batch_size=4)
+    assert sizes == [4, 4, 3, 3]
+    assert states.shape == (3, 7, 8, 8, 1)
+    np.testing.assert_array_equal(states[-1, :4], whole[:4])
+    assert np.abs(states[-1].astype(int) - whole[:7]).max() <= 1
+    assert 0.2 < np.isin(states[0], (0, 255)).mean() < 0.5
+
+
+def test_a_film_keeps_few_states_of_many_steps() -> None:
+    """Of 60 steps, 40 states in 8 bits, which a film of large images has room for."""
+    scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=60)
+    pipeline = GaussianDiffusionPipeline(tiny_unet(), scheduler)
+    states = sample_film(pipeline, Sampler(), seed=0, num_images=1, batch_size=1)
+    assert (states.shape, states.dtype) == ((40, 1, 8, 8, 1), np.uint8)
 
 
 def test_batches_lie_on_one_grid_whatever_is_left_out() -> None:
