@@ -99,8 +99,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_everything_it_promises(finished_run: Path) -> None:
     expected = {
-        *("README.md", "checkpoints", "config.yaml", "denoising.gif", "denoising.png", "evaluation.json", "loss.png"),
-        *("metrics.jsonl", "pipeline", "previews", "samples.png", ".lock"),
+        *("README.md", "checkpoints", "config.yaml", "denoising.gif", "denoising.png", "loss.png"),
+        *("metrics.jsonl", "pipeline", "previews", "recognition.json", "samples.png", ".lock"),
     }
     assert {path.name for path in finished_run.iterdir()} == expected
     assert sorted(path.name for path in (finished_run / "previews").iterdir()) == [
@@ -145,9 +145,9 @@ def test_the_saved_pipeline_is_a_stock_pipeline_to_diffusers(finished_run: Path)
 def test_the_report_says_how_many_samples_were_recognised(
     finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluation = json.loads((finished_run / "evaluation.json").read_text())
-    assert evaluation["num_samples"] == 20
-    assert 0.0 <= evaluation["recognised"] <= 1.0
+    recognition = json.loads((finished_run / "recognition.json").read_text())
+    assert recognition["num_samples"] == 20
+    assert 0.0 <= recognition["recognised"] <= 1.0
     assert "samples.png" in (finished_run / "README.md").read_text()
 
 
