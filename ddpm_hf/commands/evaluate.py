@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from ddpm_hf.data import ImageSet
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
-    from ddpm_hf.evaluation.evaluate import Metric
     from ddpm_hf.evaluation.likelihood import VariationalBound
+    from ddpm_hf.evaluation.metrics import Metric
     from ddpm_hf.evaluation.ranks import Ranks
     from ddpm_hf.evaluation.sampling import Images, Sampler
 
@@ -66,7 +66,8 @@ class _Work:
 
 def _evaluate(options: Namespace) -> None:
     """Collective: does everything that was asked for."""
-    from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, as_json, check_metrics, fidelity, table
+    from ddpm_hf.evaluation.evaluate import as_json, fidelity, table
+    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, check_metrics
     from ddpm_hf.evaluation.samples import sample_to_folder, settings_of
 
     check_metrics(options.metrics)
@@ -124,9 +125,9 @@ def _prepare(options: Namespace) -> _Work:
 
     from ddpm_hf.commands.ranks import started_ranks
     from ddpm_hf.data import ImageSet
-    from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, choose_images
-    from ddpm_hf.evaluation.fidelity import METRICS
+    from ddpm_hf.evaluation.evaluate import choose_images
     from ddpm_hf.evaluation.image_shape import image_shape
+    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, OF_SAMPLES
     from ddpm_hf.training import processes
     from ddpm_hf.training.setup import open_splits
 
@@ -157,7 +158,7 @@ def _prepare(options: Namespace) -> _Work:
             f"{config.data.source} has images of {'x'.join(map(str, training.image_shape))} and the network makes "
             f"{num_channels}x{height}x{width}; leave --data.resolution and --data.num_channels out, or give others."
         )
-    of_samples = [name for name in options.metrics if name in METRICS]
+    of_samples = [name for name in options.metrics if name in OF_SAMPLES]
     timesteps, num_terms = _chain(options, pipeline)
     return _Work(
         options=options,
@@ -201,10 +202,10 @@ def _chain(options: Namespace, pipeline: "GaussianDiffusionPipeline") -> tuple[l
 
 def _check(work: _Work) -> None:
     """Collective: refuses all that could be refused later, before the network is called or a folder is made."""
-    from ddpm_hf.evaluation.evaluate import BITS_PER_DIM
     from ddpm_hf.evaluation.fidelity import check_fidelity, check_reference
     from ddpm_hf.evaluation.image_shape import image_shape
     from ddpm_hf.evaluation.likelihood import check_bound
+    from ddpm_hf.evaluation.metrics import BITS_PER_DIM
     from ddpm_hf.evaluation.samples import check_channels, check_folder, settings_of
     from ddpm_hf.evaluation.second_moments import check_second_moments
 

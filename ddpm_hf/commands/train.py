@@ -99,11 +99,12 @@ def _scorer(config: RunConfig) -> "Scorer | None":
 
 def _check_score(trainer: "Trainer") -> None:
     """Collective: refuses, before training, a score that could not be measured."""
-    from ddpm_hf.evaluation.fidelity import METRICS, check_fidelity
+    from ddpm_hf.evaluation.fidelity import check_fidelity
+    from ddpm_hf.evaluation.metrics import OF_SAMPLES
     from ddpm_hf.training import processes
 
     evaluation = trainer.config.evaluation
-    if evaluation.score_every_steps and evaluation.score_metric in METRICS:
+    if evaluation.score_every_steps and evaluation.score_metric in OF_SAMPLES:
         processes.on_rank_0(
             lambda: check_fidelity(
                 [evaluation.score_metric],

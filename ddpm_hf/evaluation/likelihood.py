@@ -6,7 +6,6 @@ made of the model needs for each value of an 8-bit image.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +16,10 @@ from tqdm import tqdm
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.evaluation.chain import Chain, batches_of, check_labels, load_images
+from ddpm_hf.evaluation.ranks import ALONE, Ranks
 from ddpm_hf.rng import normal_by_position, numpy_generator
 
 Array = NDArray[np.float64]
-Gather = Callable[[Array], Array]
-"""Joins the arrays of all processes along the first axis, in the order of their ranks."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +79,9 @@ def variational_bound(
     timesteps: list[int] | None = None,
     num_terms: int | None = None,
     batch_size: int = 64,
-    rank: int = 0,
-    num_processes: int = 1,
-    gather: Gather | None = None,
+    ranks: Ranks = ALONE,
 ) -> VariationalBound:
-    """Computes the bound of every image of a set, streaming over them.
+    """Collective: computes the bound of every image of a set, streaming over them.
 
     Args:
         pipeline: The network, in whatever mode and on whatever device it is, and the scheduler.
@@ -95,25 +91,21 @@ def variational_bound(
         num_terms: None computes every term for every image. A number computes so many for each image, the decoder's and
             others drawn evenly from the chain, and estimates the rest from them, without bias.
         batch_size: Images of one forward.
-        rank: Which process this is.
-        num_processes: How many share the images.
-        gather: Joins the parts of all processes; needed with more than one.
+        ranks: The processes, which share the images.
 
     Raises:
         ValueError: The images have more than 8 bits, the classes do not fit, or `num_terms` is not in 2 ... chain.
     """
     chain = check_bound(pipeline, images, timesteps, num_terms)
-    first, stop = (len(images) * (rank + side) // num_processes for side in (0, 1))
     was_training = pipeline.unet.training
     pipeline.unet.eval()
     try:
         sums, totals, priors = _sums(
-            chain, images, range(first, stop), num_terms, seed, batch_size, with_labels=pipeline.num_classes > 0
+            chain, images, ranks.part(len(images)), num_terms, seed, batch_size, with_labels=pipeline.num_classes > 0
         )
     finally:
         pipeline.unet.train(was_training)
-    if gather is not None:
-        sums, totals, priors = gather(sums[None]).sum(axis=0), gather(totals), gather(priors)
+    sums, totals, priors = ranks.gather(sums[None]).sum(axis=0), ranks.gather(totals), ranks.gather(priors)
     counts = sums[3]
     means = sums[:3] / np.maximum(counts, 1)
     return VariationalBound(

@@ -8,19 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
-BITS_PER_DIM = "bits_per_dim"
-# What a reader knows the metric as, and which way is better.
-TITLES = {
-    "fid": ("FID", "lower"),
-    "kid": ("KID", "lower"),
-    "inception_score": ("Inception Score", "higher"),
-    "frechet_distance": ("Fréchet distance", "lower"),
-    "kernel_distance": ("kernel distance", "lower"),
-    "precision": ("precision", "higher"),
-    "recall": ("recall", "higher"),
-    BITS_PER_DIM: ("bits per dimension", "lower"),
-}
+from ddpm_hf.evaluation.metrics import BITS_PER_DIM, SCHEMA_VERSION, TITLES
+
 _NATIVE_SCHEDULERS = ("GaussianDiffusionScheduler", "DDPMScheduler")
 
 
