@@ -199,6 +199,20 @@ def test_a_mistake_is_answered_with_one_sentence(
     assert sentence in complaint(capsys, saved, *QUICK, *arguments, "--output", tmp_path)
 
 
+def test_memory_that_runs_out_on_a_cpu_is_answered_with_the_batch_size(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(UNet2DModel, "forward", fail)
+    assert evaluate(saved, *QUICK, *BOUND, "--batch_size", "7", "--output", tmp_path) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line == (
+        "error: out of memory (DefaultCPUAllocator: can't allocate memory); lower --batch_size, which is 7."
+    )
+
+
 def test_a_conditional_network_needs_labels_for_its_bound(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path
 ) -> None:
