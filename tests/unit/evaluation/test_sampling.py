@@ -13,6 +13,7 @@ from PIL import Image
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.fingerprint import fingerprint
+from ddpm_hf.evaluation.image_shape import image_size
 from ddpm_hf.evaluation.ranks import Ranks
 from ddpm_hf.evaluation.samples import sample_to_folder
 from ddpm_hf.evaluation.sampling import Sampler, batches, sample_film, sample_images
@@ -310,3 +311,13 @@ def test_settings_are_told_in_the_folder(tmp_path: Path) -> None:
         "guidance_rescale": 0.0,
         "analytic_variance": False, "labels": [0, 1, 2], "dtype": "float32", "device": "cpu",
     }  # fmt: skip
+
+
+def test_the_size_of_images_is_a_side_or_height_and_width() -> None:
+    unet = tiny_unet()
+    assert image_size(unet) == (8, 8)
+    unet.register_to_config(sample_size=(8, 16))
+    assert image_size(unet) == (8, 16)
+    unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="no sample_size; set it in unet/config.json"):
+        image_size(unet)
