@@ -24,7 +24,8 @@ from torch import nn
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data import ImageSet, open_images
-from ddpm_hf.evaluation.fidelity import Score, measure_fidelity
+from ddpm_hf.evaluation.fidelity import measure_fidelity
+from ddpm_hf.evaluation.metrics import Metric
 from ddpm_hf.rng import numpy_generator
 
 Images = NDArray[np.uint8]
@@ -106,7 +107,7 @@ def main() -> None:
     if arguments.data is None:
         parser.error("give --data, or set DDPM_HF_CIFAR10")
     reference, others = halves(arguments.data, arguments.num_images)
-    scores: dict[str, Score] = {}
+    scores: dict[str, Metric] = {}
     for name, samples in degraded(others).items():
         start = time.perf_counter()
         (scores[name],) = measure_fidelity(

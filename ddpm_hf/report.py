@@ -31,7 +31,7 @@ _FILES = {
     "samples.png": "samples of the finished model",
     "denoising.gif, denoising.png": "how they come out of noise",
     "loss.png": "the training loss",
-    "evaluation.json": "the numbers above",
+    "recognition.json": "the numbers above",
     "metrics.jsonl": "one line of metrics a log interval",
     "tensorboard/": "the same for TensorBoard",
     "wandb/": "the same for W&B",
@@ -50,7 +50,7 @@ class ReportPaths:
     denoising: Path
     animation: Path
     loss: Path | None
-    evaluation: Path | None
+    recognition: Path | None
     readme: Path
 
 
@@ -85,7 +85,7 @@ def write_report(
     settings: Mapping[str, str],
     sampling: SamplingSettings = DEFAULT_SAMPLING,
 ) -> ReportPaths:
-    """Writes the pictures, evaluation.json and README.md of a run into its folder, over those of an earlier report.
+    """Writes the pictures, recognition.json and README.md of a run into its folder, over those of an earlier report.
 
     Args:
         output_dir: The run folder.
@@ -111,14 +111,13 @@ def write_report(
         denoising=output_dir / STRIP,
         animation=output_dir / ANIMATION,
         loss=output_dir / "loss.png" if training else None,
-        evaluation=output_dir / "evaluation.json" if recognition else None,
+        recognition=output_dir / "recognition.json" if recognition else None,
         readme=output_dir / "README.md",
     )
     if paths.loss:
         write_whole(paths.loss, lambda path: _draw_losses(training, validation, path))
-    if recognition and paths.evaluation:
-        evaluation = json.dumps(recognition.to_dict(), indent=2) + "\n"
-        write_text(paths.evaluation, evaluation)
+    if recognition and paths.recognition:
+        write_text(paths.recognition, json.dumps(recognition.to_dict(), indent=2) + "\n")
     readme = _readme(
         heading=f"# {title}\n\n![samples](samples.png)\n\n{caption}",
         quality=_quality_section(training, recognition, _score_lines(metrics)),

@@ -170,7 +170,7 @@ def _check_ddpm_hf(arguments: list[str]) -> None:
 
 def _check_evaluate(arguments: list[str]) -> None:
     from ddpm_hf.commands.evaluate_flags import data_config, parse
-    from ddpm_hf.evaluation.evaluate import check_metrics
+    from ddpm_hf.evaluation.metrics import check_metrics
     from ddpm_hf.evaluation.sampling import scheduler_class
 
     options = parse(arguments)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm_hf.commands.complaints import complain
+from ddpm_hf.commands.complaints import out_of_memory
 from ddpm_hf.commands.evaluate_flags import data_config, parse
-from ddpm_hf.commands.folders import find_folder, load_pipeline
+from ddpm_hf.commands.folders import find_model, load_pipeline
+from ddpm_hf.commands.sampling_flags import CALL_FLAGS, check_scheduler, label_list
 from ddpm_hf.config import ConfigError, ModelConfig, RunConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
     from ddpm_hf.data import ImageSet
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
-    from ddpm_hf.evaluation.evaluate import Metric
     from ddpm_hf.evaluation.likelihood import VariationalBound
+    from ddpm_hf.evaluation.metrics import Metric
     from ddpm_hf.evaluation.ranks import Ranks
     from ddpm_hf.evaluation.sampling import Images, Sampler
 
@@ -30,20 +31,21 @@ def evaluate(arguments: Sequence[str]) -> int:
     """Evaluates a pipeline and returns the exit code."""
     options = parse(arguments)
 
-    import torch
-
-    try:
+    with out_of_memory(f"lower --batch_size, which is {options.batch_size}"):
         _evaluate(options)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        complain(f"the device ran out of memory ({reason}); lower --batch_size.", of_this_rank=True)
-        return 1
     return 0
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What is evaluated, on what and by whom."""
+    """What is evaluated, on what and by whom.
+
+    Attributes:
+        measured: The images for bits per dimension.
+        of_samples: The metrics that look at samples.
+        timesteps: The chain for bits per dimension; None is that of training.
+        num_terms: Of its terms, how many for each image; None is all.
+    """
 
     options: Namespace
     folder: Path | None
@@ -53,42 +55,45 @@ class _Work:
     training: "ImageSet"
     held_out: "ImageSet"
     measured: "ImageSet"
+    of_samples: list[str]
+    num_samples: int
+    samples_dir: Path
+    timesteps: list[int] | None
+    num_terms: int | None
     ranks: "Ranks"
     device: "torch.device"
 
 
 def _evaluate(options: Namespace) -> None:
     """Collective: does everything that was asked for."""
-    from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, as_json, check_metrics, fidelity, table
-    from ddpm_hf.evaluation.fidelity import METRICS
+    from ddpm_hf.evaluation.evaluate import as_json, fidelity, table
+    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, check_metrics
     from ddpm_hf.evaluation.samples import sample_to_folder, settings_of
 
     check_metrics(options.metrics)
     work = _prepare(options)
+    _check(work)
+    work.ranks.on_rank_0(lambda: work.output.mkdir(parents=True, exist_ok=True))
     if options.estimate_variance:
         _estimate_variance(work)
-    wanted = [name for name in options.metrics if name in METRICS]
-    num_samples = options.num_samples or (50_000 if wanted else NUM_SHOWN)
-    sampler = work.sampler if wanted else _for_the_picture(work)
+    sampler = work.sampler
     sampling = sampler.prepare(work.pipeline)
-    if wanted:
-        _check_fidelity(work, wanted, num_samples)
     samples = sample_to_folder(
         sampling,
         sampler,
-        options.samples_dir or work.output / (SAMPLES if wanted else SHOWN_SAMPLES),
+        work.samples_dir,
         seed=options.seed,
-        num_images=num_samples,
+        num_images=work.num_samples,
         batch_size=options.batch_size,
         as_png=options.format == "png",
         ranks=work.ranks,
     )
     metrics: list[Metric] = []
-    if wanted:
+    if work.of_samples:
         metrics += fidelity(
             samples,
             work.training,
-            wanted,
+            work.of_samples,
             features=options.features,
             weights=options.weights,
             batch_size=options.batch_size,
@@ -120,13 +125,15 @@ def _prepare(options: Namespace) -> _Work:
 
     from ddpm_hf.commands.ranks import started_ranks
     from ddpm_hf.data import ImageSet
-    from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, choose_images
-    from ddpm_hf.evaluation.sampling import Sampler, image_shape
+    from ddpm_hf.evaluation.evaluate import choose_images
+    from ddpm_hf.evaluation.image_shape import image_shape
+    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, OF_SAMPLES
     from ddpm_hf.training import processes
     from ddpm_hf.training.setup import open_splits
 
     accelerator = processes.start(TrainingConfig(cpu=options.cpu, tf32=False))
-    folder = find_folder(options.folder)
+    folder = find_model(options.folder, options.revision)
+    check_scheduler(options)
     output = options.output or folder
     if output is None or (folder is None and options.estimate_variance):
         raise ConfigError(
@@ -134,7 +141,9 @@ def _prepare(options: Namespace) -> _Work:
             "--estimate_variance."
         )
     dtype = getattr(torch, options.dtype)
-    pipeline = load_pipeline(options.folder, folder, dtype=dtype).to(accelerator.device)
+    pipeline = load_pipeline(
+        options.folder, folder, dtype=dtype, revision=options.revision, variant=options.variant
+    ).to(accelerator.device)
     height, width, num_channels = image_shape(pipeline)
     needs_labels = pipeline.num_classes > 0 and (BITS_PER_DIM in options.metrics or options.estimate_variance > 0)
     config = RunConfig(
@@ -149,46 +158,83 @@ def _prepare(options: Namespace) -> _Work:
             f"{config.data.source} has images of {'x'.join(map(str, training.image_shape))} and the network makes "
             f"{num_channels}x{height}x{width}; leave --data.resolution and --data.num_channels out, or give others."
         )
-    names = ("scheduler", "num_inference_steps", "eta", "timestep_spacing", "guidance_scale", "labels")
+    of_samples = [name for name in options.metrics if name in OF_SAMPLES]
+    timesteps, num_terms = _chain(options, pipeline)
     return _Work(
         options=options,
         folder=folder,
         output=output,
         pipeline=pipeline,
-        sampler=Sampler(
-            **{name: getattr(options, name) for name in names}, analytic_variance=options.variance == "analytic"
-        ),
+        sampler=_sampler(options, pipeline, for_the_picture=not of_samples),
         training=training,
         held_out=held_out,
         measured=choose_images(held_out if len(held_out) else training, options.num_images, options.seed),
+        of_samples=of_samples,
+        num_samples=options.num_samples or (50_000 if of_samples else NUM_SHOWN),
+        samples_dir=options.samples_dir or output / (SAMPLES if of_samples else SHOWN_SAMPLES),
+        timesteps=timesteps,
+        num_terms=num_terms,
         ranks=started_ranks(),
         device=accelerator.device,
     )
 
 
-def _for_the_picture(work: _Work) -> "Sampler":
-    """Returns the sampler, in few steps unless told otherwise."""
-    if work.sampler.num_inference_steps is not None:
-        return work.sampler
-    return replace(work.sampler, num_inference_steps=min(NUM_SHOWN_STEPS, len(work.pipeline.scheduler)))
+def _sampler(options: Namespace, pipeline: "GaussianDiffusionPipeline", *, for_the_picture: bool) -> "Sampler":
+    """Returns how samples are drawn: for the picture alone in few steps, unless told otherwise."""
+    from ddpm_hf.evaluation.sampling import Sampler
+
+    settings = {name: getattr(options, name) for name in ("scheduler", *CALL_FLAGS)}
+    if for_the_picture and options.num_inference_steps is None:
+        settings["num_inference_steps"] = min(NUM_SHOWN_STEPS, len(pipeline.scheduler))
+    labels = None if options.labels is None else tuple(label_list(options.labels, pipeline) or ())
+    return Sampler(**settings, labels=labels, analytic_variance=options.variance == "analytic")
 
 
-def _check_fidelity(work: _Work, metrics: list[str], num_samples: int) -> None:
-    """Collective: refuses what cannot be measured before anybody has waited for the samples."""
-    from ddpm_hf.evaluation.fidelity import check_fidelity
+def _chain(options: Namespace, pipeline: "GaussianDiffusionPipeline") -> tuple[list[int] | None, int | None]:
+    """Returns the chain for bits per dimension, and how many of its terms each image has; None for all."""
+    timesteps, num_steps = None, len(pipeline.scheduler)
+    if options.likelihood_steps is not None:
+        pipeline.scheduler.set_timesteps(options.likelihood_steps)
+        timesteps = pipeline.scheduler.timesteps.tolist()
+        num_steps = len(timesteps)
+    return timesteps, None if options.num_terms == "all" or options.num_terms >= num_steps else options.num_terms
 
-    options = work.options
-    work.ranks.on_rank_0(
-        lambda: check_fidelity(
-            metrics,
-            work.training.image_shape,
-            num_samples,
-            len(work.training),
-            features=options.features,
-            weights=options.weights,
-            device=work.device,
+
+def _check(work: _Work) -> None:
+    """Collective: refuses all that could be refused later, before the network is called or a folder is made."""
+    from ddpm_hf.evaluation.fidelity import check_fidelity, check_reference
+    from ddpm_hf.evaluation.image_shape import image_shape
+    from ddpm_hf.evaluation.likelihood import check_bound
+    from ddpm_hf.evaluation.metrics import BITS_PER_DIM
+    from ddpm_hf.evaluation.samples import check_channels, check_folder, settings_of
+    from ddpm_hf.evaluation.second_moments import check_second_moments
+
+    options, pipeline, sampler = work.options, work.pipeline, work.sampler
+    undecided: tuple[str, ...] = ()
+    if options.estimate_variance:
+        check_second_moments(pipeline, work.training)
+        if sampler.analytic_variance:  # by moments that are not there yet
+            sampler, undecided = replace(sampler, analytic_variance=False), ("pipeline", "analytic_variance")
+    sampling = sampler.prepare(pipeline)
+    sampler.check(sampling)
+    if BITS_PER_DIM in options.metrics:
+        check_bound(pipeline, work.measured, work.timesteps, work.num_terms)
+    check_channels(image_shape(pipeline), as_png=options.format == "png")
+    settings = settings_of(sampling, sampler, options.seed)
+    work.ranks.on_rank_0(lambda: check_folder(work.samples_dir, settings, undecided=undecided))
+    if work.of_samples:
+        check_reference(work.training)
+        work.ranks.on_rank_0(
+            lambda: check_fidelity(
+                work.of_samples,
+                work.training.image_shape,
+                work.num_samples,
+                len(work.training),
+                features=options.features,
+                weights=options.weights,
+                device=work.device,
+            )
         )
-    )
 
 
 def _estimate_variance(work: _Work) -> None:
@@ -222,27 +268,21 @@ def _bits_per_dim(work: _Work) -> "tuple[Metric, VariationalBound, dict[str, Any
     from ddpm_hf.evaluation.evaluate import bits_per_dim
 
     options, scheduler = work.options, work.pipeline.scheduler
-    timesteps = None
     if options.variance == "analytic":
         scheduler.analytic_variance = True
-    if options.likelihood_steps is not None:
-        scheduler.set_timesteps(options.likelihood_steps)
-        timesteps = scheduler.timesteps.tolist()
-    num_steps = len(timesteps or scheduler.config["num_train_timesteps"] * [0])
-    num_terms = None if options.num_terms == "all" or options.num_terms >= num_steps else options.num_terms
     metric, bound = bits_per_dim(
         work.pipeline,
         work.measured,
         seed=options.seed,
-        num_terms=num_terms,
-        timesteps=timesteps,
+        num_terms=work.num_terms,
+        timesteps=work.timesteps,
         batch_size=options.batch_size,
         ranks=work.ranks,
     )
     settings = {
         "images": "held out" if len(work.held_out) else "all",
-        "num_steps": num_steps,
-        "num_terms": num_terms or num_steps,
+        "num_steps": len(bound.timesteps),
+        "num_terms": work.num_terms or len(bound.timesteps),
         "variance": "analytic" if options.variance == "analytic" else scheduler.config["variance_type"],
     }
     return metric, bound, settings
@@ -269,7 +309,6 @@ def _write(work: _Work, content: str, samples: "Images", bound: "VariationalBoun
 
     shown = choose_images(work.training, min(NUM_SHOWN, len(work.training)), work.options.seed)
     neighbours, _, distances = nearest_images(samples[:NUM_NEIGHBOURS], work.training)
-    work.output.mkdir(parents=True, exist_ok=True)
     write_whole(
         work.output / PICTURE,
         lambda path: draw_evaluation(

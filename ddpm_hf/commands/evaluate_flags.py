@@ -1,11 +1,13 @@
 """The flags of `ddpm-hf evaluate`."""
 
+import math
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ddpm_hf.commands.parser import Parser
+from ddpm_hf.commands.sampling_flags import add_model_flags, add_sampling_flags, check_ranges, check_sampling_flags
 from ddpm_hf.config import ConfigError, DataConfig, RunConfig, validate
 
 
@@ -21,7 +23,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
         "again to go on with one that was stopped.",
         epilog="Example: ddpm-hf evaluate outputs/digits --data data/digits.parquet --metrics bits_per_dim",
     )
-    parser.add_argument("folder", help="folder of a pipeline or of a run, or a repository of the Hub")
+    add_model_flags(parser)
     parser.add_argument("--data", required=True, help="the images that it was trained on, as data.source of training")
     for name, (kind, help_text) in _DATA_FLAGS.items():
         default = getattr(DataConfig(), name)
@@ -41,7 +43,7 @@ def _add_measuring(parser: ArgumentParser) -> None:
     """Adds what is measured, and where the results go."""
     add = parser.add_argument
     add("--split_seed", type=int, default=0, help="training.seed of the run, which chose its held-out images")
-    add("--metrics", type=_list_of(str),
+    add("--metrics", type=_comma_separated,
         help="comma-separated: fid, kid, inception_score (in Inception features), frechet_distance, kernel_distance "
         "(in any), precision, recall, bits_per_dim")  # fmt: skip
     add("--features", default="inception",
@@ -62,29 +64,14 @@ def _add_sampling(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--num_samples", type=int, help="by default 50000; 64 for the picture, in 50 steps, where no metric needs any")
     add("--seed", type=int, default=0, help="image i is a function of (seed, i)")
-    add("--batch_size", type=int, default=64, help="images of one forward on one process")
-    add("--scheduler", help="name of a scheduler of diffusers; by default that of the pipeline")
-    add("--num_inference_steps", type=int, help="by default as many as in training")
-    add("--eta", type=float, help="0 samples as DDIM, 1 as DDPM; by default what the scheduler does by itself")
-    add("--timestep_spacing", help="leading, trailing, linspace or quadratic; by default that of the scheduler")
-    add("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
-    add("--labels", type=_list_of(int), help="comma-separated classes to sample in turn; by default all")
-    add("--variance", choices=("trained", "analytic"), default="trained",
-        help="analytic: the optimal one for the network (Bao et al. 2022)")  # fmt: skip
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision of the network")
+    add_sampling_flags(add, batch_size=64, turn="The images have them in turn")
     add("--samples_dir", type=Path, help="folder for the samples; by default evaluation_samples beside the results")
     add("--format", choices=("npy", "png"), default="npy", help="png writes each image as a file too")
 
 
-def _list_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Returns a reader of comma-separated values."""
-
-    def read(text: str) -> Any:
-        values = [kind(part.strip()) for part in text.split(",") if part.strip()]
-        return values if kind is str else tuple(values)
-
-    read.__name__ = "comma-separated list"
-    return read
+def _comma_separated(text: str) -> list[str]:
+    """Reads words with commas between them."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _int_or(word: str) -> Callable[[str], int | str]:
@@ -137,13 +124,11 @@ def _check(options: Namespace) -> None:
             "data.streaming keeps no images to compare with, and an evaluation needs all of them, the same each time; "
             "leave it out, and set --data.cache_dir to a disk with room for them."
         )
-    for name, lowest in (
-        ("num_samples", 1), ("num_images", 1), ("batch_size", 1), ("num_inference_steps", 1), ("likelihood_steps", 1),
-        ("num_terms", 2), ("estimate_variance", 0), ("seed", 0), ("guidance_scale", 0),
-    ):  # fmt: skip
-        value = getattr(options, name)
-        if isinstance(value, int | float) and not value >= lowest:
-            raise ConfigError(f"--{name} is {value}, but must be at least {lowest}.")
+    check_ranges(options, {
+        "num_samples": (1, math.inf), "num_images": (1, math.inf), "likelihood_steps": (1, math.inf),
+        "num_terms": (2, math.inf), "estimate_variance": (0, math.inf), "seed": (0, math.inf),
+    })  # fmt: skip
+    check_sampling_flags(options)
 
 
 def data_config(options: Namespace, size: tuple[int, int], num_channels: int) -> DataConfig:

@@ -3,6 +3,7 @@
 import re
 import socket
 import ssl
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,24 +41,40 @@ def find_folder(name: str) -> Path | None:
     raise ConfigError(f"{folder} holds no pipeline (model_index.json); give the folder that training saved.")
 
 
+def find_model(name: str, revision: str | None) -> Path | None:
+    """Returns what `find_folder` returns.
+
+    Raises:
+        ConfigError: As `find_folder`; also for a revision of a folder.
+    """
+    folder = find_folder(name)
+    if folder is not None and revision is not None:
+        raise ConfigError(f"--revision is for repositories of the Hub, and {name} is a folder; leave it out.")
+    return folder
+
+
 def load_pipeline(name: str, folder: Path | None, **options: Any) -> "GaussianDiffusionPipeline":
     """Loads what `find_folder` found.
 
     Args:
         name: As the user gave it.
         folder: What `find_folder` returned.
-        **options: Keyword arguments of `from_pretrained`.
+        **options: Keyword arguments of `from_pretrained`; those that are None are left out.
 
     Raises:
         ConfigError: It cannot be loaded; the sentence says why.
         ValueError: It has no safetensors, or its parts do not fit each other.
     """
     import torch
+    from diffusers.utils import logging
 
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # for each part that is loaded
+    given = {key: value for key, value in options.items() if value is not None}
     try:
-        pipeline = GaussianDiffusionPipeline.from_pretrained(folder or name, **options)
+        pipeline = GaussianDiffusionPipeline.from_pretrained(folder or name, **given)
     except (torch.OutOfMemoryError, MemoryError, ValueError):
         raise
     except Exception as error:  # diffusers, safetensors and httpx raise many types

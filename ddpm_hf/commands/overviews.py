@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,13 +11,9 @@ from ddpm_hf.commands.sample_pictures import Picture
 from ddpm_hf.plots import UInt8Array, image_grid
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
-    from ddpm_hf.diffusion import GaussianDiffusionPipeline
-
 MOST_IN_GRID, MOST_COLUMNS, MOST_ROWS = 100, 20, 10
-NUM_FRAMES = 40
 COVERED = 127  # what a mask covers is shown gray
 
 
@@ -72,41 +68,3 @@ def grid_of_edits(
             given = np.where(masks[index % len(masks), ..., None], np.uint8(COVERED), given)
         cells += [given, *(next(drawn) for _ in seeds)]
     return image_grid(np.stack(cells), len(seeds) + 1, column_labels=["given", *(f"seed {seed}" for seed in seeds)])
-
-
-class Film:
-    """Keeps some states of a run as 8-bit pictures, since all of them might not fit into memory."""
-
-    def __init__(self, num_steps: int) -> None:
-        count = min(num_steps + 1, NUM_FRAMES)
-        self._wanted = {round(frame * num_steps / (count - 1)) for frame in range(count)}
-        self._states: list[UInt8Array] = []
-
-    def begin(self, pipeline: "GaussianDiffusionPipeline", generators: "list[torch.Generator]") -> "torch.Tensor":
-        """Draws the start noise, as a call of the pipeline would, and returns it."""
-        import torch
-        from diffusers.utils.torch_utils import randn_tensor
-
-        from ddpm_hf.evaluation.sampling import image_shape
-
-        height, width, channels = image_shape(pipeline)
-        dtype = torch.promote_types(torch.float32, pipeline.unet.dtype)
-        shape = (len(generators), channels, height, width)
-        noise: torch.Tensor = randn_tensor(shape, generator=generators, device=pipeline.device, dtype=dtype)
-        self._keep(noise)
-        return noise
-
-    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: "dict[str, torch.Tensor]") -> dict[str, Any]:
-        """Is called after each step of the run."""
-        if step + 1 in self._wanted:
-            self._keep(tensors["sample"])
-        return {}
-
-    def states(self) -> UInt8Array:
-        """Returns what was kept, (frames, number, height, width, channels)."""
-        return np.stack(self._states)
-
-    def _keep(self, sample: "torch.Tensor") -> None:
-        from ddpm_hf.diffusion.images import to_images
-
-        self._states.append(to_images(sample, "uint8"))

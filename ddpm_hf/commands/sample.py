@@ -1,9 +1,7 @@
 """`ddpm-hf sample`: draws images from any DDPM into a folder."""
 
-import inspect
 import platform
 import re
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_hf import __version__
-from ddpm_hf.commands.complaints import complain
-from ddpm_hf.commands.folders import commit_of, find_folder, load_pipeline
-from ddpm_hf.commands.overviews import Film, grid, grid_of_edits, in_grid
+from ddpm_hf.commands.complaints import complain, out_of_memory
+from ddpm_hf.commands.folders import commit_of, find_model, load_pipeline
+from ddpm_hf.commands.overviews import grid, grid_of_edits, in_grid
 from ddpm_hf.commands.picture_folder import PictureFolder
-from ddpm_hf.commands.sample_flags import JUMP_LENGTH, NATIVE_SCHEDULER, NUM_RESAMPLES, STRENGTH, parse
+from ddpm_hf.commands.sample_flags import JUMP_LENGTH, NUM_RESAMPLES, STRENGTH, parse
 from ddpm_hf.commands.sample_pictures import Picture, pictures_of
+from ddpm_hf.commands.sampling_flags import CALL_FLAGS, NATIVE_SCHEDULER, check_scheduler
 from ddpm_hf.commands.start_images import Image, fit, read_images, to_mask
 from ddpm_hf.config import ConfigError
 from ddpm_hf.plots import UInt8Array, denoising_strip, save_animation
@@ -38,23 +37,13 @@ def sample(arguments: Sequence[str]) -> int:
     """Draws the images, writes them, and returns the exit code."""
     options = parse(arguments)
 
-    model = find_folder(options.folder)
-    if model is not None and options.revision is not None:
-        raise ConfigError(f"--revision is for repositories of the Hub, and {options.folder} is a folder; leave it out.")
+    model = find_model(options.folder, options.revision)
     folder = PictureFolder(options.output, options.overwrite)
     images, masks = read_images(options.image or []), read_images(options.mask or [])
 
-    import torch
-
-    try:
+    with out_of_memory(f"lower --batch_size, which is {options.batch_size}"):
         work = _prepare(options, model, folder, images, masks)
         return _draw_all(work)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        reason = (str(error) or "no memory").splitlines()[0]
-        complain(f"out of memory ({reason}); lower --batch_size, which is {options.batch_size}.")
-        return 1
 
 
 @dataclass(frozen=True)
@@ -83,26 +72,21 @@ def _prepare(
 ) -> _Work:
     """Loads the model, and refuses what does not fit before anything is written or drawn."""
     import torch
-    from diffusers.utils import logging
 
     from ddpm_hf.diffusion.denoising import Run
     from ddpm_hf.diffusion.editing import start_level
-    from ddpm_hf.evaluation.sampling import Sampler, image_shape, scheduler_class
+    from ddpm_hf.evaluation.image_shape import image_shape
+    from ddpm_hf.evaluation.sampling import Sampler
     from ddpm_hf.rng import plain_generators
 
     device = _device(options.device)
-    if options.scheduler is not None:
-        steps = inspect.signature(scheduler_class(options.scheduler).step).parameters
-        if options.eta is not None and "eta" not in steps:
-            raise ConfigError(f"--eta is {options.eta}, but {options.scheduler} has no eta; leave one of them out.")
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    given = {"revision": options.revision, "variant": options.variant}
+    check_scheduler(options)
     loaded = load_pipeline(
         options.folder,
         model,
         dtype=getattr(torch, options.dtype),
-        **{name: value for name, value in given.items() if value is not None},
+        revision=options.revision,
+        variant=options.variant,
     )
     sampler = Sampler(scheduler=options.scheduler, analytic_variance=options.variance == "analytic")
     pipeline = sampler.prepare(loaded.to(device))
@@ -114,8 +98,7 @@ def _prepare(
     shape = image_shape(pipeline)
     fitted = [fit(image, path, shape) for image, path in zip(images, options.image or [], strict=True)]
     covers = [to_mask(mask, path, shape[:2]) for mask, path in zip(masks, options.mask or [], strict=True)]
-    names = ("num_inference_steps", "eta", "timestep_spacing", "guidance_scale", "guidance_rescale")
-    call = {name: getattr(options, name) for name in names}
+    call = {name: getattr(options, name) for name in CALL_FLAGS}
     if options.mask and call["num_inference_steps"] is None:
         call["num_inference_steps"] = min(250, len(pipeline.scheduler))  # as the method does by itself
     pictures = pictures_of(options, pipeline)
@@ -195,6 +178,7 @@ def _draw_all(work: _Work) -> int:
 
 def _batches(work: _Work) -> Iterator[tuple[list[Picture], UInt8Array, UInt8Array | None]]:
     """Draws the pictures a batch at a time; of the first ones also states on the way, (frames, number, ...)."""
+    from ddpm_hf.evaluation.film import Film
     from ddpm_hf.rng import plain_generators
 
     options, pipeline, size = work.options, work.pipeline, work.options.batch_size

@@ -8,11 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_hf.commands.parser import Parser
+from ddpm_hf.commands.sampling_flags import (
+    NATIVE_SCHEDULER,
+    add_model_flags,
+    add_sampling_flags,
+    check_ranges,
+    check_sampling_flags,
+)
 from ddpm_hf.config import ConfigError
 
-NATIVE_SCHEDULER = "GaussianDiffusionScheduler"
 NUM_IMAGES, NUM_RESAMPLES, JUMP_LENGTH, STRENGTH = 16, 10, 10, 0.5
 MOST_SEEDS, SEED_LIMIT = 1_000_000, 2**64
+_TURN = "Of n labels, seed s has the one in place s modulo n, counted from 0, so a seed keeps its label"
 _EXAMPLES = """examples:
   ddpm-hf sample google/ddpm-cifar10-32 --num_inference_steps 50 --eta 0
   ddpm-hf sample outputs/digits --labels 3,8 --seeds 0-15 --strip --animation --output threes_and_eights
@@ -34,14 +41,20 @@ def parse(arguments: Sequence[str]) -> Namespace:
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", help="folder of a pipeline or of a run, or a repository of the Hub")
-    parser.add_argument("--revision", help="branch, tag or commit of a repository of the Hub")
-    parser.add_argument("--variant", help="weights of another kind that the model has beside its usual ones, as fp16")
+    add_model_flags(parser)
     _add_what(parser)
-    _add_how(parser)
+    group = parser.add_argument_group("how they are drawn")
+    add_sampling_flags(group.add_argument, batch_size=16, turn=_TURN)
+    group.add_argument("--device", help="cpu, cuda, cuda:1 or mps; by default a GPU where there is one")
     _add_editing(parser)
     options = parser.parse_args(arguments)
-    _check_ranges(options)
+    check_ranges(options, {
+        "seed": (0, SEED_LIMIT - 1), "num_images": (1, MOST_SEEDS), "num_resamples": (1, math.inf),
+        "jump_length": (1, math.inf),
+    })  # fmt: skip
+    if options.strength is not None and not 0 < options.strength <= 1:
+        raise ConfigError(f"--strength is {options.strength}, but must be above 0 and at most 1.")
+    check_sampling_flags(options)
     _check_contradictions(options)
     options.seeds = _seeds(options)
     return options
@@ -53,31 +66,10 @@ def _add_what(parser: ArgumentParser) -> None:
     add("--seeds", metavar="LIST", help="one image a seed: 7,8,9 or 0-15 or both")
     add("--seed", type=int, help="the first of --num_images seeds in a row; by default 0")
     add("--num_images", type=int, help=f"by default {NUM_IMAGES}, or 1 of each --image")
-    add("--labels", metavar="LIST",
-        help="names or numbers of classes, with commas between them; by default all. Of n labels, seed s has the one "
-        "in place s modulo n, counted from 0, so a seed keeps its label; a name with a comma in it goes in double "
-        "quotes")  # fmt: skip
     add("--output", type=Path, default=Path("samples"), help="new folder for the images; by default samples")
     add("--overwrite", action="store_true", help="replace what an earlier call put into that folder, and nothing else")
     add("--strip", action="store_true", help="also write strip.png, the way from noise to the first images")
     add("--animation", action="store_true", help="also write animation.gif, the same as a film")
-
-
-def _add_how(parser: ArgumentParser) -> None:
-    """Adds how images are drawn, and on what."""
-    add = parser.add_argument_group("how they are drawn").add_argument
-    add("--num_inference_steps", type=int, help="by default as many as in training")
-    add("--scheduler", help="name of a scheduler of diffusers; by default that of the model")
-    add("--eta", type=float, help="0 samples as DDIM, 1 as DDPM; by default what the scheduler does by itself")
-    add("--timestep_spacing", choices=("leading", "trailing", "linspace", "quadratic"),
-        help="by default that of the scheduler")  # fmt: skip
-    add("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
-    add("--guidance_rescale", type=float, default=0.0, help="how far guidance keeps the contrast, 0 to 1; by default 0")
-    add("--variance", choices=("trained", "analytic"), default="trained",
-        help="analytic: the optimal one for the network; `ddpm-hf evaluate --estimate_variance` finds it")  # fmt: skip
-    add("--batch_size", type=int, default=16, help="images drawn at once; fewer need less memory. By default 16")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision of the network")
-    add("--device", help="cpu, cuda, cuda:1 or mps; by default a GPU where there is one")
 
 
 def _add_editing(parser: ArgumentParser) -> None:
@@ -89,23 +81,6 @@ def _add_editing(parser: ArgumentParser) -> None:
         help="fill instead what is white in this picture: one for all images, or one for each")  # fmt: skip
     group.add_argument("--num_resamples", type=int, help=f"how often a stretch is drawn; by default {NUM_RESAMPLES}")
     group.add_argument("--jump_length", type=int, help=f"steps of a stretch; by default {JUMP_LENGTH}")
-
-
-def _check_ranges(options: Namespace) -> None:
-    """Refuses numbers outside their range."""
-    for name, lowest, highest in (
-        ("seed", 0, SEED_LIMIT - 1), ("num_images", 1, MOST_SEEDS), ("batch_size", 1, math.inf),
-        ("num_inference_steps", 1, math.inf), ("eta", 0, 1), ("guidance_rescale", 0, 1),
-        ("num_resamples", 1, math.inf), ("jump_length", 1, math.inf),
-    ):  # fmt: skip
-        value = getattr(options, name)
-        if value is not None and not lowest <= value <= highest:
-            limits = f"at least {lowest}" if highest == math.inf else f"{lowest} to {highest}"
-            raise ConfigError(f"--{name} is {value}, but must be {limits}.")
-    if not (math.isfinite(options.guidance_scale) and options.guidance_scale >= 0):
-        raise ConfigError(f"--guidance_scale is {options.guidance_scale}, but must be a number, at least 0.")
-    if options.strength is not None and not 0 < options.strength <= 1:
-        raise ConfigError(f"--strength is {options.strength}, but must be above 0 and at most 1.")
 
 
 def _check_contradictions(options: Namespace) -> None:
@@ -126,13 +101,8 @@ def _check_contradictions(options: Namespace) -> None:
     ):
         if given(flag) and given(other):
             raise ConfigError(f"--{flag} and --{other} do not go together: {why}; leave one out.")
-    if options.guidance_rescale and options.guidance_scale == 1:
-        raise ConfigError("--guidance_rescale corrects guidance, and --guidance_scale is 1, none; give another scale.")
-    if options.scheduler not in (None, NATIVE_SCHEDULER):
-        if options.variance == "analytic":
-            raise ConfigError(f"--variance analytic needs {NATIVE_SCHEDULER}; leave --scheduler out.")
-        if options.image:
-            raise ConfigError(f"--image needs {NATIVE_SCHEDULER}; leave --scheduler out.")
+    if options.scheduler not in (None, NATIVE_SCHEDULER) and options.image:
+        raise ConfigError(f"--image needs {NATIVE_SCHEDULER}; leave --scheduler out.")
     if options.mask and len(options.mask) not in (1, len(options.image)):
         raise ConfigError(
             f"--mask names {len(options.mask)} files for {len(options.image)} images; give one for all or one for each."

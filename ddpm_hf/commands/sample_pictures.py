@@ -1,13 +1,12 @@
 """Which pictures `ddpm-hf sample` draws: seeds, labels, and the names of the files."""
 
-import csv
 import re
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ddpm_hf.commands.picture_folder import CHANNELS_OF_PNG
-from ddpm_hf.config import ConfigError
+from ddpm_hf.commands.sampling_flags import label_list
 
 if TYPE_CHECKING:
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
@@ -34,7 +33,7 @@ class Picture:
 
 def pictures_of(options: Namespace, pipeline: "GaussianDiffusionPipeline") -> list[Picture]:
     """Returns what is asked for: each seed once, or once for each given image."""
-    labels = _labels(options.labels, pipeline)
+    labels = label_list(options.labels, pipeline)
     class_names = pipeline.config.get("class_names") or {}
     ending = "png" if pipeline.num_channels in CHANNELS_OF_PNG else "npy"
     stems = [_as_file_name(path.stem) for path in options.image or []]
@@ -60,29 +59,6 @@ def pictures_of(options: Namespace, pipeline: "GaussianDiffusionPipeline") -> li
             f"{len(labels or [])} labels, seed s has the one in place s modulo {len(labels or [])}, counted from 0."
         )
     return found
-
-
-def _labels(text: str | None, pipeline: "GaussianDiffusionPipeline") -> list[int] | None:
-    """Returns the numbers of the labels that go round; a word that is both is taken for a name.
-
-    Raises:
-        ConfigError: There is no such label.
-    """
-    from ddpm_hf.diffusion.sampling import label_numbers
-
-    if text is None:
-        return list(range(pipeline.num_classes)) or None
-    class_names = pipeline.config.get("class_names") or {}
-    known = set(class_names.values())
-    words = [text] if text in known else [word.strip() for word in next(csv.reader([text], skipinitialspace=True), [])]
-    if not words or not all(words):
-        raise ConfigError(f"--labels is {text!r}; give names or numbers with commas between them.")
-    given = [int(word) if word.isdecimal() and word not in known else word for word in words]
-    num_labels, has_null_label = pipeline.unet.config.num_class_embeds, bool(pipeline.config.get("has_null_label"))
-    try:
-        return label_numbers(given, len(given), num_labels, has_null_label, class_names)
-    except ValueError as error:
-        raise ConfigError(str(error).replace("class_labels", "--labels", 1)) from None
 
 
 def _as_file_name(text: str) -> str:

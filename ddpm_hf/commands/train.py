@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.commands.complaints import complain
+from ddpm_hf.commands.complaints import complain, out_of_memory
 from ddpm_hf.config import ConfigError, RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     if config.evaluation.recognition and importlib.util.find_spec("sklearn") is None:
         raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
 
-    import torch
     from diffusers.utils import logging
 
     from ddpm_hf.training.trainer import Trainer
@@ -35,20 +34,13 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     logging.disable_progress_bar()  # for each part of a saved pipeline that is loaded
     program = f"python {prog}" if prog.endswith(".py") else prog
     command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
-    try:
-        with _publisher(config) or nullcontext() as publisher:
-            trainer = Trainer(config, _scorer(config), publisher)
-            try:
-                exit_code = _run(trainer, publisher, command, is_dry_run=is_dry_run)
-            finally:
-                trainer.folder.release()
-    except torch.OutOfMemoryError as error:
-        complain(
-            f"the device ran out of memory ({str(error).splitlines()[0]}); lower training.micro_batch_size, or "
-            "evaluation.batch_size if it was while sampling the report.",
-            of_this_rank=True,
-        )
-        return 1
+    advice = "lower training.micro_batch_size, or evaluation.batch_size if it was while sampling the report"
+    with out_of_memory(advice), _publisher(config) or nullcontext() as publisher:
+        trainer = Trainer(config, _scorer(config), publisher)
+        try:
+            exit_code = _run(trainer, publisher, command, is_dry_run=is_dry_run)
+        finally:
+            trainer.folder.release()
     trainer.leave_the_others()
     return exit_code
 
@@ -107,11 +99,12 @@ def _scorer(config: RunConfig) -> "Scorer | None":
 
 def _check_score(trainer: "Trainer") -> None:
     """Collective: refuses, before training, a score that could not be measured."""
-    from ddpm_hf.evaluation.fidelity import METRICS, check_fidelity
+    from ddpm_hf.evaluation.fidelity import check_fidelity
+    from ddpm_hf.evaluation.metrics import OF_SAMPLES
     from ddpm_hf.training import processes
 
     evaluation = trainer.config.evaluation
-    if evaluation.score_every_steps and evaluation.score_metric in METRICS:
+    if evaluation.score_every_steps and evaluation.score_metric in OF_SAMPLES:
         processes.on_rank_0(
             lambda: check_fidelity(
                 [evaluation.score_metric],
@@ -171,7 +164,7 @@ def _write_report(trainer: "Trainer", command: str) -> None:
     """Samples from the saved pipeline, judges the samples if asked, and writes pictures and README."""
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.evaluation.recognition import recognition_report
-    from ddpm_hf.evaluation.sampling import Sampler, sample_images, sample_trajectory
+    from ddpm_hf.evaluation.sampling import Sampler, sample_film, sample_images
     from ddpm_hf.report import SamplingSettings, loading_lines, write_report
 
     config, evaluation, output_dir = trainer.config, trainer.config.evaluation, trainer.folder.path
@@ -192,7 +185,9 @@ def _write_report(trainer: "Trainer", command: str) -> None:
         batch_size=evaluation.batch_size,
     )
     num_shown = min(evaluation.num_samples, 4 * len(names) if names and len(names) <= 10 else 16)
-    trajectory = sample_trajectory(pipeline, sampler, seed=config.training.seed, num_images=num_shown)
+    trajectory = sample_film(
+        pipeline, sampler, seed=config.training.seed, num_images=num_shown, batch_size=evaluation.batch_size
+    )
     recognition = None
     if evaluation.recognition and labels is not None:
         recognition = recognition_report(*_as_arrays(trainer.images), *_as_arrays(trainer.held_out), samples, labels)

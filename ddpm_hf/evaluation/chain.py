@@ -135,6 +135,19 @@ class Chain:
         return torch.full_like(like, math.log(variance))
 
 
+def check_labels(images: ImageSet, num_classes: int) -> None:
+    """Refuses images without the labels that a class-conditional network needs.
+
+    Raises:
+        ValueError: With what to do.
+    """
+    if num_classes and (images.labels is None or images.labels[images.rows].max() >= num_classes):
+        raise ValueError(
+            f"the network has {num_classes} classes, so each image needs a label from 0 to {num_classes - 1}; name "
+            "their column with data.label_column."
+        )
+
+
 def load_images(
     images: ImageSet, positions: Sequence[int] | NDArray[np.int64], chain: Chain, *, with_labels: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -4,7 +4,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,50 +14,13 @@ from numpy.typing import NDArray
 
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.evaluation.fidelity import METRICS as FIDELITY
 from ddpm_hf.evaluation.fidelity import measure_fidelity
 from ddpm_hf.evaluation.likelihood import VariationalBound, variational_bound
+from ddpm_hf.evaluation.metrics import BITS_PER_DIM, SCHEMA_VERSION, Metric
 from ddpm_hf.evaluation.ranks import ALONE, Ranks
 from ddpm_hf.rng import numpy_generator
 
-SCHEMA_VERSION = 1
-BITS_PER_DIM = "bits_per_dim"
-METRICS = (*FIDELITY, BITS_PER_DIM)
-LOWER_IS_BETTER = ("fid", "kid", "frechet_distance", "kernel_distance", BITS_PER_DIM)
 _LIBRARIES = ("ddpm_hf", "torch", "diffusers", "numpy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """One number.
-
-    Args:
-        name: What was measured; with other features than Inception's they are part of the name.
-        value: The number.
-        standard_error: Of the number; None where it is not known.
-        features: The network that looked at the images; None where there is none.
-        num_samples: Samples that were looked at; of bits per dimension, real images.
-        num_reference: Real images they were compared with; 0 where there are none.
-    """
-
-    name: str
-    value: float
-    standard_error: float | None
-    features: str | None
-    num_samples: int
-    num_reference: int
-
-
-def check_metrics(metrics: Sequence[str]) -> None:
-    """Refuses metrics that do not exist, and none at all.
-
-    Raises:
-        ValueError: With the names that do.
-    """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        problem = f"metrics has {unknown[0]!r}, which is none" if unknown else "metrics is empty"
-        raise ValueError(f"{problem}; choose from {', '.join(METRICS)}.")
 
 
 def fidelity(
@@ -78,7 +41,7 @@ def fidelity(
     Args:
         samples: uint8 (number, height, width, channels), on rank 0.
         reference: The images that the network was trained on, as they are before any augmentation.
-        metrics: Any of FIDELITY.
+        metrics: Any of OF_SAMPLES.
         features: Name of the network that looks at the images.
         weights: File with its weights; None finds them by itself.
         batch_size: Images of one forward of it.
@@ -90,7 +53,7 @@ def fidelity(
     Returns:
         The metrics on rank 0, and none elsewhere.
     """
-    scores = ranks.on_rank_0(
+    metrics_on_rank_0: list[Metric] | None = ranks.on_rank_0(
         lambda: measure_fidelity(
             samples,
             reference,
@@ -103,7 +66,7 @@ def fidelity(
             seed=seed,
         )
     )
-    return [Metric(**{name: getattr(score, name) for name in Metric.__dataclass_fields__}) for score in scores or []]
+    return metrics_on_rank_0 or []
 
 
 def bits_per_dim(
@@ -124,9 +87,7 @@ def bits_per_dim(
         timesteps=timesteps,
         num_terms=num_terms,
         batch_size=batch_size,
-        rank=ranks.rank,
-        num_processes=ranks.num_processes,
-        gather=ranks.gather,
+        ranks=ranks,
     )
     error = bound.standard_error
     metric = Metric(

@@ -6,11 +6,9 @@ would be saved; published numbers are of 50,000 samples against all training ima
 number of images (its bias goes with 1 / number), a kernel distance does not.
 """
 
-import difflib
 import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,39 +21,18 @@ from ddpm_hf.evaluation.feature_network import FeatureNetwork, Features
 from ddpm_hf.evaluation.features import open_features
 from ddpm_hf.evaluation.frechet import frechet_distance, moments_of
 from ddpm_hf.evaluation.inception import InceptionFeatures
+from ddpm_hf.evaluation.metrics import OF_SAMPLES, Metric, check_metrics
 from ddpm_hf.evaluation.references import ReferenceStatistics
 from ddpm_hf.rng import derive_seed
 
 # What Inception alone may be asked for, and what the same is called with other features.
 _OF_INCEPTION = {"fid": "frechet_distance", "kid": "kernel_distance", "inception_score": None}
-METRICS = (*_OF_INCEPTION, "frechet_distance", "kernel_distance", "precision", "recall")
 
 KERNEL_SUBSETS = 100
 KERNEL_SUBSET_SIZE = 1000
 INCEPTION_SCORE_SPLITS = 10
 NEIGHBOURS = 3
 """Of precision and recall; Kynkäänniemi et al. 2019."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """A number with what is needed to compare it.
-
-    Args:
-        name: Of the metric, with the network in brackets where it is not the one that the metric is known by.
-        value: The number.
-        standard_error: Of the number, over the choice of images; None where it is not known.
-        features: The network, its weights and resize, and the versions of the libraries.
-        num_samples: Samples that were judged.
-        num_reference: Real images that they were compared with; 0 if with none.
-    """
-
-    name: str
-    value: float
-    standard_error: float | None
-    features: str
-    num_samples: int
-    num_reference: int
 
 
 def measure_fidelity(
@@ -69,13 +46,13 @@ def measure_fidelity(
     device: torch.device,
     cache_dir: Path | None = None,
     seed: int = 0,
-) -> list[Score]:
+) -> list[Metric]:
     """Compares samples with real images.
 
     Args:
         samples: uint8 (number, height, width, channels), an array in memory or on the disk.
         reference: Real images of the same size, un-augmented; for published numbers, all that the network trained on.
-        metrics: Names from METRICS.
+        metrics: Names from OF_SAMPLES.
         features: The network; see `open_features`.
         weights: The file of the weights of Inception, where it is not in torch's cache and cannot be downloaded.
         batch_size: Images of one forward.
@@ -100,7 +77,7 @@ def measure_fidelity(
     of_samples = network.features_of(len(samples), take, batch_size, "samples")
     values = _values(set(metrics), network, of_samples, statistics, seed)
     return [
-        Score(
+        Metric(
             name=_full_name(metric, network.name),
             value=values[metric][0],
             standard_error=values[metric][1],
@@ -174,13 +151,8 @@ def _full_name(metric: str, features: str) -> str:
 
 def _check_metrics(metrics: Sequence[str], features: str) -> None:
     """Refuses unknown metrics, and names of Inception's own with other features."""
-    if not metrics:
-        raise ValueError(f"metrics is empty; choose from {', '.join(METRICS)}.")
+    check_metrics(metrics, OF_SAMPLES)
     for metric in metrics:
-        if metric not in METRICS:
-            nearest = difflib.get_close_matches(metric, METRICS, n=1)
-            hint = f" Did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"metrics has {metric}, which is not one of {', '.join(METRICS)}.{hint}")
         if metric in _OF_INCEPTION and features != "inception":
             other = _OF_INCEPTION[metric]
             raise ValueError(
@@ -198,10 +170,7 @@ def _check_images(samples: NDArray[np.uint8], reference: ImageSet) -> None:
         )
     if len(reference) == 0 or len(samples) == 0:
         raise ValueError(f"There are {len(samples)} samples and {len(reference)} reference images; give some of both.")
-    if reference.images.dtype != np.uint8:
-        raise ValueError(f"The reference images are {reference.images.dtype}; metrics are defined for 8 bits a value.")
-    if isinstance(reference.images, UnequalImages) and reference.crop_size is None:
-        raise ValueError("The reference images are of several sizes; open them with data.resolution.")
+    check_reference(reference)
     _, height, width, channels = samples.shape
     theirs = reference.image_shape
     if (channels, height, width) != theirs:
@@ -210,6 +179,19 @@ def _check_images(samples: NDArray[np.uint8], reference: ImageSet) -> None:
             f"{theirs[2]}x{theirs[1]} and {theirs[0]}; open the reference with the resolution and channels of the "
             "samples."
         )
+
+
+def check_reference(reference: ImageSet) -> None:
+    """Refuses real images that no network for features sees: they have 8 bits, one size, and are gray or RGB.
+
+    Raises:
+        ValueError: With what to do.
+    """
+    if reference.images.dtype != np.uint8:
+        raise ValueError(f"The reference images are {reference.images.dtype}; metrics are defined for 8 bits a value.")
+    if isinstance(reference.images, UnequalImages) and reference.crop_size is None:
+        raise ValueError("The reference images are of several sizes; open them with data.resolution.")
+    channels = reference.image_shape[0]
     if channels not in {1, 3}:
         raise ValueError(f"The images have {channels} channels; networks for features see gray (1) or RGB (3).")
 

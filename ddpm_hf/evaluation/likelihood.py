@@ -6,7 +6,6 @@ made of the model needs for each value of an 8-bit image.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +15,11 @@ from tqdm import tqdm
 
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.evaluation.chain import Chain, batches_of, load_images
+from ddpm_hf.evaluation.chain import Chain, batches_of, check_labels, load_images
+from ddpm_hf.evaluation.ranks import ALONE, Ranks
 from ddpm_hf.rng import normal_by_position, numpy_generator
 
 Array = NDArray[np.float64]
-Gather = Callable[[Array], Array]
-"""Joins the arrays of all processes along the first axis, in the order of their ranks."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +79,9 @@ def variational_bound(
     timesteps: list[int] | None = None,
     num_terms: int | None = None,
     batch_size: int = 64,
-    rank: int = 0,
-    num_processes: int = 1,
-    gather: Gather | None = None,
+    ranks: Ranks = ALONE,
 ) -> VariationalBound:
-    """Computes the bound of every image of a set, streaming over them.
+    """Collective: computes the bound of every image of a set, streaming over them.
 
     Args:
         pipeline: The network, in whatever mode and on whatever device it is, and the scheduler.
@@ -95,26 +91,21 @@ def variational_bound(
         num_terms: None computes every term for every image. A number computes so many for each image, the decoder's and
             others drawn evenly from the chain, and estimates the rest from them, without bias.
         batch_size: Images of one forward.
-        rank: Which process this is.
-        num_processes: How many share the images.
-        gather: Joins the parts of all processes; needed with more than one.
+        ranks: The processes, which share the images.
 
     Raises:
         ValueError: The images have more than 8 bits, the classes do not fit, or `num_terms` is not in 2 ... chain.
     """
-    chain = Chain(pipeline, timesteps)
-    _check(pipeline, images, chain, num_terms)
-    first, stop = (len(images) * (rank + side) // num_processes for side in (0, 1))
+    chain = check_bound(pipeline, images, timesteps, num_terms)
     was_training = pipeline.unet.training
     pipeline.unet.eval()
     try:
         sums, totals, priors = _sums(
-            chain, images, range(first, stop), num_terms, seed, batch_size, with_labels=pipeline.num_classes > 0
+            chain, images, ranks.part(len(images)), num_terms, seed, batch_size, with_labels=pipeline.num_classes > 0
         )
     finally:
         pipeline.unet.train(was_training)
-    if gather is not None:
-        sums, totals, priors = gather(sums[None]).sum(axis=0), gather(totals), gather(priors)
+    sums, totals, priors = ranks.gather(sums[None]).sum(axis=0), ranks.gather(totals), ranks.gather(priors)
     counts = sums[3]
     means = sums[:3] / np.maximum(counts, 1)
     return VariationalBound(
@@ -158,8 +149,21 @@ def _sums(
     return sums, totals, priors
 
 
-def _check(pipeline: GaussianDiffusionPipeline, images: ImageSet, chain: Chain, num_terms: int | None) -> None:
-    """Refuses what has no bits per dimension."""
+def check_bound(
+    pipeline: GaussianDiffusionPipeline, images: ImageSet, timesteps: list[int] | None, num_terms: int | None
+) -> Chain:
+    """Refuses what has no bits per dimension, before the network is called, and returns the chain.
+
+    Args:
+        pipeline: This and the following are those of `variational_bound`.
+        images: Those whose bound is asked for.
+        timesteps: The chain.
+        num_terms: Terms for each image.
+
+    Raises:
+        ValueError: As `variational_bound`.
+    """
+    chain = Chain(pipeline, timesteps)
     if images.images.dtype != np.uint8:
         raise ValueError(f"the images have {images.images.dtype} values; bits per dimension are those of 8-bit images.")
     if len(images) == 0:
@@ -169,13 +173,10 @@ def _check(pipeline: GaussianDiffusionPipeline, images: ImageSet, chain: Chain, 
             f"the images have {images.image_shape[0]} channels and the network {pipeline.num_channels}; set "
             "data.num_channels."
         )
-    if pipeline.num_classes and (images.labels is None or images.labels[images.rows].max() >= pipeline.num_classes):
-        raise ValueError(
-            f"the network has {pipeline.num_classes} classes, so each image needs a label from 0 to "
-            f"{pipeline.num_classes - 1}; name their column with data.label_column."
-        )
+    check_labels(images, pipeline.num_classes)
     if num_terms is not None and not 2 <= num_terms <= len(chain):
         raise ValueError(f"num_terms is {num_terms}; it must be between 2 and {len(chain)}, the steps of the chain.")
+    return chain
 
 
 def _weights(num_steps: int, num_terms: int | None, seed: int, positions: range) -> Array:

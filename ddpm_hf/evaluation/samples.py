@@ -11,6 +11,7 @@ extended to more images, and gives its first ones where fewer are asked for.
 
 import json
 import re
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from tqdm import tqdm
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.durable import write_text, write_whole
 from ddpm_hf.evaluation.fingerprint import fingerprint
+from ddpm_hf.evaluation.image_shape import image_shape
 from ddpm_hf.evaluation.ranks import ALONE, Ranks
-from ddpm_hf.evaluation.sampling import Images, Sampler, batches, image_shape
+from ddpm_hf.evaluation.sampling import Images, Sampler, batches
 
 SCHEMA_VERSION = 1
 SETTINGS, SAMPLES, PARTS, PICTURES = "settings.json", "samples.npy", "parts", "png"
@@ -74,10 +76,8 @@ def sample_to_folder(
         ValueError: The folder holds something else or samples of other settings, or PNG has no such channels.
         OSError: The disk does not take the images.
     """
-    shape = image_shape(pipeline)
-    if as_png and shape[2] not in _CHANNELS_OF_PNG:
-        raise ValueError(f"a PNG has 1, 3 or 4 channels, but the images have {shape[2]}; keep samples.npy alone.")
-    settings = settings_of(pipeline, sampler, seed)
+    shape, settings = image_shape(pipeline), settings_of(pipeline, sampler, seed)
+    check_channels(shape, as_png=as_png)
     ranks.on_rank_0(lambda: _open(folder, settings))
     # Of the others' views of the folder, some may already have further parts.
     done = _done(folder, num_images, shape) if ranks.rank == 0 else np.zeros(0, bool)
@@ -88,7 +88,7 @@ def sample_to_folder(
         total=sum(map(len, mine)), desc="Sampling", unit="img", disable=True if ranks.rank else None, leave=False
     ) as bar:
         for batch in mine:
-            images = sampler.sample(pipeline, seed, batch).images
+            images = sampler.sample(pipeline, seed, batch)
             write_whole(folder / PARTS / f"{batch.start:08d}-{batch.stop:08d}.npy", partial(_save, images))
             bar.update(len(batch))
     ranks.gather(np.zeros(1))  # until all parts are there
@@ -99,25 +99,50 @@ def sample_to_folder(
     return samples[:num_images]
 
 
-def _open(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder, or makes sure that what it holds was begun with the same settings."""
+def check_channels(shape: tuple[int, int, int], *, as_png: bool) -> None:
+    """Refuses pictures of images (height, width, channels) that no PNG can hold.
+
+    Raises:
+        ValueError: With what to do.
+    """
+    if as_png and shape[2] not in _CHANNELS_OF_PNG:
+        raise ValueError(f"a PNG has 1, 3 or 4 channels, but the images have {shape[2]}; keep samples.npy alone.")
+
+
+def check_folder(folder: Path, settings: dict[str, Any], *, undecided: Collection[str] = ()) -> None:
+    """Makes sure that a folder is new or empty, or was begun with the same settings; touches nothing.
+
+    Args:
+        folder: For samples.
+        settings: What `settings_of` returns.
+        undecided: Settings that are not known yet and may be anything.
+
+    Raises:
+        ValueError: The folder holds something else or samples of other settings.
+    """
     path = folder / SETTINGS
     if not path.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} holds no samples, but something else; choose a new or an empty folder.")
-        (folder / PARTS).mkdir(parents=True)
-        write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     try:
         before = dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError:
         raise ValueError(f"{path} is damaged; remove {folder} to sample anew, or choose another folder.") from None
     for name in dict.fromkeys((*settings, *before)):
-        if (old := before.get(name)) != (new := settings.get(name)):
+        if name not in undecided and (old := before.get(name)) != (new := settings.get(name)):
             raise ValueError(
                 f"{folder} holds samples of other settings ({name} was {_shown(old)}, is {_shown(new)}); restore that, "
                 "or choose another folder."
             )
+
+
+def _open(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder, or makes sure that what it holds was begun with the same settings."""
+    check_folder(folder, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / SETTINGS).exists():
+        write_text(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
     (folder / PARTS).mkdir(exist_ok=True)
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from numpy.typing import NDArray
 
-from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionPipelineOutput, GaussianDiffusionScheduler
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.denoising import Run
 from ddpm_hf.diffusion.sampling import nearest
+from ddpm_hf.evaluation.film import Film
+from ddpm_hf.evaluation.image_shape import image_shape
 from ddpm_hf.rng import sampling_generators
 
 Images = NDArray[np.uint8]
@@ -30,8 +32,9 @@ class Sampler:
         eta: 0 (DDIM) to 1 (DDPM); None is what the scheduler does by itself.
         timestep_spacing: None takes that of the scheduler.
         guidance_scale: Classifier-free guidance; 1 is none.
+        guidance_rescale: How far guidance keeps the contrast, 0 to 1.
         analytic_variance: Add the noise that is optimal for the network (Bao et al. 2022); needs its second moments.
-        labels: Classes, which the images have in turn; None takes all of a class-conditional network.
+        labels: Classes, or the null label, which the images have in turn; None takes all classes of the network.
     """
 
     scheduler: str | None = None
@@ -39,6 +42,7 @@ class Sampler:
     eta: float | None = None
     timestep_spacing: str | None = None
     guidance_scale: float = 1.0
+    guidance_rescale: float = 0.0
     analytic_variance: bool = False
     labels: tuple[int, ...] | None = None
 
@@ -75,40 +79,60 @@ class Sampler:
         if self.labels is None and not pipeline.num_classes:
             return None
         labels = tuple(range(pipeline.num_classes)) if self.labels is None else self.labels
-        if not labels or not all(0 <= label < pipeline.num_classes for label in labels):
-            known = f"0 to {pipeline.num_classes - 1}" if pipeline.num_classes else "none"
-            raise ValueError(f"labels are {list(labels)}, but the classes of the network are {known}; change them.")
+        num_labels = pipeline.unet.config.num_class_embeds or 0
+        if not labels or not all(0 <= label < num_labels for label in labels):
+            known = f"0 to {num_labels - 1}" if num_labels else "none"
+            raise ValueError(f"labels are {list(labels)}, but those of the network are {known}; change them.")
         return [labels[index % len(labels)] for index in indices]
 
     def sample(
-        self, pipeline: GaussianDiffusionPipeline, seed: int, indices: range, *, return_trajectory: bool = False
-    ) -> GaussianDiffusionPipelineOutput:
+        self, pipeline: GaussianDiffusionPipeline, seed: int, indices: range, *, film: Film | None = None
+    ) -> Images:
         """Samples the images of some indices in one batch.
 
         Args:
             pipeline: What `prepare` returned.
             seed: Image i is drawn from (seed, i).
             indices: Which images.
-            return_trajectory: Also return the states on the way from noise.
+            film: Keeps states on the way from noise.
+
+        Returns:
+            uint8 images (number, height, width, channels).
         """
+        call = self._call(pipeline, seed, indices)
+        if film is not None:
+            call |= {"sample": film.begin(pipeline, call["generator"]), "callback_on_step_end": film}
         was_training = pipeline.unet.training
         pipeline.unet.eval()
         try:
-            output = pipeline(
-                batch_size=len(indices),
-                num_inference_steps=self.num_inference_steps,
-                eta=self.eta,
-                timestep_spacing=self.timestep_spacing,
-                guidance_scale=self.guidance_scale,
-                class_labels=self.labels_of(pipeline, indices),
-                generator=sampling_generators(seed, "evaluation", indices, pipeline.device),
-                output_type="uint8",
-                return_trajectory=return_trajectory,
-            )
+            images: Images = pipeline(batch_size=len(indices), **call).images
         finally:
             pipeline.unet.train(was_training)
-        assert isinstance(output, GaussianDiffusionPipelineOutput)
-        return output
+        return images
+
+    def check(self, pipeline: GaussianDiffusionPipeline) -> int:
+        """Refuses what a call of the pipeline would refuse, and returns the number of steps that the scheduler makes.
+
+        Args:
+            pipeline: What `prepare` returned.
+
+        Raises:
+            ValueError: The settings do not fit the model, the scheduler or each other.
+        """
+        return len(Run(pipeline, 1, **self._call(pipeline, 0, range(1))).timesteps)
+
+    def _call(self, pipeline: GaussianDiffusionPipeline, seed: int, indices: range) -> dict[str, Any]:
+        """Returns the keyword arguments of the pipeline for some images."""
+        return {
+            "num_inference_steps": self.num_inference_steps,
+            "eta": self.eta,
+            "timestep_spacing": self.timestep_spacing,
+            "guidance_scale": self.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
+            "class_labels": self.labels_of(pipeline, indices),
+            "generator": sampling_generators(seed, "evaluation", indices, pipeline.device),
+            "output_type": "uint8",
+        }
 
     def to_dict(self, pipeline: GaussianDiffusionPipeline) -> dict[str, Any]:
         """Returns the settings as JSON can hold them, with what was left to the pipeline filled in."""
@@ -169,33 +193,33 @@ def sample_images(
     parts = []
     for batch in batches(np.ones(indices.stop, bool), batch_size, first=indices.start):
         pipeline.set_progress_bar_config(desc=f"Sampling {len(batch)} images", disable=None, leave=False)
-        parts.append(sampler.sample(pipeline, seed, batch).images)
+        parts.append(sampler.sample(pipeline, seed, batch))
     return np.concatenate(parts) if parts else np.zeros((0, *image_shape(pipeline)), np.uint8)
 
 
-def sample_trajectory(pipeline: GaussianDiffusionPipeline, sampler: Sampler, *, seed: int, num_images: int) -> Images:
-    """Samples the first images once more and returns every state on the way from noise.
+def sample_film(
+    pipeline: GaussianDiffusionPipeline, sampler: Sampler, *, seed: int, num_images: int, batch_size: int
+) -> Images:
+    """Samples the first images once more, in batches, and returns states on the way from noise.
+
+    Args:
+        pipeline: What `Sampler.prepare` returned.
+        sampler: How.
+        seed: Image i is drawn from (seed, i).
+        num_images: How many.
+        batch_size: Images sampled at once; in the same batches, the last states are the samples to the bit.
 
     Returns:
-        uint8 states (steps + 1, number, height, width, channels).
+        uint8 states (frames, number, height, width, channels), at most NUM_FRAMES, evenly spaced, the noise first.
     """
+    num_steps = sampler.check(pipeline)
     pipeline.set_progress_bar_config(desc=f"Sampling {num_images} images", disable=None, leave=False)
-    output = sampler.sample(pipeline, seed, range(num_images), return_trajectory=True)
-    states = torch.as_tensor(output.trajectory).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return states.permute(0, 1, 3, 4, 2).cpu().numpy()
-
-
-def image_shape(pipeline: GaussianDiffusionPipeline) -> tuple[int, int, int]:
-    """Returns height, width and channels of the images that a pipeline samples.
-
-    Raises:
-        ValueError: The configuration of the network does not tell its size.
-    """
-    size = pipeline.unet.config.sample_size
-    if size is None:
-        raise ValueError("the network's configuration has no sample_size; set it in unet/config.json.")
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width, pipeline.num_channels
+    parts = []
+    for batch in batches(np.ones(num_images, bool), batch_size):
+        film = Film(num_steps)
+        sampler.sample(pipeline, seed, batch, film=film)
+        parts.append(film.states())
+    return np.concatenate(parts, axis=1)
 
 
 def batches(is_wanted: NDArray[np.bool_], batch_size: int, *, first: int = 0) -> list[range]:

@@ -8,7 +8,8 @@ import numpy as np
 from ddpm_hf.config import RunConfig
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.evaluation.evaluate import BITS_PER_DIM, LOWER_IS_BETTER, Metric, bits_per_dim, choose_images, fidelity
+from ddpm_hf.evaluation.evaluate import bits_per_dim, choose_images, fidelity
+from ddpm_hf.evaluation.metrics import BITS_PER_DIM, LOWER_IS_BETTER, Metric
 from ddpm_hf.evaluation.ranks import ALONE, Ranks
 from ddpm_hf.evaluation.sampling import Sampler, sample_images
 
@@ -18,7 +19,7 @@ class SmallSampleScore:
     """A score and what it is a score of.
 
     Args:
-        metric: One of evaluate.METRICS.
+        metric: One of metrics.METRICS.
         features: The network whose features are compared; None for bits per dimension.
         value: The number.
         standard_error: NaN where it is not known.

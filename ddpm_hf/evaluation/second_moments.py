@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.evaluation.chain import Chain, batches_of, load_images
+from ddpm_hf.evaluation.chain import Chain, batches_of, check_labels, load_images
 from ddpm_hf.rng import normal_by_position
 
 
@@ -29,8 +29,11 @@ def estimate_second_moments(
 
     Returns:
         float64 (T,), for `scheduler.eps_second_moments`.
+
+    Raises:
+        ValueError: As `check_second_moments`.
     """
-    chain = Chain(pipeline)
+    chain = check_second_moments(pipeline, images)
     moments = torch.zeros(len(chain), dtype=torch.float64)
     was_training = pipeline.unet.training
     pipeline.unet.eval()
@@ -47,3 +50,16 @@ def estimate_second_moments(
     finally:
         pipeline.unet.train(was_training)
     return moments
+
+
+def check_second_moments(pipeline: GaussianDiffusionPipeline, images: ImageSet) -> Chain:
+    """Refuses a pipeline that has no use for second moments, before the network is called, and returns the chain.
+
+    Raises:
+        ValueError: The scheduler or its variance is another one, or the images lack the labels of the network.
+    """
+    chain = Chain(pipeline)
+    check_labels(images, pipeline.num_classes)
+    # The scheduler itself says whether it takes moments; to ask, any will do.
+    type(chain.scheduler).from_config(chain.scheduler.config).eps_second_moments = torch.ones(len(chain))
+    return chain

@@ -25,6 +25,7 @@ from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.diffusion.folder import LIST_FORM, stock_pipeline_samples
 from ddpm_hf.diffusion.pipeline import PORTABLE_FILES
 from ddpm_hf.durable import write_text
+from ddpm_hf.evaluation.image_shape import image_size
 from ddpm_hf.redaction import reason_of
 from ddpm_hf.rng import torch_generator
 
@@ -198,10 +199,8 @@ def _compute(pipeline: Any, kind: type) -> dict[str, Any]:
     spaced = {"timestep_spacing": SPACING} if "timestep_spacing" in config else {}
     pipeline.scheduler = type(pipeline.scheduler).from_config(config, **spaced)
     unet = pipeline.unet.eval()
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
     x_t = randn_tensor(
-        (1, unet.config.in_channels, height, width), generator=torch_generator("cpu", SEED, "verification")
+        (1, unet.config.in_channels, *image_size(unet)), generator=torch_generator("cpu", SEED, "verification")
     )
     label = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.int64)
     with _one_thread():

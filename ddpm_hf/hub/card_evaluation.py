@@ -8,19 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
-BITS_PER_DIM = "bits_per_dim"
-# What a reader knows the metric as, and which way is better.
-TITLES = {
-    "fid": ("FID", "lower"),
-    "kid": ("KID", "lower"),
-    "inception_score": ("Inception Score", "higher"),
-    "frechet_distance": ("Fréchet distance", "lower"),
-    "kernel_distance": ("kernel distance", "lower"),
-    "precision": ("precision", "higher"),
-    "recall": ("recall", "higher"),
-    BITS_PER_DIM: ("bits per dimension", "lower"),
-}
+from ddpm_hf.evaluation.metrics import BITS_PER_DIM, SCHEMA_VERSION, TITLES
+
 _NATIVE_SCHEDULERS = ("GaussianDiffusionScheduler", "DDPMScheduler")
 
 
@@ -164,6 +153,7 @@ def command(
         flags["timestep_spacing"] = sampling.get("timestep_spacing")
     if sampling.get("guidance_scale") not in (None, 1, 1.0):
         flags["guidance_scale"] = sampling["guidance_scale"]
+        flags["guidance_rescale"] = sampling.get("guidance_rescale") or None
     if sampling.get("analytic_variance"):
         flags["variance"] = "analytic"
     if sampling.get("dtype") in ("bfloat16", "float16"):

@@ -4,7 +4,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ddpm_hf.hub.card_evaluation import BITS_PER_DIM, Measurement
+from ddpm_hf.evaluation.metrics import BITS_PER_DIM
+from ddpm_hf.hub.card_evaluation import Measurement
 from ddpm_hf.hub.card_facts import Facts
 from ddpm_hf.hub.push import check_license
 

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.evaluation.sampling import Sampler, sample_images, sample_trajectory
+from ddpm_hf.evaluation.sampling import Sampler, sample_film, sample_images
 from ddpm_hf.evaluation.verification import FILE_NAME as VERIFICATION
 from ddpm_hf.evaluation.verification import verify, write_verification
 from ddpm_hf.plots import schedule_plot
@@ -26,7 +26,7 @@ from ddpm_hf.report import ANIMATION, SAMPLES, STRIP, draw_samples
 PICTURES_DIR = "samples"
 SCHEDULE, LOSS, EVALUATION_PICTURE = "schedule.png", "loss.png", "evaluation.png"
 CONFIGURATION, SUMMARY, EVALUATION = "training_config.yaml", "training_summary.json", "evaluation.json"
-NUM_DRAWN, NUM_STEPS = 16, 50
+NUM_DRAWN, NUM_STEPS, BATCH_SIZE = 16, 50, 8
 MAX_CLASSES_DRAWN, NUM_DRAWN_OF_A_CLASS = 10, 4
 
 
@@ -108,8 +108,8 @@ def _add_samples(pipeline: GaussianDiffusionPipeline, run: Path, target: Path) -
         labels=tuple(range(num_classes)) or None,
     )
     prepared = sampler.prepare(pipeline)
-    samples = sample_images(prepared, sampler, seed=0, indices=range(number), batch_size=number)
-    trajectory = sample_trajectory(prepared, sampler, seed=0, num_images=number)
+    samples = sample_images(prepared, sampler, seed=0, indices=range(number), batch_size=BATCH_SIZE)
+    trajectory = sample_film(prepared, sampler, seed=0, num_images=number, batch_size=BATCH_SIZE)
     names = pipeline.config.get("class_names")
     draw_samples(
         target,

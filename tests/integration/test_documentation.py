@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler, cli
 from ddpm_hf.commands.evaluate_flags import parse
 from ddpm_hf.config import EvaluationConfig, load_config
-from ddpm_hf.evaluation.evaluate import METRICS
+from ddpm_hf.evaluation.metrics import METRICS
 from tests import documents
 from tests.conftest import REPOSITORY
 from tests.documents import CHECKS, DOCUMENTS, FENCED, Refused, blocks, text_of

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from PIL import Image
 
 from ddpm_hf import cli
@@ -18,7 +19,8 @@ from tests.feature_networks import pooled
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-DIGIT_NAMES = {str(digit): str(digit) for digit in range(10)}
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_NAMES = {str(digit): word for digit, word in enumerate(WORDS)}
 QUICK = ["--data", str(DIGITS), "--cpu", "--num_inference_steps", "2", "--num_samples", "16"]
 BOUND = ["--metrics", "bits_per_dim", "--num_images", "5", "--num_terms", "3"]
 
@@ -92,8 +94,10 @@ def test_samples_for_the_picture_alone_cost_few_steps_and_stand_in_nobodys_way(t
 def test_fidelity_sees_the_samples_and_the_training_images(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path
 ) -> None:
+    """Nothing but the result is printed, since stderr is no terminal here."""
     features = "tests.feature_networks:pooled"
     options = ["--metrics", "frechet_distance", "--features", features, "--seed", "3", "--format", "png"]
+    options += ["--labels", "eight,three"]
     assert evaluate(saved, *QUICK, "--data.validation_fraction", "0.1", *options, "--output", tmp_path) == 0
     samples = np.load(tmp_path / "evaluation_samples" / "samples.npy")
     assert len(list((tmp_path / "evaluation_samples" / "png").iterdir())) == 16
@@ -107,7 +111,10 @@ def test_fidelity_sees_the_samples_and_the_training_images(
         "name": f"frechet_distance[{features}]", "standard_error": None, "num_samples": 16,
         "num_reference": 1617, "seed": 3, "sampler": "GaussianDiffusionScheduler", "num_inference_steps": 2,
     }  # fmt: skip
-    assert f"frechet_distance[{features}]" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert f"frechet_distance[{features}]" in printed.out
+    assert printed.err == ""
+    assert json.loads((tmp_path / "evaluation_samples" / "settings.json").read_text())["labels"] == [8, 3]
     options[options.index("3")] = "4"
     changed = complaint(capsys, saved, *QUICK, *options, "--output", tmp_path)
     assert "holds samples of other settings (seed was 3, is 4)" in changed
@@ -129,6 +136,45 @@ def test_what_cannot_be_measured_is_told_before_anything_is_sampled(
     assert not (tmp_path / "evaluation_samples").exists()
 
 
+ESTIMATE = ["--estimate_variance", "2"]
+IN_FEATURES = ["--metrics", "frechet_distance", "--features", "tests.feature_networks:pooled"]
+
+
+@pytest.mark.parametrize(
+    ("variance_type", "options", "sentence"),
+    [
+        ("fixed_small", [*ESTIMATE, *IN_FEATURES, "--num_samples", "4"], "needs at least 5 images"),
+        ("fixed_small", [*ESTIMATE, *BOUND, "--num_inference_steps", "21"], "num_inference_steps 21 is not between"),
+        ("fixed_small", [*ESTIMATE, *BOUND, "--likelihood_steps", "21"], "num_inference_steps 21 is not between"),
+        ("fixed_small", [*ESTIMATE, *BOUND, "--guidance_scale", "2"], "no null label to guide against"),
+        ("fixed_small", [*ESTIMATE, *BOUND, "--variance", "analytic", "--samples_dir", "tests"], "something else"),
+        ("fixed_small", [*IN_FEATURES, "--scheduler", "DPMSolverMultistepScheduler", "--eta", "0"], "has no eta"),
+        ("learned_range", [*ESTIMATE, *BOUND], "the analytic variance replaces fixed_small only"),
+    ],
+)
+def test_everything_is_checked_before_the_network_is_called_and_a_folder_is_made(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variance_type: str,
+    options: list[str],
+    sentence: str,
+) -> None:
+    """A folder of samples that a refused command left would refuse the corrected one."""
+    config = saved / "scheduler" / "scheduler_config.json"
+    original = config.read_text()
+    config.write_text(json.dumps(json.loads(original) | {"variance_type": variance_type}))
+    monkeypatch.setattr(UNet2DModel, "forward", lambda *_, **__: pytest.fail("the network was called"))
+    before = sorted(saved.rglob("*"))
+    try:
+        assert sentence in complaint(capsys, saved, *QUICK, *options, "--output", tmp_path / "out")
+    finally:
+        config.write_text(original)
+    assert sorted(saved.rglob("*")) == before
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -138,7 +184,10 @@ def test_what_cannot_be_measured_is_told_before_anything_is_sampled(
         ([*BOUND, "--data.num_channels", "3"], "has images of 3x8x8 and the network makes 1x8x8"),
         ([*BOUND, "--num_images", "1798"], "num_images is 1798, but there are 1797 images"),
         ([*BOUND, "--num_terms", "1"], "--num_terms is 1, but must be at least 2"),
-        ([*BOUND, "--labels", "10"], "labels are [10], but the classes of the network are 0 to 9"),
+        ([*BOUND, "--labels", "10"], "--labels has 10; a label is a number 0 to 9"),
+        ([*BOUND, "--labels", "eigth"], "--labels has 'eigth' (did you mean 'eight'?)"),
+        ([*BOUND, "--revision", "main"], "--revision is for repositories of the Hub"),
+        ([*BOUND, "--scheduler", "UniPCMultistepScheduler", "--eta", "0"], "UniPCMultistepScheduler has no eta"),
         ([*BOUND, "--scheduler", "Fancy"], "scheduler is Fancy, which diffusers"),
         ([*BOUND, "--variance", "analytic"], "analytic_variance needs the second moments"),
         ([*BOUND, "--data.split", "test"], "test"),
@@ -148,6 +197,20 @@ def test_a_mistake_is_answered_with_one_sentence(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path, arguments: list[str], sentence: str
 ) -> None:
     assert sentence in complaint(capsys, saved, *QUICK, *arguments, "--output", tmp_path)
+
+
+def test_memory_that_runs_out_on_a_cpu_is_answered_with_the_batch_size(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(UNet2DModel, "forward", fail)
+    assert evaluate(saved, *QUICK, *BOUND, "--batch_size", "7", "--output", tmp_path) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line == (
+        "error: out of memory (DefaultCPUAllocator: can't allocate memory); lower --batch_size, which is 7."
+    )
 
 
 def test_a_conditional_network_needs_labels_for_its_bound(

@@ -99,8 +99,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_everything_it_promises(finished_run: Path) -> None:
     expected = {
-        *("README.md", "checkpoints", "config.yaml", "denoising.gif", "denoising.png", "evaluation.json", "loss.png"),
-        *("metrics.jsonl", "pipeline", "previews", "samples.png", ".lock"),
+        *("README.md", "checkpoints", "config.yaml", "denoising.gif", "denoising.png", "loss.png"),
+        *("metrics.jsonl", "pipeline", "previews", "recognition.json", "samples.png", ".lock"),
     }
     assert {path.name for path in finished_run.iterdir()} == expected
     assert sorted(path.name for path in (finished_run / "previews").iterdir()) == [
@@ -145,9 +145,9 @@ def test_the_saved_pipeline_is_a_stock_pipeline_to_diffusers(finished_run: Path)
 def test_the_report_says_how_many_samples_were_recognised(
     finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluation = json.loads((finished_run / "evaluation.json").read_text())
-    assert evaluation["num_samples"] == 20
-    assert 0.0 <= evaluation["recognised"] <= 1.0
+    recognition = json.loads((finished_run / "recognition.json").read_text())
+    assert recognition["num_samples"] == 20
+    assert 0.0 <= recognition["recognised"] <= 1.0
     assert "samples.png" in (finished_run / "README.md").read_text()
 
 
@@ -329,16 +329,26 @@ def test_a_run_is_not_continued_on_data_of_another_size(tmp_path: Path, capsys: 
     assert "has 10 training images, but the run in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2.00 GiB."),
+        MemoryError("Tried to allocate 2.00 GiB."),
+    ],
+    ids=["gpu", "cpu", "host"],
+)
 def test_running_out_of_memory_names_the_setting_to_lower(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     def run_out(self: DenoisingLoss, *arguments: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.setattr(DenoisingLoss, "__call__", run_out)
     assert train(run_arguments(tmp_path / "run")) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "Tried to allocate 2.00 GiB.); lower training.micro_batch_size" in line
+    assert line.startswith("error: out of memory (")
+    assert "ried to allocate 2.00 GiB.); lower training.micro_batch_size" in line
 
 
 def test_a_changed_setting_that_can_be_continued_with_is_named(

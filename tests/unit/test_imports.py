@@ -94,34 +94,42 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.trainer": {"config", "data", "diffusion", "rng", "training"},
     "training.weighting": {"config"},
     "evaluation.__init__": set(),
+    "evaluation.film": {"diffusion", "evaluation.image_shape", "plots"},
+    "evaluation.image_shape": {"diffusion"},
     "evaluation.fingerprint": {"diffusion"},
     "evaluation.ranks": set(),
     "evaluation.neighbours": {"data"},
     "evaluation.picture": {"evaluation.likelihood", "plots"},
     "evaluation.evaluate": {
-        "data", "diffusion", "evaluation.fidelity", "evaluation.likelihood", "evaluation.ranks", "rng",
+        "data", "diffusion", "evaluation.fidelity", "evaluation.likelihood", "evaluation.metrics", "evaluation.ranks",
+        "rng",
     },
-    "evaluation.samples": {"durable", "diffusion", "evaluation.fingerprint", "evaluation.ranks", "evaluation.sampling"},
+    "evaluation.samples": {
+        "durable", "diffusion", "evaluation.fingerprint", "evaluation.image_shape", "evaluation.ranks",
+        "evaluation.sampling",
+    },
     "evaluation.score": {
-        "config", "data", "diffusion", "evaluation.evaluate", "evaluation.ranks", "evaluation.sampling",
+        "config", "data", "diffusion", "evaluation.evaluate", "evaluation.metrics", "evaluation.ranks",
+        "evaluation.sampling",
     },
     "evaluation.chain": {"data", "diffusion"},
     "evaluation.feature_network": set(),
     "evaluation.features": {"evaluation.feature_network", "evaluation.inception"},
     "evaluation.fidelity": {
         "data", "evaluation.feature_network", "evaluation.features", "evaluation.frechet", "evaluation.inception",
-        "evaluation.references", "rng",
+        "evaluation.metrics", "evaluation.references", "rng",
     },
     "evaluation.frechet": set(),
     "evaluation.inception": {"evaluation.feature_network"},
-    "evaluation.likelihood": {"data", "diffusion", "evaluation.chain", "rng"},
+    "evaluation.likelihood": {"data", "diffusion", "evaluation.chain", "evaluation.ranks", "rng"},
+    "evaluation.metrics": set(),
     "evaluation.recognition": set(),
     "evaluation.references": {"data", "evaluation.feature_network", "evaluation.frechet"},
-    "evaluation.sampling": {"diffusion", "rng"},
+    "evaluation.sampling": {"diffusion", "evaluation.film", "evaluation.image_shape", "rng"},
     "evaluation.second_moments": {"data", "diffusion", "evaluation.chain", "rng"},
-    "evaluation.verification": {"diffusion", "durable", "redaction", "rng"},
+    "evaluation.verification": {"diffusion", "durable", "evaluation.image_shape", "redaction", "rng"},
     "report": {"durable", "evaluation.recognition", "plots", "redaction"},
-    "hub": {"config", "diffusion", "hub", "plots", "redaction"},
+    "hub": {"config", "diffusion", "evaluation.metrics", "hub", "plots", "redaction"},
     "hub.background": {"config", "hub.push"},
     "hub.export": {
         "diffusion", "evaluation.sampling", "evaluation.verification", "plots", "redaction", "report",
@@ -168,8 +176,8 @@ LIBRARIES_OF_THE_CORE = {
     "huggingface_hub",  # comes with diffusers
 }  # fmt: skip
 WITHOUT_TORCH = {
-    "__init__", "config", "evaluation.frechet", "evaluation.recognition", "plots", "redaction", "report",
-    "training.checkpoint",
+    "__init__", "config", "evaluation.frechet", "evaluation.metrics", "evaluation.recognition", "plots",
+    "redaction", "report", "training.checkpoint",
 }  # fmt: skip
 
 TORCH_DRAWS = {

@@ -121,13 +121,13 @@ def test_readme_shows_every_picture_and_number(tmp_path: Path) -> None:
     assert "`config.yaml`" in readme
     assert "checkpoints" not in readme
     assert str(tmp_path) not in readme
-    assert paths.evaluation is not None
-    assert json.loads(paths.evaluation.read_text()) == json.loads(json.dumps(RECOGNITION.to_dict()))
+    assert paths.recognition == tmp_path / "recognition.json", "evaluation.json is what `ddpm-hf evaluate` writes"
+    assert json.loads(paths.recognition.read_text()) == json.loads(json.dumps(RECOGNITION.to_dict()))
 
 
 def test_nothing_is_shown_that_was_not_measured(tmp_path: Path) -> None:
     paths = write_report(tmp_path, **report_arguments(metrics=[], recognition=None, settings={}))
-    assert (paths.loss, paths.evaluation) == (None, None)
+    assert (paths.loss, paths.recognition) == (None, None)
     readme = paths.readme.read_text(encoding="utf-8")
     assert "loss.png" not in readme
     assert "How good it is" not in readme

@@ -12,12 +12,12 @@ from PIL import Image
 
 from ddpm_hf import cli
 from ddpm_hf.commands.folders import find_folder
-from ddpm_hf.commands.overviews import Film
 from ddpm_hf.commands.picture_folder import PictureFolder
 from ddpm_hf.commands.sample_flags import parse
 from ddpm_hf.commands.start_images import fit, read_images, to_mask
 from ddpm_hf.config import ConfigError
 from ddpm_hf.diffusion.sampling import label_numbers
+from ddpm_hf.evaluation.film import Film
 from tests.conftest import REPOSITORY
 
 GRAY = (8, 8, 1)
@@ -64,6 +64,24 @@ def test_flags_that_contradict_each_other_are_refused_before_anything_is_read(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert sentence in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--variance analytic --scheduler DDIMScheduler", "--variance analytic needs GaussianDiffusionScheduler"),
+        ("--guidance_rescale 0.5", "--guidance_rescale corrects guidance, and --guidance_scale is 1"),
+        ("--guidance_scale nan", "--guidance_scale is nan"),
+        ("--eta 7", "--eta is 7.0, but must be 0 to 1."),
+        ("--batch_size 0", "--batch_size is 0, but must be at least 1."),
+    ],
+)
+def test_evaluate_refuses_the_same_flags_of_drawing(
+    capsys: pytest.CaptureFixture[str], flags: str, sentence: str
+) -> None:
+    for command in (["sample", "./nowhere"], ["evaluate", "./nowhere", "--data", "./nothing"]):
+        assert cli.main([*command, *flags.split()]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from PIL import Image
 
 from ddpm_hf.config import EvaluationConfig, RunConfig, TrainingConfig
 from ddpm_hf.data import ImageSet
-from ddpm_hf.evaluation.evaluate import Metric, as_json, check_metrics, choose_images, table
+from ddpm_hf.evaluation.evaluate import as_json, choose_images, table
 from ddpm_hf.evaluation.frechet import Moments, frechet_distance, moments_of
 from ddpm_hf.evaluation.likelihood import VariationalBound, variational_bound
+from ddpm_hf.evaluation.metrics import Metric, check_metrics
 from ddpm_hf.evaluation.neighbours import nearest_images
 from ddpm_hf.evaluation.picture import NUM_BINS, binned, draw_evaluation
 from ddpm_hf.evaluation.sampling import Sampler, sample_images

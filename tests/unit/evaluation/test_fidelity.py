@@ -16,7 +16,8 @@ from torch import nn
 
 from ddpm_hf.data import ImageSet
 from ddpm_hf.data.image_set import UnequalImages
-from ddpm_hf.evaluation.fidelity import METRICS, Score, measure_fidelity
+from ddpm_hf.evaluation.fidelity import measure_fidelity
+from ddpm_hf.evaluation.metrics import OF_SAMPLES, Metric
 
 CPU = torch.device("cpu")
 Images = NDArray[np.uint8]
@@ -59,7 +60,7 @@ def image_set(images: Images, **fields: Any) -> ImageSet:
 SAMPLES, REFERENCE = images_of(40, 1, low=20), images_of(60, 2)
 
 
-def frechet(folder: Path, samples: Images = SAMPLES, reference: ImageSet | None = None, **options: Any) -> Score:
+def frechet(folder: Path, samples: Images = SAMPLES, reference: ImageSet | None = None, **options: Any) -> Metric:
     options = {"features": FEATURES, "metrics": ["frechet_distance"]} | options
     reference = image_set(REFERENCE) if reference is None else reference
     (score,) = measure_fidelity(samples, reference, device=CPU, cache_dir=folder, **options)
@@ -182,7 +183,7 @@ def test_a_folder_that_takes_no_files_costs_a_warning_not_the_score(
     ("change", "words"),
     [
         ({"metrics": []}, "metrics is empty; choose from fid, kid"),
-        ({"metrics": ["frechet"]}, "metrics has frechet, which is not one of .* Did you mean frechet_distance?"),
+        ({"metrics": ["frechet"]}, r"metrics has 'frechet', which is none \(did you mean 'frechet_distance'\?\)"),
         ({"metrics": ["fid"]}, "fid, which is defined with Inception features, but .*; ask for frechet_distance"),
         ({"metrics": ["inception_score"]}, "inception_score, .* leave it out"),
         ({"samples": list(SAMPLES)}, "one uint8 array .*, all of one size; got list"),
@@ -229,6 +230,6 @@ def test_inception_without_torch_fidelity_is_refused_with_the_way_to_get_it(
 
 
 def test_every_metric_is_named() -> None:
-    assert METRICS == (
+    assert OF_SAMPLES == (
         "fid", "kid", "inception_score", "frechet_distance", "kernel_distance", "precision", "recall",
     )  # fmt: skip

@@ -13,6 +13,7 @@ from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.chain import Chain
 from ddpm_hf.evaluation.likelihood import _weights, variational_bound
+from ddpm_hf.evaluation.ranks import Ranks
 from ddpm_hf.rng import normal_by_position
 from tests.conftest import tiny_unet
 
@@ -143,7 +144,7 @@ def test_the_bound_depends_on_neither_batches_nor_processes() -> None:
             return np.concatenate([parts.get((r, call), mine[:0]) for r in range(2)])
 
         return variational_bound(
-            pipeline, images, seed=SEED, timesteps=SHORT, batch_size=2, rank=rank, num_processes=2, gather=gather
+            pipeline, images, seed=SEED, timesteps=SHORT, batch_size=2, ranks=Ranks(rank, 2, gather)
         )
 
     run(0)

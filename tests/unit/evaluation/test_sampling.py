@@ -13,9 +13,10 @@ from PIL import Image
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.fingerprint import fingerprint
+from ddpm_hf.evaluation.image_shape import image_size
 from ddpm_hf.evaluation.ranks import Ranks
 from ddpm_hf.evaluation.samples import sample_to_folder
-from ddpm_hf.evaluation.sampling import Sampler, batches, sample_images, sample_trajectory
+from ddpm_hf.evaluation.sampling import Sampler, batches, sample_film, sample_images
 from tests.conftest import tiny_unet
 
 SAMPLER = Sampler(num_inference_steps=2, eta=1.0)
@@ -96,9 +97,11 @@ def test_the_bits_do_not_depend_on_the_number_of_processes(
 ) -> None:
     """And each process samples its part alone: 2 steps of 11 images in all."""
     sizes: list[int] = []
+    # Made one after the other: a network draws its weights from the one generator that all threads share.
+    pipelines = [make_pipeline() for _ in range(num_processes)]
 
     def work(ranks: Ranks) -> np.ndarray:
-        pipeline = make_pipeline()
+        pipeline = pipelines[ranks.rank]
         pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
         return sample(tmp_path / "samples", ranks=ranks, pipeline=pipeline)
 
@@ -238,7 +241,7 @@ def test_any_scheduler_samples_by_its_name(sampler: Sampler, name: str) -> None:
         (Sampler(scheduler="DPMSolverMultistepScheduler", eta=1.0), "DPMSolverMultistepScheduler has no eta"),
         (Sampler(scheduler="DDIMScheduler", analytic_variance=True), "the scheduler is DDIMScheduler"),
         (Sampler(analytic_variance=True), "analytic_variance needs the second moments"),
-        (Sampler(labels=(3,)), r"labels are \[3\], but the classes of the network are 0 to 2"),
+        (Sampler(labels=(3,)), r"labels are \[3\], but those of the network are 0 to 2"),
         (Sampler(guidance_scale=2.0), "no null label to guide against"),
     ],
 )
@@ -268,11 +271,25 @@ def test_classes_come_in_turn_and_the_network_is_left_as_it_was() -> None:
     assert seen[-1] == [1, 1]
 
 
-def test_the_trajectory_ends_in_the_samples(whole: np.ndarray) -> None:
-    """The first 4 were sampled in a batch of 4 too."""
-    states = sample_trajectory(make_pipeline(), SAMPLER, seed=0, num_images=4)
-    assert states.shape == (3, 4, 8, 8, 1)
-    np.testing.assert_array_equal(states[-1], whole[:4])
+def test_the_film_is_drawn_in_batches_from_noise_to_the_samples(whole: np.ndarray) -> None:
+    """To the bit, since the batches are those of the samples; of the noise, 4 of 6 values lie within [-1, 1]."""
+    pipeline = make_pipeline()
+    sizes: list[int] = []
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    states = sample_film(pipeline, SAMPLER, seed=0, num_images=7, batch_size=4)
+    assert sizes == [4, 4, 3, 3]
+    assert states.shape == (3, 7, 8, 8, 1)
+    np.testing.assert_array_equal(states[-1, :4], whole[:4])
+    assert np.abs(states[-1].astype(int) - whole[:7]).max() <= 1
+    assert 0.2 < np.isin(states[0], (0, 255)).mean() < 0.5
+
+
+def test_a_film_keeps_few_states_of_many_steps() -> None:
+    """Of 60 steps, 40 states in 8 bits, which a film of large images has room for."""
+    scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=60)
+    pipeline = GaussianDiffusionPipeline(tiny_unet(), scheduler)
+    states = sample_film(pipeline, Sampler(), seed=0, num_images=1, batch_size=1)
+    assert (states.shape, states.dtype) == ((40, 1, 8, 8, 1), np.uint8)
 
 
 def test_batches_lie_on_one_grid_whatever_is_left_out() -> None:
@@ -291,5 +308,16 @@ def test_settings_are_told_in_the_folder(tmp_path: Path) -> None:
     assert settings | {"pipeline": ""} == {
         "schema_version": 1, "pipeline": "", "seed": 0, "scheduler": "GaussianDiffusionScheduler",
         "num_inference_steps": 2, "eta": 1.0, "timestep_spacing": "leading", "guidance_scale": 1.0,
+        "guidance_rescale": 0.0,
         "analytic_variance": False, "labels": [0, 1, 2], "dtype": "float32", "device": "cpu",
     }  # fmt: skip
+
+
+def test_the_size_of_images_is_a_side_or_height_and_width() -> None:
+    unet = tiny_unet()
+    assert image_size(unet) == (8, 8)
+    unet.register_to_config(sample_size=(8, 16))
+    assert image_size(unet) == (8, 16)
+    unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="has no sample_size; set it in"):
+        image_size(unet)

@@ -20,7 +20,8 @@ from torch_fidelity.metric_prc import calculate_precision_recall_full  # noqa: E
 
 from ddpm_hf.data import ImageSet  # noqa: E402
 from ddpm_hf.evaluation import fidelity, inception  # noqa: E402
-from ddpm_hf.evaluation.fidelity import Score, measure_fidelity  # noqa: E402
+from ddpm_hf.evaluation.fidelity import measure_fidelity  # noqa: E402
+from ddpm_hf.evaluation.metrics import Metric  # noqa: E402
 
 CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0)
@@ -72,7 +73,7 @@ def image_set(images: np.ndarray) -> ImageSet:
     return ImageSet(images.transpose(0, 3, 1, 2), None, None, np.arange(len(images)))
 
 
-def measure(folder: Path, **options: Any) -> list[Score]:
+def measure(folder: Path, **options: Any) -> list[Metric]:
     return measure_fidelity(SAMPLES, image_set(REFERENCE), device=CPU, cache_dir=folder, **options)
 
 
@@ -161,7 +162,7 @@ class Noise(torch.nn.Module):
         return images[..., 0, 0].float() / 64 - 2
 
 
-def noise_scores(folder: Path, seed: int, shift: int, metrics: list[str]) -> list[Score]:
+def noise_scores(folder: Path, seed: int, shift: int, metrics: list[str]) -> list[Metric]:
     random = np.random.default_rng(seed)
     samples, reference = (random.integers(low, low + 190, (600, 1, 1, 3), dtype=np.uint8) for low in (shift, 0))
     features = f"{__name__}:Noise"

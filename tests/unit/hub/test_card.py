@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from ddpm_hf.commands.evaluate_flags import parse
 from ddpm_hf.config import DataConfig, DiffusionConfig, EvaluationConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.evaluation.evaluate import METRICS, SCHEMA_VERSION, Metric, as_json
+from ddpm_hf.evaluation.evaluate import as_json
+from ddpm_hf.evaluation.metrics import Metric
 from ddpm_hf.hub import card_evaluation
 from ddpm_hf.hub.card import Card, make_card
 from ddpm_hf.hub.card_text import Code, _shown
@@ -37,7 +38,7 @@ BITS = Metric(
 SAMPLING = {
     "schema_version": 1, "pipeline": "abc", "seed": 7, "scheduler": "GaussianDiffusionScheduler",
     "num_inference_steps": 50, "eta": 0.0, "timestep_spacing": "trailing", "guidance_scale": 1.0,
-    "analytic_variance": False, "labels": None, "dtype": "float32", "device": "cuda",
+    "guidance_rescale": 0.0, "analytic_variance": False, "labels": None, "dtype": "float32", "device": "cuda",
 }  # fmt: skip
 BOUND = {"images": "held out", "num_steps": 1000, "num_terms": 50, "variance": "fixed_large"}
 DATA = {
@@ -210,18 +211,16 @@ def test_numbers_are_told_with_their_errors_and_how_they_were_measured(folder_of
 
 
 def test_the_command_to_measure_again_is_one_that_evaluate_reads(folder_of: Folder) -> None:
-    text = card_of(folder_of(evaluation__json=evaluation(FID, BITS))).text
+    content = json.loads(evaluation(FID, BITS))
+    content["sampling"] |= {"guidance_scale": 2.0, "guidance_rescale": 0.5}
+    text = card_of(folder_of(evaluation__json=json.dumps(content))).text
     (line,) = re.findall(r"^ddpm-hf evaluate .*$", text, re.M)
     options = parse(shlex.split(line)[2:])
     assert (options.folder, options.data, options.data_validation_fraction) == (REPO_ID, "digits.parquet", 0.15)
     assert (options.metrics, options.num_samples, options.seed) == (["fid", "bits_per_dim"], 50_000, 7)
     assert (options.split_seed, options.num_images, options.num_terms) == (3, 270, 50)
     assert (options.num_inference_steps, options.eta, options.scheduler) == (50, 0.0, None)
-
-
-def test_every_metric_that_evaluate_knows_has_a_title() -> None:
-    assert set(card_evaluation.TITLES) == set(METRICS)
-    assert card_evaluation.SCHEMA_VERSION == SCHEMA_VERSION
+    assert (options.guidance_scale, options.guidance_rescale) == (2.0, 0.5)
 
 
 @pytest.mark.parametrize(
