@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from ddpm_hf import __version__
-from ddpm_hf.commands.complaints import complain
+from ddpm_hf.commands.complaints import OutOfMemory, complain
 from ddpm_hf.redaction import redact
 
 
@@ -125,6 +125,9 @@ def _exit_code(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # whoever read what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OutOfMemory as error:  # of this rank alone, since the others may have had enough
+        complain(str(error), of_this_rank=True)
+        return 1
     except MemoryError as error:
         complain(f"out of memory ({error}); ask for less." if str(error) else "out of memory; ask for less.")
         return 1

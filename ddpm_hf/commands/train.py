@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.commands.complaints import complain
+from ddpm_hf.commands.complaints import complain, out_of_memory
 from ddpm_hf.config import ConfigError, RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     if config.evaluation.recognition and importlib.util.find_spec("sklearn") is None:
         raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
 
-    import torch
     from diffusers.utils import logging
 
     from ddpm_hf.training.trainer import Trainer
@@ -35,20 +34,13 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     logging.disable_progress_bar()  # for each part of a saved pipeline that is loaded
     program = f"python {prog}" if prog.endswith(".py") else prog
     command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
-    try:
-        with _publisher(config) or nullcontext() as publisher:
-            trainer = Trainer(config, _scorer(config), publisher)
-            try:
-                exit_code = _run(trainer, publisher, command, is_dry_run=is_dry_run)
-            finally:
-                trainer.folder.release()
-    except torch.OutOfMemoryError as error:
-        complain(
-            f"the device ran out of memory ({str(error).splitlines()[0]}); lower training.micro_batch_size, or "
-            "evaluation.batch_size if it was while sampling the report.",
-            of_this_rank=True,
-        )
-        return 1
+    advice = "lower training.micro_batch_size, or evaluation.batch_size if it was while sampling the report"
+    with out_of_memory(advice), _publisher(config) or nullcontext() as publisher:
+        trainer = Trainer(config, _scorer(config), publisher)
+        try:
+            exit_code = _run(trainer, publisher, command, is_dry_run=is_dry_run)
+        finally:
+            trainer.folder.release()
     trainer.leave_the_others()
     return exit_code
 

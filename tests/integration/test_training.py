@@ -329,16 +329,26 @@ def test_a_run_is_not_continued_on_data_of_another_size(tmp_path: Path, capsys: 
     assert "has 10 training images, but the run in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2.00 GiB."),
+        MemoryError("Tried to allocate 2.00 GiB."),
+    ],
+    ids=["gpu", "cpu", "host"],
+)
 def test_running_out_of_memory_names_the_setting_to_lower(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     def run_out(self: DenoisingLoss, *arguments: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.setattr(DenoisingLoss, "__call__", run_out)
     assert train(run_arguments(tmp_path / "run")) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "Tried to allocate 2.00 GiB.); lower training.micro_batch_size" in line
+    assert line.startswith("error: out of memory (")
+    assert "ried to allocate 2.00 GiB.); lower training.micro_batch_size" in line
 
 
 def test_a_changed_setting_that_can_be_continued_with_is_named(
