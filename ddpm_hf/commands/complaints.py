@@ -1,5 +1,6 @@
 """How a command tells what went wrong: in one sentence, without secrets, once."""
 
+import errno
 import os
 import re
 import sys
@@ -9,7 +10,29 @@ from contextlib import contextmanager
 from ddpm_hf.redaction import redact
 
 
-class OutOfMemory(Exception):
+_ADVICE = {
+    errno.ENOSPC: "make room, or write to another disk",
+    errno.EDQUOT: "make room, or write to another disk",
+    errno.EROFS: "write to a disk that is not read-only",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+}
+
+
+class RankFailed(Exception):
+    """This rank cannot go on, and the others need not know why: it tells the message itself.
+
+    Args:
+        message: What went wrong, and what to do.
+        exit_code: The one that the command ends with.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class OutOfMemory(RankFailed):
     """Memory ran out, on the device or on the host; the message says how to need less."""
 
 
@@ -18,6 +41,12 @@ def complain(message: str, *, of_this_rank: bool = False) -> None:
     rank = os.environ.get("RANK", "0")
     if of_this_rank or rank == "0":
         print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{redact(message)}", file=sys.stderr, flush=True)
+
+
+def sentence_of(error: OSError) -> str:
+    """Returns what the system refused, of which file, and what to do about it."""
+    what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    return f"{what}; {_ADVICE[error.errno]}." if error.errno in _ADVICE else what
 
 
 @contextmanager
