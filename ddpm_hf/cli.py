@@ -1,7 +1,7 @@
 """The command line: finds the command, and turns what goes wrong into one sentence and an exit code.
 
-Exit codes: 0 done, 1 failed while running, 2 bad input, 3 training was not finite, 130 / 143 stopped by a signal after
-saving.
+Exit codes: 0 done, 1 failed while running, 2 bad input, 3 training was not finite, 130 / 143 stopped by a signal; in
+training after saving.
 """
 
 import os
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from ddpm_hf import __version__
-from ddpm_hf.commands.complaints import RankFailed, complain, sentence_of
+from ddpm_hf.commands.complaints import RankFailed, Terminated, complain, sentence_of
 from ddpm_hf.redaction import redact
 
 
@@ -127,6 +127,9 @@ def _exit_code(command: Callable[[], int]) -> int:
     except OSError as error:
         complain(sentence_of(error))
         return 1
+    except Terminated as error:
+        complain(f"ended by {error.name} while nothing was in training; the same command begins this part again.")
+        return 143
     except KeyboardInterrupt:
         complain("interrupted")
         return 130

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.commands.complaints import RankFailed, complain, out_of_memory, sentence_of
+from ddpm_hf.commands.complaints import RankFailed, complain, ending_in_order, out_of_memory, sentence_of
 from ddpm_hf.config import ConfigError, RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 
 def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
+    """Trains, and returns the exit code; training saves at a signal, and what comes before and after ends at it."""
+    with ending_in_order():
+        return _train(arguments, prog)
+
+
+def _train(arguments: Sequence[str] | None, prog: str) -> int:
     """Builds a trainer, lets it train, writes the report, and returns the exit code."""
     config, is_dry_run = load_config(arguments, prog)
     if config.evaluation.recognition and importlib.util.find_spec("sklearn") is None:

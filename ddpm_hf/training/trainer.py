@@ -151,16 +151,21 @@ class Trainer:
                 self.state.global_step += 1
                 self._progress.update()
                 self._after_step()
-                if exit_code := watcher.exit_code_if_stopped():
-                    self._save(must_succeed=True)
-                    self._progress.close()
-                    if self.is_main_process:
-                        say(f"Stopped by a signal at step {self.state.global_step}; the same command continues here.")
-                    raise TrainingStopped(exit_code)
+                self._stop_if(watcher.exit_code_if_stopped())
+            self._stop_if(watcher.agreed())  # a signal in the last step, which no further step asks about
         self._finish()
         if self.is_main_process:
             minutes, seconds = divmod(round(time.monotonic() - started_at), 60)
             say(f"Trained from step {first_step} to {num_steps} in {minutes}:{seconds:02}.")
+
+    def _stop_if(self, exit_code: int) -> None:
+        """Collective: after a signal, saves and ends training."""
+        if exit_code:
+            self._save(must_succeed=True)
+            self._progress.close()
+            if self.is_main_process:
+                say(f"Stopped by a signal at step {self.state.global_step}; the same command continues here.")
+            raise TrainingStopped(exit_code)
 
     def _prepare(self) -> None:
         """Collective: settles how the batch is split, and wraps the network for the device and the other processes."""
