@@ -1,10 +1,9 @@
 """The command line: finds the command, and turns what goes wrong into one sentence and an exit code.
 
-Exit codes: 0 done, 1 failed while running, 2 bad input, 3 training was not finite, 130 / 143 stopped by a signal after
-saving.
+Exit codes: 0 done, 1 failed while running, 2 bad input, 3 training was not finite, 130 / 143 stopped by a signal; in
+training after saving.
 """
 
-import errno
 import os
 import sys
 import traceback
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from ddpm_hf import __version__
-from ddpm_hf.commands.complaints import OutOfMemory, complain
+from ddpm_hf.commands.complaints import RankFailed, Terminated, complain, sentence_of
 from ddpm_hf.redaction import redact
 
 
@@ -105,17 +104,11 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 }
 
 
-_ADVICE = {
-    errno.ENOSPC: "make room, or write to another disk",
-    errno.EDQUOT: "make room, or write to another disk",
-    errno.EROFS: "write to a disk that is not read-only",
-    errno.EACCES: "change its permissions, or choose another place",
-    errno.EPERM: "change its permissions, or choose another place",
-}
-
-
 def _exit_code(command: Callable[[], int]) -> int:
-    """Runs a command; what a user can cause is told in one sentence, once, by rank 0, and a bug by a traceback."""
+    """Runs a command; what a user can cause is told in one sentence, once, and a bug by a traceback.
+
+    What all ranks have is told by rank 0, and what one rank meets alone by that rank.
+    """
     sys.excepthook = _print_traceback
     try:
         return command()
@@ -125,16 +118,18 @@ def _exit_code(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # whoever read what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OutOfMemory as error:  # of this rank alone, since the others may have had enough
+    except RankFailed as error:
         complain(str(error), of_this_rank=True)
-        return 1
+        return error.exit_code
     except MemoryError as error:
         complain(f"out of memory ({error}); ask for less." if str(error) else "out of memory; ask for less.")
         return 1
     except OSError as error:
-        what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-        complain(f"{what}; {_ADVICE[error.errno]}." if error.errno in _ADVICE else what)
+        complain(sentence_of(error))
         return 1
+    except Terminated as error:
+        complain(f"ended by {error.name} while nothing was in training; the same command begins this part again.")
+        return 143
     except KeyboardInterrupt:
         complain("interrupted")
         return 130

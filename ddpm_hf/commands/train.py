@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.commands.complaints import complain, out_of_memory
+from ddpm_hf.commands.complaints import RankFailed, complain, ending_in_order, out_of_memory, sentence_of
 from ddpm_hf.config import ConfigError, RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 
 def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
+    """Trains, and returns the exit code; training saves at a signal, and what comes before and after ends at it."""
+    with ending_in_order():
+        return _train(arguments, prog)
+
+
+def _train(arguments: Sequence[str] | None, prog: str) -> int:
     """Builds a trainer, lets it train, writes the report, and returns the exit code."""
     config, is_dry_run = load_config(arguments, prog)
     if config.evaluation.recognition and importlib.util.find_spec("sklearn") is None:
@@ -118,11 +124,14 @@ def _check_score(trainer: "Trainer") -> None:
 
 
 def _fit(trainer: "Trainer") -> int:
-    """Trains and returns the exit code; a bug is not taken for a mistake of the user."""
+    """Trains and returns the exit code; a bug is not taken for a mistake of the user.
+
+    What all ranks raise together is told once; what one of them meets alone, in its images, it tells itself.
+    """
     from ddpm_hf.data import DataError
     from ddpm_hf.training.checkpoint import CheckpointError
     from ddpm_hf.training.guard import NonFiniteTraining, TrainingStopped
-    from ddpm_hf.training.processes import ProcessesDiffer
+    from ddpm_hf.training.processes import ProcessesDiffer, SharedOSError
 
     try:
         trainer.fit()
@@ -134,8 +143,12 @@ def _fit(trainer: "Trainer") -> int:
     except ProcessesDiffer as error:
         complain(str(error))
         return 1
-    except (ConfigError, DataError, CheckpointError):
+    except (ConfigError, CheckpointError, SharedOSError, BrokenPipeError):
         raise
+    except DataError as error:
+        raise RankFailed(str(error), 2) from error
+    except OSError as error:
+        raise RankFailed(sentence_of(error)) from error
     except ValueError as error:
         raise RuntimeError("training failed") from error
     return 0

@@ -93,12 +93,14 @@ class StopWatcher:
     """Turns signals into a stop that all ranks agree on, one step later and without waiting for the device.
 
     A second signal ends the process at once. A launcher that died without a word (accelerate launch does not pass
-    SIGTERM on) counts as SIGTERM. Use it as a context manager on every rank: leaving it restores the old handlers.
+    SIGTERM on) counts as SIGTERM. Use it as a context manager on every rank: leaving it restores the old handlers, and
+    leaves to them a signal that came when nobody was going to ask any more.
     """
 
     def __init__(self) -> None:
         self._requested = 0
         self._requested_at = 0.0
+        self._was_asked_since = False
         self._launcher = _PARENT_AT_START if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
         self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
@@ -112,10 +114,12 @@ class StopWatcher:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error on this rank alone, the others may never answer.
         if kind is None or issubclass(kind, TrainingStopped):
-            self._wait()
+            self.agreed()
         for number, handler in self._old_handlers.items():
             # None stands for a handler that was not installed from Python, which Python cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
+        if kind is None and self._requested and not self._was_asked_since:
+            signal.raise_signal(self._requested)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         """Notes the first signal; obeys a later one at once."""
@@ -133,16 +137,17 @@ class StopWatcher:
         """
         if self._launcher is not None and os.getppid() != self._launcher:
             self._requested = self._requested or signal.SIGTERM
+        self._was_asked_since = bool(self._requested)
         exit_code = {0: 0, signal.SIGINT: 130}.get(self._requested, 143)
         if self._group is None:
             return exit_code
-        agreed = self._wait()
+        agreed = self.agreed()
         mine = torch.tensor(exit_code)
         self._pending = (mine, dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._group, async_op=True))
         return agreed
 
-    def _wait(self) -> int:
-        """Returns what the ranks agreed on a step ago."""
+    def agreed(self) -> int:
+        """Collective: returns the exit code that several ranks agreed on when they last asked; 0 without others."""
         if self._pending is None:
             return 0
         agreed, work = self._pending

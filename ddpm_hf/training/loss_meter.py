@@ -65,8 +65,12 @@ class LossMeter:
     def load(self, sums_of_ranks: Sequence[Sequence[float]], rank: int, num_processes: int) -> None:
         """Goes on from the sums of a checkpoint; where there were more or fewer ranks, each takes its part.
 
-        Of samples that is an equal part of all, of updates, which every rank counts, the mean.
+        Of samples that is an equal part of all, of updates, which every rank counts, the mean. Without ranks there is
+        nothing to go on from.
         """
+        if not sums_of_ranks:
+            self.sums.zero_()
+            return
         sums = torch.tensor(sums_of_ranks)
         if len(sums) == num_processes:
             mine = sums[rank]

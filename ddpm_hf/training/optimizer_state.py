@@ -50,7 +50,12 @@ def pack(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[s
 def unpack(
     optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, torch.Tensor], scalars: Scalars
 ) -> None:
-    """Gives an optimiser back what `pack` named."""
+    """Gives an optimiser back what `pack` named.
+
+    Raises:
+        ValueError: If Adam's moments of some parameters are missing or of another shape. Of other optimisers it is not
+            known what they keep.
+    """
     content = optimizer.state_dict()
     content["state"] = {}
     for index, name in enumerate(names):
@@ -61,6 +66,12 @@ def unpack(
             content["state"][index] = moments
     content["param_groups"][0] |= scalars.get("group", {})
     optimizer.load_state_dict(content)
+    if optimizer.state and isinstance(optimizer, torch.optim.Adam):
+        for name, parameter in zip(names, optimizer.param_groups[0]["params"], strict=True):
+            moments = optimizer.state.get(parameter, {})
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key not in moments or "step" not in moments or moments[key].shape != parameter.shape:
+                    raise ValueError(f"there is no {key} for {name}, or it does not fit")
 
 
 def check_that_it_continues(

@@ -38,6 +38,10 @@ class ProcessesDiffer(Exception):
     """The processes no longer have the same weights; the message names one and says what to do."""
 
 
+class SharedOSError(OSError):
+    """What the system refused to one rank, raised on every rank."""
+
+
 def start(config: TrainingConfig) -> Accelerator:
     """Collective: joins the processes and picks the device and the precision.
 
@@ -135,7 +139,7 @@ def on_every_rank(function: Callable[[], Result]) -> Result:
     dist.all_reduce(has_failed, group=_hosts())
     if has_failed.any():
         is_system_error, message = share_json(failure, source=int(has_failed.argmax()))
-        raise OSError(message) if is_system_error else ConfigError(message)
+        raise SharedOSError(message) if is_system_error else ConfigError(message)
     return result
 
 

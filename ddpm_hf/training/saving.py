@@ -7,6 +7,8 @@ import json
 import logging
 import shutil
 import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -85,28 +87,32 @@ class Saver:
 
         processes.on_rank_0(check)
 
-    def resume(self) -> TrainerState | None:
+    def resume(self, take_up: Callable[[TrainerState], None]) -> None:
         """Collective: takes up the newest valid checkpoint, read by rank 0 alone, and starts the run folder.
 
-        Returns:
-            The counters of the run, or None for a run that starts at the beginning.
+        Args:
+            take_up: Gives the counters of a run that is continued to those who count.
 
         Raises:
             ValueError: If the checkpoints in the folder cannot be continued with this configuration, or there is no
                 room for further ones.
         """
         found = processes.on_rank_0(self._read_checkpoint)
-        state = None
+        step = 0
         if processes.share_json(found is not None):
-            counters, tensors, learned = found if found is not None else (TrainerState(), None, None)
+            path, counters, tensors, learned = found if found is not None else (Path(), TrainerState(), None, None)
+            path = Path(processes.share_json(str(path)))
             state = TrainerState(**processes.share_json(vars(counters)))
             processes.share_tensors([*self._unet.parameters(), *self._ema.tensors()])
             tensors = processes.share_named_tensors(tensors, self._unet.device)
-            load_optimizer(self._optimizer, self._unet, tensors, state.optimizer)
-            self._timestep_sampler.load_state(processes.share_named_tensors(learned, self._unet.device))
-            self._ema.num_updates = state.num_ema_updates
-        processes.on_rank_0(lambda: self._start_folder(state.global_step if state else 0))
-        return state
+            learned = processes.share_named_tensors(learned, self._unet.device)
+            with _going_on_from(path):
+                load_optimizer(self._optimizer, self._unet, tensors, state.optimizer)
+                self._timestep_sampler.load_state(learned)
+                self._ema.num_updates = state.num_ema_updates
+                take_up(state)
+            step = state.global_step
+        processes.on_rank_0(lambda: self._start_folder(step))
 
     def save(self, state: TrainerState, *, must_succeed: bool) -> bool:
         """Collective: writes a checkpoint on rank 0 and removes old ones.
@@ -207,27 +213,39 @@ class Saver:
                 "room, or choose another folder."
             )
 
-    def _read_checkpoint(self) -> tuple[TrainerState, dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:
+    def _read_checkpoint(self) -> tuple[Path, TrainerState, dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:
         """Reads the newest valid checkpoint on rank 0."""
         latest = choose_checkpoint(self._folder, self._config)
         self._check_space(latest)
         if latest is None:
             return None
         say(f"Continuing from step {latest.step} of {self._config.training.num_steps} ({latest.path}).")
-        try:
+        with _going_on_from(latest.path):
             state, tensors = read_snapshot(latest.path, self._unet, self._ema)
+            if state.global_step != latest.step:
+                raise ValueError(f"its counters are those of step {state.global_step}")
             learned = snapshot.read_objective(latest.path)
-        except Exception as error:  # its files are those of the manifest, but whoever wrote it decided what is in them
-            reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
-            raise CheckpointError(
-                f"{latest.path} is whole, but this version cannot go on from it ({reason}); restore another one, use "
-                "the version that wrote it, or choose another training.output_dir."
-            ) from error
         data_state.check_state(self._images, state, self._config.data.source, self._folder.path)
-        return state, tensors, learned
+        return latest.path, state, tensors, learned
 
     def _start_folder(self, step: int) -> None:
         """Writes the configuration and cuts metrics and stored averages back to the checkpoint."""
         self._folder.write_config(self._config.to_yaml())
         checkpoint.remove_after(self._folder.ema_snapshots, step)
         self._metrics.cut_after(step)
+
+
+@contextmanager
+def _going_on_from(path: Path) -> Iterator[None]:
+    """Refuses a checkpoint whose files are those of its manifest: whoever wrote it decided what is in them."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
+        reason = textwrap.shorten(what or type(error).__name__, 200, placeholder=" ...")
+        raise CheckpointError(
+            f"{path} is whole, but this version cannot go on from it ({reason}); restore another one, use the version "
+            "that wrote it, or choose another training.output_dir."
+        ) from error

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.optimizer_state import Scalars, pack, unpack
 
+_COUNTS = ("global_step", "num_ema_updates", "num_skipped", "num_consecutive_skipped", "num_scaler_skips")
 _OBJECTIVE_FILE = "objective.safetensors"
 
 
@@ -81,8 +82,7 @@ def read_snapshot(folder: Path, unet: UNet2DModel, ema: EMA) -> tuple[TrainerSta
         The counters of the run and the optimiser's named tensors, for `load_optimizer`.
     """
     state = TrainerState(**json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")))
-    if state.best is not None and set(state.best) != {"step", "kind", "value"}:
-        raise ValueError(f"best is {state.best!r}; it must hold step, kind and value")
+    _check_counters(state)
     for name in ema.names:
         _copy_weights(folder / name, unet)
         ema.load(unet, state.num_ema_updates, name)
@@ -117,6 +117,23 @@ def read_objective(folder: Path) -> dict[str, torch.Tensor]:
     """Returns what `write_objective` wrote; nothing for an objective that does not learn."""
     path = folder / _OBJECTIVE_FILE
     return load_file(path) if path.exists() else {}
+
+
+def _check_counters(state: TrainerState) -> None:
+    """Refuses counters that nothing could count on from."""
+    for name in _COUNTS:
+        if not isinstance(value := getattr(state, name), int) or value < 0:
+            raise ValueError(f"{name} is {value!r}; it must be 0 or a larger integer")
+    if state.micro_batch_size is not None and not isinstance(state.micro_batch_size, int):
+        raise ValueError(f"micro_batch_size is {state.micro_batch_size!r}; it must be an integer")
+    best = state.best
+    if best is not None and not (
+        set(best) == {"step", "kind", "value"}
+        and isinstance(best["step"], int)
+        and isinstance(best["kind"], str)
+        and isinstance(best["value"], int | float)
+    ):
+        raise ValueError(f"best is {best!r}; it must hold the step, the kind and the value of a score")
 
 
 def _names(unet: UNet2DModel) -> list[str]:

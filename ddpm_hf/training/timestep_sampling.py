@@ -130,6 +130,11 @@ class LossAwareTimesteps(TimestepSampler):
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Takes up the history that `state` returned, from any device."""
+        if {name: tensor.shape for name, tensor in state.items()} != {
+            "losses": self._losses.shape,
+            "num_losses": self._num_losses.shape,
+        }:
+            raise ValueError(f"it must hold the last losses of {self._num_timesteps} timesteps")
         self._losses = state["losses"].cpu().numpy().copy()
         self._num_losses = state["num_losses"].cpu().numpy().copy()
 

@@ -94,12 +94,12 @@ class MetricsLog:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """Returns what a line says, or None for one that a kill or a power cut tore."""
+    """Returns what a line says, or None for one that a kill or a power cut tore, or that says nothing of a step."""
     try:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _end_of(step: int, content: mmap.mmap) -> int:

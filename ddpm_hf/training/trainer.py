@@ -136,7 +136,7 @@ class Trainer:
             ProcessesDiffer: If the processes no longer have the same weights.
             ValueError: If the checkpoints in the run folder cannot be continued with this configuration.
         """
-        self._resume()
+        self.saver.resume(self._take_up)
         self._prepare()
         first_step, num_steps = self.state.global_step, self.config.training.num_steps
         self._progress = Progress(first_step, num_steps, is_main_process=self.is_main_process)
@@ -151,16 +151,21 @@ class Trainer:
                 self.state.global_step += 1
                 self._progress.update()
                 self._after_step()
-                if exit_code := watcher.exit_code_if_stopped():
-                    self._save(must_succeed=True)
-                    self._progress.close()
-                    if self.is_main_process:
-                        say(f"Stopped by a signal at step {self.state.global_step}; the same command continues here.")
-                    raise TrainingStopped(exit_code)
+                self._stop_if(watcher.exit_code_if_stopped())
+            self._stop_if(watcher.agreed())  # a signal in the last step, which no further step asks about
         self._finish()
         if self.is_main_process:
             minutes, seconds = divmod(round(time.monotonic() - started_at), 60)
             say(f"Trained from step {first_step} to {num_steps} in {minutes}:{seconds:02}.")
+
+    def _stop_if(self, exit_code: int) -> None:
+        """Collective: after a signal, saves and ends training."""
+        if exit_code:
+            self._save(must_succeed=True)
+            self._progress.close()
+            if self.is_main_process:
+                say(f"Stopped by a signal at step {self.state.global_step}; the same command continues here.")
+            raise TrainingStopped(exit_code)
 
     def _prepare(self) -> None:
         """Collective: settles how the batch is split, and wraps the network for the device and the other processes."""
@@ -324,16 +329,14 @@ class Trainer:
         if not self.saver.save(self.state, must_succeed=must_succeed):
             self.state.best = best_before
 
-    def _resume(self) -> None:
-        """Collective: takes up what `_save` wrote."""
-        state = self.saver.resume()
-        if state is not None:
-            self.state = state
-            self.meter.restore(state.loss_sums)
-            self.guard.num_skipped = state.num_skipped
-            self.guard.num_consecutive = state.num_consecutive_skipped
-            self.guard.num_scaler_skips = state.num_scaler_skips
-            data_state.go_to(self.images, state, self.accelerator.process_index, self.accelerator.num_processes)
+    def _take_up(self, state: TrainerState) -> None:
+        """Goes on from the counters that `_save` wrote."""
+        self.state = state
+        self.meter.restore(state.loss_sums)
+        self.guard.num_skipped = state.num_skipped
+        self.guard.num_consecutive = state.num_consecutive_skipped
+        self.guard.num_scaler_skips = state.num_scaler_skips
+        data_state.go_to(self.images, state, self.accelerator.process_index, self.accelerator.num_processes)
 
     def _finish(self) -> None:
         """Collective: writes the pipeline with the averaged weights."""

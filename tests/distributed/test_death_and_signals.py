@@ -1,13 +1,13 @@
 """Processes that die and launchers that are told to stop: nothing hangs, and the last checkpoint goes on."""
 
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from ddpm_hf.cli import train
 from ddpm_hf.training.checkpoint import find_latest
@@ -55,11 +55,14 @@ def goes_on(run: Path) -> None:
 
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_ends_the_other_and_the_last_checkpoint_goes_on(tmp_path: Path, killed: int) -> None:
-    """Without a launcher that would end it: as on two machines, of which one has gone."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    """Without a launcher that would end it: as on two machines, of which one has gone.
+
+    They meet at a store of ours, as at torchrun's: its port is taken from the first moment, so nobody else can take it.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     command = ["train_ddpm.py", *run_arguments(tmp_path / "run", training__num_steps=100_000)]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    world["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     processes = [start(command, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in (0, 1)]
     try:
         wait_for(processes[0], "step 4/")

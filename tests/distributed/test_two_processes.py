@@ -272,6 +272,23 @@ def test_a_users_mistake_is_told_once_and_no_rank_hangs(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
 
 
+def test_an_image_that_one_rank_alone_cannot_read_is_named_by_it_once(tmp_path: Path) -> None:
+    """Each rank streams a file of its own; the bad image is in that of rank 1."""
+    for number, bad in enumerate([b"", b"no image"]):
+        files = [encode(np.zeros((8, 8), np.uint8)), bad or encode(np.ones((8, 8), np.uint8))] * 4
+        write_parquet(tmp_path / "data" / f"train-{number}-of-2.parquet", files)
+    streamed = {"streaming": True, "resolution": 8, "num_channels": 1, "shuffle_buffer_size": 1}
+    changes = {f"data__{name}": value for name, value in streamed.items()}
+    arguments = run_arguments(
+        tmp_path / "run", data__source=tmp_path / "data", model__class_conditional=False, **changes
+    )
+    result = run_process([*TORCHRUN, *arguments])
+    assert result.returncode != 0
+    (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert sentence.startswith("error: rank 1: image 2 of the stream of ")
+    assert sentence.endswith("; repair or remove it, or set data.on_bad_image to skip.")
+
+
 def test_a_batch_that_two_processes_cannot_share_is_refused_with_numbers_that_work(folder: Path) -> None:
     for report in reports_of(folder, "agreement"):
         assert report["said"][-1] == "training.train_batch_size 9 is not a multiple of 2 processes; use 8 or 10."

@@ -173,10 +173,10 @@ def coverage(folder: Path) -> Report:
 
 
 def stopped(folder: Path) -> Report:
-    """Stopped through one rank and continued, beside a run that never stopped; everything random switched on."""
+    """Stopped through one rank, also in the last step, beside a run that never stopped; everything random is on."""
     codes = [train(folder, EVERYTHING_RANDOM, signalled(signal.SIGINT, 1, rank=0))[1]]
     saved = max((folder / "checkpoints").iterdir()).name
-    codes += [train(folder, EVERYTHING_RANDOM, signalled(signal.SIGUSR1, 4, rank=1))[1]]
+    codes += [train(folder, EVERYTHING_RANDOM, signalled(signal.SIGUSR1, 5, rank=1))[1]]
     codes += [train(folder.parent / "never_stopped", EVERYTHING_RANDOM)[1]]
     return {"exit_codes": codes, "saved": saved}
 

@@ -54,6 +54,22 @@ def pickle_in_place_of_weights(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(buffer.getvalue())
 
 
+def no_moments_of_some(folder: Path) -> None:
+    tensors = load_file(folder / "optimizer.safetensors")
+    del tensors["conv_out.bias/exp_avg_sq"]
+    save_file(tensors, folder / "optimizer.safetensors")
+
+
+def moments_of_another_shape(folder: Path) -> None:
+    tensors = load_file(folder / "optimizer.safetensors")
+    tensors["conv_out.bias/exp_avg"] = torch.zeros(7)
+    save_file(tensors, folder / "optimizer.safetensors")
+
+
+def losses_of_other_timesteps(folder: Path) -> None:
+    save_file({"losses": torch.zeros(3, 10), "num_losses": torch.zeros(3)}, folder / "objective.safetensors")
+
+
 FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "counters of a newer version": (change_json("trainer_state.json", phase_of_the_moon=1), "phase_of_the_moon"),
     "a best score without its step": (change_json("trainer_state.json", best={"kind": "fid"}), "best is"),
@@ -62,6 +78,19 @@ FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another network": (other_network, "size mismatch"),
     "a pickle that is called safetensors": (pickle_in_place_of_weights, "header"),
     "no average": (lambda folder: shutil.rmtree(folder / "ema"), "cannot go on from it"),
+    "moments of some weights": (no_moments_of_some, "there is no exp_avg_sq for conv_out.bias"),
+    "moments of another shape": (moments_of_another_shape, "there is no exp_avg for conv_out.bias, or it does not fit"),
+    "no history of losses": (lambda folder: (folder / "objective.safetensors").unlink(), "last losses of 2 timesteps"),
+    "a history of other timesteps": (losses_of_other_timesteps, "last losses of 2 timesteps"),
+    "counters of another step": (change_json("trainer_state.json", global_step=1), "those of step 1"),
+    "counters that do not count": (change_json("trainer_state.json", num_skipped="x"), "num_skipped is 'x'"),
+    "a micro batch of no number": (change_json("trainer_state.json", micro_batch_size=[]), "micro_batch_size is []"),
+    "a best score without a number": (
+        change_json("trainer_state.json", best={"step": 1, "kind": "fid", "value": []}),
+        "best is",
+    ),
+    "sums that are none": (change_json("trainer_state.json", loss_sums=["x"]), "cannot go on from it"),
+    "sums of more than there is": (change_json("trainer_state.json", loss_sums=[[1.0] * 99]), "cannot go on from it"),
     "no moments": (lambda folder: (folder / "optimizer.safetensors").unlink(), "cannot go on from it"),
     "no configuration": (lambda folder: (folder / "config.yaml").unlink(), "holds no configuration of a run"),
     "a configuration with a tag": (
@@ -93,7 +122,7 @@ def trainer(source: Path, tmp_path: Path) -> Iterator[Trainer]:
 def test_a_foreign_checkpoint_is_refused_in_one_sentence_and_left_as_it_is(
     source: Path, trainer: Trainer, tmp_path: Path
 ) -> None:
-    """All of them on one trainer, since each is refused before anything is taken from it."""
+    """All of them on one trainer, since each is refused before anything is written or trained."""
     path = tmp_path / "run" / "checkpoints" / "step_00000002"
     for name, (change, reason) in FOREIGN.items():
         shutil.rmtree(path)
@@ -102,7 +131,7 @@ def test_a_foreign_checkpoint_is_refused_in_one_sentence_and_left_as_it_is(
         sign_again(path)
         checkpoint.verify_checkpoint(path)
         with pytest.raises(checkpoint.CheckpointError) as caught:
-            trainer.saver.resume()
+            trainer.saver.resume(trainer._take_up)
         assert reason in str(caught.value), name
         assert str(path) in str(caught.value), name
         assert "\n" not in str(caught.value), name
@@ -141,3 +170,16 @@ def test_a_run_goes_on_at_a_million_steps_as_soon_as_at_two(source: Path, tmp_pa
     resume_at(2)
     early, late = resume_at(2), resume_at(1_000_000)
     assert late < early + 1.0
+
+
+def test_what_says_nothing_is_no_hindrance(source: Path, tmp_path: Path) -> None:
+    """No sums of the losses are zeros, and a line of metrics without a step is none."""
+    run = tmp_path / "run"
+    shutil.copytree(source, run)
+    path = run / "checkpoints" / "step_00000002"
+    change_json("trainer_state.json", loss_sums=[])(path)
+    sign_again(path)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": null}\n{"step": "a", "loss": 1}\n')
+    assert train(run_arguments(run, **EVERYTHING_RANDOM, training__num_steps=3, training__posthoc_ema=True)) == 0
+    assert [row["step"] for row in metrics_of(run)] == [*(row["step"] for row in metrics_of(source)), 3]

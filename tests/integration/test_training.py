@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 from ddpm_hf import GaussianDiffusionPipeline
 from ddpm_hf.cli import train
 from ddpm_hf.config import load_config
+from ddpm_hf.data import DataError
 from ddpm_hf.evaluation import sampling
 from ddpm_hf.training import saving
 from ddpm_hf.training.checkpoint import find_latest
 from ddpm_hf.training.guard import NonFiniteTraining, RunLock
 from ddpm_hf.training.objective import DenoisingLoss
+from ddpm_hf.training.processes import SharedOSError
 from ddpm_hf.training.timestep_sampling import HISTORY_LENGTH, LossAwareTimesteps, UniformTimesteps
 from ddpm_hf.training.trainer import Trainer
 from ddpm_hf.training.validation import validation_loss
@@ -349,6 +351,34 @@ def test_running_out_of_memory_names_the_setting_to_lower(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert line.startswith("error: out of memory (")
     assert "ried to allocate 2.00 GiB.); lower training.micro_batch_size" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "told"),
+    [
+        (DataError("an image is bad."), 2, ["error: rank 1: an image is bad."]),
+        (OSError(errno.EIO, "Input/output error", "a.png"), 1, ["error: rank 1: Input/output error: a.png"]),
+        (SharedOSError("the disk is full"), 1, []),
+    ],
+    ids=["data", "disk", "shared"],
+)
+def test_what_one_rank_meets_alone_in_a_step_it_tells_itself(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    exit_code: int,
+    told: list[str],
+) -> None:
+    """What all ranks share is for rank 0 to tell."""
+
+    def fail(self: DenoisingLoss, *arguments: Any) -> torch.Tensor:
+        monkeypatch.setenv("RANK", "1")
+        raise error
+
+    monkeypatch.setattr(DenoisingLoss, "__call__", fail)
+    assert train(run_arguments(tmp_path / "run")) == exit_code
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")] == told
 
 
 def test_a_changed_setting_that_can_be_continued_with_is_named(

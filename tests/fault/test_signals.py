@@ -1,0 +1,91 @@
+"""Signals before the first step, in the last one and after it: a sentence and a code, and the same command goes on."""
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+import ddpm_hf.commands.train as command
+from ddpm_hf.cli import train
+from ddpm_hf.training import guard, saving, trainer
+from ddpm_hf.training.trainer import Trainer
+from tests.conftest import run_arguments
+
+
+@pytest.fixture(autouse=True)
+def _old_handlers() -> Iterator[None]:
+    """A signal that nobody takes fails the test and does not end the tests."""
+
+    def fail(number: int, _: object) -> None:
+        raise AssertionError(f"{signal.Signals(number).name} came where nothing was installed for it")
+
+    before = {number: signal.signal(number, fail) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def signal_after(patch: pytest.MonkeyPatch, owner: Any, name: str, number: signal.Signals) -> None:
+    """Lets a signal come when something is done."""
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def interrupted(*arguments: Any, **settings: Any) -> Any:
+        result = original(*arguments, **settings)
+        signal.raise_signal(number)
+        return result
+
+    patch.setattr(owner, name, interrupted)
+
+
+def test_a_signal_outside_of_the_steps_ends_in_order_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When the data are decoded, when the trackers close, when the pipeline is half written, and in the report."""
+    run = tmp_path / "run"
+    arguments = run_arguments(run, training__num_steps=2, evaluation__num_samples=2, evaluation__num_inference_steps=2)
+    for owner, name, number in (
+        (trainer, "open_splits", signal.SIGUSR1),
+        (trainer.Trackers, "__exit__", signal.SIGTERM),
+        (saving, "write_verification", signal.SIGTERM),
+        (command, "_write_report", signal.SIGINT),
+        (command, "_write_report", signal.SIGUSR1),
+    ):
+        with monkeypatch.context() as patch:
+            signal_after(patch, owner, name, number)
+            exit_code = train(arguments)
+        (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert sentence.startswith(
+            "error: interrupted" if number == signal.SIGINT else f"error: ended by {number.name}"
+        )
+        assert exit_code == (130 if number == signal.SIGINT else 143)
+        assert (run / "pipeline").exists() == (owner is command)
+        assert not list(tmp_path.rglob("*.writing")), name
+    assert train(arguments) == 0
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_signal_in_the_last_step_of_several_processes_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They agree a step later, and after the last one there is none. A group of one agrees as one of many does."""
+    arguments = run_arguments(tmp_path / "run", training__num_steps=2)
+    train_step = Trainer._train_step
+
+    def interrupted(self: Trainer, step: int) -> None:
+        train_step(self, step)
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(guard, "world_size", lambda: 2)
+        patch.setattr(Trainer, "_train_step", interrupted)
+        assert train(arguments) == 143
+    assert not dist.is_initialized(), "a command leaves the group at its end"
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert not (tmp_path / "run" / "pipeline").exists()
+    assert train(arguments) == 0
+    assert (tmp_path / "run" / "pipeline").exists()
