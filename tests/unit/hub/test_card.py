@@ -586,8 +586,16 @@ def test_what_diffusers_writes_by_itself_is_replaced_unless_somebody_wrote_in_it
         assert "More Information" not in new.text
         assert "# tiny-ddpm" in new.text
     assert data_of(card_of(folder_of(), trained).text)["license"] == "mit"
-    mine = pushed.replace("### Direct Use", "### Direct Use\n\nMy words.")
-    assert card_of(folder_of(), mine).text.endswith(mine.split("\n---\n", 1)[1])
+    for mine in (
+        pushed.replace("### Direct Use", "### Direct Use\n\nMy words."),
+        trained + "\nMy words.",
+        trained.replace("# TODO", "# My words"),
+        trained.replace("# X", "# X\n\n# My words"),
+    ):
+        assert "My words" in mine
+        new = card_of(folder_of(), mine)
+        assert new.text.endswith(mine.split("\n---\n", 1)[1])
+        assert new.kept == ("README.md",)
 
 
 LINES = st.sampled_from([
