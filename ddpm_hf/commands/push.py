@@ -38,6 +38,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add("--branch", help="push to this branch instead of main; it is made if it does not exist")
     add("--fp16", action="store_true", help='add half-precision weights, for from_pretrained(..., variant="fp16")')
     add("--license", help="identifier of the licence for the card, such as mit; by default it is marked as unknown")
+    add("--with_real_images", action="store_true",
+        help="publish evaluation.png too, which shows training images: only where anybody may see them")  # fmt: skip
     add("--message", help="first line of the commit")
     add("--dry_run", action="store_true", help="put all together, list it with sizes, and push nothing")
     return parser.parse_args(arguments)
@@ -72,6 +74,7 @@ def push(arguments: Sequence[str]) -> int:
         run=Path(options.folder).expanduser(),
         fp16=options.fp16,
         license=options.license,
+        with_real_images=options.with_real_images,
         is_dry_run=options.dry_run,
     ) as work:
         for section in work.kept:

@@ -30,7 +30,9 @@ NUM_DRAWN, NUM_STEPS = 16, 50
 MAX_CLASSES_DRAWN, NUM_DRAWN_OF_A_CLASS = 10, 4
 
 
-def assemble(source: Path, target: Path, *, run: Path | None = None, fp16: bool = False) -> None:
+def assemble(
+    source: Path, target: Path, *, run: Path | None = None, fp16: bool = False, with_real_images: bool = False
+) -> None:
     """Puts together all that is published but the card.
 
     Args:
@@ -38,6 +40,7 @@ def assemble(source: Path, target: Path, *, run: Path | None = None, fp16: bool 
         target: A new folder.
         run: Folder of the run that it was trained in, whose pictures are taken; without them some are drawn.
         fp16: Write half-precision weights too.
+        with_real_images: Take evaluation.png along, which shows training images beside samples.
 
     Raises:
         ValueError: The pipeline does not load, is not what was saved, or has weights that are not finite.
@@ -59,8 +62,12 @@ def assemble(source: Path, target: Path, *, run: Path | None = None, fp16: bool 
     (target / PICTURES_DIR).mkdir()
     _draw_schedule(pipeline, target / PICTURES_DIR / SCHEDULE)
     _add_samples(pipeline, run or source, target / PICTURES_DIR)
-    for picture in ((run or source) / LOSS, source / EVALUATION_PICTURE):
-        _copy_picture(picture, target / PICTURES_DIR)
+    _copy_picture((run or source) / LOSS, target / PICTURES_DIR)
+    if with_real_images and not _copy_picture(source / EVALUATION_PICTURE, target / PICTURES_DIR):
+        raise ValueError(
+            f"{source} has no {EVALUATION_PICTURE}, which alone shows real images; measure with ddpm-hf evaluate, or "
+            "leave with_real_images out."
+        )
     for name in (SUMMARY, EVALUATION):
         if (source / name).is_file():
             _write_json(target / name, _read_json(source / name))

@@ -340,6 +340,19 @@ def test_pictures_are_drawn_where_there_are_none_and_links_are_not_followed(tmp_
     ]  # fmt: skip
 
 
+def test_pictures_of_real_images_are_published_only_if_asked_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["push", str(Path(shutil.copytree(run, tmp_path / "run"))), "user/birds", "--dry_run"]
+    assert main([*command, "--with_real_images"]) == 2
+    assert "has no evaluation.png, which alone shows real images" in capsys.readouterr().err
+    Image.new("L", (8, 8)).save(tmp_path / "run" / "pipeline" / "evaluation.png")
+    assert main(command) == 0
+    assert "evaluation.png" not in capsys.readouterr().out
+    assert main([*command, "--with_real_images"]) == 0
+    assert "samples/evaluation.png" in capsys.readouterr().out
+
+
 def test_there_is_no_option_for_a_token(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["push", "x", "y", "--token", SECRET])
