@@ -33,7 +33,11 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add = parser.add_argument
     add("folder", help="folder of a finished run, or of a pipeline")
     add("repo_id", help='"user/name", "organisation/name", or "name" for your own')
-    add("--private", action="store_true", help="make the repository private, if it is made now")
+    add(
+        "--private",
+        action="store_true",
+        help="make the repository private, if it is made now; one that is public is refused",
+    )
     add("--pull_request", action="store_true", help="propose the change instead of making it")
     add("--branch", help="push to this branch instead of main; it is made if it does not exist")
     add("--fp16", action="store_true", help='add half-precision weights, for from_pretrained(..., variant="fp16")')

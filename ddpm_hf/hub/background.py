@@ -63,7 +63,8 @@ class BackgroundPush:
             OSError: The Hub cannot be asked.
         """
         check_license(self._config.license)
-        name = check_access(Target(repo_id=str(self._config.repo_id), branch=self._config.branch))
+        config = self._config
+        name = check_access(Target(repo_id=str(config.repo_id), private=config.private, branch=config.branch))
         tqdm.write(f"Will be pushed to {name}.")
 
     def is_free(self) -> bool:

@@ -182,7 +182,7 @@ def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read ({reason}); write it anew, or take it out of the folder.") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no settings but {content!r:.40}; write it anew, or take it out of the folder.")
+        raise ValueError(f"{path} holds no record but {content!r:.40}; write it anew, or take it out of the folder.")
     return dict(_edited(content, redact))
 
 

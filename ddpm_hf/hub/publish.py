@@ -55,13 +55,13 @@ def prepared(
         OSError: The Hub cannot be reached.
     """
     check_license(license)
-    if not is_dry_run:
-        check_access(target)  # before the work
+    name = target.repo_id if is_dry_run else check_access(target)
+    make_card(source, repo_id=name)  # before the work too: records that are broken are refused where they lie
     with tempfile.TemporaryDirectory(prefix="ddpm-hf-push-") as temporary:
         folder = Path(temporary) / "repository"
         assemble(source, folder, run=run, fp16=fp16, with_real_images=with_real_images)
-        remote = Remote(target.repo_id, None, None) if is_dry_run else look_up(target)
-        card = make_card(folder, repo_id=remote.repo_id, license=license, existing=remote.card)
+        remote = Remote(name, None, None) if is_dry_run else look_up(target, name)
+        card = make_card(folder, repo_id=name, license=license, existing=remote.card)
         (folder / FILE_NAME).write_text(card.text, encoding="utf-8", newline="")
         yield Prepared(folder, remote, card.kept)
 
@@ -91,6 +91,5 @@ def publish(
         ValueError: As in `prepared`, or somebody else was faster.
         OSError: As in `prepared`.
     """
-    options = {"fp16": fp16, "with_real_images": with_real_images}
-    with prepared(source, target, run=run, license=license, **options) as work:
+    with prepared(source, target, run=run, fp16=fp16, license=license, with_real_images=with_real_images) as work:
         return push(work.folder, target, work.remote, message)
