@@ -19,6 +19,7 @@ from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionSchedu
 from ddpm_hf.evaluation.sampling import Sampler, sample_images, sample_trajectory
 from ddpm_hf.evaluation.verification import FILE_NAME as VERIFICATION
 from ddpm_hf.evaluation.verification import verify, write_verification
+from ddpm_hf.hub.card_facts import public_name, without_paths
 from ddpm_hf.plots import schedule_plot
 from ddpm_hf.redaction import reason_of
 from ddpm_hf.report import ANIMATION, SAMPLES, STRIP, draw_samples
@@ -70,9 +71,9 @@ def assemble(
         )
     for name in (SUMMARY, EVALUATION):
         if (source / name).is_file():
-            _write_json(target / name, _read_json(source / name))
+            _write_json(target / name, without_paths(_read_json(source / name)))
     if (source / CONFIGURATION).is_file():
-        (target / CONFIGURATION).write_text(_public_settings(source / CONFIGURATION), encoding="utf-8")
+        (target / CONFIGURATION).write_text(_public_settings(source), encoding="utf-8")
     if fp16:
         pipeline.unet.half()
         _check_finite(pipeline, source, "float16")
@@ -167,22 +168,31 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _public_settings(path: Path) -> str:
-    """Returns the settings of the training without the places of this machine: of a path, its last part stays."""
+def _public_settings(source: Path) -> str:
+    """Returns the settings of the training without the places of this machine, the same wherever it is published from.
+
+    Of a path its last part stays. An owner and a name with a slash between them are an id of the Hub where the summary
+    of the training says so, or a setting beside them that only the Hub has.
+    """
+    path = source / CONFIGURATION
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read ({reason_of(error)}); remove it, and push again.") from None
     if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
         raise ValueError(f"{path} holds no settings of a training; remove it, and push again.")
+    data, model = settings.get("data", {}), settings.get("model", {})
+    summary = _read_json(source / SUMMARY) if (source / SUMMARY).is_file() else {}
+    learned_from = (summary.get("data") or {}).get("source")
+    is_known = {
+        "output_dir": False,
+        "cache_dir": False,
+        "source": data.get("source") == learned_from or bool(data.get("revision") or data.get("subset")),
+        "config_file": bool(model.get("revision")),
+        "from_pretrained": bool(model.get("revision")),
+    }
     for section in settings.values():
-        for name, value in section.items():
-            if isinstance(value, str) and _is_local(value):
-                section[name] = Path(value).name
-    return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-
-
-def _is_local(value: str) -> bool:
-    """Tells whether a setting is a path of this machine, and no name on the Hub."""
-    is_outside = value.startswith(("/", "~", ".")) or "\\" in value or value.count("/") > 1
-    return is_outside or Path(value).expanduser().exists()
+        for name in is_known.keys() & section.keys():
+            if isinstance(section[name], str):
+                section[name] = public_name(section[name], is_known=is_known[name])
+    return str(yaml.safe_dump(without_paths(settings), sort_keys=False, allow_unicode=True))

@@ -76,8 +76,8 @@ class Target:
             raise HubRefused("a pull request has a branch of its own; leave out the branch or the pull request.")
         if self.branch is not None and not _is_branch(self.branch):
             raise HubRefused(
-                f"{self.branch!r} is no name of a branch; use letters, digits, -, _, . and /, but neither .. nor HEAD, and "
-                "no . or .lock at an end."
+                f"{self.branch!r} is no name of a branch; use letters, digits, -, _, . and /, but neither .. nor HEAD, "
+                "and no . or .lock at an end."
             )
 
     @property
