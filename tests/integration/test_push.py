@@ -1,7 +1,12 @@
 """A finished run or a pipeline goes to a Hub on loopback, whole or not at all, and is loaded from there."""
 
 import json
+import os
 import shutil
+import signal
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -116,7 +121,9 @@ def test_a_dry_run_says_what_would_go_and_asks_nobody(
     assert main(["push", str(run), "user/birds", "--dry_run", "--private", "--branch", "next"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.endswith(WEIGHTS) and " kB " in line for line in lines)
-    assert lines[-1].endswith("files would go to user/birds, branch next (private, if it is made).")
+    assert lines[-2].endswith("files would go to user/birds, branch next (private, if it is made).")
+    assert lines[-1] == "The Hub was not asked whether you may push there, nor what its card keeps."
+    assert not any("licence" in line for line in lines)
     assert hub.requests == []
 
 
@@ -428,6 +435,26 @@ def test_pictures_of_real_images_are_published_only_if_asked_for(
     assert "evaluation.png" not in capsys.readouterr().out
     assert main([*command, "--with_real_images"]) == 0
     assert "samples/evaluation.png" in capsys.readouterr().out
+
+
+def test_a_push_that_is_stopped_leaves_nothing_behind(
+    hub: LoopbackHub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop() -> None:
+        while not list(tmp_path.glob("ddpm-hf-push-*")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(SystemExit) as caught:
+        main(["push", str(run), "birds"])
+    assert caught.value.code == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert hub.repositories == {}
 
 
 def test_there_is_no_option_for_a_token(capsys: pytest.CaptureFixture[str]) -> None:
