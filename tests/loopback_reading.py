@@ -9,6 +9,7 @@ from tests.loopback_repository import Repository, Upload, git_blob_id, is_large,
 from tests.loopback_server import Refusal, Request, Response, Wire, as_file, as_json, serve
 
 USER, ORGANIZATION = "user", "org"
+ORGANIZATION_TO_READ = "readers"  # the user is in it, but may write nothing there
 
 
 class ReadableHub:
@@ -18,6 +19,7 @@ class ReadableHub:
         endpoint: The address for HF_ENDPOINT.
         token: That of `user`, who may write to the repositories of user and of org.
         reader_token: The same user's, but for reading only.
+        fine_grained: The permissions of `token`, if it is a fine-grained one.
         repositories: By "user/name".
         takes_large_files: Whether large files go to the storage; otherwise they come in the commit like others.
         stored: The large files that the storage serves, by their sha256.
@@ -27,6 +29,7 @@ class ReadableHub:
 
     def __init__(self) -> None:
         self.token, self.reader_token = "hf_loopback", "hf_loopback_reader"  # they open nothing but this object
+        self.fine_grained: list[str] | None = None
         self.repositories: dict[str, Repository] = {}
         self.takes_large_files = True
         self.stored: dict[str, bytes] = {}
@@ -149,8 +152,15 @@ class ReadableHub:
         role = self._role(request)
         if role is None:
             raise Refusal(401, "", "Invalid username or password.")
-        token = {"type": "access_token", "accessToken": {"displayName": "loopback", "role": role}}
-        organizations = [{"type": "org", "name": ORGANIZATION}]
+        access = {"displayName": "loopback", "role": role}
+        if self.fine_grained is not None:
+            scoped = [{"entity": {"type": "user", "name": USER}, "permissions": self.fine_grained}]
+            access |= {"role": "fineGrained", "fineGrained": {"scoped": scoped}}
+        token = {"type": "access_token", "accessToken": access}
+        organizations = [
+            {"type": "org", "name": ORGANIZATION, "roleInOrg": "contributor"},
+            {"type": "org", "name": ORGANIZATION_TO_READ, "roleInOrg": "read"},
+        ]
         return as_json({"type": "user", "name": USER, "fullname": USER, "orgs": organizations, "auth": token})
 
     def auth_check(self, request: Request, repository: str, right: str = "read") -> Response:

@@ -1,9 +1,13 @@
 """`ddpm-hf push`: publishes a trained pipeline on the Hub, with a card that says what it is."""
 
+import signal
 import sys
+import threading
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from ddpm_hf.commands.folders import find_folder
@@ -33,11 +37,17 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add = parser.add_argument
     add("folder", help="folder of a finished run, or of a pipeline")
     add("repo_id", help='"user/name", "organisation/name", or "name" for your own')
-    add("--private", action="store_true", help="make the repository private, if it is made now")
+    add(
+        "--private",
+        action="store_true",
+        help="make the repository private, if it is made now; one that is public is refused",
+    )
     add("--pull_request", action="store_true", help="propose the change instead of making it")
     add("--branch", help="push to this branch instead of main; it is made if it does not exist")
     add("--fp16", action="store_true", help='add half-precision weights, for from_pretrained(..., variant="fp16")')
     add("--license", help="identifier of the licence for the card, such as mit; by default it is marked as unknown")
+    add("--with_real_images", action="store_true",
+        help="publish evaluation.png too, which shows training images: only where anybody may see them")  # fmt: skip
     add("--message", help="first line of the commit")
     add("--dry_run", action="store_true", help="put all together, list it with sizes, and push nothing")
     return parser.parse_args(arguments)
@@ -66,26 +76,52 @@ def push(arguments: Sequence[str]) -> int:
         branch=options.branch,
         as_pull_request=options.pull_request,
     )
-    with prepared(
-        source,
-        target,
-        run=Path(options.folder).expanduser(),
-        fp16=options.fp16,
-        license=options.license,
-        is_dry_run=options.dry_run,
-    ) as work:
+    with (
+        _removed_when_stopped(),
+        prepared(
+            source,
+            target,
+            run=Path(options.folder).expanduser(),
+            fp16=options.fp16,
+            license=options.license,
+            with_real_images=options.with_real_images,
+            is_dry_run=options.dry_run,
+        ) as work,
+    ):
         for section in work.kept:
             print(f"{FILE_NAME}: {section} was edited on the Hub, and stays as it is there.")
-        if options.license is None and work.remote.card is None:
+        if options.license is None and work.remote.card is None and not options.dry_run:
             print("The card says that the licence is unknown; --license mit, for example, would state it.")
         if options.dry_run:
             sizes = contents(work.folder)
             print("\n".join(f"{_size(size):>10}  {name}" for name, size in sizes.items()))
             print(f"{_size(sum(sizes.values())):>10}  in {len(sizes)} files would go to {_where(target)}.")
+            print("The Hub was not asked whether you may push there, nor what its card keeps.")
             return 0
         pushed = hub.push(work.folder, target, work.remote, options.message or MESSAGE)
     print(f"{pushed.url}{'' if pushed.is_new else ' was up to date; nothing was sent'}")
     return 0
+
+
+@contextmanager
+def _removed_when_stopped() -> Iterator[None]:
+    """Leaves by an exception where SIGTERM comes, so that what was put together is removed; a second one ends at once.
+
+    Python takes signals in the main thread alone; elsewhere nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _where(target: "Target") -> str:

@@ -6,6 +6,7 @@ which only starts the process and looks whether it has ended.
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from ddpm_hf.hub.push import Target, check_access, check_license
 
 logger = logging.getLogger(__name__)
 
-_LOG = "push.log"
+_LOG, _TEMPORARY = "push.log", "temporary"
 # Politely: below the priority of the training.
 _CHILD = """
 import os, sys
@@ -36,7 +37,7 @@ class BackgroundPush:
 
     Args:
         config: Where to.
-        folder: Where the output of the pushes is kept, as push.log.
+        folder: Where the output of the pushes is kept, as push.log, and what is put together while one lasts.
     """
 
     def __init__(self, config: HubConfig, folder: Path) -> None:
@@ -51,8 +52,11 @@ class BackgroundPush:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._process is not None and self._process.poll() is None:
-            self._process.terminate()  # nothing is visible before the last request of a push, and all of it after it
+            # Not asked to end, since it may wait for an upload: nothing is visible before the last request of a push,
+            # all of it after it, and what it leaves on the disk is removed here.
+            self._process.kill()
             self._process.wait()
+            shutil.rmtree(self._folder / _TEMPORARY, ignore_errors=True)
             logger.warning("The push of %s was stopped: all of it was published, or nothing.", self._what)
 
     def check(self) -> None:
@@ -63,7 +67,8 @@ class BackgroundPush:
             OSError: The Hub cannot be asked.
         """
         check_license(self._config.license)
-        name = check_access(Target(repo_id=str(self._config.repo_id), branch=self._config.branch))
+        config = self._config
+        name = check_access(Target(repo_id=str(config.repo_id), private=config.private, branch=config.branch))
         tqdm.write(f"Will be pushed to {name}.")
 
     def is_free(self) -> bool:
@@ -100,8 +105,10 @@ class BackgroundPush:
                 flags += [f"--{name}", value]
         command = ["push", str(folder), str(config.repo_id), *flags, "--message", f"Push {what}"]
         environment = {name: value for name, value in os.environ.items() if name not in _OF_THE_TRAINING}
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._folder / _TEMPORARY
+        shutil.rmtree(temporary, ignore_errors=True)  # of a training that was killed
+        temporary.mkdir(parents=True)
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary.resolve())}
         with (self._folder / _LOG).open("wb") as log:
             # In a session of its own, so that Ctrl-C reaches the training alone, which stops it in its turn.
             self._process = subprocess.Popen(  # noqa: S603 - our own command
@@ -118,6 +125,7 @@ class BackgroundPush:
         """Says how a push that has ended went, and forgets it."""
         assert self._process is not None
         exit_code, self._process = self._process.returncode, None
+        shutil.rmtree(self._folder / _TEMPORARY, ignore_errors=True)
         log = self._folder / _LOG
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
         last = next((line for line in reversed(lines) if line.strip()), "")

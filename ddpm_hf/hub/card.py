@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
@@ -22,8 +23,8 @@ from ddpm_hf.hub.card_text import render
 FILE_NAME = "README.md"
 METADATA, LICENSE = "metadata", "license"
 """What `Card.kept` calls a YAML that cannot be read, and a license that differs from the one that was asked for."""
-# The comment in the card of diffusers' training scripts, and the sentence in that of its push_to_hub.
-_OF_TRAINING_SCRIPTS = "<!-- This model card has been generated automatically"
+# The comment in the card of diffusers' training scripts with the title below it, and the sentence of its push_to_hub.
+_OF_TRAINING_SCRIPTS = re.compile(r"\s*<!-- This model card has been generated automatically[^>]*-->\s*(# .*)?")
 _OF_PUSH_TO_HUB = re.compile(r"This is the model card of a 🧨 diffusers \w+ that has been pushed on the Hub\..*")
 _UNCLOSED = re.compile(r"\s*---[ \t]*\r?\n[\w-]+:")
 # What a card that somebody wrote alone is given: enough to be found, loaded and compared.
@@ -89,12 +90,13 @@ def make_card(folder: Path, *, repo_id: str, license: str | None = None, existin
 
 
 def _is_automatic(body: str) -> bool:
-    """Whether diffusers wrote a card and nobody anything in it."""
-    if _OF_TRAINING_SCRIPTS in body and not has_marks(body):
-        return True
-    sentence = _OF_PUSH_TO_HUB.search(body)
-    if sentence is None:
+    """Whether diffusers wrote a card and nobody anything in it: each line is one of its template, or the title."""
+    if trained := _OF_TRAINING_SCRIPTS.match(body):
+        description, template_path = trained[1] or "", str(MODEL_CARD_TEMPLATE_PATH)
+    elif pushed := _OF_PUSH_TO_HUB.search(body):
+        description, template_path = pushed[0], None
+    else:
         return False
-    template = ModelCard.from_template(ModelCardData(), model_description=sentence[0].strip()).text
+    template = ModelCard.from_template(ModelCardData(), template_path=template_path, model_description=description).text
     written = {line.strip() for line in template.splitlines()}
     return all(line.strip() in written for line in body.splitlines())

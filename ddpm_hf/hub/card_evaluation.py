@@ -43,9 +43,11 @@ class Measurement:
 
     @property
     def title(self) -> str:
-        """What it is called with the number of samples: FID-50k."""
+        """What it is called with the number of samples: FID-50k; of bits per dimension, with what they are of."""
         if self.metric == BITS_PER_DIM:
-            return f"{TITLES[BITS_PER_DIM][0]} of {self.num_samples:,} images"
+            kind = "training images" if self.row.get("images") == "all" else "images"
+            given = ", given the class" if self.row.get("conditional") else ""
+            return f"{TITLES[BITS_PER_DIM][0]} of {self.num_samples:,} {kind}{given}"
         count = f"{self.num_samples // 1000}k" if self.num_samples % 1000 == 0 else str(self.num_samples)
         return f"{TITLES.get(self.metric, (self.metric,))[0]}-{count}"
 
@@ -125,7 +127,14 @@ def _measurement(row: Mapping[str, Any]) -> Measurement:
 
 
 def command(
-    evaluation: Evaluation, *, repo_id: str, source: str, spacing: str | None, length: int, config: Mapping[str, Any]
+    evaluation: Evaluation,
+    *,
+    repo_id: str,
+    source: str,
+    spacing: str | None,
+    length: int,
+    num_classes: int,
+    config: Mapping[str, Any],
 ) -> str:
     """Returns the command that measures the same again.
 
@@ -135,6 +144,7 @@ def command(
         source: The data.
         spacing: Spacing of timesteps that the scheduler has by itself.
         length: Length of the chain.
+        num_classes: Classes that are sampled in turn if nothing else is said; 0 for none.
         config: The settings of the run, which say what was held out.
     """
     sampling, data = evaluation.sampling, config.get("data") or {}
@@ -154,6 +164,8 @@ def command(
     if sampling.get("guidance_scale") not in (None, 1, 1.0):
         flags["guidance_scale"] = sampling["guidance_scale"]
         flags["guidance_rescale"] = sampling.get("guidance_rescale") or None
+    if sampling.get("labels") not in (None, list(range(num_classes))):
+        flags["labels"] = ",".join(map(str, sampling["labels"]))
     if sampling.get("analytic_variance"):
         flags["variance"] = "analytic"
     if sampling.get("dtype") in ("bfloat16", "float16"):
@@ -163,4 +175,6 @@ def command(
         flags |= {"num_images": one.num_samples, "num_terms": "all" if terms == steps else terms}
         flags["likelihood_steps"] = steps if steps != length else None
     words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+    if sampling.get("device") == "cpu":  # whose noise is another than that of a GPU
+        words.append("--cpu")
     return shlex.join(["ddpm-hf", "evaluate", repo_id, *words, "--output", "evaluation"])

@@ -148,6 +148,11 @@ def public_name(source: str, *, is_known: bool) -> str:
     return re.split(r"[/\\]", source.rstrip("/\\"))[-1] or "unnamed"
 
 
+def without_paths(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns a content without the folders of this machine in its texts; relative ones stay, as ids look like them."""
+    return dict(_edited(content, lambda text: _ABSOLUTE_PATH.sub("", text)))
+
+
 def read_facts(folder: Path, repo_id: str) -> Facts:
     """Reads a folder.
 
@@ -164,9 +169,9 @@ def read_facts(folder: Path, repo_id: str) -> Facts:
         index=_read(folder, INDEX, json.loads),
         unet=_read(folder, "unet/config.json", json.loads),
         scheduler=_read(folder, "scheduler/scheduler_config.json", json.loads),
-        config=_without_paths(_read(folder, "training_config.yaml", yaml.safe_load)),
-        summary=_without_paths(_read(folder, "training_summary.json", json.loads)),
-        evaluation=None if evaluation is None else read_evaluation(_without_paths(evaluation), folder / EVALUATION),
+        config=without_paths(_read(folder, "training_config.yaml", yaml.safe_load)),
+        summary=without_paths(_read(folder, "training_summary.json", json.loads)),
+        evaluation=None if evaluation is None else read_evaluation(without_paths(evaluation), folder / EVALUATION),
         files=files,
     )
 
@@ -182,13 +187,8 @@ def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read ({reason}); write it anew, or take it out of the folder.") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no settings but {content!r:.40}; write it anew, or take it out of the folder.")
+        raise ValueError(f"{path} holds no record but {content!r:.40}; write it anew, or take it out of the folder.")
     return dict(_edited(content, redact))
-
-
-def _without_paths(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns a content without the folders of this machine in its texts; of sources and paths `Facts` takes care."""
-    return dict(_edited(content, lambda text: _ABSOLUTE_PATH.sub("", text)))
 
 
 def _edited(value: Any, edit: Callable[[str], str]) -> Any:

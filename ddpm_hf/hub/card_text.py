@@ -59,6 +59,7 @@ _SETTINGS = {
     "mirrored at random": "data.random_flip",
     "seed": "training.seed",
 }
+_HALF_PRECISION = "unet/diffusion_pytorch_model.fp16"
 _OFF = (None, "", "none", False, 0)
 _SHOWN_EVEN_IF_OFF = ("training.seed",)
 
@@ -96,6 +97,8 @@ def render(facts: Facts, *, license: str) -> dict[str, str]:
         loss=_LOSSES.get(str(facts.setting("objective.loss"))),
         beta_schedule=_beta_schedule(facts),
         base_model=_base_model(facts),
+        has_half_precision=any(name.startswith(_HALF_PRECISION) for name in facts.files) and not facts.variant,
+        epochs=_epochs(facts),
         duration=_duration(facts.measured("seconds")),
         score=_score(facts),
         ideas=_ideas(facts),
@@ -187,6 +190,7 @@ def _command(facts: Facts) -> str:
         source=facts.measured_on or "DATA",
         spacing=facts.scheduler.get("timestep_spacing"),
         length=facts.num_train_timesteps,
+        num_classes=facts.num_classes,
         config=facts.config,
     )
 
@@ -213,6 +217,17 @@ def _base_model(facts: Facts) -> str | None:
     """Names what the weights were before training, without the folders it lies in."""
     name = facts.setting("model.from_pretrained")
     return public_name(str(name), is_known=bool(facts.setting("model.revision"))) if name else None
+
+
+def _epochs(facts: Facts) -> str:
+    """Says how often the network saw an image, or how many of them it saw; nothing where that is not known."""
+    seen, number = facts.measured("num_images_seen"), facts.measured("data.num_images")
+    if not isinstance(seen, int) or not isinstance(number, int) or number <= 0:
+        return ""
+    if seen < number:
+        return f"{100 * seen / number:.3g} % of the {number:,} there are"
+    times = round(seen / number)
+    return f"each of the {number:,} about {'once' if times == 1 else f'{times:,} times'}"
 
 
 def _duration(seconds: Any) -> str | None:

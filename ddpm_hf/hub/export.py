@@ -19,6 +19,7 @@ from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionSchedu
 from ddpm_hf.evaluation.sampling import Sampler, sample_film, sample_images
 from ddpm_hf.evaluation.verification import FILE_NAME as VERIFICATION
 from ddpm_hf.evaluation.verification import verify, write_verification
+from ddpm_hf.hub.card_facts import public_name, without_paths
 from ddpm_hf.plots import schedule_plot
 from ddpm_hf.redaction import reason_of
 from ddpm_hf.report import ANIMATION, SAMPLES, STRIP, draw_samples
@@ -30,7 +31,9 @@ NUM_DRAWN, NUM_STEPS, BATCH_SIZE = 16, 50, 8
 MAX_CLASSES_DRAWN, NUM_DRAWN_OF_A_CLASS = 10, 4
 
 
-def assemble(source: Path, target: Path, *, run: Path | None = None, fp16: bool = False) -> None:
+def assemble(
+    source: Path, target: Path, *, run: Path | None = None, fp16: bool = False, with_real_images: bool = False
+) -> None:
     """Puts together all that is published but the card.
 
     Args:
@@ -38,6 +41,7 @@ def assemble(source: Path, target: Path, *, run: Path | None = None, fp16: bool 
         target: A new folder.
         run: Folder of the run that it was trained in, whose pictures are taken; without them some are drawn.
         fp16: Write half-precision weights too.
+        with_real_images: Take evaluation.png along, which shows training images beside samples.
 
     Raises:
         ValueError: The pipeline does not load, is not what was saved, or has weights that are not finite.
@@ -59,13 +63,17 @@ def assemble(source: Path, target: Path, *, run: Path | None = None, fp16: bool 
     (target / PICTURES_DIR).mkdir()
     _draw_schedule(pipeline, target / PICTURES_DIR / SCHEDULE)
     _add_samples(pipeline, run or source, target / PICTURES_DIR)
-    for picture in ((run or source) / LOSS, source / EVALUATION_PICTURE):
-        _copy_picture(picture, target / PICTURES_DIR)
+    _copy_picture((run or source) / LOSS, target / PICTURES_DIR)
+    if with_real_images and not _copy_picture(source / EVALUATION_PICTURE, target / PICTURES_DIR):
+        raise ValueError(
+            f"{source} has no {EVALUATION_PICTURE}, which alone shows real images; measure with ddpm-hf evaluate, or "
+            "leave with_real_images out."
+        )
     for name in (SUMMARY, EVALUATION):
         if (source / name).is_file():
-            _write_json(target / name, _read_json(source / name))
+            _write_json(target / name, without_paths(_read_json(source / name)))
     if (source / CONFIGURATION).is_file():
-        (target / CONFIGURATION).write_text(_public_settings(source / CONFIGURATION), encoding="utf-8")
+        (target / CONFIGURATION).write_text(_public_settings(source), encoding="utf-8")
     if fp16:
         pipeline.unet.half()
         _check_finite(pipeline, source, "float16")
@@ -160,22 +168,31 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _public_settings(path: Path) -> str:
-    """Returns the settings of the training without the places of this machine: of a path, its last part stays."""
+def _public_settings(source: Path) -> str:
+    """Returns the settings of the training without the places of this machine, the same wherever it is published from.
+
+    Of a path its last part stays. An owner and a name with a slash between them are an id of the Hub where the summary
+    of the training says so, or a setting beside them that only the Hub has.
+    """
+    path = source / CONFIGURATION
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read ({reason_of(error)}); remove it, and push again.") from None
     if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
         raise ValueError(f"{path} holds no settings of a training; remove it, and push again.")
+    data, model = settings.get("data", {}), settings.get("model", {})
+    summary = _read_json(source / SUMMARY) if (source / SUMMARY).is_file() else {}
+    learned_from = (summary.get("data") or {}).get("source")
+    is_known = {
+        "output_dir": False,
+        "cache_dir": False,
+        "source": data.get("source") == learned_from or bool(data.get("revision") or data.get("subset")),
+        "config_file": bool(model.get("revision")),
+        "from_pretrained": bool(model.get("revision")),
+    }
     for section in settings.values():
-        for name, value in section.items():
-            if isinstance(value, str) and _is_local(value):
-                section[name] = Path(value).name
-    return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-
-
-def _is_local(value: str) -> bool:
-    """Tells whether a setting is a path of this machine, and no name on the Hub."""
-    is_outside = value.startswith(("/", "~", ".")) or "\\" in value or value.count("/") > 1
-    return is_outside or Path(value).expanduser().exists()
+        for name in is_known.keys() & section.keys():
+            if isinstance(section[name], str):
+                section[name] = public_name(section[name], is_known=is_known[name])
+    return str(yaml.safe_dump(without_paths(settings), sort_keys=False, allow_unicode=True))

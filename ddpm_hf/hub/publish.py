@@ -36,6 +36,7 @@ def prepared(
     run: Path | None = None,
     fp16: bool = False,
     license: str | None = None,
+    with_real_images: bool = False,
     is_dry_run: bool = False,
 ) -> Iterator[Prepared]:
     """Puts together what is published, in a folder that goes away again.
@@ -46,6 +47,7 @@ def prepared(
         run: Folder of the run that it was trained in, whose pictures are taken.
         fp16: Add half-precision weights.
         license: Identifier of the licence for the card; None leaves what the card says.
+        with_real_images: Publish evaluation.png too, which shows training images.
         is_dry_run: Ask the Hub nothing, as if there were no repository.
 
     Raises:
@@ -53,13 +55,13 @@ def prepared(
         OSError: The Hub cannot be reached.
     """
     check_license(license)
-    if not is_dry_run:
-        check_access(target)  # before the work
+    name = target.repo_id if is_dry_run else check_access(target)
+    make_card(source, repo_id=name)  # before the work too: records that are broken are refused where they lie
     with tempfile.TemporaryDirectory(prefix="ddpm-hf-push-") as temporary:
         folder = Path(temporary) / "repository"
-        assemble(source, folder, run=run, fp16=fp16)
-        remote = Remote(target.repo_id, None, None) if is_dry_run else look_up(target)
-        card = make_card(folder, repo_id=remote.repo_id, license=license, existing=remote.card)
+        assemble(source, folder, run=run, fp16=fp16, with_real_images=with_real_images)
+        remote = Remote(name, None, None) if is_dry_run else look_up(target, name)
+        card = make_card(folder, repo_id=name, license=license, existing=remote.card)
         (folder / FILE_NAME).write_text(card.text, encoding="utf-8", newline="")
         yield Prepared(folder, remote, card.kept)
 
@@ -71,6 +73,7 @@ def publish(
     run: Path | None = None,
     fp16: bool = False,
     license: str | None = None,
+    with_real_images: bool = False,
     message: str = MESSAGE,
 ) -> Pushed:
     """Publishes a pipeline in one commit, as whoever is logged in.
@@ -81,11 +84,12 @@ def publish(
         run: As in `prepared`.
         fp16: As in `prepared`.
         license: As in `prepared`.
+        with_real_images: As in `prepared`.
         message: First line of the commit.
 
     Raises:
         ValueError: As in `prepared`, or somebody else was faster.
         OSError: As in `prepared`.
     """
-    with prepared(source, target, run=run, fp16=fp16, license=license) as work:
+    with prepared(source, target, run=run, fp16=fp16, license=license, with_real_images=with_real_images) as work:
         return push(work.folder, target, work.remote, message)

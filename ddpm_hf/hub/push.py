@@ -4,11 +4,12 @@ Large files go first and can be seen by nobody until the commit names them, so a
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import (
@@ -50,7 +51,7 @@ class Target:
 
     Args:
         repo_id: "user/name", or "name" for the user who is logged in.
-        private: Whether a repository that is made is private; one that exists stays what it is.
+        private: Whether a repository that is made is private; one that exists must be.
         branch: Instead of main; made if it does not exist.
         as_pull_request: Propose the change to whoever owns the repository.
 
@@ -73,13 +74,22 @@ class Target:
             ) from None
         if self.branch is not None and self.as_pull_request:
             raise HubRefused("a pull request has a branch of its own; leave out the branch or the pull request.")
-        if self.branch is not None and (".." in self.branch or not _BRANCH.fullmatch(self.branch)):
-            raise HubRefused(f"{self.branch!r} is no name of a branch; use letters, digits, -, _, . and /.")
+        if self.branch is not None and not _is_branch(self.branch):
+            raise HubRefused(
+                f"{self.branch!r} is no name of a branch; use letters, digits, -, _, . and /, but neither .. nor HEAD, "
+                "and no . or .lock at an end."
+            )
 
     @property
     def revision(self) -> str:
         """The branch."""
         return self.branch or constants.DEFAULT_REVISION
+
+
+def _is_branch(name: str) -> bool:
+    """Tells whether git takes a name for a branch; of those that it takes, none with unusual signs."""
+    is_plain = _BRANCH.fullmatch(name) is not None and ".." not in name and name != "HEAD"
+    return is_plain and not any(part.endswith((".", ".lock")) for part in name.split("/"))
 
 
 @dataclass(frozen=True)
@@ -101,13 +111,15 @@ class Remote:
 
     Args:
         repo_id: With the name of its owner.
-        commit: The one that the push is made on top of; None for a repository or branch that does not exist.
+        commit: The one that the push is made on top of; None for a repository that does not exist.
         card: The text of its README.md, if there is one.
+        has_branch: Whether the branch exists; one that does not begins at `commit`.
     """
 
     repo_id: str
     commit: str | None
     card: str | None
+    has_branch: bool = True
 
 
 def check_license(license: str | None) -> None:
@@ -135,51 +147,82 @@ def check_access(target: Target) -> str:
     """
     api = HfApi()
     with _in_words(target.repo_id):
-        if get_token() is None:
+        token = get_token()
+        if token is None:
             raise HubRefused("nobody is logged in to the Hub; run hf auth login, or set HF_TOKEN.")
+        if not token.isascii() or not token.isprintable():  # the client would repeat it in its complaint
+            raise HubRefused("the token holds a character that no token has; run hf auth login, or set HF_TOKEN anew.")
         user = api.whoami()
         name = target.repo_id if "/" in target.repo_id else f"{user['name']}/{target.repo_id}"
-        owners = {user["name"], *(organisation["name"] for organisation in user.get("orgs", []))}
     with _in_words(name):
         try:
-            if target.as_pull_request:  # anybody who can read a repository may propose a change
-                api.repo_info(name)
-            else:
-                api.auth_check(name, write=True)
+            try:
+                if not target.as_pull_request:  # anybody who can read a repository may propose a change
+                    api.auth_check(name, write=True)
+            except RemoteEntryNotFoundError:  # a Hub of an enterprise or a mirror that does not know the question
+                pass
+            is_private = api.repo_info(name).private
         except RepositoryNotFoundError:
-            if name.split("/")[0] not in owners or target.as_pull_request:
-                raise HubRefused(
-                    f"{name} does not exist, and {user['name']} cannot make it there; choose a name under "
-                    f"{' or '.join(sorted(owners))}."
-                ) from None
-        except RemoteEntryNotFoundError:  # a Hub of an enterprise or a mirror that does not know the question
-            api.repo_info(name)
+            _check_may_make(name, user, target)
+            return name
+    if target.private and not is_private:
+        raise HubRefused(f"{name} exists and is public; leave private out, or make it private in its settings first.")
     return name
 
 
-def look_up(target: Target) -> Remote:
-    """Makes the repository and the branch where they do not exist, and reads the card.
+def _check_may_make(name: str, user: Mapping[str, Any], target: Target) -> None:
+    """Refuses a repository that does not exist, and that this user cannot make."""
+    if target.as_pull_request:
+        raise HubRefused(
+            f"{name} does not exist, so there is nothing to propose a change to; give the name of a repository that "
+            "does, or leave the pull request out."
+        )
+    organisations = user.get("orgs", [])
+    owners = {user["name"], *(one["name"] for one in organisations if one.get("roleInOrg") != "read")}
+    if name.split("/")[0] not in owners:
+        raise HubRefused(
+            f"{name} does not exist, and {user['name']} cannot make it there; choose a name under "
+            f"{' or '.join(sorted(owners))}."
+        )
+    token = user.get("auth", {}).get("accessToken", {})  # none of an OAuth login
+    rights = (token.get("fineGrained") or {}).get("scoped") or []
+    cannot_write = rights and not any("repo.write" in right.get("permissions", []) for right in rights)
+    if token.get("role") == "read" or cannot_write:
+        raise HubRefused(f"{name} does not exist, and your token cannot make it; use a token with write access.")
+
+
+def look_up(target: Target, repo_id: str) -> Remote:
+    """Reads the card of a repository, and changes nothing.
+
+    Args:
+        target: Where a push goes.
+        repo_id: What `check_access` returned for it.
 
     Raises:
         HubRefused: This user may not.
         HubFailed: The Hub cannot be asked.
     """
-    api, name = HfApi(), check_access(target)
-    with _in_words(name):
-        if not target.as_pull_request:
-            api.create_repo(name, private=target.private or None, exist_ok=True)
-        if target.branch:
-            api.create_branch(name, branch=target.branch, exist_ok=True)
+    api, has_branch = HfApi(), True
+    with _in_words(repo_id):
         try:
-            commit = api.repo_info(name, revision=target.revision).sha
-            card = Path(api.hf_hub_download(name, CARD, revision=commit)).read_bytes().decode("utf-8", "replace")
+            commit = api.repo_info(repo_id, revision=target.revision).sha
+        except RepositoryNotFoundError:
+            return Remote(repo_id, None, None, has_branch=target.branch is None)
+        except RevisionNotFoundError:
+            if target.branch is None:
+                raise
+            commit, has_branch = api.repo_info(repo_id).sha, False
+        try:
+            card = Path(api.hf_hub_download(repo_id, CARD, revision=commit)).read_bytes().decode("utf-8", "replace")
         except EntryNotFoundError:
             card = None
-    return Remote(name, commit, card)
+    return Remote(repo_id, commit, card, has_branch)
 
 
 def push(folder: Path, target: Target, remote: Remote, message: str) -> Pushed:
     """Makes the folder the content of the repository, in one commit on top of what was looked up.
+
+    A repository or branch that did not exist is made before it; one that somebody made since is not touched.
 
     Args:
         folder: All that is published.
@@ -193,8 +236,13 @@ def push(folder: Path, target: Target, remote: Remote, message: str) -> Pushed:
     """
     # An answer may be lost after the commit was made.
     with _in_words(remote.repo_id, "all of it was published or nothing"):
-        api = HfApi()
-        there = api.list_repo_files(remote.repo_id, revision=remote.commit)
+        api, start = HfApi(), remote.commit
+        if start is None:
+            api.create_repo(remote.repo_id, private=target.private or None)
+            start = api.repo_info(remote.repo_id).sha
+        if target.branch and not remote.has_branch:
+            api.create_branch(remote.repo_id, branch=target.branch, revision=start)
+        there = api.list_repo_files(remote.repo_id, revision=start)
         # Not upload_folder, which may make several commits of it, and keep some of them when another one fails.
         commit = api.create_commit(
             remote.repo_id,
@@ -202,12 +250,12 @@ def push(folder: Path, target: Target, remote: Remote, message: str) -> Pushed:
             commit_message=message,
             revision=target.revision,
             create_pr=target.as_pull_request,
-            parent_commit=None if target.as_pull_request else remote.commit,
+            parent_commit=None if target.as_pull_request else start,
         )
     if commit.pr_url:
         return Pushed(commit.pr_url, is_new=True)
     home = f"{constants.ENDPOINT}/{remote.repo_id}"
-    return Pushed(f"{home}/tree/{target.branch}" if target.branch else home, commit.oid != remote.commit)
+    return Pushed(f"{home}/tree/{target.branch}" if target.branch else home, commit.oid != start)
 
 
 def _changes(folder: Path, there: Iterable[str]) -> list[CommitOperationAdd | CommitOperationDelete]:

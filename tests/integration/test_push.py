@@ -1,7 +1,12 @@
 """A finished run or a pipeline goes to a Hub on loopback, whole or not at all, and is loaded from there."""
 
 import json
+import os
 import shutil
+import signal
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf.cli import main
+from ddpm_hf.config import HubConfig
 from ddpm_hf.hub import push as hub_push
+from ddpm_hf.hub.background import BackgroundPush
 from ddpm_hf.hub.export import assemble
+from ddpm_hf.hub.publish import publish
 from ddpm_hf.hub.push import HubFailed, HubRefused, Pushed, Target, check_access, look_up, push
 from tests.conftest import REPOSITORY
 from tests.documents import blocks
@@ -56,7 +64,7 @@ def branch(hub: LoopbackHub, name: str, revision: str = "main") -> dict[str, byt
 
 
 def send(folder: Path, target: Target) -> Pushed:
-    return push(folder, target, look_up(target), "a push")
+    return push(folder, target, look_up(target, check_access(target)), "a push")
 
 
 @pytest.mark.timeout(600)
@@ -113,7 +121,9 @@ def test_a_dry_run_says_what_would_go_and_asks_nobody(
     assert main(["push", str(run), "user/birds", "--dry_run", "--private", "--branch", "next"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.endswith(WEIGHTS) and " kB " in line for line in lines)
-    assert lines[-1].endswith("files would go to user/birds, branch next (private, if it is made).")
+    assert lines[-2].endswith("files would go to user/birds, branch next (private, if it is made).")
+    assert lines[-1] == "The Hub was not asked whether you may push there, nor what its card keeps."
+    assert not any("licence" in line for line in lines)
     assert hub.requests == []
 
 
@@ -216,13 +226,38 @@ def test_a_push_whose_answer_is_lost_is_not_said_to_be_undone(hub: LoopbackHub, 
 def test_a_change_between_looking_and_pushing_is_not_overwritten(hub: LoopbackHub, text_folder: Path) -> None:
     target = Target(repo_id="user/model")
     send(text_folder, target)
-    remote = look_up(target)
+    remote = look_up(target, "user/model")
     theirs = branch(hub, "user/model") | {"README.md": b"# Edited meanwhile\n"}
     hub.repositories["user/model"].commit(theirs)
     (text_folder / "README.md").write_text("# Mine\n")
     with pytest.raises(HubRefused, match="was changed by somebody else in the same moment"):
         push(text_folder, target, remote, "a push")
     assert branch(hub, "user/model") == theirs
+
+
+@pytest.mark.parametrize("name", [None, "next"])
+def test_what_somebody_made_since_looking_is_not_touched(hub: LoopbackHub, text_folder: Path, name: str | None) -> None:
+    """The repository, or the branch."""
+    target = Target(repo_id="user/model", branch=name)
+    if name:
+        hub.repository("user/model").commit({"README.md": b"# main"})
+    remote = look_up(target, "user/model")
+    theirs = {"README.md": b"# Made meanwhile\n"}
+    hub.repository("user/model").commit(theirs, name or "main")
+    with pytest.raises(HubRefused, match="was changed by somebody else in the same moment"):
+        push(text_folder, target, remote, "a push")
+    assert branch(hub, "user/model", name or "main") == theirs
+
+
+def test_a_new_branch_begins_with_the_card_of_main(hub: LoopbackHub, text_folder: Path) -> None:
+    hub.repository("user/model").commit({"README.md": b"# main"})
+    target = Target(repo_id="user/model", branch="next")
+    remote = look_up(target, "user/model")
+    assert remote.card == "# main"
+    assert list(hub.repositories["user/model"].branches) == ["main"]
+    (text_folder / "README.md").unlink()
+    push(text_folder, target, remote, "a push")
+    assert branch(hub, "user/model", "next")["README.md"] == b"# main"
 
 
 def test_who_may_not_write_is_told_before_any_work(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,13 +268,53 @@ def test_who_may_not_write_is_told_before_any_work(hub: LoopbackHub, monkeypatch
     monkeypatch.setenv("HF_TOKEN", SECRET)
     with pytest.raises(HubRefused, match="somebody/model does not exist, and user cannot make it there; choose a name"):
         check_access(Target(repo_id="somebody/model"))
+    with pytest.raises(HubRefused, match=r"cannot make it there; choose a name under org or user\.$"):
+        check_access(Target(repo_id="readers/new"))
+    with pytest.raises(HubRefused, match="user/new does not exist, so there is nothing to propose a change to"):
+        check_access(Target(repo_id="user/new", as_pull_request=True))
     assert check_access(Target(repo_id="org/new")) == "org/new"
     assert check_access(Target(repo_id="new")) == "user/new"
     assert "POST /api/repos/create" not in hub.requests
+    hub.fine_grained = ["repo.content.read", "repo.write"]
+    assert check_access(Target(repo_id="new")) == "user/new"
+    hub.fine_grained = ["repo.content.read"]
+    with pytest.raises(HubRefused, match="user/new does not exist, and your token cannot make it; use a token with"):
+        check_access(Target(repo_id="new"))
+    hub.fine_grained = None
+    monkeypatch.setenv("HF_TOKEN", hub.reader_token)
+    with pytest.raises(HubRefused, match="user/new does not exist, and your token cannot make it; use a token with"):
+        check_access(Target(repo_id="new"))
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
     with pytest.raises(HubRefused, match="nobody is logged in to the Hub; run hf auth login, or set HF_TOKEN"):
         check_access(Target(repo_id="user/model"))
+
+
+@pytest.mark.parametrize("sign", ["é", "\t", "\x01"])
+def test_a_token_that_is_none_is_told_without_a_character_of_it(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, sign: str
+) -> None:
+    token = f"hf_{sign}secret"
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(HubRefused) as caught:
+        check_access(Target(repo_id="user/model"))
+    assert str(caught.value) == (
+        "the token holds a character that no token has; run hf auth login, or set HF_TOKEN anew."
+    )
+    assert hub.requests == []
+
+
+def test_nobody_believes_a_public_repository_to_be_private(hub: LoopbackHub) -> None:
+    """Neither a push nor a training, which asks before its first step."""
+    hub.repository("user/open").commit({})
+    hub.repository("user/hidden").commit({})
+    hub.repositories["user/hidden"].private = True
+    assert check_access(Target(repo_id="hidden", private=True)) == "user/hidden"
+    assert check_access(Target(repo_id="open")) == "user/open"
+    with pytest.raises(HubRefused, match="user/open exists and is public; leave private out, or make it private in"):
+        check_access(Target(repo_id="open", private=True))
+    with pytest.raises(HubRefused, match="user/open exists and is public"):
+        BackgroundPush(HubConfig(push_to_hub=True, repo_id="open", private=True), Path("unused")).check()
 
 
 def test_offline_is_said_to_be_offline(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +330,7 @@ def test_a_malformed_name_is_refused(name: str) -> None:
         Target(repo_id=name)
 
 
-@pytest.mark.parametrize("branch", ["a..b", "-x", "a b", "a/", ""])
+@pytest.mark.parametrize("branch", ["a..b", "-x", "a b", "a/", "", "a.lock", "a.lock/b", "a.", "a/.b", "HEAD"])
 def test_a_malformed_branch_is_refused(branch: str) -> None:
     with pytest.raises(HubRefused, match="is no name of a branch"):
         Target(repo_id="user/model", branch=branch)
@@ -300,7 +375,7 @@ def test_weights_that_are_not_finite_are_never_published(
         (lambda run: (run / "pipeline").rename(run / "checkpoints"), "holds a run that is not finished"),
         (lambda run: shutil.rmtree(run), "is no folder of this machine"),
         (lambda run: (run / "pipeline" / "evaluation.json").write_text("{"), "evaluation.json cannot be read"),
-        (lambda run: (run / "pipeline" / "evaluation.json").write_text("[]"), "evaluation.json holds no record"),
+        (lambda run: (run / "pipeline" / "evaluation.json").write_text("[]"), "evaluation.json holds no record but []"),
         (lambda run: (run / "pipeline" / "training_config.yaml").write_text("a: ["), "training_config.yaml cannot be"),
         (lambda run: (run / "loss.png").write_text("<html>"), "loss.png is no picture that can be published"),
         (lambda run: (run / "pipeline" / WEIGHTS).write_bytes(b"x" * 99), "holds no pipeline that can be loaded"),
@@ -314,7 +389,16 @@ def test_a_folder_that_cannot_be_published_gets_a_sentence_and_exit_code_2(
     assert main(["push", str(copied), "user/birds", "--dry_run"]) == 2
     error = capsys.readouterr().err
     assert sentence in error
+    assert str(copied) in error
     assert error.count("\n") == 1
+
+
+def test_a_broken_record_makes_no_repository(hub: LoopbackHub, run: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    (copied / "pipeline" / "evaluation.json").write_text('{"schema_version": 1, "metrics": 3}')
+    with pytest.raises(ValueError, match=f"{copied}/pipeline/evaluation.json is broken"):
+        publish(copied / "pipeline", Target(repo_id="birds"))
+    assert hub.repositories == {}
 
 
 def test_a_pipeline_that_is_not_what_was_saved_is_not_published(
@@ -338,6 +422,39 @@ def test_pictures_are_drawn_where_there_are_none_and_links_are_not_followed(tmp_
     assert sorted(path.name for path in (tmp_path / "assembled" / "samples").iterdir()) == [
         "denoising.gif", "denoising.png", "samples.png", "schedule.png",
     ]  # fmt: skip
+
+
+def test_pictures_of_real_images_are_published_only_if_asked_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["push", str(Path(shutil.copytree(run, tmp_path / "run"))), "user/birds", "--dry_run"]
+    assert main([*command, "--with_real_images"]) == 2
+    assert "has no evaluation.png, which alone shows real images" in capsys.readouterr().err
+    Image.new("L", (8, 8)).save(tmp_path / "run" / "pipeline" / "evaluation.png")
+    assert main(command) == 0
+    assert "evaluation.png" not in capsys.readouterr().out
+    assert main([*command, "--with_real_images"]) == 0
+    assert "samples/evaluation.png" in capsys.readouterr().out
+
+
+def test_a_push_that_is_stopped_leaves_nothing_behind(
+    hub: LoopbackHub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop() -> None:
+        while not list(tmp_path.glob("ddpm-hf-push-*")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(SystemExit) as caught:
+        main(["push", str(run), "birds"])
+    assert caught.value.code == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert hub.repositories == {}
 
 
 def test_there_is_no_option_for_a_token(capsys: pytest.CaptureFixture[str]) -> None:

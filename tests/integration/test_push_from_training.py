@@ -1,5 +1,6 @@
 """A training that pushes to the Hub as it goes: nothing about the training depends on how that goes."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -75,15 +76,24 @@ def test_a_hub_that_cannot_be_asked_is_told_before_the_first_step(
 
 
 def test_a_push_that_is_under_way_ends_with_the_training(
-    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after Ctrl-C, which the push does not get itself."""
+    """As after Ctrl-C, which the push does not get itself; what it has put together by then is not left behind."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    old = tmp_path / "hub" / "temporary" / "of a training that was killed"
+    old.mkdir(parents=True)
     make_pipeline("plain").save_pretrained(tmp_path / "run" / "pipeline")
     with BackgroundPush(HubConfig(push_to_hub=True, repo_id="birds"), tmp_path / "hub") as pushing:
         pushing.start(tmp_path / "run", 7)
-        assert not pushing.is_free()
+        assert not old.exists()
+        while not list(tmp_path.rglob("ddpm-hf-push-*")):
+            assert not pushing.is_free()
+            time.sleep(0.05)
         process = pushing._process
     assert process is not None and process.poll() is not None
     assert "The push of step 7 was stopped: all of it was published, or nothing." in caplog.text
     assert hub.uploaded == []
+    assert [path.name for path in (tmp_path / "hub").iterdir()] == ["push.log"]
+    assert not list(tmp_path.rglob("ddpm-hf-push-*"))
     _http.close_session()

@@ -132,7 +132,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"config", "diffusion", "evaluation.metrics", "hub", "plots", "redaction"},
     "hub.background": {"config", "hub.push"},
     "hub.export": {
-        "diffusion", "evaluation.sampling", "evaluation.verification", "plots", "redaction", "report",
+        "diffusion", "evaluation.sampling", "evaluation.verification", "hub.card_facts", "plots", "redaction", "report",
     },
     "hub.publish": {"hub.card", "hub.export", "hub.push"},
     "hub.push": {"redaction"},

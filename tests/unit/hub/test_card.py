@@ -23,6 +23,8 @@ from ddpm_hf.config import DataConfig, DiffusionConfig, EvaluationConfig, Object
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.evaluate import as_json
 from ddpm_hf.evaluation.metrics import Metric
+from ddpm_hf.evaluation.samples import settings_of
+from ddpm_hf.evaluation.sampling import Sampler
 from ddpm_hf.hub import card_evaluation
 from ddpm_hf.hub.card import Card, make_card
 from ddpm_hf.hub.card_text import Code, _shown
@@ -156,7 +158,10 @@ def test_weights_that_exist_as_a_variant_only_are_asked_for(folder_of: Folder) -
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert all('variant="fp16"' in block for block in code_blocks(card_of(folder).text))
     shutil.copy(weights.with_name("diffusion_pytorch_model.fp16.safetensors"), weights)
-    assert "variant" not in card_of(folder).text
+    text = card_of(folder).text
+    assert not any("variant" in block for block in code_blocks(text))
+    assert '`variant="fp16"` in any `from_pretrained` loads the weights in half precision' in text
+    assert "half precision" not in card_of(folder_of()).text
 
 
 def test_metadata_is_what_the_hub_reads(folder_of: Folder) -> None:
@@ -221,6 +226,46 @@ def test_the_command_to_measure_again_is_one_that_evaluate_reads(folder_of: Fold
     assert (options.split_seed, options.num_images, options.num_terms) == (3, 270, 50)
     assert (options.num_inference_steps, options.eta, options.scheduler) == (50, 0.0, None)
     assert (options.guidance_scale, options.guidance_rescale) == (2.0, 0.5)
+
+
+def test_no_setting_of_the_sampling_is_left_out_of_the_command(folder_of: Folder) -> None:
+    """Each that is not the default; those without a flag say what was measured, and not how."""
+    changed = {
+        "seed": 9, "scheduler": "DDIMScheduler", "num_inference_steps": 4, "eta": 0.5, "timestep_spacing": "linspace",
+        "guidance_scale": 2.0, "guidance_rescale": 0.5, "labels": [1, 0, 1], "dtype": "bfloat16", "device": "cpu",
+    }  # fmt: skip
+    pipeline = make_pipeline("guided")
+    named = {"schema_version", "pipeline", "analytic_variance", *changed}
+    assert set(settings_of(pipeline, Sampler(), 0)) == named
+
+    def options(**sampling: Any) -> dict[str, Any]:
+        content = as_json([FID], None, settings=SAMPLING | sampling, data=DATA, bound_settings=BOUND)
+        text = card_of(folder_of("guided", evaluation__json=content)).text
+        (line,) = re.findall(r"^ddpm-hf evaluate .*$", text, re.M)
+        return vars(parse(shlex.split(line)[2:]))
+
+    expected = changed | {"labels": "1,0,1", "cpu": True}
+    told = options(**changed)
+    for name in expected.keys() - {"device"}:
+        assert told[name] == expected[name], name
+    assert options(analytic_variance=True)["variance"] == "analytic"
+    assert options(labels=list(range(pipeline.num_classes)))["labels"] is None
+
+
+def test_bits_per_dimension_say_of_which_images_and_given_what(folder_of: Folder) -> None:
+    def title(*folder: str, **bound: Any) -> tuple[str, str]:
+        content = as_json([BITS], None, settings=SAMPLING, data=DATA, bound_settings=BOUND | bound)
+        text = card_of(folder_of(*folder, evaluation__json=content)).text
+        metric = data_of(text)["model-index"][0]["results"][0]["metrics"][0]
+        return metric["name"], section_of(text, "evaluation")
+
+    name, text = title()
+    assert name == "bits per dimension of 270 images"
+    assert "of 270 images that were held out of training, over 1,000 steps" in text
+    name, text = title(images="all", conditional=True)
+    assert name == "bits per dimension of 270 training images, given the class"
+    assert "of 270 training images, on which it may be lower than on others, given the class of each, over" in text
+    assert "held out of training, given the class of each" in title("guided")[1]
 
 
 @pytest.mark.parametrize(
@@ -344,6 +389,17 @@ def test_training_is_told_in_numbers(folder_of: Folder) -> None:
     ):  # fmt: skip
         assert words in text, words
     assert "label dropout" not in text
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        (128, "it saw 128 images (8.38 % of the 1,527 there are); they took"),
+        (1527, "it saw 1,527 images (each of the 1,527 about once); they took"),
+    ],
+)
+def test_a_training_of_less_than_an_epoch_is_told_as_such(seen: int, words: str, folder_of: Folder) -> None:
+    assert words in card_of(folder_of(training_summary__json=SUMMARY | {"num_images_seen": seen})).text
 
 
 @pytest.mark.parametrize("missing", [*SUMMARY, "data.num_images", "data.source"])
@@ -585,8 +641,16 @@ def test_what_diffusers_writes_by_itself_is_replaced_unless_somebody_wrote_in_it
         assert "More Information" not in new.text
         assert "# tiny-ddpm" in new.text
     assert data_of(card_of(folder_of(), trained).text)["license"] == "mit"
-    mine = pushed.replace("### Direct Use", "### Direct Use\n\nMy words.")
-    assert card_of(folder_of(), mine).text.endswith(mine.split("\n---\n", 1)[1])
+    for mine in (
+        pushed.replace("### Direct Use", "### Direct Use\n\nMy words."),
+        trained + "\nMy words.",
+        trained.replace("# TODO", "# My words"),
+        trained.replace("# X", "# X\n\n# My words"),
+    ):
+        assert "My words" in mine
+        new = card_of(folder_of(), mine)
+        assert new.text.endswith(mine.split("\n---\n", 1)[1])
+        assert new.kept == ("README.md",)
 
 
 LINES = st.sampled_from([
