@@ -122,8 +122,23 @@ def test_an_array_is_transformed_like_any_other_images(
     assert pixels_of(images).shape == (4, *shape[1:], shape[0])
 
 
-def test_another_array_has_another_digest(tmp_path: Path) -> None:
-    first = open_source(save(tmp_path / "x.npy", PIXELS), tmp_path / "cache").digest
-    assert open_source(save(tmp_path / "x.npy", PIXELS), tmp_path / "cache").digest == first
-    assert open_source(save(tmp_path / "x.npy", 255 - PIXELS), tmp_path / "cache").digest != first
-    assert open_source(save(tmp_path / "x.npy", PIXELS[:3]), tmp_path / "cache").digest != first
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+@pytest.mark.parametrize("settings", [{}, {"resolution": 4}], ids=str)
+def test_an_array_written_anew_is_read_anew(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    """Also where one value of one image of a thousand changed: a run must not go on with it, nor see what was there."""
+    pixels = RANDOM.integers(0, 256, (1000, 4, 4, 1), dtype=np.uint8)
+    before = open_source(save(tmp_path / name, pixels), tmp_path / "cache", **settings)
+    assert open_source(tmp_path / name, tmp_path / "cache", **settings).digest == before.digest
+    elsewhere = open_source(save(tmp_path / f"again_{name}", pixels), tmp_path / "cache", **settings)
+    assert elsewhere.digest == before.digest, "what is in it counts, not where it lies"
+    pixels[2, 3, 3] ^= 255
+    (tmp_path / name).unlink()  # what is mapped into memory is not written to
+    after = open_source(save(tmp_path / name, pixels), tmp_path / "cache", **settings)
+    assert np.array_equal(pixels_of(after), pixels)
+    assert after.digest != before.digest
+
+
+def test_a_part_of_an_array_has_another_digest(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npy", PIXELS)
+    digests = {open_source(path, tmp_path / "cache", split=split).digest for split in ("train", "train[:3]", "train[1:]")}
+    assert len(digests) == 3
