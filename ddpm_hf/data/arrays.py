@@ -18,7 +18,7 @@ from ddpm_hf.data.decoding import MODE_OF_CHANNELS, Cell
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.geometry import Geometry
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.source import Source, numbers_as_names, rows_of_split
+from ddpm_hf.data.source import Source, identity_of, numbers_as_names, rows_of_split
 
 _LAYOUT = "(number, height, width, channels) with 1, 3 or 4 channels, or as many as data.num_channels says"
 _BYTES_HASHED_AT_ONCE = 2**24
@@ -59,8 +59,7 @@ def open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source:
     def read(rows: Sequence[int]) -> list[Cell]:
         return [Cell(f"image {row} of {path}", images[row]) for row in rows]
 
-    status = path.stat()
-    fingerprint = f"{status.st_size} {status.st_mtime_ns} {config.image_column} {rows} {images.dtype} {images.shape}"
+    fingerprint = f"{identity_of(path)} {config.image_column} {rows} {images.dtype} {images.shape}"
     return Source(str(path), path.suffix[1:], fingerprint, len(images), read, labels, names)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.decoding import Cell, Header, Pixels, Target, decode, read_header
-from ddpm_hf.data.errors import BadImage, DataError
+from ddpm_hf.data.errors import BadImage, DataError, UnreachableImage
 from ddpm_hf.data.geometry import Geometry
 from ddpm_hf.data.source import Source
 
@@ -36,19 +36,27 @@ class BadImages:
         limit: One more than this is refused.
         num_images: Of the whole set.
         reasons: Row -> sentence.
+        unreachable: Those rows that the system did not hand out.
     """
 
     limit: int
     num_images: int
     reasons: dict[int, str] = field(default_factory=dict)
+    unreachable: set[int] = field(default_factory=set)
 
-    def add(self, row: int, reason: str) -> None:
+    def add(self, row: int, error: BadImage) -> None:
         """Counts a bad image.
 
         Raises:
             DataError: If it is one too many.
         """
-        self.reasons[row] = reason
+        self.reasons[row] = str(error)
+        if isinstance(error, UnreachableImage):
+            self.unreachable.add(row)
+        self.check()
+
+    def check(self) -> None:
+        """Raises a DataError if there are more than allowed."""
         if len(self.reasons) <= self.limit:
             return
         first = self.reasons[min(self.reasons)]
@@ -135,7 +143,7 @@ def survey(source: Source, bad: BadImages) -> Survey:
     found = Survey()
     for row, name, header in _each(source, read_header, "Looking at images", skip=set()):
         if isinstance(header, BadImage):
-            bad.add(row, str(header))
+            bad.add(row, header)
         else:
             found.add(header, name)
     return found
@@ -183,7 +191,7 @@ def decode_all(
         layout[row, 0] = start
         if isinstance(result, BadImage):
             if row not in bad.reasons:
-                bad.add(row, str(result))
+                bad.add(row, result)
             file.write(gap)
             start += len(gap) // target.dtype.itemsize
             continue

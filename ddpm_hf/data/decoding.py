@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ddpm_hf.data.errors import BadImage, DataError
+from ddpm_hf.data.errors import BadImage, DataError, UnreachableImage
 from ddpm_hf.data.geometry import Geometry
 
 Pixels: TypeAlias = NDArray[np.integer]
@@ -71,7 +71,7 @@ class Cell:
                 raise BadImage(f"{self.name} cannot be read (it is no regular file).")
             data = self.data.read_bytes() if isinstance(self.data, Path) else self.data
         except OSError as error:
-            raise BadImage(f"{self.name} cannot be read ({error.strerror or error}).") from None
+            raise UnreachableImage(f"{self.name} cannot be read ({error.strerror or error}).") from None
         if not data:
             raise BadImage(f"{self.name} is empty (0 bytes).")
         return data
@@ -190,6 +190,8 @@ def _opened(cell: Cell) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise BadImage(f"{cell.name} cannot be decoded (it is no image of a known format).") from None
     except Exception as error:  # Pillow raises many types for damaged files
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UnreachableImage(f"{cell.name} cannot be read ({error.strerror}).") from None
         reason = " ".join(str(error).split()) or "no reason given"
         raise BadImage(f"{cell.name} cannot be decoded ({type(error).__name__}: {reason}).") from error
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ddpm_hf.data.decoding import Cell
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.source import NO_LABEL, Source, rows_of_split
+from ddpm_hf.data.source import NO_LABEL, Source, identity_of, rows_of_split
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".ppm",
@@ -70,7 +70,7 @@ def open_folder(path: Path, split: str) -> Source:
     Raises:
         DataError: If there are none, or the split is not there.
     """
-    files = [_File(place.relative_to(path).as_posix(), _identity(place), place) for place in _walk(path)]
+    files = [_File(place.relative_to(path).as_posix(), identity_of(place), place) for place in _walk(path)]
     return _source(path, "folder", sorted(files, key=lambda file: file.name), split, _read_files)
 
 
@@ -150,15 +150,6 @@ def _read_files(name: str, file: _File) -> Cell:
     """Returns the cell of a file in a folder, which is opened when it is decoded."""
     assert isinstance(file.place, Path)
     return Cell(name, file.place)
-
-
-def _identity(place: Path) -> tuple[int, int]:
-    """Returns size and time of change of a file; a link that leads nowhere is a bad image, found when it is read."""
-    try:
-        status = place.stat()
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -1,5 +1,7 @@
 """Data sets that the `datasets` library opens: of the Hub, parquet and arrow files, folders with metadata."""
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +13,7 @@ import numpy as np
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.decoding import Cell
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.source import NO_LABEL, Source, numbers_as_names
+from ddpm_hf.data.source import NO_LABEL, Source, identity_of, numbers_as_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -44,12 +46,23 @@ def open_table(config: DataConfig, split: str) -> Source:
     return Source(
         name=config.source,
         kind="data set",
-        fingerprint=f"{dataset._fingerprint} {image_column} {label_column}",
+        fingerprint=f"{dataset._fingerprint} {image_column} {label_column} {_identity_of_files(encoded, image_column)}",
         num_images=len(dataset),
         read=read,
         labels=labels,
         class_names=class_names,
     )
+
+
+def _identity_of_files(encoded: "Dataset", image_column: str) -> str:
+    """Returns what changes when an image file that a table only names is written anew, or put where it was missing."""
+    import pyarrow.compute
+
+    images = encoded.data.column(image_column)
+    is_named = pyarrow.compute.is_null(pyarrow.compute.struct_field(images, "bytes"))
+    paths = pyarrow.compute.struct_field(images, "path").filter(is_named).to_pylist()
+    identities = [identity_of(Path(path)) for path in paths if path is not None]
+    return hashlib.sha256(json.dumps(identities).encode()).hexdigest()
 
 
 def as_cell(row: int, config: DataConfig, image: dict[str, Any] | None) -> Cell:
