@@ -1,6 +1,7 @@
 """Goes through a source twice: for the headers, which say what all images become, and for the pixels, to store them."""
 
 import hashlib
+import math
 import os
 import warnings
 from collections import Counter, deque
@@ -35,12 +36,14 @@ class BadImages:
     Args:
         limit: One more than this is refused.
         num_images: Of the whole set.
+        fraction: What data.max_bad_fraction says; None where data.on_bad_image allows none.
         reasons: Row -> sentence.
         unreachable: Those rows that the system did not hand out.
     """
 
     limit: int
     num_images: int
+    fraction: float | None
     reasons: dict[int, str] = field(default_factory=dict)
     unreachable: set[int] = field(default_factory=set)
 
@@ -60,11 +63,13 @@ class BadImages:
         if len(self.reasons) <= self.limit:
             return
         first = self.reasons[min(self.reasons)]
-        if self.limit == 0:
+        if self.fraction is None:
             raise DataError(f"{first.removesuffix('.')}; repair or remove it, or set data.on_bad_image to skip.")
+        enough = math.ceil(len(self.reasons) / self.num_images * 10_000) / 10_000
+        advice = "repair them" + (f", or set it to {enough:g} or more" if enough < 1 else "")
         raise DataError(
             f"more than {self.limit} of {self.num_images} images cannot be read, which is all that "
-            f"data.max_bad_fraction allows; the first: {first}"
+            f"data.max_bad_fraction {self.fraction:g} allows; {advice}; the first: {first}"
         )
 
 

@@ -53,7 +53,7 @@ def open_cache(source: Source, config: DataConfig, *, max_bad: int) -> ImageSet:
         DataError: If an image cannot be read or batched, or there is no room to write the cache.
     """
     folder = cache_root(config) / cache_key(source, config)
-    bad = BadImages(max_bad, source.num_images)
+    bad = BadImages(max_bad, source.num_images, config.max_bad_fraction if config.on_bad_image == "skip" else None)
     meta = _read_valid(folder, source)
     if meta is None:
         try:
@@ -72,7 +72,9 @@ def open_cache(source: Source, config: DataConfig, *, max_bad: int) -> ImageSet:
 
 def allowed_bad(source: Source, config: DataConfig) -> int:
     """Returns how many bad images the settings allow."""
-    return int(config.max_bad_fraction * source.num_images) if config.on_bad_image == "skip" else 0
+    if config.on_bad_image != "skip":
+        return 0
+    return int(round(config.max_bad_fraction * source.num_images, 6))  # 0.29 * 100 is 28.999999999999996
 
 
 def cache_root(config: DataConfig) -> Path:

@@ -140,5 +140,7 @@ def test_an_array_written_anew_is_read_anew(tmp_path: Path, name: str, settings:
 
 def test_a_part_of_an_array_has_another_digest(tmp_path: Path) -> None:
     path = save(tmp_path / "x.npy", PIXELS)
-    digests = {open_source(path, tmp_path / "cache", split=split).digest for split in ("train", "train[:3]", "train[1:]")}
+    digests = {
+        open_source(path, tmp_path / "cache", split=split).digest for split in ("train", "train[:3]", "train[1:]")
+    }
     assert len(digests) == 3

@@ -456,10 +456,24 @@ def test_too_many_bad_images_are_refused(tmp_path: Path, cache_dir: Path, *, is_
     if is_cached:
         open_source(folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.2)
     message = refusal(folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.15)
-    assert message.startswith("more than 1 of 10 images cannot be read, which is all that data.max_bad_fraction allows")
+    assert message.startswith(
+        "more than 1 of 10 images cannot be read, which is all that data.max_bad_fraction 0.15 allows"
+    )
+    assert "; repair them, or set it to 0.2 or more; " in message
     assert f"the first: image 3 of {folder} (3.png) cannot be decoded" in message
     assert f"image 3 of {folder} (3.png) cannot be decoded" in refusal(folder, cache_dir, on_bad_image="error")
-    assert "set data.on_bad_image to skip" in refusal(folder, cache_dir, on_bad_image="skip"), "1 % of 10 is none"
+    message = refusal(folder, cache_dir, on_bad_image="skip")  # 1 % of 10 is none
+    assert message.startswith(
+        "more than 0 of 10 images cannot be read, which is all that data.max_bad_fraction 0.01 allows"
+    )
+    assert "data.on_bad_image" not in message, "it is set to skip already"
+
+
+def test_a_fraction_allows_as_many_as_it_says() -> None:
+    """Though 0.29 * 100 is 28.999999999999996."""
+    source = cache.Source("x", "x", "x", 100, lambda rows: [])
+    allowed = [cache.allowed_bad(source, DataConfig(on_bad_image="skip", max_bad_fraction=n / 100)) for n in range(100)]
+    assert allowed == list(range(100))
 
 
 def test_only_bad_images_are_refused(tmp_path: Path, cache_dir: Path) -> None:
