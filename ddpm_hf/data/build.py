@@ -65,11 +65,13 @@ class BadImages:
         first = self.reasons[min(self.reasons)]
         if self.fraction is None:
             raise DataError(f"{first.removesuffix('.')}; repair or remove it, or set data.on_bad_image to skip.")
+        if len(self.reasons) == self.num_images:
+            raise DataError(f"none of the {self.num_images} images can be read; the first: {first}")
         enough = math.ceil(len(self.reasons) / self.num_images * 10_000) / 10_000
-        advice = "repair them" + (f", or set it to {enough:g} or more" if enough < 1 else "")
         raise DataError(
             f"more than {self.limit} of {self.num_images} images cannot be read, which is all that "
-            f"data.max_bad_fraction {self.fraction:g} allows; {advice}; the first: {first}"
+            f"data.max_bad_fraction {self.fraction:g} allows; repair them, or set it to {enough:g} or more; the first: "
+            f"{first}"
         )
 
 

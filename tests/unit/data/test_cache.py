@@ -478,7 +478,7 @@ def test_a_fraction_allows_as_many_as_it_says() -> None:
 
 def test_only_bad_images_are_refused(tmp_path: Path, cache_dir: Path) -> None:
     folder = with_bad_images(tmp_path / "x", set(range(10)))
-    assert "more than 9 of 10 images cannot be read" in refusal(
+    assert "none of the 10 images can be read; the first: image 0 of " in refusal(
         folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.99
     )
 
