@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from ddpm_hf.data.decoding import MODE_OF_CHANNELS, Cell
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.geometry import Geometry
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.source import Source, identity_of, numbers_as_names, rows_of_split
+from ddpm_hf.data.source import Source, identity_of, numbers_as_names, rows_of_split, valid_labels
 
 _LAYOUT = "(number, height, width, channels) with 1, 3 or 4 channels, or as many as data.num_channels says"
 _BYTES_HASHED_AT_ONCE = 2**24
@@ -36,8 +35,8 @@ def open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source:
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         arrays = {"images": content} if isinstance(content, np.ndarray) else _unpack(content)
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as a NumPy array ({error}).") from None
+    except Exception as error:  # a damaged file raises whatever its decompressor and the reader of its header do
+        raise DataError(f"{path} cannot be read as a NumPy array ({' '.join(str(error).split())}).") from None
     images, labels = _find_images(arrays, path, config), _find_labels(arrays, path, config)
     if len(images) == 0:
         raise DataError(f"{path} holds no images.")
@@ -47,7 +46,7 @@ def open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source:
     if not rows:
         raise DataError(f"split {split!r} of {path} holds no images.")
     images = images[rows.start : rows.stop]
-    labels = None if labels is None else labels.astype(np.int64)
+    labels = None if labels is None else valid_labels(labels, str(path))
     names = None if labels is None else numbers_as_names(labels)
     labels = None if labels is None else labels[rows.start : rows.stop]
     if path.suffix == ".npy" and not _needs_transform(images, config):
@@ -57,7 +56,8 @@ def open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source:
         return ImageSet(images.transpose(0, 3, 1, 2), labels, names, np.arange(len(images)), crop, digest=digest)
 
     def read(rows: Sequence[int]) -> list[Cell]:
-        return [Cell(f"image {row} of {path}", images[row]) for row in rows]
+        native = images.dtype.newbyteorder("=")
+        return [Cell(f"image {row} of {path}", images[row].astype(native, copy=False)) for row in rows]
 
     fingerprint = f"{identity_of(path)} {config.image_column} {rows} {images.dtype} {images.shape}"
     return Source(str(path), path.suffix[1:], fingerprint, len(images), read, labels, names)
@@ -79,7 +79,10 @@ def _find_images(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig
         name = "images" if "images" in arrays or len(found) != 1 else found[0]
     if name not in arrays:
         setting = f"data.image_column {name!r} is" if config.image_column else "images is"
-        raise DataError(f"{setting} not among the arrays of {path}, which are {', '.join(arrays) or 'none'}.")
+        raise DataError(
+            f"{setting} not among the arrays of {path}, which are {', '.join(arrays) or 'none'}; name one with "
+            "data.image_column."
+        )
     images = arrays[name]
     if images.ndim == 3:
         images = images[..., None]
@@ -100,10 +103,15 @@ def _find_labels(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig
 
 
 def _needs_transform(images: NDArray[np.integer], config: DataConfig) -> bool:
-    """Tells whether images must be cut, resized or given other channels before they are used."""
+    """Tells whether images must be cut, resized or given other channels or bytes before they are used."""
     _, height, width, channels = images.shape
     keeps_size = Geometry.of(config).size_after(width, height, "each image") == (height, width)
-    return not keeps_size or config.crop_before_resize is not None or config.num_channels not in (None, channels)
+    return (
+        not keeps_size
+        or not images.dtype.isnative
+        or config.crop_before_resize is not None
+        or config.num_channels not in (None, channels)
+    )
 
 
 def _digest(images: NDArray[np.integer], name: str) -> str:

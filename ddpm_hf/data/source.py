@@ -50,6 +50,18 @@ def identity_of(place: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+def valid_labels(labels: Sequence[int] | NDArray[np.integer], name: str) -> NDArray[np.int64] | None:
+    """Returns labels as int64, or None where no image has one.
+
+    Raises:
+        DataError: If one is larger than any number of a class.
+    """
+    highest = int(max(labels))
+    if highest > np.iinfo(np.int64).max:
+        raise DataError(f"{name} has label {highest}, which numbers no class; name another data.label_column.")
+    return np.asarray(labels).astype(np.int64) if highest >= 0 else None
+
+
 def numbers_as_names(labels: NDArray[np.int64]) -> tuple[str, ...] | None:
     """Names classes by their numbers; None where the numbers are too large to be those of classes."""
     count = int(labels.max()) + 1

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.decoding import Cell
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.source import NO_LABEL, Source, identity_of, numbers_as_names
+from ddpm_hf.data.source import NO_LABEL, Source, identity_of, numbers_as_names, valid_labels
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -36,7 +34,8 @@ def open_table(config: DataConfig, split: str) -> Source:
     if label_column is not None:
         # A missing label is harmless until a network asks for it.
         cells = [NO_LABEL if label is None else label for label in dataset[label_column]]
-        labels = np.asarray(cells, dtype=np.int64)
+        labels = valid_labels(cells, config.source)
+    if label_column is not None and labels is not None:
         class_names = class_names_of(dataset.features, label_column) or numbers_as_names(labels)
 
     def read(rows: Sequence[int]) -> list[Cell]:

@@ -164,6 +164,20 @@ def test_a_missing_label_matters_only_to_a_network_with_classes(
     assert len(open_images(DataConfig(source=str(path), cache_dir=str(cache_dir)), with_labels=False)) == 3
 
 
+@pytest.mark.parametrize("missing", [None, -1])
+def test_labels_that_are_all_missing_are_no_labels(tmp_path: Path, cache_dir: Path, missing: int | None) -> None:
+    path = write_parquet(tmp_path / "x.parquet", [encode(GRAY)] * 3, [missing] * 3, datasets.Value("int64"))
+    assert f"{path} has no labels, but the network is class-conditional" in refusal(path, cache_dir, with_labels=True)
+    assert open_images(DataConfig(source=str(path), cache_dir=str(cache_dir)), with_labels=False).labels is None
+
+
+def test_a_label_that_is_too_large_to_be_counted_is_named(tmp_path: Path, cache_dir: Path) -> None:
+    labels = pyarrow.array([0, 2**63 + 5], pyarrow.uint64())
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"image": [encode(GRAY)] * 2, "label": labels}), path)
+    assert f"{path} has label 9223372036854775813, which numbers no class" in refusal(path, cache_dir)
+
+
 @pytest.fixture
 def hub_data_set() -> str:
     """The id of a data set of the Hub that is in the cache of `datasets`, as after a first download."""
