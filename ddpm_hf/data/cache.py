@@ -247,7 +247,7 @@ def _tell(source: Source, found: Survey, bad: BadImages, lowest: int, highest: i
         logger.warning("%d images have several frames, of which the first is used.", found.num_animated)
     if source.left_out:
         logger.warning(
-            "%d files in %s are no images by their names and are left out; the first: %s",
+            "%d files in %s are left out, being no images by their names, hidden or links; the first: %s",
             len(source.left_out), source.name, source.left_out[0],
         )  # fmt: skip
     full = np.iinfo(target.dtype).max

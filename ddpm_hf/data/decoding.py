@@ -128,8 +128,8 @@ def read_header(cell: Cell) -> Header:
     with _opened(cell) as image:
         is_deep = image.mode in _DEEP_GRAY or _has_deep_colours(image)
         width, height = image.size
-        # The tags of a PNG may lie behind its pixels; what is not seen here is seen when it is decoded. Of a TIFF Pillow
-        # tells the size as it is shown.
+        # The tags of a PNG may lie behind its pixels; what is not seen here is seen when it is decoded. Pillow tells
+        # the size of a TIFF as it is shown.
         has_tags = "exif" in image.info if image.format == "PNG" else image.format != "TIFF"
         if has_tags and _orientation(image) in _TURNED_BY_EXIF:
             width, height = height, width

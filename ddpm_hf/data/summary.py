@@ -92,7 +92,10 @@ def _facts_of_cache(source: Source, config: DataConfig, images: ImageSet) -> Ite
     if meta["num_animated"]:
         yield "animated", f"{meta['num_animated']:,} images have several frames; the first is used"
     if source.left_out:
-        yield "left out", f"{len(source.left_out):,} files that are no images by their names: {_some(source.left_out)}"
+        yield (
+            "left out",
+            f"{len(source.left_out):,} files, no images by their names, hidden or links: {_some(source.left_out)}",
+        )
     bad = list(meta["bad"].values())
     yield "bad", f"{len(bad):,} cannot be read" if bad else "none"
     for reason in bad[:_NUM_SHOWN]:

@@ -57,7 +57,7 @@ def test_strange_images_are_all_counted(capsys: pytest.CaptureFixture[str], tmp_
         "sizes     3 from 4x4 to 5x6, the most frequent 5x6 (3), 5x4 (1), 4x6 (1)",
         "modes     RGB (3), L (1), P (1)",
         "animated  1 images have several frames; the first is used",
-        "left out  2 files that are no images by their names: cat/notes.txt, photo.heic",
+        "left out  2 files, no images by their names, hidden or links: cat/notes.txt, photo.heic",
         "bad       2 cannot be read",
         f"          image 2 of {folder} (cat/4.png) is empty (0 bytes).",
         f"          image 5 of {folder} (dog/3.png) cannot be decoded (it is no image of a known format).",
