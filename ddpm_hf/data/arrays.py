@@ -118,7 +118,7 @@ def _digest(images: NDArray[np.integer], name: str) -> str:
     """Tells arrays apart by all of their pixels, hashed by as many threads as there are cores; a .npy has no labels."""
     num_rows = max(1, _BYTES_HASHED_AT_ONCE // max(1, images[0].nbytes))
     starts = range(0, len(images), num_rows)
-    part = lambda start: hashlib.sha256(np.ascontiguousarray(images[start : start + num_rows])).digest()  # noqa: E731
+    part = lambda start: hashlib.sha256(np.ascontiguousarray(images[start : start + num_rows]).data).digest()  # noqa: E731
     digest = hashlib.sha256(f"{images.shape} {images.dtype}".encode())
     with ThreadPoolExecutor(num_threads()) as pool:
         # Said only where it takes longer than a moment.

@@ -206,7 +206,7 @@ def _source(
     others: Sequence[str] = (),
 ) -> Source:
     """Makes a source of the files that are images by their names; others are what an archive has beside files."""
-    reasons = [_why_left_out(file.name) for file in files]
+    reasons = [why_left_out(file.name) for file in files]
     images = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
     left_out = (*filter(None, reasons), *others)
     depth = 0 if kind == "folder" else _depth_of_root([file.name for file in images])
@@ -229,7 +229,7 @@ def _source(
     )
 
 
-def _why_left_out(name: str) -> str | None:
+def why_left_out(name: str) -> str | None:
     """Returns what is said of a file that is not read: None of an image, nothing of what systems leave behind."""
     parts = PurePosixPath(name).parts
     is_image = name.lower().endswith(IMAGE_SUFFIXES)

@@ -264,6 +264,30 @@ def test_a_folder_with_a_table_of_labels_follows_the_table(tmp_path: Path, cache
     assert np.array_equal(pixels_of(images), [RGB, 255 - RGB])
 
 
+def test_a_table_that_does_not_name_its_images_is_named(tmp_path: Path, cache_dir: Path) -> None:
+    folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "metadata.csv": b"id,age\n1,1\n2,0\n"})
+    assert f"{folder / 'metadata.csv'} has no column file_name" in refusal(folder, cache_dir)
+
+
+def test_a_table_among_images_is_refused(tmp_path: Path, cache_dir: Path) -> None:
+    """Neither takes the place of the other in silence."""
+    folder = write_files(tmp_path / "x", {"cat/1.png": encode(RGB), "dog/1.png": encode(RGB)})
+    assert len(open_source(folder, cache_dir)) == 2
+    write_table(folder / "cat" / "stats.parquet", {"size": [1, 2]})
+    message = refusal(folder, cache_dir)
+    assert message.startswith(f"{folder} holds images such as ")
+    assert message.endswith(
+        "and the table cat/stats.parquet; give the table itself as data.source, or take one of them out of the folder."
+    )
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "test.txt", "README.md", ".cache/a.png"])
+def test_other_files_beside_tables_are_no_tables(tmp_path: Path, cache_dir: Path, name: str) -> None:
+    write_parquet(tmp_path / "x" / "0.parquet", [encode(RGB)] * 3)
+    write_files(tmp_path / "x", {name: b"x"})
+    assert len(open_source(tmp_path / "x", cache_dir)) == 3
+
+
 @pytest.mark.parametrize("shape", ["bytes", "struct"])
 def test_images_that_another_program_stored_as_bytes_are_found(tmp_path: Path, cache_dir: Path, shape: str) -> None:
     cells = [encode(RGB), encode(255 - RGB)]
