@@ -1,6 +1,7 @@
 """Goes through a source twice: for the headers, which say what all images become, and for the pixels, to store them."""
 
 import hashlib
+import math
 import os
 import warnings
 from collections import Counter, deque
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.decoding import Cell, Header, Pixels, Target, decode, read_header
-from ddpm_hf.data.errors import BadImage, DataError
+from ddpm_hf.data.errors import BadImage, DataError, UnreachableImage
 from ddpm_hf.data.geometry import Geometry
 from ddpm_hf.data.source import Source
 
@@ -35,28 +36,42 @@ class BadImages:
     Args:
         limit: One more than this is refused.
         num_images: Of the whole set.
+        fraction: What data.max_bad_fraction says; None where data.on_bad_image allows none.
         reasons: Row -> sentence.
+        unreachable: Those rows that the system did not hand out.
     """
 
     limit: int
     num_images: int
+    fraction: float | None
     reasons: dict[int, str] = field(default_factory=dict)
+    unreachable: set[int] = field(default_factory=set)
 
-    def add(self, row: int, reason: str) -> None:
+    def add(self, row: int, error: BadImage) -> None:
         """Counts a bad image.
 
         Raises:
             DataError: If it is one too many.
         """
-        self.reasons[row] = reason
+        self.reasons[row] = str(error)
+        if isinstance(error, UnreachableImage):
+            self.unreachable.add(row)
+        self.check()
+
+    def check(self) -> None:
+        """Raises a DataError if there are more than allowed."""
         if len(self.reasons) <= self.limit:
             return
         first = self.reasons[min(self.reasons)]
-        if self.limit == 0:
+        if self.fraction is None:
             raise DataError(f"{first.removesuffix('.')}; repair or remove it, or set data.on_bad_image to skip.")
+        if len(self.reasons) == self.num_images:
+            raise DataError(f"none of the {self.num_images} images can be read; the first: {first}")
+        enough = math.ceil(len(self.reasons) / self.num_images * 10_000) / 10_000
         raise DataError(
             f"more than {self.limit} of {self.num_images} images cannot be read, which is all that "
-            f"data.max_bad_fraction allows; the first: {first}"
+            f"data.max_bad_fraction {self.fraction:g} allows; repair them, or set it to {enough:g} or more; the first: "
+            f"{first}"
         )
 
 
@@ -135,7 +150,7 @@ def survey(source: Source, bad: BadImages) -> Survey:
     found = Survey()
     for row, name, header in _each(source, read_header, "Looking at images", skip=set()):
         if isinstance(header, BadImage):
-            bad.add(row, str(header))
+            bad.add(row, header)
         else:
             found.add(header, name)
     return found
@@ -183,7 +198,7 @@ def decode_all(
         layout[row, 0] = start
         if isinstance(result, BadImage):
             if row not in bad.reasons:
-                bad.add(row, str(result))
+                bad.add(row, result)
             file.write(gap)
             start += len(gap) // target.dtype.itemsize
             continue

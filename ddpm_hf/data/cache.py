@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,14 @@ from filelock import SoftFileLease, Timeout
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.build import BadImages, Survey, decode_all, survey
 from ddpm_hf.data.decoding import Target
-from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.errors import BadImage, DataError
 from ddpm_hf.data.image_set import ImageSet, UnequalImages
 from ddpm_hf.data.source import Source
 from ddpm_hf.durable import write_text
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 _TRANSFORM = (
     "crop_before_resize", "resolution", "resize_to", "resize_filter", "crop", "num_channels", "background",
 )  # fmt: skip
@@ -53,27 +53,28 @@ def open_cache(source: Source, config: DataConfig, *, max_bad: int) -> ImageSet:
         DataError: If an image cannot be read or batched, or there is no room to write the cache.
     """
     folder = cache_root(config) / cache_key(source, config)
-    bad = BadImages(max_bad, source.num_images)
-    meta = read_meta(folder)
+    bad = BadImages(max_bad, source.num_images, config.max_bad_fraction if config.on_bad_image == "skip" else None)
+    meta = _read_valid(folder, source)
     if meta is None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _lease(folder):
-                meta = read_meta(folder) or _build(source, config, folder, bad)
+                meta = _read_valid(folder, source) or _build(source, config, folder, bad)
         except OSError as error:
             raise DataError(
                 f"the decoded images cannot be written to {folder.parent} ({error.strerror or error}); give another "
                 "folder with data.cache_dir."
             ) from None
-    bad.reasons.clear()
-    for row, reason in meta["bad"].items():
-        bad.add(int(row), reason)
+    bad.reasons = {int(row): reason for row, reason in meta["bad"].items()}
+    bad.check()
     return _open(folder, meta, config)
 
 
 def allowed_bad(source: Source, config: DataConfig) -> int:
     """Returns how many bad images the settings allow."""
-    return int(config.max_bad_fraction * source.num_images) if config.on_bad_image == "skip" else 0
+    if config.on_bad_image != "skip":
+        return 0
+    return int(round(config.max_bad_fraction * source.num_images, 6))  # 0.29 * 100 is 28.999999999999996
 
 
 def cache_root(config: DataConfig) -> Path:
@@ -84,9 +85,13 @@ def cache_root(config: DataConfig) -> Path:
 
 
 def cache_key(source: Source, config: DataConfig) -> str:
-    """Returns what a cache is called: it changes with the data and with every setting that changes a stored pixel."""
+    """Returns what a cache is called: it changes with the data and with every setting that changes a stored pixel.
+
+    The classes of a split are named by all splits together, so they may change where its images do not.
+    """
     transform = [getattr(config, name) for name in _TRANSFORM]
-    key = json.dumps([_VERSION, source.fingerprint, source.num_images, *transform])
+    labels = None if source.labels is None else hashlib.sha256(source.labels.tobytes()).hexdigest()
+    key = json.dumps([_VERSION, source.fingerprint, source.num_images, labels, source.class_names, *transform])
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
@@ -99,6 +104,18 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return meta if is_whole else None
+
+
+def _read_valid(folder: Path, source: Source) -> dict[str, Any] | None:
+    """Returns what a cache says of itself, unless the system now hands out an image that it did not then."""
+    meta = read_meta(folder)
+    if meta is None or not meta["unreachable"]:
+        return meta
+    for cell in source.read(meta["unreachable"]):
+        with suppress(BadImage):
+            cell.read()
+            return None
+    return meta
 
 
 def _open(folder: Path, meta: dict[str, Any], config: DataConfig) -> ImageSet:
@@ -146,12 +163,12 @@ def _build(source: Source, config: DataConfig, folder: Path, bad: BadImages) -> 
     try:
         meta = _fill(source, config, building, bad) | {"version": _VERSION, "key": folder.name}
         write_text(building / "meta.json", json.dumps(meta, indent=1))
-        if (theirs := read_meta(folder)) is None:
-            shutil.rmtree(folder, ignore_errors=True)  # one that is not whole
+        if (theirs := _read_valid(folder, source)) is None:
+            shutil.rmtree(folder, ignore_errors=True)  # one that is not whole, or lacks an image
             building.rename(folder)
     except OSError:
         # A process that is stopped for long loses its lease: another one cleared its files away and was faster.
-        if (theirs := read_meta(folder)) is None:
+        if (theirs := _read_valid(folder, source)) is None:
             raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -198,6 +215,7 @@ def _fill(source: Source, config: DataConfig, building: Path, bad: BadImages) ->
         "largest": [max(width for width, _ in found.sizes), max(height for _, height in found.sizes)],
         "num_animated": found.num_animated,
         "bad": {str(row): reason for row, reason in sorted(bad.reasons.items())},
+        "unreachable": sorted(bad.unreachable),
         "files": {path.name: path.stat().st_size for path in sorted(building.iterdir())},
     }
 
@@ -229,7 +247,7 @@ def _tell(source: Source, found: Survey, bad: BadImages, lowest: int, highest: i
         logger.warning("%d images have several frames, of which the first is used.", found.num_animated)
     if source.left_out:
         logger.warning(
-            "%d files in %s are no images by their names and are left out; the first: %s",
+            "%d files in %s are left out, being no images by their names, hidden or links; the first: %s",
             len(source.left_out), source.name, source.left_out[0],
         )  # fmt: skip
     full = np.iinfo(target.dtype).max

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ddpm_hf.data.errors import BadImage, DataError
+from ddpm_hf.data.errors import BadImage, DataError, UnreachableImage
 from ddpm_hf.data.geometry import Geometry
 
 Pixels: TypeAlias = NDArray[np.integer]
@@ -71,7 +71,7 @@ class Cell:
                 raise BadImage(f"{self.name} cannot be read (it is no regular file).")
             data = self.data.read_bytes() if isinstance(self.data, Path) else self.data
         except OSError as error:
-            raise BadImage(f"{self.name} cannot be read ({error.strerror or error}).") from None
+            raise UnreachableImage(f"{self.name} cannot be read ({error.strerror or error}).") from None
         if not data:
             raise BadImage(f"{self.name} is empty (0 bytes).")
         return data
@@ -128,8 +128,10 @@ def read_header(cell: Cell) -> Header:
     with _opened(cell) as image:
         is_deep = image.mode in _DEEP_GRAY or _has_deep_colours(image)
         width, height = image.size
-        # The tags of a PNG may lie behind its pixels; what is not seen here is seen when it is decoded.
-        if (image.format != "PNG" or "exif" in image.info) and _orientation(image) in _TURNED_BY_EXIF:
+        # The tags of a PNG may lie behind its pixels; what is not seen here is seen when it is decoded. Pillow tells
+        # the size of a TIFF as it is shown.
+        has_tags = "exif" in image.info if image.format == "PNG" else image.format != "TIFF"
+        if has_tags and _orientation(image) in _TURNED_BY_EXIF:
             width, height = height, width
         mode = "L" if image.mode in _DEEP_GRAY else _plain_mode(image)
         stored_mode = f"{image.mode};16" if is_deep and image.mode in ("RGB", "RGBA") else image.mode
@@ -188,6 +190,8 @@ def _opened(cell: Cell) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise BadImage(f"{cell.name} cannot be decoded (it is no image of a known format).") from None
     except Exception as error:  # Pillow raises many types for damaged files
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UnreachableImage(f"{cell.name} cannot be read ({error.strerror}).") from None
         reason = " ".join(str(error).split()) or "no reason given"
         raise BadImage(f"{cell.name} cannot be decoded ({type(error).__name__}: {reason}).") from error
 

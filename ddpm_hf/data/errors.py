@@ -7,3 +7,7 @@ class DataError(ValueError):
 
 class BadImage(DataError):
     """One image that cannot be read, whatever the settings; data.on_bad_image says what follows."""
+
+
+class UnreachableImage(BadImage):
+    """One image that the system does not hand out, which may change without the image being written anew."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ddpm_hf.data.decoding import Cell
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.source import NO_LABEL, Source, rows_of_split
+from ddpm_hf.data.source import NO_LABEL, Source, identity_of, rows_of_split
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".ppm",
@@ -70,7 +70,7 @@ def open_folder(path: Path, split: str) -> Source:
     Raises:
         DataError: If there are none, or the split is not there.
     """
-    files = [_File(place.relative_to(path).as_posix(), _identity(place), place) for place in _walk(path)]
+    files = [_File(place.relative_to(path).as_posix(), identity_of(place), place) for place in _walk(path)]
     return _source(path, "folder", sorted(files, key=lambda file: file.name), split, _read_files)
 
 
@@ -84,10 +84,12 @@ def open_zip(path: Path, split: str) -> Source:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as a zip file ({error}).") from None
-    members = [member for member in archive.infolist() if not member.is_dir()]
-    if any(member.flag_bits & 1 for member in members):
+    # Some programs of Windows write names with backslashes.
+    members = [(member.filename.replace("\\", "/"), member) for member in archive.infolist()]
+    members = [(name, member) for name, member in members if not name.endswith("/")]
+    if any(member.flag_bits & 1 for _, member in members):
         raise DataError(f"{path} is encrypted; unpack it and give the folder.")
-    files = [_File(member.filename, (member.file_size, member.CRC), member) for member in members]
+    files = [_File(name, (member.file_size, member.CRC), member) for name, member in members]
 
     def read(name: str, file: _File) -> Cell:
         assert isinstance(file.place, zipfile.ZipInfo)
@@ -109,7 +111,7 @@ def open_tar(path: Path, split: str) -> Source:
     """
     try:
         archive = tarfile.open(path, tarinfo=_TarMember)
-        members = [member for member in archive.getmembers() if member.isfile()]
+        members = archive.getmembers()
         assert archive.fileobj is not None
         archive.fileobj.seek(archive.offset)
         is_whole = bool(archive.fileobj.read(1))  # a tar ends with empty blocks
@@ -120,7 +122,9 @@ def open_tar(path: Path, split: str) -> Source:
     status = path.stat()
     unpacked = sum(member.size for member in members)
     whole = (status.st_size, status.st_mtime_ns)
-    files = [_File(member.name.removeprefix("./"), (member.size, *whole), member) for member in members]
+    contents = _follow_hard_links(members)
+    files = [_File(name, (content.size, *whole), content) for name, content in contents]
+    others = [f"{_plain(member.name)} (a link or a device)" for member in members if not _is_file_or_folder(member)]
 
     def read(name: str, file: _File) -> Cell:
         assert isinstance(file.place, tarfile.TarInfo)
@@ -132,7 +136,32 @@ def open_tar(path: Path, split: str) -> Source:
         except Exception as error:  # a damaged archive raises whatever its decompressor does
             return Cell(name, None, f"{type(error).__name__}: {error}")
 
-    return _source(path, "tar", files, split, read)
+    return _source(path, "tar", files, split, read, others)
+
+
+def _follow_hard_links(members: list[tarfile.TarInfo]) -> list[tuple[str, tarfile.TarInfo]]:
+    """Returns the name of every file in a tar with the member that has its content.
+
+    A hard link has that of an earlier member; one without is left as it is, and a bad image when it is read.
+    """
+    contents: dict[str, tarfile.TarInfo] = {}
+    files = []
+    for member in members:
+        if member.isfile() or member.islnk():
+            content = contents.get(_plain(member.linkname), member) if member.islnk() else member
+            contents[_plain(member.name)] = content
+            files.append((_plain(member.name), content))
+    return files
+
+
+def _is_file_or_folder(member: tarfile.TarInfo) -> bool:
+    """Tells whether a member of a tar has a content or holds others; what links lead to may lie anywhere."""
+    return member.isfile() or member.islnk() or member.isdir()
+
+
+def _plain(name: str) -> str:
+    """Returns a name in a tar without the folder in which it was packed."""
+    return name.removeprefix("./")
 
 
 def _is_bomb(size: int, unpacked: int, packed: int) -> bool:
@@ -152,15 +181,6 @@ def _read_files(name: str, file: _File) -> Cell:
     return Cell(name, file.place)
 
 
-def _identity(place: Path) -> tuple[int, int]:
-    """Returns size and time of change of a file; a link that leads nowhere is a bad image, found when it is read."""
-    try:
-        status = place.stat()
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
-
-
 def _walk(root: Path) -> Iterator[Path]:
     """Yields every file below a folder, through links but never in a circle."""
 
@@ -169,16 +189,26 @@ def _walk(root: Path) -> Iterator[Path]:
 
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
+        subfolders.sort()  # of several links to a folder the first is followed, on every disk
+        if os.path.realpath(folder) in seen:
+            subfolders.clear()
+            continue
         seen.add(os.path.realpath(folder))
-        subfolders[:] = [name for name in subfolders if os.path.realpath(os.path.join(folder, name)) not in seen]
         yield from (Path(folder, name) for name in names)
 
 
-def _source(path: Path, kind: str, files: list[_File], split: str, read: Callable[[str, _File], Cell]) -> Source:
-    """Makes a source of the files that are images by their names."""
-    visible = [file for file in files if not _is_hidden(file.name)]
-    images = [file for file in visible if file.name.lower().endswith(IMAGE_SUFFIXES)]
-    left_out = tuple(file.name for file in visible if not file.name.lower().endswith(IMAGE_SUFFIXES))
+def _source(
+    path: Path,
+    kind: str,
+    files: list[_File],
+    split: str,
+    read: Callable[[str, _File], Cell],
+    others: Sequence[str] = (),
+) -> Source:
+    """Makes a source of the files that are images by their names; others are what an archive has beside files."""
+    reasons = [why_left_out(file.name) for file in files]
+    images = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
+    left_out = (*filter(None, reasons), *others)
     depth = 0 if kind == "folder" else _depth_of_root([file.name for file in images])
     inside, depth, part = _choose_split(images, depth, split, path)
     chosen = [inside[row] for row in rows_of_split(part, str(path), len(inside))]
@@ -199,9 +229,17 @@ def _source(path: Path, kind: str, files: list[_File], split: str, read: Callabl
     )
 
 
-def _is_hidden(name: str) -> bool:
-    """Tells whether a file, or a folder above it, is one that systems leave behind (.DS_Store, __MACOSX)."""
-    return any(part.startswith((".", "__")) for part in PurePosixPath(name).parts)
+def why_left_out(name: str) -> str | None:
+    """Returns what is said of a file that is not read: None of an image, nothing of what systems leave behind."""
+    parts = PurePosixPath(name).parts
+    is_image = name.lower().endswith(IMAGE_SUFFIXES)
+    if "__MACOSX" in parts or parts[-1].startswith("._"):  # of macOS, called like images but none
+        return ""
+    if ".." in parts:
+        return f"{name} (outside of the archive)"
+    if any(part.startswith(".") for part in parts):
+        return f"{name} (hidden)" if is_image else ""
+    return None if is_image else name
 
 
 def _depth_of_root(names: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +40,26 @@ class Source:
     class_names: tuple[str, ...] | None = None
     left_out: tuple[str, ...] = ()
 
-    def cell_name(self, row: int, file: str = "") -> str:
-        """Returns what an image is called in a message."""
-        return f"image {row} of {self.name}" + (f" ({file})" if file else "")
+
+def identity_of(place: Path) -> tuple[int, int]:
+    """Returns size and time of change of a file; a link that leads nowhere is a bad image, found when it is read."""
+    try:
+        status = place.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def valid_labels(labels: Sequence[int] | NDArray[np.integer], name: str) -> NDArray[np.int64] | None:
+    """Returns labels as int64, or None where no image has one.
+
+    Raises:
+        DataError: If one is larger than any number of a class.
+    """
+    highest = int(max(labels))
+    if highest > np.iinfo(np.int64).max:
+        raise DataError(f"{name} has label {highest}, which numbers no class; name another data.label_column.")
+    return np.asarray(labels).astype(np.int64) if highest >= 0 else None
 
 
 def numbers_as_names(labels: NDArray[np.int64]) -> tuple[str, ...] | None:

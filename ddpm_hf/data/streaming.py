@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from ddpm_hf.data.source import NO_LABEL
 from ddpm_hf.data.tables import as_cell, class_names_of, find_columns, load_table
 from ddpm_hf.rng import numpy_generator
 
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
 logger = logging.getLogger(__name__)
 
 _BAD_IMAGES_ALWAYS_ALLOWED = 10  # a fraction of what was seen says little at the beginning
@@ -42,6 +46,7 @@ class StreamPosition:
         epoch: How often it has gone through all of its images.
         file: Number of its current file in the order of the epoch, where the buffer begins.
         place: State of the reader of that file, where the buffer begins; None at the beginning of the file.
+        row: How many rows of that file the process has read before the buffer.
         buffer: Number of the buffer in the epoch.
         used: How many images of the buffer are used up.
         number: How many images of the epoch are used up.
@@ -52,11 +57,31 @@ class StreamPosition:
     epoch: int = 0
     file: int = 0
     place: dict[str, Any] | None = None
+    row: int = 0
     buffer: int = 0
     used: int = 0
     number: int = 0
     num_used: int = 0
     num_bad: int = 0
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A row of a streamed file.
+
+    Args:
+        columns: What is in it.
+        name: Where it is, as far as `datasets` tells.
+        file: Number of its file in the order of the epoch.
+        place: State of the reader behind it.
+        row: How many rows of the file the process has read then.
+    """
+
+    columns: dict[str, Any]
+    name: str
+    file: int
+    place: dict[str, Any]
+    row: int
 
 
 class ImageStream:
@@ -109,7 +134,7 @@ class ImageStream:
         self._share = None if stream.num_shards % num_processes == 0 else (rank, num_processes)
         self._stream = stream.shard(num_processes, rank) if self._share is None else stream
         self.position = StreamPosition()
-        self._examples: Generator[tuple[dict[str, Any], StreamPosition], None, None] | None = None
+        self._examples: Generator[tuple[_Example, StreamPosition], None, None] | None = None
         # A reader that is still open when Python ends can abort the process (apache/arrow issue 45214).
         atexit.register(self.close)
 
@@ -151,7 +176,8 @@ class ImageStream:
         if self._examples is None:
             self._examples = self._read(self.position)
         taken = list(itertools.islice(self._examples, count))
-        cells = [self._cell(example, position) for example, position in taken]
+        image_column = self._image_column
+        cells = [as_cell(example.name, self._config, example.columns[image_column]) for example, _ in taken]
         with warnings.catch_warnings(), ThreadPoolExecutor(num_threads()) as pool:
             warnings.simplefilter("ignore")
             decoded = list(pool.map(self._decode, cells))
@@ -162,10 +188,6 @@ class ImageStream:
                 continue
             generator = numpy_generator(self._seed, "augmentation", self._rank, position.epoch, position.number)
             yield self._cut(image, generator), self._label(example, cell), bool(generator.integers(2))
-
-    def _cell(self, example: dict[str, Any], position: StreamPosition) -> Cell:
-        """Returns the image of an example, named by its number in the epoch."""
-        return as_cell(position.number, self._config, example[self._image_column])
 
     def _decode(self, cell: Cell) -> Pixels | BadImage:
         """Decodes an image; one that cannot be is returned as its error."""
@@ -182,11 +204,11 @@ class ImageStream:
         top, left = (generator.random(2) * (rooms + 1)).astype(int).tolist()
         return image[:, top : top + self._size[0], left : left + self._size[1]]
 
-    def _label(self, example: dict[str, Any], cell: Cell) -> int:
+    def _label(self, example: _Example, cell: Cell) -> int:
         """Returns the label of an example."""
         if self._label_column is None or self.class_names is None:
             return 0
-        label = example[self._label_column]
+        label = example.columns[self._label_column]
         if label is None or not 0 <= label < len(self.class_names):
             found = "no label" if label in (None, NO_LABEL) else f"label {label}"
             raise DataError(f"{cell.name} has {found}; every image needs one from 0 to {len(self.class_names) - 1}.")
@@ -205,7 +227,7 @@ class ImageStream:
                 f"data.max_bad_fraction {self._config.max_bad_fraction:g} allows; the last: {error}"
             )
 
-    def _read(self, position: StreamPosition) -> Generator[tuple[dict[str, Any], StreamPosition], None, None]:
+    def _read(self, position: StreamPosition) -> Generator[tuple[_Example, StreamPosition], None, None]:
         """Yields the examples from a position on, for ever, each with the position behind it."""
         while True:
             examples = self._epoch(position)
@@ -217,24 +239,39 @@ class ImageStream:
                     position = replace(
                         position, used=position.used + 1, number=position.number + 1, num_used=position.num_used + 1
                     )
-                    yield buffer[number][0], position
-                _, file, place = buffer[-1]
-                position = replace(position, file=file, place=place, buffer=position.buffer + 1, used=0)
+                    yield buffer[number], position
+                last = buffer[-1]
+                position = replace(
+                    position, file=last.file, place=last.place, row=last.row, buffer=position.buffer + 1, used=0
+                )
             if num_read == 0 and position.buffer == 0:
                 raise DataError(f"split {self._config.split!r} of {self._config.source} holds no images.")
             position = StreamPosition(epoch=position.epoch + 1, num_used=position.num_used)
 
-    def _epoch(self, position: StreamPosition) -> Iterator[tuple[dict[str, Any], int, dict[str, Any]]]:
-        """Yields the rest of an epoch: the example, its file's number in the order, the reader's state behind it."""
+    def _epoch(self, position: StreamPosition) -> Iterator[_Example]:
+        """Yields the rest of an epoch."""
         from datasets.distributed import split_dataset_by_node
 
         num_files = self._stream.num_shards
         order = numpy_generator(self._seed, "files", position.epoch).permutation(num_files)
         for number in range(position.file, num_files):
             file = self._stream.shard(num_files, int(order[number]))
+            rank, num_sharing = self._share or (0, 1)
+            name, num_before = _file_name(file), 0
             if self._share is not None:
                 file = split_dataset_by_node(file, *self._share)
             if number == position.file and position.place is not None:
                 file.load_state_dict(position.place)
-            for example in file:
-                yield example, number, file.state_dict()
+                num_before = position.row
+            for count, columns in enumerate(file, num_before):
+                where = f"row {count * num_sharing + rank} of {name}the stream of {self._config.source}"
+                yield _Example(columns, where, number, file.state_dict(), count + 1)
+
+
+def _file_name(stream: "IterableDataset") -> str:
+    """Returns "NAME of " for the only file of a stream where `datasets` tells it, otherwise nothing."""
+    examples = stream._ex_iterable
+    while hasattr(examples, "ex_iterable"):
+        examples = examples.ex_iterable
+    files = getattr(examples, "kwargs", {}).get("files")
+    return f"{Path(files[0]).name} of " if files and isinstance(files[0], str) else ""

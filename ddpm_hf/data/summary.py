@@ -59,16 +59,18 @@ def summarize(config: DataConfig, *, seed: int, num_samples: int) -> Summary:
         facts = list(_facts_of_cache(source, config, images))
         problem = _problem(source, config)
     facts.append(("classes", _classes(images)))
+    shown = images
     if problem is None:
         try:
             training, held_out = open_sets(config, with_labels=False, seed=seed, rank=0, num_processes=1, device=cpu)
             assert isinstance(training, ImageSet)
+            shown = training
             num_bad = training.num_bad + held_out.num_bad
             note = f", {num_bad} stand in for images that cannot be read" if num_bad else ""
             facts.append(("training", f"{len(training):,} images, {len(held_out):,} held out{note}"))
         except DataError as error:
             problem = str(error)
-    samples, _ = ImageFeed(images, config, seed, cpu).samples(0, num_samples)
+    samples, _ = ImageFeed(shown, config, seed, cpu).samples(0, num_samples)
     return Summary(_aligned(facts), _as_shown(samples), problem)
 
 
@@ -90,7 +92,10 @@ def _facts_of_cache(source: Source, config: DataConfig, images: ImageSet) -> Ite
     if meta["num_animated"]:
         yield "animated", f"{meta['num_animated']:,} images have several frames; the first is used"
     if source.left_out:
-        yield "left out", f"{len(source.left_out):,} files that are no images by their names: {_some(source.left_out)}"
+        yield (
+            "left out",
+            f"{len(source.left_out):,} files, no images by their names, hidden or links: {_some(source.left_out)}",
+        )
     bad = list(meta["bad"].values())
     yield "bad", f"{len(bad):,} cannot be read" if bad else "none"
     for reason in bad[:_NUM_SHOWN]:

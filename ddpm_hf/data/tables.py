@@ -1,17 +1,18 @@
 """Data sets that the `datasets` library opens: of the Hub, parquet and arrow files, folders with metadata."""
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.decoding import Cell
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.source import NO_LABEL, Source, numbers_as_names
+from ddpm_hf.data.files import why_left_out
+from ddpm_hf.data.source import NO_LABEL, Source, identity_of, numbers_as_names, valid_labels
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -34,17 +35,19 @@ def open_table(config: DataConfig, split: str) -> Source:
     if label_column is not None:
         # A missing label is harmless until a network asks for it.
         cells = [NO_LABEL if label is None else label for label in dataset[label_column]]
-        labels = np.asarray(cells, dtype=np.int64)
+        labels = valid_labels(cells, config.source)
+    if label_column is not None and labels is not None:
         class_names = class_names_of(dataset.features, label_column) or numbers_as_names(labels)
 
     def read(rows: Sequence[int]) -> list[Cell]:
         images = encoded[list(rows)][image_column]
-        return [as_cell(row, config, image) for row, image in zip(rows, images, strict=True)]
+        names = [f"image {row} of {config.source}" for row in rows]
+        return [as_cell(name, config, image) for name, image in zip(names, images, strict=True)]
 
     return Source(
         name=config.source,
         kind="data set",
-        fingerprint=f"{dataset._fingerprint} {image_column} {label_column}",
+        fingerprint=f"{dataset._fingerprint} {image_column} {label_column} {_identity_of_files(encoded, image_column)}",
         num_images=len(dataset),
         read=read,
         labels=labels,
@@ -52,13 +55,23 @@ def open_table(config: DataConfig, split: str) -> Source:
     )
 
 
-def as_cell(row: int, config: DataConfig, image: dict[str, Any] | None) -> Cell:
-    """Returns the image of a row, named by its number and its file, if it has one.
+def _identity_of_files(encoded: "Dataset", image_column: str) -> str:
+    """Returns what changes when an image file that a table only names is written anew, or put where it was missing."""
+    import pyarrow.compute
+
+    images = encoded.data.column(image_column)
+    is_named = pyarrow.compute.is_null(pyarrow.compute.struct_field(images, "bytes"))
+    paths = pyarrow.compute.struct_field(images, "path").filter(is_named).to_pylist()
+    identities = [identity_of(Path(path)) for path in paths if path is not None]
+    return hashlib.sha256(json.dumps(identities).encode()).hexdigest()
+
+
+def as_cell(name: str, config: DataConfig, image: dict[str, Any] | None) -> Cell:
+    """Returns the image of a row, named also by its file, if it has one.
 
     A file is read only where the data set lies: the rows of somebody else's could name any picture on this machine,
     and a network learns what it is shown.
     """
-    name = f"image {row} of {'the stream of ' if config.streaming else ''}{config.source}"
     if image is None or (image["bytes"] is None and image["path"] is None):
         return Cell(name, None)
     if image["path"]:
@@ -107,6 +120,10 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
         reason = " ".join(str(cause or error).split()) or type(error).__name__
         if "corresponds to no data" in reason:
             raise DataError(f"split {split!r} of {config.source} holds no images.") from None
+        if "`file_name`" in reason and (table := next(path.rglob("metadata.*"), None)):
+            raise DataError(
+                f"{table} has no column file_name, which says whose each row is; add it, or call the table otherwise."
+            ) from None
         where = "" if path.exists() else ", which is no file or folder here,"
         raise DataError(f"data.source {config.source}{where} cannot be opened (split {split!r}): {reason}") from error
 
@@ -120,12 +137,33 @@ def _arguments(path: Path, config: DataConfig) -> dict[str, Any]:
         return {"path": kind, "data_files": str(path)}
     if path.is_dir():
         for kind in ("parquet", "arrow"):
-            if next(path.rglob(f"*.{kind}"), None):
-                return {"path": kind, "data_dir": str(path)}
+            if table := next(path.rglob(f"*.{kind}"), None):
+                _refuse_images_beside(table, path)
+                return {"path": kind, "data_files": _tables_of_splits(path, kind)}
         return {"path": "imagefolder", "data_dir": str(path)}
     if path.suffix[1:].isalpha() or config.source.startswith((".", "~", "/")) or config.source.count("/") > 1:
         raise DataError(f"data.source {config.source} does not exist; check the path (here is {Path.cwd()}).")
     return {"path": config.source, "name": config.subset, "revision": config.revision}
+
+
+def _refuse_images_beside(table: Path, folder: Path) -> None:
+    """Refuses a folder that holds images and a table, since nobody says which of them is meant."""
+    for file in folder.rglob("*"):
+        if why_left_out(file.relative_to(folder).as_posix()) is None and file.is_file():
+            raise DataError(
+                f"{folder} holds images such as {file.relative_to(folder)} and the table {table.relative_to(folder)}; "
+                "give the table itself as data.source, or take one of them out of the folder."
+            )
+
+
+def _tables_of_splits(folder: Path, kind: str) -> dict[str, list[str]]:
+    """Returns the tables of each split, told by their names as on the Hub, and none of the other files there."""
+    from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
+
+    base = folder.resolve().as_posix()
+    found = DataFilesDict.from_patterns(get_data_patterns(base), base, allowed_extensions=[f".{kind}"])
+    splits = {split: files for split, files in found.items() if files}
+    return splits or {"train": DataFilesList.from_patterns(["**"], base, allowed_extensions=[f".{kind}"])}
 
 
 def _part_of_saved(path: Path, split: str) -> "Dataset":

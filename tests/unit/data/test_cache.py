@@ -1,5 +1,6 @@
 """Images are decoded once, by one process, and nobody ever reads a cache that is not whole."""
 
+import builtins
 import errno
 import json
 import multiprocessing
@@ -8,15 +9,17 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data import cache
+from ddpm_hf.data import ImageSet, cache
 from tests.conftest import DIGITS
 from tests.unit.data.helpers import GRAY, RGB, encode, open_source, pixels_of, refusal, write_files, write_parquet
 
@@ -111,12 +114,76 @@ def test_other_labels_are_other_data(tmp_path: Path, cache_dir: Path) -> None:
     assert one.digest != two.digest
 
 
+def test_a_class_that_only_another_split_has_is_known(tmp_path: Path, cache_dir: Path) -> None:
+    """All splits together name the classes, so they may change where no image of this split does."""
+    files = {f"{split}/{name}/1.png": encode(RGB) for split in ("train", "test") for name in ("b", "c")}
+    folder = write_files(tmp_path / "x", files)
+    assert open_source(folder, cache_dir).class_names == ("b", "c")
+    write_files(folder, {"test/a/1.png": encode(RGB)})
+    images = open_source(folder, cache_dir, with_labels=True)
+    assert images.labels is not None
+    assert [images.class_names, images.labels.tolist()] == [("a", "b", "c"), [1, 2]]
+
+
 def test_a_part_of_a_split_has_a_cache_of_its_own(tmp_path: Path, cache_dir: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", [encode(GRAY + np.uint8(number)) for number in range(4)])
     for split, first, count in (("train", 0, 4), ("train[2:]", 2, 2), ("train[:1]", 0, 1)):
         images = open_source(path, cache_dir, split=split)
         assert len(images) == count
         assert np.array_equal(pixels_of(images)[0, ..., 0], GRAY + np.uint8(first))
+
+
+# ----------------------------------------------------------------------------------------------- what is mended later
+
+
+def opened_twice(source: Path, cache_dir: Path, mend: Callable[[], object]) -> tuple[ImageSet, ImageSet]:
+    settings: dict[str, Any] = {"on_bad_image": "skip", "max_bad_fraction": 0.5}
+    before = open_source(source, cache_dir, **settings)
+    mend()
+    return before, open_source(source, cache_dir, **settings)
+
+
+def test_an_image_that_the_system_hands_out_again_is_read(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forbidden, or on a disk that was away: the file is the same one then, with the same time of change."""
+    folder = write_files(tmp_path / "x", {f"{number}.png": encode(RGB + np.uint8(number)) for number in range(4)})
+    really_open = builtins.open
+
+    def refuse(file: Any, *arguments: Any, **options: Any) -> Any:
+        if str(file).endswith("1.png"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return really_open(file, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", refuse)  # root may read everything
+    before, after = opened_twice(folder, cache_dir, lambda: monkeypatch.setattr(builtins, "open", really_open))
+    assert [before.num_bad, after.num_bad] == [1, 0]
+    assert np.array_equal(pixels_of(after)[1], RGB + np.uint8(1))
+    assert len(caches_in(cache_dir)) == 1, "in the place of the one that lacks it"
+
+
+def table_of_files(folder: Path) -> Path:
+    """Writes a table that only names the images beside it."""
+    paths = [str(folder / f"{number}.png") for number in range(4)]
+    write_files(folder, {Path(path).name: encode(RGB) for path in paths})
+    cells = [{"bytes": None, "path": path} for path in paths]
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array(cells, kind)}), folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+def test_a_file_that_a_table_names_is_read_when_it_is_back(tmp_path: Path, cache_dir: Path) -> None:
+    table = table_of_files(tmp_path / "x")
+    (tmp_path / "x" / "2.png").rename(tmp_path / "away.png")
+    before, after = opened_twice(table, cache_dir, lambda: (tmp_path / "away.png").rename(tmp_path / "x" / "2.png"))
+    assert [before.num_bad, after.num_bad] == [1, 0]
+
+
+def test_a_file_that_a_table_names_is_read_anew_when_it_is_written_anew(tmp_path: Path, cache_dir: Path) -> None:
+    table, changed = table_of_files(tmp_path / "x"), tmp_path / "x" / "0.png"
+    before, after = opened_twice(table, cache_dir, lambda: changed.write_bytes(encode(255 - RGB)))
+    assert np.array_equal(pixels_of(before)[0], RGB)
+    assert np.array_equal(pixels_of(after)[0], 255 - RGB)
 
 
 # ------------------------------------------------------------------------------------------------- what is not whole
@@ -389,15 +456,29 @@ def test_too_many_bad_images_are_refused(tmp_path: Path, cache_dir: Path, *, is_
     if is_cached:
         open_source(folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.2)
     message = refusal(folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.15)
-    assert message.startswith("more than 1 of 10 images cannot be read, which is all that data.max_bad_fraction allows")
+    assert message.startswith(
+        "more than 1 of 10 images cannot be read, which is all that data.max_bad_fraction 0.15 allows"
+    )
+    assert "; repair them, or set it to 0.2 or more; " in message
     assert f"the first: image 3 of {folder} (3.png) cannot be decoded" in message
     assert f"image 3 of {folder} (3.png) cannot be decoded" in refusal(folder, cache_dir, on_bad_image="error")
-    assert "set data.on_bad_image to skip" in refusal(folder, cache_dir, on_bad_image="skip"), "1 % of 10 is none"
+    message = refusal(folder, cache_dir, on_bad_image="skip")  # 1 % of 10 is none
+    assert message.startswith(
+        "more than 0 of 10 images cannot be read, which is all that data.max_bad_fraction 0.01 allows"
+    )
+    assert "data.on_bad_image" not in message, "it is set to skip already"
+
+
+def test_a_fraction_allows_as_many_as_it_says() -> None:
+    """Though 0.29 * 100 is 28.999999999999996."""
+    source = cache.Source("x", "x", "x", 100, lambda rows: [])
+    allowed = [cache.allowed_bad(source, DataConfig(on_bad_image="skip", max_bad_fraction=n / 100)) for n in range(100)]
+    assert allowed == list(range(100))
 
 
 def test_only_bad_images_are_refused(tmp_path: Path, cache_dir: Path) -> None:
     folder = with_bad_images(tmp_path / "x", set(range(10)))
-    assert "more than 9 of 10 images cannot be read" in refusal(
+    assert "none of the 10 images can be read; the first: image 0 of " in refusal(
         folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.99
     )
 

@@ -4,7 +4,9 @@ import io
 import os
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +99,18 @@ def test_other_files_are_left_out_and_named(tmp_path: Path, name: str, caplog: p
     path = store(tmp_path, name, FILES | {"cat/photo.heic": b"x", "README.md": b"x"})
     assert set(source_of(path).left_out) == {"cat/photo.heic", "README.md"}
     open_source(path, tmp_path / "cache")
-    assert f"2 files in {path} are no images by their names and are left out" in caplog.text
+    assert f"2 files in {path} are left out, being no images by their names, hidden or links" in caplog.text
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
+def test_images_that_are_passed_over_are_named(tmp_path: Path, name: str) -> None:
+    """Hidden ones, and those that would be unpacked elsewhere; a class may be called __background__."""
+    files = FILES | {"__background__/1.png": b"1", ".dog/1.png": b"2", "cat/.3.png": b"3"}
+    outside = {"../up/1.png": b"4"} if "." in name else {}
+    source = source_of(store(tmp_path, name, files | outside))
+    assert source.class_names == ("__background__", "cat", "dog")
+    told = {f"{file} (outside of the archive)" for file in outside}
+    assert set(source.left_out) == {".dog/1.png (hidden)", "cat/.3.png (hidden)"} | told
 
 
 @pytest.mark.parametrize("name", KINDS[:3])
@@ -152,6 +165,58 @@ def test_links_are_followed_but_never_in_a_circle(tmp_path: Path) -> None:
     (folder / "dog" / "again").symlink_to(folder)
     images = open_source(folder, tmp_path / "cache", with_labels=True)
     assert [images.class_names, len(images)] == [("cat", "dog"), 2]
+
+
+def test_the_order_of_links_is_that_of_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the disk: of several ways to the same images the first by name is taken."""
+    folder = write_files(tmp_path / "pets", {"dogs/all/1.png": FILES["dog/1.png"]})
+    (folder / "links").symlink_to(folder / "dogs" / "all")
+    (folder / "all").symlink_to(folder / "dogs" / "all")
+    walk = os.walk
+
+    def turned(*arguments: Any, **options: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for place, subfolders, names in walk(*arguments, **options):
+            subfolders.sort(reverse=True)
+            yield place, subfolders, names
+
+    assert source_of(folder).class_names == ("all",)
+    monkeypatch.setattr(os, "walk", turned)
+    assert source_of(folder).class_names == ("all",)
+
+
+def test_hard_links_in_a_tar_are_read(tmp_path: Path) -> None:
+    """As tar itself packs files that lie in two folders at once; what symbolic links lead to is left out and named."""
+    folder = write_files(tmp_path / "pets", FILES)
+    (folder / "bird").mkdir()
+    os.link(folder / "cat" / "1.png", folder / "bird" / "1.png")
+    (folder / "dog" / "2.png").symlink_to("1.png")
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        archive.add(folder, ".")
+    source = source_of(tmp_path / "x.tar.gz")
+    assert [source.num_images, source.class_names] == [5, ("bird", "cat", "dog")]
+    assert source.left_out == ("dog/2.png (a link or a device)",)
+    images = open_source(tmp_path / "x.tar.gz", tmp_path / "cache")
+    assert images.labels is not None
+    (bird,) = np.flatnonzero(images.labels == 0)
+    assert np.array_equal(pixels_of(images)[bird], IMAGES["cat/1.png"])
+
+
+def test_a_hard_link_to_a_bomb_or_to_nothing_is_a_bad_image(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, size, target in (("bomb", 2**25, ""), ("1.png", 0, "bomb"), ("2.png", 0, "gone")):
+            member = tarfile.TarInfo(name)
+            member.size, member.linkname = size, target
+            member.type = tarfile.LNKTYPE if target else tarfile.REGTYPE
+            archive.addfile(member, io.BytesIO(bytes(size)))
+    bomb, nothing = source_of(path).read([0, 1])
+    assert [bomb.problem, nothing.problem[:8]] == ["it would unpack to 33,554,432 bytes", "KeyError"]
+
+
+def test_a_zip_with_backslashes_has_folders(tmp_path: Path) -> None:
+    path = pack(tmp_path / "x.zip", {name.replace("/", "\\"): data for name, data in FILES.items()} | {"dog\\": b""})
+    assert source_of(path).class_names == ("cat", "dog")
+    assert source_of(path).left_out == ()
 
 
 def test_a_link_that_leads_nowhere_is_a_bad_image(tmp_path: Path) -> None:

@@ -164,6 +164,20 @@ def test_a_missing_label_matters_only_to_a_network_with_classes(
     assert len(open_images(DataConfig(source=str(path), cache_dir=str(cache_dir)), with_labels=False)) == 3
 
 
+@pytest.mark.parametrize("missing", [None, -1])
+def test_labels_that_are_all_missing_are_no_labels(tmp_path: Path, cache_dir: Path, missing: int | None) -> None:
+    path = write_parquet(tmp_path / "x.parquet", [encode(GRAY)] * 3, [missing] * 3, datasets.Value("int64"))
+    assert f"{path} has no labels, but the network is class-conditional" in refusal(path, cache_dir, with_labels=True)
+    assert open_images(DataConfig(source=str(path), cache_dir=str(cache_dir)), with_labels=False).labels is None
+
+
+def test_a_label_that_is_too_large_to_be_counted_is_named(tmp_path: Path, cache_dir: Path) -> None:
+    labels = pyarrow.array([0, 2**63 + 5], pyarrow.uint64())
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"image": [encode(GRAY)] * 2, "label": labels}), path)
+    assert f"{path} has label 9223372036854775813, which numbers no class" in refusal(path, cache_dir)
+
+
 @pytest.fixture
 def hub_data_set() -> str:
     """The id of a data set of the Hub that is in the cache of `datasets`, as after a first download."""
@@ -248,6 +262,30 @@ def test_a_folder_with_a_table_of_labels_follows_the_table(tmp_path: Path, cache
     assert images.labels is not None
     assert [images.labels.tolist(), images.class_names] == [[1, 0], ("0", "1")]
     assert np.array_equal(pixels_of(images), [RGB, 255 - RGB])
+
+
+def test_a_table_that_does_not_name_its_images_is_named(tmp_path: Path, cache_dir: Path) -> None:
+    folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "metadata.csv": b"id,age\n1,1\n2,0\n"})
+    assert f"{folder / 'metadata.csv'} has no column file_name" in refusal(folder, cache_dir)
+
+
+def test_a_table_among_images_is_refused(tmp_path: Path, cache_dir: Path) -> None:
+    """Neither takes the place of the other in silence."""
+    folder = write_files(tmp_path / "x", {"cat/1.png": encode(RGB), "dog/1.png": encode(RGB)})
+    assert len(open_source(folder, cache_dir)) == 2
+    write_table(folder / "cat" / "stats.parquet", {"size": [1, 2]})
+    message = refusal(folder, cache_dir)
+    assert message.startswith(f"{folder} holds images such as ")
+    assert message.endswith(
+        "and the table cat/stats.parquet; give the table itself as data.source, or take one of them out of the folder."
+    )
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "test.txt", "README.md", ".cache/a.png"])
+def test_other_files_beside_tables_are_no_tables(tmp_path: Path, cache_dir: Path, name: str) -> None:
+    write_parquet(tmp_path / "x" / "0.parquet", [encode(RGB)] * 3)
+    write_files(tmp_path / "x", {name: b"x"})
+    assert len(open_source(tmp_path / "x", cache_dir)) == 3
 
 
 @pytest.mark.parametrize("shape", ["bytes", "struct"])

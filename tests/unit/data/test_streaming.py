@@ -114,12 +114,29 @@ def test_images_are_mirrored_and_cropped_anew_in_every_epoch(tmp_path: Path) -> 
 
 def test_a_bad_image_stops_a_stream_or_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_shards(tmp_path / "x", [10, 10], bad={3, 14})
-    with pytest.raises(DataError, match=r"image \d+ of the stream of .* cannot be decoded .*on_bad_image to skip"):
+    with pytest.raises(
+        DataError, match=r"row [34] of train-0000[01].parquet of the stream of .* cannot be decoded .*skip"
+    ):
         take(stream_of(folder), 20)
     stream = stream_of(folder, on_bad_image="skip")
     assert sorted(take(stream, 18)) == [number for number in range(20) if number not in (3, 14)]
     assert stream.position.num_bad == 2
-    assert caplog.text.count("Passed over an image: image") == 2
+    for row, number in ((3, 0), (4, 1)):
+        assert f"Passed over an image: row {row} of train-{number:05}.parquet of the stream of {folder}" in caplog.text
+
+
+@pytest.mark.parametrize(("rank", "num_processes"), [(0, 1), (1, 2)])
+def test_a_bad_image_is_named_by_its_row_after_a_resume_and_where_files_are_shared(
+    tmp_path: Path, rank: int, num_processes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_shards(tmp_path / "x", [21], bad={17})
+    settings: dict[str, Any] = {"rank": rank, "num_processes": num_processes, "on_bad_image": "skip"}
+    before = stream_of(folder, **settings)
+    take(before, 7)
+    stream = stream_of(folder, **settings)
+    stream.go_to(json.loads(json.dumps(asdict(before.position))))
+    take(stream, 20 // num_processes - 7 - (rank == 1))
+    assert f"row 17 of train-00000.parquet of the stream of {folder} cannot be decoded" in caplog.text
 
 
 def test_too_many_bad_images_stop_a_stream(tmp_path: Path) -> None:

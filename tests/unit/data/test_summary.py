@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ddpm_hf.cli import main
+from ddpm_hf.config import DataConfig
+from ddpm_hf.data import ImageFeed, ImageSet, open_sets, summarize
 from tests.conftest import DIGITS
 from tests.unit.data.helpers import RANDOM, RGB, encode, write_files
 
@@ -54,7 +57,7 @@ def test_strange_images_are_all_counted(capsys: pytest.CaptureFixture[str], tmp_
         "sizes     3 from 4x4 to 5x6, the most frequent 5x6 (3), 5x4 (1), 4x6 (1)",
         "modes     RGB (3), L (1), P (1)",
         "animated  1 images have several frames; the first is used",
-        "left out  2 files that are no images by their names: cat/notes.txt, photo.heic",
+        "left out  2 files, no images by their names, hidden or links: cat/notes.txt, photo.heic",
         "bad       2 cannot be read",
         f"          image 2 of {folder} (cat/4.png) is empty (0 bytes).",
         f"          image 5 of {folder} (dog/3.png) cannot be decoded (it is no image of a known format).",
@@ -89,6 +92,21 @@ def test_the_samples_are_those_of_a_run(capsys: pytest.CaptureFixture[str], tmp_
         tiles = np.asarray(picture)[4 + 32 :: 68, 4 + 8 :: 68, 0]
     assert set(np.unique(tiles)) == {0, 255}
     assert 16 < (tiles == 255).sum() < 48
+
+
+@pytest.mark.parametrize("source", ["x.npy", "folder"])
+def test_the_samples_are_those_of_a_run_that_holds_some_out(tmp_path: Path, source: str) -> None:
+    """In the same order, and none of those that the run will be judged on."""
+    pixels = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.full((1, 4, 4, 1), 12, np.uint8)
+    np.save(tmp_path / "x.npy", pixels)
+    write_files(tmp_path / "folder", {f"{n:02}.png": encode(image[..., 0]) for n, image in enumerate(pixels)})
+    config = DataConfig(source=str(tmp_path / source), validation_fraction=0.4, cache_dir=str(tmp_path / "cache"))
+    cpu = torch.device("cpu")
+    training, _ = open_sets(config, with_labels=False, seed=3, rank=0, num_processes=1, device=cpu)
+    assert isinstance(training, ImageSet)
+    samples, _ = ImageFeed(training, config, 3, cpu).samples(0, 30)
+    shown = summarize(config, seed=3, num_samples=30).samples
+    assert np.array_equal(shown, ((samples + 1) * 127.5).round().numpy().transpose(0, 2, 3, 1))
 
 
 def test_what_a_run_would_refuse_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
