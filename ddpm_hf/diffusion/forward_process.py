@@ -231,7 +231,7 @@ class ForwardProcess:
     def predict_original_sample(
         self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Returns x_0 as the network's output predicts it, not clipped. Eq. 15, Ho et al. 2020, where that is the noise.
+        """Returns x_0 as the network's output predicts it, not clipped. Eq. 15, Ho et al. 2020, for epsilon.
 
         Args:
             model_output: (batch, channels, ...), twice the channels for a learned variance, whose half is left out.

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.redaction import reason_of
 
 MOMENTS = "eps_second_moments"
 _DIGITS = 16
@@ -88,17 +90,21 @@ def differing_variants(folder: Path, weights: Mapping[str, torch.Tensor]) -> Ite
     """
     files = sorted(folder.glob("unet/*.*.safetensors"))
     for variant, paths in groupby(files, lambda path: path.name.split(".")[1].partition("-")[0]):
-        missing, wrong, is_half = set(weights), [], True
-        for path in paths:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    tensor = file.get_tensor(name)
-                    is_half = is_half and tensor.dtype in (torch.float16, torch.bfloat16)
-                    if name not in weights or not tensor.equal(weights[name].to(tensor.dtype)):
-                        wrong.append(name)
-                    missing.discard(name)
-        if names := sorted({*wrong, *missing}):
-            yield f"unet/*.{variant}.safetensors", f"holds other weights ({some_of(names)})", is_half
+        try:
+            tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+        except (OSError, SafetensorError) as error:
+            yield f"unet/*.{variant}.safetensors", f"cannot be read ({reason_of(error)})", True
+            continue
+        wrong = [
+            name
+            for name in sorted({*tensors, *weights})
+            if name not in tensors
+            or name not in weights
+            or not tensors[name].equal(weights[name].to(tensors[name].dtype))
+        ]
+        if wrong:
+            is_half = all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors.values())
+            yield f"unet/*.{variant}.safetensors", f"holds other weights ({some_of(wrong)})", is_half
 
 
 def some_of(names: list[str]) -> str:

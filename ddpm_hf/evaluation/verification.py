@@ -25,6 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.diffusion.folder import LIST_FORM, stock_pipeline_samples
+from ddpm_hf.diffusion.images import image_size
 from ddpm_hf.diffusion.pipeline import PORTABLE_FILES
 from ddpm_hf.durable import write_text
 from ddpm_hf.evaluation.contents import (
@@ -84,7 +85,7 @@ def write_verification(folder: Path) -> None:
     """Loads a saved pipeline as float32 on the CPU, and writes what it computes into its folder.
 
     Raises:
-        ValueError: The folder holds no pipeline.
+        ValueError: The folder holds no pipeline, or one whose network does not tell the size of its images.
     """
     pipeline = GaussianDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     content = {
@@ -231,16 +232,13 @@ def _compute(pipeline: Any, kind: type) -> dict[str, Any]:
     spaced = {"timestep_spacing": SPACING} if "timestep_spacing" in config else {}
     pipeline.scheduler = type(pipeline.scheduler).from_config(config, **spaced)
     unet = pipeline.unet.eval()
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    x_t = randn_tensor(
-        (1, unet.config.in_channels, height, width), generator=torch_generator("cpu", SEED, "verification")
-    )
+    shape = (1, unet.config.in_channels, *image_size(unet))
+    x_t = randn_tensor(shape, generator=torch_generator("cpu", SEED, "verification"))
     numbers = _labels(pipeline)
     labels = None if numbers is None else torch.tensor(numbers)
+    x_t = x_t.repeat(len(numbers or [0]), 1, 1, 1)
     with _one_thread():
         timestep = torch.tensor(len(pipeline.scheduler) // 2)
-        x_t = x_t.repeat(len(numbers or [0]), 1, 1, 1)
         output = unet(x_t, timestep, class_labels=labels, return_dict=False)[0]
         arguments = {} if labels is None else {"class_labels": [0]}
         image = pipeline(

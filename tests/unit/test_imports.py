@@ -118,7 +118,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation.references": {"data", "evaluation.feature_network", "evaluation.frechet"},
     "evaluation.sampling": {"diffusion", "rng"},
     "evaluation.second_moments": {"data", "diffusion", "evaluation.chain", "rng"},
-    "evaluation.contents": {"diffusion"},
+    "evaluation.contents": {"diffusion", "redaction"},
     "evaluation.verification": {"diffusion", "durable", "evaluation.contents", "redaction", "rng"},
     "report": {"durable", "evaluation.recognition", "plots", "redaction"},
     "hub": {"config", "diffusion", "hub", "plots", "redaction"},

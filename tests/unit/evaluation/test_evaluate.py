@@ -179,7 +179,6 @@ def test_scores_of_other_settings_are_of_another_kind() -> None:
         kind(eta=1.0),
         kind(guidance_scale=1.5),
         kind(score_num_samples=6),
-        kind(score_metric="precision"),
         kind(score_features="tests.feature_networks:pooled_again"),
         kind(spaced),
     ]

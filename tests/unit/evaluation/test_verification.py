@@ -222,6 +222,10 @@ def test_half_precision_weights_are_the_others_rounded(copy: Path, capsys: pytes
     expected = [("unet/*.fp16.safetensors", "holds other weights (conv_in.bias)", True)]
     save_file({name: tensor for name, tensor in halves.items() if name != "conv_in.bias"}, path, {"format": "pt"})
     assert list(differing_variants(copy, weights)) == expected
+    path.write_bytes(path.read_bytes()[:-100])
+    ((_, problem, is_wrong),) = differing_variants(copy, weights)
+    assert problem.startswith("cannot be read (")
+    assert is_wrong
     save_file(halves | {"conv_in.bias": halves["conv_in.bias"] + 0.01}, path, {"format": "pt"})
     assert list(differing_variants(copy, weights)) == expected
     assert main(["verify", str(copy)]) == 1
