@@ -46,6 +46,8 @@ NUM_STEPS = 4
 SPACING = "leading"
 """It ends at t = 0, as a list must for the stock scheduler to add no noise in the last step."""
 MOST_LABELS = 16
+LARGEST_SIDE = 32
+"""Of the noise that the network sees with each label; the sampled image has the full size."""
 CORNER = 8
 TOLERANCE = 1e-3
 """Of the range of an image: a quarter of a gray level. Processors and versions of torch differ by less."""
@@ -236,7 +238,8 @@ def _compute(pipeline: Any, kind: type) -> dict[str, Any]:
     x_t = randn_tensor(shape, generator=torch_generator("cpu", SEED, "verification"))
     numbers = _labels(pipeline)
     labels = None if numbers is None else torch.tensor(numbers)
-    x_t = x_t.repeat(len(numbers or [0]), 1, 1, 1)
+    side = max(LARGEST_SIDE, 2 ** (len(unet.config.block_out_channels) - 1))
+    x_t = x_t[:, :, :side, :side].repeat(len(numbers or [0]), 1, 1, 1)
     with _one_thread():
         timestep = torch.tensor(len(pipeline.scheduler) // 2)
         output = unet(x_t, timestep, class_labels=labels, return_dict=False)[0]

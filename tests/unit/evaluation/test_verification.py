@@ -249,6 +249,18 @@ def test_what_cannot_be_told_is_said(copy: Path, capsys: pytest.CaptureFixture[s
     assert outcome(copy)["the weights"] == "have other values (eps_second_moments)"
 
 
+def test_all_labels_of_a_network_for_large_images_are_tried_on_small_noise(tmp_path: Path) -> None:
+    """Seventeen images of 256 pixels would not fit into the memory that training leaves."""
+    unet = tiny_unet(num_class_embeds=20)
+    unet.register_to_config(sample_size=(64, 40))
+    GaussianDiffusionPipeline(unet, GaussianDiffusionScheduler(num_train_timesteps=1)).save_pretrained(tmp_path)
+    write_verification(tmp_path)
+    record = json.loads((tmp_path / FILE_NAME).read_text())
+    assert record["labels"] == [*range(16), 19]
+    assert record["network"]["shape"] == [17, 1, 32, 32]
+    assert record["image"]["shape"] == [1, 1, 64, 40]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "remove", "nan"])
 def test_damaged_weights_are_a_finding(copy: Path, damage: str) -> None:
     path = copy / WEIGHTS
