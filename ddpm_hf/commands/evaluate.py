@@ -111,7 +111,7 @@ def _evaluate(options: Namespace) -> None:
         content = as_json(
             metrics,
             bound,
-            settings=settings_of(sampling, sampler, options.seed),
+            settings=settings_of(sampling, sampler, options.seed, options.batch_size),
             data=_describe_data(work),
             bound_settings=bound_settings,
         )
@@ -220,7 +220,7 @@ def _check(work: _Work) -> None:
     if BITS_PER_DIM in options.metrics:
         check_bound(pipeline, work.measured, work.timesteps, work.num_terms)
     check_channels(image_shape(pipeline), as_png=options.format == "png")
-    settings = settings_of(sampling, sampler, options.seed)
+    settings = settings_of(sampling, sampler, options.seed, options.batch_size)
     work.ranks.on_rank_0(lambda: check_folder(work.samples_dir, settings, undecided=undecided))
     if work.of_samples:
         check_reference(work.training)

@@ -7,15 +7,15 @@ from ddpm_hf.commands.parser import Parser
 
 
 def verify(arguments: Sequence[str]) -> int:
-    """Computes again what verification.json holds, in each way of loading, and says what differs.
+    """Compares a folder with its verification.json, computes again in each way of loading, and says what differs.
 
     Returns:
         The exit code: 0 if nothing does, 1 if something does.
     """
     parser = Parser(
         prog="ddpm-hf verify",
-        description="Compute again what a saved pipeline computed when it was saved, in each of the three ways of "
-        "loading it, and say what differs.",
+        description="Compare weights and settings of a saved pipeline with those that were saved, compute again what "
+        "it computed then, in each of the three ways of loading it, and say what differs.",
         epilog="example: ddpm-hf verify user/digits",
     )
     parser.add_argument("folder", help="a saved pipeline, the folder of a run, or a repository of the Hub")
@@ -52,6 +52,7 @@ def verify(arguments: Sequence[str]) -> int:
         else:
             print(f"{finding.way:<31} the same, to {finding.difference:.1e} of the range")
     is_bad = any(finding.is_bad for finding in findings)
-    same = "computes the same as" if any(finding.is_other_file for finding in findings) else "is"
-    print(f"{options.folder} {'is NOT' if is_bad else same} the pipeline that was saved.")
+    same = "holds the same as" if any(finding.is_other_file for finding in findings) else "is"
+    rest = ", but for what the notes leave open" if not is_bad and any(one.is_open for one in findings) else ""
+    print(f"{options.folder} {'is NOT' if is_bad else same} the pipeline that was saved{rest}.")
     return int(is_bad)

@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .folder import splits_variance
 from .forward_process import check_process
-from .images import OUTPUT_TYPES, check_size, to_images, to_unit_range
+from .images import OUTPUT_TYPES, check_size, image_size, to_images, to_unit_range
 from .sampling import ClassLabels, Condition, label_numbers, start_run, step_arguments
 
 CORE_VERSION = "1.2.0"
@@ -137,11 +137,7 @@ class Run:
         """Returns x_T before scaling, (batch, channels, height, width), given or drawn."""
         channels = self._pipeline.num_channels
         if sample is None:
-            size = self._unet.config.sample_size
-            if size is None:
-                raise ValueError("The network has no sample_size; pass start noise as sample.")
-            height, width = (size, size) if isinstance(size, int) else size
-            return self.noise((self.batch_size, channels, height, width))
+            return self.noise((self.batch_size, channels, *image_size(self._unet)))
         if sample.ndim != 4 or sample.shape[:2] != (self.batch_size, channels):
             raise ValueError(
                 f"sample has shape {tuple(sample.shape)}; it must be ({self.batch_size}, {channels}, height, width), as"

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 
 from . import gaussian
-from .noise_schedule import STOCK_BETA_SCHEDULES, NoiseSchedule
+from .noise_schedule import STOCK_BETA_SCHEDULES, NoiseSchedule, Transition
 
 CORE_VERSION = "1.2.0"
+
+SMALLEST_ALPHA_BAR = 1e-38
+"""Below it float32 holds no alpha_bar, and dividing by its root could overflow."""
 
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
 CHOICES: dict[str, tuple[str | bool, ...]] = {
@@ -65,6 +68,23 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"trained_betas is {trained_betas!r}; it must be a list of {length} numbers.")
     if trained_betas is not None and len(trained_betas) != length:
         raise ValueError(f"trained_betas has {len(trained_betas)} values, num_train_timesteps is {length}.")
+
+
+def check_signal(transition: Transition, prediction_type: str) -> None:
+    """Refuses a step from where the sample holds no signal, if the network predicts the noise.
+
+    Args:
+        transition: The step.
+        prediction_type: What the network predicts.
+
+    Raises:
+        ValueError: x_0 cannot be recovered there.
+    """
+    if transition.alpha_bar < SMALLEST_ALPHA_BAR and prediction_type == "epsilon":
+        raise ValueError(
+            f"x_{transition.timestep} holds no signal, so x_0 cannot be recovered from a prediction of the noise;"
+            " use prediction_type v_prediction or sample, or betas below 1 without rescale_betas_zero_snr."
+        )
 
 
 def check_process(scheduler: Any) -> None:
@@ -171,14 +191,38 @@ class ForwardProcess:
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor
     ) -> torch.Tensor:
-        """Draws x_t from q(x_t | x_0) with the given noise; float32 inside, in the dtype of the samples outside."""
+        """Draws x_t from q(x_t | x_0) with the given noise. Eq. 4, Ho et al. 2020.
+
+        Args:
+            original_samples: x_0 in [-1, 1], (batch, ...), of any floating-point dtype.
+            noise: Standard normal, in the shape of the samples.
+            timesteps: (batch,), or one for all samples; integers in [0, T) on any device.
+
+        Returns:
+            x_t in shape, dtype and device of the samples, computed in float32, or in float64 for float64 samples.
+
+        Raises:
+            ValueError: The samples are no floating-point numbers, or the timesteps do not fit; see `gather`.
+        """
         dtype = compute_dtype(original_samples)
         alpha, sigma = self._alpha_sigma(timesteps, original_samples)
         x_t = gaussian.q_sample(original_samples.to(dtype), noise.to(dtype), alpha, sigma)
         return x_t.to(original_samples.dtype)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
-        """Returns the target of v-prediction for clean samples and their noise; float32 inside."""
+        """Returns the target of v-prediction, alpha eps - sigma x_0. Appendix D, Salimans & Ho 2022.
+
+        Args:
+            sample: x_0 in [-1, 1], (batch, ...), of any floating-point dtype; not x_t.
+            noise: What x_t is made with, in the shape of the sample.
+            timesteps: (batch,), or one for all samples; integers in [0, T) on any device.
+
+        Returns:
+            v in shape, dtype and device of the sample, computed in float32, or in float64 for a float64 sample.
+
+        Raises:
+            ValueError: The sample is no floating-point numbers, or the timesteps do not fit; see `gather`.
+        """
         dtype = compute_dtype(sample)
         alpha, sigma = self._alpha_sigma(timesteps, sample)
         v = gaussian.velocity(sample.to(dtype), noise.to(dtype), alpha, sigma)
@@ -187,7 +231,21 @@ class ForwardProcess:
     def predict_original_sample(
         self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Returns x_0 as the network's output predicts it, not clipped, (batch, channels, ...)."""
+        """Returns x_0 as the network's output predicts it, not clipped. Eq. 15, Ho et al. 2020, for epsilon.
+
+        Args:
+            model_output: (batch, channels, ...), twice the channels for a learned variance, whose half is left out.
+            timesteps: (batch,), or one for all samples; integers in [0, T) on any device.
+            sample: x_t, (batch, channels, ...), of any floating-point dtype.
+
+        Returns:
+            x_0 in shape, dtype and device of the sample, computed in float32, or in float64 for a float64 sample. Where
+            the sample holds no signal, a prediction of the noise gives no finite one.
+
+        Raises:
+            ValueError: The output has another shape than the sample needs, the sample is no floating-point numbers, or
+                the timesteps do not fit; see `gather`.
+        """
         output, _ = self.split_variance(model_output.to(compute_dtype(sample)), sample)
         x_t = sample.to(output.dtype)
         x_0 = gaussian.predict_x_0(self.config["prediction_type"], output, x_t, *self._alpha_sigma(timesteps, x_t))
@@ -196,14 +254,40 @@ class ForwardProcess:
     def predict_noise(
         self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the noise in the sample as the network's output predicts it, (batch, channels, ...)."""
+        """Returns the noise in the sample as the network's output predicts it.
+
+        Args:
+            model_output: (batch, channels, ...), twice the channels for a learned variance, whose half is left out.
+            timesteps: (batch,), or one for all samples; integers in [0, T) on any device.
+            sample: x_t, (batch, channels, ...), of any floating-point dtype.
+
+        Returns:
+            The noise in shape, dtype and device of the sample, computed in float32, or in float64 for a float64 sample.
+
+        Raises:
+            ValueError: The output has another shape than the sample needs, the sample is no floating-point numbers, or
+                the timesteps do not fit; see `gather`.
+        """
         output, _ = self.split_variance(model_output.to(compute_dtype(sample)), sample)
         x_t = sample.to(output.dtype)
         eps = gaussian.predict_eps(self.config["prediction_type"], output, x_t, *self._alpha_sigma(timesteps, x_t))
         return eps.to(sample.dtype)
 
     def posterior(self, x_0: torch.Tensor, x_t: torch.Tensor, timesteps: int | torch.Tensor) -> Posterior:
-        """Returns q(x_{t-1} | x_t, x_0) of the training chain. Eq. 6 and 7, Ho et al. 2020; float32 inside and out."""
+        """Returns q(x_{t-1} | x_t, x_0) of the training chain. Eq. 6 and 7, Ho et al. 2020.
+
+        Args:
+            x_0: Clean samples, or a prediction of them, (batch, ...).
+            x_t: Noised samples, in the same shape, of any floating-point dtype.
+            timesteps: (batch,), or one for all samples; integers in [0, T) on any device.
+
+        Returns:
+            The mean in the shape of x_t, variance and log-variance in (batch, 1, ...): float32 whatever the dtype of
+            x_t, or float64 if it is that. At t = 0 the variance is 0, and the log-variance that of t = 1.
+
+        Raises:
+            ValueError: x_t is no floating-point numbers, or the timesteps do not fit; see `gather`.
+        """
         dtype = compute_dtype(x_t)
         coef_x_0 = self.gather("posterior_mean_coef_x_0", timesteps, x_t)
         coef_x_t = self.gather("posterior_mean_coef_x_t", timesteps, x_t)
@@ -214,13 +298,35 @@ class ForwardProcess:
         )
 
     def snr(self, timesteps: int | torch.Tensor) -> torch.Tensor:
-        """Returns the signal-to-noise ratio at each timestep, float32, in the shape and on the device of these."""
+        """Returns the signal-to-noise ratio at each timestep.
+
+        Args:
+            timesteps: Integers in [0, T), of any shape and on any device.
+
+        Returns:
+            alpha_bar / (1 - alpha_bar), float32, in shape and device of the timesteps.
+
+        Raises:
+            ValueError: The timesteps are no integers, or, on the CPU, one is out of range.
+        """
         index = _as_index(timesteps)
         like = torch.empty(index.numel(), device=index.device)
         return self.gather("snr", index, like).view(index.shape)
 
     def split_variance(self, model_output: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Separates prediction and variance, the two halves of the channels where the variance is learned."""
+        """Separates prediction and variance, the two halves of the channels where the variance is learned.
+
+        Args:
+            model_output: (batch, channels, ...), twice the channels for a learned variance.
+            x_t: The samples that the network was shown, (batch, channels, ...); only their shape is looked at.
+
+        Returns:
+            The prediction in the shape of x_t, and what the network says of the variance in that shape: a log-variance
+            (`learned`), or where it lies in the range, -1 to 1 (`learned_range`). None where it is fixed.
+
+        Raises:
+            ValueError: The output has another shape than variance_type needs.
+        """
         learned = self.config["variance_type"] in LEARNED_VARIANCE_TYPES
         expected = list(x_t.shape)
         if learned:

@@ -15,6 +15,19 @@ ImageInput: TypeAlias = Image.Image | Sequence[Image.Image] | np.ndarray[Any, An
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
+def image_size(unet: Any) -> tuple[int, int]:
+    """Returns height and width of the images that a UNet2DModel is made for.
+
+    Raises:
+        ValueError: Its configuration does not tell.
+    """
+    size = unet.config.sample_size
+    if size is None:
+        raise ValueError("The network has no sample_size; pass start noise as sample, or set it in unet/config.json.")
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
 def to_unit_range(sample: torch.Tensor) -> torch.Tensor:
     """Maps [-1, 1] to [0, 1], clipped, in float32."""
     return (sample / 2 + 0.5).clamp(0, 1).float()

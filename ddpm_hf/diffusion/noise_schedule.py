@@ -204,7 +204,6 @@ class NoiseSchedule:
     Attributes:
         betas: beta_t.
         alphas_cumprod: alpha_bar_t.
-        alphas_cumprod_prev: alpha_bar_{t-1}, 1 at t = 0.
         sqrt_alphas_cumprod: The factor of x_0 in x_t.
         sqrt_one_minus_alphas_cumprod: The factor of the noise in x_t.
         snr: alpha_bar_t / (1 - alpha_bar_t).
@@ -217,7 +216,6 @@ class NoiseSchedule:
 
     betas: torch.Tensor
     alphas_cumprod: torch.Tensor
-    alphas_cumprod_prev: torch.Tensor
     sqrt_alphas_cumprod: torch.Tensor
     sqrt_one_minus_alphas_cumprod: torch.Tensor
     snr: torch.Tensor
@@ -254,7 +252,6 @@ class NoiseSchedule:
         return cls(
             betas=betas,
             alphas_cumprod=alpha_bar,
-            alphas_cumprod_prev=alpha_bar_prev,
             sqrt_alphas_cumprod=alpha_bar.sqrt(),
             sqrt_one_minus_alphas_cumprod=(1 - alpha_bar).sqrt(),
             snr=alpha_bar / (1 - alpha_bar),

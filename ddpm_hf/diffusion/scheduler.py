@@ -20,7 +20,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from . import gaussian
-from .forward_process import ForwardProcess, check_options, compute_dtype
+from .forward_process import ForwardProcess, check_options, check_signal, compute_dtype
 from .noise_schedule import (
     BETA_SCHEDULE_ALIASES,
     STOCK_BETA_SCHEDULES,
@@ -37,8 +37,6 @@ from .timesteps import SamplingRun, spaced_timesteps
 CORE_VERSION = "1.2.0"
 
 PREDICTION_TYPE_ALIASES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-SMALLEST_ALPHA_BAR = 1e-38
-"""Below it float32 holds no alpha_bar, and dividing by its root could overflow."""
 
 
 @dataclass
@@ -290,11 +288,7 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
         transition = self._run.transitions[row]
         if not (isinstance(eta, int | float | np.number) and 0 <= eta <= 1):
             raise ValueError(f"eta is {eta!r}; it must be a number between 0 (deterministic) and 1 (ancestral).")
-        if transition.alpha_bar < SMALLEST_ALPHA_BAR and self.config["prediction_type"] == "epsilon":
-            raise ValueError(
-                f"x_{transition.timestep} holds no signal, so x_0 cannot be recovered from a prediction of the noise;"
-                " use prediction_type v_prediction or sample, or betas below 1 without rescale_betas_zero_snr."
-            )
+        check_signal(transition, self.config["prediction_type"])
         dtype = compute_dtype(sample)
         x_t = sample.to(dtype)
         output, variance_output = self.split_variance(model_output.to(dtype), x_t)
@@ -337,7 +331,7 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
         return gaussian.add_learned_noise(mean, noise, variance_output, log_min, log_max, eta)
 
     def _get_variance(self, t: int) -> torch.Tensor:
-        """Fixed variance of the step from t, under the name that it has in DDPMScheduler."""
+        """Fixed variance of the step from t, by the name that diffusers' own tests of DDPMScheduler call."""
         return torch.tensor(self.fixed_variance(self._run.transitions[self._run.row(t)]))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ddpm_hf.data import ImageSet, normalize
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler, gaussian
+from ddpm_hf.diffusion.forward_process import check_signal
 from ddpm_hf.diffusion.noise_schedule import Transition
 
 SMALLEST_DECODER_VARIANCE = (0.1 / 255) ** 2
@@ -43,7 +44,8 @@ class Chain:
         timesteps: Descending; None takes the whole training chain.
 
     Raises:
-        ValueError: The scheduler is another one, or the timesteps do not fit it.
+        ValueError: The scheduler is another one, the timesteps do not fit it, or noise is predicted where the first of
+            them holds no signal.
     """
 
     def __init__(self, pipeline: GaussianDiffusionPipeline, timesteps: list[int] | None = None) -> None:
@@ -56,6 +58,7 @@ class Chain:
         scheduler.set_timesteps(timesteps=chosen)
         self.scheduler = scheduler
         self.transitions: list[Transition] = scheduler.noise_schedule.transitions(chosen)
+        check_signal(self.transitions[0], scheduler.config.prediction_type)
         self.device: torch.device = pipeline.unet.device
         self.dtype = torch.promote_types(torch.float32, pipeline.unet.dtype)
         self._unet = pipeline.unet

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -34,8 +35,21 @@ _PART_NAME = re.compile(r"(\d{8})-(\d{8})\.npy")
 _CHANNELS_OF_PNG = (1, 3, 4)
 
 
-def settings_of(pipeline: GaussianDiffusionPipeline, sampler: Sampler, seed: int) -> dict[str, Any]:
-    """Returns everything that samples depend on, as JSON can hold it; the device, as each kind draws other noise."""
+def settings_of(
+    pipeline: GaussianDiffusionPipeline, sampler: Sampler, seed: int, batch_size: int | None = None
+) -> dict[str, Any]:
+    """Returns everything that samples depend on, as JSON can hold it; the device, as each kind draws other noise.
+
+    The batch size is a setting in half precision alone, where sums that depend on it move a value by several gray
+    levels.
+
+    Args:
+        pipeline: What `Sampler.prepare` returned.
+        sampler: How to sample.
+        seed: Image i is drawn from (seed, i).
+        batch_size: Images sampled at once.
+    """
+    is_half = pipeline.unet.dtype in (torch.float16, torch.bfloat16)
     return {
         "schema_version": SCHEMA_VERSION,
         "pipeline": fingerprint(pipeline),
@@ -43,7 +57,7 @@ def settings_of(pipeline: GaussianDiffusionPipeline, sampler: Sampler, seed: int
         **sampler.to_dict(pipeline),
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
         "device": pipeline.device.type,
-    }
+    } | ({"batch_size": batch_size} if is_half else {})
 
 
 def sample_to_folder(
@@ -65,7 +79,8 @@ def sample_to_folder(
         folder: New, or begun by this function with the same settings; all processes see the same.
         seed: Image i is drawn from (seed, i).
         num_images: How many.
-        batch_size: Images sampled at once by a process; the same batches give the same bits.
+        batch_size: Images sampled at once by a process; the same batches give the same bits. In half precision it is
+            one of the settings of the folder.
         as_png: Write each image as a PNG too.
         ranks: The processes.
 
@@ -76,7 +91,7 @@ def sample_to_folder(
         ValueError: The folder holds something else or samples of other settings, or PNG has no such channels.
         OSError: The disk does not take the images.
     """
-    shape, settings = image_shape(pipeline), settings_of(pipeline, sampler, seed)
+    shape, settings = image_shape(pipeline), settings_of(pipeline, sampler, seed, batch_size)
     check_channels(shape, as_png=as_png)
     ranks.on_rank_0(lambda: _open(folder, settings))
     # Of the others' views of the folder, some may already have further parts.

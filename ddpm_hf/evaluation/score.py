@@ -1,5 +1,6 @@
 """A score of few samples while training lasts: biased, cheap, and comparable within one run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ class SmallSampleScore:
         num_samples: Samples drawn, or held-out images.
         num_steps: Sampling steps, or terms of the bound.
         seed: Of the samples, or of the noise.
+        sampler: How the samples were drawn, setting by setting; None for bits per dimension.
     """
 
     metric: str
@@ -35,6 +37,7 @@ class SmallSampleScore:
     num_samples: int
     num_steps: int
     seed: int
+    sampler: Mapping[str, Any] | None
 
     @property
     def lower_is_better(self) -> bool:
@@ -43,10 +46,11 @@ class SmallSampleScore:
 
     @property
     def kind(self) -> str:
-        """What was measured and how."""
+        """What was measured and how: all that the value depends on but the weights and the images."""
         features = "" if self.features is None else f" in the features of {self.features}"
         steps = "terms" if self.features is None else "steps"
-        return f"{self.metric}{features}, {self.num_samples} images, {self.num_steps} {steps}, seed {self.seed}"
+        what = f"{self.metric}{features}, {self.num_samples} images, {self.num_steps} {steps}, seed {self.seed}"
+        return ", ".join([what, *(f"{name} {value}" for name, value in (self.sampler or {}).items())])
 
     def row(self) -> dict[str, Any]:
         """Returns what metrics.jsonl says of it; numbers that are not finite are null."""
@@ -89,6 +93,8 @@ def small_sample_score(
         metric = _bits_per_dim(prepared, held_out, num_samples, config, ranks)
     else:
         metric = _compare(prepared, sampler, training, num_samples, config, ranks)
+    # Its labels are all that the network has.
+    drawn = {name: value for name, value in sampler.to_dict(prepared).items() if name != "labels"}
     known = [] if metric is None else [(metric.value, metric.standard_error)]
     value, standard_error = ranks.gather(np.array(known, np.float64).reshape(-1, 2))[0].tolist()
     return SmallSampleScore(
@@ -99,6 +105,7 @@ def small_sample_score(
         num_samples=num_samples,
         num_steps=evaluation.score_num_terms if is_bound else evaluation.num_inference_steps,
         seed=config.training.seed,
+        sampler=None if is_bound else drawn,
     )
 
 

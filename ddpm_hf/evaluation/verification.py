@@ -1,7 +1,9 @@
-"""What a saved pipeline computed when it was saved, so that anyone can tell a damaged or drifted copy of it.
+"""What a saved pipeline is and computed when it was saved, so that anyone can tell a damaged or drifted copy of it.
 
-`verification.json` holds, for one seed in float32 on a CPU, statistics and a corner of what the network says of noise
-and of the image that four ancestral steps make, and the sha256 of the weights and configurations.
+`verification.json` holds a digest of the values of each tensor and all settings, which tell another pipeline; for one
+seed in float32 on a CPU, statistics and a corner of what the network says of noise, for up to 16 labels and the null
+label, and of the image that four ancestral steps make, which tell an environment that computes something else; and the
+sha256 of the files.
 """
 
 import functools
@@ -23,18 +25,29 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.diffusion.folder import LIST_FORM, stock_pipeline_samples
+from ddpm_hf.diffusion.images import image_size
 from ddpm_hf.diffusion.pipeline import PORTABLE_FILES
 from ddpm_hf.durable import write_text
-from ddpm_hf.evaluation.image_shape import image_size
+from ddpm_hf.evaluation.contents import (
+    MOMENTS,
+    contents_of,
+    differing_settings,
+    differing_tensors,
+    differing_variants,
+    some_of,
+)
 from ddpm_hf.redaction import reason_of
 from ddpm_hf.rng import torch_generator
 
 FILE_NAME = "verification.json"
-SCHEMA = 2
+SCHEMA = 3
 SEED = 0
 NUM_STEPS = 4
 SPACING = "leading"
 """It ends at t = 0, as a list must for the stock scheduler to add no noise in the last step."""
+MOST_LABELS = 16
+LARGEST_SIDE = 32
+"""Of the noise that the network sees with each label; the sampled image has the full size."""
 CORNER = 8
 TOLERANCE = 1e-3
 """Of the range of an image: a quarter of a gray level. Processors and versions of torch differ by less."""
@@ -51,11 +64,13 @@ class Finding:
         way: What was done.
         difference: Largest difference from what was saved, as a share of the range; None where it was not tried.
         problem: What differs, or why it was not tried, in a sentence; empty where all is well.
+        is_open: Whether it says that something cannot be told.
     """
 
     way: str
     difference: float | None
     problem: str = ""
+    is_open: bool = False
 
     @property
     def is_other_file(self) -> bool:
@@ -72,7 +87,7 @@ def write_verification(folder: Path) -> None:
     """Loads a saved pipeline as float32 on the CPU, and writes what it computes into its folder.
 
     Raises:
-        ValueError: The folder holds no pipeline.
+        ValueError: The folder holds no pipeline, or one whose network does not tell the size of its images.
     """
     pipeline = GaussianDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     content = {
@@ -80,7 +95,8 @@ def write_verification(folder: Path) -> None:
         "seed": SEED,
         "num_inference_steps": min(NUM_STEPS, len(pipeline.scheduler)),
         "timestep_spacing": SPACING,
-        "class_label": 0 if pipeline.num_classes else None,
+        "labels": _labels(pipeline),
+        **contents_of(pipeline, folder),
         **_compute(pipeline, GaussianDiffusionPipeline),
         "files": {name: _sha256(folder / name) for name in _file_names(folder)},
         "versions": {
@@ -93,7 +109,7 @@ def write_verification(folder: Path) -> None:
 
 
 def verify(folder: Path, *, runs_its_code: bool = False) -> list[Finding]:
-    """Computes the same again in each way of loading.
+    """Compares weights and settings with those that were saved, and computes the same again in each way of loading.
 
     Args:
         folder: A saved pipeline with verification.json.
@@ -108,6 +124,7 @@ def verify(folder: Path, *, runs_its_code: bool = False) -> list[Finding]:
         pipeline = GaussianDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         return [*findings, Finding("with ddpm_hf", 1.0, f"does not load: {reason_of(error)}")]
+    findings.extend(_compare_contents(folder, pipeline, expected))
     findings.append(_compare("with ddpm_hf", pipeline, GaussianDiffusionPipeline, expected))
     if pipeline.num_classes or not stock_pipeline_samples(pipeline):
         why = (
@@ -127,7 +144,7 @@ def verify(folder: Path, *, runs_its_code: bool = False) -> list[Finding]:
             findings.append(_load_and_compare("with the code in the folder", load, expected))
     else:
         why = "it differs from the installed one; read it, then pass --trust_remote_code to run it"
-        findings.append(Finding("with the code in the folder", None, why))
+        findings.append(Finding("with the code in the folder", None, why, is_open=True))
     return findings
 
 
@@ -140,10 +157,11 @@ def _read(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         schema, seed = content["schema"], content["seed"]
         corners = [content[name]["corner"] for name in ("network", "image")]
-        is_whole = all(np.asarray(corner, dtype=float).size for corner in corners) and isinstance(
-            content["files"], dict
+        mappings = [content["files"], content["tensors"], *content["settings"].values()] if schema == SCHEMA else []
+        is_whole = all(np.asarray(corner, dtype=float).size for corner in corners) and all(
+            isinstance(mapping, dict) for mapping in mappings
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({reason_of(error)}); write it anew with --write.") from None
     if not is_whole or (schema, seed) != (SCHEMA, SEED):
         raise ValueError(
@@ -161,6 +179,23 @@ def _compare_files(folder: Path, expected: dict[str, Any]) -> Iterator[Finding]:
             yield Finding(name, 1.0, "is missing")
         elif _sha256(path) != digest:
             yield Finding(name, None, _OTHER_BYTES)
+
+
+def _compare_contents(folder: Path, pipeline: GaussianDiffusionPipeline, expected: dict[str, Any]) -> Iterator[Finding]:
+    """Yields a finding for weights, settings and variants of the weights that are not those that were saved."""
+    found = contents_of(pipeline, folder)
+    if names := differing_tensors(found["tensors"], expected["tensors"]):
+        yield Finding("the weights", 1.0, f"have other values ({some_of(names)})")
+    for part, problem in differing_settings(pipeline, found["settings"], expected["settings"]):
+        yield Finding(f"settings of {part}", 1.0, problem)
+    for files, problem, is_wrong in differing_variants(folder, pipeline.unet.state_dict()):
+        if is_wrong:
+            yield Finding(files, 1.0, problem)
+        else:
+            yield Finding(files, None, f"{problem}, of which {FILE_NAME} says nothing", is_open=True)
+    if MOMENTS in found["tensors"] and MOMENTS not in expected["tensors"]:
+        why = f"were estimated after {FILE_NAME} was written, which says nothing of them"
+        yield Finding("second moments", None, why, is_open=True)
 
 
 def _load_and_compare(way: str, load: Callable[..., Any], expected: dict[str, Any]) -> Finding:
@@ -192,21 +227,23 @@ def _compare(way: str, pipeline: Any, kind: type, expected: dict[str, Any]) -> F
 
 @torch.no_grad()
 def _compute(pipeline: Any, kind: type) -> dict[str, Any]:
-    """Runs the network once and the pipeline for a few steps, in float32 on the CPU."""
+    """Runs the network once, on one noise with each label, and the pipeline for a few steps, in float32 on the CPU."""
     pipeline = pipeline.to("cpu")
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.scheduler.config
     spaced = {"timestep_spacing": SPACING} if "timestep_spacing" in config else {}
     pipeline.scheduler = type(pipeline.scheduler).from_config(config, **spaced)
     unet = pipeline.unet.eval()
-    x_t = randn_tensor(
-        (1, unet.config.in_channels, *image_size(unet)), generator=torch_generator("cpu", SEED, "verification")
-    )
-    label = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.int64)
+    shape = (1, unet.config.in_channels, *image_size(unet))
+    x_t = randn_tensor(shape, generator=torch_generator("cpu", SEED, "verification"))
+    numbers = _labels(pipeline)
+    labels = None if numbers is None else torch.tensor(numbers)
+    side = max(LARGEST_SIDE, 2 ** (len(unet.config.block_out_channels) - 1))
+    x_t = x_t[:, :, :side, :side].repeat(len(numbers or [0]), 1, 1, 1)
     with _one_thread():
-        timestep = torch.tensor([len(pipeline.scheduler) // 2])
-        output = unet(x_t, timestep, class_labels=label, return_dict=False)[0]
-        arguments = {} if label is None else {"class_labels": [0]}
+        timestep = torch.tensor(len(pipeline.scheduler) // 2)
+        output = unet(x_t, timestep, class_labels=labels, return_dict=False)[0]
+        arguments = {} if labels is None else {"class_labels": [0]}
         image = pipeline(
             batch_size=1,
             num_inference_steps=min(NUM_STEPS, len(pipeline.scheduler)),
@@ -215,6 +252,12 @@ def _compute(pipeline: Any, kind: type) -> dict[str, Any]:
             **arguments,
         ).images
     return {"network": _statistics(output), "image": _statistics(torch.from_numpy(image).permute(0, 3, 1, 2))}
+
+
+def _labels(pipeline: Any) -> list[int] | None:
+    """Returns the first labels of a network and the last one, which may be the null label; None without labels."""
+    count = pipeline.unet.config.num_class_embeds
+    return None if count is None else sorted({*range(min(count, MOST_LABELS)), count - 1})
 
 
 @contextmanager
@@ -243,13 +286,13 @@ def _one_thread() -> Iterator[None]:
 
 
 def _statistics(values: torch.Tensor) -> dict[str, Any]:
-    """Returns mean and deviation, and the upper left corner of the first channel."""
-    corner = values[0, 0, :CORNER, :CORNER].double()
+    """Returns mean and deviation of each image, and the upper left corner of its first channel."""
+    values = values.double()
     return {
         "shape": list(values.shape),
-        "mean": float(values.double().mean()),
-        "deviation": float(values.double().std()),
-        "corner": [[round(value, 6) for value in row] for row in corner.tolist()],
+        "mean": values.flatten(1).mean(dim=1).tolist(),
+        "deviation": values.flatten(1).std(dim=1).tolist(),
+        "corner": values[:, 0, :CORNER, :CORNER].numpy().round(6).tolist(),
     }
 
 

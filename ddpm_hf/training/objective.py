@@ -106,9 +106,8 @@ class DenoisingLoss:
         if feeds_back:
             with torch.no_grad():
                 output = output_of(torch.cat([x_t, x_0], dim=1))
-                x_0 = self._scheduler.predict_original_sample(output, timesteps, x_t)
-                if self._scheduler.config.clip_sample:  # as sampling feeds it back
-                    x_0 = x_0.clamp(-self._scheduler.config.clip_sample_range, self._scheduler.config.clip_sample_range)
+                # As sampling feeds it back.
+                x_0 = self._scheduler.clip(self._scheduler.predict_original_sample(output, timesteps, x_t))
         return output_of(torch.cat([x_t, x_0], dim=1))
 
     def _simple(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -157,7 +156,7 @@ class DenoisingLoss:
                 log_variance = variance
             case "learned_range":
                 log_variance = gaussian.interpolated_log_variance(variance, true.log_variance, log_beta)
-            case "fixed_large":
+            case "fixed_large" | "fixed_large_log":
                 log_variance = torch.where(is_first, true.log_variance, log_beta)
             case _:
                 log_variance = true.log_variance

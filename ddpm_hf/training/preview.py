@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ddpm_hf.config import PreviewConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.images import image_size
 from ddpm_hf.plots import image_grid
 from ddpm_hf.rng import sampling_generators
 from ddpm_hf.training import processes
@@ -77,9 +78,8 @@ def _sample(
     pipeline: GaussianDiffusionPipeline, config: PreviewConfig, seed: int, labels: torch.Tensor | None
 ) -> NDArray[np.uint8] | None:
     """Collective: returns the images of the grid, uint8 (number, height, width, channels); None without memory."""
-    unet, size = pipeline.unet, pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    images = np.zeros((config.num_images, height, width, pipeline.num_channels), np.uint8)
+    unet = pipeline.unet
+    images = np.zeros((config.num_images, *image_size(unet), pipeline.num_channels), np.uint8)
     was_training = unet.training
     unet.eval()
     try:

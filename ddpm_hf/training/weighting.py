@@ -24,10 +24,17 @@ def snr_weight(snr: torch.Tensor, prediction_type: str) -> torch.Tensor:
 
 
 def truncated_snr_weight(snr: torch.Tensor, prediction_type: str) -> torch.Tensor:
-    """Weight max(snr, 1) on x_0. Section 4, Salimans & Ho 2022. On epsilon it grows like 1 / snr towards pure noise."""
+    """Weight max(snr, 1) on x_0. Section 4, Salimans & Ho 2022.
+
+    Raises:
+        ValueError: Epsilon is predicted, on which the weight would grow like 1 / snr towards pure noise.
+    """
     match prediction_type:
         case "epsilon":
-            weight = snr.clamp(min=1) / snr
+            raise ValueError(
+                "weighting truncated_snr grows beyond all bounds towards pure noise with prediction_type epsilon; "
+                "predict v_prediction or sample, or take min_snr."
+            )
         case "sample":
             weight = snr.clamp(min=1)
         case _:
@@ -59,6 +66,9 @@ def loss_weight(config: ObjectiveConfig, prediction_type: str, snr: torch.Tensor
         config: Which weighting.
         prediction_type: What the network predicts: epsilon, sample or v_prediction.
         snr: Signal-to-noise ratio of each sample, (batch,).
+
+    Raises:
+        ValueError: The weighting is truncated_snr, and epsilon is predicted.
     """
     match config.weighting:
         case "none":

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from oracles import seeded
 
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
-from ddpm_hf.diffusion.forward_process import LEARNED_VARIANCE_TYPES
+from ddpm_hf.diffusion.forward_process import LEARNED_VARIANCE_TYPES, SMALLEST_ALPHA_BAR
 from ddpm_hf.diffusion.noise_schedule import BETA_RANGES, BETA_SCHEDULE_ALIASES, BETA_SCHEDULES, SMALLEST_BETA
-from ddpm_hf.diffusion.scheduler import PREDICTION_TYPE_ALIASES, SMALLEST_ALPHA_BAR
+from ddpm_hf.diffusion.scheduler import PREDICTION_TYPE_ALIASES
 
 EXAMPLES = os.environ.get("DDPM_HF_FUZZ_EXAMPLES")
 fuzz = settings(

@@ -27,7 +27,6 @@ LINEAR = {
         750: 0.003300158361569431,
         999: 4.035829765375683e-05,
     },
-    "alphas_cumprod_prev": {0: 1.0, 1: 0.9999},
     "snr": {0: 9999.0, 500: 0.08435954941032642, 999: 4.035992651168428e-05},
     "posterior_variance": {0: 0.0, 1: 5.453187661302605e-05, 487: 0.009791571985690043, 999: 0.01999998352656061},
     "posterior_log_variance": {0: -9.816725135295594, 1: -9.816725135295594},
@@ -238,8 +237,9 @@ def test_posterior_carries_the_marginal_of_t_to_that_of_t_minus_1(name: str) -> 
     schedule = NoiseSchedule.from_betas(make_betas(name))
     mean = schedule.posterior_mean_coef_x_0 + schedule.posterior_mean_coef_x_t * schedule.alphas_cumprod.sqrt()
     variance = schedule.posterior_mean_coef_x_t**2 * (1 - schedule.alphas_cumprod) + schedule.posterior_variance
-    torch.testing.assert_close(mean, schedule.alphas_cumprod_prev.sqrt(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(variance, 1 - schedule.alphas_cumprod_prev, rtol=1e-9, atol=1e-15)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod[:-1]])
+    torch.testing.assert_close(mean, before.sqrt(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(variance, 1 - before, rtol=1e-9, atol=1e-15)
 
 
 def test_transitions_compose_the_steps_that_they_skip() -> None:

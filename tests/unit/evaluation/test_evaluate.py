@@ -11,6 +11,7 @@ from PIL import Image
 
 from ddpm_hf.config import EvaluationConfig, RunConfig, TrainingConfig
 from ddpm_hf.data import ImageSet
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.evaluate import as_json, choose_images, table
 from ddpm_hf.evaluation.frechet import Moments, frechet_distance, moments_of
 from ddpm_hf.evaluation.likelihood import VariationalBound, variational_bound
@@ -19,6 +20,7 @@ from ddpm_hf.evaluation.neighbours import nearest_images
 from ddpm_hf.evaluation.picture import NUM_BINS, binned, draw_evaluation
 from ddpm_hf.evaluation.sampling import Sampler, sample_images
 from ddpm_hf.evaluation.score import small_sample_score
+from tests.conftest import tiny_unet
 from tests.feature_networks import pooled
 from tests.unit.evaluation.gaussian_pipeline import gaussian_images, gaussian_pipeline
 
@@ -152,4 +154,45 @@ def test_the_score_in_features_compares_samples_with_training_images() -> None:
     assert score.value == pytest.approx(expected, rel=1e-6)
     assert (score.lower_is_better, score.row()["score_standard_error"]) == (True, None)
     features = "tests.feature_networks:pooled"
-    assert score.kind == f"frechet_distance in the features of {features}, 6 images, 3 steps, seed 7"
+    assert score.kind == (
+        f"frechet_distance in the features of {features}, 6 images, 3 steps, seed 7, scheduler "
+        "GaussianDiffusionScheduler, num_inference_steps 3, eta 0.0, timestep_spacing leading, guidance_scale 1.0, "
+        "analytic_variance False"
+    )
+
+
+def test_scores_of_other_settings_are_of_another_kind() -> None:
+    """And those that a score does not depend on leave it the same."""
+    training = gaussian_images(9, (8, 8))
+    scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=10, prediction_type="sample")
+    pipeline = GaussianDiffusionPipeline(tiny_unet(num_class_embeds=3), scheduler, has_null_label=True)
+    features = {"score_metric": "frechet_distance", "score_features": "tests.feature_networks:pooled"}
+
+    def kind(scheduler: GaussianDiffusionScheduler = scheduler, **changes: Any) -> str:
+        pipeline.scheduler = scheduler
+        config = score_config(**features | {"num_inference_steps": 1, "score_num_samples": 5} | changes)
+        return small_sample_score(pipeline, training, training, config).kind
+
+    spaced = GaussianDiffusionScheduler.create(num_train_timesteps=10, timestep_spacing="trailing")
+    kinds = [
+        kind(),
+        kind(num_inference_steps=2),
+        kind(eta=1.0),
+        kind(guidance_scale=1.5),
+        kind(score_num_samples=6),
+        kind(score_features="tests.feature_networks:pooled_again"),
+        kind(spaced),
+    ]
+    assert len(set(kinds)) == len(kinds)
+    assert kind(batch_size=2, num_samples=1, score_every_steps=2) == kinds[0]
+
+
+def test_bounds_of_other_numbers_of_terms_are_of_another_kind() -> None:
+    def kind(**changes: int) -> str:
+        config = score_config(**{"score_metric": "bits_per_dim", "score_num_terms": 4} | changes)
+        pipeline = gaussian_pipeline(num_train_timesteps=20)
+        return small_sample_score(pipeline, None, gaussian_images(9), config).kind
+
+    assert kind() == "bits_per_dim, 6 images, 4 terms, seed 7"
+    assert len({kind(), kind(score_num_terms=5), kind(score_num_samples=5)}) == 3
+    assert kind(eta=1.0) == kind(), "no sample is drawn"

@@ -14,6 +14,7 @@ from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionSchedu
 from ddpm_hf.evaluation.chain import Chain
 from ddpm_hf.evaluation.likelihood import _weights, variational_bound
 from ddpm_hf.evaluation.ranks import Ranks
+from ddpm_hf.evaluation.second_moments import estimate_second_moments
 from ddpm_hf.rng import normal_by_position
 from tests.conftest import tiny_unet
 
@@ -222,6 +223,20 @@ def test_the_mode_of_the_network_is_put_back_and_nothing_global_is_drawn() -> No
 def test_what_has_no_bits_per_dimension_is_refused(images: np.ndarray, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         variational_bound(gaussian_pipeline(), ImageSet(images, None, None, np.arange(len(images))), seed=0, **options)
+
+
+def test_a_prediction_of_the_noise_is_refused_where_no_signal_is_left() -> None:
+    """By the bound and the estimate of the moments, in the words of sampling; a chain that begins later is fine."""
+    scheduler = GaussianDiffusionScheduler(prediction_type="epsilon", rescale_betas_zero_snr=True)
+    pipeline = GaussianDiffusionPipeline(tiny_unet(), scheduler)
+    with pytest.raises(ValueError, match="x_999 holds no signal") as refusal:
+        scheduler.step(torch.zeros(1, 1, 8, 8), 999, torch.zeros(1, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"x_999 holds no signal, .* use prediction_type v_prediction or") as refused:
+        variational_bound(pipeline, gaussian_images(2, (8, 8)), seed=0)
+    assert str(refused.value) == str(refusal.value)
+    with pytest.raises(ValueError, match="x_999 holds no signal"):
+        estimate_second_moments(pipeline, gaussian_images(2, (8, 8)), seed=0, num_images=1)
+    assert len(Chain(pipeline, [998, 0])) == 2
 
 
 def test_a_network_with_classes_needs_labels() -> None:

@@ -82,7 +82,7 @@ class Together:
 
 
 def test_an_image_is_the_same_in_any_batch(tmp_path: Path, whole: np.ndarray) -> None:
-    """To one gray level: sums in a network depend on the size of the batch in their last digits."""
+    """To one gray level in float32: sums in a network depend on the size of the batch in their last digits."""
     assert whole.shape == (11, 8, 8, 1)
     assert len(np.unique(whole, axis=0)) == 11
     others = sample(tmp_path / "samples", batch_size=3)
@@ -300,6 +300,17 @@ def test_batches_lie_on_one_grid_whatever_is_left_out() -> None:
     wanted[5] = False
     assert batches(wanted, 4) == [range(4, 5), range(6, 8), range(8, 10)]
     assert batches(~np.ones(3, bool), 4) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_batch_size_is_one_of_the_settings(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Another one moves values by several gray levels there, so a folder with both would be no sample of either."""
+    pipeline = make_pipeline()
+    pipeline.unet.to(dtype)
+    sample(tmp_path / "samples", 2, pipeline=pipeline, batch_size=2)
+    with pytest.raises(ValueError, match=r"holds samples of other settings \(batch_size was 2, is 3\)"):
+        sample(tmp_path / "samples", 3, pipeline=pipeline, batch_size=3)
+    assert len(sample(tmp_path / "samples", 3, pipeline=pipeline, batch_size=2)) == 3
 
 
 def test_settings_are_told_in_the_folder(tmp_path: Path) -> None:

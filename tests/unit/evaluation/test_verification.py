@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from ddpm_hf.cli import main
 from ddpm_hf.config import read_config
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.evaluation.contents import differing_variants
 from ddpm_hf.evaluation.verification import FILE_NAME, verify, write_verification
 from tests.conftest import REPOSITORY, tiny_unet
 
@@ -97,6 +98,7 @@ def test_a_weight_that_drifted_is_seen_by_bytes_and_by_numbers(copy: Path, capsy
     save_file(tensors, copy / WEIGHTS, {"format": "pt"})
     problems = outcome(copy)
     assert problems[WEIGHTS] == "has other bytes than were saved"
+    assert problems["the weights"] == "have other values (conv_out.weight)"
     for way in ("with ddpm_hf", "with diffusers alone", "with the code in the folder"):
         assert "the network's output differs" in problems[way]
     assert main(["verify", str(copy)]) == 1
@@ -111,7 +113,7 @@ def test_the_same_weights_in_other_bytes_are_the_same_pipeline(copy: Path, capsy
     assert main(["verify", str(copy)]) == 0
     said = capsys.readouterr().out
     assert f"{WEIGHTS} note: has other bytes than were saved" in said
-    assert said.endswith(f"{copy} computes the same as the pipeline that was saved.\n")
+    assert said.endswith(f"{copy} holds the same as the pipeline that was saved.\n")
 
 
 def test_another_scheduler_is_seen_in_the_image(copy: Path) -> None:
@@ -119,6 +121,144 @@ def test_another_scheduler_is_seen_in_the_image(copy: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.01}))
     problems = outcome(copy)
     assert "the sampled image differs" in problems["with ddpm_hf"]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional pipeline with more labels than are tried, and all that a few steps of sampling do not see."""
+    folder = tmp_path_factory.mktemp("labelled") / "pipeline"
+    unet = tiny_unet(num_class_embeds=20)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # the last convolutions of a fresh network's blocks are zeros too, so it hears no label
+        for name, parameter in unet.named_parameters():
+            if name.endswith("conv2.weight") or name == "conv_out.weight":
+                parameter.normal_(std=0.2, generator=generator)
+    scheduler = GaussianDiffusionScheduler.create(
+        prediction_type="v", timestep_spacing="trailing", rescale_betas_zero_snr=True
+    )
+    names = {str(label): f"class {label}" for label in range(19)}
+    GaussianDiffusionPipeline(unet, scheduler, class_names=names, has_null_label=True).save_pretrained(folder)
+    write_verification(folder)
+    return folder
+
+
+@pytest.fixture
+def labelled_copy(labelled: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(labelled, tmp_path / "copy"))
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("label", "is_tried"), [(3, True), (17, False), (19, True)], ids=["one that is tried", "not tried", "null label"]
+)
+def test_one_ruined_label_is_another_pipeline(labelled_copy: Path, label: int, is_tried: bool) -> None:
+    tensors = load_file(labelled_copy / WEIGHTS)
+    tensors["class_embedding.weight"][label] *= 2
+    save_file(tensors, labelled_copy / WEIGHTS, {"format": "pt"})
+    findings = {finding.way: finding for finding in verify(labelled_copy)}
+    assert findings["the weights"].problem == "have other values (class_embedding.weight)"
+    assert findings["the weights"].is_bad
+    assert findings["with ddpm_hf"].is_bad == is_tried
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "part", "problem"),
+    [
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "leading"}, "the scheduler",
+         'timestep_spacing was "trailing", is "leading"'),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": False}, "the scheduler",
+         "rescale_betas_zero_snr was true, is false"),
+        ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "the scheduler",
+         '_class_name was "GaussianDiffusionScheduler", is "DDIMScheduler"'),
+        ("unet/config.json", {"dropout": 0.5}, "the network", "dropout was 0.0, is 0.5"),
+        ("model_index.json", {"has_null_label": False}, "model_index.json", "has_null_label was true, is false"),
+    ],
+)  # fmt: skip
+def test_another_setting_is_another_pipeline_also_where_the_numbers_are_the_same(
+    labelled_copy: Path, file: str, changes: dict[str, object], part: str, problem: str
+) -> None:
+    if changes.get("has_null_label") is False:  # which needs a name more
+        names = json.loads((labelled_copy / file).read_text())["class_names"]
+        changes |= {"class_names": names | {"19": "class 19"}}
+    if "_class_name" in changes:
+        change_json(labelled_copy / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    change_json(labelled_copy / file, **changes)
+    findings = {finding.way: finding for finding in verify(labelled_copy)}
+    assert problem in findings[f"settings of {part}"].problem
+    assert findings[f"settings of {part}"].is_bad
+
+
+def test_settings_that_are_left_to_their_defaults_are_the_same(labelled_copy: Path) -> None:
+    """As an older or a newer diffusers writes them, in another order; also where the record knows a setting less."""
+    record = json.loads((labelled_copy / FILE_NAME).read_text())
+    assert record["settings"]["the network"].pop("downsample_type") == "conv"
+    (labelled_copy / FILE_NAME).write_text(json.dumps(record))
+    for file in ("unet/config.json", "scheduler/scheduler_config.json"):
+        path = labelled_copy / file
+        content = json.loads(path.read_text())
+        shorter = {
+            name: content[name] for name in sorted(content, reverse=True) if name not in ("dropout", "thresholding")
+        }
+        assert len(shorter) == len(content) - 1
+        path.write_text(json.dumps(shorter | {"_diffusers_version": "0.1.0"}))
+    findings = verify(labelled_copy)
+    assert not any(finding.is_bad for finding in findings)
+    assert [finding.way for finding in findings if finding.is_other_file] == [
+        "unet/config.json", "scheduler/scheduler_config.json",
+    ]  # fmt: skip
+
+
+def test_half_precision_weights_are_the_others_rounded(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And were not there when verification.json was written, as where they are published."""
+    pipeline = GaussianDiffusionPipeline.from_pretrained(copy)
+    pipeline.unet.half()
+    pipeline.save_pretrained(copy, variant="fp16")
+    assert outcome(copy) == dict.fromkeys(WAYS, "")
+    path = copy / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    halves, weights = load_file(path), load_file(copy / WEIGHTS)
+    expected = [("unet/*.fp16.safetensors", "holds other weights (conv_in.bias)", True)]
+    save_file({name: tensor for name, tensor in halves.items() if name != "conv_in.bias"}, path, {"format": "pt"})
+    assert list(differing_variants(copy, weights)) == expected
+    path.write_bytes(path.read_bytes()[:-100])
+    ((_, problem, is_wrong),) = differing_variants(copy, weights)
+    assert problem.startswith("cannot be read (")
+    assert is_wrong
+    save_file(halves | {"conv_in.bias": halves["conv_in.bias"] + 0.01}, path, {"format": "pt"})
+    assert list(differing_variants(copy, weights)) == expected
+    assert main(["verify", str(copy)]) == 1
+    assert "unet/*.fp16.safetensors         differs: holds other weights" in capsys.readouterr().out
+
+
+def test_what_cannot_be_told_is_said(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights without an average beside the averaged ones, and second moments that were estimated later."""
+    weights = {name: tensor + 0.01 for name, tensor in load_file(copy / WEIGHTS).items()}
+    save_file(weights, copy / "unet" / "diffusion_pytorch_model.non_ema.safetensors", {"format": "pt"})
+    moments = {"eps_second_moments": [0.5] * 1000}
+    (copy / "scheduler" / "reverse_variance.json").write_text(json.dumps(moments))
+    assert main(["verify", str(copy)]) == 0
+    said = capsys.readouterr().out
+    assert "note: holds other weights (conv_in.bias and" in said
+    assert "second moments                  note: were estimated after verification.json was written" in said
+    assert said.endswith(f"{copy} is the pipeline that was saved, but for what the notes leave open.\n")
+    write_verification(copy)
+    moments["eps_second_moments"][3] = 0.6
+    (copy / "scheduler" / "reverse_variance.json").write_text(json.dumps(moments))
+    assert outcome(copy)["the weights"] == "have other values (eps_second_moments)"
+
+
+def test_all_labels_of_a_network_for_large_images_are_tried_on_small_noise(tmp_path: Path) -> None:
+    """Seventeen images of 256 pixels would not fit into the memory that training leaves."""
+    unet = tiny_unet(num_class_embeds=20)
+    unet.register_to_config(sample_size=(64, 40))
+    GaussianDiffusionPipeline(unet, GaussianDiffusionScheduler(num_train_timesteps=1)).save_pretrained(tmp_path)
+    write_verification(tmp_path)
+    record = json.loads((tmp_path / FILE_NAME).read_text())
+    assert record["labels"] == [*range(16), 19]
+    assert record["network"]["shape"] == [17, 1, 32, 32]
+    assert record["image"]["shape"] == [1, 1, 64, 40]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "nan"])
@@ -173,7 +313,8 @@ def test_code_that_is_not_the_installed_one_runs_only_with_consent(copy: Path, a
         (None, f"has no {FILE_NAME}; write one with"),
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ({"schema": 99}, "was written by another version of ddpm_hf \\(schema 99, not 2\\)"),
+        ({"settings": {"the network": 1}}, "cannot be read|another version"),
+        ({"schema": 99}, "was written by another version of ddpm_hf \\(schema 99, not 3\\)"),
     ],
 )
 def test_a_damaged_record_is_a_sentence(copy: Path, content: Any, sentence: str) -> None:

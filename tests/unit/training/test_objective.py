@@ -1,7 +1,7 @@
 """Each loss is its formula, and only the network sees half precision."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -246,13 +246,14 @@ def test_with_feedback_it_sees_its_own_prediction_of_x_0_as_sampling_shows_it(
     assert losses.requires_grad
 
 
-def test_what_is_fed_back_is_what_the_pipeline_feeds_back() -> None:
+@pytest.mark.parametrize("options", [{}, {"thresholding": True, "sample_max_value": 3.0}], ids=["clip", "threshold"])
+def test_what_is_fed_back_is_what_the_pipeline_feeds_back(options: dict[str, Any]) -> None:
     """One step of sampling, whose second forward sees the prediction of the first."""
     unet = tiny_unet(self_conditioned=True)
     nn.init.normal_(unet.conv_out.weight, generator=torch.Generator().manual_seed(0))
     seen: list[torch.Tensor] = []
     unet.conv_in.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0].detach()))
-    scheduler = GaussianDiffusionScheduler.create(timestep_spacing="trailing")
+    scheduler = GaussianDiffusionScheduler.create(timestep_spacing="trailing", **options)
     pipeline = GaussianDiffusionPipeline(unet, scheduler, self_conditioned=True)
     pipeline.set_progress_bar_config(disable=True)
     start = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -11,10 +11,12 @@ from scipy import integrate, stats
 
 from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
+from ddpm_hf.diffusion.forward_process import CHOICES
 from ddpm_hf.training.objective import DenoisingLoss
 from tests.conftest import tiny_unet
 
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
+NAMES = tuple(map(str, CHOICES["variance_type"]))
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEPS = [0, 1, 10, 500, 999]
 T = 1000
@@ -121,6 +123,24 @@ def test_a_term_is_the_integral_in_bits_per_dimension_times_the_length_of_the_ch
             nats.append(nats_by_integration(x, x_t, t, estimate, model_variance(variance_type, answer, t)))
         expected.append(T * np.mean(nats) / math.log(2))
     np.testing.assert_allclose(losses.double().numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variance_type", NAMES)
+def test_the_bound_of_every_variance_that_a_process_can_have_is_its_own(variance_type: str) -> None:
+    """Those of fixed variances, also of the `_log` that mean the same, differ; exactly, by the same operations."""
+    assert set(VARIANCE_TYPES) == {name.removesuffix("_log") for name in NAMES}
+    meaning = variance_type.removesuffix("_log")
+    output, x_0, noise, timesteps = batch_of(meaning)
+
+    def bound(name: str) -> torch.Tensor:
+        return DenoisingLoss(GaussianDiffusionScheduler(variance_type=name), VLB)(
+            fixed_answer(output), x_0, noise, timesteps
+        )
+
+    assert torch.equal(bound(variance_type), bound(meaning))
+    if meaning.startswith("fixed"):
+        other = "fixed_small" if meaning == "fixed_large" else "fixed_large"
+        assert not torch.equal(bound(variance_type), bound(other))
 
 
 @pytest.mark.parametrize(
