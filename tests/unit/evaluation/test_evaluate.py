@@ -157,7 +157,7 @@ def test_the_score_in_features_compares_samples_with_training_images() -> None:
     assert score.kind == (
         f"frechet_distance in the features of {features}, 6 images, 3 steps, seed 7, scheduler "
         "GaussianDiffusionScheduler, num_inference_steps 3, eta 0.0, timestep_spacing leading, guidance_scale 1.0, "
-        "analytic_variance False"
+        "guidance_rescale 0.0, analytic_variance False"
     )
 
 

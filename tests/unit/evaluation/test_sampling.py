@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.images import image_size
 from ddpm_hf.evaluation.fingerprint import fingerprint
-from ddpm_hf.evaluation.image_shape import image_size
 from ddpm_hf.evaluation.ranks import Ranks
 from ddpm_hf.evaluation.samples import sample_to_folder
 from ddpm_hf.evaluation.sampling import Sampler, batches, sample_film, sample_images
