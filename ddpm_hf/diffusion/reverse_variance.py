@@ -71,9 +71,10 @@ class ReverseVariance:
                 f"eps_second_moments has shape {tuple(moments.shape)}; it must be {len(self.noise_schedule)} finite"
                 " numbers of at least 0, one for each timestep of the training chain."
             )
-        if self.config["variance_type"] not in ("fixed_small", "fixed_small_log"):
+        if self.config["variance_type"] in ("learned", "learned_range"):
             raise ValueError(
-                f"variance_type is {self.config['variance_type']}; the analytic variance replaces fixed_small only."
+                f"variance_type is {self.config['variance_type']}: the network says its own variance; the analytic one"
+                " replaces a fixed one only."
             )
         self._second_moments = moments
 

@@ -131,8 +131,23 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path, content: bytes, se
         GaussianDiffusionScheduler().load_second_moments(tmp_path / FILE_NAME)
 
 
-def test_what_has_no_analytic_variance_is_refused() -> None:
-    with pytest.raises(ValueError, match="the analytic variance replaces fixed_small only"):
-        GaussianDiffusionScheduler(variance_type="learned_range").eps_second_moments = torch.ones(1000)
+@pytest.mark.parametrize("variance_type", ["fixed_small_log", "fixed_large", "fixed_large_log"])
+def test_the_analytic_variance_is_the_same_whatever_fixed_one_it_replaces(variance_type: str) -> None:
+    variances = []
+    for kind in ("fixed_small", variance_type):
+        scheduler = GaussianDiffusionScheduler(variance_type=kind)
+        scheduler.eps_second_moments = torch.from_numpy(MOMENTS)
+        scheduler.analytic_variance = True
+        variances += [[scheduler.fixed_variance(step) for step in scheduler.noise_schedule.transitions([999, 500, 9])]]
+    assert variances[0] == variances[1]
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_a_learned_variance_has_no_analytic_one(variance_type: str) -> None:
+    with pytest.raises(ValueError, match="the analytic one replaces a fixed one only"):
+        GaussianDiffusionScheduler(variance_type=variance_type).eps_second_moments = torch.ones(1000)
+
+
+def test_the_analytic_variance_is_refused_before_the_moments_are_known() -> None:
     with pytest.raises(ValueError, match="analytic_variance needs the second moments"):
         GaussianDiffusionScheduler().analytic_variance = True
