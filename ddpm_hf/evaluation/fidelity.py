@@ -220,7 +220,8 @@ def _check_numbers(metrics: Sequence[str], dimension: int, num_samples: int, num
     """Refuses fewer images than a metric needs, before the work begins."""
     frechet, kernel = {"fid", "frechet_distance"}, {"kid", "kernel_distance"}
     least = {name: dimension + 1 for name in frechet} | {name: 2 * INCEPTION_SCORE_SPLITS for name in kernel}
-    least |= {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1, "inception_score": INCEPTION_SCORE_SPLITS * LEAST_IN_A_SPLIT}
+    least |= {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1}
+    least |= {"inception_score": INCEPTION_SCORE_SPLITS * LEAST_IN_A_SPLIT}
     for metric in metrics:
         fewest = num_samples if metric == "inception_score" else min(num_samples, num_reference)
         if fewest < least[metric]:
