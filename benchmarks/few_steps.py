@@ -4,7 +4,13 @@ Bits per dimension of held-out images under short chains with three variances of
 (fixed_small), beta (fixed_large), and the optimal one (Bao et al. 2022), whose second moments are estimated from the
 training images. Then samplers at equal numbers of network calls, by the Frechet distance to the training images in the
 pixels themselves: no network for features is needed for small images, and the number is no FID. Everything is done for
-several seeds; a standard error is that of their mean.
+several sampling seeds of the one network, and a standard error is that of their mean: it tells nothing of another
+training, and in the bits nothing of other images, since all seeds judge the same ones.
+
+A distance of few images is large whatever they are, so the same number of real images is measured beside the samples:
+held-out ones, which know nothing of the training images; training images drawn with replacement, as perfect samples of
+the training set would be; and without. Between samplers below the first of these the distance tells at most which one
+is nearer to the training images, which says nothing of quality.
 """
 
 import argparse
@@ -35,8 +41,11 @@ from ddpm_hf.diffusion import GaussianDiffusionPipeline  # noqa: E402
 from ddpm_hf.evaluation.frechet import frechet_distance, moments_of  # noqa: E402
 from ddpm_hf.evaluation.likelihood import variational_bound  # noqa: E402
 from ddpm_hf.evaluation.second_moments import estimate_second_moments  # noqa: E402
-from ddpm_hf.rng import sampling_generators  # noqa: E402
+from ddpm_hf.rng import numpy_generator, sampling_generators  # noqa: E402
 from ddpm_hf.training.record import device_name  # noqa: E402
+
+REAL_DRAWS = 20
+IMAGES_AT_ONCE = 45  # what a small network does fastest on one core
 
 SAMPLERS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "DDPM, fixed_small": (None, {"eta": 1.0}),
@@ -55,6 +64,25 @@ def pixels_of(images: ImageSet) -> NDArray[np.float64]:
     return pixels.reshape(len(pixels), -1) / 127.5 - 1
 
 
+def real_lines(training: NDArray[np.float64], held_out: NDArray[np.float64], count: int) -> Iterator[str]:
+    """Yields the distances of real images, as many as there are samples, to the training images."""
+    reference = moments_of(training)
+    for name, images, replace in (
+        ("held-out images", held_out, False),
+        ("training images, drawn with replacement", training, True),
+        ("training images, drawn without", training, False),
+    ):
+        number = min(count, len(images))
+        distances = []
+        for draw in range(REAL_DRAWS if number < len(images) else 1):
+            rows = numpy_generator(draw, "few_steps").choice(len(images), number, replace=replace)
+            distances.append(frechet_distance(moments_of(images[rows]), reference))
+        spread = (
+            f", {min(distances):.3f} to {max(distances):.3f} in {len(distances)} draws" if len(distances) > 1 else ""
+        )
+        yield f"{f'{number} {name}':<44}{statistics.mean(distances):.3f}{spread}"
+
+
 def sample(pipeline: GaussianDiffusionPipeline, sampler: str, steps: int, count: int, seed: int) -> NDArray[np.float64]:
     """Returns the pixels of samples, the same start noise for every sampler."""
     name, options = SAMPLERS[sampler]
@@ -66,18 +94,22 @@ def sample(pipeline: GaussianDiffusionPipeline, sampler: str, steps: int, count:
     else:
         scheduler = getattr(diffusers, name).from_config(scheduler.config, timestep_spacing="linspace")
     ours, pipeline.scheduler = pipeline.scheduler, scheduler
-    labels = [i % pipeline.num_classes for i in range(count)] if pipeline.num_classes else None
+    parts = []
     try:
-        images = pipeline(
-            batch_size=count,
-            num_inference_steps=steps,
-            generator=sampling_generators(seed, "few_steps", range(count), pipeline.device),
-            class_labels=labels,
-            output_type="uint8",
-            **options,
-        ).images
+        for start in range(0, count, IMAGES_AT_ONCE):
+            numbers = range(start, min(start + IMAGES_AT_ONCE, count))
+            part = pipeline(
+                batch_size=len(numbers),
+                num_inference_steps=steps,
+                generator=sampling_generators(seed, "few_steps", numbers, pipeline.device),
+                class_labels=[i % pipeline.num_classes for i in numbers] if pipeline.num_classes else None,
+                output_type="uint8",
+                **options,
+            )
+            parts.append(part.images)
     finally:
         pipeline.scheduler = ours
+    images = np.concatenate(parts)
     return images.transpose(0, 3, 1, 2).reshape(count, -1) / 127.5 - 1
 
 
@@ -92,7 +124,7 @@ def bits_table(
     pipeline: GaussianDiffusionPipeline, judged: ImageSet, moments: torch.Tensor, steps: list[int], seeds: int
 ) -> Iterator[str]:
     """Yields the bits per dimension under short chains, a line for each variance of the reverse steps."""
-    yield f"bits per dimension of {len(judged)} held-out images, mean ± standard error over {seeds} seeds"
+    yield f"bits per dimension of the same {len(judged)} held-out images, mean ± its standard error over {seeds} seeds"
     yield f"{'':<20}" + "".join(f"{f'{number} steps':>18}" for number in steps)
     for kind in ("fixed_small", "fixed_large", "analytic"):
         variant = copy.copy(pipeline.scheduler.config) | {
@@ -120,9 +152,11 @@ def distance_table(
     num_samples: int,
 ) -> Iterator[str]:
     """Yields the distance of samples to the training images, a line for each sampler."""
-    reference = moments_of(pixels_of(training))
-    yield f"\nFrechet distance in pixels of {num_samples} samples to {len(training)} training images"
-    yield f"held-out images      {frechet_distance(moments_of(pixels_of(held_out)), reference):.3f} ({len(held_out)})"
+    real = pixels_of(training)
+    reference = moments_of(real)
+    yield f"\nFrechet distance in pixels to all {len(training)} training images"
+    yield from real_lines(real, pixels_of(held_out), num_samples)
+    yield f"{num_samples} samples of one network, mean ± its standard error over {seeds} sampling seeds:"
     yield f"{'':<20}" + "".join(f"{f'{number} calls':>18}" for number in steps)
     for sampler in SAMPLERS:
         cells = []
@@ -142,7 +176,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data_seed", type=int, default=0, help="training.seed of the training")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--num_samples", type=int, default=300)
+    parser.add_argument("--num_samples", type=int, help="left out: as many as there are held-out images")
     parser.add_argument("--num_images", type=int, default=100, help="held-out images for the bits")
     parser.add_argument("--num_for_moments", type=int, default=8, help="training images a timestep")
     parser.add_argument("--name", default="few_steps", help="name of the result file")
@@ -159,6 +193,7 @@ def main() -> int:
     training, held_out = open_images(config, with_labels=pipeline.num_classes > 0).split(
         arguments.held_out, arguments.data_seed
     )
+    num_samples = arguments.num_samples or len(held_out)
     judged = held_out.split(1 - arguments.num_images / len(held_out), 0)[0]
     moments = estimate_second_moments(pipeline, training, seed=0, num_images=arguments.num_for_moments)
     steps, seeds = arguments.steps, arguments.seeds
@@ -170,7 +205,7 @@ def main() -> int:
     pipeline.scheduler.eps_second_moments = moments
     for line in chain(
         bits_table(pipeline, judged, moments, steps, seeds),
-        distance_table(pipeline, training, held_out, steps, seeds, arguments.num_samples),
+        distance_table(pipeline, training, held_out, steps, seeds, num_samples),
     ):
         lines.append(line)
         print(line, flush=True)

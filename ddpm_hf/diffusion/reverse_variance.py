@@ -7,6 +7,7 @@ weights. The configuration itself stays that of a fixed variance, which every sc
 """
 
 import json
+import math
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from .gaussian import reverse_mean_coefficients
 from .noise_schedule import NoiseSchedule, Transition
 
 CORE_VERSION = "1.2.0"
+
+VISIBLE_NOISE = 2 / 255 * math.sqrt(math.pi / 2)
+"""Standard deviation of noise that changes a pixel by one of 256 gray levels on average: E |N(0, 1)| = sqrt(2 / pi)."""
 
 FILE_NAME = "reverse_variance.json"
 KEY = "eps_second_moments"
@@ -71,9 +75,10 @@ class ReverseVariance:
                 f"eps_second_moments has shape {tuple(moments.shape)}; it must be {len(self.noise_schedule)} finite"
                 " numbers of at least 0, one for each timestep of the training chain."
             )
-        if self.config["variance_type"] not in ("fixed_small", "fixed_small_log"):
+        if self.config["variance_type"] in ("learned", "learned_range"):
             raise ValueError(
-                f"variance_type is {self.config['variance_type']}; the analytic variance replaces fixed_small only."
+                f"variance_type is {self.config['variance_type']}: the network says its own variance; the analytic one"
+                " replaces a fixed one only."
             )
         self._second_moments = moments
 
@@ -101,6 +106,24 @@ class ReverseVariance:
             return analytic_variance(transition, eta, float(self._second_moments[transition.timestep]))
         small = self.config["variance_type"] in ("fixed_small", "fixed_small_log")
         return eta**2 * (transition.posterior_variance if small else transition.beta)
+
+    def sampling_variance(self, transition: Transition, last_timestep: int, eta: float = 1.0) -> float:
+        """Variance of the noise that sampling adds: the fixed one, but an analytic one that would be seen is cut.
+
+        What the step to the last timestep adds is left to one more step, which removes no more noise than x there
+        holds by the forward process: more is seen in the image. Bao et al. 2022 therefore add at most a gray level
+        there (y = 1 in their code); here the limit is that or what x holds, whichever is more, since a list that
+        ends long before t = 0 needs its noise.
+
+        Args:
+            transition: The step.
+            last_timestep: The last one of the list being run.
+            eta: 0 (DDIM) to 1 (DDPM).
+        """
+        variance = self.fixed_variance(transition, eta)
+        if self._uses_analytic and transition.previous_timestep == last_timestep:
+            return min(variance, max(VISIBLE_NOISE**2, 1 - transition.alpha_bar_prev))
+        return variance
 
     def save_second_moments(self, folder: str | PathLike[str]) -> None:
         """Writes Gamma beside the configuration, if it is known."""

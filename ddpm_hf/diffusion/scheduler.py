@@ -324,7 +324,8 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
             raise ValueError(f"generator is a list of {len(generator)} for a batch of {len(mean)}; pass one for each.")
         noise = randn_tensor(tuple(mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)
         if variance_output is None:
-            return torch.add(mean, noise, alpha=math.sqrt(self.fixed_variance(transition, eta)))
+            variance = self.sampling_variance(transition, self._run.transitions[-1].timestep, eta)
+            return torch.add(mean, noise, alpha=math.sqrt(variance))
         log_min, log_max = -1.0, 1.0  # learned: the output is the log-variance itself
         if self.config["variance_type"] == "learned_range":
             log_min, log_max = math.log(transition.posterior_variance), math.log(transition.beta)
@@ -332,7 +333,8 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
 
     def _get_variance(self, t: int) -> torch.Tensor:
         """Fixed variance of the step from t, by the name that diffusers' own tests of DDPMScheduler call."""
-        return torch.tensor(self.fixed_variance(self._run.transitions[self._run.row(t)]))
+        transitions = self._run.transitions
+        return torch.tensor(self.sampling_variance(transitions[self._run.row(t)], transitions[-1].timestep))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes the configuration, and the second moments of the analytic variance if they are known."""

@@ -31,6 +31,8 @@ _OF_INCEPTION = {"fid": "frechet_distance", "kid": "kernel_distance", "inception
 KERNEL_SUBSETS = 100
 KERNEL_SUBSET_SIZE = 1000
 INCEPTION_SCORE_SPLITS = 10
+LEAST_IN_A_SPLIT = 100
+"""Of the Inception Score, which is at most the number of images in a split: of one image it is 1, whatever it shows."""
 NEIGHBOURS = 3
 """Of precision and recall; Kynkäänniemi et al. 2019."""
 
@@ -200,13 +202,15 @@ def _check_numbers(metrics: Sequence[str], dimension: int, num_samples: int, num
     """Refuses fewer images than a metric needs, before the work begins."""
     frechet, kernel = {"fid", "frechet_distance"}, {"kid", "kernel_distance"}
     least = {name: dimension + 1 for name in frechet} | {name: 2 * INCEPTION_SCORE_SPLITS for name in kernel}
-    least |= {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1, "inception_score": INCEPTION_SCORE_SPLITS}
+    least |= {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1}
+    least |= {"inception_score": INCEPTION_SCORE_SPLITS * LEAST_IN_A_SPLIT}
     for metric in metrics:
         fewest = num_samples if metric == "inception_score" else min(num_samples, num_reference)
         if fewest < least[metric]:
             why = f", one more than the features whose covariance it takes ({dimension})" if metric in frechet else ""
+            what = "samples" if metric == "inception_score" else "images on each side"
             raise ValueError(
-                f"{metric} needs at least {least[metric]} images on each side{why}; there are {num_samples} samples "
+                f"{metric} needs at least {least[metric]} {what}{why}; there are {num_samples} samples "
                 f"and {num_reference} reference images. Take more images"
                 + (", or ask for kernel_distance." if metric in frechet else ".")
             )
@@ -238,7 +242,10 @@ def _kernel_distance(samples: Features, reference: Features, seed: int) -> tuple
 def _precision_and_recall(
     samples: Features, reference: Features, device: torch.device
 ) -> dict[str, tuple[float, None]]:
-    """Returns which part of the samples lies among the real images, and the reverse. Kynkäänniemi et al. 2019."""
+    """Returns which part of the samples lies among the real images, and the reverse.
+
+    Kynkäänniemi et al. 2019, who take features of VGG-16; those of Inception are what Dhariwal and Nichol 2021 take.
+    """
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     result = prc_features_to_metric(

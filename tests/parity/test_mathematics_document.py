@@ -9,10 +9,17 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENT = (REPOSITORY / "docs" / "mathematics.md").read_text(encoding="utf-8")
 LINKS = re.findall(r"\[`([\w/]+\.py)::([\w.]+)`\]\(\.\./([\w/]+\.py)\)", DOCUMENT)
-EXPLAINED = ("noise_schedule", "timesteps", "gaussian", "forward_process", "reverse_variance")
+EXPLAINED = (
+    "diffusion/noise_schedule", "diffusion/timesteps", "diffusion/gaussian", "diffusion/forward_process",
+    "diffusion/reverse_variance", "training/power_function", "training/weighting", "training/timestep_sampling",
+    "evaluation/frechet",
+)  # fmt: skip
 PLUMBING = {
     "SamplingRun.row", "ForwardProcess.split_variance", "find_second_moments", "ReverseVariance.eps_second_moments",
     "ReverseVariance.analytic_variance", "ReverseVariance.save_second_moments", "ReverseVariance.load_second_moments",
+    "loss_weight", "build_timestep_sampler", "LossAwareTimesteps.record", "LossAwareTimesteps.state",
+    "LossAwareTimesteps.load_state", "TimestepSampler.draw", "TimestepSampler.record", "TimestepSampler.state",
+    "TimestepSampler.load_state",
 }  # fmt: skip
 
 
@@ -37,13 +44,13 @@ def test_every_function_that_the_document_names_exists() -> None:
 
 @pytest.mark.parametrize("module", EXPLAINED)
 def test_every_public_function_of_the_algebra_is_in_the_document(module: str) -> None:
-    path = REPOSITORY / "ddpm_hf" / "diffusion" / f"{module}.py"
+    path = REPOSITORY / "ddpm_hf" / f"{module}.py"
     functions = {
         node.name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)
     }
     public = {name for name in names_in(path) if name.split(".")[-1] in functions and "_" not in (name[0], name[-1])}
     public = {name for name in public if not name.split(".")[-1].startswith("_")} - PLUMBING
-    named = {name for _, name, target in LINKS if target == f"ddpm_hf/diffusion/{module}.py"}
+    named = {name for _, name, target in LINKS if target == f"ddpm_hf/{module}.py"}
     assert public
     assert public <= named
 
@@ -62,6 +69,12 @@ def test_every_paper_that_the_document_cites_is_in_its_list() -> None:
     listed = set(re.findall(r"^- ([A-Z][\w-]+)[^\n]*? (20\d\d)", papers, re.MULTILINE))
     assert cited <= listed, cited - listed
     assert {author for author, _ in cited} >= {"Ho", "Song", "Nichol", "Salimans", "Lin", "Lugmayr"}
+
+
+def test_no_section_stands_twice() -> None:
+    sections = re.findall(r"^## (.*)$", DOCUMENT, re.MULTILINE)
+    assert len(sections) == len(set(sections))
+    assert {"Averages", "Timestep sampling", "Metrics", "Self-conditioning"} <= set(sections)
 
 
 def test_formulas_are_closed() -> None:

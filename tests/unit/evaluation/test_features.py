@@ -39,26 +39,34 @@ def dinov2(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save(tmp_path_factory.mktemp("dinov2"), Dinov2Model(Dinov2Config(**SMALL)).eval())
 
 
-def test_dinov2_features_are_the_class_token_after_the_resize_of_its_processor(dinov2: str) -> None:
-    """The same by hand: bicubic to 32 pixels, 28 from the centre, normalised; then the model alone. To float32."""
-    network = open_features(f"dinov2:{dinov2}", None, CPU)
-    resized = [Image.fromarray(image.transpose(1, 2, 0)).resize((32, 32), Image.Resampling.BICUBIC) for image in IMAGES]
-    pixels = np.stack([np.asarray(image)[2:30, 2:30] for image in resized]) / 255
+@pytest.mark.parametrize(("kind", "side", "border"), [("dinov2", 28, 0), ("transformers", 32, 2)])
+def test_dinov2_features_are_the_class_token_of_the_whole_image(dinov2: str, kind: str, side: int, border: int) -> None:
+    """The same by hand: bicubic to 28 pixels as Stein et al. do, and normalised; then the model alone. To float32.
+
+    Under the other name it is as its publisher says: bicubic to 32 pixels, 28 from the centre.
+    """
+    network = open_features(f"{kind}:{dinov2}", None, CPU)
+    size, kept = (side, side), slice(border, side - border)
+    resized = [Image.fromarray(image.transpose(1, 2, 0)).resize(size, Image.Resampling.BICUBIC) for image in IMAGES]
+    pixels = np.stack([np.asarray(image)[kept, kept] for image in resized]) / 255
     inputs = torch.tensor((pixels - MEAN) / STD, dtype=torch.float32).permute(0, 3, 1, 2)
     with torch.no_grad():
         expected = Dinov2Model.from_pretrained(dinov2).eval()(inputs).last_hidden_state[:, 0]
     # A processor of torchvision resizes without PIL and may differ by a level in a few pixels.
     is_pil = "Pil" in network.description
     np.testing.assert_allclose(features_in(network), expected, atol=1e-5 if is_pil else 5e-2)
-    assert network.name == f"dinov2:{dinov2}"
+    assert network.name == f"{kind}:{dinov2}"
     assert not network.module.training
 
 
 def test_the_description_names_model_weights_resize_and_versions(dinov2: str) -> None:
     description = open_features(f"dinov2:{dinov2}", None, CPU).description
-    for words in (f"Dinov2Model {dinov2}", "weights sha256 ", "'shortest_edge': 32", "crop_size", "transformers 5",
+    for words in (f"Dinov2Model {dinov2}", "weights sha256 ", "size {'height': 28, 'width': 28}", "transformers 5",
                   f"torch {torch.__version__}"):  # fmt: skip
         assert words in description
+    assert "crop_size" not in description
+    as_published = open_features(f"transformers:{dinov2}", None, CPU).description
+    assert "size {'shortest_edge': 32}, crop_size {'height': 28, 'width': 28}" in as_published
 
 
 def test_the_digest_tells_other_weights_and_another_resize(dinov2: str, tmp_path: Path) -> None:

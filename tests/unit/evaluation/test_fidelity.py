@@ -16,7 +16,7 @@ from torch import nn
 
 from ddpm_hf.data import ImageSet
 from ddpm_hf.data.image_set import UnequalImages
-from ddpm_hf.evaluation.fidelity import measure_fidelity
+from ddpm_hf.evaluation.fidelity import _check_numbers, measure_fidelity
 from ddpm_hf.evaluation.metrics import OF_SAMPLES, Metric
 
 CPU = torch.device("cpu")
@@ -210,6 +210,13 @@ def test_what_cannot_be_compared_is_refused_with_a_sentence(
         frechet(tmp_path, **change)
     assert "\n" not in str(caught.value)
     assert seen.seen <= 1  # before the work
+
+
+def test_an_inception_score_needs_100_samples_a_split_and_no_reference() -> None:
+    """Ten images in ten splits would score exactly 1, whatever they show."""
+    _check_numbers(["inception_score"], 2048, num_samples=1000, num_reference=1)
+    with pytest.raises(ValueError, match="inception_score needs at least 1000 samples; there are 999 samples"):
+        _check_numbers(["inception_score"], 2048, num_samples=999, num_reference=50_000)
 
 
 def test_a_reference_of_unequal_images_without_a_crop_is_refused(tmp_path: Path) -> None:

@@ -99,6 +99,60 @@ def test_a_step_adds_the_analytic_variance(eta: float) -> None:
     torch.testing.assert_close(noise_of(is_analytic=False), eta * ancestral, rtol=1e-9, atol=0)
 
 
+def added_noise(scheduler: GaussianDiffusionScheduler, t: int, eta: float) -> float:
+    """Standard deviation that a step adds to a mean of 0, by the noise that it draws."""
+    zeros = torch.zeros(1, 1, 64, 64, dtype=torch.float64)
+    added = scheduler.step(zeros, t, zeros, torch.Generator().manual_seed(0), eta=eta).prev_sample
+    unit = torch.randn(zeros.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return float((added / unit).mean())
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_step_to_the_last_timestep_adds_no_visible_analytic_noise(eta: float) -> None:
+    """At most a gray level on average (Bao et al.), or what x_0 of this schedule holds: 0.01."""
+    scheduler = GaussianDiffusionScheduler(clip_sample=False, timestep_spacing="linspace")
+    scheduler.eps_second_moments = torch.zeros(1000)
+    scheduler.analytic_variance = True
+    scheduler.set_timesteps(timesteps=[999, 40, 0])
+    first, second, _ = scheduler.noise_schedule.transitions([999, 40, 0])
+    assert analytic_variance(second, eta, 0.0) > 0.05**2, "there is something to cut"
+    assert added_noise(scheduler, 40, eta) == pytest.approx(0.01, rel=1e-9)
+    assert float(scheduler._get_variance(40)) == pytest.approx(1e-4, rel=1e-6)
+    uncut = analytic_variance(first, eta, 0.0)
+    assert uncut > 1 - first.alpha_bar_prev
+    assert added_noise(scheduler, 999, eta) == pytest.approx(math.sqrt(uncut), rel=1e-9)
+    scheduler = GaussianDiffusionScheduler.create(beta_schedule="cosine", clip_sample=False)
+    scheduler.eps_second_moments = torch.zeros(1000)
+    scheduler.analytic_variance = True
+    scheduler.set_timesteps(timesteps=[300, 0])
+    assert added_noise(scheduler, 300, eta) * math.sqrt(2 / math.pi) == pytest.approx(2 / 255, rel=1e-9)
+
+
+def test_noise_that_the_last_step_removes_is_added() -> None:
+    """A list that ends at 200, as `trailing` does: without its noise x_200 would not be what the network knows."""
+    scheduler = GaussianDiffusionScheduler(clip_sample=False)
+    scheduler.eps_second_moments = torch.from_numpy(MOMENTS)
+    scheduler.analytic_variance = True
+    scheduler.set_timesteps(timesteps=[400, 200])
+    step = scheduler.noise_schedule.transitions([400, 200])[0]
+    assert added_noise(scheduler, 400, 1.0) == pytest.approx(math.sqrt(analytic_variance(step, 1.0, MOMENTS[400])))
+
+
+def test_only_analytic_noise_is_cut_and_only_in_samples() -> None:
+    """The bound is over a chain without the cut; the fixed variances are those of the papers in every step."""
+    scheduler = GaussianDiffusionScheduler(clip_sample=False)
+    scheduler.eps_second_moments = torch.zeros(1000)
+    scheduler.set_timesteps(timesteps=[300, 0])
+    step = scheduler.noise_schedule.transitions([300, 0])[0]
+    for variance_type in ("fixed_small", "fixed_large"):
+        other = GaussianDiffusionScheduler(clip_sample=False, variance_type=variance_type)
+        other.set_timesteps(timesteps=[300, 0])
+        expected = step.posterior_variance if variance_type == "fixed_small" else step.beta
+        assert added_noise(other, 300, 1.0) == pytest.approx(math.sqrt(expected), rel=1e-9)
+    scheduler.analytic_variance = True
+    assert scheduler.fixed_variance(step) == analytic_variance(step, 1.0, 0.0)
+
+
 def test_the_moments_travel_with_the_pipeline_and_stock_loads_it_as_before(tmp_path: Path) -> None:
     pipeline = GaussianDiffusionPipeline(tiny_unet(), GaussianDiffusionScheduler())
     pipeline.scheduler.eps_second_moments = torch.from_numpy(MOMENTS)
@@ -131,8 +185,23 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path, content: bytes, se
         GaussianDiffusionScheduler().load_second_moments(tmp_path / FILE_NAME)
 
 
-def test_what_has_no_analytic_variance_is_refused() -> None:
-    with pytest.raises(ValueError, match="the analytic variance replaces fixed_small only"):
-        GaussianDiffusionScheduler(variance_type="learned_range").eps_second_moments = torch.ones(1000)
+@pytest.mark.parametrize("variance_type", ["fixed_small_log", "fixed_large", "fixed_large_log"])
+def test_the_analytic_variance_is_the_same_whatever_fixed_one_it_replaces(variance_type: str) -> None:
+    variances = []
+    for kind in ("fixed_small", variance_type):
+        scheduler = GaussianDiffusionScheduler(variance_type=kind)
+        scheduler.eps_second_moments = torch.from_numpy(MOMENTS)
+        scheduler.analytic_variance = True
+        variances += [[scheduler.fixed_variance(step) for step in scheduler.noise_schedule.transitions([999, 500, 9])]]
+    assert variances[0] == variances[1]
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_a_learned_variance_has_no_analytic_one(variance_type: str) -> None:
+    with pytest.raises(ValueError, match="the analytic one replaces a fixed one only"):
+        GaussianDiffusionScheduler(variance_type=variance_type).eps_second_moments = torch.ones(1000)
+
+
+def test_the_analytic_variance_is_refused_before_the_moments_are_known() -> None:
     with pytest.raises(ValueError, match="analytic_variance needs the second moments"):
         GaussianDiffusionScheduler().analytic_variance = True

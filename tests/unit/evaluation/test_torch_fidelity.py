@@ -80,7 +80,11 @@ def measure(folder: Path, **options: Any) -> list[Metric]:
 def test_scores_are_those_of_torch_fidelitys_own_program(
     standard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Features are the same bits in the same batches. FID needs 2049 images, so its covariance is checked elsewhere."""
+    """Features are the same bits in the same batches. FID needs 2049 images, so its covariance is checked elsewhere.
+
+    The Inception Score is asked of four images a split, too few for a number that means something.
+    """
+    monkeypatch.setattr(fidelity, "LEAST_IN_A_SPLIT", 4)
     ours = measure(tmp_path, metrics=["precision", "recall", "inception_score", "kid"], weights=standard, batch_size=20)
     assert [score.name for score in ours] == ["precision", "recall", "inception_score", "kid"]
     assert [score.num_reference for score in ours] == [40, 40, 0, 40]
@@ -99,6 +103,11 @@ def test_scores_are_those_of_torch_fidelitys_own_program(
     assert ours[2].standard_error == pytest.approx(theirs["inception_score_std"] / 3, rel=1e-3)
     kernel_error = theirs["kernel_inception_distance_std"] * np.sqrt(4 / 36 + 1 / 100)
     assert ours[3].standard_error == pytest.approx(kernel_error, rel=1e-5)
+
+
+def test_an_inception_score_of_few_images_is_refused(standard: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"inception_score needs at least 1000 samples; there are 40 samples"):
+        measure(tmp_path, metrics=["inception_score"], weights=standard)
 
 
 def test_fid_needs_more_images_than_features(standard: Path, tmp_path: Path) -> None:
