@@ -11,7 +11,7 @@ class HubConfig:
         push_to_hub: Push the pipeline to the Hub in the background, as `ddpm-hf push` does; log in beforehand with
             `hf auth login`, or set HF_TOKEN.
         repo_id: Where to: "user/name", "organisation/name", or "name" for your own; it is made if it does not exist.
-        private: Whether a repository that is made is private; one that exists stays what it is.
+        private: Whether a repository that is made is private; one that exists and is public is refused.
         branch: Push to this branch instead of main; it is made if it does not exist.
         fp16: Push half-precision weights too, for `from_pretrained(..., variant="fp16")`.
         license: Identifier of the licence in the card, such as "mit"; null marks it as unknown.
