@@ -39,9 +39,9 @@ class ReadableHub:
         self._announced: set[str] = set()
         self._lock = threading.RLock()
         self._hub, self._storage = serve(self.answer, self._wire), serve(self.answer_of_storage, self._wire)
-        self.endpoint, self._storage_endpoint = (
-            f"http://127.0.0.1:{server.server_port}" for server in (self._hub, self._storage)
-        )
+        # Two hosts by their names, as clients compare these to know whom to tell the token.
+        self.endpoint = f"http://127.0.0.1:{self._hub.server_port}"
+        self._storage_endpoint = f"http://localhost:{self._storage.server_port}"
 
     def __enter__(self) -> Self:
         for server in (self._hub, self._storage):

@@ -81,6 +81,19 @@ def without_list_form(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
+def check_parts(index: Mapping[str, Any]) -> None:
+    """Refuses an index whose parts are not of diffusers: below 0.42, diffusers imports whatever module one names.
+
+    Raises:
+        ValueError: A part is of another module.
+    """
+    for part, value in index.items():
+        if part.startswith("_") or not isinstance(value, list):
+            continue
+        if len(value) != 2 or value[0] not in ("diffusers", None):
+            raise ValueError(f"model_index.json says that {part} is {value}, which is no class of diffusers.")
+
+
 def check_shards(folder: Path) -> None:
     """Refuses indices of sharded weights that name other files than safetensors.
 

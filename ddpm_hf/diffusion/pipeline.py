@@ -50,7 +50,7 @@ from .denoising import CORE_VERSION as DENOISING_VERSION
 from .editing import CORE_VERSION as EDITING_VERSION
 from .editing import Editing
 from .folder import CORE_VERSION as FOLDER_VERSION
-from .folder import check_shards, clean_component_configs, without_list_form, write_code, write_index
+from .folder import check_parts, check_shards, clean_component_configs, without_list_form, write_code, write_index
 from .forward_process import CORE_VERSION as FORWARD_PROCESS_VERSION
 from .gaussian import CORE_VERSION as GAUSSIAN_VERSION
 from .images import CORE_VERSION as IMAGES_VERSION
@@ -256,8 +256,13 @@ class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | PathLike[str]) -> dict[str, Any]:
-        """Reads an index; what asks for the code in the folder asks for this class."""
+        """Reads an index; what asks for the code in the folder asks for this class.
+
+        Raises:
+            ValueError: It names other modules than diffusers.
+        """
         content: dict[str, Any] = super()._dict_from_json_file(json_file)
+        check_parts(content)
         return without_list_form(content)
 
     @classmethod
@@ -265,7 +270,8 @@ class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
         """Loads a folder or repository of this class or of a stock DDPMPipeline, see `DiffusionPipeline`.
 
         Raises:
-            ValueError: The weights exist only as pickles and `use_safetensors=False` was not given.
+            ValueError: The weights exist only as pickles and `use_safetensors=False` was not given, or a part is of
+                another module than diffusers.
         """
         if kwargs.get("use_safetensors", True) and Path(pretrained_model_name_or_path).is_dir():
             check_shards(Path(pretrained_model_name_or_path))

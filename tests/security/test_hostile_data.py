@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "objects in a npz": (objects_in_an_archive, "cannot be read as a NumPy array"),
     "a pickle called npy": (pickle_called_npy, "cannot be read as a NumPy array"),
     "a pickle called parquet": (pickle_called_parquet, "cannot be opened"),
-    "metadata above the folder": (metadata("../secret.png"), "traversal"),
+    "metadata above the folder": (metadata("../secret.png"), "traversal|outside of the data set"),
     "metadata at an absolute path": (metadata("HERE/secret.png"), "Absolute paths"),
     "a table with an absolute path": (table("HERE/secret.png"), "secret.png, outside of the data set"),
     "a table that leads upwards": (table("SET/../secret.png"), "secret.png, outside of the data set"),
@@ -201,7 +201,7 @@ def test_hostile_data_are_refused_with_a_sentence(watch: Watch, capsys: pytest.C
     exit_code, memory = show(source, watch.folder, is_measured=name in BOMBS)
     error = capsys.readouterr().err
     assert exit_code == 2, error
-    assert sentence in error
+    assert any(one in error for one in sentence.split("|"))  # of `datasets` from 4.1 on, or ours
     assert "Traceback" not in error
     # NumPy counts what it asks for in vain: a petabyte was refused by the system.
     assert memory < MOST_MEMORY or memory > 2**50

@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers import BertConfig, BertModel, BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from ddpm_hf.evaluation.feature_network import FeatureNetwork, digest_of
 from ddpm_hf.evaluation.features import open_features
@@ -23,7 +22,7 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 def save(folder: Path, model: nn.Module, *, crop: int = 28) -> str:
     """Saves a model with the settings of an image processor, and returns the folder."""
     model.save_pretrained(folder)
-    BitImageProcessorPil(
+    BitImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": crop, "width": crop}, image_mean=MEAN, image_std=STD
     ).save_pretrained(folder)
     return str(folder)
