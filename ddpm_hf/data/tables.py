@@ -57,12 +57,10 @@ def open_table(config: DataConfig, split: str) -> Source:
 
 def _identity_of_files(encoded: "Dataset", image_column: str) -> str:
     """Returns what changes when an image file that a table only names is written anew, or put where it was missing."""
-    import pyarrow.compute
-
-    images = encoded.data.column(image_column)
-    is_named = pyarrow.compute.is_null(pyarrow.compute.struct_field(images, "bytes"))
-    paths = pyarrow.compute.struct_field(images, "path").filter(is_named).to_pylist()
-    identities = [identity_of(Path(path)) for path in paths if path is not None]
+    identities = []
+    for images in encoded.data.column(image_column).chunks:
+        paths = images.field("path").filter(images.field("bytes").is_null()).to_pylist()
+        identities += [identity_of(Path(path)) for path in paths if path is not None]
     return hashlib.sha256(json.dumps(identities).encode()).hexdigest()
 
 
@@ -120,7 +118,7 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
         reason = " ".join(str(cause or error).split()) or type(error).__name__
         if "corresponds to no data" in reason:
             raise DataError(f"split {split!r} of {config.source} holds no images.") from None
-        if "`file_name`" in reason and (table := next(path.rglob("metadata.*"), None)):
+        if "must be present as dictionary key" in reason and (table := next(path.rglob("metadata.*"), None)):
             raise DataError(
                 f"{table} has no column file_name, which says whose each row is; add it, or call the table otherwise."
             ) from None

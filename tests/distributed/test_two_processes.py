@@ -285,7 +285,7 @@ def test_an_image_that_one_rank_alone_cannot_read_is_named_by_it_once(tmp_path: 
     result = run_process([*TORCHRUN, *arguments])
     assert result.returncode != 0
     (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert sentence.startswith("error: rank 1: image 2 of the stream of ")
+    assert sentence.startswith("error: rank 1: row 1 of train-1-of-2.parquet of the stream of ")
     assert sentence.endswith("; repair or remove it, or set data.on_bad_image to skip.")
 
 

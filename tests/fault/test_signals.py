@@ -56,11 +56,12 @@ def test_a_signal_outside_of_the_steps_ends_in_order_and_the_same_command_goes_o
         with monkeypatch.context() as patch:
             signal_after(patch, owner, name, number)
             exit_code = train(arguments)
-        (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        printed = capsys.readouterr().err
+        assert exit_code == (130 if number == signal.SIGINT else 143), (name, printed)
+        (sentence,) = [line for line in printed.splitlines() if line.startswith("error: ")]
         assert sentence.startswith(
             "error: interrupted" if number == signal.SIGINT else f"error: ended by {number.name}"
         )
-        assert exit_code == (130 if number == signal.SIGINT else 143)
         assert (run / "pipeline").exists() == (owner is command)
         assert not list(tmp_path.rglob("*.writing")), name
     assert train(arguments) == 0

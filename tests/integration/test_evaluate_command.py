@@ -149,7 +149,7 @@ IN_FEATURES = ["--metrics", "frechet_distance", "--features", "tests.feature_net
         ("fixed_small", [*ESTIMATE, *BOUND, "--guidance_scale", "2"], "no null label to guide against"),
         ("fixed_small", [*ESTIMATE, *BOUND, "--variance", "analytic", "--samples_dir", "tests"], "something else"),
         ("fixed_small", [*IN_FEATURES, "--scheduler", "DPMSolverMultistepScheduler", "--eta", "0"], "has no eta"),
-        ("learned_range", [*ESTIMATE, *BOUND], "the analytic variance replaces fixed_small only"),
+        ("learned_range", [*ESTIMATE, *BOUND], "the analytic one replaces a fixed one only"),
     ],
 )
 def test_everything_is_checked_before_the_network_is_called_and_a_folder_is_made(

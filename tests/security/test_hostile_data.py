@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a pickle called npy": (pickle_called_npy, "cannot be read as a NumPy array"),
     "a pickle called parquet": (pickle_called_parquet, "cannot be opened"),
     "metadata above the folder": (metadata("../secret.png"), "traversal|outside of the data set"),
-    "metadata at an absolute path": (metadata("HERE/secret.png"), "Absolute paths"),
+    "metadata at an absolute path": (metadata("HERE/secret.png"), "Absolute paths|outside of the data set"),
     "a table with an absolute path": (table("HERE/secret.png"), "secret.png, outside of the data set"),
     "a table that leads upwards": (table("SET/../secret.png"), "secret.png, outside of the data set"),
     "a table with another relative path": (table("secret.png"), "secret.png, outside of the data set"),

@@ -330,5 +330,5 @@ def test_the_size_of_images_is_a_side_or_height_and_width() -> None:
     unet.register_to_config(sample_size=(8, 16))
     assert image_size(unet) == (8, 16)
     unet.register_to_config(sample_size=None)
-    with pytest.raises(ValueError, match="has no sample_size; set it in"):
+    with pytest.raises(ValueError, match="has no sample_size; pass start noise as sample, or set it in"):
         image_size(unet)
