@@ -58,10 +58,9 @@ def test_a_signal_outside_of_the_steps_ends_in_order_and_the_same_command_goes_o
             exit_code = train(arguments)
         printed = capsys.readouterr().err
         assert exit_code == (130 if number == signal.SIGINT else 143), (name, printed)
-        (sentence,) = [line for line in printed.splitlines() if line.startswith("error: ")]
-        assert sentence.startswith(
-            "error: interrupted" if number == signal.SIGINT else f"error: ended by {number.name}"
-        )
+        sentence = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+        said = [line for line in printed.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1 and said[0].startswith(f"error: {sentence}"), (name, printed)
         assert (run / "pipeline").exists() == (owner is command)
         assert not list(tmp_path.rglob("*.writing")), name
     assert train(arguments) == 0

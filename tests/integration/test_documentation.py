@@ -195,7 +195,10 @@ def test_the_evaluation_document_names_what_there_is() -> None:
     document = text_of(DOCS / "evaluation.md")
     assert set(re.findall(r"^\| `(\w+)` \|", document, re.M)) >= set(METRICS)
     assert set(re.findall(r"evaluation\.(score_\w+)", document)) <= set(EvaluationConfig.__dataclass_fields__)
-    flags = {f"--{name}" for name in vars(parse(["x", "--data", "y"]))}
+    flags = {f"--{name}" for name in vars(parse(["x", "--data", "y"]))} | {
+        "--write",
+        "--trust_remote_code",
+    }  # of verify
     named = set(re.findall(r"`(--\w+)(?=[ `])", document))
     assert named - {"--data"} <= flags
 
