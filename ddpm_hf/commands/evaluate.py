@@ -1,5 +1,6 @@
 """`ddpm-hf evaluate`: measures how good a pipeline is, prints a table, writes evaluation.json and a picture."""
 
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -116,7 +117,19 @@ def _evaluate(options: Namespace) -> None:
             bound_settings=bound_settings,
         )
         _write(work, content, samples, bound)
-        print(f"{table(metrics)}\n\nEverything is in {work.output}: look at {REPORT} and {PICTURE}.")
+        print("\n".join([table(metrics), *_notes(work, bound), ""]))
+        print(f"Everything is in {work.output}: look at {REPORT} and {PICTURE}.")
+
+
+def _notes(work: _Work, bound: "VariationalBound | None") -> list[str]:
+    """Returns what has to be known to compare bits per dimension with those of others."""
+    notes, num_classes = [], work.pipeline.num_classes
+    if bound is not None and not len(work.held_out):
+        notes.append("bits_per_dim is of training images, on which it may be lower than on others; none are held out.")
+    if bound is not None and num_classes:
+        label = math.log2(num_classes) / math.prod(work.training.image_shape)
+        notes.append(f"bits_per_dim is given the class of each image, which costs up to {label:.3f} more to tell.")
+    return notes
 
 
 def _prepare(options: Namespace) -> _Work:
@@ -281,6 +294,7 @@ def _bits_per_dim(work: _Work) -> "tuple[Metric, VariationalBound, dict[str, Any
     )
     settings = {
         "images": "held out" if len(work.held_out) else "all",
+        "conditional": work.pipeline.num_classes > 0,
         "num_steps": len(bound.timesteps),
         "num_terms": work.num_terms or len(bound.timesteps),
         "variance": "analytic" if options.variance == "analytic" else scheduler.config["variance_type"],

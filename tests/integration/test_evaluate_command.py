@@ -62,8 +62,10 @@ def test_bits_per_dimension_are_printed_and_written(
     del metric["value"], metric["standard_error"]
     assert metric == {
         "name": "bits_per_dim", "features": None, "num_samples": 5, "num_reference": 0, "seed": 0,
-        "images": "held out", "num_steps": 10, "num_terms": 3, "variance": "analytic",
+        "images": "held out", "conditional": True, "num_steps": 10, "num_terms": 3, "variance": "analytic",
     }  # fmt: skip
+    assert "bits_per_dim is given the class of each image, which costs up to 0.052 more to tell." in printed
+    assert "of training images" not in printed
     assert report["schema_version"] == 1
     assert report["data"]["source"] == "digits.parquet"
     assert report["data"]["num_held_out_images"] == 180
@@ -79,7 +81,9 @@ def test_bits_per_dimension_are_printed_and_written(
     moments.unlink()
 
 
-def test_samples_for_the_picture_alone_cost_few_steps_and_stand_in_nobodys_way(tmp_path: Path) -> None:
+def test_samples_for_the_picture_alone_cost_few_steps_and_stand_in_nobodys_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of 60 steps in training, 50 for the picture; the folder of a later metric's samples is another one."""
     unet = tiny_unet(num_class_embeds=10)
     scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=60)
@@ -88,6 +92,7 @@ def test_samples_for_the_picture_alone_cost_few_steps_and_stand_in_nobodys_way(t
     assert evaluate(tmp_path / "long", *data, *BOUND) == 0
     report = json.loads((tmp_path / "long" / "evaluation.json").read_text())
     assert report["sampling"]["num_inference_steps"] == 50
+    assert "bits_per_dim is of training images, on which it may be lower" in capsys.readouterr().out
     assert not (tmp_path / "long" / "evaluation_samples").exists()
 
 
