@@ -15,6 +15,17 @@ import torch
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
+# One thread: the tests share the cores, and exact comparisons need one order of additions.
+torch.set_num_threads(1)
+# The tests stay out of the user's caches, which go with the process. The libraries of the Hub read these variables when
+# they are imported, and the conftest.py below imports one, so no hook of pytest would be early enough.
+_CACHES = tempfile.TemporaryDirectory(prefix="ddpm_hf-tests-")
+os.environ |= {
+    "XDG_CACHE_HOME": f"{_CACHES.name}/cache",
+    "HF_HOME": f"{_CACHES.name}/huggingface",
+    "HF_HUB_OFFLINE": "1",
+}
+
 REPOSITORY = Path(__file__).parents[1]
 DIGITS = REPOSITORY / "data" / "digits.parquet"
 
@@ -35,20 +46,6 @@ TINY_RUN = {
     "preview.every_steps": "0",
     "evaluation.num_samples": "0",
 }
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Sets what must be set before test modules are imported.
-
-    One thread: the tests share the cores, and exact comparisons need one order of additions. Own caches: the tests stay
-    out of the user's; the libraries of the Hub read these variables when they are imported.
-    """
-    torch.set_num_threads(1)
-    caches = tempfile.TemporaryDirectory(prefix="ddpm_hf-tests-")
-    config.add_cleanup(caches.cleanup)
-    os.environ["XDG_CACHE_HOME"] = f"{caches.name}/cache"
-    os.environ["HF_HOME"] = f"{caches.name}/huggingface"
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def run_arguments(output_dir: Path, **changes: object) -> list[str]:
