@@ -10,7 +10,7 @@ import gc
 import itertools
 import logging
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -274,4 +274,7 @@ def _file_name(stream: "IterableDataset") -> str:
     while hasattr(examples, "ex_iterable"):
         examples = examples.ex_iterable
     files = getattr(examples, "kwargs", {}).get("files")
-    return f"{Path(files[0]).name} of " if files and isinstance(files[0], str) else ""
+    first = files[0] if files else None
+    if isinstance(first, Iterable) and not isinstance(first, str):  # in `datasets` 4.0: files, one after the other
+        first = next(iter(first), None)
+    return f"{Path(first).name} of " if isinstance(first, str) else ""
