@@ -240,7 +240,8 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, saved: Path) -> Non
     alone = run_process([*arguments, str(tmp_path / "one")])
     together = run_process([*launcher, *arguments, str(tmp_path / "two")])
     assert (alone.returncode, together.returncode) == (0, 0), alone.stderr + together.stderr
-    assert alone.stdout.replace("/one", "/two") == together.stdout, "and only rank 0 speaks"
+    assert together.stdout.endswith(alone.stdout.replace("/one", "/two"))  # gloo may have greeted before
+    assert together.stdout.count("Everything is in") == 1, "only rank 0 speaks"
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert one["metrics"][0]["value"] == pytest.approx(two["metrics"][0]["value"], rel=1e-12)
     assert one["sampling"] == two["sampling"]
