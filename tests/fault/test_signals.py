@@ -17,12 +17,16 @@ from tests.conftest import run_arguments
 
 @pytest.fixture(autouse=True)
 def _old_handlers() -> Iterator[None]:
-    """A signal that nobody takes fails the test and does not end the tests."""
+    """A signal that nobody takes fails the test and does not end the tests.
+
+    SIGINT is Ctrl-C, also where a shell has started the tests in the background and lets them ignore it.
+    """
 
     def fail(number: int, _: object) -> None:
         raise AssertionError(f"{signal.Signals(number).name} came where nothing was installed for it")
 
     before = {number: signal.signal(number, fail) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
