@@ -259,7 +259,7 @@ class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
         """Reads an index; what asks for the code in the folder asks for this class.
 
         Raises:
-            ValueError: It names other modules than diffusers.
+            ValueError: It names a module that nobody has imported.
         """
         content: dict[str, Any] = super()._dict_from_json_file(json_file)
         check_parts(content)
@@ -271,7 +271,7 @@ class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
 
         Raises:
             ValueError: The weights exist only as pickles and `use_safetensors=False` was not given, or a part is of
-                another module than diffusers.
+                a module that nobody has imported.
         """
         if kwargs.get("use_safetensors", True) and Path(pretrained_model_name_or_path).is_dir():
             check_shards(Path(pretrained_model_name_or_path))

@@ -147,6 +147,14 @@ def test_a_foreign_scheduler_stays_itself(tmp_path: Path) -> None:
     assert type(GaussianDiffusionPipeline.from_pretrained(tmp_path).scheduler) is DDIMScheduler
 
 
+def test_a_folder_that_the_stock_pipeline_saved_with_our_scheduler_loads(tmp_path: Path) -> None:
+    """As train_unconditional.py does with our scheduler in it; the index then names our module."""
+    DDPMPipeline(tiny_unet(), GaussianDiffusionScheduler()).save_pretrained(tmp_path)
+    assert "ddpm_hf" in (tmp_path / "model_index.json").read_text()
+    for kind in (GaussianDiffusionPipeline, DDPMPipeline):
+        assert type(kind.from_pretrained(tmp_path).scheduler) is GaussianDiffusionScheduler
+
+
 def test_half_precision_weights_can_be_saved_beside_the_others(tmp_path: Path) -> None:
     save(tmp_path)
     half = GaussianDiffusionPipeline(tiny_unet().half(), GaussianDiffusionScheduler())
