@@ -32,9 +32,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # the checkout is enough, it need not be installed
 RESULTS = Path(__file__).resolve().parent / "results"
 
-from ddpm_hf.config import DataConfig  # noqa: E402
-from ddpm_hf.data import ImageFeed, ImageSet, ImageStream, SampleOrder, open_images, open_sets  # noqa: E402
-from ddpm_hf.training.record import device_name  # noqa: E402
+from ddpm_hf.config import DataConfig
+from ddpm_hf.data import ImageFeed, ImageSet, ImageStream, SampleOrder, open_images, open_sets
+from ddpm_hf.training.record import device_name
 
 CPU = torch.device("cpu")
 

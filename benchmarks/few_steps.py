@@ -33,16 +33,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # the checkout is enough, it need not be installed
 RESULTS = Path(__file__).resolve().parent / "results"
 
-import diffusers  # noqa: E402
+import diffusers
 
-from ddpm_hf.config import DataConfig  # noqa: E402
-from ddpm_hf.data import ImageSet, open_images  # noqa: E402
-from ddpm_hf.diffusion import GaussianDiffusionPipeline  # noqa: E402
-from ddpm_hf.evaluation.frechet import frechet_distance, moments_of  # noqa: E402
-from ddpm_hf.evaluation.likelihood import variational_bound  # noqa: E402
-from ddpm_hf.evaluation.second_moments import estimate_second_moments  # noqa: E402
-from ddpm_hf.rng import numpy_generator, sampling_generators  # noqa: E402
-from ddpm_hf.training.record import device_name  # noqa: E402
+from ddpm_hf.config import DataConfig
+from ddpm_hf.data import ImageSet, open_images
+from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.evaluation.frechet import frechet_distance, moments_of
+from ddpm_hf.evaluation.likelihood import variational_bound
+from ddpm_hf.evaluation.second_moments import estimate_second_moments
+from ddpm_hf.rng import numpy_generator, sampling_generators
+from ddpm_hf.training.record import device_name
 
 REAL_DRAWS = 20
 IMAGES_AT_ONCE = 45  # what a small network does fastest on one core

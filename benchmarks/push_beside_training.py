@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # the checkout is enough, it need not be installed
 RESULTS = Path(__file__).resolve().parent / "results"
 
-from tests.loopback_hub import LoopbackHub  # noqa: E402
+from tests.loopback_hub import LoopbackHub
 
 EVERY_STEPS = 20
 

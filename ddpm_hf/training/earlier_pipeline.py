@@ -4,7 +4,10 @@ import filecmp
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
+
+from ddpm_hf.durable import write_whole
 
 # What decides which images a pipeline draws.
 _MODEL = ("model_index.json", "unet", "scheduler/scheduler_config.json")
@@ -36,7 +39,7 @@ def keep_additions(old: Path, new: Path, evaluations: Path) -> None:
     for path in (old / name for name in _MEASURED):
         if path.is_file():
             evaluations.mkdir(exist_ok=True)
-            shutil.copyfile(path, evaluations / f"{_step_of(old)}{path.suffix}")
+            write_whole(evaluations / f"{_step_of(old)}{path.suffix}", partial(shutil.copyfile, path))
 
 
 def _is_same_model(old: Path, new: Path) -> bool:

@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training.batches": {"config", "data", "rng", "training.noise", "training.timestep_sampling"},
     "training.checkpoint": {"durable"},
     "training.data_state": {"config", "data", "training.processes", "training.snapshot"},
-    "training.earlier_pipeline": set(),
+    "training.earlier_pipeline": {"durable"},
     "training.ema": {"config", "training.power_function"},
     "training.guard": {"training.processes"},
     "training.loss_meter": set(),
