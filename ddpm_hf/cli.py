@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from ddpm_hf import __version__
-from ddpm_hf.commands.complaints import RankFailed, Terminated, complain, sentence_of
+from ddpm_hf.commands.complaints import RankFailed, complain, sentence_of
+from ddpm_hf.commands.signals import Terminated
 from ddpm_hf.redaction import redact
 
 
@@ -128,7 +129,7 @@ def _exit_code(command: Callable[[], int]) -> int:
         complain(sentence_of(error))
         return 1
     except Terminated as error:
-        complain(f"ended by {error.name} while nothing was in training; the same command begins this part again.")
+        complain(f"ended by {error.name}; the same command begins this part again.")
         return 143
     except KeyboardInterrupt:
         complain("interrupted")

@@ -3,16 +3,12 @@
 import errno
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from ddpm_hf.redaction import redact
 
-# Ctrl-C raises KeyboardInterrupt as it is.
-_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _ADVICE = {
     errno.ENOSPC: "make room, or write to another disk",
     errno.EDQUOT: "make room, or write to another disk",
@@ -39,18 +35,6 @@ class OutOfMemory(RankFailed):
     """Memory ran out, on the device or on the host; the message says how to need less."""
 
 
-class Terminated(SystemExit):
-    """A signal ends the command; not an Exception, so that nothing takes it for a failure of its own and goes on.
-
-    Args:
-        number: The signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(143)
-        self.name = signal.Signals(number).name
-
-
 def complain(message: str, *, of_this_rank: bool = False) -> None:
     """Prints an error on rank 0, since the other ranks have the same one, or on the only rank that has it."""
     rank = os.environ.get("RANK", "0")
@@ -62,25 +46,6 @@ def sentence_of(error: OSError) -> str:
     """Returns what the system refused, of which file, and what to do about it."""
     what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     return f"{what}; {_ADVICE[error.errno]}." if error.errno in _ADVICE else what
-
-
-@contextmanager
-def ending_in_order() -> Iterator[None]:
-    """Lets SIGTERM and SIGUSR1 end what is inside as Ctrl-C does, so that files, locks and processes are tidied up.
-
-    Raises:
-        Terminated: At such a signal, wherever the main thread is.
-    """
-
-    def end(number: int, _: FrameType | None) -> None:
-        raise Terminated(number)
-
-    old_handlers = {number: signal.signal(number, end) for number in _ENDING_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in old_handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager

@@ -1,17 +1,14 @@
 """`ddpm-hf push`: publishes a trained pipeline on the Hub, with a card that says what it is."""
 
-import signal
 import sys
-import threading
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from ddpm_hf.commands.folders import find_folder
 from ddpm_hf.commands.parser import Parser
+from ddpm_hf.commands.signals import temporary_folder
 from ddpm_hf.config import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +59,7 @@ def push(arguments: Sequence[str]) -> int:
     from ddpm_hf.hub import push as hub
     from ddpm_hf.hub.card import FILE_NAME
     from ddpm_hf.hub.export import contents
-    from ddpm_hf.hub.publish import MESSAGE, prepared
+    from ddpm_hf.hub.publish import MESSAGE, PREFIX, prepare
 
     logging.disable_progress_bar()  # the pipeline is loaded several times
     if not sys.stderr.isatty():
@@ -76,18 +73,17 @@ def push(arguments: Sequence[str]) -> int:
         branch=options.branch,
         as_pull_request=options.pull_request,
     )
-    with (
-        _removed_when_stopped(),
-        prepared(
+    with temporary_folder(PREFIX) as temporary:
+        work = prepare(
             source,
+            temporary / "repository",
             target,
             run=Path(options.folder).expanduser(),
             fp16=options.fp16,
             license=options.license,
             with_real_images=options.with_real_images,
             is_dry_run=options.dry_run,
-        ) as work,
-    ):
+        )
         for section in work.kept:
             print(f"{FILE_NAME}: {section} was edited on the Hub, and stays as it is there.")
         if options.license is None and work.remote.card is None and not options.dry_run:
@@ -101,27 +97,6 @@ def push(arguments: Sequence[str]) -> int:
         pushed = hub.push(work.folder, target, work.remote, options.message or MESSAGE)
     print(f"{pushed.url}{'' if pushed.is_new else ' was up to date; nothing was sent'}")
     return 0
-
-
-@contextmanager
-def _removed_when_stopped() -> Iterator[None]:
-    """Leaves by an exception where SIGTERM comes, so that what was put together is removed; a second one ends at once.
-
-    Python takes signals in the main thread alone; elsewhere nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _where(target: "Target") -> str:

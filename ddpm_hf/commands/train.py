@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.commands.complaints import RankFailed, complain, ending_in_order, out_of_memory, sentence_of
+from ddpm_hf.commands.complaints import RankFailed, complain, out_of_memory, sentence_of
+from ddpm_hf.commands.signals import ending_in_order
 from ddpm_hf.config import ConfigError, RunConfig, load_config
 
 if TYPE_CHECKING:

@@ -1,8 +1,6 @@
 """From the folder of a pipeline to a repository of the Hub: put together, written about, pushed."""
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from ddpm_hf.hub.export import assemble
 from ddpm_hf.hub.push import Pushed, Remote, Target, check_access, check_license, look_up, push
 
 MESSAGE = "Push a pipeline trained by ddpm_hf"
+PREFIX = "ddpm-hf-push-"  # of the name of the folder that is published, among the temporary ones
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,9 @@ class Prepared:
     kept: tuple[str, ...]
 
 
-@contextmanager
-def prepared(
+def prepare(
     source: Path,
+    folder: Path,
     target: Target,
     *,
     run: Path | None = None,
@@ -38,11 +37,12 @@ def prepared(
     license: str | None = None,
     with_real_images: bool = False,
     is_dry_run: bool = False,
-) -> Iterator[Prepared]:
-    """Puts together what is published, in a folder that goes away again.
+) -> Prepared:
+    """Puts together what is published.
 
     Args:
         source: Folder of a pipeline.
+        folder: Where it is put together; made anew.
         target: Where it goes.
         run: Folder of the run that it was trained in, whose pictures are taken.
         fp16: Add half-precision weights.
@@ -57,13 +57,11 @@ def prepared(
     check_license(license)
     name = target.repo_id if is_dry_run else check_access(target)
     make_card(source, repo_id=name)  # before the work too: records that are broken are refused where they lie
-    with tempfile.TemporaryDirectory(prefix="ddpm-hf-push-") as temporary:
-        folder = Path(temporary) / "repository"
-        assemble(source, folder, run=run, fp16=fp16, with_real_images=with_real_images)
-        remote = Remote(name, None, None) if is_dry_run else look_up(target, name)
-        card = make_card(folder, repo_id=name, license=license, existing=remote.card)
-        (folder / FILE_NAME).write_text(card.text, encoding="utf-8", newline="")
-        yield Prepared(folder, remote, card.kept)
+    assemble(source, folder, run=run, fp16=fp16, with_real_images=with_real_images)
+    remote = Remote(name, None, None) if is_dry_run else look_up(target, name)
+    card = make_card(folder, repo_id=name, license=license, existing=remote.card)
+    (folder / FILE_NAME).write_text(card.text, encoding="utf-8", newline="")
+    return Prepared(folder, remote, card.kept)
 
 
 def publish(
@@ -79,17 +77,19 @@ def publish(
     """Publishes a pipeline in one commit, as whoever is logged in.
 
     Args:
-        source: As in `prepared`.
-        target: As in `prepared`.
-        run: As in `prepared`.
-        fp16: As in `prepared`.
-        license: As in `prepared`.
-        with_real_images: As in `prepared`.
+        source: As in `prepare`.
+        target: As in `prepare`.
+        run: As in `prepare`.
+        fp16: As in `prepare`.
+        license: As in `prepare`.
+        with_real_images: As in `prepare`.
         message: First line of the commit.
 
     Raises:
-        ValueError: As in `prepared`, or somebody else was faster.
-        OSError: As in `prepared`.
+        ValueError: As in `prepare`, or somebody else was faster.
+        OSError: As in `prepare`.
     """
-    with prepared(source, target, run=run, fp16=fp16, license=license, with_real_images=with_real_images) as work:
-        return push(work.folder, target, work.remote, message)
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as temporary:
+        folder = Path(temporary) / "repository"
+        work = prepare(source, folder, target, run=run, fp16=fp16, license=license, with_real_images=with_real_images)
+        return push(folder, target, work.remote, message)

@@ -1,13 +1,11 @@
 """A finished run or a pipeline goes to a Hub on loopback, whole or not at all, and is loaded from there."""
 
 import json
-import os
 import shutil
 import signal
 import tempfile
-import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_hf.cli import main
 from ddpm_hf.config import HubConfig
+from ddpm_hf.hub import publish as hub_publish
 from ddpm_hf.hub import push as hub_push
 from ddpm_hf.hub.background import BackgroundPush
 from ddpm_hf.hub.export import assemble
@@ -438,20 +437,23 @@ def test_pictures_of_real_images_are_published_only_if_asked_for(
 
 
 def test_a_push_that_is_stopped_leaves_nothing_behind(
-    hub: LoopbackHub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = signal.getsignal(signal.SIGTERM)
 
-    def stop() -> None:
-        while not list(tmp_path.glob("ddpm-hf-push-*")):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def assemble_and_stop(*arguments: Any, **settings: Any) -> None:
+        assemble(*arguments, **settings)
+        assert list(tmp_path.glob("ddpm-hf-push-*/*"))
+        signal.raise_signal(signal.SIGTERM)
 
-    threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(SystemExit) as caught:
-        main(["push", str(run), "birds"])
-    assert caught.value.code == 143
+    monkeypatch.setattr(hub_publish, "assemble", assemble_and_stop)
+    assert main(["push", str(run), "birds"]) == 143
+    assert "error: ended by SIGTERM; the same command begins this part again." in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is before
     assert hub.repositories == {}

@@ -87,7 +87,7 @@ def test_a_push_that_is_under_way_ends_with_the_training(
     with BackgroundPush(HubConfig(push_to_hub=True, repo_id="birds"), tmp_path / "hub") as pushing:
         pushing.start(tmp_path / "run", 7)
         assert not old.exists()
-        while not list(tmp_path.rglob("ddpm-hf-push-*")):
+        while not list((tmp_path / "hub" / "temporary").glob("ddpm-hf-push-*")):
             assert not pushing.is_free()
             time.sleep(0.05)
         process = pushing._process
