@@ -251,29 +251,21 @@ def _check(work: _Work) -> None:
 
 
 def _estimate_variance(work: _Work) -> None:
-    """Collective: estimates the second moments on rank 0 and keeps them beside the scheduler's configuration."""
-    import numpy as np
-
+    """Collective: estimates the second moments and keeps them beside the scheduler's configuration."""
     from ddpm_hf.evaluation.second_moments import estimate_second_moments
 
     options, scheduler = work.options, work.pipeline.scheduler
     assert work.folder is not None
     folder = work.folder / "scheduler"
-
-    def estimate() -> Any:
-        moments = estimate_second_moments(
-            work.pipeline,
-            work.training,
-            seed=options.seed,
-            num_images=options.estimate_variance,
-            batch_size=options.batch_size,
-        )
-        scheduler.eps_second_moments = moments
-        scheduler.save_second_moments(folder)
-        return moments.numpy()
-
-    moments = work.ranks.on_rank_0(estimate)
-    scheduler.eps_second_moments = work.ranks.gather(np.zeros(0) if moments is None else moments)
+    scheduler.eps_second_moments = estimate_second_moments(
+        work.pipeline,
+        work.training,
+        seed=options.seed,
+        num_images=options.estimate_variance,
+        batch_size=options.batch_size,
+        ranks=work.ranks,
+    )
+    work.ranks.on_rank_0(lambda: scheduler.save_second_moments(folder))
 
 
 def _bits_per_dim(work: _Work) -> "tuple[Metric, VariationalBound, dict[str, Any]]":

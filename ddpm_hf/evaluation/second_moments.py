@@ -9,14 +9,21 @@ from tqdm import tqdm
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.evaluation.chain import Chain, batches_of, check_labels, load_images
+from ddpm_hf.evaluation.ranks import ALONE, Ranks
 from ddpm_hf.rng import normal_by_position
 
 
 @torch.no_grad()
 def estimate_second_moments(
-    pipeline: GaussianDiffusionPipeline, images: ImageSet, *, seed: int, num_images: int, batch_size: int = 64
+    pipeline: GaussianDiffusionPipeline,
+    images: ImageSet,
+    *,
+    seed: int,
+    num_images: int,
+    batch_size: int = 64,
+    ranks: Ranks = ALONE,
 ) -> torch.Tensor:
-    """Estimates Gamma_t = E |eps(x_t)|^2 / d for every timestep of the training chain. Eq. 8, Bao et al. 2022.
+    """Collective: estimates Gamma_t = E |eps(x_t)|^2 / d at every timestep of training. Eq. 8, Bao et al. 2022.
 
     Each timestep sees the next `num_images` images of the set, so a small number sees different ones at each.
 
@@ -26,6 +33,7 @@ def estimate_second_moments(
         seed: Of the noise.
         num_images: For each timestep.
         batch_size: Images of one forward.
+        ranks: The processes, which share the timesteps: the bits are those of one process.
 
     Returns:
         float64 (T,), for `scheduler.eps_second_moments`.
@@ -34,22 +42,23 @@ def estimate_second_moments(
         ValueError: As `check_second_moments`.
     """
     chain = check_second_moments(pipeline, images)
-    moments = torch.zeros(len(chain), dtype=torch.float64)
+    rows = ranks.part(len(chain))
+    mine = np.zeros(len(rows))
     was_training = pipeline.unet.training
     pipeline.unet.eval()
     try:
-        for row, step in enumerate(tqdm(chain.transitions, "Second moments", disable=None, leave=False)):
-            total = 0.0
+        for place, row in enumerate(tqdm(rows, "Second moments", disable=None, leave=False)):
+            step, total = chain.transitions[row], 0.0
             for positions in batches_of(range(row * num_images, (row + 1) * num_images), batch_size):
                 turn = np.asarray(positions) % len(images)
                 x_0, class_labels = load_images(images, turn, chain, with_labels=pipeline.num_classes > 0)
                 noise = normal_by_position(seed, "moments", 0, positions, x_0.shape[1:], chain.device).to(chain.dtype)
                 eps = chain.predict(chain.noised(x_0, noise, step), step, class_labels).eps
                 total += float((eps.double() ** 2).sum()) / math.prod(eps.shape[1:])
-            moments[step.timestep] = total / num_images
+            mine[place] = total / num_images
     finally:
         pipeline.unet.train(was_training)
-    return moments
+    return torch.from_numpy(ranks.gather(mine)[::-1].copy())  # the chain descends, from T-1 to 0
 
 
 def check_second_moments(pipeline: GaussianDiffusionPipeline, images: ImageSet) -> Chain:

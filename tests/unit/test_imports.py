@@ -126,7 +126,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation.recognition": set(),
     "evaluation.references": {"data", "evaluation.feature_network", "evaluation.frechet"},
     "evaluation.sampling": {"diffusion", "evaluation.film", "evaluation.image_shape", "rng"},
-    "evaluation.second_moments": {"data", "diffusion", "evaluation.chain", "rng"},
+    "evaluation.second_moments": {"data", "diffusion", "evaluation.chain", "evaluation.ranks", "rng"},
     "evaluation.contents": {"diffusion", "redaction"},
     "evaluation.verification": {"diffusion", "durable", "evaluation.contents", "redaction", "rng"},
     "report": {"durable", "evaluation.recognition", "plots", "redaction"},

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from gaussian_pipeline import DEVIATION, GaussianUnet, gaussian_images, gaussian
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.reverse_variance import FILE_NAME, analytic_variance
 from ddpm_hf.evaluation.likelihood import variational_bound
+from ddpm_hf.evaluation.ranks import Ranks
 from ddpm_hf.evaluation.second_moments import estimate_second_moments
 from tests.conftest import tiny_unet
 
@@ -64,6 +66,22 @@ def test_moments_are_estimated() -> None:
     gain = bars * DEVIATION**2 / (bars * DEVIATION**2 + 1 - bars)
     expected = (bars * spread + 1 - bars) * (1 - gain) ** 2 / (1 - bars)
     torch.testing.assert_close(moments, expected, rtol=4 * math.sqrt(2 / 1024) + 0.02, atol=0)
+
+
+def test_processes_share_the_timesteps_and_the_bits_are_those_of_one() -> None:
+    pipeline, images = gaussian_pipeline((4, 4), num_train_timesteps=7), gaussian_images(9, (4, 4))
+    parts: list[np.ndarray] = []
+
+    def estimate(**ranks: Any) -> torch.Tensor:
+        return estimate_second_moments(pipeline, images, seed=0, num_images=5, batch_size=2, **ranks)
+
+    def gather(mine: np.ndarray) -> np.ndarray:
+        parts.append(mine)
+        return np.concatenate(parts)
+
+    joined = [estimate(ranks=Ranks(rank, 3, gather)) for rank in range(3)][-1]
+    assert [len(part) for part in parts] == [2, 2, 3]
+    assert torch.equal(joined, estimate())
 
 
 def test_the_analytic_variance_lowers_the_bound_of_a_short_chain(monkeypatch: pytest.MonkeyPatch) -> None:
