@@ -20,10 +20,15 @@ torch.set_num_threads(1)
 # The tests stay out of the user's caches, which go with the process. The libraries of the Hub read these variables when
 # they are imported, and the conftest.py below imports one, so no hook of pytest would be early enough.
 _CACHES = tempfile.TemporaryDirectory(prefix="ddpm_hf-tests-")
+for _name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_ENDPOINT", "HF_TOKEN", "TRANSFORMERS_CACHE"):
+    os.environ.pop(_name, None)
 os.environ |= {
     "XDG_CACHE_HOME": f"{_CACHES.name}/cache",
     "HF_HOME": f"{_CACHES.name}/huggingface",
     "HF_HUB_OFFLINE": "1",
+    # What the tests talk to is on this machine, also where the way to others leads through a proxy.
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
 }
 
 REPOSITORY = Path(__file__).parents[1]
@@ -69,7 +74,7 @@ def process_environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def run_process(command: Sequence[str], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def run_process(command: Sequence[str], *, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Runs Python in the repository and returns what it printed."""
     return subprocess.run(
         [sys.executable, *command],

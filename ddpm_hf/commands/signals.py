@@ -61,7 +61,8 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
     def end(number: int, _: FrameType | None) -> None:
         nonlocal received
-        signal.signal(number, signal.SIG_DFL)
+        for each in taken:
+            signal.signal(each, signal.SIG_DFL)
         received = number
         if is_ours:
             raise _exception_of(number)
@@ -82,10 +83,10 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
                 yield Path(folder)
             finally:
                 is_ours = False
-        if received:
-            raise _exception_of(received)
     finally:
         _install(old_handlers)
+    if received:
+        raise _exception_of(received)
 
 
 def _exception_of(number: int) -> BaseException:

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,12 @@ def verify_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{MANIFEST} is missing or unreadable") from None
     if path.name != name:
         raise CheckpointError(f"it was renamed: {MANIFEST} says step {step}")
-    present = {str(file.relative_to(path)) for file in _files(path)} - {MANIFEST}
+    try:
+        present = {str(file.relative_to(path)) for file in _files(path)} - {MANIFEST}
+    except PermissionError:
+        raise  # that can be mended, and says nothing about the files
+    except OSError as error:
+        raise CheckpointError(f"its files cannot be listed ({error.strerror or error})") from None
     if missing := sorted(set(files) - present):
         raise CheckpointError(f"{missing[0]} is missing")
     if foreign := sorted(present - set(files)):
@@ -114,7 +120,7 @@ def verify_checkpoint(path: Path) -> Checkpoint:
         try:
             found = _describe(path / name)
         except PermissionError:
-            raise  # that can be mended, and says nothing about the file
+            raise
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read ({error.strerror or error})") from None
         if found != expected:
@@ -161,7 +167,12 @@ def _name(step: int) -> str:
 
 def prune(root: Path, num_kept: int, best_step: int | None = None) -> None:
     """Removes all but the newest checkpoints and the best one; one that cannot be removed is named and left."""
-    for path in sorted(_checkpoint_dirs(root), key=_step_of)[:-num_kept]:
+    try:
+        old = sorted(_checkpoint_dirs(root), key=_step_of)[:-num_kept]
+    except OSError as error:
+        logger.warning("Old checkpoints in %s could not be looked for: %s", root, error)
+        return
+    for path in old:
         if _step_of(path) == best_step:
             continue
         try:
@@ -184,8 +195,19 @@ def remove_unfinished(root: Path) -> None:
 
 
 def _checkpoint_dirs(root: Path) -> list[Path]:
-    """Returns the folders named like checkpoints."""
-    return [path for path in root.glob("step_*") if _STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    """Returns the folders named like checkpoints; what cannot be listed is no empty folder, and an error.
+
+    Raises:
+        CheckpointError: If the folder is a link that leads nowhere.
+        OSError: If it cannot be read.
+    """
+    try:
+        with os.scandir(root) as entries:
+            return [Path(entry.path) for entry in entries if _STEP_NAME.fullmatch(entry.name) and entry.is_dir()]
+    except FileNotFoundError:
+        if root.is_symlink():
+            raise CheckpointError(f"{root} is a link that leads nowhere; mount the disk that it leads to") from None
+        return []
 
 
 def _step_of(path: Path) -> int:
@@ -194,12 +216,24 @@ def _step_of(path: Path) -> int:
 
 
 def _files(path: Path) -> list[Path]:
-    """Returns all files below a folder; a link is refused, since it can lead anywhere."""
-    found = sorted(path.rglob("*"))
-    for file in found:
-        if file.is_symlink():
-            raise CheckpointError(f"{file.relative_to(path)} is a link")
-    return [file for file in found if file.is_file()]
+    """Returns all files below a folder; a link is refused, since it can lead anywhere.
+
+    Raises:
+        OSError: If a folder cannot be listed; pathlib would take it for an empty one.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    for folder, subfolders, names in os.walk(path, onerror=refuse):
+        for file in (Path(folder, name) for name in (*subfolders, *names)):
+            mode = file.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                raise CheckpointError(f"{file.relative_to(path)} is a link")
+            if stat.S_ISREG(mode):
+                found.append(file)
+    return sorted(found)
 
 
 def _describe(path: Path) -> dict[str, object]:

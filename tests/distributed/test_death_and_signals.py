@@ -15,9 +15,9 @@ from tests.conftest import REPOSITORY, process_environment, run_arguments
 from tests.distributed.test_two_processes import TORCHRUN
 from tests.integration.test_training import metrics_of
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 # A process whose peer has died does not get beyond the step it is in; what takes so long here is to end Python.
-BOUND_SECONDS = 60
+BOUND_SECONDS = 240
 
 
 def start(command: list[str], **variables: str) -> subprocess.Popen[str]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from ddpm_hf.commands import signals
 from ddpm_hf.commands.signals import Terminated, temporary_folder
 
 ENDING = {signal.SIGTERM: Terminated, signal.SIGUSR1: Terminated, signal.SIGINT: KeyboardInterrupt}
-PARTS = ("made", "used", "removed", "entered")
+PARTS = ("made", "entered", "used", "removed", "restored")
 
 
 @pytest.fixture(autouse=True)
@@ -30,16 +31,22 @@ def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[sig
 
 
 def signal_in(patch: pytest.MonkeyPatch, part: str, number: signal.Signals) -> None:
-    """Lets a signal come when the folder has just been made, entered or removed."""
-    owner: Any = tempfile if part == "made" else tempfile.TemporaryDirectory
-    name = {"made": "mkdtemp", "entered": "__enter__", "removed": "cleanup"}[part]
+    """Lets a signal come when the folder was just made or entered, is to be removed, or the handlers to be put back."""
+    places: dict[str, tuple[Any, str]] = {
+        "made": (tempfile, "mkdtemp"),
+        "entered": (tempfile.TemporaryDirectory, "__enter__"),
+        "removed": (tempfile.TemporaryDirectory, "cleanup"),
+        "restored": (signals, "_install"),
+    }
+    owner, name = places[part]
     original: Callable[..., Any] = getattr(owner, name)
+    is_before = part in ("removed", "restored")
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:
-        if part == "removed":
+        if is_before:
             signal.raise_signal(number)
         result = original(*arguments, **settings)
-        if part != "removed":
+        if not is_before:
             signal.raise_signal(number)
         return result
 
@@ -65,7 +72,7 @@ def test_a_signal_at_any_moment_leaves_nothing_behind(
             (folder / "large.bin").write_bytes(b"x")
             if part == "used":
                 signal.raise_signal(number)
-    assert was_used == (part in ("used", "removed"))
+    assert was_used == (part not in ("made", "entered"))
     assert list(tmp_path.iterdir()) == []
     assert {each: signal.getsignal(each) for each in ENDING} == before
 
@@ -75,7 +82,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
-            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            assert {signal.getsignal(each) for each in ENDING} == {signal.SIG_DFL}, "of any kind"
 
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """A Hub on loopback that the process of the tests is logged in to."""
 
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
@@ -28,6 +30,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
             "HF_TOKEN": SECRET, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
         }.items():  # fmt: skip
             monkeypatch.setenv(name, value)  # for processes that are started
-        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between two attempts of the client
+        # The client does not wait between two attempts; everybody else does.
+        monkeypatch.setattr(_http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
         yield hub
     _http.close_session()

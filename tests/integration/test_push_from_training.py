@@ -75,6 +75,7 @@ def test_a_hub_that_cannot_be_asked_is_told_before_the_first_step(
     assert "error: the Hub could not be reached" in capfd.readouterr().err
 
 
+@pytest.mark.timeout(600)
 def test_a_push_that_is_under_way_ends_with_the_training(
     hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.security.conftest import Watch
 
-OUTSIDE = Path(tempfile.gettempdir()) / "ddpm_hf-watched"
+OUTSIDE = Path(tempfile.gettempdir()) / f"ddpm_hf-watched-{os.getpid()}"
 
 DEEDS: dict[str, Callable[[], object]] = {
     "open": lambda: OUTSIDE.write_text("x"),

@@ -142,9 +142,9 @@ def test_types_travel_with_the_package() -> None:
 
 
 def make(*arguments: str, directory: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
-    }
+    """Runs make as from a shell, also where these tests are run by one: it hands its variables on."""
+    ours = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "PYTHON", "TORCH", "CONFIG", "ARGS")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     command = ["make", "-f", str(REPOSITORY / "Makefile"), *arguments]
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
 

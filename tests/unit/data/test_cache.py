@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,8 @@ class Builder:
 
         cache.decode_all = told
         cache._LEASE_SECONDS = lease_seconds
+        # Often, so that a machine that is slow for some seconds is not taken for one that is gone.
+        cache.SoftFileLease = partial(cache.SoftFileLease, heartbeat_interval=0.2)
         socket.gethostname = lambda: host
         self.events.put(int(pixels_of(open_source(source, cache_dir)).astype(int).sum()))
 
@@ -383,14 +386,14 @@ def test_one_that_waits_takes_over_when_the_builder_is_killed(many_images: Path,
 
 
 def test_a_builder_on_another_machine_is_waited_for_as_long_as_it_lives(many_images: Path, cache_dir: Path) -> None:
-    """Nobody can see from here whether its process lives, only that its lease is renewed; here, within 4 s.
+    """Nobody can see from here whether its process lives, only that its lease is renewed; here, within 8 s.
 
     A builder that is stopped for longer loses the lease; when it goes on it finds the cache of its successor.
     """
-    elsewhere = Builder(many_images, cache_dir, host="elsewhere", is_slow=True, lease_seconds=4)
+    elsewhere = Builder(many_images, cache_dir, host="elsewhere", is_slow=True, lease_seconds=8)
     assert elsewhere.next() == "decoding"
-    waiting = Builder(many_images, cache_dir, lease_seconds=4)
-    assert waiting.is_silent(8)
+    waiting = Builder(many_images, cache_dir, lease_seconds=8)
+    assert waiting.is_silent(12)
     os.kill(elsewhere.process.pid or 0, signal.SIGSTOP)
     assert [waiting.next(), waiting.next()] == ["decoding", sum_of()]
     waiting.end()

@@ -49,7 +49,7 @@ class Together:
 
     def __init__(self, num_processes: int) -> None:
         self.num_processes = num_processes
-        self._barrier = threading.Barrier(num_processes, timeout=120)
+        self._barrier = threading.Barrier(num_processes, timeout=200)
         self._parts: dict[int, Any] = {}
 
     def run(self, work: Callable[[Ranks], Any]) -> list[Any]:

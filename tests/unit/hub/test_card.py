@@ -15,7 +15,7 @@ import torch
 import yaml
 from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH
 from huggingface_hub import ModelCard, ModelCardData
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ddpm_hf.commands.evaluate_flags import parse
@@ -660,7 +660,9 @@ LINES = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(
+    max_examples=100, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(
     lines=st.lists(LINES | st.integers(0, 99).map("line {}".format), max_size=12),
     line_break=st.sampled_from("\n \r\n".split(" ")),

@@ -369,6 +369,59 @@ def test_a_checkpoint_that_this_user_may_not_read_is_not_given_up(
         find_latest(tmp_path)
 
 
+def fail_to_list(name: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes one folder impossible to list; pathlib takes such a one for an empty one."""
+    scandir = os.scandir
+
+    def scandir_or_fail(path: Any = ".") -> Any:
+        if str(path).endswith(name):
+            raise OSError(number, os.strerror(number), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir_or_fail)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_checkpoints_that_cannot_be_listed_are_not_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Training would start over, and take their metrics with it."""
+    write_steps(tmp_path / "checkpoints", 2, 4)
+    fail_to_list("checkpoints", number, monkeypatch)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        find_latest(tmp_path / "checkpoints")
+
+
+def test_a_part_of_a_checkpoint_that_cannot_be_listed_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a chmod mends is not given up; a bad sector is."""
+    one, _ = write_steps(tmp_path, 2, 4)
+    with monkeypatch.context() as patch:
+        fail_to_list("step_00000004/unet", errno.EACCES, patch)
+        with pytest.raises(PermissionError, match="step_00000004/unet"):
+            find_latest(tmp_path)
+    fail_to_list("step_00000004/unet", errno.EIO, monkeypatch)
+    latest, skipped = find_latest(tmp_path)
+    assert latest == Checkpoint(one, 2)
+    assert skipped == ["step_00000004: its files cannot be listed (Input/output error)"]
+
+
+def test_checkpoints_on_a_disk_that_is_not_there_are_not_none(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(CheckpointError, match="is a link that leads nowhere; mount the disk"):
+        find_latest(tmp_path / "checkpoints")
+
+
+def test_a_checkpoint_is_not_lost_where_old_ones_cannot_be_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_steps(tmp_path / "checkpoints", 2, 4)
+    fail_to_list("checkpoints", errno.EIO, monkeypatch)
+    prune(tmp_path / "checkpoints", num_kept=1)
+    assert "could not be looked for: [Errno 5] Input/output error" in caplog.text
+
+
 def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
     """Its weights would be taken for those of another step, and the data of the steps between for seen."""
     path = write_checkpoint(tmp_path, 2, content()).path
