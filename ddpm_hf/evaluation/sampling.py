@@ -1,7 +1,7 @@
 """Images from a pipeline, one seed an image: image i is a function of (seed, i) in any batch and on any process.
 
-The bits are the same wherever the batches are, since sums in a network depend on the size of a batch in their last
-digits; another batch size can move a value by one gray level in float32, and by several in half precision.
+The bits are the same on any process. Another batch size changes the last digits of the sums in a network, which can
+move a value by one gray level in float32, and by several in half precision.
 """
 
 from dataclasses import asdict, dataclass

@@ -21,7 +21,7 @@ from ddpm_hf.training import processes
 
 logger = logging.getLogger(__name__)
 
-# Of images in one forward the sums are the same to rounding only in a forward of another size.
+# Two forwards of the same images agree to the bit only if they are of one size.
 BLOCK_SIZE = 8
 
 
