@@ -11,9 +11,9 @@ from ddpm_hf.data.cache import allowed_bad, open_cache
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.files import TAR_SUFFIXES, ZIP_SUFFIXES, open_folder, open_tar, open_zip
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.source import MAX_CLASSES, NO_LABEL, Source
+from ddpm_hf.data.source import MAX_CLASSES, NO_LABEL, Source, refuse_settings
 from ddpm_hf.data.streaming import ImageStream
-from ddpm_hf.data.tables import open_table
+from ddpm_hf.data.tables import is_table, open_table
 
 _FILES = ".parquet, .arrow, .zip, .tar, .npz or .npy file"
 
@@ -84,8 +84,8 @@ def find_source(config: DataConfig, split: str) -> Source | ImageSet:
     name = path.name.lower()
     if not path.exists():
         return open_table(config, split)
-    _refuse(config, ("subset", "revision"), f"{path}, which is no data set of the Hub")
-    if (path.is_dir() and _is_table(path)) or name.endswith((".parquet", ".arrow")):
+    refuse_settings(config, ("subset", "revision"), f"{path}, which is no data set of the Hub")
+    if (path.is_dir() and is_table(path)) or name.endswith((".parquet", ".arrow")):
         return open_table(config, split)
     if name.endswith((".npz", ".npy")):
         return open_array(path, config, split)
@@ -95,22 +95,9 @@ def find_source(config: DataConfig, split: str) -> Source | ImageSet:
         (open_tar, name.endswith(TAR_SUFFIXES)),
     ):
         if is_its_kind:
-            _refuse(config, ("image_column", "label_column"), f"{path}, which has folders instead of columns")
+            refuse_settings(config, ("image_column", "label_column"), f"{path}, which has folders instead of columns")
             return opens(path, split)
     raise DataError(f"data.source {path} is a {path.suffix or 'nameless'} file; give a {_FILES}, or a folder.")
-
-
-def _refuse(config: DataConfig, settings: tuple[str, ...], where: str) -> None:
-    """Refuses settings that a kind of data set cannot follow."""
-    for setting in settings:
-        if getattr(config, setting) is not None:
-            raise DataError(f"data.{setting} does not apply to {where}; leave the setting out.")
-
-
-def _is_table(folder: Path) -> bool:
-    """Tells whether a folder holds tables, or images with a table beside them, rather than images alone."""
-    names = ("*.parquet", "*.arrow", "metadata.csv", "metadata.jsonl", "dataset_dict.json")
-    return any(next(folder.glob(f"{start}{name}"), None) for start in ("", "*/") for name in names)
 
 
 def _check_labels(source: Source | ImageSet, name: str) -> None:

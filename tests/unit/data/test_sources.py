@@ -255,6 +255,30 @@ def test_splits_of_a_folder_of_parquet_are_told_by_their_names(tmp_path: Path, c
     assert np.array_equal(pixels_of(open_source(tmp_path / "x", cache_dir, split="test")), [255 - RGB] * 2)
 
 
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (
+            ["cats-train", "dogs"],
+            "cats-train.parquet in {} belongs to split 'train' by its name, but dogs.parquet to none",
+        ),
+        (["test/0", "x/train-0"], "test/0.parquet in {} belongs to split 'test' by its name, but x/train-0.parquet to"),
+    ],
+)
+def test_tables_of_which_only_some_are_called_like_splits_are_refused(
+    tmp_path: Path, cache_dir: Path, names: list[str], sentence: str
+) -> None:
+    """Neither are rows left out in silence nor are those to be held out trained on."""
+    for name in names:
+        write_parquet(tmp_path / "x" / f"{name}.parquet", [encode(RGB)] * 2)
+    assert sentence.format(tmp_path / "x") in refusal(tmp_path / "x", cache_dir)
+
+
+def test_a_folder_called_like_a_split_around_a_data_set_says_nothing(tmp_path: Path, cache_dir: Path) -> None:
+    write_parquet(tmp_path / "test" / "cats.parquet", [encode(RGB)] * 2)
+    assert len(open_source(tmp_path / "test", cache_dir)) == 2
+
+
 def test_a_folder_with_a_table_of_labels_follows_the_table(tmp_path: Path, cache_dir: Path) -> None:
     """The imagefolder of `datasets`: metadata.csv beside the images."""
     files = {"a.png": encode(RGB), "b.png": encode(255 - RGB), "metadata.csv": b"file_name,age\na.png,1\nb.png,0\n"}
