@@ -74,14 +74,32 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def stand_in(num_bad: int) -> str:
+    """Says how many images replace bad ones."""
+    return (
+        "1 stands in for an image that cannot be read"
+        if num_bad == 1
+        else (f"{num_bad:,} stand in for images that cannot be read")
+    )
+
+
+def animated_sentence(number: int) -> str:
+    """Says what becomes of animations."""
+    return f"{counted(number, 'image')} {'has' if number == 1 else 'have'} several frames; the first is used"
+
+
+def left_out_reason(number: int) -> str:
+    """Says why so many files are left out."""
+    return "no image by its name, hidden or a link" if number == 1 else "no images by their names, hidden or links"
+
+
 def left_out_sentence(source: Source) -> str:
     """Says which files beside the images are not read."""
-    are = (
-        "is left out, being no image by its name"
-        if len(source.left_out) == 1
-        else ("are left out, being no images by their names")
+    number = len(source.left_out)
+    return (
+        f"{counted(number, 'file')} in {source.name} {'is' if number == 1 else 'are'} left out, being "
+        f"{left_out_reason(number)}; the first: {source.left_out[0]}"
     )
-    return f"{counted(len(source.left_out), 'file')} in {source.name} {are}, hidden or a link; the first: {source.left_out[0]}"
 
 
 def refuse_settings(config: DataConfig, settings: tuple[str, ...], where: str) -> None:

@@ -1,5 +1,7 @@
 """Opens a data set by its name or path, whatever it is, decoded once to a memory-mapped cache."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,11 @@ from ddpm_hf.data.cache import allowed_bad, open_cache
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.files import TAR_SUFFIXES, ZIP_SUFFIXES, open_folder, open_tar, open_zip
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.source import MAX_CLASSES, NO_LABEL, Source, refuse_settings
+from ddpm_hf.data.source import MAX_CLASSES, NO_LABEL, Source, refuse_settings, stand_in
 from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.data.tables import is_table, open_table
+
+logger = logging.getLogger(__name__)
 
 _FILES = ".parquet, .arrow, .zip, .tar, .npz or .npy file"
 
@@ -33,6 +37,8 @@ def open_images(config: DataConfig, *, with_labels: bool, split: str | None = No
         DataError: If there are no images, or one cannot be read or batched, or labels are needed and missing.
     """
     source = find_source(config, split or config.split)
+    if isinstance(source, Source) and split not in (None, config.split):
+        source = replace(source, left_out=())  # of the whole folder, and said for the split of the settings
     if with_labels:
         _check_labels(source, config.source)
     if isinstance(source, ImageSet):
@@ -67,6 +73,8 @@ def open_sets(
     if config.validation_split is not None:
         held_out = open_images(config, with_labels=with_labels, split=config.validation_split)
         _check_same_kind(training, held_out, config, with_labels=with_labels)
+        if isinstance(training, ImageSet) and rank == 0:
+            _tell_missing_classes(training, held_out, config)
     if isinstance(training, ImageSet) and len(training) == 1:
         raise DataError(
             f"{config.source} has one image to train on, which a network can only learn by heart; give at least two."
@@ -138,11 +146,25 @@ def _check_same_kind(
         )
 
 
+def _tell_missing_classes(training: ImageSet, held_out: ImageSet, config: DataConfig) -> None:
+    """Warns of a part held out that lacks classes, as the end of a folder does, which is sorted by them."""
+    if training.labels is None or held_out.labels is None or "[" not in (config.validation_split or ""):
+        return
+    trained_on = np.unique(training.labels[training.indices])
+    missing = np.setdiff1d(trained_on, held_out.labels[held_out.indices])
+    if len(missing):
+        logger.warning(
+            "The held-out images, split %r of %s, lack %d of the %d classes that are trained on, perhaps since the "
+            "images are sorted by class; data.validation_fraction holds out some of everywhere.",
+            config.validation_split, config.source, len(missing), len(trained_on),
+        )  # fmt: skip
+
+
 def describe_sets(training: ImageSet | ImageStream, held_out: ImageSet) -> str:
     """Says in a line what is trained on, and how many images stand in for others."""
     number = "streamed" if isinstance(training, ImageStream) else f"{len(training):,}"
     num_bad = held_out.num_bad + (0 if isinstance(training, ImageStream) else training.num_bad)
-    note = f" ({num_bad} stand in for images that cannot be read)" if num_bad else ""
+    note = f" ({stand_in(num_bad)})" if num_bad else ""
     return f"{number} training and {len(held_out):,} held-out images of {_shape(training)}{note}"
 
 

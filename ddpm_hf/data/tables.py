@@ -15,8 +15,14 @@ from ddpm_hf.data.decoding import Cell
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.files import SPLIT_NAMES, walk, why_left_out
 from ddpm_hf.data.source import (
-    NO_LABEL, Source, identity_of, name_of_split, numbers_as_names, rows_of_split, valid_labels,
-)  # fmt: skip
+    NO_LABEL,
+    Source,
+    identity_of,
+    name_of_split,
+    numbers_as_names,
+    rows_of_split,
+    valid_labels,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -174,7 +180,7 @@ def _tables_of_folder(folder: Path) -> dict[str, Any]:
         if chosen := [file for file in tables if file.suffix == suffix]:
             _refuse_images_beside(chosen[0], folder)
             return {"path": suffix[1:], "data_files": _by_split(chosen, folder)}
-    # `datasets` finds the images by these tables, and would take some for splits by words in their names if it saw them.
+    # `datasets` finds the images by these tables; shown the images, it would take some for splits by their names.
     chosen = [file for file in tables if file.name in _TABLES_OF_IMAGES]
     return {"path": "imagefolder", "data_files": _by_split(chosen, folder)}
 
