@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ddpm_hf.data.decoding import Cell
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.source import NO_LABEL, Source, counted, identity_of, name_of_split, rows_of_split
+from ddpm_hf.data.source import NO_LABEL, Source, identity_of, name_of_split, rows_of_split
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".ppm",
@@ -217,7 +217,8 @@ def _source(
     depth = 0 if kind == "folder" else _depth_of_root([file.name for file in images])
     inside, depth = _choose_split(images, depth, name_of_split(split, str(path)), path)
     if not inside:
-        found = f"{counted(len(left_out), 'other file')}, the first of them {left_out[0]}" if left_out else "nothing"
+        found = f"{len(left_out):,} other files, the first of them {left_out[0]}" if left_out else "nothing"
+        found = f"1 other file, {left_out[0]}" if len(left_out) == 1 else found
         raise DataError(f"{path} holds no images (split {split!r}), but {found}; images end in .png, .jpg and so on.")
     chosen = [inside[row] for row in rows_of_split(split, str(path), len(inside))]
     labels, class_names = _classes([file.name for file in chosen], [file.name for file in images], depth)

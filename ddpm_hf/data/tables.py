@@ -202,9 +202,9 @@ def _by_split(tables: list[Path], folder: Path) -> dict[str, list[str]]:
         if len(without) == len(tables):
             continue
         if without:
-            file, split = next((file, split) for file, split in found.items() if split is not None)
+            named = next(file for file, split in found.items() if split is not None)
             raise DataError(
-                f"{file.relative_to(folder)} in {folder} belongs to split {split!r} by its name, but "
+                f"{named.relative_to(folder)} in {folder} belongs to split {found[named]!r} by its name, but "
                 f"{without[0].relative_to(folder)} to none; name all tables after splits, or none of them."
             )
         splits: dict[str, list[str]] = {}

@@ -107,7 +107,7 @@ def test_a_data_set_without_images_is_refused(tmp_path: Path, cache_dir: Path) -
     (tmp_path / "empty").mkdir()
     assert "holds no images (split 'train'), but nothing" in refusal(tmp_path / "empty", cache_dir)
     (tmp_path / "empty" / "notes.txt").write_text("")
-    assert "but 1 other file, the first of them notes.txt" in refusal(tmp_path / "empty", cache_dir)
+    assert "but 1 other file, notes.txt;" in refusal(tmp_path / "empty", cache_dir)
 
 
 def test_a_split_that_does_not_exist_is_named(cache_dir: Path) -> None:
