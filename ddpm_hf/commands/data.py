@@ -1,21 +1,37 @@
 """`ddpm-hf data`: shows what a run would read."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from ddpm_hf.config import load_data_config
+from ddpm_hf.config import ConfigError, load_data_config
 
 
 def data(arguments: Sequence[str]) -> int:
     """Says what a run would read, draws its first samples, and returns the exit code."""
     config, picture = load_data_config(arguments)
+    _check_picture(picture)
 
     from ddpm_hf.data import DataError, summarize
     from ddpm_hf.plots import image_grid
 
-    summary = summarize(config.data, seed=config.training.seed, num_samples=64)
+    summary = summarize(
+        config.data, with_labels=config.model.class_conditional, seed=config.training.seed, num_samples=64
+    )
     print("\n".join(summary.lines))
     image_grid(summary.samples, 8).save(picture)
     print(f"{'picture':<10}the first {len(summary.samples)} samples of a run are in {picture}")
     if summary.problem is not None:
         raise DataError(summary.problem)
     return 0
+
+
+def _check_picture(picture: Path) -> None:
+    """Refuses a place for the picture before anything is decoded for it."""
+    from PIL import Image
+
+    if picture.is_dir():
+        raise ConfigError(f"--picture {picture} is a folder; add the name of a .png file.")
+    if Image.registered_extensions().get(picture.suffix.lower()) not in Image.SAVE:
+        raise ConfigError(f"--picture {picture} does not end like a picture that can be written; let it end in .png.")
+    if not picture.parent.is_dir():
+        raise ConfigError(f"--picture {picture} cannot be written, since there is no folder {picture.parent}.")

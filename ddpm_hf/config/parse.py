@@ -72,9 +72,13 @@ def load_data_config(arguments: Sequence[str], prog: str = "ddpm-hf data") -> tu
     parser.description = "Show what a run would read: how many images, of which kind, and the first 64 samples."
     parser.epilog = "Example: ddpm-hf data photos/ --data.resolution 64 --data.random_flip true"
     parser.add_argument("source", nargs="?", help="Stands for --data.source.")
-    parser.add_argument("--picture", default="data.png", help="Where to write the samples.")
+    parser.add_argument("--picture", default="data.png", help="Where to write the samples; what was there is replaced.")
     config, namespace = _parse(parser, arguments)
     if namespace.source is not None:
+        if any(argument.split("=")[0] == "--data.source" for argument in arguments):
+            raise ConfigError(
+                f"data.source is {config.data.source}, but {namespace.source} is given as well; leave out one of them."
+            )
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=namespace.source))
     validate(config)
     return config, Path(namespace.picture)

@@ -17,7 +17,7 @@ from ddpm_hf.data.decoding import MODE_OF_CHANNELS, Cell
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.geometry import Geometry
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.source import Source, identity_of, numbers_as_names, rows_of_split, valid_labels
+from ddpm_hf.data.source import Source, identity_of, name_of_split, numbers_as_names, rows_of_split, valid_labels
 
 _LAYOUT = "(number, height, width, channels) with 1, 3 or 4 channels, or as many as data.num_channels says"
 _BYTES_HASHED_AT_ONCE = 2**24
@@ -42,25 +42,27 @@ def open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source:
         raise DataError(f"{path} holds no images.")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise DataError(f"{path}: labels are {labels.dtype} {labels.shape}; they must be {len(images)} integers.")
+    if (wanted := name_of_split(split, str(path))) != "train":
+        raise DataError(f"{path} has no split {wanted!r}, only 'train' and parts of it such as 'train[:90%]'.")
     rows = rows_of_split(split, str(path), len(images))
-    if not rows:
-        raise DataError(f"split {split!r} of {path} holds no images.")
-    images = images[rows.start : rows.stop]
     labels = None if labels is None else valid_labels(labels, str(path))
     names = None if labels is None else numbers_as_names(labels)
-    labels = None if labels is None else labels[rows.start : rows.stop]
-    if path.suffix == ".npy" and not _needs_transform(images, config):
+    labels = None if labels is None else labels[rows]
+    if path.suffix == ".npy" and isinstance(rows, range) and not _needs_transform(images, config):
+        images = images[rows.start : rows.stop]
         geometry = Geometry.of(config)
         crop = geometry.size if geometry.is_random_crop and geometry.size != images.shape[1:3] else None
         digest = _digest(images, str(path))
         return ImageSet(images.transpose(0, 3, 1, 2), labels, names, np.arange(len(images)), crop, digest=digest)
 
-    def read(rows: Sequence[int]) -> list[Cell]:
+    def read(numbers: Sequence[int]) -> list[Cell]:
         native = images.dtype.newbyteorder("=")
-        return [Cell(f"image {row} of {path}", images[row].astype(native, copy=False)) for row in rows]
+        return [
+            Cell(f"image {number} of {path}", images[rows[number]].astype(native, copy=False)) for number in numbers
+        ]
 
     fingerprint = f"{identity_of(path)} {config.image_column} {rows} {images.dtype} {images.shape}"
-    return Source(str(path), path.suffix[1:], fingerprint, len(images), read, labels, names)
+    return Source(str(path), path.suffix[1:], fingerprint, len(rows), read, labels, names)
 
 
 def _unpack(archive: Any) -> dict[str, NDArray[Any]]:

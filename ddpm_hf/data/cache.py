@@ -25,7 +25,7 @@ from ddpm_hf.data.build import BadImages, Survey, decode_all, survey
 from ddpm_hf.data.decoding import Target
 from ddpm_hf.data.errors import BadImage, DataError
 from ddpm_hf.data.image_set import ImageSet, UnequalImages
-from ddpm_hf.data.source import Source
+from ddpm_hf.data.source import Source, animated_sentence, left_out_sentence
 from ddpm_hf.durable import write_text
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ def _fill(source: Source, config: DataConfig, building: Path, bad: BadImages) ->
         np.save(building / "layout.npy", decoded.layout)
     if source.labels is not None:
         np.save(building / "labels.npy", source.labels)
-    _tell(source, found, bad, decoded.lowest, decoded.highest, target)
+    _tell(source, config, found, bad, decoded.lowest, decoded.highest, target)
     size = target.geometry.size
     return {
         "source": source.name,
@@ -235,21 +235,20 @@ def gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def _tell(source: Source, found: Survey, bad: BadImages, lowest: int, highest: int, target: Target) -> None:
+def _tell(
+    source: Source, config: DataConfig, found: Survey, bad: BadImages, lowest: int, highest: int, target: Target
+) -> None:
     """Says once, when the images are decoded, what a reader of them should know."""
-    if bad.reasons:
+    if bad.reasons and config.on_bad_image == "skip" and len(bad.reasons) <= allowed_bad(source, config):
         row = min(bad.reasons)
         logger.warning(
             "%d of %d images cannot be read, the next good one stands in for each; the first: %s",
             len(bad.reasons), source.num_images, bad.reasons[row],
         )  # fmt: skip
     if found.num_animated:
-        logger.warning("%d images have several frames, of which the first is used.", found.num_animated)
+        logger.warning("%s.", animated_sentence(found.num_animated))
     if source.left_out:
-        logger.warning(
-            "%d files in %s are left out, being no images by their names, hidden or links; the first: %s",
-            len(source.left_out), source.name, source.left_out[0],
-        )  # fmt: skip
+        logger.warning("%s", left_out_sentence(source))
     full = np.iinfo(target.dtype).max
     if highest - lowest < full / 4:
         logger.warning(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ddpm_hf.data.decoding import Cell
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.source import NO_LABEL, Source, identity_of, rows_of_split
+from ddpm_hf.data.source import NO_LABEL, Source, identity_of, name_of_split, rows_of_split
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".ppm",
@@ -24,11 +24,12 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_SPLIT_FOLDERS = {
+SPLIT_NAMES = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
+"""Split -> what folders and tables of it are called, as `datasets` and the Hub have it."""
 _LARGEST_FILE = 2**30  # a larger one inside an archive is no image, but may be a bomb
 # So may one that is packed to less than a hundredth, where it is large enough to matter; tiny raw images are, too.
 _LARGEST_PACKING, _HARMLESS_SIZE = 100, 2**24
@@ -70,7 +71,7 @@ def open_folder(path: Path, split: str) -> Source:
     Raises:
         DataError: If there are none, or the split is not there.
     """
-    files = [_File(place.relative_to(path).as_posix(), identity_of(place), place) for place in _walk(path)]
+    files = [_File(place.relative_to(path).as_posix(), identity_of(place), place) for place in walk(path)]
     return _source(path, "folder", sorted(files, key=lambda file: file.name), split, _read_files)
 
 
@@ -181,8 +182,12 @@ def _read_files(name: str, file: _File) -> Cell:
     return Cell(name, file.place)
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Yields every file below a folder, through links but never in a circle."""
+def walk(root: Path) -> Iterator[Path]:
+    """Yields every file below a folder, through links but never in a circle.
+
+    Raises:
+        DataError: If a folder cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}).")
@@ -210,11 +215,12 @@ def _source(
     images = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
     left_out = (*filter(None, reasons), *others)
     depth = 0 if kind == "folder" else _depth_of_root([file.name for file in images])
-    inside, depth, part = _choose_split(images, depth, split, path)
-    chosen = [inside[row] for row in rows_of_split(part, str(path), len(inside))]
-    if not chosen:
-        found = f"{len(left_out)} other files, the first of them {left_out[0]}" if left_out else "nothing"
+    inside, depth = _choose_split(images, depth, name_of_split(split, str(path)), path)
+    if not inside:
+        found = f"{len(left_out):,} other files, the first of them {left_out[0]}" if left_out else "nothing"
+        found = f"1 other file, {left_out[0]}" if len(left_out) == 1 else found
         raise DataError(f"{path} holds no images (split {split!r}), but {found}; images end in .png, .jpg and so on.")
+    chosen = [inside[row] for row in rows_of_split(split, str(path), len(inside))]
     labels, class_names = _classes([file.name for file in chosen], [file.name for file in images], depth)
     identities = [[file.name, *file.identity] for file in chosen]
     return Source(
@@ -251,18 +257,19 @@ def _depth_of_root(names: Sequence[str]) -> int:
     return depth - (len(folders) == 1 and depth > 1)
 
 
-def _choose_split(images: list[_File], depth: int, split: str, path: Path) -> tuple[list[_File], int, str]:
+def _choose_split(images: list[_File], depth: int, wanted: str, path: Path) -> tuple[list[_File], int]:
     """Descends into the folder of a split where all folders are named after splits."""
     tops = {PurePosixPath(file.name).parts[depth] for file in images if len(PurePosixPath(file.name).parts) > depth + 1}
-    is_split = {name: key for key, names in _SPLIT_FOLDERS.items() for name in names}
+    is_split = {name: key for key, names in SPLIT_NAMES.items() for name in names}
     if not tops or any(name.lower() not in is_split for name in tops):
-        return images, depth, split
-    wanted, _, part = split.partition("[")
+        if wanted != "train":
+            raise DataError(f"{path} has no split {wanted!r}, only 'train' and parts of it such as 'train[:90%]'.")
+        return images, depth
     chosen = {name for name in tops if wanted == name or is_split[name.lower()] == wanted}
     if not chosen:
         raise DataError(f"{path} has no split {wanted!r}; its folders are {', '.join(sorted(tops))}.")
     inside = [file for file in images if PurePosixPath(file.name).parts[depth] in chosen]
-    return inside, depth + 1, f"train[{part}" if part else "train"
+    return inside, depth + 1
 
 
 def _classes(

@@ -74,7 +74,8 @@ class Geometry:
             size = max(round(width * ratio), target_width), max(round(height * ratio), target_height)
             return (0, 0, width, height), size
         box_width, box_height = target_width / ratio, target_height / ratio
-        left, top = (width - box_width) / 2, (height - box_height) / 2
+        # A quotient of rounded numbers may exceed the side by its last digit.
+        left, top = max((width - box_width) / 2, 0.0), max((height - box_height) / 2, 0.0)
         if ratio == 1:  # whole pixels are cut out, never blurred by half a pixel
             left, top = left // 1, top // 1
         right, bottom = min(left + box_width, width), min(top + box_height, height)
@@ -84,7 +85,7 @@ class Geometry:
         """Crops and resizes an image of shape (height, width, channels).
 
         Raises:
-            DataError: If a crop does not fit into the image.
+            DataError: If a crop does not fit into the image, or it cannot be resized.
         """
         height, width, _ = pixels.shape
         left, top, right, bottom = self._first_box(width, height, name)
@@ -94,7 +95,10 @@ class Geometry:
         if box[2] - box[0] == size[0] and box[3] - box[1] == size[1]:
             left, top = round(box[0]), round(box[1])
             return pixels[top : top + size[1], left : left + size[0]]
-        return _resample(pixels, box, size, Image.Resampling[self.resize_filter.upper()])
+        try:
+            return _resample(pixels, box, size, Image.Resampling[self.resize_filter.upper()])
+        except ValueError as error:
+            raise DataError(f"{name} has {width}x{height} pixels and cannot be resized ({error}).") from error
 
     def _first_box(self, width: int, height: int, name: str) -> tuple[int, int, int, int]:
         """Returns what is cut out before anything else."""

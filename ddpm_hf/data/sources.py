@@ -1,5 +1,7 @@
 """Opens a data set by its name or path, whatever it is, decoded once to a memory-mapped cache."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,11 @@ from ddpm_hf.data.cache import allowed_bad, open_cache
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.files import TAR_SUFFIXES, ZIP_SUFFIXES, open_folder, open_tar, open_zip
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.source import MAX_CLASSES, NO_LABEL, Source
+from ddpm_hf.data.source import MAX_CLASSES, NO_LABEL, Source, refuse_settings, stand_in
 from ddpm_hf.data.streaming import ImageStream
-from ddpm_hf.data.tables import open_table
+from ddpm_hf.data.tables import is_table, open_table
+
+logger = logging.getLogger(__name__)
 
 _FILES = ".parquet, .arrow, .zip, .tar, .npz or .npy file"
 
@@ -33,6 +37,8 @@ def open_images(config: DataConfig, *, with_labels: bool, split: str | None = No
         DataError: If there are no images, or one cannot be read or batched, or labels are needed and missing.
     """
     source = find_source(config, split or config.split)
+    if isinstance(source, Source) and split not in (None, config.split):
+        source = replace(source, left_out=())  # of the whole folder, and said for the split of the settings
     if with_labels:
         _check_labels(source, config.source)
     if isinstance(source, ImageSet):
@@ -67,6 +73,8 @@ def open_sets(
     if config.validation_split is not None:
         held_out = open_images(config, with_labels=with_labels, split=config.validation_split)
         _check_same_kind(training, held_out, config, with_labels=with_labels)
+        if isinstance(training, ImageSet) and rank == 0:
+            _tell_missing_classes(training, held_out, config)
     if isinstance(training, ImageSet) and len(training) == 1:
         raise DataError(
             f"{config.source} has one image to train on, which a network can only learn by heart; give at least two."
@@ -84,8 +92,8 @@ def find_source(config: DataConfig, split: str) -> Source | ImageSet:
     name = path.name.lower()
     if not path.exists():
         return open_table(config, split)
-    _refuse(config, ("subset", "revision"), f"{path}, which is no data set of the Hub")
-    if (path.is_dir() and _is_table(path)) or name.endswith((".parquet", ".arrow")):
+    refuse_settings(config, ("subset", "revision"), f"{path}, which is no data set of the Hub")
+    if (path.is_dir() and is_table(path)) or name.endswith((".parquet", ".arrow")):
         return open_table(config, split)
     if name.endswith((".npz", ".npy")):
         return open_array(path, config, split)
@@ -95,22 +103,9 @@ def find_source(config: DataConfig, split: str) -> Source | ImageSet:
         (open_tar, name.endswith(TAR_SUFFIXES)),
     ):
         if is_its_kind:
-            _refuse(config, ("image_column", "label_column"), f"{path}, which has folders instead of columns")
+            refuse_settings(config, ("image_column", "label_column"), f"{path}, which has folders instead of columns")
             return opens(path, split)
     raise DataError(f"data.source {path} is a {path.suffix or 'nameless'} file; give a {_FILES}, or a folder.")
-
-
-def _refuse(config: DataConfig, settings: tuple[str, ...], where: str) -> None:
-    """Refuses settings that a kind of data set cannot follow."""
-    for setting in settings:
-        if getattr(config, setting) is not None:
-            raise DataError(f"data.{setting} does not apply to {where}; leave the setting out.")
-
-
-def _is_table(folder: Path) -> bool:
-    """Tells whether a folder holds tables, or images with a table beside them, rather than images alone."""
-    names = ("*.parquet", "*.arrow", "metadata.csv", "metadata.jsonl", "dataset_dict.json")
-    return any(next(folder.glob(f"{start}{name}"), None) for start in ("", "*/") for name in names)
 
 
 def _check_labels(source: Source | ImageSet, name: str) -> None:
@@ -151,11 +146,25 @@ def _check_same_kind(
         )
 
 
+def _tell_missing_classes(training: ImageSet, held_out: ImageSet, config: DataConfig) -> None:
+    """Warns of a part held out that lacks classes, as the end of a folder does, which is sorted by them."""
+    if training.labels is None or held_out.labels is None or "[" not in (config.validation_split or ""):
+        return
+    trained_on = np.unique(training.labels[training.indices])
+    missing = np.setdiff1d(trained_on, held_out.labels[held_out.indices])
+    if len(missing):
+        logger.warning(
+            "The held-out images, split %r of %s, lack %d of the %d classes that are trained on, perhaps since the "
+            "images are sorted by class; data.validation_fraction holds out some of everywhere.",
+            config.validation_split, config.source, len(missing), len(trained_on),
+        )  # fmt: skip
+
+
 def describe_sets(training: ImageSet | ImageStream, held_out: ImageSet) -> str:
     """Says in a line what is trained on, and how many images stand in for others."""
     number = "streamed" if isinstance(training, ImageStream) else f"{len(training):,}"
     num_bad = held_out.num_bad + (0 if isinstance(training, ImageStream) else training.num_bad)
-    note = f" ({num_bad} stand in for images that cannot be read)" if num_bad else ""
+    note = f" ({stand_in(num_bad)})" if num_bad else ""
     return f"{number} training and {len(held_out):,} held-out images of {_shape(training)}{note}"
 
 

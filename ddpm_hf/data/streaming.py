@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.build import num_threads
 from ddpm_hf.data.decoding import Cell, Pixels, Target, decode, read_header
 from ddpm_hf.data.errors import BadImage, DataError
 from ddpm_hf.data.feed import to_device
+from ddpm_hf.data.files import open_folder
 from ddpm_hf.data.geometry import Geometry
 from ddpm_hf.data.pixels import normalize
-from ddpm_hf.data.source import NO_LABEL
-from ddpm_hf.data.tables import as_cell, class_names_of, find_columns, load_table
+from ddpm_hf.data.source import NO_LABEL, Source, left_out_sentence, refuse_settings
+from ddpm_hf.data.tables import as_cell, class_names_of, find_columns, is_table, load_table
 from ddpm_hf.rng import numpy_generator
 
 if TYPE_CHECKING:
@@ -117,7 +119,7 @@ class ImageStream:
         self.image_shape = (config.num_channels, *geometry.size)
         self._size = geometry.size
         self._target = Target(config.num_channels, np.dtype(np.uint8), config.background, geometry)
-        stream = load_table(config, config.split, is_streaming=True)
+        stream = _open(config, is_first=rank == 0)
         if stream.features is None:
             raise DataError(f"{config.source} does not say which columns it has; set data.streaming to false.")
         self._image_column, label_column = find_columns(stream.features, config)
@@ -266,6 +268,41 @@ class ImageStream:
             for count, columns in enumerate(file, num_before):
                 where = f"row {count * num_sharing + rank} of {name}the stream of {self._config.source}"
                 yield _Example(columns, where, number, file.state_dict(), count + 1)
+
+
+def _open(config: DataConfig, *, is_first: bool) -> "IterableDataset":
+    """Opens the rows of the training split: those that would be decoded if it were not streamed."""
+    path = Path(config.source).expanduser()
+    if path.exists():
+        refuse_settings(config, ("subset", "revision"), f"{path}, which is no data set of the Hub")
+    if path.is_dir() and not is_table(path):
+        refuse_settings(config, ("image_column", "label_column"), f"{path}, which has folders instead of columns")
+        folder = open_folder(path, config.split)
+        if folder.left_out and is_first:
+            logger.warning("%s", left_out_sentence(folder))
+        return _images_of(folder)
+    stream: IterableDataset = load_table(config, config.split, is_streaming=True)
+    return stream
+
+
+def _images_of(folder: Source) -> "IterableDataset":
+    """Returns the images of a folder as rows in one stream, in the order of their names."""
+    import datasets
+
+    features: dict[str, Any] = {"image": datasets.Image()}
+    if folder.class_names is not None:
+        features["label"] = datasets.ClassLabel(names=list(folder.class_names))
+    # One string and one array, since `datasets` hashes what it is given, which takes long for a million strings.
+    paths = "\0".join(str(cell.data) for cell in folder.read(range(folder.num_images)))
+    rows = {"paths": paths, "labels": folder.labels}
+    return datasets.IterableDataset.from_generator(_rows, features=datasets.Features(features), gen_kwargs=rows)
+
+
+def _rows(paths: str, labels: NDArray[np.int64] | None) -> Iterator[dict[str, Any]]:
+    """Yields the rows of image files, each read when it is decoded."""
+    for number, path in enumerate(paths.split("\0")):
+        row: dict[str, Any] = {"image": {"path": path, "bytes": None}}
+        yield row if labels is None else row | {"label": int(labels[number])}
 
 
 def _file_name(stream: "IterableDataset") -> str:

@@ -12,7 +12,7 @@ from ddpm_hf.data.cache import allowed_bad, cache_key, cache_root, gib, open_cac
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.feed import ImageFeed
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.source import Source
+from ddpm_hf.data.source import Source, animated_sentence, counted, left_out_reason, stand_in
 from ddpm_hf.data.sources import find_source, open_sets
 from ddpm_hf.data.streaming import ImageStream
 
@@ -34,11 +34,12 @@ class Summary:
     problem: str | None
 
 
-def summarize(config: DataConfig, *, seed: int, num_samples: int) -> Summary:
+def summarize(config: DataConfig, *, with_labels: bool, seed: int, num_samples: int) -> Summary:
     """Reads a data set as training would, decoding it to its cache, and says what it holds.
 
     Args:
         config: Where the images are and how to prepare them.
+        with_labels: Whether the network needs labels.
         seed: The seed of the run, which decides order and augmentation.
         num_samples: Samples to show.
 
@@ -47,7 +48,7 @@ def summarize(config: DataConfig, *, seed: int, num_samples: int) -> Summary:
     """
     cpu = torch.device("cpu")
     if config.streaming:
-        stream, _ = open_sets(config, with_labels=False, seed=seed, rank=0, num_processes=1, device=cpu)
+        stream, _ = open_sets(config, with_labels=with_labels, seed=seed, rank=0, num_processes=1, device=cpu)
         assert isinstance(stream, ImageStream)
         lines = _aligned([("source", f"{config.source}, streamed: nothing is counted or decoded before")])
         return Summary(lines, _as_shown(stream.samples(0, num_samples)[0]), None)
@@ -62,12 +63,14 @@ def summarize(config: DataConfig, *, seed: int, num_samples: int) -> Summary:
     shown = images
     if problem is None:
         try:
-            training, held_out = open_sets(config, with_labels=False, seed=seed, rank=0, num_processes=1, device=cpu)
+            training, held_out = open_sets(
+                config, with_labels=with_labels, seed=seed, rank=0, num_processes=1, device=cpu
+            )
             assert isinstance(training, ImageSet)
             shown = training
             num_bad = training.num_bad + held_out.num_bad
-            note = f", {num_bad} stand in for images that cannot be read" if num_bad else ""
-            facts.append(("training", f"{len(training):,} images, {len(held_out):,} held out{note}"))
+            note = f", {stand_in(num_bad)}" if num_bad else ""
+            facts.append(("training", f"{counted(len(training), 'image')}, {len(held_out):,} held out{note}"))
         except DataError as error:
             problem = str(error)
     samples, _ = ImageFeed(shown, config, seed, cpu).samples(0, num_samples)
@@ -90,12 +93,10 @@ def _facts_of_cache(source: Source, config: DataConfig, images: ImageSet) -> Ite
         yield "sizes", f"{meta['num_sizes']:,} from {smallest} to {largest}, the most frequent {frequent}"
     yield "modes", ", ".join(f"{mode} ({count:,})" for mode, count in meta["modes"].items())
     if meta["num_animated"]:
-        yield "animated", f"{meta['num_animated']:,} images have several frames; the first is used"
+        yield "animated", animated_sentence(meta["num_animated"])
     if source.left_out:
-        yield (
-            "left out",
-            f"{len(source.left_out):,} files, no images by their names, hidden or links: {_some(source.left_out)}",
-        )
+        number = len(source.left_out)
+        yield "left out", f"{counted(number, 'file')}, {left_out_reason(number)}: {_some(source.left_out)}"
     bad = list(meta["bad"].values())
     yield "bad", f"{len(bad):,} cannot be read" if bad else "none"
     for reason in bad[:_NUM_SHOWN]:
@@ -138,10 +139,12 @@ def _classes(images: ImageSet) -> str:
     if images.labels is None or images.class_names is None:
         return "none"
     labels, names = images.labels[images.rows], images.class_names
-    counts = [f"{name} ({int((labels == number).sum()):,})" for number, name in enumerate(names[:_NUM_SHOWN])]
+    # A name may hold line breaks.
+    shown = [" ".join(name.split()) for name in names[:_NUM_SHOWN]]
+    counts = [f"{name} ({int((labels == number).sum()):,})" for number, name in enumerate(shown)]
     more = f", and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
     num_without = int(((labels < 0) | (labels >= len(names))).sum())
-    without = f"; {num_without:,} images have none" if num_without else ""
+    without = f"; {counted(num_without, 'image')} without" if num_without else ""
     return f"{len(names)}: {', '.join(counts)}{more}{without}"
 
 

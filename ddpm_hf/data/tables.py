@@ -1,23 +1,35 @@
 """Data sets that the `datasets` library opens: of the Hub, parquet and arrow files, folders with metadata."""
 
+import glob
 import hashlib
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.decoding import Cell
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.files import why_left_out
-from ddpm_hf.data.source import NO_LABEL, Source, identity_of, numbers_as_names, valid_labels
+from ddpm_hf.data.files import SPLIT_NAMES, walk, why_left_out
+from ddpm_hf.data.source import (
+    NO_LABEL,
+    Source,
+    identity_of,
+    name_of_split,
+    numbers_as_names,
+    rows_of_split,
+    valid_labels,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
 _SAVED_TO_DISK = ("state.json", "dataset_dict.json")
+_TABLE_SUFFIXES = (".parquet", ".arrow")
+_TABLES_OF_IMAGES = ("metadata.csv", "metadata.jsonl")
 
 
 def open_table(config: DataConfig, split: str) -> Source:
@@ -106,9 +118,10 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
         datasets.disable_progress_bars()
     path = Path(config.source).expanduser()
     try:
-        if path.is_dir() and not is_streaming and any((path / name).is_file() for name in _SAVED_TO_DISK):
+        is_saved = path.is_dir() and any((path / name).is_file() for name in _SAVED_TO_DISK)
+        if is_saved and not is_streaming:
             return _part_of_saved(path, split)
-        arguments = _arguments(path, config)
+        arguments = _files_of_saved(path) if is_saved else _arguments(path, config)
         return datasets.load_dataset(**arguments, split=split, streaming=is_streaming)
     except DataError:
         raise
@@ -132,21 +145,100 @@ def _arguments(path: Path, config: DataConfig) -> dict[str, Any]:
         kind = path.suffix[1:].lower()
         if kind not in ("parquet", "arrow"):
             raise DataError(f"a {path.suffix} file such as {path} is not streamed; set data.streaming to false.")
-        return {"path": kind, "data_files": str(path)}
+        return {"path": kind, "data_files": _escaped(path)}
     if path.is_dir():
-        for kind in ("parquet", "arrow"):
-            if table := next(path.rglob(f"*.{kind}"), None):
-                _refuse_images_beside(table, path)
-                return {"path": kind, "data_files": _tables_of_splits(path, kind)}
-        return {"path": "imagefolder", "data_dir": str(path)}
+        return _tables_of_folder(path)
     if path.suffix[1:].isalpha() or config.source.startswith((".", "~", "/")) or config.source.count("/") > 1:
         raise DataError(f"data.source {config.source} does not exist; check the path (here is {Path.cwd()}).")
     return {"path": config.source, "name": config.subset, "revision": config.revision}
 
 
+def is_table(folder: Path) -> bool:
+    """Tells whether a folder holds tables, or images with a table beside them, rather than images alone."""
+    return any(
+        file.suffix in _TABLE_SUFFIXES or file.name in _TABLES_OF_IMAGES or file.name == "dataset_dict.json"
+        for file in _visible(folder)
+    )
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """Yields the files below a folder that are no images, through links, without hidden ones."""
+    for file in walk(folder):
+        name = file.relative_to(folder).as_posix()
+        if why_left_out(name) == name:
+            yield file
+
+
+def _tables_of_folder(folder: Path) -> dict[str, Any]:
+    """Returns what tells `datasets` which tables of a folder belong to which split.
+
+    Raises:
+        DataError: If there are images beside them, or only some belong to a split.
+    """
+    tables = sorted(_visible(folder))
+    for suffix in _TABLE_SUFFIXES:
+        if chosen := [file for file in tables if file.suffix == suffix]:
+            _refuse_images_beside(chosen[0], folder)
+            return {"path": suffix[1:], "data_files": _by_split(chosen, folder)}
+    # `datasets` finds the images by these tables; shown the images, it would take some for splits by their names.
+    chosen = [file for file in tables if file.name in _TABLES_OF_IMAGES]
+    return {"path": "imagefolder", "data_files": _by_split(chosen, folder)}
+
+
+def _escaped(path: Path) -> str:
+    """Returns a path in which `datasets` finds no patterns."""
+    return glob.escape(os.path.abspath(path))
+
+
+def _by_split(tables: list[Path], folder: Path) -> dict[str, list[str]]:
+    """Returns the tables of each split, told as on the Hub: by their numbered names, their folders, or words in names.
+
+    Raises:
+        DataError: If only some of them can be told.
+    """
+    for split_of in (_split_of_number, _split_of_folders, _split_of_words):
+        found = {file: split_of(file, folder) for file in tables}
+        without = [file for file, split in found.items() if split is None]
+        if len(without) == len(tables):
+            continue
+        if without:
+            named = next(file for file, split in found.items() if split is not None)
+            raise DataError(
+                f"{named.relative_to(folder)} in {folder} belongs to split {found[named]!r} by its name, but "
+                f"{without[0].relative_to(folder)} to none; name all tables after splits, or none of them."
+            )
+        splits: dict[str, list[str]] = {}
+        for file, split in found.items():
+            splits.setdefault(str(split), []).append(_escaped(file))
+        return splits
+    return {"train": list(map(_escaped, tables))}
+
+
+def _split_of_number(table: Path, folder: Path) -> str | None:
+    """Returns the split of a table called "data/SPLIT-00000-of-00001", whatever it is called."""
+    match = re.match(r"data/(\w+)-\d{5}-of-\d{5}", table.relative_to(folder).as_posix())
+    return match and match[1]
+
+
+def _split_of_folders(table: Path, folder: Path) -> str | None:
+    """Returns the split that a folder of a table is named after, the outermost first."""
+    return next(filter(None, map(_split_of_name, table.relative_to(folder).parts[:-1])), None)
+
+
+def _split_of_words(table: Path, folder: Path) -> str | None:
+    """Returns the split that a table is named after."""
+    return _split_of_name(table.name)
+
+
+def _split_of_name(name: str) -> str | None:
+    """Returns the first split that a word of a name stands for."""
+    words = re.split("[-._ 0-9]", name)
+    return next((split for word in words for split, names in SPLIT_NAMES.items() if word in names), None)
+
+
 def _refuse_images_beside(table: Path, folder: Path) -> None:
     """Refuses a folder that holds images and a table, since nobody says which of them is meant."""
-    for file in folder.rglob("*"):
+    for file in walk(folder):
         if why_left_out(file.relative_to(folder).as_posix()) is None and file.is_file():
             raise DataError(
                 f"{folder} holds images such as {file.relative_to(folder)} and the table {table.relative_to(folder)}; "
@@ -154,32 +246,32 @@ def _refuse_images_beside(table: Path, folder: Path) -> None:
             )
 
 
-def _tables_of_splits(folder: Path, kind: str) -> dict[str, list[str]]:
-    """Returns the tables of each split, told by their names as on the Hub, and none of the other files there."""
-    from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
-
-    base = folder.resolve().as_posix()
-    found = DataFilesDict.from_patterns(get_data_patterns(base), base, allowed_extensions=[f".{kind}"])
-    splits = {split: files for split, files in found.items() if files}
-    return splits or {"train": DataFilesList.from_patterns(["**"], base, allowed_extensions=[f".{kind}"])}
-
-
 def _part_of_saved(path: Path, split: str) -> "Dataset":
     """Opens a folder that `save_to_disk` wrote."""
     import datasets
 
     saved = datasets.load_from_disk(os.fspath(path))
-    name, _, part = split.partition("[")
+    name = name_of_split(split, str(path))
     if isinstance(saved, datasets.DatasetDict):
         if name not in saved:
             raise DataError(f"{path} has no split {name!r}; it has {', '.join(saved)}.")
         saved = saved[name]
     elif name != "train":
         raise DataError(f"{path} has no split {name!r}, only 'train'.")
-    if not part:
-        return saved
-    (chosen,) = datasets.ReadInstruction.from_spec(f"train[{part}").to_absolute({"train": len(saved)})
-    return saved.select(range(chosen.from_ or 0, len(saved) if chosen.to is None else chosen.to))
+    return saved if split == name else saved.select(rows_of_split(split, str(path), len(saved)))
+
+
+def _files_of_saved(path: Path) -> dict[str, Any]:
+    """Returns what tells `datasets` which tables `save_to_disk` wrote for which split."""
+    names = path / "dataset_dict.json"
+    splits = json.loads(names.read_text())["splits"] if names.is_file() else None
+    folders = {"train": path} if splits is None else {split: path / split for split in splits}
+    states = {split: json.loads((folder / "state.json").read_text()) for split, folder in folders.items()}
+    files = {
+        split: [_escaped(folders[split] / file["filename"]) for file in state["_data_files"]]
+        for split, state in states.items()
+    }
+    return {"path": "arrow", "data_files": files}
 
 
 def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | None]:

@@ -194,7 +194,7 @@ def test_the_first_frame_of_an_animation_is_used_and_said(
     found = open_one(tmp_path, buffer.getvalue())
     assert found.shape == (8, 8, 3)
     assert abs(found[..., 2].astype(int) - 100).max() <= 3, "AVIF is not exact"
-    assert "1 images have several frames, of which the first is used." in caplog.text
+    assert "1 image has several frames; the first is used." in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
 from ddpm_hf.data.files import open_folder, open_tar, open_zip
 from ddpm_hf.data.source import Source
-from tests.unit.data.helpers import RGB, encode, open_source, pixels_of, refusal, write_files
+from tests.unit.data.helpers import RGB, encode, open_source, pixels_of, refusal, write_files, write_parquet
 
 PETS = {"cat/1.png": 0, "cat/2.PNG": 1, "cat/deep/er.jpg": 2, "dog/1.png": 3}
 IMAGES = {name: np.full((4, 3, 3), 60 * number, np.uint8) for name, number in PETS.items()}
@@ -146,9 +147,48 @@ def test_a_part_that_does_not_exist_is_refused(tmp_path: Path, split: str) -> No
     assert "has no split 'test', only 'train' and parts of it" in message or "names no part of" in message
 
 
+@pytest.mark.parametrize("name", ["pets", "pets.tar", "x.npy", "x.npz", "saved", "x.parquet", "splits"])
+def test_parts_of_a_split_can_be_added(tmp_path: Path, name: str) -> None:
+    """As `datasets` does it, whichever kind the data are of."""
+    path, images = tmp_path / name, list(IMAGES.values())
+    if name == "splits":
+        write_files(path, {f"train/{file}": data for file, data in FILES.items()} | {"test/cat/9.png": encode(RGB)})
+    elif name in ("pets", "pets.tar"):
+        store(tmp_path, name, FILES)
+    elif name == "x.npy":
+        np.save(path, np.stack(images))
+    elif name == "x.npz":
+        np.savez(path, images=np.stack(images))
+    else:
+        write_parquet(tmp_path / "x.parquet", list(FILES.values()))
+    if name == "saved":
+        datasets.Dataset.from_parquet(str(tmp_path / "x.parquet")).save_to_disk(path)
+    found = open_source(path, tmp_path / "cache", split="train[:1]+train[2:]")
+    assert np.array_equal(pixels_of(found), [images[row] for row in (0, 2, 3)])
+
+
+def test_parts_of_several_splits_are_not_added(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "x", {"train/1.png": encode(RGB), "test/1.png": encode(RGB)})
+    message = refusal(folder, tmp_path / "cache", split="train+test[:1]")
+    assert message == f"split 'train+test[:1]' of {folder} adds parts of train and test; give parts of one of them."
+
+
+@pytest.mark.parametrize("split", ["train[", "train[:x]"])
+def test_a_part_of_a_saved_data_set_that_does_not_exist_is_refused(tmp_path: Path, split: str) -> None:
+    datasets.Dataset.from_dict({"image": [0, 1, 2, 3]}).save_to_disk(tmp_path / "saved")
+    assert "names no part of" in refusal(tmp_path / "saved", tmp_path / "cache", split=split)
+
+
 def test_a_part_without_images_is_refused(tmp_path: Path) -> None:
-    message = refusal(write_files(tmp_path / "pets", FILES), tmp_path / "cache", split="train[4:]")
-    assert "holds no images (split 'train[4:]')" in message
+    """The same sentence from every kind of data set that is cut here; nothing is said of other files."""
+    folder = write_files(tmp_path / "pets", FILES)
+    np.savez(tmp_path / "x.npz", images=np.zeros((4, 6, 5), np.uint8))
+    datasets.Dataset.from_dict({"image": [0, 1, 2, 3]}).save_to_disk(tmp_path / "saved")
+    for source in (folder, tmp_path / "x.npz", tmp_path / "saved"):
+        for split in ("train[4:]", "train[:0]"):
+            assert refusal(source, tmp_path / "cache", split=split) == (
+                f"split {split!r} of {source} is empty, though 'train' has 4 images; ask for more."
+            )
 
 
 def test_an_image_outside_of_all_class_folders_is_named_where_labels_are_needed(tmp_path: Path) -> None:

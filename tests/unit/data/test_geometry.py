@@ -1,12 +1,14 @@
 """What is cut out of an image, and how it is resized."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from ddpm_hf.config import DataConfig
+from ddpm_hf.data import DataError
 from ddpm_hf.data.geometry import Geometry
 from tests.unit.data.helpers import RANDOM, RGB, encode, open_one, open_source, refusal, write_files, write_parquet
 
@@ -44,6 +46,33 @@ def test_the_shorter_side_is_resized_and_the_centre_cut_out(shape: tuple[int, in
     pixels = RANDOM.integers(0, 256, (*shape, 3), dtype=np.uint8)
     expected = ImageOps.fit(Image.fromarray(pixels), size[::-1], Image.Resampling.LANCZOS)
     assert np.array_equal(place(pixels, resolution=list(size)), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"resolution": 32}, {"resolution": 64}, {"resolution": [48, 100]}, {"resolution": 256, "resize_to": 292}],
+    ids=str,
+)
+def test_no_image_is_asked_for_more_than_it_has(settings: dict[str, Any]) -> None:
+    """For every side up to 3000, upright and lying: sides such as 49 and 98 are rounded up on the way."""
+    geometry = Geometry.of(DataConfig(**settings))
+    for side in range(1, 3001):
+        for width, height in ((side, 2 * side), (2 * side, side), (side, 135), (side, side)):
+            (left, top, right, bottom), _ = geometry._box_and_size(width, height, "the image")
+            assert 0 <= left < right <= width, (width, height)
+            assert 0 <= top < bottom <= height, (width, height)
+
+
+def test_an_image_whose_box_is_rounded_is_resized_like_its_neighbours() -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (135, 98, 3), dtype=np.uint8)
+    expected = ImageOps.fit(Image.fromarray(pixels), (64, 64), Image.Resampling.LANCZOS)
+    assert np.array_equal(place(pixels, resolution=64), np.asarray(expected))
+
+
+def test_what_cannot_be_resized_is_named() -> None:
+    geometry = Geometry(None, (0, 4), 1.0, "lanczos", is_random_crop=False)
+    with pytest.raises(DataError, match=r"photo 7 has 24x8 pixels and cannot be resized \(.*\)"):
+        geometry.apply(WIDE, "photo 7")
 
 
 def test_whole_pixels_are_cut_out_where_nothing_is_resized() -> None:

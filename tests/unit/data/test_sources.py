@@ -107,7 +107,7 @@ def test_a_data_set_without_images_is_refused(tmp_path: Path, cache_dir: Path) -
     (tmp_path / "empty").mkdir()
     assert "holds no images (split 'train'), but nothing" in refusal(tmp_path / "empty", cache_dir)
     (tmp_path / "empty" / "notes.txt").write_text("")
-    assert "but 1 other files, the first of them notes.txt" in refusal(tmp_path / "empty", cache_dir)
+    assert "but 1 other file, notes.txt;" in refusal(tmp_path / "empty", cache_dir)
 
 
 def test_a_split_that_does_not_exist_is_named(cache_dir: Path) -> None:
@@ -255,6 +255,30 @@ def test_splits_of_a_folder_of_parquet_are_told_by_their_names(tmp_path: Path, c
     assert np.array_equal(pixels_of(open_source(tmp_path / "x", cache_dir, split="test")), [255 - RGB] * 2)
 
 
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (
+            ["cats-train", "dogs"],
+            "cats-train.parquet in {} belongs to split 'train' by its name, but dogs.parquet to none",
+        ),
+        (["test/0", "x/train-0"], "test/0.parquet in {} belongs to split 'test' by its name, but x/train-0.parquet to"),
+    ],
+)
+def test_tables_of_which_only_some_are_called_like_splits_are_refused(
+    tmp_path: Path, cache_dir: Path, names: list[str], sentence: str
+) -> None:
+    """Neither are rows left out in silence nor are those to be held out trained on."""
+    for name in names:
+        write_parquet(tmp_path / "x" / f"{name}.parquet", [encode(RGB)] * 2)
+    assert sentence.format(tmp_path / "x") in refusal(tmp_path / "x", cache_dir)
+
+
+def test_a_folder_called_like_a_split_around_a_data_set_says_nothing(tmp_path: Path, cache_dir: Path) -> None:
+    write_parquet(tmp_path / "test" / "cats.parquet", [encode(RGB)] * 2)
+    assert len(open_source(tmp_path / "test", cache_dir)) == 2
+
+
 def test_a_folder_with_a_table_of_labels_follows_the_table(tmp_path: Path, cache_dir: Path) -> None:
     """The imagefolder of `datasets`: metadata.csv beside the images."""
     files = {"a.png": encode(RGB), "b.png": encode(255 - RGB), "metadata.csv": b"file_name,age\na.png,1\nb.png,0\n"}
@@ -334,6 +358,33 @@ def test_a_validation_split_may_lack_the_last_of_numbered_classes(tmp_path: Path
     _, held_out = open_both(tmp_path / "x", cache_dir, validation_split="test")
     assert held_out.labels is not None
     assert held_out.labels.tolist() == [1, 0]
+
+
+def test_what_is_left_out_of_a_folder_is_said_once(
+    tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {f"{split}/cat/{number}.png": encode(RGB) for split in ("train", "val") for number in range(3)}
+    folder = write_files(tmp_path / "x", files | {"notes.txt": b""})
+    open_both(folder, cache_dir, validation_split="val")
+    assert caplog.text.count("left out") == 1
+    assert f"1 file in {folder} is left out, being no image by its name, hidden or a link; the first: notes.txt" in (
+        caplog.text
+    )
+
+
+def test_a_part_held_out_that_lacks_classes_is_said(
+    tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end of a folder is the end of its last class; parts of mixed images have all of them."""
+    files = {f"{name}/{number}.png": encode(RGB) for name in ("cat", "dog", "emu") for number in range(4)}
+    folder = write_files(tmp_path / "x", files)
+    open_both(folder, cache_dir, split="train[:80%]", validation_split="train[80%:]")
+    assert f"The held-out images, split 'train[80%:]' of {folder}, lack 2 of the 3 classes that are" in caplog.text
+    caplog.clear()
+    write_parquet(tmp_path / "y.parquet", [encode(RGB)] * 12, [0, 1] * 6)
+    open_both(tmp_path / "y.parquet", cache_dir, split="train[:80%]", validation_split="train[80%:]")
+    open_both(folder, cache_dir, validation_fraction=0.1)
+    assert "lack" not in caplog.text
 
 
 def test_one_image_is_not_trained_on(tmp_path: Path, cache_dir: Path) -> None:

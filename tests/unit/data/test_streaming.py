@@ -1,7 +1,7 @@
 """A streamed data set shows every image once an epoch, and goes on after a kill with the images it would have seen."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data import DataError, ImageSet, ImageStream, open_sets, summarize
+from ddpm_hf.data import DataError, ImageSet, ImageStream, open_images, open_sets, summarize
 from tests.unit.data.helpers import GRAY, encode, encode_deep, write_files, write_parquet
 
 
@@ -181,6 +181,86 @@ def test_a_folder_of_images_is_streamed(tmp_path: Path) -> None:
     assert sorted(take(stream, 9)) == list(range(9))
 
 
+LAYOUTS = {
+    "class folders called like splits": (["train/{}.png", "car/{}.png", "plane/{}.png"], 12),
+    "files called like splits": (["train {}.png", "x{}.png", "test-{}.png"], 12),
+    "several folders deep": (["cat/a/{}.png", "cat/{}.png", "dog/b/c/{}.png"], 12),
+    "splits": (["train/cat/{}.png", "train/dog/{}.png", "val/cat/{}.png"], 8),
+    "strange names": (["c[1]/*{}.png", "c?/{}.JPE", ".hidden/{}.png"], 8),
+    "a link to a folder": (["a/{}.png", "b/{}.png", "link"], 12),
+    "a table of images called like splits": (["train {}.png", "dog {}.png", "test {}.png", "metadata.csv"], 12),
+    "tables in folders of splits": (["train/a{}.png", "train/metadata.csv", "test/b{}.png", "test/metadata.csv"], 4),
+    "tables far below": (["default/train/{}.parquet", "default/test/{}.parquet"], 4),
+    "numbered splits": (["data/odd-0000{}-of-00004.parquet", "data/train-0000{}-of-00004.parquet"], 4),
+    "a hidden folder of tables": (["cat/{}.png", "dog/{}.png", ".cache/{}.parquet"], 8),
+    "a link to tables": (["{}.parquet", "link"], 8),
+    "saved": (["saved"], 3),
+}
+
+
+def write_layout(folder: Path, names: list[str]) -> Path:
+    """Writes four images, or tables of one image, for each name; a metadata.csv names those beside it."""
+    places = [name.format(place) for name in names if "{}" in name for place in range(4)]
+    images = {name: encode(np.full((4, 4), number, np.uint8)) for number, name in enumerate(places)}
+    write_files(folder, {name: data for name, data in images.items() if not name.endswith(".parquet")})
+    for number, name in enumerate(images):
+        if name.endswith(".parquet"):
+            write_parquet(folder / name, [images[name]], [number % 2])
+    for table in (folder / name for name in names if name.endswith(".csv")):
+        rows = [f"{image.name},{number}\n" for number, image in enumerate(sorted(table.parent.glob("*.png")))]
+        table.write_text("file_name,label\n" + "".join(rows))
+    if "link" in names:
+        (folder / "link").symlink_to(write_layout(folder.parent / "elsewhere", names[:1]))
+    if names == ["saved"]:
+        rows = datasets.Dataset.from_parquet(str(write_parquet(folder.parent / "x.parquet", [encode(GRAY)] * 3)))
+        datasets.DatasetDict({"train": rows, "mine": rows.select([1])}).save_to_disk(folder)
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stream_shows_the_files_splits_and_classes_that_would_be_decoded(tmp_path: Path, layout: str) -> None:
+    names, num_images = LAYOUTS[layout]
+    folder, cpu = write_layout(tmp_path / "x", names), torch.device("cpu")
+    for split in ("train", "mine") if layout == "saved" else ("train",):
+        config = DataConfig(
+            source=str(folder), split=split, resolution=4, num_channels=1, cache_dir=str(tmp_path / "cache")
+        )
+        decoded = open_images(config, with_labels=False)
+        assert len(decoded) == (1 if split == "mine" else num_images)
+        with_labels = decoded.class_names is not None and "metadata.csv" not in names[-1]  # numbers are not streamed
+        streamed = replace(config, streaming=True)
+        stream = ImageStream(streamed, with_labels=with_labels, seed=0, rank=0, num_processes=1, device=cpu)
+        pixels, labels = stream.samples(0, len(decoded))
+        assert (stream.position.epoch, stream.position.number) == (0, len(decoded))
+        stored, numbers = decoded.take(decoded.positions)
+        shown = ((pixels[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+        if not with_labels:
+            assert sorted(shown) == sorted(stored[:, 0, 0, 0].tolist())
+            continue
+        assert labels is not None
+        assert numbers is not None
+        assert stream.class_names == decoded.class_names
+        expected = zip(stored[:, 0, 0, 0].tolist(), numbers.tolist(), strict=True)
+        assert sorted(zip(shown, labels.tolist(), strict=True)) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"), [("subset", "no data set of the Hub"), ("label_column", "has folders")]
+)
+def test_a_stream_of_a_folder_refuses_the_settings_that_a_folder_cannot_follow(
+    tmp_path: Path, setting: str, sentence: str
+) -> None:
+    folder = write_files(tmp_path / "x", {"cat/1.png": encode(GRAY)})
+    with pytest.raises(DataError, match=f"data.{setting} does not apply to {folder}, which .*{sentence}"):
+        stream_of(folder, **{setting: "x"})
+
+
+def test_a_part_of_a_folder_can_be_streamed(tmp_path: Path) -> None:
+    files = {f"{'even' if n % 2 == 0 else 'odd'}/{n}.png": encode(np.full((4, 4), n, np.uint8)) for n in range(9)}
+    stream = stream_of(write_files(tmp_path / "x", files), split="train[3:7]")
+    assert sorted(take(stream, 4)) == [1, 3, 6, 8]
+
+
 def test_a_validation_split_of_a_stream_is_decoded_as_usual(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "x", [10])
     write_parquet(folder / "test-0.parquet", [encode(GRAY)] * 3, [0, 1, 0])
@@ -194,6 +274,6 @@ def test_a_validation_split_of_a_stream_is_decoded_as_usual(tmp_path: Path) -> N
 
 def test_the_first_samples_of_a_stream_can_be_looked_at(shards: Path) -> None:
     config = DataConfig(source=str(shards), streaming=True, resolution=4, num_channels=1)
-    summary = summarize(config, seed=0, num_samples=6)
+    summary = summarize(config, with_labels=False, seed=0, num_samples=6)
     assert summary.samples.shape == (6, 4, 4, 1)
     assert "streamed: nothing is counted or decoded before" in summary.lines[0]

@@ -43,7 +43,9 @@ def test_a_data_set_is_described_in_lines_and_pixels(capsys: pytest.CaptureFixtu
         assert picture.size == (8 * 64 + 9 * 4, 8 * 64 + 9 * 4)
 
 
-def test_strange_images_are_all_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_strange_images_are_all_counted(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     files = {"cat/1.png": RGB, "cat/2.png": RGB[:4], "dog/1.png": RGB[..., 0], "dog/2.png": RGB[:, :4]}
     encoded = {name: encode(pixels) for name, pixels in files.items()}
     encoded |= {"dog/3.png": b"text", "cat/4.png": b"", "cat/notes.txt": b"", "photo.heic": b""}
@@ -56,7 +58,7 @@ def test_strange_images_are_all_counted(capsys: pytest.CaptureFixture[str], tmp_
         "images    7",
         "sizes     3 from 4x4 to 5x6, the most frequent 5x6 (3), 5x4 (1), 4x6 (1)",
         "modes     RGB (3), L (1), P (1)",
-        "animated  1 images have several frames; the first is used",
+        "animated  1 image has several frames; the first is used",
         "left out  2 files, no images by their names, hidden or links: cat/notes.txt, photo.heic",
         "bad       2 cannot be read",
         f"          image 2 of {folder} (cat/4.png) is empty (0 bytes).",
@@ -65,6 +67,7 @@ def test_strange_images_are_all_counted(capsys: pytest.CaptureFixture[str], tmp_
     ):
         assert line in output.splitlines()
     assert f"error: image 2 of {folder} (cat/4.png) is empty (0 bytes); repair or remove it, or set" in errors
+    assert "stand" not in output + caplog.text, "nothing replaces an image in a set that is refused"
     skipping = ("--data.on_bad_image", "skip", "--data.max_bad_fraction", "0.3")
     code, output, errors = show(capsys, tmp_path, str(folder), "--data.resolution", "4", *skipping)
     assert (code, errors) == (0, "")
@@ -105,7 +108,7 @@ def test_the_samples_are_those_of_a_run_that_holds_some_out(tmp_path: Path, sour
     training, _ = open_sets(config, with_labels=False, seed=3, rank=0, num_processes=1, device=cpu)
     assert isinstance(training, ImageSet)
     samples, _ = ImageFeed(training, config, 3, cpu).samples(0, 30)
-    shown = summarize(config, seed=3, num_samples=30).samples
+    shown = summarize(config, with_labels=False, seed=3, num_samples=30).samples
     assert np.array_equal(shown, ((samples + 1) * 127.5).round().numpy().transpose(0, 2, 3, 1))
 
 
@@ -120,6 +123,70 @@ def test_what_a_run_would_refuse_is_refused(capsys: pytest.CaptureFixture[str], 
         code, _, errors = show(capsys, tmp_path, *arguments)
         assert code == 2
         assert sentence in errors
+
+
+def test_labels_that_a_run_would_miss_are_missed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Also in a stream, whose samples are then drawn with their labels."""
+    folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "cat/1.png": encode(RGB)})
+    pixels = write_files(tmp_path / "flat", {"a.png": encode(RGB), "b.png": encode(RGB)})
+    streamed = ("--data.streaming", "true", "--data.resolution", "4", "--data.num_channels", "3")
+    for source, sentence in ((folder, f"image 0 of {folder} (a.png) has no label"), (pixels, "has no labels, but the")):
+        assert show(capsys, tmp_path, str(source))[0] == 0
+        code, output, errors = show(capsys, tmp_path, str(source), "--model.class_conditional", "true")
+        assert code == 2
+        assert sentence in errors
+        assert "images    2" in output, "what was found is said all the same"
+    code, _, errors = show(capsys, tmp_path, str(pixels), *streamed, "--model.class_conditional", "true")
+    assert code == 2
+    assert "does not name its classes" in errors
+
+
+def test_a_source_is_given_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A recipe's source gives way to that of the command line, but nobody knows which of two flags is meant."""
+    (tmp_path / "recipe.yaml").write_text("data: {source: elsewhere}")
+    assert show(capsys, tmp_path, str(DIGITS), "--config", str(tmp_path / "recipe.yaml"))[0] == 0
+    for flag in (("--data.source", "elsewhere"), ("--data.source=elsewhere",)):
+        code, _, errors = show(capsys, tmp_path, str(DIGITS), *flag)
+        assert code == 2
+        assert f"data.source is elsewhere, but {DIGITS} is given as well; leave out one of them." in errors
+
+
+@pytest.mark.parametrize(
+    ("picture", "sentence"),
+    [
+        ("x.txt", "does not end like a picture that can be written; let it end in .png."),
+        ("missing/x.png", "cannot be written, since there is no folder"),
+        (".", "is a folder; add the name of a .png file."),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_noticed_before_anything_is_decoded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, picture: str, sentence: str
+) -> None:
+    arguments = [str(DIGITS), "--data.cache_dir", str(tmp_path / "cache"), "--picture", str(tmp_path / picture)]
+    assert main(["data", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_name_of_a_class_is_said_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    _, output, _ = show(
+        capsys, tmp_path, str(write_files(tmp_path / "x", {f"a\nb/{n}.png": encode(RGB) for n in "12"}))
+    )
+    assert "classes   1: a b (2)" in output.splitlines()
+
+
+def test_one_of_a_kind_is_said_in_the_singular(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One image that is bad, without a class, and one file left out; the rest is training images."""
+    files = {"a.png": b"", "cat/1.png": encode(RGB), "cat/2.png": encode(RGB), "cat/x.txt": b""}
+    folder = write_files(tmp_path / "x", files)
+    skipping = ("--data.on_bad_image", "skip", "--data.max_bad_fraction", "0.5")
+    _, output, errors = show(capsys, tmp_path, str(folder), *skipping)
+    for line in (
+        "left out  1 file, no image by its name, hidden or a link: cat/x.txt",
+        "training  3 images, 0 held out, 1 stands in for an image that cannot be read",
+    ):
+        assert line in output.splitlines(), output
+    assert errors == ""
 
 
 def test_the_help_names_the_source(capsys: pytest.CaptureFixture[str]) -> None:
