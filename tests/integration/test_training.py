@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
@@ -500,6 +501,23 @@ def test_losses_drawn_more_often_count_for_less(tmp_path: Path) -> None:
         slots[t] += 1
     expected = float((torch.tensor(losses) * torch.from_numpy(importance)).mean())
     assert metrics_of(tmp_path / "run")[-1]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_differentiated_is_the_loss_that_the_metrics_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its importance, in two parts a step; to 1e-5, which is the order of float32 additions."""
+    parts: list[float] = []
+    backward = Accelerator.backward
+
+    def noted(self: Accelerator, loss: torch.Tensor, **kwargs: object) -> None:
+        parts.append(float(loss.detach()))
+        backward(self, loss, **kwargs)
+
+    monkeypatch.setattr(Accelerator, "backward", noted)
+    assert train(run_arguments(tmp_path / "run", **EVERYTHING_BUT_DROPOUT, training__micro_batch_size=4)) == 0
+    differentiated = [sum(pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    assert differentiated == pytest.approx([row["loss"] for row in metrics_of(tmp_path / "run")], rel=1e-5)
 
 
 def test_a_history_of_losses_was_full_and_in_use(uninterrupted_run: Path) -> None:
