@@ -62,7 +62,10 @@ EPSILON = {"diffusion__beta_schedule": "linear", "diffusion__prediction_type": "
             {"diffusion__rescale_betas_zero_snr": True, "diffusion__prediction_type": "epsilon"},
             "set diffusion.prediction",
         ),
-        ({"diffusion__beta_schedule": "zigzag"}, "diffusion.beta_schedule is zigzag, but must be linear, scaled_linear"),
+        (
+            {"diffusion__beta_schedule": "zigzag"},
+            "diffusion.beta_schedule is zigzag, but must be linear, scaled_linear",
+        ),
         (
             {"diffusion__beta_schedule": "jsd", "diffusion__prediction_type": "eps"},
             "jsd leaves no signal at the last timestep of 1000, where epsilon says nothing about x_0; set "
@@ -274,7 +277,9 @@ def test_what_needs_a_missing_library_says_how_to_get_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output_dir: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    arguments = run_arguments(output_dir, evaluation__recognition=True, data__validation_fraction=0.1)
+    arguments = run_arguments(
+        output_dir, evaluation__recognition=True, evaluation__num_samples=6, data__validation_fraction=0.1
+    )
     assert 'pip install "ddpm_hf[demo]"' in complaint(capsys, arguments)
 
 

@@ -89,7 +89,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "training.setup": {"config", "data", "diffusion", "training.processes"},
     "training.snapshot": {"training.ema", "training.optimizer_state"},
-    "training.summary": {"data", "training.posthoc_ema", "training.trainer", "unet"},
+    "training.summary": {"config", "data", "training.optim", "training.trainer", "unet"},
     "training.timestep_sampling": {"config", "rng"},
     "training.tracking": {"durable", "config", "redaction", "training.checkpoint"},
     "training.validation": {"config", "data", "rng", "training.objective", "training.processes"},
