@@ -41,12 +41,12 @@ def describe(trainer: Trainer) -> str:
 def warnings(config: RunConfig, image_shape: tuple[int, int, int]) -> Iterator[str]:
     """Yields a sentence for each setting that can be meant, but is more likely a default that nobody thought of."""
     training = config.training
-    if training.learning_rate_warmup_steps > training.num_steps:
-        reached = learning_rate_at(training.num_steps - 1, training) / training.learning_rate
+    num_steps, num_warmup = training.num_steps, training.learning_rate_warmup_steps
+    if num_warmup > num_steps:
+        reached = learning_rate_at(num_steps - 1, training) / training.learning_rate
         yield (
-            f"training.learning_rate_warmup_steps {training.learning_rate_warmup_steps:,} is more than "
-            f"training.num_steps {training.num_steps:,}: the run ends at {reached:.0%} of training.learning_rate; lower "
-            "it unless the run is to be continued."
+            f"training.learning_rate_warmup_steps {num_warmup:,} is more than training.num_steps {num_steps:,}: the "
+            f"run ends at {reached:.0%} of training.learning_rate; lower it unless the run is to be continued."
         )
     nearest = nearest_preset(config.model, image_shape)
     if nearest is not None:

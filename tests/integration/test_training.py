@@ -681,7 +681,10 @@ def test_a_full_disk_leaves_the_older_checkpoints_and_goes_on(
 def test_a_disk_without_room_for_checkpoints_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A fresh run needs room for two, a continued one for one more, a finished one for none; sizes are to 10 %."""
+    """A fresh run needs room for two, a continued one for one more, a finished one for none; sizes are to 10 %.
+
+    What posthoc_ema stores until the end comes on top.
+    """
     run = tmp_path / "run"
     assert train(run_arguments(run)) == 0
     (checkpoint, *_) = (run / "checkpoints").iterdir()
@@ -704,6 +707,11 @@ def test_a_disk_without_room_for_checkpoints_is_refused_before_training(
     assert with_free(0, run) == 0
     assert train(run_arguments(run, training__num_steps=9)) == 2
     assert "for one more checkpoint" in capsys.readouterr().err
+    # Two averages more in a checkpoint of four tensors a weight, and a pair of them after each of six steps.
+    assert with_free(6.6 * size, tmp_path / "posthoc", training__posthoc_ema=True) == 0
+    assert "of averages in 6 parts (posthoc_ema); " in capsys.readouterr().out
+    assert with_free(5.4 * size, tmp_path / "posthoc", training__posthoc_ema=True) == 2
+    assert "for two checkpoints and 6 pairs of averages (training.posthoc_ema); make room" in capsys.readouterr().err
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
