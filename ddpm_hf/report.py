@@ -38,6 +38,8 @@ _FILES = {
     "config.yaml": "every setting of the run; `--config` reads it",
     "previews/": "samples of the same noise during training",
     "hub/": "what was pushed last while training, and what the push said",
+    "ema_snapshots/": "averages of the weights, of which `ddpm-hf ema` makes one of any length",
+    "evaluations/": "what was measured of pipelines that the run replaced",
     "checkpoints/": "what the same command continues from",
 }
 

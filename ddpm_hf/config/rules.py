@@ -1,8 +1,8 @@
 """Which settings can work together, and which a run can be continued with."""
 
-from ddpm_hf.config.evaluation import EvaluationConfig
 from ddpm_hf.config.hub import HubConfig
-from ddpm_hf.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
+from ddpm_hf.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from ddpm_hf.config.without_effect import find_without_effect, names_without_effect
 from ddpm_hf.redaction import find_secret
 
 
@@ -59,7 +59,7 @@ def validate(config: RunConfig) -> None:
     _check_hub(config.hub)
     _check_objective(config)
     _check_network(model)
-    _check_optimizer_and_averages(training)
+    _check_optimizer(training)
     micro, batch = training.micro_batch_size, training.train_batch_size
     if isinstance(micro, int) and batch % micro:
         lower = batch // micro * micro
@@ -67,17 +67,14 @@ def validate(config: RunConfig) -> None:
             f"training.train_batch_size {batch} is not a multiple of training.micro_batch_size {micro}; "
             f"use {f'{lower} or ' if lower else ''}{lower + micro}."
         )
+    if (sentence := find_without_effect(config)) is not None:
+        raise ConfigError(sentence)
 
 
 def _check_score(config: RunConfig, *, holds_out: bool) -> None:
-    """Refuses a score that has nothing to compare with, and settings that nothing would read."""
-    evaluation, default = config.evaluation, EvaluationConfig()
+    """Refuses a score that has nothing to compare with."""
+    evaluation = config.evaluation
     is_bound = evaluation.score_metric == "bits_per_dim"
-    unread = "score_features" if is_bound else "score_num_terms"
-    if getattr(evaluation, unread) != getattr(default, unread):
-        raise ConfigError(
-            f"evaluation.{unread} does nothing with evaluation.score_metric {evaluation.score_metric}; leave it out."
-        )
     if evaluation.score_every_steps == 0:
         return
     if is_bound and not holds_out:
@@ -98,12 +95,9 @@ def _check_score(config: RunConfig, *, holds_out: bool) -> None:
 
 
 def _check_hub(hub: HubConfig) -> None:
-    """Refuses a push to nowhere, and settings of a push that is not asked for."""
+    """Refuses a push to nowhere."""
     if hub.push_to_hub and not hub.repo_id:
         raise ConfigError('hub.push_to_hub needs to know where; set hub.repo_id, for example to "user/name".')
-    for name in HubConfig.__dataclass_fields__:
-        if not hub.push_to_hub and getattr(hub, name) != getattr(HubConfig(), name):
-            raise ConfigError(f"hub.{name} does nothing without hub.push_to_hub; set that to true.")
 
 
 def refuse_secrets(config: RunConfig) -> None:
@@ -157,18 +151,8 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError("data.streaming and data.device_resident exclude each other; set one of them to false.")
 
 
-# Settings that only one choice reads -> the choice.
-_READ_ONLY_WITH = {
-    "huber_delta": ("loss", "huber"),
-    "vlb_weight": ("loss", "hybrid"),
-    "min_snr_gamma": ("weighting", "min_snr"),
-    "p2_gamma": ("weighting", "p2"),
-    "p2_k": ("weighting", "p2"),
-}
-
-
 def _check_objective(config: RunConfig) -> None:
-    """Refuses a loss that cannot train what it is asked to, and settings that nothing would read."""
+    """Refuses a loss that cannot train what it is asked to."""
     objective, diffusion = config.objective, config.diffusion
     loss, variance_type = objective.loss, diffusion.variance_type
     if diffusion.learns_variance and loss not in ("hybrid", "vlb"):
@@ -198,13 +182,6 @@ def _check_objective(config: RunConfig) -> None:
                 f"objective.{name} {str(value).lower()} draws other noise than the bound in objective.loss {loss} is "
                 f"made for; leave objective.{name} out, or set objective.loss to mse."
             )
-    for name, (choice, needed) in _READ_ONLY_WITH.items():
-        value = getattr(objective, name)
-        if value != getattr(ObjectiveConfig(), name) and getattr(objective, choice) != needed:
-            raise ConfigError(
-                f"objective.{name} {value:g} has no effect with objective.{choice} {getattr(objective, choice)}; leave "
-                f"it out, or set objective.{choice} to {needed}."
-            )
 
 
 def _check_network(model: ModelConfig) -> None:
@@ -228,8 +205,8 @@ def _check_network(model: ModelConfig) -> None:
         )
 
 
-def _check_optimizer_and_averages(training: TrainingConfig) -> None:
-    """Refuses settings of an optimiser or an average that would do nothing."""
+def _check_optimizer(training: TrainingConfig) -> None:
+    """Refuses settings of an optimiser that would do nothing."""
     optimizer, default = training.optimizer, TrainingConfig()
     if optimizer not in ("adamw", "adam"):
         if not all(part.isidentifier() for part in optimizer.split(".")) or "." not in optimizer:
@@ -241,12 +218,6 @@ def _check_optimizer_and_averages(training: TrainingConfig) -> None:
                 raise ConfigError(
                     f"training.{name} applies to adamw and adam only; tell {optimizer} by training.optimizer_kwargs."
                 )
-    if training.ema_warmup != "power":
-        for name in ("ema_inv_gamma", "ema_power"):
-            if getattr(training, name) != getattr(default, name):
-                raise ConfigError(f"training.{name} does nothing unless training.ema_warmup is power; set that.")
-    if training.posthoc_ema_every_steps is not None and not training.posthoc_ema:
-        raise ConfigError("training.posthoc_ema_every_steps does nothing without training.posthoc_ema; set it to true.")
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -308,21 +279,24 @@ _WITHOUT_EFFECT_ON_WEIGHTS = (
 
 
 def changed_settings(old: dict[str, dict[str, object]], new: RunConfig) -> tuple[list[str], list[str]]:
-    """Compares the configuration of a checkpoint with the one asked for.
+    """Compares the configuration of a checkpoint with the one asked for; what nothing read or reads is free.
 
     Returns:
         One line for each change that a run cannot be continued with, and one for each that it can.
     """
     fixed: list[str] = []
     free: list[str] = []
-    defaults = RunConfig().to_dict()  # what a checkpoint does not know of yet was as it still is by default
+    # What a checkpoint does not know of yet was as it still is by default.
+    was = {section: settings | old.get(section, {}) for section, settings in RunConfig().to_dict().items()}
+    unread = names_without_effect(was) & names_without_effect(new.to_dict())
     for section, settings in new.to_dict().items():
         for name, value in settings.items():
-            before = old.get(section, {}).get(name, defaults[section][name])
+            before = was[section][name]
             if before == value or (section, name) == ("training", "output_dir"):
                 continue
             is_fixed = section in _FIXED_SECTIONS and (section, name) not in _FREE
             is_fixed |= section == "training" and name in _FIXED_TRAINING
+            is_fixed &= f"{section}.{name}" not in unread
             (fixed if is_fixed else free).append(f"{section}.{name} was {before!r}, is {value!r}")
     return fixed, free
 

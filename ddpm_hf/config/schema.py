@@ -108,9 +108,11 @@ class DiffusionConfig:
 
     Args:
         num_train_timesteps: Length T of the chain.
-        beta_schedule: Noise schedule; "cosine" is stored under its diffusers name squaredcos_cap_v2.
-        beta_start: First beta of the linear schedules, tuned to T = 1000.
-        beta_end: Last beta of the linear schedules.
+        beta_schedule: Noise schedule. Ranges of betas: linear (Ho et al. 2020), scaled_linear or quad (even steps of
+            the root), sigmoid, warmup10 and warmup50 (linear over a tenth or a half), const; formulas: cosine or
+            squaredcos_cap_v2 (Nichol & Dhariwal 2021), laplace, sigmoid_alpha_bar, jsd. docs/mathematics.md has them.
+        beta_start: First beta of the schedules that are a range of betas but const, tuned to T = 1000.
+        beta_end: Last beta of these, and the only one of const.
         scale_betas_to_timesteps: Multiply beta_start and beta_end by 1000 / num_train_timesteps, so that a chain of
             another length ends with about the same signal (Nichol & Dhariwal 2021); stored as the products.
         prediction_type: What the network predicts: epsilon (eps), sample (x0) or v_prediction (v).
@@ -123,7 +125,10 @@ class DiffusionConfig:
     """
 
     num_train_timesteps: int = 1000
-    beta_schedule: str = "linear"
+    beta_schedule: Literal[
+        "linear", "scaled_linear", "quad", "squaredcos_cap_v2", "cosine", "sigmoid", "laplace", "sigmoid_alpha_bar",
+        "warmup10", "warmup50", "const", "jsd",
+    ] = "linear"  # fmt: skip
     beta_start: float = 1e-4
     beta_end: float = 0.02
     scale_betas_to_timesteps: bool = False

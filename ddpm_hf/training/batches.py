@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ddpm_hf.config import RunConfig
 from ddpm_hf.data import ImageFeed, ImageStream
+from ddpm_hf.data.feed import to_device
 from ddpm_hf.rng import numpy_generator
 from ddpm_hf.training.noise import draw_noise, exchange_noise, whole_blocks
 from ddpm_hf.training.timestep_sampling import TimestepSampler
@@ -109,10 +108,10 @@ class BatchSource:
             yield MicroBatch(
                 x_0=x_0[mine],
                 noise=noise[mine],
-                timesteps=self._to_device(timesteps[part]),
-                importance=None if importance is None else self._to_device(importance[part]),
+                timesteps=to_device(timesteps[part], self._device),
+                importance=None if importance is None else to_device(importance[part], self._device),
                 class_labels=labels[mine] if config.model.class_conditional and labels is not None else None,
-                dropped=self._to_device(dropped[part]) if objective.class_dropout > 0 else None,
+                dropped=to_device(dropped[part], self._device) if objective.class_dropout > 0 else None,
                 feeds_back=feeds_back,
                 is_last=positions.stop == self._positions.stop,
             )
@@ -125,10 +124,3 @@ class BatchSource:
         numbers = self._feed.numbers(step * size, (step + 1) * size).tolist()
         more = ", ..." if size > _NUM_NAMED_IMAGES else ""
         return f" Its images were {', '.join(map(str, numbers[:_NUM_NAMED_IMAGES]))}{more}."
-
-    def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
-        """Copies an array to the device without making the host wait."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor.to(self._device)

@@ -28,39 +28,27 @@ class LossMeter:
         self._quartiles = torch.arange(_NUM_QUARTILES, device=device)[:, None]
         self.sums = torch.zeros(_NUMBERS.stop, device=device)
         self._step_sums = torch.zeros_like(self.sums)
-        self._step_losses: list[torch.Tensor] = []
 
-    def add(self, losses: torch.Tensor, timesteps: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    def add(self, losses: torch.Tensor, timesteps: torch.Tensor, importance: torch.Tensor | None) -> None:
         """Counts the losses of one forward.
 
         Args:
-            losses: (batch,), not yet multiplied by their importance.
+            losses: (batch,), not yet multiplied by their importance, without a graph.
             timesteps: int64 (batch,).
             importance: float32 (batch,), or None if it is 1 for all.
-
-        Returns:
-            What they add to the mean loss of this rank, for the backward pass.
         """
         factors = torch.ones_like(losses) if importance is None else importance
         weighted = factors * losses
-        share_loss = weighted.sum() / self._share
         is_in = self._quartiles == timesteps * _NUM_QUARTILES // self._num_timesteps
-        self._step_sums[0] += share_loss.detach()
-        self._step_sums[_LOSSES] += (is_in * weighted.detach()).sum(dim=1)
+        self._step_sums[0] += weighted.sum() / self._share
+        self._step_sums[_LOSSES] += (is_in * weighted).sum(dim=1)
         self._step_sums[_NUMBERS] += (is_in * factors).sum(dim=1)
-        self._step_losses.append(torch.stack([timesteps, losses.detach()], dim=1))
-        return share_loss
-
-    def step_losses(self) -> torch.Tensor:
-        """Returns timestep and loss of each of this rank's samples of the step, (share, 2)."""
-        return torch.cat(self._step_losses)
 
     def end_step(self, is_nonfinite: torch.Tensor) -> None:
         """Counts the step, unless its update is skipped, and makes room for the next one."""
         self._step_sums[1] += 1
         self.sums += torch.where(is_nonfinite, 0.0, self._step_sums)
         self._step_sums.zero_()
-        self._step_losses.clear()
 
     def load(self, sums_of_ranks: Sequence[Sequence[float]], rank: int, num_processes: int) -> None:
         """Goes on from the sums of a checkpoint; where there were more or fewer ranks, each takes its part.

@@ -19,7 +19,7 @@ from ddpm_hf.data import ImageSet, ImageStream
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.durable import replace_folder
 from ddpm_hf.evaluation.verification import write_verification
-from ddpm_hf.training import checkpoint, data_state, processes, record, snapshot
+from ddpm_hf.training import checkpoint, data_state, posthoc_ema, processes, record, snapshot
 from ddpm_hf.training.checkpoint import CheckpointError
 from ddpm_hf.training.earlier_pipeline import keep_additions
 from ddpm_hf.training.ema import EMA
@@ -78,6 +78,18 @@ class Saver:
         averages = sum(average.numel() * average.element_size() for average in self._ema.tensors())
         names = 4 * _BYTES_OF_A_NAME * sum(1 for _ in self._unet.parameters())
         return int(3 * weights + averages + names)
+
+    @property
+    def stored_average_bytes(self) -> int:
+        """About how large one of the things is that posthoc_ema stores: a pair of averages in float32."""
+        return sum(2 * 4 * parameter.numel() + 2 * _BYTES_OF_A_NAME for parameter in self._unet.parameters())
+
+    def num_averages_stored(self, step: int = 0) -> int:
+        """Returns how many such pairs the run stores after a step."""
+        training = self._config.training
+        if not training.posthoc_ema:
+            return 0
+        return sum(posthoc_ema.is_due(number, training) for number in range(step + 1, training.num_steps + 1))
 
     def check(self) -> None:
         """Collective: raises what `resume` would raise about the run folder, and changes nothing."""
@@ -201,16 +213,24 @@ class Saver:
         return True
 
     def _check_space(self, latest: checkpoint.Checkpoint | None) -> None:
-        """Refuses a disk that has no room for two checkpoints, or for one more; a finished run needs none."""
-        if latest is not None and latest.step == self._config.training.num_steps:
+        """Refuses a disk that has no room for two checkpoints, or for one more, and for what posthoc_ema will store.
+
+        A finished run needs none.
+        """
+        num_steps = self._config.training.num_steps
+        if latest is not None and latest.step == num_steps:
             return
-        needed = self.checkpoint_bytes * (2 if latest is None else 1)
+        num_stored = self.num_averages_stored(0 if latest is None else latest.step)
+        needed = self.checkpoint_bytes * (2 if latest is None else 1) + num_stored * self.stored_average_bytes
         free = shutil.disk_usage(self._folder.path).free
         if free < needed:
+            what, advice = "two checkpoints" if latest is None else "one more checkpoint", ""
+            if num_stored:
+                what = f"{what} and {num_stored} pairs of averages (training.posthoc_ema)"
+                advice = ", raise training.posthoc_ema_every_steps"
             raise ConfigError(
                 f"training.output_dir {self._folder.path} has {free / 1e6:,.1f} MB free, but needs "
-                f"{needed / 1e6:,.1f} MB for {'two checkpoints' if latest is None else 'one more checkpoint'}; make "
-                "room, or choose another folder."
+                f"{needed / 1e6:,.1f} MB for {what}; make room{advice}, or choose another folder."
             )
 
     def _read_checkpoint(self) -> tuple[Path, TrainerState, dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:

@@ -8,6 +8,8 @@ from accelerate import Accelerator
 from ddpm_hf.config import ConfigError, DiffusionConfig, RunConfig
 from ddpm_hf.data import ImageFeed, ImageSet, ImageStream, open_sets
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
+from ddpm_hf.diffusion.forward_process import SMALLEST_ALPHA_BAR
+from ddpm_hf.diffusion.noise_schedule import BETA_RANGES, BETA_SCHEDULE_ALIASES
 from ddpm_hf.training import processes
 
 
@@ -57,12 +59,20 @@ def build_scheduler(diffusion: DiffusionConfig) -> GaussianDiffusionScheduler:
     """Builds the forward process of the run.
 
     Raises:
-        ConfigError: If the network would be asked what the last timestep cannot tell.
+        ConfigError: If there is no such process, or the network would be asked what its last timestep cannot tell.
     """
-    scheduler: GaussianDiffusionScheduler = GaussianDiffusionScheduler.create(**dataclasses.asdict(diffusion))
-    if scheduler.config.prediction_type == "epsilon" and scheduler.noise_schedule.alphas_cumprod[-1] == 0:
+    try:
+        scheduler: GaussianDiffusionScheduler = GaussianDiffusionScheduler.create(**dataclasses.asdict(diffusion))
+    except ValueError as error:
+        raise ConfigError(f"diffusion: {error}") from error
+    no_signal = scheduler.noise_schedule.alphas_cumprod[-1] < SMALLEST_ALPHA_BAR
+    if scheduler.config.prediction_type == "epsilon" and no_signal:
+        name, num_timesteps = diffusion.beta_schedule, diffusion.num_train_timesteps
+        is_range = BETA_SCHEDULE_ALIASES.get(name, name) in BETA_RANGES
+        lower = ", diffusion.scale_betas_to_timesteps to true for a long chain, or diffusion.beta_end lower"
         raise ConfigError(
-            f"diffusion.beta_schedule {diffusion.beta_schedule} leaves no signal at the last timestep, where "
-            "epsilon says nothing about x_0; set diffusion.prediction_type to v_prediction or sample."
+            f"diffusion.beta_schedule {name} leaves no signal at the last timestep of {num_timesteps}, where epsilon "
+            "says nothing about x_0; set diffusion.prediction_type to v_prediction or sample"
+            f"{lower if is_range else ''}."
         )
     return scheduler

@@ -18,6 +18,7 @@ from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.rng import seed_global_generators
 from ddpm_hf.training import data_state, posthoc_ema, processes
 from ddpm_hf.training.batches import BatchSource
+from ddpm_hf.training.due import due_after
 from ddpm_hf.training.ema import EMA, decay_laws
 from ddpm_hf.training.guard import NonFiniteGuard, StopWatcher, TrainingStopped
 from ddpm_hf.training.metrics import Meter, finite_or_none
@@ -80,6 +81,7 @@ class Trainer:
     def _build(self) -> None:
         """Collective: makes everything that the loop works with."""
         config, training = self.config, self.config.training
+        self.scheduler = build_scheduler(config.diffusion)  # before the data, which may take hours to decode
         self.trackers = Trackers(config.tracking, self.folder.path)
         processes.on_rank_0(self.trackers.check)
         self.images, self.held_out = open_splits(config, self.accelerator)
@@ -87,7 +89,6 @@ class Trainer:
         self.class_names = class_names_of(self.images, config)
         self.has_null_label = config.objective.class_dropout > 0
         num_classes = len(self.class_names) if self.class_names else None
-        self.scheduler = build_scheduler(config.diffusion)
         # Whatever in its weights is random comes from the seed of the run alone.
         seed_global_generators(training.seed, "initialization")
         self.unet = make_network(
@@ -158,46 +159,22 @@ class Trainer:
             minutes, seconds = divmod(round(time.monotonic() - started_at), 60)
             say(f"Trained from step {first_step} to {num_steps} in {minutes}:{seconds:02}.")
 
-    def _stop_if(self, exit_code: int) -> None:
-        """Collective: after a signal, saves and ends training."""
-        if exit_code:
-            self._save(must_succeed=True)
-            self._progress.close()
-            if self.is_main_process:
-                say(f"Stopped by a signal at step {self.state.global_step}; the same command continues here.")
-            raise TrainingStopped(exit_code)
-
-    def _prepare(self) -> None:
-        """Collective: settles how the batch is split, and wraps the network for the device and the other processes."""
-        self.unet.train()
-        attempt = step_on_gpu(self.unet, self.loss, self.images.image_shape, self.accelerator.autocast)
-        stored = self.state.micro_batch_size
-        self.micro_batch_size = settle(self.config.training, self.micro_batch_size, stored, attempt)
-        self.state.micro_batch_size = self.micro_batch_size
-        self._batches = BatchSource(
-            self.config,
-            self.feed,
-            rank=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            micro_batch_size=self.micro_batch_size,
-            device=self.device,
-            timestep_sampler=self.timestep_sampler,
-        )
-        self._model, self._prepared_optimizer = self.accelerator.prepare(self.unet, self.optimizer)
-        if self.state.scaler and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(self.state.scaler)
-
     def _train_step(self, step: int) -> None:
         """Collective: one optimiser update on the global batch, gradients accumulated over micro batches."""
+        step_losses = []
         for number, batch in enumerate(self._batches.micro_batches(step)):
             # Only dropout draws from the global generators.
             seed_global_generators(self.config.training.seed, "dropout", step, self.accelerator.process_index, number)
             with nullcontext() if batch.is_last else self.accelerator.no_sync(self._model):
                 losses = self.loss(self._model, *batch.loss_arguments)
-                # DDP takes the mean over ranks, so the gradient is that of the mean over the global batch.
-                self.accelerator.backward(self.meter.losses.add(losses, batch.timesteps, batch.importance))
+                weighted = losses if batch.importance is None else batch.importance * losses
+                # The share of this micro batch in the mean over this rank's images. DDP takes the mean over ranks, so
+                # the gradients add up to that of the mean over the global batch.
+                self.accelerator.backward(weighted.sum() / len(self._batches))
+            self.meter.losses.add(losses.detach(), batch.timesteps, batch.importance)
+            step_losses.append(torch.stack([batch.timesteps, losses.detach()], dim=1))
         if self.timestep_sampler.learns:
-            self.timestep_sampler.record(self.accelerator.gather(self.meter.losses.step_losses()))
+            self.timestep_sampler.record(self.accelerator.gather(torch.cat(step_losses)))
         self._update(step)
 
     def _update(self, step: int) -> None:
@@ -230,39 +207,68 @@ class Trainer:
 
     def _after_step(self) -> None:
         """Collective: logs, validates, scores, draws and saves where that is due."""
-        config, step = self.config, self.state.global_step
-        is_last, new_best = step == config.training.num_steps, None
-        score_every_steps = config.evaluation.score_every_steps
-        if step % config.training.log_every_steps == 0 or is_last:
+        step, new_best = self.state.global_step, None
+        due = due_after(step, self.config)
+        if not due:
+            return
+        self._settle_update()
+        if "log" in due:
             self._log()
         with self.meter.paused():
-            if config.training.validate_every_steps and (step % config.training.validate_every_steps == 0 or is_last):
+            if "validate" in due:
                 with self._progress.doing("Validating"):
                     self._validate()
-            if score_every_steps and (step % score_every_steps == 0 or is_last):
+            if "score" in due:
                 with self._progress.doing("Measuring the score"):
                     new_best = self._score()
-            if config.preview.every_steps and step % config.preview.every_steps == 0:
+            # Pictures and averages come before the checkpoint: a run that goes on from it does not do this step again.
+            if "preview" in due:
                 with self._progress.doing("Drawing a preview"):
                     self._preview()
-            if posthoc_ema.is_due(step, config.training):  # before the checkpoint: a resume does not do this step again
-                self._settle_update()
-                processes.on_rank_0(
-                    lambda: posthoc_ema.store(self.folder.ema_snapshots, step, self.ema, self._pipeline())
-                )
-            if step % config.training.checkpoint_every_steps == 0 or is_last or new_best:
+            if "store" in due:
+                snapshots = self.folder.ema_snapshots
+                processes.on_rank_0(lambda: posthoc_ema.store(snapshots, step, self.ema, self._pipeline()))
+            if "save" in due or new_best:
                 with self._progress.doing("Saving"):
-                    self._save(must_succeed=is_last, new_best=new_best)
-            if config.hub.push_every_steps and step % config.hub.push_every_steps == 0 and not is_last:
-                self._settle_update()
+                    self._save(must_succeed=step == self.config.training.num_steps, new_best=new_best)
+            if "publish" in due:
                 assert self._publisher is not None
                 self.saver.publish(self._publisher, self._pipeline(), step)
+
+    def _stop_if(self, exit_code: int) -> None:
+        """Collective: after a signal, saves and ends training."""
+        if exit_code:
+            self._settle_update()
+            self._save(must_succeed=True)
+            self._progress.close()
+            if self.is_main_process:
+                say(f"Stopped by a signal at step {self.state.global_step}; the same command continues here.")
+            raise TrainingStopped(exit_code)
+
+    def _prepare(self) -> None:
+        """Collective: settles how the batch is split, and wraps the network for the device and the other processes."""
+        self.unet.train()
+        attempt = step_on_gpu(self.unet, self.loss, self.images.image_shape, self.accelerator.autocast)
+        stored = self.state.micro_batch_size
+        self.micro_batch_size = settle(self.config.training, self.micro_batch_size, stored, attempt)
+        self.state.micro_batch_size = self.micro_batch_size
+        self._batches = BatchSource(
+            self.config,
+            self.feed,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            micro_batch_size=self.micro_batch_size,
+            device=self.device,
+            timestep_sampler=self.timestep_sampler,
+        )
+        self._model, self._prepared_optimizer = self.accelerator.prepare(self.unet, self.optimizer)
+        if self.state.scaler and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self.state.scaler)
 
     def _log(self) -> None:
         """Collective: writes one line of metrics: means since the line before."""
         step = self.state.global_step
         row = self.meter.take(step)
-        self._settle_update()
         row |= {
             "grad_norm": finite_or_none(float(self.grad_norm)),
             "learning_rate": learning_rate_at(step - 1, self.config.training),
@@ -281,7 +287,6 @@ class Trainer:
 
     def _validate(self) -> None:
         """Collective: writes the loss of the averaged weights on the held-out images, as a line of its own."""
-        self._settle_update()
         with self.ema.swapped_in(self.unet):
             loss = validation_loss(
                 self.unet,
@@ -298,7 +303,6 @@ class Trainer:
     def _score(self) -> dict[str, Any] | None:
         """Collective: writes the score of the averaged weights, and returns what is noted of it if it is the best."""
         assert self._scorer is not None
-        self._settle_update()
         with self.ema.swapped_in(self.unet):
             score = self._scorer(self._pipeline(), self.images, self.held_out)
         num_images = self.state.global_step * self.config.training.train_batch_size
@@ -307,7 +311,6 @@ class Trainer:
 
     def _preview(self) -> None:
         """Collective: draws the preview grid with the averaged weights."""
-        self._settle_update()
         path = self.folder.previews / f"step_{self.state.global_step:08d}.png"
         seed, preview = self.config.training.seed, self.config.preview
         with self.ema.swapped_in(self.unet):
@@ -317,7 +320,6 @@ class Trainer:
 
     def _save(self, *, must_succeed: bool, new_best: dict[str, Any] | None = None) -> None:
         """Collective: writes a checkpoint, perhaps the best; a full disk stops training only where all may be lost."""
-        self._settle_update()
         scaler = self.accelerator.scaler
         self.state.loss_sums = self.meter.gather()
         self.state.num_skipped = self.guard.num_skipped

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
@@ -502,6 +503,23 @@ def test_losses_drawn_more_often_count_for_less(tmp_path: Path) -> None:
     assert metrics_of(tmp_path / "run")[-1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_is_differentiated_is_the_loss_that_the_metrics_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its importance, in two parts a step; to 1e-5, which is the order of float32 additions."""
+    parts: list[float] = []
+    backward = Accelerator.backward
+
+    def noted(self: Accelerator, loss: torch.Tensor, **kwargs: object) -> None:
+        parts.append(float(loss.detach()))
+        backward(self, loss, **kwargs)
+
+    monkeypatch.setattr(Accelerator, "backward", noted)
+    assert train(run_arguments(tmp_path / "run", **EVERYTHING_BUT_DROPOUT, training__micro_batch_size=4)) == 0
+    differentiated = [sum(pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    assert differentiated == pytest.approx([row["loss"] for row in metrics_of(tmp_path / "run")], rel=1e-5)
+
+
 def test_a_history_of_losses_was_full_and_in_use(uninterrupted_run: Path) -> None:
     """Otherwise the exact resume above would not have to restore it."""
     history = load_file(uninterrupted_run / "checkpoints" / "step_00000004" / "objective.safetensors")
@@ -663,7 +681,10 @@ def test_a_full_disk_leaves_the_older_checkpoints_and_goes_on(
 def test_a_disk_without_room_for_checkpoints_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A fresh run needs room for two, a continued one for one more, a finished one for none; sizes are to 10 %."""
+    """A fresh run needs room for two, a continued one for one more, a finished one for none; sizes are to 10 %.
+
+    What posthoc_ema stores until the end comes on top.
+    """
     run = tmp_path / "run"
     assert train(run_arguments(run)) == 0
     (checkpoint, *_) = (run / "checkpoints").iterdir()
@@ -686,6 +707,11 @@ def test_a_disk_without_room_for_checkpoints_is_refused_before_training(
     assert with_free(0, run) == 0
     assert train(run_arguments(run, training__num_steps=9)) == 2
     assert "for one more checkpoint" in capsys.readouterr().err
+    # Two averages more in a checkpoint of four tensors a weight, and a pair of them after each of six steps.
+    assert with_free(6.6 * size, tmp_path / "posthoc", training__posthoc_ema=True) == 0
+    assert "of averages in 6 parts (posthoc_ema); " in capsys.readouterr().out
+    assert with_free(5.4 * size, tmp_path / "posthoc", training__posthoc_ema=True) == 2
+    assert "for two checkpoints and 6 pairs of averages (training.posthoc_ema); make room" in capsys.readouterr().err
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,9 @@ def write_images(path: Path, *pixels: np.ndarray, **columns: list[Any]) -> Path:
 # ---------------------------------------------------------------------------------------------------- bad settings
 
 
+EPSILON = {"diffusion__beta_schedule": "linear", "diffusion__prediction_type": "epsilon"}
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -59,11 +62,23 @@ def write_images(path: Path, *pixels: np.ndarray, **columns: list[Any]) -> Path:
             {"diffusion__rescale_betas_zero_snr": True, "diffusion__prediction_type": "epsilon"},
             "set diffusion.prediction",
         ),
-        ({"diffusion__beta_schedule": "zigzag"}, "zigzag"),
+        (
+            {"diffusion__beta_schedule": "zigzag"},
+            "diffusion.beta_schedule is zigzag, but must be linear, scaled_linear",
+        ),
         (
             {"diffusion__beta_schedule": "jsd", "diffusion__prediction_type": "eps"},
-            "jsd leaves no signal at the last timestep",
+            "jsd leaves no signal at the last timestep of 1000, where epsilon says nothing about x_0; set "
+            "diffusion.prediction_type to v_prediction or sample.",
         ),
+        (
+            EPSILON | {"diffusion__num_train_timesteps": 10_000},
+            "linear leaves no signal at the last timestep of 10000, where epsilon says nothing about x_0; set "
+            "diffusion.prediction_type to v_prediction or sample, diffusion.scale_betas_to_timesteps to true for a "
+            "long chain, or diffusion.beta_end lower.",
+        ),
+        (EPSILON | {"diffusion__beta_end": 0.2}, "linear leaves no signal at the last timestep of 1000"),
+        (EPSILON | {"diffusion__beta_start": 0.9}, "diffusion: beta_start is 0.9 and beta_end 0.02; they must be"),
         ({"diffusion__beta_schedule": "linear", "diffusion__beta_end": 2.0}, "beta"),
         ({"training__mixed_precision": "fp16", "training__cpu": True}, "fp16 needs a CUDA GPU"),
         ({"model__overrides": {"dropuot": 0.1}}, "model.overrides.dropuot is not a setting of UNet2DModel"),
@@ -78,6 +93,14 @@ def test_a_bad_setting_is_answered_with_one_sentence(
 ) -> None:
     assert sentence in complaint(capsys, run_arguments(output_dir, **changes))
     assert not output_dir.exists()
+
+
+def test_a_process_that_cannot_be_is_told_before_the_data_are_looked_at(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, output_dir: Path
+) -> None:
+    """Decoding a large set takes long."""
+    changes = EPSILON | {"diffusion__num_train_timesteps": 10_000, "data__source": tmp_path / "missing.parquet"}
+    assert "leaves no signal at the last timestep" in complaint(capsys, run_arguments(output_dir, **changes))
 
 
 def test_a_configuration_file_is_read_and_its_mistakes_are_told(
@@ -254,7 +277,9 @@ def test_what_needs_a_missing_library_says_how_to_get_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output_dir: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    arguments = run_arguments(output_dir, evaluation__recognition=True, data__validation_fraction=0.1)
+    arguments = run_arguments(
+        output_dir, evaluation__recognition=True, evaluation__num_samples=6, data__validation_fraction=0.1
+    )
     assert 'pip install "ddpm_hf[demo]"' in complaint(capsys, arguments)
 
 

@@ -3,14 +3,17 @@
 import dataclasses
 import math
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from ddpm_hf.config import (
     ConfigError,
+    DiffusionConfig,
     RunConfig,
     changed_settings,
     changed_too_late,
@@ -18,6 +21,7 @@ from ddpm_hf.config import (
     read_config_dict,
     validate,
 )
+from ddpm_hf.diffusion.noise_schedule import BETA_SCHEDULE_ALIASES, BETA_SCHEDULES, make_betas
 from tests.conftest import REPOSITORY
 
 SOURCE = ("--data.source", "images.parquet")
@@ -308,11 +312,12 @@ def test_yaml_that_is_code_is_refused_and_not_run(yaml_file: Any, tmp_path: Path
         ({"training__optimizer": "torch.optim.SGD", "training__weight_decay": 0.1}, "training.weight_decay applies to"),
         (
             {"training__ema_power": 0.5},
-            "training.ema_power does nothing unless training.ema_warmup is power; set that.",
+            "training.ema_power 0.5 has no effect with training.ema_warmup ramp; leave it out, or set "
+            "training.ema_warmup to power.",
         ),
         (
             {"training__ema_inv_gamma": 2.0, "training__ema_warmup": "none"},
-            "training.ema_inv_gamma does nothing unless",
+            "training.ema_inv_gamma 2 has no effect with training.ema_warmup none; leave it out, or set",
         ),
         (
             {"training__ema_inv_gamma": 0.0, "training__ema_warmup": "power"},
@@ -326,7 +331,8 @@ def test_yaml_that_is_code_is_refused_and_not_run(yaml_file: Any, tmp_path: Path
         ({"training__ema_start_step": -1}, "training.ema_start_step is -1, but must be 0 or more"),
         (
             {"training__posthoc_ema_every_steps": 5},
-            "training.posthoc_ema_every_steps does nothing without training.pos",
+            "training.posthoc_ema_every_steps 5 has no effect with training.posthoc_ema false; leave it out, or set "
+            "training.posthoc_ema to true.",
         ),
         (
             {"training__posthoc_ema_every_steps": 0, "training__posthoc_ema": True},
@@ -390,6 +396,81 @@ def test_objectives_that_make_no_sense_are_refused_with_both_sides_and_the_fix(
     assert all(side in sentence for side in both_sides)
     assert sentence.endswith(fix) or fix in sentence.partition("; ")[2]
     assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data__resize_filter": "box"}, "box has no effect with data.resolution null; leave it out, or set data.res"),
+        (
+            {"data__max_bad_fraction": 0.1},
+            "0.1 has no effect with data.on_bad_image error; leave it out, or set data.on",
+        ),
+        ({"data__shuffle_buffer_size": 9}, "9 has no effect with data.streaming false; leave it out, or set data.stre"),
+        (
+            {"diffusion__beta_end": 0.5, "diffusion__beta_schedule": "cosine"},
+            "0.5 has no effect with diffusion.beta_sc",
+        ),
+        ({"diffusion__beta_start": 0.01, "diffusion__beta_schedule": "const"}, "has no effect with diffusion.beta_sch"),
+        ({"diffusion__scale_betas_to_timesteps": True, "diffusion__beta_schedule": "jsd"}, "true has no effect with"),
+        (
+            {"evaluation__score_metric": "kid"},
+            "kid has no effect with evaluation.score_every_steps 0; leave it out, or",
+        ),
+        ({"evaluation__score_num_samples": 5}, "5 has no effect with evaluation.score_every_steps 0; leave it out, or"),
+        ({"evaluation__score_features": "x"}, "x has no effect with evaluation.score_every_steps 0; leave it out, or"),
+        (
+            {"tracking__run_name": "x"},
+            "x has no effect with tracking.trackers []; leave it out, or set tracking.tracke",
+        ),
+        ({"tracking__project": "x"}, "x has no effect with tracking.trackers []; leave it out, or set tracking.tracke"),
+        (RECOGNISED | {"evaluation__num_samples": 0}, "true has no effect with evaluation.num_samples 0; leave it out"),
+        (
+            {"hub__repo_id": "x"},
+            "x has no effect with hub.push_to_hub false; leave it out, or set hub.push_to_hub to tr",
+        ),
+    ],
+)
+def test_a_setting_that_nothing_would_read_is_refused(changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        validate(with_changes(**changes))
+
+
+@pytest.mark.parametrize("schedule", [*BETA_SCHEDULES, *BETA_SCHEDULE_ALIASES])
+def test_the_betas_of_a_range_may_be_set_and_those_of_a_formula_may_not(schedule: str) -> None:
+    """As the schedules themselves read them."""
+    before = make_betas(schedule)
+    for name, value in (("beta_start", 2e-4), ("beta_end", 0.03)):
+        config = with_changes(**{"diffusion__beta_schedule": schedule, f"diffusion__{name}": value})
+        if torch.equal(make_betas(schedule, **{name: value}), before):
+            with pytest.raises(
+                ConfigError, match=f"diffusion.{name} {value:g} has no effect with diffusion.beta_sched"
+            ):
+                validate(config)
+        else:
+            validate(config)
+
+
+def test_the_noise_schedules_of_the_schema_are_those_there_are() -> None:
+    hint = typing.get_type_hints(DiffusionConfig)["beta_schedule"]
+    assert set(typing.get_args(hint)) == {*BETA_SCHEDULES, *BETA_SCHEDULE_ALIASES}
+
+
+def test_a_run_with_a_setting_that_nothing_read_goes_on_without_it() -> None:
+    """It was accepted once, and weights and order do not depend on it; a setting that was read, they do."""
+    old = with_changes(diffusion__beta_schedule="cosine", diffusion__beta_end=0.5).to_dict()
+    del old["data"]["max_bad_fraction"]
+    free = ["diffusion.beta_end was 0.5, is 0.02"]
+    assert changed_settings(old, with_changes(diffusion__beta_schedule="cosine")) == ([], free)
+    fixed, _ = changed_settings(with_changes(diffusion__beta_end=0.03).to_dict(), with_changes())
+    assert fixed == ["diffusion.beta_end was 0.03, is 0.02"]
+
+
+def test_a_recipe_whose_previews_and_report_are_switched_off_is_accepted() -> None:
+    """How they would be drawn may stay."""
+    off = ["--preview.every_steps", "0", "--evaluation.num_samples", "0"]
+    for recipe in sorted((REPOSITORY / "configs").glob("*.yaml")):
+        load_config(["--config", str(recipe), *off, "--evaluation.recognition", "false"])
 
 
 @pytest.mark.parametrize(("batch", "micro", "advice"), [(128, 48, "use 96 or 144."), (4, 48, "; use 48.")])

@@ -1,5 +1,6 @@
 """Every recipe can be run: it parses, its settings fit together, and its network fits its images."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,10 +51,20 @@ def test_the_process_of_every_recipe_ends_in_noise(recipe: Path) -> None:
 @every_recipe
 def test_every_recipe_says_what_it_needs_and_how_to_run_it(recipe: Path) -> None:
     header = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    for what in ("Data:", "Hardware:", "Result:", "Command:"):
+    for what in ("Data:", "Hardware:", "Time:", "Result:", "Command:"):
         assert sum(line.startswith(f"# {what}") for line in header) == 1, what
     (command,) = [line for line in header if line.startswith("# Command:")]
     assert f"train_ddpm.py --config configs/{recipe.name}" in command
+
+
+def test_the_times_of_the_recipes_are_on_record() -> None:
+    """A measured one, such as 2 min 10 s, stands as 2:10 in a file of results."""
+    records = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "benchmarks/results").glob("*.txt"))
+    heads = "".join(recipe.read_text(encoding="utf-8").split("\n\n")[0] for recipe in RECIPES)
+    times = re.findall(r"(\d+) min (\d+) s", heads)
+    assert times
+    for minutes, seconds in times:
+        assert re.search(rf"\b{minutes}:{seconds:0>2}\b", records), f"{minutes} min {seconds} s is in no record"
 
 
 def test_the_recipes_of_the_paper_have_the_papers_settings() -> None:
