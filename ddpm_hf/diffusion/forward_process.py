@@ -283,7 +283,8 @@ class ForwardProcess:
 
         Returns:
             The mean in the shape of x_t, variance and log-variance in (batch, 1, ...): float32 whatever the dtype of
-            x_t, or float64 if it is that. At t = 0 the variance is 0, and the log-variance that of t = 1.
+            x_t, or float64 if it is that. At t = 0 the variance is 0, and the log-variance that of t = 1, or log beta
+            in a chain of one step.
 
         Raises:
             ValueError: x_t is no floating-point numbers, or the timesteps do not fit; see `gather`.

@@ -211,7 +211,8 @@ class NoiseSchedule:
         posterior_mean_coef_x_0: Eq. 7, Ho et al. 2020, factor of x_0.
         posterior_mean_coef_x_t: Eq. 7, Ho et al. 2020, factor of x_t.
         posterior_variance: Eq. 7, Ho et al. 2020; 0 at t = 0.
-        posterior_log_variance: Its logarithm, with the value of t = 1 at t = 0, where it would be -inf.
+        posterior_log_variance: Its logarithm; at t = 0, where it would be -inf, that of t = 1, or, in a chain of one
+            step, log beta_0.
     """
 
     betas: torch.Tensor
@@ -248,7 +249,7 @@ class NoiseSchedule:
         alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
         log_variance = variance.clamp(min=1e-20).log()
-        log_variance[0] = log_variance[min(1, len(betas) - 1)]
+        log_variance[0] = log_variance[1] if len(betas) > 1 else betas[0].log()
         return cls(
             betas=betas,
             alphas_cumprod=alpha_bar,
