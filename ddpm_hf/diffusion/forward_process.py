@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from . import gaussian
+from .gaussian import LEARNED_VARIANCE_TYPES
 from .noise_schedule import STOCK_BETA_SCHEDULES, NoiseSchedule, Transition
 
 CORE_VERSION = "1.2.0"
@@ -18,7 +19,6 @@ CORE_VERSION = "1.2.0"
 SMALLEST_ALPHA_BAR = 1e-38
 """Below it float32 holds no alpha_bar, and dividing by its root could overflow."""
 
-LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
 CHOICES: dict[str, tuple[str | bool, ...]] = {
     "beta_schedule": (*STOCK_BETA_SCHEDULES, "sigmoid", "laplace"),
     "prediction_type": ("epsilon", "sample", "v_prediction"),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from .gaussian import reverse_mean_coefficients
+from .gaussian import LEARNED_VARIANCE_TYPES, reverse_mean_coefficients
 from .noise_schedule import NoiseSchedule, Transition
 
 CORE_VERSION = "1.2.0"
@@ -76,7 +76,7 @@ class ReverseVariance:
                 f"eps_second_moments has shape {tuple(moments.shape)}; it must be {len(self.noise_schedule)} finite"
                 " numbers of at least 0, one for each timestep of the training chain."
             )
-        if self.config["variance_type"] in ("learned", "learned_range"):
+        if self.config["variance_type"] in LEARNED_VARIANCE_TYPES:
             raise ValueError(
                 f"variance_type is {self.config['variance_type']}: the network says its own variance; the analytic one"
                 " replaces a fixed one only."
