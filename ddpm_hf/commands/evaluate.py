@@ -252,11 +252,12 @@ def _check(work: _Work) -> None:
 
 def _estimate_variance(work: _Work) -> None:
     """Collective: estimates the second moments and keeps them beside the scheduler's configuration."""
+    from ddpm_hf.diffusion.reverse_variance import second_moments_file
     from ddpm_hf.evaluation.second_moments import estimate_second_moments
 
     options, scheduler = work.options, work.pipeline.scheduler
     assert work.folder is not None
-    folder = work.folder / "scheduler"
+    folder = second_moments_file(work.folder).parent
     scheduler.eps_second_moments = estimate_second_moments(
         work.pipeline,
         work.training,

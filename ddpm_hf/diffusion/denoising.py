@@ -15,7 +15,7 @@ from .sampling import ClassLabels, Condition, label_numbers, start_run, step_arg
 
 CORE_VERSION = "1.2.0"
 
-CALLBACK_TENSORS = ["sample", "model_output"]
+CALLBACK_TENSORS = ["sample", "model_output", "pred_original_sample"]
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -164,13 +164,14 @@ class Run:
         """Returns the previous state, the timestep and the network's output."""
         output = self.predict(sample, t)
         result = self.scheduler.step(output, t, sample, **self._step_arguments)
-        if self._self_conditioned:
-            self._last_x_0 = result.get("pred_original_sample")
-            if self._last_x_0 is None:
-                raise ValueError(
-                    f"{type(self.scheduler).__name__} does not tell its prediction of x_0, which a self-conditioned"
-                    " unet takes as input; use GaussianDiffusionScheduler or DDIMScheduler."
-                )
+        self._last_x_0 = result.get("pred_original_sample")
+        is_shown = self._callback is not None and "pred_original_sample" in self._shown
+        if self._last_x_0 is None and (self._self_conditioned or is_shown):
+            who = "a self-conditioned unet takes as input" if self._self_conditioned else "the callback is to see"
+            raise ValueError(
+                f"{type(self.scheduler).__name__} does not tell its prediction of x_0, which {who}; use"
+                " GaussianDiffusionScheduler or DDIMScheduler."
+            )
         return result.prev_sample, t, output
 
     def predict(self, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -195,7 +196,7 @@ class Run:
     def end_step(self, sample: torch.Tensor, t: torch.Tensor, model_output: torch.Tensor) -> torch.Tensor:
         """Shows the state to the caller and remembers it; returns the state to go on from."""
         if self._callback is not None:
-            tensors = {"sample": sample, "model_output": model_output}
+            tensors = {"sample": sample, "model_output": model_output, "pred_original_sample": self._last_x_0}
             shown = {name: tensors[name] for name in self._shown}
             sample = (self._callback(self._pipeline, self._num_steps_done, t, shown) or {}).get("sample", sample)
         self._num_steps_done += 1

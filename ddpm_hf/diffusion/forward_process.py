@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from . import gaussian
+from .gaussian import LEARNED_VARIANCE_TYPES
 from .noise_schedule import STOCK_BETA_SCHEDULES, NoiseSchedule, Transition
 
 CORE_VERSION = "1.2.0"
@@ -18,7 +19,6 @@ CORE_VERSION = "1.2.0"
 SMALLEST_ALPHA_BAR = 1e-38
 """Below it float32 holds no alpha_bar, and dividing by its root could overflow."""
 
-LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
 CHOICES: dict[str, tuple[str | bool, ...]] = {
     "beta_schedule": (*STOCK_BETA_SCHEDULES, "sigmoid", "laplace"),
     "prediction_type": ("epsilon", "sample", "v_prediction"),
@@ -283,7 +283,8 @@ class ForwardProcess:
 
         Returns:
             The mean in the shape of x_t, variance and log-variance in (batch, 1, ...): float32 whatever the dtype of
-            x_t, or float64 if it is that. At t = 0 the variance is 0, and the log-variance that of t = 1.
+            x_t, or float64 if it is that. At t = 0 the variance is 0, and the log-variance that of t = 1, or log beta
+            in a chain of one step.
 
         Raises:
             ValueError: x_t is no floating-point numbers, or the timesteps do not fit; see `gather`.

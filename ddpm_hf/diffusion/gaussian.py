@@ -1,11 +1,12 @@
 """The Gaussian algebra of diffusion: equations only, no state, no randomness, no choice of device or dtype.
 
 Legend: x_0 is clean data, eps standard normal noise, alpha = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t), and
-x_t = alpha x_0 + sigma eps. Coefficients are numbers, or tensors that broadcast against the samples. The result has
-the dtype that torch gives the operands: callers who want float32 pass float32.
+x_t = alpha x_0 + sigma eps. Samples are (batch, ...), coefficients numbers or (batch, 1, ...); what is returned has the
+shape of the samples and the dtype that torch gives the operands: callers who want float32 pass float32.
 """
 
 import math
+from typing import TypeVar
 
 import torch
 
@@ -13,7 +14,10 @@ from .noise_schedule import Transition
 
 CORE_VERSION = "1.2.0"
 
+LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
+
 Coefficient = float | torch.Tensor
+LogVariance = TypeVar("LogVariance", float, torch.Tensor)
 
 
 def _combine(a: Coefficient, x: torch.Tensor, b: Coefficient, y: torch.Tensor) -> torch.Tensor:
@@ -24,7 +28,7 @@ def _combine(a: Coefficient, x: torch.Tensor, b: Coefficient, y: torch.Tensor) -
 
 
 def q_sample(x_0: torch.Tensor, eps: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
-    """x_t given x_0 and the noise. Eq. 4, Ho et al. 2020."""
+    """Noised data x_t = alpha x_0 + sigma eps. Eq. 4, Ho et al. 2020."""
     return _combine(alpha, x_0, sigma, eps)
 
 
@@ -76,14 +80,23 @@ def predict_eps(
 
 
 def dynamic_threshold(x_0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
-    """Clips each sample to its own quantile of |x_0| and divides by it. Section 2.3, Saharia et al. 2022."""
+    """Clips each sample to m and divides by m, its own quantile of |x_0|. Section 2.3, Saharia et al. 2022.
+
+    Args:
+        x_0: A prediction of clean data, (batch, ...).
+        ratio: Which quantile, 0 to 1.
+        max_value: The largest m; the smallest is 1, so that no sample within [-1, 1] changes.
+    """
     limit = x_0.reshape(len(x_0), -1).abs().quantile(ratio, dim=1).clamp(min=1, max=max_value)
     limit = limit.view(-1, *[1] * (x_0.ndim - 1))
     return x_0.clamp(-limit, limit) / limit
 
 
 def posterior_mean(x_0: torch.Tensor, x_t: torch.Tensor, coef_x_0: Coefficient, coef_x_t: Coefficient) -> torch.Tensor:
-    """Mean of q(x_{t-1} | x_t, x_0), or of any reverse step whose mean is linear in both. Eq. 7, Ho et al. 2020."""
+    """Mean coef_x_0 x_0 + coef_x_t x_t of q(x_{t-1} | x_t, x_0). Eq. 7, Ho et al. 2020.
+
+    The mean of every reverse step, also of DDIM, is such a sum, with the factors of `reverse_mean_coefficients`.
+    """
     return _combine(coef_x_0, x_0, coef_x_t, x_t)
 
 
@@ -100,14 +113,40 @@ def reverse_mean_coefficients(step: Transition, eta: float) -> tuple[float, floa
 
 
 def interpolated_log_variance(v: torch.Tensor, log_min: Coefficient, log_max: Coefficient) -> torch.Tensor:
-    """Log-variance from a network output v in [-1, 1]. Eq. 15, Nichol and Dhariwal 2021."""
+    """Log-variance (1 - v) / 2 log_min + (1 + v) / 2 log_max, v in [-1, 1]. Eq. 15, Nichol and Dhariwal 2021."""
     return (log_max - log_min) / 2 * v + (log_min + log_max) / 2
+
+
+def reverse_log_variance(
+    variance_type: str, output: torch.Tensor | None, log_small: LogVariance, log_large: LogVariance
+) -> LogVariance | torch.Tensor:
+    """Log-variance of a reverse step at eta = 1, as `variance_type` says.
+
+    Args:
+        variance_type: `learned`, `learned_range`, `fixed_small`, `fixed_large`, or one of these two with `_log`.
+        output: What the network says of the variance, in the shape of the samples; None where it is fixed.
+        log_small: The logarithm of the posterior variance beta~.
+        log_large: The logarithm of beta.
+    """
+    if output is not None:
+        return output if variance_type == "learned" else interpolated_log_variance(output, log_small, log_large)
+    return log_large if variance_type.startswith("fixed_large") else log_small
 
 
 def add_learned_noise(
     mean: torch.Tensor, noise: torch.Tensor, v: torch.Tensor, log_min: float, log_max: float, eta: float
 ) -> torch.Tensor:
-    """Adds eta std noise in three tensor operations; `interpolated_log_variance` of v is 2 log std."""
+    """Returns mean + eta exp(log_variance / 2) noise, log_variance = `interpolated_log_variance(v, log_min, log_max)`.
+
+    Args:
+        mean: Mean of the reverse step.
+        noise: Standard normal, in the shape of the mean.
+        v: What the network says of the variance, in that shape; with a range of -1 to 1 it is the log-variance itself.
+        log_min: Log-variance at v = -1.
+        log_max: Log-variance at v = 1.
+        eta: 0 (no noise) to 1 (DDPM).
+    """
+    # The two constants are numbers, so these are three tensor operations.
     deviation = torch.exp((log_max - log_min) / 4 * v)
     return torch.addcmul(mean, noise, deviation, value=eta * math.exp((log_min + log_max) / 4))
 
@@ -115,7 +154,10 @@ def add_learned_noise(
 def normal_kl(
     mean_1: torch.Tensor, log_variance_1: torch.Tensor, mean_2: torch.Tensor, log_variance_2: torch.Tensor
 ) -> torch.Tensor:
-    """KL(N_1 || N_2) of diagonal Gaussians, element by element, in nats."""
+    """KL(N_1 || N_2) of diagonal Gaussians, element by element, in nats.
+
+    1/2 (log var_2 - log var_1 + var_1 / var_2 + (mean_1 - mean_2)^2 / var_2 - 1).
+    """
     ratio = torch.exp(log_variance_1 - log_variance_2)
     distance = (mean_1 - mean_2) ** 2 * torch.exp(-log_variance_2)
     return 0.5 * (log_variance_2 - log_variance_1 + ratio + distance - 1)

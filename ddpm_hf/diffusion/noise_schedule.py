@@ -1,4 +1,4 @@
-"""Noise schedules: betas by name, and the tables that follow from them.
+"""The tables of a diffusion process, which follow from its betas; and betas by the name of their schedule.
 
 Everything here is float64 on the CPU and has no state. Legend, in the notation of Ho et al. 2020 with t = 0 ... T-1:
 beta_t is the variance added at step t, alpha_bar_t = prod_{s <= t} (1 - beta_s), and alpha_bar_{-1} = 1 is clean data.
@@ -17,8 +17,120 @@ CORE_VERSION = "1.2.0"
 
 STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 """The schedules that every scheduler of diffusers knows by name."""
+LARGEST_BETA = 0.999
+"""Of schedules by alpha_bar, as that may fall to 0, where no signal is left. Section 3.2, Nichol and Dhariwal 2021."""
 SMALLEST_BETA = 1e-12
 """Float64 tells 1 - beta from 1 to four digits down to here."""
+
+
+class Transition(NamedTuple):
+    """One step from t to t', the next timestep of the list being run, as host floats: a step of a shorter chain.
+
+    Attributes:
+        timestep: t.
+        previous_timestep: t', -1 for clean data.
+        alpha_bar: alpha_bar_t.
+        alpha_bar_prev: alpha_bar_t', 1 for clean data.
+        beta: 1 - alpha_bar_t / alpha_bar_t', the beta of the shorter chain; beta_t only where t' = t-1.
+        posterior_variance: beta (1 - alpha_bar_t') / (1 - alpha_bar_t), the beta~ of that chain; 0 for clean data.
+    """
+
+    timestep: int
+    previous_timestep: int
+    alpha_bar: float
+    alpha_bar_prev: float
+    beta: float
+    posterior_variance: float
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The tables of a diffusion process, each a float64 CPU tensor of shape (T,).
+
+    Attributes:
+        betas: beta_t.
+        alphas_cumprod: alpha_bar_t.
+        sqrt_alphas_cumprod: The factor of x_0 in x_t.
+        sqrt_one_minus_alphas_cumprod: The factor of the noise in x_t.
+        snr: alpha_bar_t / (1 - alpha_bar_t).
+        log_betas: log beta_t, the upper bound of the learned range.
+        posterior_mean_coef_x_0: Eq. 7, Ho et al. 2020, factor of x_0.
+        posterior_mean_coef_x_t: Eq. 7, Ho et al. 2020, factor of x_t.
+        posterior_variance: Eq. 7, Ho et al. 2020; 0 at t = 0.
+        posterior_log_variance: Its logarithm; at t = 0, where it would be -inf, that of t = 1, or, in a chain of one
+            step, log beta_0.
+    """
+
+    betas: torch.Tensor
+    alphas_cumprod: torch.Tensor
+    sqrt_alphas_cumprod: torch.Tensor
+    sqrt_one_minus_alphas_cumprod: torch.Tensor
+    snr: torch.Tensor
+    log_betas: torch.Tensor
+    posterior_mean_coef_x_0: torch.Tensor
+    posterior_mean_coef_x_t: torch.Tensor
+    posterior_variance: torch.Tensor
+    posterior_log_variance: torch.Tensor
+
+    @classmethod
+    def from_betas(cls, betas: torch.Tensor | np.ndarray | Sequence[float]) -> "NoiseSchedule":
+        """Builds every table from the betas.
+
+        Raises:
+            ValueError: A beta is not a number from `SMALLEST_BETA` to 1.
+        """
+        try:
+            betas = torch.as_tensor(betas, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError("betas must be one list of numbers.") from error
+        if betas.ndim != 1 or len(betas) == 0:
+            raise ValueError(f"betas must be one non-empty list of numbers, not of shape {tuple(betas.shape)}.")
+        bad = ~((betas >= SMALLEST_BETA) & (betas <= 1))
+        if bad.any():
+            t = int(bad.nonzero()[0])
+            raise ValueError(
+                f"beta at timestep {t} is {betas[t].item()}; every beta must lie between {SMALLEST_BETA} and 1."
+            )
+        alpha_bar = torch.cumprod(1 - betas, dim=0)
+        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        log_variance = variance.log()  # at t = 0 of 0, which no bound and no range of variances can take
+        log_variance[0] = log_variance[1] if len(betas) > 1 else betas[0].log()
+        return cls(
+            betas=betas,
+            alphas_cumprod=alpha_bar,
+            sqrt_alphas_cumprod=alpha_bar.sqrt(),
+            sqrt_one_minus_alphas_cumprod=(1 - alpha_bar).sqrt(),
+            snr=alpha_bar / (1 - alpha_bar),
+            log_betas=betas.log(),
+            # Eq. 7: mu~_t = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
+            #             + sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t.
+            posterior_mean_coef_x_0=alpha_bar_prev.sqrt() * betas / (1 - alpha_bar),
+            posterior_mean_coef_x_t=(1 - betas).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar),
+            posterior_variance=variance,
+            posterior_log_variance=log_variance,
+        )
+
+    def __len__(self) -> int:
+        """Returns T."""
+        return len(self.betas)
+
+    def transitions(self, timesteps: Sequence[int]) -> list[Transition]:
+        """Returns one row for each step of a descending list of timesteps; the last one goes to alpha_bar = 1.
+
+        From t to t', the next of the list (section 4, Nichol and Dhariwal 2021):
+        beta = 1 - alpha_bar_t / alpha_bar_t' and beta~ = beta (1 - alpha_bar_t') / (1 - alpha_bar_t).
+        """
+        table: list[float] = self.alphas_cumprod.tolist()
+        alpha_bar = [table[t] for t in timesteps]
+        rows = zip(timesteps, [*timesteps[1:], -1], alpha_bar, [*alpha_bar[1:], 1.0], strict=True)
+        transitions = []
+        for t, previous, a, a_prev in rows:
+            # Between two states without signal: fresh noise. Numbers near 1e-308 have too few digits for a ratio.
+            beta = 1 - a / a_prev if a_prev > 1e-300 else 1.0
+            posterior_variance = beta * (1 - a_prev) / (1 - a)
+            transitions.append(Transition(t, previous, a, a_prev, beta, posterior_variance))
+        return transitions
 
 
 def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> torch.Tensor:
@@ -54,13 +166,11 @@ def jsd_betas(num_timesteps: int, beta_start: float, beta_end: float) -> torch.T
     return 1 / torch.linspace(num_timesteps, 1, num_timesteps, dtype=torch.float64)
 
 
-def betas_from_alpha_bar(
-    num_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
-) -> torch.Tensor:
-    """Betas of a continuous alpha_bar on [0, 1]: 1 - alpha_bar((i+1)/T) / alpha_bar(i/T), at most `max_beta`."""
+def betas_from_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float]) -> torch.Tensor:
+    """Betas of a continuous alpha_bar on [0, 1]: 1 - alpha_bar((i+1)/T) / alpha_bar(i/T), at most `LARGEST_BETA`."""
     points = [alpha_bar(i / num_timesteps) for i in range(num_timesteps + 1)]
     ratios = [after / before for before, after in itertools.pairwise(points)]
-    return torch.tensor([min(1 - ratio, max_beta) for ratio in ratios], dtype=torch.float64)
+    return torch.tensor([min(1 - ratio, LARGEST_BETA) for ratio in ratios], dtype=torch.float64)
 
 
 def cosine_alpha_bar(u: float) -> float:
@@ -184,96 +294,3 @@ def whole_number(name: str, value: object) -> int:
     if not is_whole:
         raise ValueError(f"{name} is {value!r}; it must be a whole number.")
     return int(number)
-
-
-class Transition(NamedTuple):
-    """One step x_t -> x_prev of a sampling run, as host floats."""
-
-    timestep: int
-    previous_timestep: int
-    alpha_bar: float
-    alpha_bar_prev: float
-    beta: float
-    posterior_variance: float
-
-
-@dataclass(frozen=True, eq=False)
-class NoiseSchedule:
-    """The tables of a diffusion process, each a float64 CPU tensor of shape (T,).
-
-    Attributes:
-        betas: beta_t.
-        alphas_cumprod: alpha_bar_t.
-        sqrt_alphas_cumprod: The factor of x_0 in x_t.
-        sqrt_one_minus_alphas_cumprod: The factor of the noise in x_t.
-        snr: alpha_bar_t / (1 - alpha_bar_t).
-        log_betas: log beta_t, the upper bound of the learned range.
-        posterior_mean_coef_x_0: Eq. 7, Ho et al. 2020, factor of x_0.
-        posterior_mean_coef_x_t: Eq. 7, Ho et al. 2020, factor of x_t.
-        posterior_variance: Eq. 7, Ho et al. 2020; 0 at t = 0.
-        posterior_log_variance: Its logarithm, with the value of t = 1 at t = 0, where it would be -inf.
-    """
-
-    betas: torch.Tensor
-    alphas_cumprod: torch.Tensor
-    sqrt_alphas_cumprod: torch.Tensor
-    sqrt_one_minus_alphas_cumprod: torch.Tensor
-    snr: torch.Tensor
-    log_betas: torch.Tensor
-    posterior_mean_coef_x_0: torch.Tensor
-    posterior_mean_coef_x_t: torch.Tensor
-    posterior_variance: torch.Tensor
-    posterior_log_variance: torch.Tensor
-
-    @classmethod
-    def from_betas(cls, betas: torch.Tensor | np.ndarray | Sequence[float]) -> "NoiseSchedule":
-        """Builds every table from the betas.
-
-        Raises:
-            ValueError: A beta is not a number from `SMALLEST_BETA` to 1.
-        """
-        try:
-            betas = torch.as_tensor(betas, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError("betas must be one list of numbers.") from error
-        if betas.ndim != 1 or len(betas) == 0:
-            raise ValueError(f"betas must be one non-empty list of numbers, not of shape {tuple(betas.shape)}.")
-        bad = ~((betas >= SMALLEST_BETA) & (betas <= 1))
-        if bad.any():
-            t = int(bad.nonzero()[0])
-            raise ValueError(
-                f"beta at timestep {t} is {betas[t].item()}; every beta must lie between {SMALLEST_BETA} and 1."
-            )
-        alpha_bar = torch.cumprod(1 - betas, dim=0)
-        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
-        log_variance = variance.clamp(min=1e-20).log()
-        log_variance[0] = log_variance[min(1, len(betas) - 1)]
-        return cls(
-            betas=betas,
-            alphas_cumprod=alpha_bar,
-            sqrt_alphas_cumprod=alpha_bar.sqrt(),
-            sqrt_one_minus_alphas_cumprod=(1 - alpha_bar).sqrt(),
-            snr=alpha_bar / (1 - alpha_bar),
-            log_betas=betas.log(),
-            posterior_mean_coef_x_0=alpha_bar_prev.sqrt() * betas / (1 - alpha_bar),
-            posterior_mean_coef_x_t=(1 - betas).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar),
-            posterior_variance=variance,
-            posterior_log_variance=log_variance,
-        )
-
-    def __len__(self) -> int:
-        """Returns T."""
-        return len(self.betas)
-
-    def transitions(self, timesteps: Sequence[int]) -> list[Transition]:
-        """Returns one row for each step of a descending list of timesteps; the last one goes to alpha_bar = 1."""
-        table: list[float] = self.alphas_cumprod.tolist()
-        alpha_bar = [table[t] for t in timesteps]
-        rows = zip(timesteps, [*timesteps[1:], -1], alpha_bar, [*alpha_bar[1:], 1.0], strict=True)
-        transitions = []
-        for t, previous, a, a_prev in rows:
-            # Between two states without signal: fresh noise. Numbers near 1e-308 have too few digits for a ratio.
-            beta = 1 - a / a_prev if a_prev > 1e-300 else 1.0
-            transitions.append(Transition(t, previous, a, a_prev, beta, beta * (1 - a_prev) / (1 - a)))
-        return transitions

@@ -210,7 +210,7 @@ class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
             return_dict: Return an output object instead of a tuple.
             callback_on_step_end: `callback(pipeline, step, timestep, tensors)`; may return {"sample": ...} to go on
                 from, and set `pipeline.interrupt = True` to stop with the state that has been reached.
-            callback_on_step_end_tensor_inputs: Names of these tensors: `sample`, `model_output`.
+            callback_on_step_end_tensor_inputs: Which tensors: `sample`, `model_output`, `pred_original_sample` (x_0).
             return_trajectory: Also return every state from x_T to x_0.
 
         Raises:

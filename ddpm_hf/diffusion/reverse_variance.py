@@ -8,6 +8,7 @@ weights. The configuration itself stays that of a fixed variance, which every sc
 
 import json
 import math
+import os
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from .gaussian import reverse_mean_coefficients
+from .gaussian import LEARNED_VARIANCE_TYPES, reverse_mean_coefficients
 from .noise_schedule import NoiseSchedule, Transition
 
 CORE_VERSION = "1.2.0"
@@ -75,7 +76,7 @@ class ReverseVariance:
                 f"eps_second_moments has shape {tuple(moments.shape)}; it must be {len(self.noise_schedule)} finite"
                 " numbers of at least 0, one for each timestep of the training chain."
             )
-        if self.config["variance_type"] in ("learned", "learned_range"):
+        if self.config["variance_type"] in LEARNED_VARIANCE_TYPES:
             raise ValueError(
                 f"variance_type is {self.config['variance_type']}: the network says its own variance; the analytic one"
                 " replaces a fixed one only."
@@ -126,10 +127,19 @@ class ReverseVariance:
         return variance
 
     def save_second_moments(self, folder: str | PathLike[str]) -> None:
-        """Writes Gamma beside the configuration, if it is known."""
-        if self._second_moments is not None:
-            content = json.dumps({KEY: self._second_moments.tolist()})
-            (Path(folder) / FILE_NAME).write_text(content + "\n", encoding="utf-8")
+        """Writes Gamma beside the configuration, if it is known: the whole file or, where it is cut off, none of it."""
+        if self._second_moments is None:
+            return
+        temporary = Path(folder) / f".{FILE_NAME}.writing"
+        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open("x", encoding="utf-8") as file:  # a new file, never one that a link leads to
+                file.write(json.dumps({KEY: self._second_moments.tolist()}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(Path(folder) / FILE_NAME)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def load_second_moments(self, file: str | PathLike[str]) -> None:
         """Reads Gamma.
@@ -144,6 +154,15 @@ class ReverseVariance:
         self.eps_second_moments = moments
 
 
+def second_moments_file(folder: str | PathLike[str]) -> Path:
+    """Returns where Gamma lies in a saved pipeline: beside the scheduler's configuration.
+
+    A folder without `scheduler/`, as the google/ddpm-* repositories are, has that at its top, as diffusers takes it.
+    """
+    nested = Path(folder) / "scheduler"
+    return (nested if nested.is_dir() else Path(folder)) / FILE_NAME
+
+
 def find_second_moments(name_or_path: str | PathLike[str], options: dict[str, Any]) -> Path | None:
     """Returns the file in a saved pipeline, or in the cache where a repository was just loaded from, if there is one.
 
@@ -152,7 +171,7 @@ def find_second_moments(name_or_path: str | PathLike[str], options: dict[str, An
         options: The keyword arguments that it was loaded with.
     """
     if Path(name_or_path).is_dir():
-        file = Path(name_or_path) / "scheduler" / FILE_NAME
+        file = second_moments_file(name_or_path)
         return file if file.is_file() else None
     cached = try_to_load_from_cache(
         str(name_or_path),

@@ -126,7 +126,9 @@ class Condition:
         if self.guidance_rescale == 0:
             return guided
         dims = list(range(1, guided.ndim))
-        ratio = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+        deviation = guided.std(dims, keepdim=True)
+        ratio = conditional.std(dims, keepdim=True) / deviation
+        ratio = torch.where(deviation > 0, ratio, 1.0)  # a constant prediction has no deviation to be kept
         return guided * (self.guidance_rescale * ratio + (1 - self.guidance_rescale))
 
 

@@ -116,9 +116,9 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
         self.betas = self.noise_schedule.betas.float()
         self.alphas = (1 - self.noise_schedule.betas).float()
         self.alphas_cumprod = self.noise_schedule.alphas_cumprod.float()
-        self.one = torch.tensor(1.0)
         self._device_tables = {}
-
+        # Nothing here reads these three: code written for DDPMScheduler does.
+        self.one = torch.tensor(1.0)
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
         self._run = SamplingRun(self.noise_schedule, range(num_train_timesteps)[::-1])
@@ -293,8 +293,13 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
         x_t = sample.to(dtype)
         output, variance_output = self.split_variance(model_output.to(dtype), x_t)
         alpha, sigma = math.sqrt(transition.alpha_bar), math.sqrt(1 - transition.alpha_bar)
-        x_0 = self.clip(gaussian.predict_x_0(self.config["prediction_type"], output, x_t, alpha, sigma))
+        # 1. Predict x_0, which is (x_t - sigma eps) / alpha for epsilon. Eq. 15, Ho et al. 2020.
+        x_0 = gaussian.predict_x_0(self.config["prediction_type"], output, x_t, alpha, sigma)
+        # 2. Clip it.
+        x_0 = self.clip(x_0)
+        # 3. The mean, a sum of x_0 and x_t. Eq. 7, Ho et al. 2020; Eq. 12, Song et al. 2021.
         x_prev = gaussian.posterior_mean(x_0, x_t, *gaussian.reverse_mean_coefficients(transition, float(eta)))
+        # 4. Noise, but for the last step.
         if (eta > 0 or self.analytic_variance) and transition.previous_timestep >= 0:
             x_prev = self._add_reverse_noise(x_prev, transition, variance_output, generator, float(eta))
         x_prev, x_0 = x_prev.to(sample.dtype), x_0.to(sample.dtype)
@@ -326,7 +331,8 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
         if variance_output is None:
             variance = self.sampling_variance(transition, self._run.transitions[-1].timestep, eta)
             return torch.add(mean, noise, alpha=math.sqrt(variance))
-        log_min, log_max = -1.0, 1.0  # learned: the output is the log-variance itself
+        # learned: between these two the interpolation gives the output itself, so its noise has exp(output / 2).
+        log_min, log_max = -1.0, 1.0
         if self.config["variance_type"] == "learned_range":
             log_min, log_max = math.log(transition.posterior_variance), math.log(transition.beta)
         return gaussian.add_learned_noise(mean, noise, variance_output, log_min, log_max, eta)

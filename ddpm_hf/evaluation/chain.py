@@ -98,7 +98,8 @@ class Chain:
     def term(self, x_0: torch.Tensor, x_t: torch.Tensor, prediction: Prediction, row: int) -> torch.Tensor:
         """One term of the bound in nats, element by element: L_{t-1}, or L_0 in the last step.
 
-        Eq. 5, 7 and 13, Ho et al. 2020, for any two timesteps.
+        Eq. 5, 7 and 13, Ho et al. 2020, for any two timesteps. The prediction of x_0 is clipped as in sampling, whose
+        chain this is the bound of; that of training (training/objective.py) is not.
         """
         step = self.transitions[row]
         log_variance = self._log_variance(row, prediction.variance, x_t)
@@ -123,19 +124,16 @@ class Chain:
         An analytic variance needs no such replacement.
         """
         step, kind = self.transitions[row], self.scheduler.variance_type
-        if learned is not None and kind == "learned":
-            return learned
         is_last = step.previous_timestep < 0
-        lower = self.transitions[row - 1].posterior_variance if is_last and row > 0 else step.posterior_variance
-        lower = lower or step.beta  # a chain of one step has none before
-        if learned is not None:
-            return gaussian.interpolated_log_variance(learned, math.log(lower), math.log(step.beta))
+        small = self.transitions[row - 1].posterior_variance if is_last and row > 0 else step.posterior_variance
+        log_small, log_large = math.log(small or step.beta), math.log(step.beta)  # a chain of one step has none before
         if self.scheduler.analytic_variance:
             variance = self.scheduler.fixed_variance(step)
-            variance = max(variance, SMALLEST_DECODER_VARIANCE) if is_last else variance
-        else:
-            variance = lower if is_last else self.scheduler.fixed_variance(step)
-        return torch.full_like(like, math.log(variance))
+            return torch.full_like(like, math.log(max(variance, SMALLEST_DECODER_VARIANCE) if is_last else variance))
+        if learned is None and is_last:
+            return torch.full_like(like, log_small)
+        log_variance = gaussian.reverse_log_variance(kind, learned, log_small, log_large)
+        return log_variance if isinstance(log_variance, torch.Tensor) else torch.full_like(like, log_variance)
 
 
 def check_labels(images: ImageSet, num_classes: int) -> None:

@@ -136,7 +136,9 @@ def verify(folder: Path, *, runs_its_code: bool = False) -> list[Finding]:
     else:
         load = functools.partial(DiffusionPipeline.from_pretrained, folder)
         findings.append(_load_and_compare("with diffusers alone", load, expected))
-    if runs_its_code or _has_installed_code(folder):
+    if not any(folder.rglob("*.py")):
+        findings.append(Finding("with the code in the folder", None, "there is no code in it"))
+    elif runs_its_code or _has_installed_code(folder):
         load = functools.partial(
             DiffusionPipeline.from_pretrained, folder, custom_pipeline=str(folder), trust_remote_code=True
         )

@@ -76,16 +76,38 @@ class DenoisingLoss:
             class_labels = class_labels.masked_fill(dropped, self._null_label)
         x_t = self._scheduler.add_noise(x_0, noise, timesteps)
         output = self._predict(model, x_t, timesteps, class_labels, feeds_back)
-        # Half the channels are the prediction where a variance is learned, all of them otherwise.
-        prediction, variance = output[:, : x_0.shape[1]], output[:, x_0.shape[1] :]
+        prediction, variance = self._scheduler.split_variance(output, x_t)
         if self._config.loss == "vlb":
             return self._bound(prediction, variance, x_0, x_t, timesteps)
-        simple = self._simple(prediction, self._target(x_0, noise, timesteps), timesteps)
-        if self._config.loss == "hybrid":
-            # L_simple + lambda L_vlb, which shall not reach the mean. Eq. 16, Nichol & Dhariwal 2021.
-            bound = self._bound(prediction.detach(), variance, x_0, x_t, timesteps)
-            return simple + self._config.vlb_weight * bound
-        return simple
+        l_simple = self._simple(prediction, self._target(x_0, noise, timesteps), timesteps)
+        if self._config.loss != "hybrid":
+            return l_simple
+        # L_hybrid = L_simple + lambda L_vlb, which shall not reach the mean. Eq. 16, Nichol & Dhariwal 2021.
+        l_vlb = self._bound(prediction.detach(), variance, x_0, x_t, timesteps)
+        return l_simple + self._config.vlb_weight * l_vlb
+
+    def _target(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Returns what the network should have predicted. v: Appendix D, Salimans & Ho 2022."""
+        match self._scheduler.config.prediction_type:
+            case "epsilon":
+                return noise
+            case "sample":
+                return x_0
+            case _:
+                return self._scheduler.get_velocity(x_0, noise, timesteps)
+
+    def _simple(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """L_simple (Eq. 14, Ho et al. 2020) or another distance, weighted; (batch,)."""
+        match self._config.loss:
+            case "l1":
+                distance = F.l1_loss(prediction, target, reduction="none")
+            case "huber":
+                distance = F.huber_loss(prediction, target, reduction="none", delta=self._config.huber_delta)
+            case _:
+                distance = F.mse_loss(prediction, target, reduction="none")
+        loss = distance.flatten(1).mean(dim=1)
+        weight = loss_weight(self._config, self._scheduler.config.prediction_type, self._scheduler.snr(timesteps))
+        return loss if weight is None else weight * loss
 
     def _predict(
         self,
@@ -110,38 +132,19 @@ class DenoisingLoss:
                 x_0 = self._scheduler.clip(self._scheduler.predict_original_sample(output, timesteps, x_t))
         return output_of(torch.cat([x_t, x_0], dim=1))
 
-    def _simple(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """L_simple (Eq. 14, Ho et al. 2020) or another distance, weighted; (batch,)."""
-        match self._config.loss:
-            case "l1":
-                distance = F.l1_loss(prediction, target, reduction="none")
-            case "huber":
-                distance = F.huber_loss(prediction, target, reduction="none", delta=self._config.huber_delta)
-            case _:
-                distance = F.mse_loss(prediction, target, reduction="none")
-        loss = distance.flatten(1).mean(dim=1)
-        weight = loss_weight(self._config, self._scheduler.config.prediction_type, self._scheduler.snr(timesteps))
-        return loss if weight is None else weight * loss
-
-    def _target(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Returns what the network should have predicted. v: Appendix D, Salimans & Ho 2022."""
-        match self._scheduler.config.prediction_type:
-            case "epsilon":
-                return noise
-            case "sample":
-                return x_0
-            case _:
-                return self._scheduler.get_velocity(x_0, noise, timesteps)
-
     def _bound(
         self,
         prediction: torch.Tensor,
-        variance: torch.Tensor,
+        variance: torch.Tensor | None,
         x_0: torch.Tensor,
         x_t: torch.Tensor,
         timesteps: torch.Tensor,
     ) -> torch.Tensor:
-        """T L_t in bits per dimension, (batch,): its mean over t is the bound, but for the prior term."""
+        """T L_t in bits per dimension, (batch,): its mean over t is the bound, but for the prior term.
+
+        The prediction of x_0 is not clipped, which would leave the network no gradient there; evaluation/chain.py clips
+        it as sampling does.
+        """
         scheduler = self._scheduler
         is_first = (timesteps == 0).view(-1, 1, 1, 1)
         # q(x_{t-1} | x_t, x_0). Eq. 6 and 7, Ho et al. 2020; its variance is 0 at t = 0, where that of t = 1 stands in.
@@ -151,15 +154,9 @@ class DenoisingLoss:
         predicted_x_0 = gaussian.predict_x_0(scheduler.config.prediction_type, prediction, x_t, alpha, sigma)
         mean = scheduler.posterior(predicted_x_0, x_t, timesteps).mean
         log_beta = scheduler.gather("log_betas", timesteps, x_t)
-        match scheduler.config.variance_type:
-            case "learned":
-                log_variance = variance
-            case "learned_range":
-                log_variance = gaussian.interpolated_log_variance(variance, true.log_variance, log_beta)
-            case "fixed_large" | "fixed_large_log":
-                log_variance = torch.where(is_first, true.log_variance, log_beta)
-            case _:
-                log_variance = true.log_variance
+        log_variance = gaussian.reverse_log_variance(scheduler.variance_type, variance, true.log_variance, log_beta)
+        if variance is None:  # at t = 0 always the small one, as in their code, which makes the data more probable
+            log_variance = torch.where(is_first, true.log_variance, log_variance)
         # L_{t-1} and L_0. Eq. 5 and 13, Ho et al. 2020.
         divergence = gaussian.normal_kl(true.mean, true.log_variance, mean, log_variance)
         surprise = -gaussian.discretized_log_likelihood(x_0, mean, log_variance)

@@ -50,7 +50,10 @@ def profile_product(
 def combine(
     t: NDArray[np.float64], gamma: NDArray[np.float64], target_t: float, target_gamma: float
 ) -> tuple[NDArray[np.float64], float]:
-    """Makes a profile out of stored ones, as near as the squared distance can be.
+    """Makes a profile out of stored ones, as near as the squared distance can be with weights that sum to 1.
+
+    What never changed comes back as it was. The nearest of all sums would scale every parameter: by 0.979 for a length
+    of 0.15 out of 5 pairs.
 
     Args:
         t: When each average was stored, (number,).
@@ -65,7 +68,9 @@ def combine(
     wanted = profile_product(t, gamma, np.float64(target_t), np.float64(target_gamma))
     # Profiles grow narrow near 0: with all of length 1 the system is as well conditioned as it can be.
     length = np.sqrt(np.diag(products))
-    weights = np.linalg.solve(products / np.outer(length, length), wanted / length) / length
+    sides = np.stack([wanted, np.ones_like(wanted)], axis=1) / length[:, None]
+    nearest, shift = (np.linalg.solve(products / np.outer(length, length), sides) / length[:, None]).T
+    weights = nearest + (1 - nearest.sum()) / shift.sum() * shift  # the second term by Lagrange's multiplier
     whole = (target_gamma + 1) ** 2 / ((2 * target_gamma + 1) * target_t)
     distance = whole - 2 * wanted @ weights + weights @ products @ weights
     return weights, math.sqrt(max(0.0, float(distance)) / whole)

@@ -1,6 +1,7 @@
 """`ddpm-hf evaluate` as its user runs it, on a tiny pipeline and the embedded digits."""
 
 import json
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -80,6 +81,18 @@ def test_bits_per_dimension_are_printed_and_written(
     moments = saved / "scheduler" / "reverse_variance.json"
     assert GaussianDiffusionPipeline.from_pretrained(saved).scheduler.eps_second_moments.shape == (20,)
     moments.unlink()
+
+
+def test_the_variance_of_a_folder_without_subfolders_lies_beside_its_scheduler(tmp_path: Path, saved: Path) -> None:
+    """As google/ddpm-* repositories are laid out."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    files = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json")
+    for name in (*files, "model_index.json"):
+        shutil.copy(saved / name, flat)
+    assert evaluate(flat, *QUICK, *BOUND, "--estimate_variance", "1", "--variance", "analytic") == 0
+    assert (flat / "reverse_variance.json").is_file()
+    assert GaussianDiffusionPipeline.from_pretrained(flat).scheduler.eps_second_moments.shape == (20,)
 
 
 def test_samples_for_the_picture_alone_cost_few_steps_and_stand_in_nobodys_way(

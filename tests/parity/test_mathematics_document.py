@@ -15,7 +15,8 @@ EXPLAINED = (
     "evaluation/frechet",
 )  # fmt: skip
 PLUMBING = {
-    "SamplingRun.row", "ForwardProcess.split_variance", "find_second_moments", "ReverseVariance.eps_second_moments",
+    "SamplingRun.row", "ForwardProcess.split_variance", "find_second_moments", "second_moments_file",
+    "ReverseVariance.eps_second_moments",
     "ReverseVariance.analytic_variance", "ReverseVariance.save_second_moments", "ReverseVariance.load_second_moments",
     "loss_weight", "build_timestep_sampler", "LossAwareTimesteps.record", "LossAwareTimesteps.state",
     "LossAwareTimesteps.load_state", "TimestepSampler.draw", "TimestepSampler.record", "TimestepSampler.state",

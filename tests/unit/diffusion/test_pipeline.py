@@ -18,6 +18,7 @@ from diffusers import (
 from oracles import GaussianData, seeded, tiny_unet
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.sampling import Condition
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
@@ -169,6 +170,15 @@ def manual_guidance(pipe: GaussianDiffusionPipeline, labels: list[int], scale: f
         output = torch.cat([eps, conditional_output[:, 3:]], 1)
         x = scheduler.step(output, t, x, generator=generator).prev_sample
     return (x / 2 + 0.5).clamp(0, 1)
+
+
+def test_a_constant_prediction_is_guided_and_has_no_deviation_to_rescale() -> None:
+    """As of a network that is fresh: its last layer is zeros; the other image of the batch is rescaled as ever."""
+    conditional_output, null_output = torch.randn(2, 2, 3, 8, 8, generator=seeded())
+    conditional_output[0], null_output[0] = 0.5, 0.25
+    guided = Condition(None, 3.0, 0.7).guide(conditional_output, null_output)
+    assert torch.equal(guided[0], torch.ones(3, 8, 8))
+    assert torch.equal(guided[1:], Condition(None, 3.0, 0.7).guide(conditional_output[1:], null_output[1:]))
 
 
 @pytest.mark.parametrize(("scale", "rescale"), [(0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (3.0, 0.7)])
@@ -446,6 +456,25 @@ def test_a_callback_sees_every_step_and_may_change_the_state() -> None:
     ).images
     assert seen == [(i, t, {"sample", "model_output"}) for i, t in enumerate((666, 333, 0))]
     assert torch.equal(images, torch.full_like(images, 0.5))
+
+
+def test_a_callback_sees_the_x_0_of_every_step() -> None:
+    """It is clipped, and at the end it is the image."""
+    pipe = pipeline()
+    shown: list[dict[str, torch.Tensor]] = []
+    arguments: dict[str, Any] = {
+        "callback_on_step_end": lambda p, i, t, tensors: shown.append(tensors),
+        "callback_on_step_end_tensor_inputs": ["sample", "model_output", "pred_original_sample"],
+    }
+    start = torch.randn(1, 3, 8, 8, generator=seeded())
+    pipe(1, 3, seeded(), sample=start, output_type="pt", **arguments)
+    first = pipe.scheduler.step(shown[0]["model_output"], 666, start)
+    assert torch.equal(shown[0]["pred_original_sample"], first.pred_original_sample)
+    assert shown[0]["pred_original_sample"].abs().max() == 1
+    assert torch.equal(shown[2]["pred_original_sample"], shown[2]["sample"])
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="does not tell its prediction of x_0, which the callback is to see"):
+        pipe(1, 3, output_type="pt", **arguments)
 
 
 def test_the_progress_bar_is_that_of_diffusers(capsys: pytest.CaptureFixture[str]) -> None:

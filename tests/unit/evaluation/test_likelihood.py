@@ -9,6 +9,7 @@ import torch
 from gaussian_pipeline import GaussianUnet, best_x_0, gaussian_images, gaussian_pipeline
 from scipy import integrate, stats
 
+from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.chain import Chain
@@ -16,6 +17,7 @@ from ddpm_hf.evaluation.likelihood import _weights, variational_bound
 from ddpm_hf.evaluation.ranks import Ranks
 from ddpm_hf.evaluation.second_moments import estimate_second_moments
 from ddpm_hf.rng import normal_by_position
+from ddpm_hf.training.objective import DenoisingLoss
 from tests.conftest import tiny_unet
 
 SEED = 3
@@ -101,6 +103,22 @@ def test_the_bound_of_a_gaussian_is_the_integral(kind: str, prediction_type: str
     assert bound.bits_per_dim == pytest.approx(np.mean(priors) + np.sum(np.mean(terms, axis=0)), rel=1e-6)
     each = np.reshape(np.sum(terms, axis=1) + priors, (4, 2)).mean(axis=1)
     assert bound.standard_error == pytest.approx(each.std(ddof=1) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", VARIANCES)
+def test_training_and_evaluation_agree_on_a_chain_of_one_step(kind: str) -> None:
+    """There is no t = 1 whose variance could stand in at t = 0; 1e-5 is what float32 leaves in training."""
+    pipeline = gaussian_pipeline(num_train_timesteps=1, trained_betas=[0.3], variance_type=kind)
+    chain = Chain(pipeline)
+    x_0 = torch.tensor([-1.0, 2 * 100 / 255 - 1, 1.0]).view(1, 1, 1, 3)
+    noise = torch.tensor([0.5, -1.0, 0.1]).view(1, 1, 1, 3)
+    x_t = chain.noised(x_0.double(), noise.double(), chain.transitions[0])
+    evaluated = chain.term(x_0.double(), x_t, chain.predict(x_t, chain.transitions[0], None), 0).mean() / math.log(2)
+    trained = DenoisingLoss(pipeline.scheduler, ObjectiveConfig(loss="vlb"))(
+        lambda sample, timestep, labels, *, return_dict: pipeline.unet(sample.double(), timestep),
+        x_0, noise, torch.zeros(1, dtype=torch.int64),
+    )  # fmt: skip
+    assert trained.item() == pytest.approx(evaluated.item(), rel=1e-5)
 
 
 def test_the_prior_costs_what_the_paper_says() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,22 @@ def test_the_moments_travel_with_the_pipeline_and_stock_loads_it_as_before(tmp_p
     assert stock.scheduler.config.variance_type == "fixed_small"
     (tmp_path / "scheduler" / FILE_NAME).unlink()
     assert GaussianDiffusionPipeline.from_pretrained(tmp_path).scheduler.eps_second_moments is None
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk, and for a kill in between."""
+    scheduler = GaussianDiffusionScheduler()
+    scheduler.eps_second_moments = torch.from_numpy(MOMENTS)
+    scheduler.save_second_moments(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            scheduler.save_second_moments(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    GaussianDiffusionScheduler().load_second_moments(tmp_path / FILE_NAME)
 
 
 @pytest.mark.parametrize(

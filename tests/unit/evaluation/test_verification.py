@@ -307,6 +307,19 @@ def test_code_that_is_not_the_installed_one_runs_only_with_consent(copy: Path, a
         assert canary.exists(), "the oracle works"
 
 
+@pytest.mark.parametrize("flags", [[], ["--trust_remote_code"]])
+def test_a_folder_without_code_leaves_nothing_open(
+    copy: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    for path in list(copy.rglob("*.py")):
+        path.unlink()
+    assert main(["verify", str(copy), *flags]) == 0
+    *_, about_code, verdict = capsys.readouterr().out.splitlines()
+    assert about_code.startswith("with the code in the folder ")
+    assert about_code.endswith(" note: there is no code in it")
+    assert verdict == f"{copy} is the pipeline that was saved."
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

@@ -46,6 +46,14 @@ def alpha_bars(timesteps: torch.Tensor) -> torch.Tensor:
     return torch.cumprod(1 - betas, dim=0)[timesteps][:, None, None, None]
 
 
+def test_an_output_with_channels_that_the_variance_type_does_not_have_is_refused() -> None:
+    """Half of it would else be trained on, or a prediction be taken for a variance."""
+    prediction, x_0, noise, timesteps = batch_of()
+    loss = DenoisingLoss(GaussianDiffusionScheduler())
+    with pytest.raises(ValueError, match=r"model_output has shape .* variance_type fixed_small needs"):
+        loss(StubNetwork(prediction.repeat(1, 2, 1, 1)), x_0, noise, timesteps)
+
+
 @pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
 @pytest.mark.parametrize(
     ("prediction_type", "canonical"),

@@ -1,5 +1,7 @@
 """The closed forms of post-hoc averaging against numbers that nobody had to integrate by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 from numpy.polynomial.legendre import leggauss
@@ -102,8 +104,16 @@ def test_the_combination_is_as_near_as_it_says(num: int, sigma_rel: float, large
     assert (distance / whole) ** 0.5 == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.parametrize(("num", "sigma_rel"), [(5, 0.15), (3, 0.07), (20, 0.25), (40, 0.25), (40, 0.1)])
+def test_what_never_changed_comes_back_as_it_was(num: int, sigma_rel: float) -> None:
+    """Stored averages of equal weights are these weights, and so must be what is made of them; 1e-9 is rounding."""
+    t, gamma = stored(num)
+    weights, _ = combine(t, gamma, t[-1], gamma_of(sigma_rel))
+    assert weights.sum() == pytest.approx(1.0, abs=1e-9)
+
+
 def test_no_other_combination_is_nearer() -> None:
-    """Least squares: a small step in any direction makes the squared distance larger."""
+    """Least squares: a small step in any direction that keeps the sum of 1 makes the squared distance larger."""
     t, gamma = stored(10)
     target = gamma_of(0.07)
     weights, error = combine(t, gamma, t[-1], target)
@@ -115,6 +125,6 @@ def test_no_other_combination_is_nearer() -> None:
         return float(whole - 2 * wanted @ counts + counts @ products @ counts)
 
     assert distance(weights) == pytest.approx(error**2 * whole, rel=1e-6)
-    for index in range(len(t)):
-        for change in (-1e-3, 1e-3):
-            assert distance(weights + change * np.eye(len(t))[index]) > distance(weights)
+    identity = np.eye(len(t))
+    for one, other in itertools.permutations(range(len(t)), 2):
+        assert distance(weights + 1e-3 * (identity[one] - identity[other])) > distance(weights)
