@@ -541,6 +541,28 @@ def test_a_license_given_once_stays_until_another_is_given(folder_of: Folder) ->
     assert data_of(card_of(folder_of(), text, license="apache-2.0").text)["license"] == "apache-2.0"
 
 
+@pytest.mark.parametrize(
+    ("further", "shown"),
+    [
+        ("license_name: my-rail\nlicense_link: LICENSE.md", "[my-rail](LICENSE.md)"),
+        ("license_name: My *own* one\nlicense_link: https://a.org/b?c=1", r"[My \*own\* one](https://a.org/b?c=1)"),
+        ("license_name: my-rail", "my-rail"),
+        ("license_name: x\nlicense_link: javascript:alert(1)", "x"),
+        ("license_link: LICENSE", "[other](LICENSE)"),
+        ("", "other"),
+    ],
+)
+def test_a_license_that_the_hub_does_not_know_has_its_name_and_link(
+    folder_of: Folder, further: str, shown: str
+) -> None:
+    mine = edit_front(
+        card_of(folder_of()).text, lambda head: head.replace("license: unknown", f"license: other\n{further}")
+    )
+    new = card_of(folder_of(), mine)
+    assert f"**License of the weights:** {shown}.\n" in section_of(new.text, "limits")
+    assert card_of(folder_of(), new.text).text == new.text
+
+
 def test_numbers_of_others_stay_and_stale_ones_of_ours_go(folder_of: Folder) -> None:
     folder = folder_of(evaluation__json=evaluation(FID))
     text = card_of(folder).text
