@@ -152,6 +152,16 @@ def test_the_code_draws_as_the_pictures_of_the_run_were_drawn(folder_of: Folder)
     assert "pipeline(batch_size=4).images" in code_blocks(card_of(folder_of(bare=True)).text)[1]
 
 
+def test_the_card_says_when_half_precision_weights_make_a_network_of_half_precision(tmp_path: Path) -> None:
+    pipeline = make_pipeline("plain")
+    pipeline.save_pretrained(tmp_path)
+    pipeline.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert "only with `dtype=torch.float16` beside it does the network compute in half" in card_of(tmp_path).text
+    load = GaussianDiffusionPipeline.from_pretrained
+    assert load(tmp_path, variant="fp16").unet.dtype == torch.float32
+    assert load(tmp_path, variant="fp16", dtype=torch.float16).unet.dtype == torch.float16
+
+
 def test_weights_that_exist_as_a_variant_only_are_asked_for(folder_of: Folder) -> None:
     folder = folder_of()
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -160,7 +170,7 @@ def test_weights_that_exist_as_a_variant_only_are_asked_for(folder_of: Folder) -
     shutil.copy(weights.with_name("diffusion_pytorch_model.fp16.safetensors"), weights)
     text = card_of(folder).text
     assert not any("variant" in block for block in code_blocks(text))
-    assert '`variant="fp16"` in any `from_pretrained` loads the weights in half precision' in text
+    assert '`variant="fp16"` in any `from_pretrained` downloads the weights rounded to half precision' in text
     assert "half precision" not in card_of(folder_of()).text
 
 
