@@ -1,10 +1,13 @@
 """The models that commands are pointed at: a folder of this machine or a repository of the Hub, found and loaded."""
 
+import logging
 import re
 import socket
 import ssl
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 # What is underneath whatever the client of the Hub calls it.
 _UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
+_MOST_HELD = 1000  # messages, of which loading has a few
 _REPOSITORY_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
 
 
@@ -66,15 +70,16 @@ def load_pipeline(name: str, folder: Path | None, **options: Any) -> "GaussianDi
         ValueError: It has no safetensors, or its parts do not fit each other.
     """
     import torch
-    from diffusers.utils import logging
+    from diffusers.utils.logging import disable_progress_bar
 
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
 
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # for each part that is loaded
+        disable_progress_bar()  # for each part that is loaded
     given = {key: value for key, value in options.items() if value is not None}
     try:
-        pipeline = GaussianDiffusionPipeline.from_pretrained(folder or name, **given)
+        with _told_if_it_loads():
+            pipeline = GaussianDiffusionPipeline.from_pretrained(folder or name, **given)
     except (torch.OutOfMemoryError, MemoryError, ValueError):
         raise
     except Exception as error:  # diffusers, safetensors and httpx raise many types
@@ -82,6 +87,20 @@ def load_pipeline(name: str, folder: Path | None, **options: Any) -> "GaussianDi
         raise ConfigError(f"{name} {reason}") from error
     assert isinstance(pipeline, GaussianDiffusionPipeline)
     return pipeline
+
+
+@contextmanager
+def _told_if_it_loads() -> Iterator[None]:
+    """Holds back what diffusers writes while it loads, and drops it for an error, whose one sentence says it all."""
+    logger = logging.getLogger("diffusers")
+    handlers, held = logger.handlers, MemoryHandler(_MOST_HELD, flushLevel=logging.CRITICAL + 1)
+    logger.handlers = [held]
+    try:
+        yield
+    finally:
+        logger.handlers = handlers
+    for record in held.buffer:
+        logger.handle(record)
 
 
 def download_folder(name: str, revision: str | None = None) -> Path:

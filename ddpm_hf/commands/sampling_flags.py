@@ -34,7 +34,7 @@ def add_sampling_flags(add: Callable[..., Any], *, batch_size: int, turn: str) -
     """
     add("--labels", metavar="LIST",
         help=f"names or numbers of classes, with commas between them; by default all. {turn}; a name with a comma in "
-        "it goes in double quotes")  # fmt: skip
+        "it goes in double quotes, and where the first begins with a dash, it is --labels=LIST")  # fmt: skip
     add("--num_inference_steps", type=int, help="by default as many as in training")
     add("--scheduler", help="name of a scheduler of diffusers; by default that of the model")
     add("--eta", type=float, help="0 samples as DDIM, 1 as DDPM; by default what the scheduler does by itself")

@@ -17,8 +17,8 @@ from huggingface_hub.utils import validate_repo_id
 from ddpm_hf.hub.card_body import has_marks, merged_body, section
 from ddpm_hf.hub.card_facts import read_facts
 from ddpm_hf.hub.card_front_matter import MODEL_INDEX, merged_front_matter, new_front_matter, split_front_matter
-from ddpm_hf.hub.card_metadata import UNKNOWN_LICENSE, metadata
-from ddpm_hf.hub.card_text import render
+from ddpm_hf.hub.card_metadata import metadata
+from ddpm_hf.hub.card_text import license_text, render
 
 FILE_NAME = "README.md"
 METADATA, LICENSE = "metadata", "license"
@@ -81,7 +81,7 @@ def make_card(folder: Path, *, repo_id: str, license: str | None = None, existin
         kept.append(LICENSE)
     if not is_ours:
         return Card(head + body, (*kept, FILE_NAME))
-    sections = render(facts, license=str(data.get(LICENSE, UNKNOWN_LICENSE)))
+    sections = render(facts, license=license_text(data))
     if not has_marks(body):
         text = "\n" + "\n".join(section(name, content) for name, content in sections.items())
         return Card(head + text.replace("\n", line_break), tuple(kept))

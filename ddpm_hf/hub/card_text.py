@@ -9,7 +9,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import jinja2
 from ddpm_hf.hub.card_body import read_parts
 from ddpm_hf.hub.card_evaluation import Measurement, command
 from ddpm_hf.hub.card_facts import Facts, public_name
+from ddpm_hf.hub.card_metadata import UNKNOWN_LICENSE
 
 _TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 _MARKDOWN = re.compile(r"([\\`*_\[\]|#~$!])")
@@ -59,6 +60,8 @@ _SETTINGS = {
     "mirrored at random": "data.random_flip",
     "seed": "training.seed",
 }
+# An address, or a file beside the card; what may end a link of Markdown is in neither.
+_LINK = re.compile(r"https?://[\w.~%#?=&+:@,;/-]+|[\w.-]+(?:/[\w.-]+)*")
 _HALF_PRECISION = "unet/diffusion_pytorch_model.fp16"
 _OFF = (None, "", "none", False, 0)
 _SHOWN_EVEN_IF_OFF = ("training.seed",)
@@ -70,12 +73,28 @@ class Code(str):
     __slots__ = ()
 
 
-def render(facts: Facts, *, license: str) -> dict[str, str]:
+def license_text(data: Mapping[str, Any]) -> Code | None:
+    """Returns what a card calls the license in its metadata, with a link where they have one.
+
+    The Hub knows the name and the address of a license beside the identifier `other` alone.
+
+    Returns:
+        Markdown; None for a license that nobody has stated.
+    """
+    license = data.get("license", UNKNOWN_LICENSE)
+    if license == UNKNOWN_LICENSE:
+        return None
+    name, link = (data.get(f"license_{part}") if license == "other" else None for part in ("name", "link"))
+    shown = _shown(name or license)
+    return Code(f"[{shown}]({link})" if isinstance(link, str) and _LINK.fullmatch(link) else shown)
+
+
+def render(facts: Facts, *, license: Code | None) -> dict[str, str]:
     """Returns the content of all sections by name, in their order; of what is not known, an empty text.
 
     Args:
         facts: What the folder says.
-        license: That of the weights, as the metadata has it.
+        license: What `license_text` says of the metadata.
     """
     text = _template().render(
         facts=facts,

@@ -203,13 +203,14 @@ def look_up(target: Target, repo_id: str) -> Remote:
         HubFailed: The Hub cannot be asked.
     """
     api, has_branch = HfApi(), True
+    is_default = target.revision == constants.DEFAULT_REVISION  # which comes with the repository
     with _in_words(repo_id):
         try:
             commit = api.repo_info(repo_id, revision=target.revision).sha
         except RepositoryNotFoundError:
-            return Remote(repo_id, None, None, has_branch=target.branch is None)
+            return Remote(repo_id, None, None, has_branch=is_default)
         except RevisionNotFoundError:
-            if target.branch is None:
+            if is_default:
                 raise
             commit, has_branch = api.repo_info(repo_id).sha, False
         try:
@@ -240,8 +241,8 @@ def push(folder: Path, target: Target, remote: Remote, message: str) -> Pushed:
         if start is None:
             api.create_repo(remote.repo_id, private=target.private or None)
             start = api.repo_info(remote.repo_id).sha
-        if target.branch and not remote.has_branch:
-            api.create_branch(remote.repo_id, branch=target.branch, revision=start)
+        if not remote.has_branch:
+            api.create_branch(remote.repo_id, branch=target.revision, revision=start)
         there = api.list_repo_files(remote.repo_id, revision=start)
         # Not upload_folder, which may make several commits of it, and keep some of them when another one fails.
         commit = api.create_commit(

@@ -1,7 +1,8 @@
 """Curves of runs: losses over the steps, runs side by side, losses by timestep.
 
 Rows of metrics are those of metrics.jsonl: a mapping with the step and whatever was measured then, None where that was
-not finite. Values that are no finite numbers are counted in the legend, not drawn.
+not finite. Values that are no finite numbers are counted in the legend, not drawn. The loss of a quartile is None too
+where none of its timesteps was drawn, which nobody counts: it is known by a loss of that step that is a number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,11 @@ def points(rows: Rows, name: str) -> tuple[Float64Array, Float64Array, int]:
     pairs = [pair for pair in measured if all(_is_finite(number) for number in pair)]
     table = np.asarray(pairs, np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1], len(measured) - len(pairs)
+
+
+def _quartile_points(rows: Rows, name: str) -> tuple[Float64Array, Float64Array, int]:
+    """Returns the same for the loss of a quartile, leaving out uncounted where none of its timesteps was drawn."""
+    return points([row for row in rows if row.get(name) is not None or not _is_finite(row.get("loss"))], name)
 
 
 def _is_finite(value: object) -> bool:
@@ -239,7 +245,7 @@ def _draw_scores(axes: Any, runs: Mapping[str, Rows], kind: str) -> None:
 
 def _timestep_figure(metrics: Rows, bound: Mapping[str, Any] | None) -> Any:
     """Returns the matplotlib figure of `timestep_curves`."""
-    quartiles = [points(metrics, f"loss_q{quartile}") for quartile in range(len(QUARTILES))]
+    quartiles = [_quartile_points(metrics, f"loss_q{quartile}") for quartile in range(len(QUARTILES))]
     has_quartiles = any(steps.size for steps, _, _ in quartiles)
     if not has_quartiles and bound is None:
         raise ValueError("metrics hold no loss_q0 to loss_q3, and there is no bound; give at least one of them.")

@@ -208,19 +208,22 @@ def _write_labels(
 ) -> None:
     """Writes a word over each column, from `top` on LABEL_HEIGHT high.
 
-    All have the largest size in which the longest one fits; where none does, words are cut.
+    All have the largest size in which the longest one fits with the room of a letter to the next; where none does,
+    words are cut. A name with line breaks is one line.
     """
     draw = ImageDraw.Draw(picture)
+    lines = [" ".join(label.split()) for label in labels]
     for size in range(LARGEST_FONT, SMALLEST_FONT - 1, -1):
         font = ImageFont.load_default(size)
-        if max(draw.textlength(label, font) for label in labels) <= width:
+        room = width - draw.textlength("n", font)
+        if max(draw.textlength(line, font) for line in lines) <= room:
             break
-    for label, center in zip(labels, centers, strict=True):
-        text = _fit(draw, label, font, width)
+    for line, center in zip(lines, centers, strict=True):
+        text = _fit(draw, line, font, room)
         draw.text((center, top + LABEL_HEIGHT / 2), text, LABEL_COLOR, font, anchor="mm")
 
 
-def _fit(draw: ImageDraw.ImageDraw, text: str, font: AnyFont, width: int) -> str:
+def _fit(draw: ImageDraw.ImageDraw, text: str, font: AnyFont, width: float) -> str:
     """Cuts a word with an ellipsis so that it is at most `width` pixels long."""
     if draw.textlength(text, font) <= width:
         return text

@@ -170,6 +170,13 @@ def test_private_branch_and_pull_request_are_what_they_say(hub: LoopbackHub, tex
     assert "README.md" not in branch(hub, "user/open")
 
 
+def test_the_branch_main_comes_with_a_new_repository(hub: LoopbackHub, text_folder: Path) -> None:
+    pushed = send(text_folder, Target(repo_id="user/new", branch="main"))
+    assert pushed == Pushed(f"{hub.endpoint}/user/new/tree/main", is_new=True)
+    assert branch(hub, "user/new").items() >= files_of(text_folder).items()
+    assert not send(text_folder, Target(repo_id="user/new", branch="main")).is_new
+
+
 def test_what_an_earlier_push_left_goes_and_what_others_put_there_stays(hub: LoopbackHub, text_folder: Path) -> None:
     theirs = {"LICENSE": b"mit", "demo.py": b"x", "samples/mine.png": b"x", "unet/README": b"x"}
     ours = {

@@ -1,6 +1,9 @@
 """`ddpm-hf sample` as its user runs it, on tiny pipelines."""
 
+import io
 import json
+import logging
+import shutil
 import signal
 import sys
 import time
@@ -295,6 +298,23 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     assert not (tmp_path / "a").exists()
 
 
+def test_what_diffusers_says_of_a_model_that_does_not_load_is_not_told_beside_the_sentence(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a paragraph of its own about a repository that cannot be had; what it says of one that loads stays."""
+    told = io.StringIO()
+    logger = logging.getLogger("diffusers")
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(told)])
+    assert "HF_HUB_OFFLINE forbids to ask" in complaint(capsys, "user/model", tmp_path / "a")
+    assert told.getvalue() == ""
+    index = json.loads((plain / "model_index.json").read_text()) | {"of_another_time": True}
+    changed = Path(shutil.copytree(plain, tmp_path / "changed"))
+    (changed / "model_index.json").write_text(json.dumps(index))
+    draw(changed, tmp_path / "a", "--seeds", 1, "--num_inference_steps", 2)
+    assert "of_another_time" in told.getvalue()
+    assert len(logger.handlers) == 1
+
+
 def test_only_pickles_and_broken_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_early_folder(tmp_path / "pickled", pickled=True)
     assert "has no weights in the safetensors format" in complaint(capsys, tmp_path / "pickled", tmp_path / "a")
@@ -437,6 +457,7 @@ def test_repositories_of_a_hub_are_sampled_and_their_refusals_are_sentences(
         "error: user/model has no revision v2", "> 2",
     ], strict=True):  # fmt: skip
         assert line.startswith(start), done.stderr
+    assert "Couldn't connect" not in done.stderr
     assert json.loads((tmp_path / "a" / "settings.json").read_text())["commit"] == first
     assert not (tmp_path / "b").exists()
     # The Hub is gone: what is in the cache is still sampled.

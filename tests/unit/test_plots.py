@@ -87,6 +87,24 @@ def test_grid_refuses_what_is_no_batch_of_images(images: np.ndarray, words: str)
         image_grid(images, 2)
 
 
+def test_a_name_with_line_breaks_is_one_line() -> None:
+    """As of a class of a data set of the Hub, which may have any name."""
+    images = np.zeros((2, 16, 16, 3), np.uint8)
+    broken = image_grid(images, 2, column_labels=["a\nb\r\nc", "\n"])
+    np.testing.assert_array_equal(broken, image_grid(images, 2, column_labels=["a b c", ""]))
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_captions_of_neighbours_do_not_touch(size: int) -> None:
+    """No ink in the 8 pixels around the middle of a gap, which has 4; a letter of the smallest size is 5 wide."""
+    snrs = [5.9e-4, 5.8e-4, 4.0e-5]
+    picture = np.asarray(forward_strip(np.zeros((3, size, size, 3), np.uint8), [0, 500, 999], snrs))
+    step = (picture.shape[1] - 4) // 3
+    for column in (1, 2):
+        middle = 2 + column * step
+        assert picture[-LABEL_HEIGHT:, middle - 4 : middle + 4].min() == 255
+
+
 def test_grid_refuses_columns_and_labels_that_do_not_fit() -> None:
     images = distinct_images(4)
     with pytest.raises(ValueError, match="3 column_labels for 2 columns"):

@@ -93,15 +93,18 @@ def test_runs_without_anything_to_draw_are_refused(tmp_path: Path) -> None:
 
 
 def test_losses_by_quartile_are_drawn_as_they_are() -> None:
-    rows = [{"step": 10 * k} | {f"loss_q{q}": (q + 1) / k for q in range(4)} for k in range(1, 6)]
+    rows: list[dict[str, Any]] = [
+        {"step": 10 * k, "loss": 1.0} | {f"loss_q{q}": (q + 1) / k for q in range(4)} for k in range(1, 6)
+    ]
     rows[2]["loss_q3"] = None
-    (axes,) = _timestep_figure(rows, None).axes
+    not_finite = {"loss": None} | {f"loss_q{q}": None for q in range(4)}
+    (axes,) = _timestep_figure([*rows, {"step": 60} | not_finite], None).axes
     for quartile, line in enumerate(drawn(axes)):
         expected = [[10 * k, (quartile + 1) / k] for k in range(1, 6) if (quartile, k) != (3, 3)]
         np.testing.assert_array_equal(line, expected)
     names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert names[0] == "$t < T/4$"
-    assert names[3] == r"$3T/4 \leq t$ (1 not finite)"
+    assert names[0] == "$t < T/4$ (1 not finite)"
+    assert names[3] == r"$3T/4 \leq t$ (1 not finite)"  # not the line in which none of its timesteps was drawn
 
 
 def test_errors_and_terms_of_a_bound_are_drawn_where_images_were_seen() -> None:

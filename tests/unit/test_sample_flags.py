@@ -284,3 +284,10 @@ def test_a_mask_fills_what_is_white_and_not_transparent() -> None:
     assert to_mask(pixels, Path("m.png"), (2, 2)).tolist() == [[True, False], [False, False]]
     with pytest.raises(ConfigError, match=r"m\.png is 2 pixels wide and 2 high, but the images are 4 x 2"):
         to_mask(pixels, Path("m.png"), (2, 4))
+
+
+def test_a_label_with_a_dash_before_it_is_given_as_the_help_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["model", "--labels=-dash,cat"]).labels == "-dash,cat"
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert "it is --labels=LIST" in " ".join(capsys.readouterr().out.split())

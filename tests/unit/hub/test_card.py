@@ -152,6 +152,16 @@ def test_the_code_draws_as_the_pictures_of_the_run_were_drawn(folder_of: Folder)
     assert "pipeline(batch_size=4).images" in code_blocks(card_of(folder_of(bare=True)).text)[1]
 
 
+def test_the_card_says_when_half_precision_weights_make_a_network_of_half_precision(tmp_path: Path) -> None:
+    pipeline = make_pipeline("plain")
+    pipeline.save_pretrained(tmp_path)
+    pipeline.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert "only with `dtype=torch.float16` beside it does the network compute in half" in card_of(tmp_path).text
+    load = GaussianDiffusionPipeline.from_pretrained
+    assert load(tmp_path, variant="fp16").unet.dtype == torch.float32
+    assert load(tmp_path, variant="fp16", dtype=torch.float16).unet.dtype == torch.float16
+
+
 def test_weights_that_exist_as_a_variant_only_are_asked_for(folder_of: Folder) -> None:
     folder = folder_of()
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -160,7 +170,7 @@ def test_weights_that_exist_as_a_variant_only_are_asked_for(folder_of: Folder) -
     shutil.copy(weights.with_name("diffusion_pytorch_model.fp16.safetensors"), weights)
     text = card_of(folder).text
     assert not any("variant" in block for block in code_blocks(text))
-    assert '`variant="fp16"` in any `from_pretrained` loads the weights in half precision' in text
+    assert '`variant="fp16"` in any `from_pretrained` downloads the weights rounded to half precision' in text
     assert "half precision" not in card_of(folder_of()).text
 
 
@@ -539,6 +549,28 @@ def test_a_license_given_once_stays_until_another_is_given(folder_of: Folder) ->
     text = card_of(folder_of(), text).text
     assert data_of(text)["license"] == "mit"
     assert data_of(card_of(folder_of(), text, license="apache-2.0").text)["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    ("further", "shown"),
+    [
+        ("license_name: my-rail\nlicense_link: LICENSE.md", "[my-rail](LICENSE.md)"),
+        ("license_name: My *own* one\nlicense_link: https://a.org/b?c=1", r"[My \*own\* one](https://a.org/b?c=1)"),
+        ("license_name: my-rail", "my-rail"),
+        ("license_name: x\nlicense_link: javascript:alert(1)", "x"),
+        ("license_link: LICENSE", "[other](LICENSE)"),
+        ("", "other"),
+    ],
+)
+def test_a_license_that_the_hub_does_not_know_has_its_name_and_link(
+    folder_of: Folder, further: str, shown: str
+) -> None:
+    mine = edit_front(
+        card_of(folder_of()).text, lambda head: head.replace("license: unknown", f"license: other\n{further}")
+    )
+    new = card_of(folder_of(), mine)
+    assert f"**License of the weights:** {shown}.\n" in section_of(new.text, "limits")
+    assert card_of(folder_of(), new.text).text == new.text
 
 
 def test_numbers_of_others_stay_and_stale_ones_of_ours_go(folder_of: Folder) -> None:
