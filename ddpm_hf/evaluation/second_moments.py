@@ -25,8 +25,8 @@ def estimate_second_moments(
 ) -> torch.Tensor:
     """Collective: estimates Gamma_t = E |eps(x_t)|^2 / d at every timestep of training. Eq. 8, Bao et al. 2022.
 
-    The images go round in an order that the seed draws, since many sets are sorted by class: each timestep sees the next
-    `num_images` of them, so a small number sees different ones at each.
+    The images go round in an order that the seed draws, since many sets are sorted by class. Each timestep sees the
+    next `num_images` of them, so a small number sees different ones at each.
 
     Args:
         pipeline: The network and the scheduler.
