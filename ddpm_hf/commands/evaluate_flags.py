@@ -43,7 +43,7 @@ def _add_measuring(parser: ArgumentParser) -> None:
     """Adds what is measured, and where the results go."""
     add = parser.add_argument
     add("--split_seed", type=int,
-        help="training.seed of the run, which chose its held-out images; by default that of the folder, or 0")  # fmt: skip
+        help="training.seed of the run, which chose its held-out images; by default the folder's, or 0")  # fmt: skip
     add("--metrics", type=_comma_separated,
         help="comma-separated: fid, kid, inception_score (in Inception features), frechet_distance, kernel_distance "
         "(in any), precision, recall, bits_per_dim")  # fmt: skip

@@ -179,8 +179,8 @@ LIBRARIES_OF_THE_CORE = {
     "huggingface_hub",  # comes with diffusers
 }  # fmt: skip
 WITHOUT_TORCH = {
-    "__init__", "config", "evaluation.frechet", "evaluation.metrics", "evaluation.pixel_distance", "evaluation.recognition", "plots",
-    "redaction", "report", "training.checkpoint",
+    "__init__", "config", "evaluation.frechet", "evaluation.metrics", "evaluation.pixel_distance",
+    "evaluation.recognition", "plots", "redaction", "report", "training.checkpoint",
 }  # fmt: skip
 
 TORCH_DRAWS = {

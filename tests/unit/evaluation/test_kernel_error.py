@@ -23,9 +23,9 @@ def data_set(seed: int, n: int, m: int, shift: float) -> tuple[NDArray[np.float3
 @pytest.mark.parametrize(("n", "m"), [(60, 60), (30, 300)])
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_the_error_is_the_spread_over_data_sets(n: int, m: int, shift: float) -> None:
-    """300 of them tell it to 7 %, which three times are allowed; equal ones are told up to 16 % more, as none is below 0.
+    """300 of them tell it to 7 %, three of which are allowed; alike ones are told up to 16 % more, as none is below 0.
 
-    The spread of subsets as if the images differed would be 2.5 and 3.1 times that of equal ones.
+    The spread of subsets as if the images differed would be 2.5 and 3.1 times that of alike ones.
     """
     data_sets = [data_set(seed, n, m, shift) for seed in range(300)]
     spread = float(np.std([distance(x, y) for x, y in data_sets], ddof=1))
