@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from packaging.requirements import Requirement
+from pyarrow import parquet
 
 from ddpm_hf import cli
 from ddpm_hf.config import load_config, load_data_config
@@ -170,12 +171,18 @@ def _check_ddpm_hf(arguments: list[str]) -> None:
 
 def _check_evaluate(arguments: list[str]) -> None:
     from ddpm_hf.commands.evaluate_flags import data_config, parse
-    from ddpm_hf.evaluation.metrics import check_metrics
+    from ddpm_hf.evaluation.fidelity import _check_numbers
+    from ddpm_hf.evaluation.metrics import OF_SAMPLES, check_metrics
     from ddpm_hf.evaluation.sampling import scheduler_class
 
     options = parse(arguments)
     check_metrics(options.metrics)
     data_config(options, (8, 8), 1)
+    # Of data that are no file of the repository there are as many as it takes.
+    num_images = parquet.read_metadata(options.data).num_rows if _is(options.data) else 50_000
+    num_features = 2048 if options.features == "inception" else 1
+    of_samples = [name for name in options.metrics if name in OF_SAMPLES]
+    _check_numbers(of_samples, num_features, options.num_samples or 50_000, num_images)
     if options.scheduler is not None:
         scheduler_class(options.scheduler)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.commands.complaints import out_of_memory
 from ddpm_hf.commands.evaluate_flags import data_config, parse
+from ddpm_hf.commands.evaluate_split import take_split_of_run
 from ddpm_hf.commands.folders import find_model, load_pipeline
 from ddpm_hf.commands.sampling_flags import CALL_FLAGS, check_scheduler, label_list
 from ddpm_hf.config import ConfigError, ModelConfig, RunConfig, TrainingConfig
@@ -159,6 +160,8 @@ def _prepare(options: Namespace) -> _Work:
     ).to(accelerator.device)
     height, width, num_channels = image_shape(pipeline)
     needs_labels = pipeline.num_classes > 0 and (BITS_PER_DIM in options.metrics or options.estimate_variance > 0)
+    if (line := take_split_of_run(options, folder)) and accelerator.is_main_process:
+        print(line)
     config = RunConfig(
         data=data_config(options, (height, width), num_channels),
         model=ModelConfig(class_conditional=needs_labels),
@@ -204,10 +207,15 @@ def _sampler(options: Namespace, pipeline: "GaussianDiffusionPipeline", *, for_t
 
 
 def _chain(options: Namespace, pipeline: "GaussianDiffusionPipeline") -> tuple[list[int] | None, int | None]:
-    """Returns the chain for bits per dimension, and how many of its terms each image has; None for all."""
+    """Returns the chain for bits per dimension, and how many of its terms each image has; None for all.
+
+    Another scheduler than ours has no such chain, which `check_bound` says.
+    """
+    from ddpm_hf.diffusion import GaussianDiffusionScheduler
+
     timesteps, num_steps = None, len(pipeline.scheduler)
-    if options.likelihood_steps is not None:
-        pipeline.scheduler.set_timesteps(options.likelihood_steps)
+    if options.likelihood_steps is not None and isinstance(pipeline.scheduler, GaussianDiffusionScheduler):
+        pipeline.scheduler.set_timesteps(options.likelihood_steps, timestep_spacing=options.timestep_spacing)
         timesteps = pipeline.scheduler.timesteps.tolist()
         num_steps = len(timesteps)
     return timesteps, None if options.num_terms == "all" or options.num_terms >= num_steps else options.num_terms
@@ -285,11 +293,13 @@ def _bits_per_dim(work: _Work) -> "tuple[Metric, VariationalBound, dict[str, Any
         batch_size=options.batch_size,
         ranks=work.ranks,
     )
+    spacing = None if work.timesteps is None else options.timestep_spacing or scheduler.config["timestep_spacing"]
     settings = {
         "images": "held out" if len(work.held_out) else "all",
         "conditional": work.pipeline.num_classes > 0,
         "num_steps": len(bound.timesteps),
         "num_terms": work.num_terms or len(bound.timesteps),
+        "timestep_spacing": spacing,
         "variance": "analytic" if options.variance == "analytic" else scheduler.config["variance_type"],
     }
     return metric, bound, settings
@@ -304,6 +314,9 @@ def _describe_data(work: _Work) -> dict[str, Any]:
         "fingerprint": work.training.digest or None,
         "num_training_images": len(work.training),
         "num_held_out_images": len(work.held_out),
+        "validation_split": options.data_validation_split,
+        "validation_fraction": options.data_validation_fraction or 0.0,
+        "split_seed": options.split_seed,
     }
 
 

@@ -26,7 +26,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add_model_flags(parser)
     parser.add_argument("--data", required=True, help="the images that it was trained on, as data.source of training")
     for name, (kind, help_text) in _DATA_FLAGS.items():
-        default = getattr(DataConfig(), name)
+        default = None if name in SPLIT_FLAGS else getattr(DataConfig(), name)
         parser.add_argument(f"--data.{name}", dest=f"data_{name}", type=kind, default=default, help=help_text)
     parser.add_argument("--data.streaming", dest="data_streaming", nargs="?", const="true", help=SUPPRESS)
     _add_measuring(parser)
@@ -42,7 +42,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
 def _add_measuring(parser: ArgumentParser) -> None:
     """Adds what is measured, and where the results go."""
     add = parser.add_argument
-    add("--split_seed", type=int, default=0, help="training.seed of the run, which chose its held-out images")
+    add("--split_seed", type=int,
+        help="training.seed of the run, which chose its held-out images; by default the folder's, or 0")  # fmt: skip
     add("--metrics", type=_comma_separated,
         help="comma-separated: fid, kid, inception_score (in Inception features), frechet_distance, kernel_distance "
         "(in any), precision, recall, bits_per_dim")  # fmt: skip
@@ -97,12 +98,17 @@ def _side_or(number: int) -> Callable[[str], int | list[int]]:
     return read
 
 
+# Which images were held out; None is what the run says, see evaluate_split.py.
+SPLIT_FLAGS = ("validation_split", "validation_fraction")
 _DATA_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "subset": (str, "configuration of a Hub data set that has several"),
     "revision": (str, "branch, tag or commit of a Hub data set"),
     "split": (str, "split to compare with, or a part of it"),
-    "validation_split": (str, "split that was held out"),
-    "validation_fraction": (float, "fraction that was held out, chosen by --split_seed"),
+    "validation_split": (str, "split that was held out; by default that of the folder's run"),
+    "validation_fraction": (
+        float,
+        "fraction that was held out, chosen by --split_seed; by default that of the folder's run",
+    ),
     "image_column": (str, "column or array with the images"),
     "label_column": (str, "column or array with the labels"),
     "crop_before_resize": (_side_or(4), "side of a square in the centre, or left,top,right,bottom"),
@@ -138,7 +144,7 @@ def data_config(options: Namespace, size: tuple[int, int], num_channels: int) ->
         ConfigError: The settings contradict each other.
     """
     given = {name: getattr(options, f"data_{name}") for name in _DATA_FLAGS}
-    defaults = {"resolution": list(size), "num_channels": num_channels}
+    defaults = {"resolution": list(size), "num_channels": num_channels, "validation_fraction": 0.0}
     filled = given | {name: default for name, default in defaults.items() if given[name] is None}
     config = DataConfig(source=options.data, **filled)
     validate(RunConfig(data=config))

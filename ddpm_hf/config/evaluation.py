@@ -22,7 +22,9 @@ class EvaluationConfig:
             inception_score in those of Inception; frechet_distance, kernel_distance, precision, recall in any), or
             bits_per_dim of held-out images, which needs no such network.
         score_features: The network whose features are compared, as `ddpm-hf evaluate --features`.
-        score_num_samples: Samples drawn for it, or held-out images looked at (all, if there are fewer).
+        score_num_samples: Samples drawn for it, with num_inference_steps, eta, guidance_scale and batch_size of this
+            section, or held-out images looked at (all, if there are fewer); fid needs at least 2049, inception_score
+            1000.
         score_num_terms: Terms of the bound computed for each of these images; bits_per_dim alone reads it.
     """
 
@@ -35,7 +37,7 @@ class EvaluationConfig:
     score_every_steps: int = 0
     score_metric: Literal[
         "fid", "kid", "inception_score", "frechet_distance", "kernel_distance", "precision", "recall", "bits_per_dim"
-    ] = "fid"  # fmt: skip
+    ] = "kid"  # fmt: skip
     score_features: str = "inception"
     score_num_samples: int = 1000
     score_num_terms: int = 20

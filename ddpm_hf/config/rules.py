@@ -71,6 +71,10 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(sentence)
 
 
+# One more than Inception has features, whose covariance FID takes; a hundred in each split of the Inception Score.
+_LEAST_SAMPLES = {"fid": 2049, "inception_score": 1000}
+
+
 def _check_score(config: RunConfig, *, holds_out: bool) -> None:
     """Refuses a score that has nothing to compare with."""
     evaluation = config.evaluation
@@ -86,6 +90,12 @@ def _check_score(config: RunConfig, *, holds_out: bool) -> None:
         raise ConfigError(
             f"evaluation.score_num_terms is {evaluation.score_num_terms}, but must be between 2 and "
             f"diffusion.num_train_timesteps, {config.diffusion.num_train_timesteps}."
+        )
+    least = _LEAST_SAMPLES.get(evaluation.score_metric, 1)
+    if evaluation.score_num_samples < least:
+        raise ConfigError(
+            f"evaluation.score_num_samples is {evaluation.score_num_samples}, and evaluation.score_metric "
+            f"{evaluation.score_metric} needs at least {least}; set that, or evaluation.score_metric to kid."
         )
     if not is_bound and config.data.streaming:
         raise ConfigError(

@@ -21,6 +21,7 @@ from ddpm_hf.evaluation.feature_network import FeatureNetwork, Features
 from ddpm_hf.evaluation.features import open_features
 from ddpm_hf.evaluation.frechet import frechet_distance, moments_of
 from ddpm_hf.evaluation.inception import InceptionFeatures
+from ddpm_hf.evaluation.kernel_error import kernel_distance_variance
 from ddpm_hf.evaluation.metrics import OF_SAMPLES, Metric, check_metrics
 from ddpm_hf.evaluation.references import ReferenceStatistics
 from ddpm_hf.rng import derive_seed
@@ -30,6 +31,8 @@ _OF_INCEPTION = {"fid": "frechet_distance", "kid": "kernel_distance", "inception
 
 KERNEL_SUBSETS = 100
 KERNEL_SUBSET_SIZE = 1000
+KERNEL_SUBSET_PART = 10
+"""Of fewer images than ten times that many, a subset is a tenth; it needs two on each side to be without bias."""
 INCEPTION_SCORE_SPLITS = 10
 LEAST_IN_A_SPLIT = 100
 """Of the Inception Score, which is at most the number of images in a split: of one image it is 1, whatever it shows."""
@@ -201,7 +204,7 @@ def check_reference(reference: ImageSet) -> None:
 def _check_numbers(metrics: Sequence[str], dimension: int, num_samples: int, num_reference: int) -> None:
     """Refuses fewer images than a metric needs, before the work begins."""
     frechet, kernel = {"fid", "frechet_distance"}, {"kid", "kernel_distance"}
-    least = {name: dimension + 1 for name in frechet} | {name: 2 * INCEPTION_SCORE_SPLITS for name in kernel}
+    least = {name: dimension + 1 for name in frechet} | {name: 2 * KERNEL_SUBSET_PART for name in kernel}
     least |= {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1}
     least |= {"inception_score": INCEPTION_SCORE_SPLITS * LEAST_IN_A_SPLIT}
     for metric in metrics:
@@ -219,14 +222,13 @@ def _check_numbers(metrics: Sequence[str], dimension: int, num_samples: int, num
 def _kernel_distance(samples: Features, reference: Features, seed: int) -> tuple[float, float]:
     """Returns the squared maximum mean discrepancy with the cubic kernel (Binkowski et al. 2018), and its error.
 
-    It is the mean over random subsets of m of the N images, of 1000, or of a tenth of fewer images so that the spread
-    tells something. One subset's variance v is that over all data sets less what they share, so that the mean of all
-    subsets has the variance v m / (N - m), and that of K subsets v / K more.
+    It is the mean over random subsets of 1000 images, or of a tenth of fewer, whose means scatter about that of all
+    subsets; and that one, which uses all pairs, scatters over data sets.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     fewest = min(len(samples), len(reference))
-    size = min(KERNEL_SUBSET_SIZE, fewest // 10)
+    size = min(KERNEL_SUBSET_SIZE, fewest // KERNEL_SUBSET_PART)
     result = kid_features_to_metric(
         torch.from_numpy(samples),
         torch.from_numpy(reference),
@@ -235,8 +237,8 @@ def _kernel_distance(samples: Features, reference: Features, seed: int) -> tuple
         rng_seed=_numpy_seed(seed),
         verbose=False,
     )
-    spread = result[KEY_METRIC_KID_STD]
-    return result[KEY_METRIC_KID_MEAN], spread * math.sqrt(size / (fewest - size) + 1 / KERNEL_SUBSETS)
+    variance = kernel_distance_variance(samples, reference) + result[KEY_METRIC_KID_STD] ** 2 / KERNEL_SUBSETS
+    return result[KEY_METRIC_KID_MEAN], math.sqrt(variance)
 
 
 def _precision_and_recall(
@@ -245,12 +247,14 @@ def _precision_and_recall(
     """Returns which part of the samples lies among the real images, and the reverse.
 
     Kynkäänniemi et al. 2019, who take features of VGG-16; those of Inception are what Dhariwal and Nichol 2021 take.
+    The library computes distances as |x|^2 + |y|^2 - 2 x.y in float32, which a large mean of the features would drown.
     """
     from torch_fidelity.metric_prc import prc_features_to_metric
 
+    mean = reference.mean(axis=0, dtype=np.float64).astype(np.float32)
     result = prc_features_to_metric(
-        torch.from_numpy(samples).to(device),
-        torch.from_numpy(reference).to(device),
+        torch.from_numpy(samples - mean).to(device),
+        torch.from_numpy(reference - mean).to(device),
         prc_neighborhood=NEIGHBOURS,
         save_cpu_ram=True,  # blocks, not all distances at once, which are 10 GB for 50,000 images
         verbose=False,

@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ddpm_hf.data import ImageSet, to_uint8
+from ddpm_hf.evaluation.pixel_distance import pixel_rows, squared_distances
 
 IMAGES_AT_ONCE = 1024
 
@@ -22,13 +23,12 @@ def nearest_images(
         The nearest images, like the samples; their positions in the set; their distances, root mean square over the
         values, in [0, 1].
     """
-    rows = _rows(samples)
+    rows = pixel_rows(samples)
     smallest = np.full(len(rows), np.inf)
     positions = np.zeros(len(rows), np.int64)
     for start in tqdm(range(0, len(images), IMAGES_AT_ONCE), "Nearest images", disable=None, leave=False):
-        others = _rows(real_images(images, images.positions[start : start + IMAGES_AT_ONCE]))
-        # Sums of squares of whole numbers below 2^53, so exact.
-        squares = (rows**2).sum(axis=1)[:, None] + (others**2).sum(axis=1) - 2 * rows @ others.T
+        others = pixel_rows(real_images(images, images.positions[start : start + IMAGES_AT_ONCE]))
+        squares = squared_distances(rows, others)
         best = squares.argmin(axis=1)
         found = squares[np.arange(len(rows)), best]
         is_nearer = found < smallest
@@ -39,8 +39,3 @@ def nearest_images(
 def real_images(images: ImageSet, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Returns images of a set as samples are: uint8 (number, height, width, channels)."""
     return np.ascontiguousarray(to_uint8(images.take(positions)[0]).transpose(0, 2, 3, 1))
-
-
-def _rows(images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Returns one row of values an image."""
-    return images.reshape(len(images), -1).astype(np.float64)

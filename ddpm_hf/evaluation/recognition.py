@@ -11,6 +11,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ddpm_hf.evaluation.pixel_distance import pixel_rows, squared_distances
+
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 LabelArray: TypeAlias = npt.NDArray[np.int64]
 FloatRows: TypeAlias = npt.NDArray[np.float64]
@@ -107,7 +109,7 @@ def recognition_report(
     for name, (images, labels) in pairs.items():
         _check_pair(name, images, labels, image_shape=train_images.shape[1:])
     check_classes(train_labels, sample_labels)
-    train, held_out, generated = (_rows(images) for images in (train_images, held_out_images, samples))
+    train, held_out, generated = (pixel_rows(images) for images in (train_images, held_out_images, samples))
     predicted, predicted_held_out = _classify(train, train_labels, generated, held_out)
     is_recognised = predicted == sample_labels
     to_training, held_out_to_training = _nearest(generated, train), _nearest(held_out, train)
@@ -144,15 +146,9 @@ def _classify(
     return classifier.predict(generated / 255), classifier.predict(held_out / 255)
 
 
-def _rows(images: UInt8Array) -> FloatRows:
-    """Returns one row of pixel values an image, in float64, in which sums of their squares are exact."""
-    return images.reshape(len(images), -1).astype(np.float64)
-
-
 def _distances(rows: FloatRows, others: FloatRows) -> FloatRows:
     """Returns all root mean square distances, (rows, others), exactly 0 for equal images."""
-    squares = (rows**2).sum(axis=1)[:, None] + (others**2).sum(axis=1) - 2 * rows @ others.T
-    distances: FloatRows = np.sqrt(squares / rows.shape[1]) / 255
+    distances: FloatRows = np.sqrt(squared_distances(rows, others) / rows.shape[1]) / 255
     return distances
 
 

@@ -10,7 +10,7 @@ from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.evaluation.chain import Chain, batches_of, check_labels, load_images
 from ddpm_hf.evaluation.ranks import ALONE, Ranks
-from ddpm_hf.rng import normal_by_position
+from ddpm_hf.rng import normal_by_position, numpy_generator
 
 
 @torch.no_grad()
@@ -25,12 +25,13 @@ def estimate_second_moments(
 ) -> torch.Tensor:
     """Collective: estimates Gamma_t = E |eps(x_t)|^2 / d at every timestep of training. Eq. 8, Bao et al. 2022.
 
-    Each timestep sees the next `num_images` images of the set, so a small number sees different ones at each.
+    The images go round in an order that the seed draws, since many sets are sorted by class. Each timestep sees the
+    next `num_images` of them, so a small number sees different ones at each.
 
     Args:
         pipeline: The network and the scheduler.
         images: Training images; held-out ones would tell of the data what the network was not trained on.
-        seed: Of the noise.
+        seed: Of the noise, and of the order of the images.
         num_images: For each timestep.
         batch_size: Images of one forward.
         ranks: The processes, which share the timesteps: the bits are those of one process.
@@ -44,13 +45,14 @@ def estimate_second_moments(
     chain = check_second_moments(pipeline, images)
     rows = ranks.part(len(chain))
     mine = np.zeros(len(rows))
+    order = numpy_generator(seed, "moments_images").permutation(len(images))
     was_training = pipeline.unet.training
     pipeline.unet.eval()
     try:
         for place, row in enumerate(tqdm(rows, "Second moments", disable=None, leave=False)):
             step, total = chain.transitions[row], 0.0
             for positions in batches_of(range(row * num_images, (row + 1) * num_images), batch_size):
-                turn = np.asarray(positions) % len(images)
+                turn = order[np.asarray(positions) % len(images)]
                 x_0, class_labels = load_images(images, turn, chain, with_labels=pipeline.num_classes > 0)
                 noise = normal_by_position(seed, "moments", 0, positions, x_0.shape[1:], chain.device).to(chain.dtype)
                 eps = chain.predict(chain.noised(x_0, noise, step), step, class_labels).eps

@@ -79,6 +79,8 @@ def test_every_help_has_examples_that_are_accepted(name: str) -> None:
         "ddpm-hf train --config configs/no_such_recipe.yaml",
         "accelerate launch --quite train_ddpm.py --config configs/digits_8.yaml",
         "accelerate launch train_ddpm.py --config configs/digits_8.yaml --training.num_stepz 5",
+        "ddpm-hf evaluate outputs/digits --data data/digits.parquet --metrics fid",
+        "ddpm-hf evaluate outputs/cifar10 --data uoft-cs/cifar10 --metrics fid --num_samples 2048",
         "torchrun --nproc_per_node 2 -m ddpm_hf evaluate --metrics fid",
         "python train_ddpm.py --config configs/digits_8.yaml --training.micro_batch_size 48",
         "python benchmarks/editing.py",

@@ -12,9 +12,10 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from ddpm_hf import cli
-from ddpm_hf.config import DataConfig
+from ddpm_hf.config import DataConfig, RunConfig, TrainingConfig
 from ddpm_hf.data import open_images
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.evaluation.evaluate import bits_per_dim, choose_images
 from ddpm_hf.evaluation.frechet import frechet_distance, moments_of
 from tests.conftest import DIGITS, run_process, tiny_unet
 from tests.feature_networks import pooled
@@ -53,9 +54,10 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_bits_per_dimension_are_printed_and_written(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path
 ) -> None:
-    """Of the run folder, with held-out images, the analytic variance and a chain of 10 steps."""
+    """Of the run folder, with held-out images, the analytic variance and a chain of 10 steps, spaced as the samples."""
+    shorter = ["--likelihood_steps", "10", "--timestep_spacing", "trailing"]
     held_out = ["--data.validation_fraction", "0.1", "--estimate_variance", "2", "--variance", "analytic"]
-    assert evaluate(saved.parent, *QUICK, *BOUND, *held_out, "--likelihood_steps", "10", "--output", tmp_path) == 0
+    assert evaluate(saved.parent, *QUICK, *BOUND, *held_out, *shorter, "--output", tmp_path) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "evaluation.json").read_text())
     (metric,) = report["metrics"]
@@ -65,7 +67,10 @@ def test_bits_per_dimension_are_printed_and_written(
     assert metric == {
         "name": "bits_per_dim", "features": None, "num_samples": 5, "num_reference": 0, "seed": 0,
         "images": "held out", "conditional": True, "num_steps": 10, "num_terms": 3, "variance": "analytic",
+        "timestep_spacing": "trailing",
     }  # fmt: skip
+    assert report["bound"]["timesteps"] == list(range(19, 0, -2))
+    assert report["sampling"]["timestep_spacing"] == "trailing"
     assert "bits_per_dim is given the class of each image, which costs up to 0.052 more to tell." in printed
     assert "of training images" not in printed
     assert report["schema_version"] == 1
@@ -108,6 +113,27 @@ def test_samples_for_the_picture_alone_cost_few_steps_and_stand_in_nobodys_way(
     assert report["sampling"]["num_inference_steps"] == 50
     assert "bits_per_dim is of training images, on which it may be lower" in capsys.readouterr().out
     assert not (tmp_path / "long" / "evaluation_samples").exists()
+
+
+def test_the_images_that_a_run_held_out_are_measured_and_no_part_of_the_reference(
+    tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a flag: training_config.yaml in the folder says which."""
+    shutil.copytree(saved, tmp_path / "run" / "pipeline")
+    config = RunConfig(data=DataConfig(source=str(DIGITS), validation_fraction=0.1), training=TrainingConfig(seed=5))
+    (tmp_path / "run" / "pipeline" / "training_config.yaml").write_text(config.to_yaml())
+    metrics = ["--metrics", "bits_per_dim,frechet_distance", *IN_FEATURES[2:], *BOUND[2:]]
+    assert evaluate(tmp_path / "run", *QUICK, *metrics, "--output", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Held out as in training, which training_config.yaml tells: --split_seed 5 --data.valid")
+    assert "of training images" not in printed
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {metric["num_reference"] for metric in report["metrics"]} == {0, 1617}
+    assert (report["data"]["validation_fraction"], report["data"]["split_seed"]) == (0.1, 5)
+    _, held_out = open_images(config.data, with_labels=False).split(0.1, 5)
+    bound, _ = bits_per_dim(GaussianDiffusionPipeline.from_pretrained(saved), choose_images(held_out, 5, 0), seed=0,
+                            num_terms=3)  # fmt: skip
+    assert report["metrics"][-1]["value"] == pytest.approx(bound.value, rel=1e-6)
 
 
 def test_fidelity_sees_the_samples_and_the_training_images(

@@ -100,7 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation.image_shape": {"diffusion"},
     "evaluation.fingerprint": {"diffusion"},
     "evaluation.ranks": set(),
-    "evaluation.neighbours": {"data"},
+    "evaluation.neighbours": {"data", "evaluation.pixel_distance"},
     "evaluation.picture": {"evaluation.likelihood", "plots"},
     "evaluation.evaluate": {
         "data", "diffusion", "evaluation.fidelity", "evaluation.likelihood", "evaluation.metrics", "evaluation.ranks",
@@ -117,15 +117,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation.chain": {"data", "diffusion"},
     "evaluation.feature_network": set(),
     "evaluation.features": {"evaluation.feature_network", "evaluation.inception"},
+    "evaluation.kernel_error": {"evaluation.feature_network"},
     "evaluation.fidelity": {
         "data", "evaluation.feature_network", "evaluation.features", "evaluation.frechet", "evaluation.inception",
-        "evaluation.metrics", "evaluation.references", "rng",
+        "evaluation.kernel_error", "evaluation.metrics", "evaluation.references", "rng",
     },
     "evaluation.frechet": set(),
     "evaluation.inception": {"evaluation.feature_network"},
     "evaluation.likelihood": {"data", "diffusion", "evaluation.chain", "evaluation.ranks", "rng"},
     "evaluation.metrics": set(),
-    "evaluation.recognition": set(),
+    "evaluation.pixel_distance": set(),
+    "evaluation.recognition": {"evaluation.pixel_distance"},
     "evaluation.references": {"data", "evaluation.feature_network", "evaluation.frechet"},
     "evaluation.sampling": {"diffusion", "evaluation.film", "evaluation.image_shape", "rng"},
     "evaluation.second_moments": {"data", "diffusion", "evaluation.chain", "evaluation.ranks", "rng"},
@@ -179,8 +181,8 @@ LIBRARIES_OF_THE_CORE = {
     "huggingface_hub",  # comes with diffusers
 }  # fmt: skip
 WITHOUT_TORCH = {
-    "__init__", "config", "evaluation.frechet", "evaluation.metrics", "evaluation.recognition", "plots",
-    "redaction", "report", "training.checkpoint",
+    "__init__", "config", "evaluation.frechet", "evaluation.metrics", "evaluation.pixel_distance",
+    "evaluation.recognition", "plots", "redaction", "report", "training.checkpoint",
 }  # fmt: skip
 
 TORCH_DRAWS = {

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from gaussian_pipeline import DEVIATION, GaussianUnet, gaussian_images, gaussian_pipeline
 
+from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.reverse_variance import FILE_NAME, analytic_variance
 from ddpm_hf.evaluation.likelihood import variational_bound
@@ -67,6 +68,19 @@ def test_moments_are_estimated() -> None:
     gain = bars * DEVIATION**2 / (bars * DEVIATION**2 + 1 - bars)
     expected = (bars * spread + 1 - bars) * (1 - gain) ** 2 / (1 - bars)
     torch.testing.assert_close(moments, expected, rtol=4 * math.sqrt(2 / 1024) + 0.02, atol=0)
+
+
+def test_each_timestep_sees_images_of_all_classes_of_a_set_sorted_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network says x_t, nearly x_0 here: 0 for the gray class, 1 for the white one, half of it for both.
+
+    20 of 40 images, drawn without replacement, hold 10 white ones with a standard deviation of 1.6: four are allowed.
+    """
+    pipeline = gaussian_pipeline((4, 4), num_train_timesteps=8, beta_start=1e-6, beta_end=1e-6)
+    monkeypatch.setattr(GaussianUnet, "forward", lambda _, sample, *__, **___: (sample,))
+    pixels = np.repeat([128, 255], 20).astype(np.uint8)[:, None, None, None] * np.ones((1, 1, 4, 4), np.uint8)
+    images = ImageSet(pixels, None, None, np.arange(40))
+    moments = estimate_second_moments(pipeline, images, seed=0, num_images=20)
+    torch.testing.assert_close(moments, torch.full_like(moments, 0.5), rtol=0, atol=4 * 1.6 / 20)
 
 
 def test_processes_share_the_timesteps_and_the_bits_are_those_of_one() -> None:

@@ -80,7 +80,15 @@ def test_a_score_is_saved_where_no_checkpoint_was_due(tmp_path: Path) -> None:
     [
         ({"score_metric": "bits_per_dim"}, "bits_per_dim needs held-out images; set data.validation_fraction"),
         ({"score_metric": "bits_per_dim", "score_features": "x"}, "evaluation.score_features x has no effect with"),
-        ({"score_num_terms": 3}, "evaluation.score_num_terms 3 has no effect with evaluation.score_metric fid"),
+        ({"score_num_terms": 3}, "evaluation.score_num_terms 3 has no effect with evaluation.score_metric kid"),
+        (
+            {"score_metric": "fid"},
+            "score_num_samples is 1000, and evaluation.score_metric fid needs at least 2049; set",
+        ),
+        (
+            {"score_metric": "inception_score", "score_num_samples": 999},
+            "inception_score needs at least 1000; set that",
+        ),
         ({"score_num_samples": 0}, "evaluation.score_num_samples is 0, but must be greater than 0"),
         ({"score_metric": "lpips"}, "evaluation.score_metric is lpips, but must be fid, kid,"),
     ],
