@@ -148,7 +148,6 @@ def _draw_all(work: _Work) -> int:
     options, folder = work.options, work.folder
     others = [GRID, *([STRIP] if options.strip else []), *([ANIMATION] if options.animation else [])]
     folder.begin(_settings(work), [*(picture.name for picture in work.pictures), *others])
-    num_written = 0
     wanted = set(in_grid(work.pictures))
     shown: dict[Picture, UInt8Array] = {}
     films: list[UInt8Array] = []
@@ -156,7 +155,6 @@ def _draw_all(work: _Work) -> int:
         for pictures, images, states in _batches(work):
             for picture, image in zip(pictures, images, strict=True):
                 folder.write_pixels(picture.name, image)
-                num_written += 1
                 if picture in wanted:
                     shown[picture] = image
             if states is not None:
@@ -164,6 +162,7 @@ def _draw_all(work: _Work) -> int:
         _write_overviews(work, shown, films)
         folder.finish()
     except KeyboardInterrupt:
+        num_written = sum((folder.path / picture.name).exists() for picture in work.pictures)
         complain(f"interrupted; {num_written} of {len(work.pictures)} images are in {folder.path}.")
         return 130
     if not work.pictures[0].name.endswith(".png"):
@@ -171,7 +170,7 @@ def _draw_all(work: _Work) -> int:
             f"A PNG cannot hold {work.pipeline.num_channels} channels, so each image is an array (height, width, "
             "channels), .npy."
         )
-    number = f"{num_written} image{'s' if num_written != 1 else ''}"
+    number = f"{len(work.pictures)} image{'s' if len(work.pictures) != 1 else ''}"
     print(f"{number} in {folder.path}, from {work.pictures[0].name} on; look at {folder.path / GRID}.")
     return 0
 

@@ -18,7 +18,7 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
-from ddpm_hf import cli
+from ddpm_hf import cli, durable
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.plots import denoising_strip, image_grid
 from tests.conftest import REPOSITORY, process_environment, run_process
@@ -374,6 +374,23 @@ def test_a_bug_is_not_taken_for_a_lack_of_memory(plain: Path, tmp_path: Path, mo
     failing_after(monkeypatch, UNet2DModel, "forward", 0, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["sample", str(plain), "--output", str(tmp_path / "a"), "--seeds", "1"])
+
+
+def test_an_interrupt_while_a_picture_is_on_its_way_to_the_disk_counts_it(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there under its name, and only the folder has yet to be synced."""
+    sync = durable.sync
+
+    def interrupted(path: Path) -> None:
+        sync(path)
+        if (tmp_path / "a" / "seed_000001.png").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(durable, "sync", interrupted)
+    flags = ("--num_images", 3, "--batch_size", 3, "--num_inference_steps", 1)
+    sentence = complaint(capsys, plain, tmp_path / "a", *flags, code=130)
+    assert sentence == f"interrupted; 2 of 3 images are in {tmp_path / 'a'}."
 
 
 def test_an_interrupted_call_leaves_whole_files_and_says_how_many(
