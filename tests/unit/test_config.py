@@ -414,8 +414,8 @@ def test_objectives_that_make_no_sense_are_refused_with_both_sides_and_the_fix(
         ({"diffusion__beta_start": 0.01, "diffusion__beta_schedule": "const"}, "has no effect with diffusion.beta_sch"),
         ({"diffusion__scale_betas_to_timesteps": True, "diffusion__beta_schedule": "jsd"}, "true has no effect with"),
         (
-            {"evaluation__score_metric": "kid"},
-            "kid has no effect with evaluation.score_every_steps 0; leave it out, or",
+            {"evaluation__score_metric": "fid"},
+            "fid has no effect with evaluation.score_every_steps 0; leave it out, or",
         ),
         ({"evaluation__score_num_samples": 5}, "5 has no effect with evaluation.score_every_steps 0; leave it out, or"),
         ({"evaluation__score_features": "x"}, "x has no effect with evaluation.score_every_steps 0; leave it out, or"),
