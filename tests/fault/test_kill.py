@@ -78,6 +78,8 @@ BUSY = EVERYTHING_RANDOM | {
     "preview__every_steps": 4,
     "preview__num_images": 4,
 }
+# More than any of these runs does, and few enough that there is room for their averages.
+MANY = 30_000
 
 
 def assert_nothing_torn(run: Path) -> int:
@@ -122,7 +124,7 @@ def test_a_run_that_is_killed_at_random_moments_loses_nothing(tmp_path: Path) ->
     usual = time.monotonic() - began
     step = 0
     for _ in range(NUM_KILLS):
-        process = victim.start(run_arguments(run, **BUSY, training__num_steps=10**6), log)
+        process = victim.start(run_arguments(run, **BUSY, training__num_steps=MANY), log)
         time.sleep(random.uniform(0, 2 * usual))
         process.kill()
         process.join()
@@ -170,7 +172,7 @@ def test_a_run_that_is_killed_at_any_change_to_the_disk_loses_nothing(tmp_path: 
 def test_a_run_outlives_its_launcher_just_long_enough_to_save(tmp_path: Path) -> None:
     """accelerate launch dies of SIGTERM and tells its child nothing: in a container nobody would ever stop that."""
     run = tmp_path / "run"
-    changes = BUSY | {"training__checkpoint_every_steps": 10**5, "training__num_steps": 10**6}
+    changes = BUSY | {"training__checkpoint_every_steps": MANY, "training__num_steps": MANY}
     with subprocess.Popen(
         [sys.executable, *LAUNCH, *run_arguments(run, **changes)],
         cwd=REPOSITORY,
