@@ -52,8 +52,7 @@ def combine(
 ) -> tuple[NDArray[np.float64], float]:
     """Makes a profile out of stored ones, as near as the squared distance can be with weights that sum to 1.
 
-    What never changed comes back as it was. The nearest of all sums would scale every parameter: by 0.979 for a length
-    of 0.15 out of 5 pairs.
+    What never changed comes back as it was. The nearest of all sums would scale every parameter.
 
     Args:
         t: When each average was stored, (number,).
