@@ -123,7 +123,10 @@ def test_a_run_folder_stands_for_the_pipeline_in_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "outputs/digits/pipeline", "user/no thing", "/nowhere", "~/nowhere"])
-def test_a_name_that_is_neither_folder_nor_repository_is_refused(name: str) -> None:
+def test_a_name_that_is_neither_folder_nor_repository_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the repository may have an outputs/digits
     with pytest.raises(ConfigError, match="is no folder of this machine, and no repository of the Hub is called so"):
         find_folder(name)
 
