@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from pyarrow import parquet
 
-from ddpm_hf import cli
+from ddpm_hf.cli import main
 from ddpm_hf.config import load_config, load_data_config
 from tests.conftest import REPOSITORY
 
@@ -103,7 +103,7 @@ def check_mention(line: str) -> None:
         if words not in BARE_MENTIONS:
             check(line)
     elif words[1].isalpha():
-        if words[1] not in cli.COMMANDS:
+        if words[1] not in main.COMMANDS:
             raise Refused(f"{line}: ddpm-hf has no command {words[1]}.")
         unknown = {word for word in words if word.startswith("--")} - set(re.findall(r"--[\w.]+", help_of(words[1])))
         if unknown:
@@ -120,7 +120,7 @@ def help_of(*words: str) -> str:
         patch.setenv("COLUMNS", "10000")
         patch.setattr(sys, "excepthook", sys.excepthook)
         patch.setattr(argparse.ArgumentParser, "_print_message", lambda _, text, file=None: printed.append(text))
-        cli.main([*words, "--help"])
+        main.main([*words, "--help"])
     assert left.value.code == 0
     return "".join(printed)
 
@@ -164,16 +164,15 @@ def _check_ddpm_hf(arguments: list[str]) -> None:
     name, *rest = arguments
     if name in ("--help", "--version"):
         return
-    if name not in cli.COMMANDS:
+    if name not in main.COMMANDS:
         raise Refused(f"ddpm-hf has no command {name}.")
     CHECKS[name](rest)
 
 
 def _check_evaluate(arguments: list[str]) -> None:
-    from ddpm_hf.commands.evaluate_flags import data_config, parse
-    from ddpm_hf.evaluation.fidelity import _check_numbers
-    from ddpm_hf.evaluation.metrics import OF_SAMPLES, check_metrics
-    from ddpm_hf.evaluation.sampling import scheduler_class
+    from ddpm_hf.cli.evaluate import data_config, parse
+    from ddpm_hf.evaluation.generate import scheduler_class
+    from ddpm_hf.evaluation.metrics import OF_SAMPLES, _check_numbers, check_metrics
 
     options = parse(arguments)
     check_metrics(options.metrics)
@@ -189,12 +188,12 @@ def _check_evaluate(arguments: list[str]) -> None:
 
 def _by_parse_of(module: str) -> Callable[[list[str]], object]:
     """Returns a check by a module's own `parse`, which knows more than its parser."""
-    return lambda arguments: importlib.import_module(f"ddpm_hf.commands.{module}").parse(arguments)
+    return lambda arguments: importlib.import_module(f"ddpm_hf.cli.{module}").parse(arguments)
 
 
 def _by_parser_of(name: str) -> Callable[[list[str]], object]:
     """Returns a check by the parser that a command makes for itself."""
-    return lambda arguments: parsed(lambda: cli.main([name, *arguments]))
+    return lambda arguments: parsed(lambda: main.main([name, *arguments]))
 
 
 def _check_python(arguments: list[str]) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler, cli
-from ddpm_hf.commands.evaluate_flags import parse
+from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.cli import main
+from ddpm_hf.cli.evaluate import parse
 from ddpm_hf.config import EvaluationConfig, load_config
 from ddpm_hf.evaluation.metrics import METRICS
 from tests import documents
@@ -54,10 +55,10 @@ def test_commands_are_found_where_they_are() -> None:
 
 
 def test_there_is_a_check_for_every_command_of_the_program() -> None:
-    assert set(cli.COMMANDS) == set(CHECKS)
+    assert set(main.COMMANDS) == set(CHECKS)
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", main.COMMANDS)
 def test_every_help_has_examples_that_are_accepted(name: str) -> None:
     """Of `ddpm-hf plot` each kind of picture has a help of its own."""
     texts = [documents.help_of(name)]
@@ -115,7 +116,7 @@ def test_the_dry_run_of_the_training_document_prints_what_is_shown(
     for name in ("configs", "data"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
-    assert cli.train([*shlex.split(shown[0]), "--training.cpu", "true"]) == 0
+    assert main.train([*shlex.split(shown[0]), "--training.cpu", "true"]) == 0
     rest = capsys.readouterr().out
     for part in shown[1].split("...\n"):
         before, found, rest = rest.partition(part.strip())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_hf.durable import replace_folder, write_text, write_whole
+from ddpm_hf.files import replace_folder, write_text, write_whole
 
 
 def names_in(folder: Path) -> list[str]:

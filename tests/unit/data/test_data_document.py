@@ -8,7 +8,7 @@ import pytest
 
 from ddpm_hf.config import load_config
 from ddpm_hf.config.parse import load_data_config
-from ddpm_hf.data.files import IMAGE_SUFFIXES, TAR_SUFFIXES, ZIP_SUFFIXES
+from ddpm_hf.data.sources import IMAGE_SUFFIXES, TAR_SUFFIXES, ZIP_SUFFIXES
 from tests.conftest import REPOSITORY
 
 TEXT = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
