@@ -4,8 +4,8 @@ All public functions except `rank`, `world_size` and `rank_range` are collective
 order. Without a process group they work on one process.
 
 Gradients and weights travel in the default process group (NCCL on GPUs, 30 minutes timeout). Errors, small values and
-arrays travel in a second group, Gloo on CPU tensors with 12 hours timeout: ranks may wait for hours while rank 0 decodes
-the data or writes the report, and a process that died is noticed at once, because its connections are closed.
+arrays travel in a second group, Gloo on CPU tensors with 12 hours timeout: ranks may wait for hours while rank 0
+decodes the data or writes the report, and a process that died is noticed at once, because its connections are closed.
 """
 
 import functools
@@ -86,8 +86,8 @@ def start(
     device_type = accelerator.device.type
     if mixed_precision == "fp16" and device_type != "cuda":
         raise ConfigError(
-            f"training.mixed_precision fp16 needs a CUDA GPU for its loss scaling, but the device is {device_type}; use "
-            "bf16 or fp32."
+            "training.mixed_precision fp16 needs a CUDA GPU for its loss scaling, but the device is "
+            f"{device_type}; use bf16 or fp32."
         )
     if mixed_precision == "bf16" and device_type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("training.mixed_precision bf16 is not supported by this GPU; use fp16 or fp32.")
@@ -290,7 +290,8 @@ def check_same(tensors: Mapping[str, torch.Tensor]) -> None:
         raise ProcessesDiffer(
             f"the {world_size()} processes no longer have the same weights ({names[0]}"
             f"{f' and {len(names) - 1} more' if names[1:] else ''}), so no checkpoint was written; the earlier ones "
-            "are intact, and the same command continues from them. If it happens again, check the GPUs and their memory."
+            "are intact, and the same command continues from them. If it happens again, check the GPUs and their "
+            "memory."
         )
 
 
@@ -354,8 +355,8 @@ class StopWatcher:
     """Turn signals into a stop that all ranks agree on, one step later and without waiting for the device.
 
     A second signal ends the process immediately. A launcher that exited counts as SIGTERM, because `accelerate launch`
-    does not pass SIGTERM on. Use it as a context manager on every rank: leaving it restores the previous signal handlers
-    and re-raises a signal that arrived after the last check.
+    does not pass SIGTERM on. Use it as a context manager on every rank: leaving it restores the previous signal
+    handlers and re-raises a signal that arrived after the last check.
     """
 
     def __init__(self) -> None:
