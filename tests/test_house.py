@@ -23,10 +23,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "redaction": set(),
     "plots": set(),
     "diffusion": set(),
-    "config": {"redaction"},
-    "distributed": {"config"},
+    "config": {"files", "redaction"},
+    "distributed": {"config", "files"},
     "data": {"config", "files", "rng"},
-    "models": {"config", "diffusion", "redaction"},
+    "models": {"config", "diffusion", "files", "redaction"},
     "evaluation": {"config", "data", "diffusion", "distributed", "files", "plots", "redaction", "rng"},
     "training": {
         "__init__", "config", "data", "diffusion", "distributed", "evaluation.verify", "files", "models", "plots",

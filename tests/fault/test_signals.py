@@ -9,8 +9,9 @@ import pytest
 import torch.distributed as dist
 
 import ddpm_hf.cli.train as command
+from ddpm_hf import distributed
 from ddpm_hf.cli.main import train
-from ddpm_hf.training import checkpoint, optim, trainer
+from ddpm_hf.training import checkpoint, trainer
 from ddpm_hf.training.trainer import Trainer
 from tests.conftest import run_arguments
 
@@ -85,7 +86,7 @@ def test_a_signal_in_the_last_step_of_several_processes_is_not_lost(
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with monkeypatch.context() as patch:
-        patch.setattr(optim, "world_size", lambda: 2)
+        patch.setattr(distributed, "world_size", lambda: 2)
         patch.setattr(Trainer, "_train_step", interrupted)
         assert train(arguments) == 143
     assert not dist.is_initialized(), "a command leaves the group at its end"

@@ -433,7 +433,7 @@ def test_ctrl_c_ends_the_process_with_130(plain: Path, tmp_path: Path) -> None:
 
 CALLS = """
 import sys
-from ddpm_hf import cli
+from ddpm_hf.cli import main as cli
 for line in sys.argv[1:]:
     print(f"> {cli.main(['sample', *line.split()])}", file=sys.stderr, flush=True)
 """

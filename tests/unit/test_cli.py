@@ -268,7 +268,7 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ddpm_hf.config.load_config", interrupt)
+    monkeypatch.setattr("ddpm_hf.cli.train.load_config", interrupt)
     assert main.train([]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 
@@ -342,7 +342,8 @@ def test_a_disk_that_refuses_is_one_sentence_with_advice(
 def test_a_reader_who_has_seen_enough_is_no_error() -> None:
     """As of `ddpm-hf ... | head`: 128 + SIGPIPE, and not a word."""
     program = (
-        "import sys; from ddpm_hf import cli; sys.exit(cli._exit_code(lambda: print('x' * 100_000, flush=True) or 0))"
+        "import sys; from ddpm_hf.cli import main as cli\n"
+        "sys.exit(cli._exit_code(lambda: print('x' * 100_000, flush=True) or 0))"
     )
     reading, writing = os.pipe()
     os.close(reading)

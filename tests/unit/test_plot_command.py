@@ -380,7 +380,7 @@ def test_commands_and_code_of_the_document_run() -> None:
 def test_help_and_curves_of_runs_need_no_torch() -> None:
     write_run(Path("run"))
     code = (
-        "import io, sys\nfrom contextlib import redirect_stdout\nfrom ddpm_hf import cli\n"
+        "import io, sys\nfrom contextlib import redirect_stdout\nfrom ddpm_hf.cli import main as cli\n"
         "try:\n    with redirect_stdout(io.StringIO()): cli.main(['plot', 'schedule', '--help'])\n"
         "except SystemExit: pass\nprint(sorted({'torch', 'diffusers', 'matplotlib'} & set(sys.modules)))\n"
         "assert cli.main(['plot', 'loss', 'run']) == 0\nprint(sorted({'torch', 'diffusers'} & set(sys.modules)))\n"

@@ -100,7 +100,7 @@ def test_seeds_are_lists_and_ranges_in_the_order_given(flags: str, seeds: list[i
 
 def test_help_needs_no_torch_and_shows_examples() -> None:
     code = (
-        "import sys\nfrom ddpm_hf import cli\ntry: cli.main(['sample', '--help'])\n"
+        "import sys\nfrom ddpm_hf.cli import main as cli\ntry: cli.main(['sample', '--help'])\n"
         "finally: print({'torch', 'diffusers', 'datasets'} & sys.modules.keys(), file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
