@@ -22,7 +22,8 @@ from diffusers import UNet2DModel
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
-from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler, cli
+from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.cli import main as cli
 from ddpm_hf.config import load_config
 from tests.conftest import REPOSITORY
 from tests.documents import DOCUMENTS, FENCED, blocks, text_of
