@@ -56,8 +56,9 @@ from ddpm_hf.training import checkpoint, ema, posthoc_ema
 from ddpm_hf.training.batches import BatchSource, build_timestep_sampler, largest_micro_batch_size, settle, step_on_gpu
 from ddpm_hf.training.checkpoint import Publisher, Saver, TrainerState, find_latest
 from ddpm_hf.training.ema import EMA, decay_laws
-from ddpm_hf.training.logging import Meter, MetricsLog, Progress, Trackers, finite_or_none, say
+from ddpm_hf.training.logging import MetricsLog, Progress, Trackers, say
 from ddpm_hf.training.loss import DenoisingLoss
+from ddpm_hf.training.meter import Meter, finite_or_none
 from ddpm_hf.training.optim import NonFiniteGuard, build_optimizer, learning_rate_at, may_step
 from ddpm_hf.training.run_dir import RunFolder
 
