@@ -243,12 +243,13 @@ def _is_ours(metric: Mapping[str, Any]) -> bool:
 # Facts
 
 
-def read_record(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+def read_record(path: Path, parse: Callable[[str], Any] = json.loads, *, keep_paths: bool = False) -> dict[str, Any]:
     """Return a JSON or YAML mapping without secrets and without the folders of absolute paths in its texts.
 
     Args:
         path: A file; where there is none, the mapping is empty.
         parse: Turns the text into a value.
+        keep_paths: Remove secrets only.
 
     Raises:
         ValueError: The file is broken.
@@ -261,16 +262,16 @@ def read_record(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[st
         raise ValueError(f"{path} cannot be read ({reason_of(error)}); write it again or remove it.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {content!r:.40} instead of a mapping; write it again or remove it.")
-    return dict(_public(content))
+    return dict(_with_texts(content, redact if keep_paths else lambda text: _ABSOLUTE_PATH.sub("", redact(text))))
 
 
-def _public(value: Any) -> Any:
-    """Return a value of JSON or YAML with all its texts, keys included, as they may be published."""
+def _with_texts(value: Any, edit: Callable[[str], str]) -> Any:
+    """Return a value of JSON or YAML with all its texts edited, keys included."""
     if isinstance(value, dict):
-        return {_public(key): _public(entry) for key, entry in value.items()}
+        return {_with_texts(key, edit): _with_texts(entry, edit) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_public(entry) for entry in value]
-    return _ABSOLUTE_PATH.sub("", redact(value)) if isinstance(value, str) else value
+        return [_with_texts(entry, edit) for entry in value]
+    return edit(value) if isinstance(value, str) else value
 
 
 def public_name(source: str, *, is_known: bool) -> str:
@@ -410,9 +411,9 @@ def read_facts(folder: Path, repo_id: str) -> Facts:
     results = _evaluation_results(evaluation, folder / EVALUATION) if has_evaluation else []
     return Facts(
         repo_id=repo_id,
-        index=read_record(folder / INDEX),
-        unet=read_record(folder / "unet" / "config.json"),
-        scheduler=read_record(folder / "scheduler" / "scheduler_config.json"),
+        index=read_record(folder / INDEX, keep_paths=True),
+        unet=read_record(folder / "unet" / "config.json", keep_paths=True),
+        scheduler=read_record(folder / "scheduler" / "scheduler_config.json", keep_paths=True),
         config=read_record(folder / CONFIGURATION, yaml.safe_load),
         summary=read_record(folder / SUMMARY),
         evaluation=evaluation,
