@@ -122,7 +122,7 @@ def tiny_unet(
 ) -> "UNet2DModel":
     """Returns the network of the tiny run, freshly initialised from seed 0."""
     from ddpm_hf.config import ModelConfig
-    from ddpm_hf.unet import build_unet
+    from ddpm_hf.models import build_unet
 
     torch.manual_seed(0)
     settings = json.loads(TINY_RUN["model.overrides"]) | overrides

@@ -25,7 +25,7 @@ _CHILD = """
 import os, sys
 if hasattr(os, "nice"):
     os.nice(10)
-from ddpm_hf.cli import main
+from ddpm_hf.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 # With these variables the process would join the process group of the training.

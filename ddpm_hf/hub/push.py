@@ -34,18 +34,32 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.evaluation.sampling import Sampler, sample_film, sample_images
-from ddpm_hf.evaluation.verification import FILE_NAME as VERIFICATION
-from ddpm_hf.evaluation.verification import verify, write_verification
+from ddpm_hf.evaluation.generate import Sampler, sample_film, sample_images
+from ddpm_hf.evaluation.verify import verify_contents, write_verification
+from ddpm_hf.files import (
+    DENOISING_ANIMATION,
+    DENOISING_STRIP,
+    EVALUATION,
+    EVALUATION_PICTURE,
+    LOSS_PICTURE,
+    MODEL_INDEX,
+    PIPELINE_DIR,
+    README,
+    RECOGNITION,
+    SAMPLES_PICTURE,
+    TRAINING_CONFIG,
+    TRAINING_SUMMARY,
+    VERIFICATION,
+)
 from ddpm_hf.hub import card
 from ddpm_hf.plots import schedule_plot
 from ddpm_hf.redaction import reason_of
-from ddpm_hf.report import ANIMATION, SAMPLES, STRIP, draw_samples
+from ddpm_hf.run_report import draw_samples
 
 MESSAGE = "Push a pipeline trained by ddpm_hf"
 PREFIX = "ddpm-hf-push-"  # of temporary folders
 PICTURES_DIR = "samples"
-SCHEDULE, LOSS, EVALUATION_PICTURE = "schedule.png", "loss.png", "evaluation.png"
+SCHEDULE_PICTURE = "schedule.png"
 NUM_SAMPLES, NUM_STEPS, BATCH_SIZE = 16, 50, 8
 MAX_CLASSES, NUM_SAMPLES_PER_CLASS = 10, 4
 
@@ -148,6 +162,7 @@ def push(
     with_real_images: bool = False,
     message: str = MESSAGE,
     dry_run: bool = False,
+    workspace: Path | None = None,
 ) -> Pushed:
     """Publish the pipeline of a run with a model card, in one commit.
 
@@ -158,6 +173,7 @@ def push(
         with_real_images: Also publish evaluation.png, which shows training images.
         message: First line of the commit message.
         dry_run: Assemble everything, send no request, and push nothing.
+        workspace: Folder for temporary files; None uses that of the system.
 
     Returns:
         The address and the files.
@@ -167,15 +183,15 @@ def push(
         OSError: HubFailed if the Hub cannot be reached.
     """
     run = Path(folder).expanduser()
-    pipeline_dir = run if (run / card.INDEX).is_file() else run / "pipeline"
+    pipeline_dir = run if (run / MODEL_INDEX).is_file() else run / PIPELINE_DIR
     repo_id = target.repo_id if dry_run else check_access(target)
     card.read_facts(pipeline_dir, repo_id)  # broken records are refused before any work
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as temporary:
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=workspace) as temporary:
         assembled = Path(temporary) / "repository"
         assemble(pipeline_dir, assembled, run=run, fp16=fp16, with_real_images=with_real_images)
         remote = Remote(repo_id) if dry_run else look_up(target, repo_id)
         written = card.make_card(assembled, repo_id=repo_id, license=target.license, existing=remote.card)
-        (assembled / card.FILE_NAME).write_text(written.text, encoding="utf-8", newline="")
+        (assembled / README).write_text(written.text, encoding="utf-8", newline="")
         sizes = {name: path.stat().st_size for name, path in _files(assembled).items()}
         if dry_run:
             return Pushed(url=None, is_new=False, sizes=sizes)
@@ -202,17 +218,17 @@ def assemble(
         ValueError: The pipeline does not load, differs from its verification.json, or has weights that are not finite.
     """
     run = run or pipeline_dir
+    try:
+        pipeline = GaussianDiffusionPipeline.from_pretrained(pipeline_dir, dtype=torch.float32)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{pipeline_dir} holds no pipeline that loads: {reason_of(error)}.") from error
     if (pipeline_dir / VERIFICATION).is_file():
-        for finding in verify(pipeline_dir):
+        for finding in verify_contents(pipeline_dir, pipeline):
             if finding.is_bad:
                 raise ValueError(
                     f"{pipeline_dir} is not the pipeline that was saved ({finding.way}: {finding.problem}); restore "
                     f"it, or accept it with ddpm-hf verify {pipeline_dir} --write."
                 )
-    try:
-        pipeline = GaussianDiffusionPipeline.from_pretrained(pipeline_dir, dtype=torch.float32)
-    except OSError as error:
-        raise ValueError(f"{pipeline_dir} holds no pipeline that loads: {reason_of(error)}.") from error
     _check_finite(pipeline, pipeline_dir, "float32")
     pipeline.save_pretrained(target)
     write_verification(target)
@@ -220,13 +236,13 @@ def assemble(
     pictures = target / PICTURES_DIR
     pictures.mkdir()
     scheduler = GaussianDiffusionScheduler.from_config(pipeline.scheduler.config)
-    schedule_plot({"": scheduler.noise_schedule.alphas_cumprod.double().numpy()}, pictures / SCHEDULE)
-    _copy_picture(run / LOSS, pictures)
-    has_denoising = all((run / name).is_file() for name in (STRIP, ANIMATION))
-    if not _copy_picture(run / SAMPLES, pictures):
+    schedule_plot({"": scheduler.noise_schedule.alphas_cumprod.double().numpy()}, pictures / SCHEDULE_PICTURE)
+    _copy_picture(run / LOSS_PICTURE, pictures)
+    has_denoising = all((run / name).is_file() for name in (DENOISING_STRIP, DENOISING_ANIMATION))
+    if not _copy_picture(run / SAMPLES_PICTURE, pictures):
         _draw_samples(pipeline, pictures)
     elif has_denoising:
-        for name in (STRIP, ANIMATION):
+        for name in (DENOISING_STRIP, DENOISING_ANIMATION):
             _copy_picture(run / name, pictures)
     if with_real_images and not _copy_picture(pipeline_dir / EVALUATION_PICTURE, pictures):
         raise ValueError(
@@ -234,13 +250,13 @@ def assemble(
             "with_real_images."
         )
 
-    for path in (pipeline_dir / card.SUMMARY, pipeline_dir / card.EVALUATION, run / card.RECOGNITION):
+    for path in (pipeline_dir / TRAINING_SUMMARY, pipeline_dir / EVALUATION, run / RECOGNITION):
         if path.is_file() and not path.is_symlink():
             content = _finite(card.read_record(path))
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             (target / path.name).write_text(text, encoding="utf-8")
-    if (pipeline_dir / card.CONFIGURATION).is_file():
-        (target / card.CONFIGURATION).write_text(_public_settings(pipeline_dir), encoding="utf-8")
+    if (pipeline_dir / TRAINING_CONFIG).is_file():
+        (target / TRAINING_CONFIG).write_text(_public_settings(pipeline_dir), encoding="utf-8")
 
     if fp16:
         pipeline.unet.half()
@@ -312,12 +328,12 @@ def _public_settings(pipeline_dir: Path) -> str:
     `owner/name` is taken for a Hub id only if training_summary.json or a setting for Hub repositories says so; the
     folders of this machine do not matter.
     """
-    path = pipeline_dir / card.CONFIGURATION
-    settings = card.read_record(path, yaml.safe_load)
+    path = pipeline_dir / TRAINING_CONFIG
+    settings = card.read_record(path)
     if not all(isinstance(section, dict) for section in settings.values()):
         raise ValueError(f"{path} is not a training configuration; remove it and push again.")
     data, model = settings.get("data", {}), settings.get("model", {})
-    summary = card.read_record(pipeline_dir / card.SUMMARY)
+    summary = card.read_record(pipeline_dir / TRAINING_SUMMARY)
     source = data.get("source")
     base_model = model.get("from_pretrained")
     is_known = {
@@ -436,7 +452,7 @@ def look_up(target: Target, repo_id: str) -> Remote:
                 raise
             commit, has_branch = api.repo_info(repo_id).sha, False
         try:
-            path = Path(api.hf_hub_download(repo_id, card.FILE_NAME, revision=commit))
+            path = Path(api.hf_hub_download(repo_id, README, revision=commit))
             text = path.read_bytes().decode("utf-8", "replace")
         except EntryNotFoundError:
             text = None
@@ -463,7 +479,7 @@ def upload(folder: Path, target: Target, remote: Remote, message: str) -> tuple[
         HubFailed: The connection or the Hub failed.
     """
     # The answer can be lost after the commit was made.
-    with _hub_errors(remote.repo_id, "either everything or nothing was published"):
+    with _hub_errors(remote.repo_id, "the commit was made completely or not at all"):
         api, parent = HfApi(), remote.commit
         if parent is None:
             api.create_repo(remote.repo_id, private=target.private or None)

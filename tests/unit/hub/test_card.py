@@ -17,13 +17,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddpm_hf.commands.evaluate_flags import parse
+from ddpm_hf.cli.evaluate import parse
 from ddpm_hf.config import DataConfig, DiffusionConfig, EvaluationConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.evaluation.evaluate import as_json
+from ddpm_hf.evaluation.generate import Sampler, settings_of
 from ddpm_hf.evaluation.metrics import Metric
-from ddpm_hf.evaluation.samples import settings_of
-from ddpm_hf.evaluation.sampling import Sampler
+from ddpm_hf.evaluation.report import as_json
 from ddpm_hf.hub import card as card_module
 from ddpm_hf.hub.card import COMMENT, Card, make_card
 from tests.saved_folders import make_pipeline
@@ -205,14 +204,15 @@ def test_metadata_is_what_the_hub_reads(folder_of: Folder) -> None:
     assert model["name"] == "tiny-ddpm"
     assert model["results"][0]["dataset"] == {"name": "digits.parquet", "type": "digits.parquet", "split": "train"}
     fid, bits, recognized = metrics_of(text)
-    version = fid["args"].pop("ddpm_hf")
+    evaluator = fid["args"].pop("evaluator")
+    assert evaluator.startswith("ddpm_hf ")
     assert (fid["type"], fid["value"], fid["name"]) == ("fid", 3.25, "FID-50k (Inception)")
     assert fid["args"] == {
         "standard_error": 0.04, "num_samples": 50_000, "num_reference": 1527, "features": INCEPTION, "seed": 7,
         "sampler": "GaussianDiffusionScheduler", "num_inference_steps": 50, "eta": 0.0, "guidance_scale": 1.0,
         "timestep_spacing": "trailing", "dtype": "float32", "device": "cuda",
     }  # fmt: skip
-    assert bits["args"] == {"ddpm_hf": version, "num_samples": 270, "seed": 7, **BOUND}
+    assert bits["args"] == {"evaluator": evaluator, "num_samples": 270, "seed": 7, **BOUND}
     assert (recognized["type"], recognized["value"]) == ("accuracy", 0.996)
     assert recognized["args"]["recognised_held_out"] == 0.989
     other = data_of(card_of(folder_of(evaluation__json=evaluation(FID, source="eve/test-set"))).text)

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_hf.training import guard
-from ddpm_hf.training.guard import NonFiniteGuard, NonFiniteTraining, RunLock, StopWatcher, check_finite
+from ddpm_hf import distributed
+from ddpm_hf.distributed import StopWatcher
+from ddpm_hf.training.optim import NonFiniteGuard, NonFiniteTraining, check_finite
+from ddpm_hf.training.run_dir import RunLock
 
 FINITE, NONFINITE = torch.tensor(False), torch.tensor(True)
 
@@ -133,7 +135,7 @@ def test_the_first_signal_decides_the_exit_code() -> None:
 
 
 def test_the_old_handlers_come_back_even_after_an_error() -> None:
-    before = {number: signal.getsignal(number) for number in guard.STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in distributed.STOP_SIGNALS}
     with pytest.raises(RuntimeError, match="in a step"), StopWatcher():
         assert all(signal.getsignal(number) != before[number] for number in before)
         raise RuntimeError("in a step")
@@ -144,7 +146,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatc
     """Long enough after the first; sooner it is the same request, which a launcher has passed on once more."""
 
     def send_two(pause: float) -> None:
-        monkeypatch.setattr(guard, "_SAME_REQUEST_SECONDS", pause)
+        monkeypatch.setattr(distributed, "_SAME_REQUEST_SECONDS", pause)
         with StopWatcher() as watcher:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)

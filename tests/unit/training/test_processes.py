@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, TrainingConfig
-from ddpm_hf.training import processes
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -20,7 +20,7 @@ def test_a_precision_that_the_launcher_was_told_otherwise_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
     with pytest.raises(ConfigError) as caught:
-        processes.start(TrainingConfig(mixed_precision=configured, cpu=True))  # type: ignore[arg-type]
+        distributed.start(TrainingConfig(mixed_precision=configured, cpu=True))  # type: ignore[arg-type]
     assert f"--mixed_precision {told}, but training.mixed_precision is {configured};" in str(caught.value)
 
 
@@ -30,7 +30,7 @@ def test_a_launcher_that_was_told_the_same_or_nothing_is_fine(
 ) -> None:
     if told is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
-    accelerator = processes.start(TrainingConfig(mixed_precision=configured, cpu=True))  # type: ignore[arg-type]
+    accelerator = distributed.start(TrainingConfig(mixed_precision=configured, cpu=True))  # type: ignore[arg-type]
     assert accelerator.mixed_precision == {"fp32": "no", "bf16": "bf16"}[configured]
     assert accelerator.device.type == "cpu"
     assert accelerator.gradient_accumulation_steps == 1
@@ -39,26 +39,26 @@ def test_a_launcher_that_was_told_the_same_or_nothing_is_fine(
 def test_an_accumulation_that_the_launcher_was_told_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(ConfigError) as caught:
-        processes.start(TrainingConfig(train_batch_size=64, micro_batch_size=8, cpu=True))
+        distributed.start(TrainingConfig(train_batch_size=64, micro_batch_size=8, cpu=True))
     assert "--gradient_accumulation_steps 4" in str(caught.value)
     assert "training.train_batch_size 64 and training.micro_batch_size 8; set those instead" in str(caught.value)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    processes.start(TrainingConfig(cpu=True))
+    distributed.start(TrainingConfig(cpu=True))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("cpu", [True, False])
 def test_fp16_without_a_gpu_is_refused(cpu: bool) -> None:
     with pytest.raises(ConfigError, match=r"fp16 needs a CUDA GPU .* but the device is cpu; use bf16 or fp32"):
-        processes.start(TrainingConfig(mixed_precision="fp16", cpu=cpu))
+        distributed.start(TrainingConfig(mixed_precision="fp16", cpu=cpu))
 
 
 def test_deterministic_asks_torch_for_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    processes.start(TrainingConfig(cpu=True))
+    distributed.start(TrainingConfig(cpu=True))
     assert not torch.are_deterministic_algorithms_enabled()
-    processes.start(TrainingConfig(cpu=True, deterministic=True))
+    distributed.start(TrainingConfig(cpu=True, deterministic=True))
     assert torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
@@ -67,7 +67,7 @@ def test_deterministic_asks_torch_for_deterministic_kernels(monkeypatch: pytest.
 def test_tf32_reaches_products_and_convolutions(monkeypatch: pytest.MonkeyPatch, is_allowed: bool) -> None:
     """These are the settings that the kernels of a GPU read; torch takes them on a machine without one too."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not is_allowed)  # so that it is put back
-    processes.set_tf32(is_allowed)
+    distributed.set_tf32(is_allowed)
     assert torch.backends.cuda.matmul.allow_tf32 is is_allowed
     assert torch.backends.cudnn.allow_tf32 is is_allowed
     assert torch.get_float32_matmul_precision() == ("high" if is_allowed else "highest")
@@ -75,26 +75,26 @@ def test_tf32_reaches_products_and_convolutions(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_tf32_leaves_the_arithmetic_of_a_cpu_alone() -> None:
-    processes.start(TrainingConfig(tf32=True))
+    distributed.start(TrainingConfig(tf32=True))
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_alone_everything_is_shared_as_it_is() -> None:
     value = {"step": 3, "names": ["a", "ö"], "none": None}
-    assert processes.share_json(value) is value
-    assert processes.on_rank_0(lambda: value) is value
+    assert distributed.share_json(value) is value
+    assert distributed.on_rank_0(lambda: value) is value
     tensors = {"a": torch.randn(3), "b": torch.tensor(1)}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    processes.share_tensors(tensors.values())
-    assert processes.share_named_tensors(tensors, torch.device("cpu")) is tensors
+    distributed.share_tensors(tensors.values())
+    assert distributed.share_named_tensors(tensors, torch.device("cpu")) is tensors
     assert all(torch.equal(tensors[name], before[name]) for name in tensors)
-    assert processes.share_named_tensors(None, torch.device("cpu")) == {}
-    processes.check_same(tensors)
-    processes.wait()
+    assert distributed.share_named_tensors(None, torch.device("cpu")) == {}
+    distributed.check_same(tensors)
+    distributed.wait()
     array = np.arange(3)
-    processes.join_parts(array)
+    distributed.join_parts(array)
     assert array.tolist() == [0, 1, 2]
-    assert (processes.rank(), processes.world_size()) == (0, 1)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
 
 
 def test_alone_an_error_keeps_its_type() -> None:
@@ -102,4 +102,4 @@ def test_alone_an_error_keeps_its_type() -> None:
         raise KeyError("x")
 
     with pytest.raises(KeyError):
-        processes.on_rank_0(fail)
+        distributed.on_rank_0(fail)
