@@ -190,6 +190,10 @@ def test_half_precision_weights_are_offered_or_required(folder_of: Folder) -> No
     assert not any("variant" in block for block in code_blocks(text))
     assert '`variant="fp16"`' in text and "`dtype=torch.float16`" in text
     assert "half precision" not in card_of(folder_of()).text
+    make_pipeline("plain").to(torch.float16).save_pretrained(folder, variant="fp16")
+    load = GaussianDiffusionPipeline.from_pretrained
+    assert load(folder, variant="fp16").unet.dtype == torch.float32
+    assert load(folder, variant="fp16", dtype=torch.float16).unet.dtype == torch.float16
 
 
 def test_metadata_is_what_the_hub_reads(folder_of: Folder) -> None:
