@@ -56,8 +56,9 @@ from ddpm_hf.training import checkpoint, ema, posthoc_ema
 from ddpm_hf.training.batches import BatchSource, build_timestep_sampler, largest_micro_batch_size, settle, step_on_gpu
 from ddpm_hf.training.checkpoint import Publisher, Saver, TrainerState, find_latest
 from ddpm_hf.training.ema import EMA, decay_laws
-from ddpm_hf.training.logging import Meter, MetricsLog, Progress, Trackers, finite_or_none, say
+from ddpm_hf.training.logging import MetricsLog, Progress, Trackers, say
 from ddpm_hf.training.loss import DenoisingLoss
+from ddpm_hf.training.meter import Meter, finite_or_none
 from ddpm_hf.training.optim import NonFiniteGuard, build_optimizer, learning_rate_at, may_step
 from ddpm_hf.training.run_dir import RunFolder
 
@@ -168,7 +169,7 @@ def make_network(
         return build().to(device)
     found = distributed.on_rank_0(lambda: _read(model, checkpoints))
     file_config, pretrained = found if found is not None else (None, None)
-    unet = build(distributed.share_json(file_config))
+    unet = build(distributed.broadcast_json(file_config))
 
     def take() -> None:
         if pretrained is not None:
@@ -176,7 +177,7 @@ def make_network(
 
     distributed.on_rank_0(take)
     unet.to(device)
-    distributed.share_tensors(unet.parameters())
+    distributed.broadcast_tensors(unet.parameters())
     return unet
 
 
@@ -358,7 +359,7 @@ def _sample(
         unet.train(was_training)
     if not distributed.reduce(has_memory, "min"):
         return None
-    distributed.join_parts(images)
+    distributed.sum_arrays(images)
     return images
 
 
@@ -436,7 +437,13 @@ class Trainer:
                 )
         self._scorer, self._publisher = scorer, publisher
         self.config = config
-        self.accelerator = distributed.start(config.training)
+        training = config.training
+        self.accelerator = distributed.start(
+            mixed_precision=training.mixed_precision,
+            cpu=training.cpu,
+            tf32=training.tf32,
+            deterministic=training.deterministic,
+        )
         self.device = self.accelerator.device
         self.micro_batch_size = largest_micro_batch_size(config.training, self.accelerator.num_processes)
         self.folder = RunFolder(Path(config.training.output_dir).expanduser())
@@ -494,7 +501,7 @@ class Trainer:
 
     def leave_the_others(self) -> None:
         """Collective: waits for the other processes, rank 0's report included, and parts from them."""
-        distributed.wait()
+        distributed.barrier()
         self.accelerator.end_training()
 
     def fit(self) -> None:

@@ -341,7 +341,10 @@ def test_a_disk_that_refuses_is_one_sentence_with_advice(
 
 def test_a_reader_who_has_seen_enough_is_no_error() -> None:
     """As of `ddpm-hf ... | head`: 128 + SIGPIPE, and not a word."""
-    program = "import sys; from ddpm_hf.cli import main as cli; sys.exit(cli._exit_code(lambda: print('x' * 100_000, flush=True) or 0))"
+    program = (
+        "import sys; from ddpm_hf.cli import main as cli\n"
+        "sys.exit(cli._exit_code(lambda: print('x' * 100_000, flush=True) or 0))"
+    )
     reading, writing = os.pipe()
     os.close(reading)
     process = subprocess.run(
