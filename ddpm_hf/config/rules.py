@@ -99,7 +99,7 @@ def refuse_secrets(config: RunConfig) -> None:
         for name, value in settings.items():
             if (found := find_secret(str(value))) is not None:
                 raise ConfigError(
-                    f"{section}.{name} contains {found}, and settings are written to files and logs; remove it, and "
+                    f"{section}.{name} holds {found}, and settings are written to files and logs; remove it, and "
                     "log in with `hf auth login` or set HF_TOKEN."
                 )
 
