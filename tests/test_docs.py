@@ -35,6 +35,7 @@ SMALL = {
     "--model.overrides": '{"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}',
     "--model.preset": "digits_8",
     "--data.resolution": "8",
+    "--diffusion.num_train_timesteps": "100",
     "--training.train_batch_size": "8",
     "--training.num_steps": "2",
     "--training.mixed_precision": "fp32",
@@ -156,7 +157,8 @@ def run_ddpm_hf(name: str, arguments: list[str]) -> None:
         config, _ = load_config(arguments)
         if not Path(config.data.source).exists():
             return  # a Hub dataset
-        small = SMALL | ({"--training.num_steps": "3"} if "--training.num_steps" in options else {})
+        given = {"--training.num_steps": "3", "--evaluation.score_num_samples": "4"}
+        small = SMALL | {name: value for name, value in given.items() if name in options}
         arguments = [*arguments, *(part for item in small.items() for part in item)]
         if config.hub.push_to_hub or config.tracking.trackers:
             return  # needs a login
