@@ -271,7 +271,9 @@ class BatchSource:
             block = range(start, min(start + NOISE_BLOCK_SIZE, batch_size))
             part = slice(max(positions.start - start, 0), positions.stop - start)
             parts.append([None if tensor is None else tensor[part] for tensor in load(block)])
-        x_0, noise, labels = ([tensor for tensor in column if tensor is not None] for column in zip(*parts, strict=True))
+        x_0, noise, labels = (
+            [tensor for tensor in column if tensor is not None] for column in zip(*parts, strict=True)
+        )
         return torch.cat(x_0), torch.cat(noise), torch.cat(labels) if labels else None
 
     def describe_images(self, step: int) -> str:

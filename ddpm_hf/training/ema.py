@@ -144,7 +144,7 @@ class EMA:
     def __init__(self, model: nn.Module, schedules: Mapping[str, DecaySchedule]) -> None:
         self.num_updates = 0
         self._schedules = dict(schedules)
-        self._parameters = list(model.parameters())
+        self._parameters: list[torch.Tensor] = list(model.parameters())
         self._averages = {
             name: [parameter.detach().to(torch.float32, copy=True) for parameter in self._parameters]
             for name in schedules

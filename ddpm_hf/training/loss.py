@@ -2,8 +2,8 @@
 
 Noising, target, distance and bound are computed in float32; only the network runs under autocast.
 
-Legend: as in diffusion/gaussian.py; T = num_train_timesteps, t = 0 ... T-1, and L_t is the term of the variational bound
-at t (Ho et al. 2020, Eq. 5, counts it as t+1). snr = alpha_bar_t / (1 - alpha_bar_t).
+Legend: as in diffusion/gaussian.py; T = num_train_timesteps, t = 0 ... T-1; L_t, the term of the variational bound at t
+(Ho et al. 2020, Eq. 5, counts it as t+1); snr = alpha_bar_t / (1 - alpha_bar_t).
 """
 
 import math

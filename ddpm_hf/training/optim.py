@@ -56,7 +56,8 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainingCo
             optimizer = kind(parameters, **arguments)
         except Exception as error:  # optimizers by import path may raise anything
             raise ConfigError(
-                f"{name} cannot be built ({type(error).__name__}: {reason_of(error)}); change training.optimizer_kwargs."
+                f"{name} cannot be built ({type(error).__name__}: {reason_of(error)}); change "
+                "training.optimizer_kwargs."
             ) from error
         if kind not in _ADAMS.values():
             # torch's fused SGD claims to support skipped updates, but then uses a momentum buffer that a skipped first
@@ -95,7 +96,7 @@ def _import_optimizer(path: str) -> type[torch.optim.Optimizer]:
 def _check_that_it_resumes(
     build: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], name: str, device: torch.device
 ) -> None:
-    """Store and restore an optimizer of a few parameters between two steps; raise ConfigError if that changes anything."""
+    """Store and restore a small optimizer between two steps; raise ConfigError if that changes anything."""
     # 64 x 64 because some optimizers treat tensors of fewer than 4096 values differently.
     values = [torch.linspace(-1, 1, math.prod(shape)).reshape(shape) for shape in ((8,), (64, 64), (8, 4, 3, 3))]
     names = [f"parameter_{index}" for index in range(len(values))]
@@ -111,7 +112,7 @@ def _check_that_it_resumes(
                 "other training.optimizer_kwargs."
             ) from error
 
-    first = [torch.nn.Parameter(value.to(device)) for value in values]
+    first = [torch.nn.Parameter(value.to(device, copy=True)) for value in values]
     optimizer = build(first)
     step(optimizer, first)
     try:
@@ -149,9 +150,7 @@ def _are_equal(one: tuple[dict[str, torch.Tensor], Scalars], other: tuple[dict[s
     )
 
 
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, names: Sequence[str]
-) -> tuple[dict[str, torch.Tensor], Scalars]:
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, torch.Tensor], Scalars]:
     """Return the state of an optimizer with one parameter group, without pickle.
 
     Args:
@@ -261,8 +260,8 @@ def check_finite(tensors: Iterable[torch.Tensor], step: int) -> None:
     """Raise NonFiniteTraining if any weight is not finite; a run could not recover from such a checkpoint."""
     if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
         raise NonFiniteTraining(
-            f"the weights or their EMA are not finite after step {step}, so they are not saved; earlier checkpoints are "
-            "intact. Lower training.learning_rate, or choose another training.optimizer."
+            f"the weights or their EMA are not finite after step {step}, so they are not saved; earlier checkpoints "
+            "are intact. Lower training.learning_rate, or choose another training.optimizer."
         )
 
 

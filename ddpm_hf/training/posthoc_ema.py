@@ -1,9 +1,9 @@
 """Post-hoc EMA: reconstruct an EMA of any length after training from stored snapshots (Karras et al. 2024, section 3).
 
-    outputs/run/ema_snapshots/step_00020000/
-        ema_sigma_0.050.safetensors  ema_sigma_0.100.safetensors    float32, named like the parameters
-        model_index.json  unet/config.json  scheduler/  *.py        the pipeline they belong to, without weights
-        manifest.json                                               as in a checkpoint
+outputs/run/ema_snapshots/step_00020000/
+    ema_sigma_0.050.safetensors  ema_sigma_0.100.safetensors    float32, named like the parameters
+    model_index.json  unet/config.json  scheduler/  *.py        the pipeline they belong to, without weights
+    manifest.json                                               as in a checkpoint
 """
 
 import json

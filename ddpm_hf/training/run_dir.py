@@ -1,15 +1,15 @@
 """The run folder: ownership, lock, and the record of a run in a saved pipeline.
 
-    outputs/digits/
-        config.yaml      the resolved configuration; its first line marks the folder as a run
-        checkpoints/     see checkpoint.py
-        ema_snapshots/   see posthoc_ema.py; with training.posthoc_ema
-        metrics.jsonl    one line per log interval
-        trackers.json    id of the run in its trackers
-        previews/        sample grids during training
-        hub/             what is pushed during training; with hub.push_to_hub
-        pipeline/        the trained pipeline, for DiffusionPipeline.from_pretrained
-        evaluations/     evaluations of earlier pipelines of the run
+outputs/digits/
+    config.yaml      the resolved configuration; its first line marks the folder as a run
+    checkpoints/     see checkpoint.py
+    ema_snapshots/   see posthoc_ema.py; with training.posthoc_ema
+    metrics.jsonl    one line per log interval
+    trackers.json    id of the run in its trackers
+    previews/        sample grids during training
+    hub/             what is pushed during training; with hub.push_to_hub
+    pipeline/        the trained pipeline, for DiffusionPipeline.from_pretrained
+    evaluations/     evaluations of earlier pipelines of the run
 """
 
 import errno
