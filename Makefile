@@ -1,7 +1,7 @@
-# Every target makes its own environment in .venv from plain python3, and finds it again the next time.
+# Every target creates the environment .venv from plain python3, or reuses it.
 #
 #   make train ARGS="--training.seed 1"     any option of train_ddpm.py
-#   make train TORCH="torch>=2.10"          another release or build of PyTorch; the default is the one we measure with
+#   make train TORCH="torch>=2.10"          another PyTorch; the default is the one used for all measurements
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,21 +13,20 @@ TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' "$(TORCH)" | cksum | cut -d ' 
 RUN := $(VENV)/bin/python -m
 SOURCES := ddpm_hf train_ddpm.py
 
-# The digits network is too small to keep more cores busy, and a fixed number gives everybody the same arithmetic.
-# Without the option, accelerate takes one.
+# The digits network is too small for more cores, and a fixed number of threads makes results reproducible.
 LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process 2
 
 .DEFAULT_GOAL := help
 .PHONY: help train test lint types test-slow clean
 
-help: ## Say what each target does
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-train: $(VENV)/.train ## Train on the embedded digits, sample, judge the samples, show the result in outputs/digits
+train: $(VENV)/.train ## Train on the embedded digits, sample and evaluate; results in outputs/digits
 	$(LAUNCH) train_ddpm.py --config $(CONFIG) $(ARGS)
 
-test: lint types ## Lint, check types and run every test that is not slow and needs no GPU
+test: lint types ## Lint, check types and run all tests except the slow ones
 	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and formatting
@@ -43,10 +42,10 @@ test-slow: $(VENV)/.dev ## Run the slow tests
 clean: ## Remove the environment and the caches; outputs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov
 
-# Each stamp is touched last, so an interrupted installation is taken up again.
+# Each stamp is touched last, so an interrupted installation is repeated.
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "ddpm_hf needs Python 3.10 or newer as $(PYTHON); another one can be named: make PYTHON=python3.12 ..." >&2; \
+	  echo "ddpm_hf needs Python 3.10 or newer as $(PYTHON); select another one with make PYTHON=python3.12 ..." >&2; \
 	  exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "$(PYTHON) has no venv module: install it (Debian and Ubuntu: apt install python3-venv)" >&2; \
@@ -56,7 +55,7 @@ $(VENV)/.made:
 
 $(TORCH_STAMP): $(VENV)/.made
 	$(RUN) pip install --quiet "$(TORCH)" || \
-	  echo "$(TORCH) cannot be had for this Python: the newest release that can is taken instead" >&2
+	  echo "$(TORCH) is not available for this Python; installing the newest release that is" >&2
 	@touch $@
 
 $(VENV)/.train: $(TORCH_STAMP) setup.cfg

@@ -2,7 +2,7 @@
 
 import sys
 
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 
 if __name__ == "__main__":
     sys.exit(train(prog="train_ddpm.py"))

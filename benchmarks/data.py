@@ -34,7 +34,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data import ImageFeed, ImageSet, ImageStream, SampleOrder, open_images, open_sets
-from ddpm_hf.training.record import device_name
+from ddpm_hf.training.run_dir import device_name
 
 CPU = torch.device("cpu")
 

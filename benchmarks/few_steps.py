@@ -38,11 +38,11 @@ import diffusers
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data import ImageSet, open_images
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.evaluation.frechet import frechet_distance, moments_of
-from ddpm_hf.evaluation.likelihood import variational_bound
-from ddpm_hf.evaluation.second_moments import estimate_second_moments
+from ddpm_hf.evaluation.features import moments_of
+from ddpm_hf.evaluation.likelihood import estimate_second_moments, variational_bound
+from ddpm_hf.evaluation.metrics import frechet_distance
 from ddpm_hf.rng import numpy_generator, sampling_generators
-from ddpm_hf.training.record import device_name
+from ddpm_hf.training.run_dir import device_name
 
 REAL_DRAWS = 20
 IMAGES_AT_ONCE = 45  # what a small network does fastest on one core

@@ -24,8 +24,7 @@ from torch import nn
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data import ImageSet, open_images
-from ddpm_hf.evaluation.fidelity import measure_fidelity
-from ddpm_hf.evaluation.metrics import Metric
+from ddpm_hf.evaluation.metrics import Metric, measure_fidelity
 from ddpm_hf.rng import numpy_generator
 
 Images = NDArray[np.uint8]

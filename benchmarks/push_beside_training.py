@@ -66,7 +66,7 @@ def main() -> int:
 
     import torch
 
-    from ddpm_hf.training.record import device_name
+    from ddpm_hf.training.run_dir import device_name
 
     speeds: dict[str, list[float]] = {"no push": [], "no push, again (A/A)": [], "pushes without a pause": []}
     with LoopbackHub() as hub:

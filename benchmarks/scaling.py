@@ -133,7 +133,7 @@ def main() -> int:
 
     import torch
 
-    from ddpm_hf.training.record import device_name
+    from ddpm_hf.training.run_dir import device_name
 
     batch = arguments.batch
     base = Case(f"1 process, {batch} images", 1, batch)

@@ -2,6 +2,6 @@
 
 import sys
 
-from ddpm_hf.cli import main
+from ddpm_hf.cli.main import main
 
 sys.exit(main())

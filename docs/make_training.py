@@ -1,7 +1,4 @@
-"""Writes the recipes and the tables of all settings into training.md, from configs/ and the schema.
-
-Run it after a change of either: python docs/make_training.py
-"""
+"""Write docs/settings.md from configs/ and the configuration schema: python docs/make_training.py."""
 
 import dataclasses
 import json
@@ -15,42 +12,42 @@ from ddpm_hf.config import RunConfig
 from ddpm_hf.config.parse import describe_type
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-DOCUMENT = REPOSITORY / "docs" / "training.md"
+HEAD = """# Settings
+
+Written by `docs/make_training.py` from the recipes and the configuration schema. Every setting is a key of the YAML
+file and a command-line flag, for example `--training.num_steps 1000`. `--print_config` prints all settings of a run.
+
+## Recipes
+"""
 
 
-def regenerated(document: str) -> str:
-    """Returns the document with fresh content between its markers."""
-    for name, content in (("recipes", recipes()), ("settings", settings())):
-        begin, end = f"<!-- {name}: written by docs/make_training.py -->\n", f"<!-- end of {name} -->\n"
-        before, rest = document.split(begin)
-        _, after = rest.split(end)
-        document = f"{before}{begin}\n{content}\n{end}{after}"
-    return document
+def document() -> str:
+    """Return the content of docs/settings.md."""
+    intervals = "Intervals (`..._every_steps`) are numbers of optimizer updates."
+    return "\n".join([HEAD, *recipes(), "", "## All settings", "", intervals, *settings(), ""])
 
 
-def recipes() -> str:
-    """Lists the recipes with what the comment at the head of each says."""
-    parts = []
+def recipes() -> list[str]:
+    """Return a table of the comments at the head of each recipe."""
+    lines = ["| recipe | data | hardware, time | result |", "| --- | --- | --- | --- |"]
     for path in sorted((REPOSITORY / "configs").glob("*.yaml")):
         head = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
         comment = " ".join(line.removeprefix("#").strip() for line in head if line.startswith("#"))
         title, *facts = re.split(r"(Data|Hardware|Time|Result|Command|Then):", comment)
         found = {name: " ".join(text.split()) for name, text in zip(facts[::2], facts[1::2], strict=True)}
-        lines = [f"[`{path.name}`](../configs/{path.name}): {title.strip()}", ""]
-        lines += [f"- {name}: {text}" for name, text in found.items() if name not in ("Command", "Then")]
-        then = [f"Then {found['Then']}", ""] if "Then" in found else []
-        parts.append("\n".join([*lines, "", "```sh", found["Command"], "```", "", *then]))
-    return "\n".join(parts)
+        recipe = f"[`{path.stem}`](../configs/{path.name}): {title.strip()}"
+        lines.append(f"| {recipe} | {found['Data']} | {found['Hardware']}; {found['Time']} | {found['Result']} |")
+    return lines
 
 
-def settings() -> str:
-    """Lists every setting with what it accepts, its default and its meaning, as the schema says them."""
-    parts = []
+def settings() -> list[str]:
+    """Return a table for each section of the schema: type, default and meaning of every setting."""
+    lines = []
     for section, kind in typing.get_type_hints(RunConfig).items():
         about = parse(kind.__doc__)
         meanings = {parameter.arg_name: parameter.description for parameter in about.params}
         hints = typing.get_type_hints(kind)
-        lines = [f"### {section}", "", f"{about.short_description}", ""]
+        lines += ["", f"### {section}", "", f"{about.short_description}", ""]
         if about.long_description:
             lines += [" ".join(about.long_description.split()), ""]
         lines += ["| setting | accepts | default | meaning |", "| --- | --- | --- | --- |"]
@@ -63,9 +60,8 @@ def settings() -> str:
                 " ".join((meanings[field.name] or "").split()),
             ]
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-        parts.append("\n".join([*lines, ""]))
-    return "\n".join(parts)
+    return lines
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(regenerated(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    (REPOSITORY / "docs" / "settings.md").write_text(document(), encoding="utf-8")

@@ -1,4 +1,7 @@
-"""What several test modules share: a tiny run, and a way to start it as its user would."""
+"""Shared by all tests: the settings of a tiny run, the run itself and a saved pipeline, and ways to start processes.
+
+Comparisons of runs and ways to disturb one are in runs.py, processes that start quickly in forked.py.
+"""
 
 import json
 import os
@@ -17,8 +20,8 @@ if TYPE_CHECKING:
 
 # One thread: the tests share the cores, and exact comparisons need one order of additions.
 torch.set_num_threads(1)
-# The tests stay out of the user's caches, which go with the process. The libraries of the Hub read these variables when
-# they are imported, and the conftest.py below imports one, so no hook of pytest would be early enough.
+# The tests use caches of their own, which are deleted with the process. The libraries of the Hub read these variables
+# when they are imported, and integration/conftest.py imports one, so that a hook of pytest would be too late.
 _CACHES = tempfile.TemporaryDirectory(prefix="ddpm_hf-tests-")
 for _name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_ENDPOINT", "HF_TOKEN", "TRANSFORMERS_CACHE"):
     os.environ.pop(_name, None)
@@ -26,7 +29,7 @@ os.environ |= {
     "XDG_CACHE_HOME": f"{_CACHES.name}/cache",
     "HF_HOME": f"{_CACHES.name}/huggingface",
     "HF_HUB_OFFLINE": "1",
-    # What the tests talk to is on this machine, also where the way to others leads through a proxy.
+    # The servers of the tests are on this machine, also where a proxy is configured.
     "NO_PROXY": "127.0.0.1,localhost",
     "no_proxy": "127.0.0.1,localhost",
 }
@@ -34,7 +37,7 @@ os.environ |= {
 REPOSITORY = Path(__file__).parents[1]
 DIGITS = REPOSITORY / "data" / "digits.parquet"
 
-# A run of a few seconds: 8x8 digits, a network of 45 thousand parameters, every feature at its default.
+# A run of a second: 8x8 digits, a network of 45 thousand parameters, every feature at its default.
 TINY_RUN = {
     "data.source": str(DIGITS),
     "model.preset": "digits_8",
@@ -54,10 +57,10 @@ TINY_RUN = {
 
 
 def run_arguments(output_dir: Path, **changes: object) -> list[str]:
-    """Returns the command line of the tiny run.
+    """Return the command line of the tiny run.
 
     Args:
-        output_dir: Its run folder.
+        output_dir: The run folder.
         **changes: Settings that differ; `training__seed=1` stands for `--training.seed 1`.
     """
     settings = TINY_RUN | {"training.output_dir": str(output_dir)}
@@ -70,12 +73,15 @@ def _as_text(value: object) -> str:
 
 
 def process_environment() -> dict[str, str]:
-    """Returns the environment of a process that trains: one thread, and gloo on the loopback device."""
+    """Return the environment of a process that trains: one thread, and gloo on the loopback device."""
     return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def run_process(command: Sequence[str], *, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Runs Python in the repository and returns what it printed."""
+    """Run Python in the repository and return what it printed.
+
+    Its imports take five seconds or more. `tests.forked.run_command` runs a `ddpm-hf` command without them.
+    """
     return subprocess.run(
         [sys.executable, *command],
         cwd=REPOSITORY,
@@ -86,9 +92,66 @@ def run_process(command: Sequence[str], *, timeout: float = 600) -> subprocess.C
     )
 
 
+# Of the finished run: training with validation, previews and stored EMA snapshots, then a report with recognition.
+FINISHED_RUN: dict[str, object] = {
+    "data__validation_fraction": 0.1,
+    "training__validate_every_steps": 3,
+    "training__posthoc_ema": True,
+    "training__posthoc_ema_every_steps": 2,
+    "preview__every_steps": 3,
+    "preview__num_images": 20,
+    "preview__num_inference_steps": 2,
+    "evaluation__num_samples": 20,
+    "evaluation__num_inference_steps": 3,
+    "evaluation__recognition": True,
+}
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a finished tiny run, made once per worker. READ ONLY: to change it, `shutil.copytree` it first.
+
+    The command was `run_arguments(folder, **FINISHED_RUN)`: class-conditional digits with 10 % for validation; 6 steps
+    with one row of metrics each and checkpoints of steps 2, 4 and 6; validation and a preview of 20 images in steps 3
+    and 6; EMA snapshots of steps 2, 4 and 6; `pipeline/` with class names; the report of 20 samples with
+    recognition.json. A copy that is started again with the same settings and another output_dir trains no step; with a
+    larger num_steps it continues.
+    """
+    from ddpm_hf.cli.main import train
+
+    run = tmp_path_factory.mktemp("shared") / "finished"
+    assert train(run_arguments(run, **FINISHED_RUN)) == 0
+    yield from _read_only(run)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a saved, untrained pipeline, made once per worker. READ ONLY: `shutil.copytree` it to change it.
+
+    The network is `tiny_unet(10)`: 1x8x8 digits with the class names "0" to "9", without a null label; the scheduler
+    has 1000 timesteps, the cosine schedule and v-prediction.
+    """
+    from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+
+    folder = tmp_path_factory.mktemp("shared") / "pipeline"
+    scheduler = GaussianDiffusionScheduler.create(beta_schedule="cosine", prediction_type="v_prediction")
+    class_names = {str(label): str(label) for label in range(10)}
+    GaussianDiffusionPipeline(tiny_unet(10), scheduler, class_names=class_names).save_pretrained(folder)
+    yield from _read_only(folder)
+
+
+def _read_only(folder: Path) -> Iterator[Path]:
+    def state() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+    before = state()
+    yield folder
+    assert state() == before, "a test changed a folder that all tests share; it must copy the folder first"
+
+
 @pytest.fixture
 def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate keeps what it was first told in singletons: a test that tells it something is a process of its own."""
+    """Start and end without Accelerate's singletons, which keep the settings of the first run in a process."""
     from accelerate.state import AcceleratorState, GradientState
 
     def reset() -> None:
@@ -106,7 +169,7 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_code_of_folders() -> Iterator[None]:
-    """Diffusers executes the code of all local folders in modules of one name: that of a test ends with it."""
+    """Unload the code of saved folders after a test: diffusers runs that of all local folders under one name."""
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
@@ -120,9 +183,9 @@ def tiny_unet(
     learned_variance: bool = False,
     **overrides: object,
 ) -> "UNet2DModel":
-    """Returns the network of the tiny run, freshly initialised from seed 0."""
+    """Return the network of the tiny run, initialized from seed 0."""
     from ddpm_hf.config import ModelConfig
-    from ddpm_hf.unet import build_unet
+    from ddpm_hf.models import build_unet
 
     torch.manual_seed(0)
     settings = json.loads(TINY_RUN["model.overrides"]) | overrides

@@ -1,12 +1,12 @@
 """The configuration of a run: its schema, its rules, and how it is read. This package needs no torch."""
 
-from ddpm_hf.config.evaluation import EvaluationConfig
-from ddpm_hf.config.hub import HubConfig
 from ddpm_hf.config.parse import load_config, load_data_config, read_config, read_config_dict
 from ddpm_hf.config.rules import ConfigError, changed_settings, changed_too_late, refuse_secrets, validate
 from ddpm_hf.config.schema import (
     DataConfig,
     DiffusionConfig,
+    EvaluationConfig,
+    HubConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerOption,

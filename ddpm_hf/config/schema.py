@@ -1,4 +1,11 @@
-"""The schema of a run: one frozen dataclass a section. Every field is a flag and a YAML key of the same name."""
+"""The settings of a run, as frozen dataclasses.
+
+The part of a run's schema that says how good samples are judged to be.
+
+The part of a run's schema that says where the pipeline is published.
+
+The schema of a run: one frozen dataclass a section. Every field is a flag and a YAML key of the same name.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -6,8 +13,69 @@ from typing import Literal, TypeAlias
 
 import yaml
 
-from ddpm_hf.config.evaluation import EvaluationConfig
-from ddpm_hf.config.hub import HubConfig
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """What is sampled and measured when training ends, and the score that is measured while it lasts.
+
+    Args:
+        num_samples: Images to sample for the report; 0 samples none and writes no report.
+        batch_size: Images sampled at once.
+        num_inference_steps: Sampling steps an image.
+        eta: 0 samples as DDIM, 1 as DDPM.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        recognition: Report how many samples a classifier trained on the real images recognises as the class asked for;
+            needs model.class_conditional and held-out images.
+        score_every_steps: Measure a score of the averaged weights this often, and after the last step, and keep the
+            checkpoint with the best one; 0 never does. Scores of few samples are biased: compare those of one run.
+        score_metric: Which one: a distance between samples and training images in the features of a network (fid, kid,
+            inception_score in those of Inception; frechet_distance, kernel_distance, precision, recall in any), or
+            bits_per_dim of held-out images, which needs no such network.
+        score_features: The network whose features are compared, as `ddpm-hf evaluate --features`.
+        score_num_samples: Samples drawn for it, with num_inference_steps, eta, guidance_scale and batch_size of this
+            section, or held-out images looked at (all, if there are fewer); fid needs at least 2049, inception_score
+            1000.
+        score_num_terms: Terms of the bound computed for each of these images; bits_per_dim alone reads it.
+    """
+
+    num_samples: int = 64
+    batch_size: int = 100
+    num_inference_steps: int = 50
+    eta: float = 0.0
+    guidance_scale: float = 1.0
+    recognition: bool = False
+    score_every_steps: int = 0
+    score_metric: Literal[
+        "fid", "kid", "inception_score", "frechet_distance", "kernel_distance", "precision", "recall", "bits_per_dim"
+    ] = "kid"  # fmt: skip
+    score_features: str = "inception"
+    score_num_samples: int = 1000
+    score_num_terms: int = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubConfig:
+    """Where the pipeline is published, at intervals and when training ends; who you are is no setting.
+
+    Args:
+        push_to_hub: Push the pipeline to the Hub in the background, as `ddpm-hf push` does; log in beforehand with
+            `hf auth login`, or set HF_TOKEN.
+        repo_id: Where to: "user/name", "organisation/name", or "name" for your own; it is made if it does not exist.
+        private: Whether a repository that is made is private; one that exists and is public is refused.
+        branch: Push to this branch instead of main; it is made if it does not exist.
+        fp16: Push half-precision weights too, for `from_pretrained(..., variant="fp16")`.
+        license: Identifier of the licence in the card, such as "mit"; null marks it as unknown.
+        push_every_steps: Push the averaged weights this often while training; 0 pushes when training ends.
+    """
+
+    push_to_hub: bool = False
+    repo_id: str | None = None
+    private: bool = False
+    branch: str | None = None
+    fp16: bool = False
+    license: str | None = None
+    push_every_steps: int = 0
+
 
 UNetOverride: TypeAlias = int | float | bool | str | list[int] | list[str] | None
 OptimizerOption: TypeAlias = int | float | bool | str | list[float] | None

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.decode import DataError
 from ddpm_hf.rng import numpy_generator
 
 

@@ -8,13 +8,12 @@ import torch
 from numpy.typing import NDArray
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data.cache import allowed_bad, cache_key, cache_root, gib, open_cache, read_meta
-from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.feed import ImageFeed
+from ddpm_hf.data.cache import allowed_bad, cache_key, cache_root, open_cache, read_meta
+from ddpm_hf.data.decode import DataError
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.source import Source, animated_sentence, counted, left_out_reason, stand_in
-from ddpm_hf.data.sources import find_source, open_sets
-from ddpm_hf.data.streaming import ImageStream
+from ddpm_hf.data.loader import ImageFeed, ImageStream, open_sets
+from ddpm_hf.data.sources import Source, animated_sentence, counted, find_source, left_out_reason, stand_in
+from ddpm_hf.files import gib
 
 _NUM_SHOWN = 20
 

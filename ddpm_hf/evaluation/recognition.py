@@ -1,4 +1,8 @@
-"""Are class-conditional samples recognised as what was asked for, and are they more than copies?
+"""Whether a classifier recognizes the samples as the class that was asked for.
+
+How far images are from each other, pixel by pixel.
+
+Are class-conditional samples recognised as what was asked for, and are they more than copies?
 
 The recognition rate is the "GAN-test" of Shmelkov, Schmid and Alahari 2018, How good is my GAN?: a classifier is
 trained on real images and tested on samples. The distances and pixel statistics beside it show what that number alone
@@ -10,8 +14,19 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import NDArray
 
-from ddpm_hf.evaluation.pixel_distance import pixel_rows, squared_distances
+
+def pixel_rows(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Returns one row of pixel values an image, in float64, in which sums of their squares are exact."""
+    return images.reshape(len(images), -1).astype(np.float64)
+
+
+def squared_distances(rows: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns all sums of squared differences of `pixel_rows`, (rows, others), exactly 0 for equal images."""
+    squares: NDArray[np.float64] = (rows**2).sum(axis=1)[:, None] + (others**2).sum(axis=1) - 2 * rows @ others.T
+    return squares
+
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 LabelArray: TypeAlias = npt.NDArray[np.int64]

@@ -16,13 +16,13 @@ import yaml
 from PIL import Image
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.evaluation.sampling import Sampler, sample_film, sample_images
-from ddpm_hf.evaluation.verification import FILE_NAME as VERIFICATION
-from ddpm_hf.evaluation.verification import verify, write_verification
+from ddpm_hf.evaluation.generate import Sampler, sample_film, sample_images
+from ddpm_hf.evaluation.verify import FILE_NAME as VERIFICATION
+from ddpm_hf.evaluation.verify import verify, write_verification
 from ddpm_hf.hub.card_facts import public_name, without_paths
 from ddpm_hf.plots import schedule_plot
 from ddpm_hf.redaction import reason_of
-from ddpm_hf.report import ANIMATION, SAMPLES, STRIP, draw_samples
+from ddpm_hf.run_report import ANIMATION, SAMPLES, STRIP, draw_samples
 
 PICTURES_DIR = "samples"
 SCHEDULE, LOSS, EVALUATION_PICTURE = "schedule.png", "loss.png", "evaluation.png"

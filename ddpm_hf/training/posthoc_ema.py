@@ -1,4 +1,4 @@
-"""Averages of any length, made after training out of two that were stored now and then (Karras et al. 2024, section 3).
+"""Post-hoc EMA: weights with an EMA of any length, made after training from stored snapshots.
 
 outputs/run/ema_snapshots/step_00020000/
     ema_sigma_0.050.safetensors  ema_sigma_0.100.safetensors    float32, named like the parameters
@@ -19,18 +19,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ddpm_hf.config import ConfigError, TrainingConfig
+from ddpm_hf.config import ConfigError
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.durable import replace_folder
-from ddpm_hf.evaluation.verification import write_verification
+from ddpm_hf.evaluation.verify import write_verification
+from ddpm_hf.files import replace_folder
 from ddpm_hf.training import checkpoint
-from ddpm_hf.training.ema import EMA, POSTHOC_LENGTHS, posthoc_name
-from ddpm_hf.training.power_function import LONGEST, combine, gamma_of
+from ddpm_hf.training.ema import EMA, LONGEST, POSTHOC_LENGTHS, combine, gamma_of, posthoc_name
 
 logger = logging.getLogger(__name__)
 
 SNAPSHOTS = "ema_snapshots"
-_NUM_SNAPSHOTS = 40
 # With 40 pairs the profiles of lengths from 0.02 to 0.25 are off by 3 % at most, those from 0.04 to 0.15 by 0.2 %.
 _LARGEST_ERROR = 0.1
 
@@ -67,12 +65,6 @@ class Rebuilt:
     sigma_rel: float
     num_stored: int
     relative_error: float
-
-
-def is_due(step: int, config: TrainingConfig) -> bool:
-    """Says whether the averages are to be stored after `step` optimiser updates."""
-    every_steps = config.posthoc_ema_every_steps or max(1, config.num_steps // _NUM_SNAPSHOTS)
-    return config.posthoc_ema and (step % every_steps == 0 or step == config.num_steps)
 
 
 def store(root: Path, step: int, ema: EMA, pipeline: GaussianDiffusionPipeline) -> None:

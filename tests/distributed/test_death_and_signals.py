@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from ddpm_hf.training.checkpoint import find_latest
 from tests.conftest import REPOSITORY, process_environment, run_arguments
 from tests.distributed.test_two_processes import TORCHRUN

@@ -18,15 +18,12 @@ import torch
 import torch.distributed as dist
 from diffusers import UNet2DModel
 
+from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, ModelConfig, PreviewConfig, RunConfig, TrainingConfig, load_config
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
-from ddpm_hf.training import processes
-from ddpm_hf.training.guard import TrainingStopped
-from ddpm_hf.training.micro_batch import settle
-from ddpm_hf.training.network import make_network
-from ddpm_hf.training.preview import save_preview
-from ddpm_hf.training.processes import ProcessesDiffer
-from ddpm_hf.training.trainer import Trainer
+from ddpm_hf.distributed import ProcessesDiffer, TrainingStopped
+from ddpm_hf.training.batches import settle
+from ddpm_hf.training.trainer import Trainer, make_network, save_preview
 from tests.conftest import run_arguments, tiny_unet
 from tests.integration.test_training import EVERYTHING_BUT_DROPOUT, EVERYTHING_RANDOM
 
@@ -243,7 +240,7 @@ def differing(folder: Path) -> Report:
     swapped = torch.tensor([0.0, 1.0] if RANK else [1.0, 0.0])
     for tensors in ({"same": torch.ones(3), "large": large}, {"swapped": swapped}, {"same": torch.ones(0)}):
         try:
-            processes.check_same(tensors)
+            distributed.check_same(tensors)
             said.append("the same")
         except ProcessesDiffer as error:
             said.append(str(error).split(",")[0])
@@ -270,10 +267,10 @@ def agreement(folder: Path) -> Report:
 
     config = TrainingConfig(micro_batch_size="auto")
     for action in (
-        lambda: processes.on_every_rank(fail_on_rank_1),
+        lambda: distributed.on_every_rank(fail_on_rank_1),
         lambda: settle(config, 24, None, attempt),
         lambda: settle(config, 24, None, lambda size: attempt(size + 3)),
-        lambda: processes.gather_json([RANK, "ö"]),
+        lambda: distributed.gather_json([RANK, "ö"]),
         lambda: network(str(folder.parent / "unconditional")),
         lambda: network(str(folder.parent / "gone")),
         lambda: train(folder / "nine", {"training__train_batch_size": 9})[1],
@@ -284,8 +281,8 @@ def agreement(folder: Path) -> Report:
             said.append(str(error))
     part = torch.tensor([[200, 0], [0, 7]], dtype=torch.uint8)
     part[1 - RANK] = 0
-    processes.join_parts(part.numpy())
-    groups = (dist.group.WORLD, processes._hosts())
+    distributed.sum_arrays(part.numpy())
+    groups = (dist.group.WORLD, distributed._cpu_group())
     patience = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
     return {"said": said, "parts": part.tolist(), "patience": patience}
 
@@ -324,7 +321,7 @@ SCENARIOS = (agreement, preview, curve, slow, coverage, stopped, not_a_number, d
 def main() -> None:
     """Plays all scenarios, one after the other."""
     folder = Path(sys.argv[1])
-    processes.start(TrainingConfig(cpu=True))
+    distributed.start(cpu=True)
     for scenario in SCENARIOS:
         report = scenario(folder / scenario.__name__)
         (folder / f"{scenario.__name__}_{RANK}.json").write_text(json.dumps(report), encoding="utf-8")

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from ddpm_hf.training.checkpoint import find_latest
-from ddpm_hf.training.guard import RunLock
+from ddpm_hf.training.run_dir import RunLock
 from ddpm_hf.training.trainer import Trainer
 from tests.conftest import REPOSITORY, process_environment, run_arguments
 from tests.integration.test_training import EVERYTHING_RANDOM, assert_same_run, tensors_of

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpm_hf.cli import train
-from ddpm_hf.training import posthoc_ema, saving, trainer
+from ddpm_hf.cli.main import train
+from ddpm_hf.training import checkpoint, posthoc_ema, trainer
 from ddpm_hf.training.trainer import Trainer
 from tests.conftest import run_arguments
 from tests.integration.test_training import EVERYTHING_RANDOM, assert_same_run
@@ -88,7 +88,7 @@ def send_at(
 # Step, signal, and in the middle of what it comes.
 INTERRUPTIONS = [
     (1, signal.SIGTERM, Trainer, "_update"),
-    (2, signal.SIGINT, saving, "write_snapshot"),
+    (2, signal.SIGINT, checkpoint, "write_snapshot"),
     (3, signal.SIGUSR1, trainer, "validation_loss"),
     (4, signal.SIGTERM, trainer, "save_preview"),
     (5, signal.SIGINT, Trainer, "_update"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from ddpm_hf.config import load_config
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.trainer import Trainer

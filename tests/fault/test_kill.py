@@ -14,7 +14,7 @@ from random import Random
 
 import pytest
 
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from ddpm_hf.training.checkpoint import find_latest, verify_checkpoint
 from tests.conftest import REPOSITORY, process_environment, run_arguments, run_process
 from tests.fault import victim

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from ddpm_hf.training.trainer import Trainer
 from tests.conftest import run_arguments
 from tests.integration.test_training import EVERYTHING_RANDOM

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from ddpm_hf.config import load_config
-from ddpm_hf.data.order import SampleOrder
+from ddpm_hf.data.loader import SampleOrder
 from ddpm_hf.training.checkpoint import find_latest
-from ddpm_hf.training.objective import DenoisingLoss
+from ddpm_hf.training.loss import DenoisingLoss
 from ddpm_hf.training.trainer import Trainer
 from tests.conftest import run_arguments
 from tests.integration.test_training import EVERYTHING_RANDOM, assert_same_run, metrics_of, tensors_of

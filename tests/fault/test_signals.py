@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-import ddpm_hf.commands.train as command
-from ddpm_hf.cli import train
-from ddpm_hf.training import guard, saving, trainer
+import ddpm_hf.cli.train as command
+from ddpm_hf import distributed
+from ddpm_hf.cli.main import train
+from ddpm_hf.training import checkpoint, trainer
 from ddpm_hf.training.trainer import Trainer
 from tests.conftest import run_arguments
 
@@ -53,7 +54,7 @@ def test_a_signal_outside_of_the_steps_ends_in_order_and_the_same_command_goes_o
     for owner, name, number in (
         (trainer, "open_splits", signal.SIGUSR1),
         (trainer.Trackers, "__exit__", signal.SIGTERM),
-        (saving, "write_verification", signal.SIGTERM),
+        (checkpoint, "write_verification", signal.SIGTERM),
         (command, "_write_report", signal.SIGINT),
         (command, "_write_report", signal.SIGUSR1),
     ):
@@ -85,7 +86,7 @@ def test_a_signal_in_the_last_step_of_several_processes_is_not_lost(
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with monkeypatch.context() as patch:
-        patch.setattr(guard, "world_size", lambda: 2)
+        patch.setattr(distributed, "world_size", lambda: 2)
         patch.setattr(Trainer, "_train_step", interrupted)
         assert train(arguments) == 143
     assert not dist.is_initialized(), "a command leaves the group at its end"

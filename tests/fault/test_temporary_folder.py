@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ddpm_hf.commands import signals
-from ddpm_hf.commands.signals import Terminated, temporary_folder
+from ddpm_hf.cli import common
+from ddpm_hf.cli.common import Terminated, temporary_folder
 
 ENDING = {signal.SIGTERM: Terminated, signal.SIGUSR1: Terminated, signal.SIGINT: KeyboardInterrupt}
 PARTS = ("made", "entered", "used", "removed", "restored")
@@ -36,7 +36,7 @@ def signal_in(patch: pytest.MonkeyPatch, part: str, number: signal.Signals) -> N
         "made": (tempfile, "mkdtemp"),
         "entered": (tempfile.TemporaryDirectory, "__enter__"),
         "removed": (tempfile.TemporaryDirectory, "cleanup"),
-        "restored": (signals, "_install"),
+        "restored": (common, "_install"),
     }
     owner, name = places[part]
     original: Callable[..., Any] = getattr(owner, name)

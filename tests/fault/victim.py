@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import ddpm_hf.training.trainer  # imported once, before the fork  # noqa: F401
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 
 # Python announces under these names what it does to a file system; syncing has none.
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from tests.conftest import run_arguments
 from tests.integration.test_training import EVERYTHING_RANDOM, metrics_of
 

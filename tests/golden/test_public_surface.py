@@ -4,10 +4,9 @@ from pathlib import Path
 
 import ddpm_hf
 from ddpm_hf.config import RunConfig, TrainingConfig
-from ddpm_hf.training.checkpoint import write_checkpoint
+from ddpm_hf.training.checkpoint import TrainerState, write_checkpoint, write_snapshot
 from ddpm_hf.training.ema import EMA, decay_laws
 from ddpm_hf.training.optim import build_optimizer
-from ddpm_hf.training.snapshot import TrainerState, write_snapshot
 from tests.conftest import tiny_unet
 
 GOLDEN = Path(__file__).parent

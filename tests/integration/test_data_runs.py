@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from ddpm_hf.data import cache
 from tests.conftest import DIGITS, run_arguments, run_process
 from tests.integration.test_training import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddpm_hf.cli import ema, train, verify
+from ddpm_hf.cli.main import ema, train, verify
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from tests.conftest import DIGITS
 from tests.integration.test_training import metrics_of

@@ -11,12 +11,13 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
-from ddpm_hf import cli
+from ddpm_hf.cli import main
 from ddpm_hf.config import DataConfig, RunConfig, TrainingConfig
 from ddpm_hf.data import open_images
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.evaluation.evaluate import bits_per_dim, choose_images
-from ddpm_hf.evaluation.frechet import frechet_distance, moments_of
+from ddpm_hf.evaluation.features import moments_of
+from ddpm_hf.evaluation.metrics import frechet_distance
+from ddpm_hf.evaluation.report import bits_per_dim, choose_images
 from tests.conftest import DIGITS, run_process, tiny_unet
 from tests.feature_networks import pooled
 
@@ -40,7 +41,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(*arguments: object) -> int:
-    return cli.main(["evaluate", *map(str, arguments)])
+    return main.main(["evaluate", *map(str, arguments)])
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from tests.conftest import run_arguments
 from tests.integration.test_training import assert_same_run, metrics_of, stop_with_signal_after, tensors_of
 

@@ -14,7 +14,7 @@ from huggingface_hub.utils import _http
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ddpm_hf.cli import main
+from ddpm_hf.cli.main import main
 from ddpm_hf.config import HubConfig
 from ddpm_hf.hub import publish as hub_publish
 from ddpm_hf.hub import push as hub_push

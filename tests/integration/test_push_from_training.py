@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.utils import _http
 from safetensors.torch import load_file
 
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from ddpm_hf.config import HubConfig
 from ddpm_hf.hub.background import BackgroundPush
 from tests.conftest import run_arguments

@@ -18,7 +18,8 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
-from ddpm_hf import cli, durable
+from ddpm_hf import files
+from ddpm_hf.cli import main
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.plots import denoising_strip, image_grid
 from tests.conftest import REPOSITORY, process_environment, run_process
@@ -65,7 +66,7 @@ def seeded(*seeds: int) -> list[torch.Generator]:
 
 def draw(model: Path, output: Path, *flags: object, quiet: pytest.CaptureFixture[str] | None = None) -> Path:
     """Runs the command and returns its folder."""
-    assert cli.main(["sample", str(model), "--output", str(output), *map(str, flags)]) == 0
+    assert main.main(["sample", str(model), "--output", str(output), *map(str, flags)]) == 0
     if quiet is not None:
         assert quiet.readouterr().err == ""
     assert json.loads((output / "settings.json").read_text())["finished"] is True
@@ -75,7 +76,7 @@ def draw(model: Path, output: Path, *flags: object, quiet: pytest.CaptureFixture
 def complaint(capsys: pytest.CaptureFixture[str], model: object, output: Path, *flags: object, code: int = 2) -> str:
     """Runs the command with a mistake in it and returns the sentence it is answered with."""
     capsys.readouterr()
-    assert cli.main(["sample", str(model), "--output", str(output), *map(str, flags)]) == code
+    assert main.main(["sample", str(model), "--output", str(output), *map(str, flags)]) == code
     error = capsys.readouterr().err
     assert "Traceback" not in error
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
@@ -373,21 +374,21 @@ def test_memory_that_runs_out_is_answered_with_the_batch_size(
 def test_a_bug_is_not_taken_for_a_lack_of_memory(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing_after(monkeypatch, UNet2DModel, "forward", 0, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main(["sample", str(plain), "--output", str(tmp_path / "a"), "--seeds", "1"])
+        main.main(["sample", str(plain), "--output", str(tmp_path / "a"), "--seeds", "1"])
 
 
 def test_an_interrupt_while_a_picture_is_on_its_way_to_the_disk_counts_it(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is there under its name, and only the folder has yet to be synced."""
-    sync = durable.sync
+    sync = files.sync
 
     def interrupted(path: Path) -> None:
         sync(path)
         if (tmp_path / "a" / "seed_000001.png").exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(durable, "sync", interrupted)
+    monkeypatch.setattr(files, "sync", interrupted)
     flags = ("--num_images", 3, "--batch_size", 3, "--num_inference_steps", 1)
     sentence = complaint(capsys, plain, tmp_path / "a", *flags, code=130)
     assert sentence == f"interrupted; 2 of 3 images are in {tmp_path / 'a'}."
@@ -432,7 +433,7 @@ def test_ctrl_c_ends_the_process_with_130(plain: Path, tmp_path: Path) -> None:
 
 CALLS = """
 import sys
-from ddpm_hf import cli
+from ddpm_hf.cli import main as cli
 for line in sys.argv[1:]:
     print(f"> {cli.main(['sample', *line.split()])}", file=sys.stderr, flush=True)
 """

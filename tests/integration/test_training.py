@@ -17,18 +17,18 @@ from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
 from ddpm_hf import GaussianDiffusionPipeline
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from ddpm_hf.config import load_config
 from ddpm_hf.data import DataError
-from ddpm_hf.evaluation import sampling
-from ddpm_hf.training import saving
+from ddpm_hf.distributed import SharedOSError
+from ddpm_hf.evaluation import generate
+from ddpm_hf.training import checkpoint
+from ddpm_hf.training.batches import HISTORY_LENGTH, LossAwareTimesteps, UniformTimesteps
 from ddpm_hf.training.checkpoint import find_latest
-from ddpm_hf.training.guard import NonFiniteTraining, RunLock
-from ddpm_hf.training.objective import DenoisingLoss
-from ddpm_hf.training.processes import SharedOSError
-from ddpm_hf.training.timestep_sampling import HISTORY_LENGTH, LossAwareTimesteps, UniformTimesteps
-from ddpm_hf.training.trainer import Trainer
-from ddpm_hf.training.validation import validation_loss
+from ddpm_hf.training.loss import DenoisingLoss
+from ddpm_hf.training.optim import NonFiniteTraining
+from ddpm_hf.training.run_dir import RunLock
+from ddpm_hf.training.trainer import Trainer, validation_loss
 from tests.conftest import REPOSITORY, run_arguments
 
 # Everything that draws random numbers or learns, but for dropout, which alone depends on how the batch is split. With
@@ -286,7 +286,7 @@ def test_a_report_that_fails_is_a_failure_and_no_bad_input(tmp_path: Path, monke
     def fail(*arguments: Any, **settings: Any) -> None:
         raise ValueError("a bug of ours")
 
-    monkeypatch.setattr(sampling, "sample_images", fail)
+    monkeypatch.setattr(generate, "sample_images", fail)
     with pytest.raises(RuntimeError, match=r"the report failed; the trained pipeline is in .*run/pipeline"):
         train(run_arguments(tmp_path / "run", evaluation__num_samples=2))
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
@@ -664,14 +664,14 @@ def poison_loss_at(steps: int | range, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_disk_leaves_the_older_checkpoints_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write = saving.write_snapshot
+    write = checkpoint.write_snapshot
 
     def write_or_fail(folder: Path, *arguments: Any) -> None:
         write(folder, *arguments)
         if folder.name.endswith("step_00000004"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saving, "write_snapshot", write_or_fail)
+    monkeypatch.setattr(checkpoint, "write_snapshot", write_or_fail)
     run = tmp_path / "run"
     assert train(run_arguments(run)) == 0
     assert "step 4 could not be written (No space left on device)" in caplog.text

@@ -20,7 +20,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from ddpm_hf import cli
+from ddpm_hf.cli import main
 from tests.security.conftest import Watch
 from tests.security.hostile import module_that_runs, pickle_that_runs
 
@@ -156,7 +156,7 @@ def libraries() -> None:
     """Imports what is needed before memory is measured, which makes imports slow."""
     import datasets  # noqa: F401
 
-    import ddpm_hf.training.summary  # noqa: F401
+    import ddpm_hf.training.trainer  # noqa: F401
 
 
 # Data set -> part of the sentence that it is refused with.
@@ -188,7 +188,7 @@ def show(source: Path, folder: Path, *, is_measured: bool = False) -> tuple[int,
     if is_measured:
         tracemalloc.start()
     try:
-        exit_code = cli.data([str(source), "--picture", str(folder / "picture.png")])
+        exit_code = main.data([str(source), "--picture", str(folder / "picture.png")])
         return exit_code, tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -257,5 +257,5 @@ def test_labels_that_are_no_classes_do_not_fill_the_memory(
     exit_code, memory = show(watch.folder / "data.npz", watch.folder, is_measured=True)
     assert (exit_code, memory < MOST_MEMORY) == (0, True)
     run = ["--data.source", str(watch.folder / "data.npz"), "--training.output_dir", str(watch.folder / "run")]
-    assert cli.train([*run, "--model.class_conditional", "true", "--model.preset", "digits_8", "--dry_run"]) == 2
+    assert main.train([*run, "--model.class_conditional", "true", "--model.preset", "digits_8", "--dry_run"]) == 2
     assert f"has label {label}, but classes are numbered from 0" in capsys.readouterr().err

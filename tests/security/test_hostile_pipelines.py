@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf.config import ConfigError, ModelConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.pretrained import load_pretrained, read_config_file
+from ddpm_hf.models import load_pretrained, read_config_file
 from tests.conftest import tiny_unet
 from tests.security.conftest import Watch
 from tests.security.hostile import module_that_runs, pickle_that_runs, torch_file_that_runs

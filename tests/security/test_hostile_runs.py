@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
-from ddpm_hf import cli
+from ddpm_hf.cli import main
 from tests.conftest import run_arguments
 from tests.security.conftest import Watch
 from tests.security.hostile import module_that_runs, pickle_that_runs, torch_file_that_runs
@@ -31,7 +31,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     run = tmp_path_factory.mktemp("honest") / "run"
-    assert cli.train(run_arguments(run, training__num_steps=4, training__posthoc_ema=True)) == 0
+    assert main.train(run_arguments(run, training__num_steps=4, training__posthoc_ema=True)) == 0
     return run
 
 
@@ -94,7 +94,7 @@ def go_on(run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Trains two more steps and returns the exit code and what was said of an error."""
     arguments = run_arguments(run, training__num_steps=6, training__posthoc_ema=True)
     capsys.readouterr()
-    exit_code = cli.train([*arguments, "--training.resume", "auto"])
+    exit_code = main.train([*arguments, "--training.resume", "auto"])
     return exit_code, capsys.readouterr().err
 
 
@@ -185,7 +185,7 @@ def test_stored_averages_run_nothing(
         attack(folder, watch.canary)
         sign(folder)
     watch.is_on = True
-    exit_code = cli.ema([str(run), "--length", "0.05"])
+    exit_code = main.ema([str(run), "--length", "0.05"])
     error = capsys.readouterr().err
     if exit_code == 0:  # the averages of the other length may do
         assert attack is not hostile_index
@@ -201,7 +201,7 @@ def test_a_linked_configuration_is_not_copied_into_the_new_pipeline(
     secret.write_text("password")
     (run / "config.yaml").unlink()
     (run / "config.yaml").symlink_to(secret)
-    assert cli.ema([str(run), "--length", "0.1", "--output", str(watch.folder / "new")]) == 2
+    assert main.ema([str(run), "--length", "0.1", "--output", str(watch.folder / "new")]) == 2
     assert "is a link" in capsys.readouterr().err
     assert not (watch.folder / "new").exists()
 
@@ -233,7 +233,7 @@ def test_a_yaml_file_runs_nothing(
     path = watch.folder / "evil.yaml"
     path.write_text(line.replace("CANARY", str(watch.canary)) + "\n")
     output_dir = watch.folder / "out"
-    assert cli.train(["--config", str(path), *run_arguments(output_dir)[4:], "--dry_run"]) == 2
+    assert main.train(["--config", str(path), *run_arguments(output_dir)[4:], "--dry_run"]) == 2
     assert "Traceback" not in capsys.readouterr().err
     assert not output_dir.exists()
 
@@ -244,7 +244,7 @@ def test_what_is_imported_as_an_optimizer_must_be_one(
 ) -> None:
     """The import itself is code by the user's own wish; a function of it is not called."""
     arguments = run_arguments(watch.folder / "run", training__optimizer=name)
-    assert cli.train([*arguments, "--dry_run"]) == 2
+    assert main.train([*arguments, "--dry_run"]) == 2
     assert f"training.optimizer {name} is no torch.optim.Optimizer" in capsys.readouterr().err
 
 
@@ -256,7 +256,7 @@ def test_the_id_of_a_run_in_its_trackers_leads_nowhere(
     arguments = run_arguments(
         run, training__num_steps=6, training__posthoc_ema=True, tracking__trackers='["tensorboard"]'
     )
-    assert cli.train(arguments) == 2
+    assert main.train(arguments) == 2
     assert "holds no id of a run" in capsys.readouterr().err
 
 

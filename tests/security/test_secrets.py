@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_hf import cli
+from ddpm_hf.cli import main
 from ddpm_hf.config import ConfigError, DataConfig, RunConfig, TrackingConfig, validate
 from ddpm_hf.redaction import find_secret, redact
 from ddpm_hf.training.trainer import Trainer
@@ -69,8 +69,8 @@ def test_a_run_tells_no_secret_to_any_file_or_stream(
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.DEBUG)
     try:
-        assert cli.train(arguments) == 0
-        assert cli.train(arguments) == 0
+        assert main.train(arguments) == 0
+        assert main.train(arguments) == 0
     finally:
         logging.getLogger().removeHandler(handler)
         logging.getLogger().setLevel(level)
@@ -107,7 +107,7 @@ def test_a_setting_with_a_secret_is_refused_without_telling_it(
     arguments = [*run_arguments(tmp_path / "run"), f"--{setting}", secret]
     if setting in ("model.from_pretrained", "model.config_file"):
         arguments += ["--model.preset", "null"]
-    assert cli.train(arguments) == 2
+    assert main.train(arguments) == 2
     printed = capfd.readouterr()
     assert f"error: {setting} holds " in printed.err
     assert "set HF_TOKEN" in printed.err
@@ -152,7 +152,7 @@ def test_mistakes_on_the_command_line_repeat_no_secret(
     capfd: pytest.CaptureFixture[str], arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     printed = capfd.readouterr()
     assert printed.err
     assert [secret for secret in SECRETS if secret in printed.out + printed.err] == []
@@ -161,7 +161,7 @@ def test_mistakes_on_the_command_line_repeat_no_secret(
 
 def test_a_traceback_tells_no_secret(capfd: pytest.CaptureFixture[str]) -> None:
     """As Python prints the error of a bug, causes and all, once the command line has begun."""
-    cli.main(["data", "--help-me"])
+    main.main(["data", "--help-me"])
     capfd.readouterr()
     try:
         try:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_hf import cli
+from ddpm_hf.cli import main
 from tests.conftest import DIGITS, REPOSITORY, process_environment, run_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -27,7 +27,7 @@ def output_dir(tmp_path: Path) -> Path:
 def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     """Runs `train` with a mistake in it and returns the sentence it is answered with."""
     capsys.readouterr()
-    assert cli.train(arguments) == 2
+    assert main.train(arguments) == 2
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
@@ -112,7 +112,7 @@ def test_a_configuration_file_is_read_and_its_mistakes_are_told(
     for name in ("--training.learning_rate", "--training.num_steps"):
         position = arguments.index(name)
         del arguments[position : position + 2]
-    assert cli.train(["--config", str(path), *arguments, "--dry_run"]) == 0
+    assert main.train(["--config", str(path), *arguments, "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "  learning_rate: 0.0001\n" in printed
     assert "  num_steps: 7\n" in printed
@@ -182,7 +182,7 @@ def test_a_folder_that_holds_something_else_is_untouched(capsys: pytest.CaptureF
 def test_a_dry_run_checks_everything_and_leaves_nothing_behind(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, output_dir: Path
 ) -> None:
-    assert cli.train([*run_arguments(output_dir), "--dry_run"]) == 0
+    assert main.train([*run_arguments(output_dir), "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "45,289 parameters, 1,797 training and 0 held-out images of 1x8x8\n" in printed
     assert "6 steps of 8 images, 0.0 epochs\ncpu x 1, fp32, batch 8 = 1 x 8 x 1 accumulated\n" in printed
@@ -196,7 +196,7 @@ def test_a_dry_run_checks_everything_and_leaves_nothing_behind(
 def test_a_dry_run_says_how_the_batch_is_split(
     capsys: pytest.CaptureFixture[str], output_dir: Path, micro: object, told: str
 ) -> None:
-    assert cli.train([*run_arguments(output_dir, training__micro_batch_size=micro), "--dry_run"]) == 0
+    assert main.train([*run_arguments(output_dir, training__micro_batch_size=micro), "--dry_run"]) == 0
     assert f"batch 8 = 1 x {told}\n" in capsys.readouterr().out
 
 
@@ -208,12 +208,12 @@ def test_the_printed_configuration_repeats_the_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, output_dir: Path
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.train([*run_arguments(output_dir), "--print_config"])
+        main.train([*run_arguments(output_dir), "--print_config"])
     assert caught.value.code == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-    assert cli.train([*run_arguments(output_dir), "--dry_run"]) == 0
+    assert main.train([*run_arguments(output_dir), "--dry_run"]) == 0
     by_flags = capsys.readouterr().out
-    assert cli.train(["--config", str(tmp_path / "printed.yaml"), "--dry_run"]) == 0
+    assert main.train(["--config", str(tmp_path / "printed.yaml"), "--dry_run"]) == 0
     assert capsys.readouterr().out == by_flags
 
 
@@ -229,7 +229,7 @@ def test_the_printed_configuration_repeats_the_run(
 def test_the_command_says_what_it_can_do(
     capsys: pytest.CaptureFixture[str], arguments: list[str], exit_code: int, told: str
 ) -> None:
-    assert cli.main(arguments) == exit_code
+    assert main.main(arguments) == exit_code
     printed = capsys.readouterr()
     assert printed.out.startswith("usage: ddpm-hf <command> ...")
     assert told in printed.err
@@ -237,7 +237,7 @@ def test_the_command_says_what_it_can_do(
 
 
 def test_the_command_passes_its_arguments_on(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "--training.num_stepz", "1"]) == 2
+    assert main.main(["train", "--training.num_stepz", "1"]) == 2
     assert (
         capsys.readouterr().err == "error: there is no setting training.num_stepz; did you mean training.num_steps?\n"
     )
@@ -247,9 +247,9 @@ def test_the_average_is_asked_for_with_a_length(capsys: pytest.CaptureFixture[st
     """argparse prints its usage and leaves."""
     for arguments in ([], [str(tmp_path)], [str(tmp_path), "--length", "long"], [str(tmp_path), "--len", "0.1"]):
         with pytest.raises(SystemExit) as caught:
-            cli.main(["ema", *arguments])
+            main.main(["ema", *arguments])
         assert caught.value.code == 2
-    assert cli.main(["ema", str(tmp_path), "--length", "0.1"]) == 2
+    assert main.main(["ema", str(tmp_path), "--length", "0.1"]) == 2
     printed = capsys.readouterr().err.splitlines()
     assert printed[-1] == (
         f"error: {tmp_path} holds no ema_snapshots; give the folder of a run with training.posthoc_ema."
@@ -258,7 +258,7 @@ def test_the_average_is_asked_for_with_a_length(capsys: pytest.CaptureFixture[st
 
 def test_only_the_first_process_complains(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert cli.train(["--training.num_stepz", "1"]) == 2
+    assert main.train(["--training.num_stepz", "1"]) == 2
     assert capsys.readouterr().err == ""
 
 
@@ -268,8 +268,8 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ddpm_hf.commands.train.load_config", interrupt)
-    assert cli.train([]) == 130
+    monkeypatch.setattr("ddpm_hf.cli.train.load_config", interrupt)
+    assert main.train([]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
@@ -315,7 +315,7 @@ def test_memory_that_there_is_not_is_one_sentence(capsys: pytest.CaptureFixture[
     def ask() -> int:
         raise MemoryError("Unable to allocate 2 TiB")
 
-    assert cli._exit_code(ask) == 1
+    assert main._exit_code(ask) == 1
     assert capsys.readouterr().err == "error: out of memory (Unable to allocate 2 TiB); ask for less.\n"
 
 
@@ -335,14 +335,15 @@ def test_a_disk_that_refuses_is_one_sentence_with_advice(
     def ask() -> int:
         raise OSError(number, os.strerror(number), "outputs/a")
 
-    assert cli._exit_code(ask) == 1
+    assert main._exit_code(ask) == 1
     assert capsys.readouterr().err == f"error: {os.strerror(number)}: outputs/a{advice}\n"
 
 
 def test_a_reader_who_has_seen_enough_is_no_error() -> None:
     """As of `ddpm-hf ... | head`: 128 + SIGPIPE, and not a word."""
     program = (
-        "import sys; from ddpm_hf import cli; sys.exit(cli._exit_code(lambda: print('x' * 100_000, flush=True) or 0))"
+        "import sys; from ddpm_hf.cli import main as cli\n"
+        "sys.exit(cli._exit_code(lambda: print('x' * 100_000, flush=True) or 0))"
     )
     reading, writing = os.pipe()
     os.close(reading)

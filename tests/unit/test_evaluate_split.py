@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from ddpm_hf.commands.evaluate_flags import data_config, parse
-from ddpm_hf.commands.evaluate_split import take_split_of_run
+from ddpm_hf.cli.evaluate import data_config, parse, take_split_of_run
 from ddpm_hf.config import ConfigError, DataConfig, RunConfig, TrainingConfig
 
 FRACTION = {"source": "digits.parquet", "validation_fraction": 0.15}

@@ -14,15 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf import cli
-from ddpm_hf.commands.plot import noised
-from ddpm_hf.commands.plot_inputs import Process
+from ddpm_hf.cli import main
+from ddpm_hf.cli.plot import Process, noised
 from ddpm_hf.config import DiffusionConfig, ObjectiveConfig, RunConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.diffusion.noise_schedule import NoiseSchedule, make_betas
 from ddpm_hf.plots import forward_strip, image_grid, schedule_plot, timestep_curves, training_curves
 from ddpm_hf.rng import torch_generator
-from ddpm_hf.training.weighting import min_snr_weight
+from ddpm_hf.training.loss import min_snr_weight
 from tests.conftest import REPOSITORY
 
 ROWS = [{"step": 10 * k, "loss": 1 / k, "loss_q0": 2 / k, "loss_q1": 1 / k, "loss_q2": 0.5 / k, "loss_q3": 0.1 / k}
@@ -87,7 +86,7 @@ def test_schedules_come_from_recipes_runs_and_pipelines(capsys: pytest.CaptureFi
     file = Path("made/pipeline/scheduler/scheduler_config.json").rename("sohl_dickstein.json")
     stock = {"_class_name": "DDIMScheduler", "num_train_timesteps": 10, "beta_schedule": "scaled_linear"}
     Path("made/pipeline/scheduler/scheduler_config.json").write_text(json.dumps(stock))
-    assert cli.main(["plot", "schedule", str(recipe), "run", str(file), "made/pipeline"]) == 0
+    assert main.main(["plot", "schedule", str(recipe), "run", str(file), "made/pipeline"]) == 0
     expected = {
         "mnist_28": alphas_cumprod("cosine", 1000),
         "run": alphas_cumprod("linear", 100, 1e-3, 0.3),
@@ -104,7 +103,7 @@ def test_loss_weights_are_those_of_the_objective() -> None:
     plain, weighted = write_config(Path("plain.yaml")), Path("weighted.yaml")
     text = plain.read_text().replace("weighting: none", "weighting: min_snr").replace("gamma: 5.0", "gamma: 3.0")
     weighted.write_text(text)
-    assert cli.main(["plot", "schedule", str(plain), str(weighted)]) == 0
+    assert main.main(["plot", "schedule", str(plain), str(weighted)]) == 0
     schedule = NoiseSchedule.from_betas(make_betas("linear", 100))
     table = schedule.alphas_cumprod.numpy()
     weights = {"plain": np.ones(100), "weighted": min_snr_weight(schedule.snr, "epsilon", 3.0).numpy()}
@@ -116,9 +115,9 @@ def test_loss_weights_are_those_of_the_objective() -> None:
 def test_inputs_of_one_name_are_told_apart_by_their_paths(capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ("a", "b"):
         write_run(Path(folder, "run"))
-    assert cli.main(["plot", "loss", "a/run", "b/run/metrics.jsonl"]) == 0
+    assert main.main(["plot", "loss", "a/run", "b/run/metrics.jsonl"]) == 0
     assert capsys.readouterr().out == "loss.png: losses of a/run, b/run/metrics.jsonl.\n"
-    assert cli.main(["plot", "loss", "a/run", "a/../a/run"]) == 2
+    assert main.main(["plot", "loss", "a/run", "a/../a/run"]) == 2
     assert capsys.readouterr().err == "error: a/../a/run is given twice; give it once.\n"
 
 
@@ -147,7 +146,7 @@ def test_the_strip_shows_the_image_as_a_run_reads_it(gray: bool, capsys: pytest.
     pixels = pixels_of(2, 12, 16) if gray else pixels_of(2, 12, 16, 3)
     write_image(Path("photo.png"), pixels)
     arguments = ["plot", "noising", "photo.png", "--config", str(config), "--timesteps", "0", "9", "99"]
-    assert cli.main([*arguments, "--resolution", "12"]) == 0
+    assert main.main([*arguments, "--resolution", "12"]) == 0
     image = np.repeat(pixels[..., None], 3, axis=2) if gray else pixels
     process = Process(NoiseSchedule.from_betas(make_betas("cosine", 100)), "epsilon", None)
     states = noised(image[:, 2:14], process, [0, 9, 99], seed=0)
@@ -161,7 +160,7 @@ def test_eight_timesteps_over_the_whole_chain_are_shown_by_default(capsys: pytes
     write_image(Path("photo.png"), pixels_of(3, 8, 8, 3))
     for num_timesteps, expected in ((1000, [0, 143, 285, 428, 571, 714, 856, 999]), (3, [0, 1, 2]), (1, [0])):
         GaussianDiffusionScheduler(num_timesteps).save_pretrained("scheduler")
-        assert cli.main(["plot", "noising", "photo.png", "--config", "scheduler"]) == 0
+        assert main.main(["plot", "noising", "photo.png", "--config", "scheduler"]) == 0
         assert capsys.readouterr().out == f"noising.png: x_t at t = {expected}.\n"
 
 
@@ -171,7 +170,7 @@ def test_eight_timesteps_over_the_whole_chain_are_shown_by_default(capsys: pytes
 def test_curves_are_those_of_the_metrics_whatever_was_written_last(capsys: pytest.CaptureFixture[str]) -> None:
     write_run(Path("runs/one"), tail='{"step": 310, "lo')
     write_run(Path("runs/two"), [{"step": 5, "loss": 0.7}, {"step": 6, "validation_loss": 0.8}])
-    assert cli.main(["plot", "loss", "runs/one", "runs/two", "--output", "runs/curves.PNG"]) == 0
+    assert main.main(["plot", "loss", "runs/one", "runs/two", "--output", "runs/curves.PNG"]) == 0
     expected = {"one": ROWS, "two": [{"step": 5, "loss": 0.7}, {"step": 6, "validation_loss": 0.8}]}
     assert Path("runs/curves.PNG").read_bytes() == png(lambda path: training_curves(expected, path))
     assert capsys.readouterr().out == "runs/curves.PNG: losses of one, two.\n"
@@ -180,14 +179,14 @@ def test_curves_are_those_of_the_metrics_whatever_was_written_last(capsys: pytes
 @pytest.mark.parametrize("where", ["run", "run/pipeline"])
 def test_losses_by_timestep_come_from_the_metrics_and_an_evaluation(where: str) -> None:
     write_run(Path("run"))
-    assert cli.main(["plot", "timesteps", "run"]) == 0
+    assert main.main(["plot", "timesteps", "run"]) == 0
     assert Path("timesteps.png").read_bytes() == png(lambda path: timestep_curves(path, metrics=ROWS))
     Path(where).mkdir(exist_ok=True)
     Path(where, "evaluation.json").write_text(json.dumps({"bound": BOUND}))
-    assert cli.main(["plot", "timesteps", "run"]) == 0
+    assert main.main(["plot", "timesteps", "run"]) == 0
     assert Path("timesteps.png").read_bytes() == png(lambda path: timestep_curves(path, metrics=ROWS, bound=BOUND))
     Path("run/metrics.jsonl").unlink()
-    assert cli.main(["plot", "timesteps", where]) == 0
+    assert main.main(["plot", "timesteps", where]) == 0
     assert Path("timesteps.png").read_bytes() == png(lambda path: timestep_curves(path, bound=BOUND))
 
 
@@ -200,7 +199,7 @@ def test_a_grid_has_a_labelled_column_for_each_sub_folder(capsys: pytest.Capture
     for name, of_class in images.items():
         for index, image in enumerate(of_class):
             write_image(Path("photos", name, f"{index}.png"), image)
-    assert cli.main(["plot", "grid", "photos", "--columns", "2"]) == 0
+    assert main.main(["plot", "grid", "photos", "--columns", "2"]) == 0
     rows = [images[name][row] for row in range(2) for name in ("cat", "dog")]
     with Image.open("grid.png") as picture:
         expected = image_grid(np.stack(rows), 2, column_labels=["cat", "dog"])
@@ -217,7 +216,7 @@ def test_a_grid_of_what_sample_drew_shows_the_pictures_without_the_overviews(
     settings = {"files": ["seed_000001.png", "seed_000002.png", "grid.png"]}
     for images, expected in (([{"file": name} for name in settings["files"][:2]], "2 of 2"), (None, "3 of 3")):
         Path("drawn/settings.json").write_text(json.dumps(settings | ({"images": images} if images else {})))
-        assert cli.main(["plot", "grid", "drawn"]) == 0
+        assert main.main(["plot", "grid", "drawn"]) == 0
         assert capsys.readouterr().out == f"grid.png: {expected} images.\n"
 
 
@@ -226,7 +225,7 @@ def test_a_grid_of_a_flat_folder_shows_its_first_images(capsys: pytest.CaptureFi
     write_image(Path("photos/a.png"), pixels_of(1, 4, 4))
     write_image(Path("photos/b.png"), pixels_of(2, 4, 4, 3))
     write_image(Path("photos/c.png"), pixels_of(3, 4, 4, 3))
-    assert cli.main(["plot", "grid", "photos", "--columns", "2", "--rows", "1"]) == 0
+    assert main.main(["plot", "grid", "photos", "--columns", "2", "--rows", "1"]) == 0
     rows = [np.repeat(pixels_of(1, 4, 4)[..., None], 3, axis=2), pixels_of(2, 4, 4, 3)]
     with Image.open("grid.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture), np.asarray(image_grid(np.stack(rows), 2)))
@@ -307,7 +306,7 @@ def test_what_cannot_be_drawn_is_told_in_one_sentence_and_nothing_is_written(
 ) -> None:
     Path(f"{arguments.split()[0]}.png").write_text("an earlier picture")
     before = {path: path.read_bytes() if path.is_file() else b"" for path in Path().rglob("*")}
-    assert cli.main(["plot", *arguments.split()]) == exit_code
+    assert main.main(["plot", *arguments.split()]) == exit_code
     printed = capsys.readouterr()
     (line,) = printed.err.splitlines()
     assert sentence in line
@@ -319,7 +318,7 @@ def test_what_cannot_be_drawn_is_told_in_one_sentence_and_nothing_is_written(
 def test_a_target_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """A name too long for the file system stands for every reason that only writing finds out."""
     write_run(Path("run"))
-    assert cli.main(["plot", "loss", "run", "--output", f"{'x' * 250}.png"]) == 1
+    assert main.main(["plot", "loss", "run", "--output", f"{'x' * 250}.png"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: File name too long: ")
     assert [path.name for path in Path().iterdir()] == ["run"]
@@ -340,17 +339,17 @@ def test_a_command_line_that_makes_no_sense_is_refused(
     capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["plot", *arguments])
+        main.main(["plot", *arguments])
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["", "schedule", "noising", "loss", "timesteps", "grid"])
 def test_help_has_an_example_that_the_parser_takes(capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    from ddpm_hf.commands.plot import _parser
+    from ddpm_hf.cli.plot import _parser
 
     with pytest.raises(SystemExit) as caught:
-        cli.main(["plot", *([kind] if kind else []), "--help"])
+        main.main(["plot", *([kind] if kind else []), "--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     examples = text.partition("example")[2].split("ddpm-hf plot ")[1:]
@@ -370,7 +369,7 @@ def test_commands_and_code_of_the_document_run() -> None:
     write_image(Path("photos/cat/1.png"), pixels_of(1, 80, 70, 3))
     for command in commands:
         program, *arguments = command.split()
-        assert (program, cli.main(arguments)) == ("ddpm-hf", 0)
+        assert (program, main.main(arguments)) == ("ddpm-hf", 0)
         assert Path(f"{arguments[1]}.png").exists()
     Path("schedule.png").unlink()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
@@ -381,7 +380,7 @@ def test_commands_and_code_of_the_document_run() -> None:
 def test_help_and_curves_of_runs_need_no_torch() -> None:
     write_run(Path("run"))
     code = (
-        "import io, sys\nfrom contextlib import redirect_stdout\nfrom ddpm_hf import cli\n"
+        "import io, sys\nfrom contextlib import redirect_stdout\nfrom ddpm_hf.cli import main as cli\n"
         "try:\n    with redirect_stdout(io.StringIO()): cli.main(['plot', 'schedule', '--help'])\n"
         "except SystemExit: pass\nprint(sorted({'torch', 'diffusers', 'matplotlib'} & set(sys.modules)))\n"
         "assert cli.main(['plot', 'loss', 'run']) == 0\nprint(sorted({'torch', 'diffusers'} & set(sys.modules)))\n"

@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_hf.plots import LABEL_HEIGHT, denoising_strip, forward_strip, image_grid, loss_curve, save_animation
-from ddpm_hf.plots.curves import _loss_figure
-from ddpm_hf.plots.images import _short
+from ddpm_hf.plots import (
+    LABEL_HEIGHT,
+    _loss_figure,
+    _short,
+    denoising_strip,
+    forward_strip,
+    image_grid,
+    loss_curve,
+    save_animation,
+)
 
 
 def distinct_images(count: int, height: int = 2, width: int = 2, channels: int = 1) -> np.ndarray:

@@ -8,10 +8,15 @@ import pytest
 from PIL import Image
 
 from ddpm_hf.evaluation.likelihood import VariationalBound
-from ddpm_hf.evaluation.picture import NUM_BINS, binned
-from ddpm_hf.plots import timestep_curves, training_curves
-from ddpm_hf.plots.curves import _timestep_figure, _training_figure
-from ddpm_hf.plots.figures import bin_means, moving_average
+from ddpm_hf.evaluation.report import NUM_BINS, binned
+from ddpm_hf.plots import (
+    _timestep_figure,
+    _training_figure,
+    bin_means,
+    moving_average,
+    timestep_curves,
+    training_curves,
+)
 
 
 def drawn(axes: Any) -> list[np.ndarray]:

@@ -18,8 +18,7 @@ from ddpm_hf.diffusion.noise_schedule import (
     make_betas,
     rescale_to_zero_terminal_snr,
 )
-from ddpm_hf.plots import schedule_plot
-from ddpm_hf.plots.schedules import _schedule_figure, betas_of
+from ddpm_hf.plots import _schedule_figure, betas_of, schedule_plot
 
 
 def alphas_cumprod(name: str, num_timesteps: int = 50) -> np.ndarray:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_hf.config import ConfigError, ModelConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.pretrained import Pretrained, load_pretrained, read_config_file, take_weights
+from ddpm_hf.models import Pretrained, load_pretrained, read_config_file, take_weights
 from tests.conftest import tiny_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -8,7 +8,7 @@ import torch
 
 from ddpm_hf.config import load_config
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
-from ddpm_hf.unet import build_unet
+from ddpm_hf.models import build_unet
 from tests.conftest import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddpm_hf.evaluation.recognition import RecognitionReport
 from ddpm_hf.plots import denoising_strip, image_grid
-from ddpm_hf.report import SamplingSettings, loading_lines, write_report
+from ddpm_hf.run_report import SamplingSettings, loading_lines, write_report
 
 METRICS = [
     {"step": 10, "num_images": 640, "loss": 0.9},

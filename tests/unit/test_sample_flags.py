@@ -10,14 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf import cli
-from ddpm_hf.commands.folders import find_folder
-from ddpm_hf.commands.picture_folder import PictureFolder
-from ddpm_hf.commands.sample_flags import parse
-from ddpm_hf.commands.start_images import fit, read_images, to_mask
+from ddpm_hf.cli import main
+from ddpm_hf.cli.common import find_folder
+from ddpm_hf.cli.sample import PictureFolder, fit, parse, read_images, to_mask
 from ddpm_hf.config import ConfigError
 from ddpm_hf.diffusion.sampling import label_numbers
-from ddpm_hf.evaluation.film import Film
+from ddpm_hf.evaluation.generate import Film
 from tests.conftest import REPOSITORY
 
 GRAY = (8, 8, 1)
@@ -60,7 +58,7 @@ def test_flags_that_contradict_each_other_are_refused_before_anything_is_read(
     capsys: pytest.CaptureFixture[str], flags: str, sentence: str
 ) -> None:
     """The model and the images do not exist: a later complaint would be about them."""
-    assert cli.main(["sample", "./nowhere", *flags.split()]) == 2
+    assert main.main(["sample", "./nowhere", *flags.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert sentence in line
@@ -80,7 +78,7 @@ def test_evaluate_refuses_the_same_flags_of_drawing(
     capsys: pytest.CaptureFixture[str], flags: str, sentence: str
 ) -> None:
     for command in (["sample", "./nowhere"], ["evaluate", "./nowhere", "--data", "./nothing"]):
-        assert cli.main([*command, *flags.split()]) == 2
+        assert main.main([*command, *flags.split()]) == 2
         assert sentence in capsys.readouterr().err
 
 
@@ -102,7 +100,7 @@ def test_seeds_are_lists_and_ranges_in_the_order_given(flags: str, seeds: list[i
 
 def test_help_needs_no_torch_and_shows_examples() -> None:
     code = (
-        "import sys\nfrom ddpm_hf import cli\ntry: cli.main(['sample', '--help'])\n"
+        "import sys\nfrom ddpm_hf.cli import main as cli\ntry: cli.main(['sample', '--help'])\n"
         "finally: print({'torch', 'diffusers', 'datasets'} & sys.modules.keys(), file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)

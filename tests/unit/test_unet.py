@@ -15,8 +15,8 @@ from torch import nn
 
 from ddpm_hf.config import ConfigError, ModelConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.training.objective import DenoisingLoss
-from ddpm_hf.unet import PRESETS, build_unet
+from ddpm_hf.models import PRESETS, build_unet
+from ddpm_hf.training.loss import DenoisingLoss
 from tests.conftest import tiny_unet
 
 # google/ddpm-cifar10-32, unet/config.json, as published.

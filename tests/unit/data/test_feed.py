@@ -9,7 +9,7 @@ import torch
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data import DataError, ImageFeed, ImageSet, SampleOrder, normalize, to_uint8
-from ddpm_hf.data.pixels import cut_out
+from ddpm_hf.data.decode import cut_out
 from tests.unit.data.helpers import RANDOM, SHAPES, encode, open_source, unequal, write_files
 
 CPU = torch.device("cpu")

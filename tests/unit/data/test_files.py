@@ -12,8 +12,7 @@ import datasets
 import numpy as np
 import pytest
 
-from ddpm_hf.data.files import open_folder, open_tar, open_zip
-from ddpm_hf.data.source import Source
+from ddpm_hf.data.sources import Source, open_folder, open_tar, open_zip
 from tests.unit.data.helpers import RGB, encode, open_source, pixels_of, refusal, write_files, write_parquet
 
 PETS = {"cat/1.png": 0, "cat/2.PNG": 1, "cat/deep/er.jpg": 2, "dog/1.png": 3}

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data import DataError
-from ddpm_hf.data.geometry import Geometry
+from ddpm_hf.data.decode import Geometry
 from tests.unit.data.helpers import RANDOM, RGB, encode, open_one, open_source, refusal, write_files, write_parquet
 
 WIDE = RANDOM.integers(0, 256, (8, 24, 3), dtype=np.uint8)

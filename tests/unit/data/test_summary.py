@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf.cli import main
+from ddpm_hf.cli.main import main
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data import ImageFeed, ImageSet, open_sets, summarize
 from tests.conftest import DIGITS

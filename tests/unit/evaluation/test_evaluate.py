@@ -12,14 +12,20 @@ from PIL import Image
 from ddpm_hf.config import EvaluationConfig, RunConfig, TrainingConfig
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.evaluation.evaluate import as_json, choose_images, table
-from ddpm_hf.evaluation.frechet import Moments, frechet_distance, moments_of
+from ddpm_hf.evaluation.features import Moments, moments_of
+from ddpm_hf.evaluation.generate import Sampler, sample_images
 from ddpm_hf.evaluation.likelihood import VariationalBound, variational_bound
-from ddpm_hf.evaluation.metrics import Metric, check_metrics
-from ddpm_hf.evaluation.neighbours import nearest_images
-from ddpm_hf.evaluation.picture import NUM_BINS, binned, draw_evaluation
-from ddpm_hf.evaluation.sampling import Sampler, sample_images
-from ddpm_hf.evaluation.score import small_sample_score
+from ddpm_hf.evaluation.metrics import Metric, check_metrics, frechet_distance
+from ddpm_hf.evaluation.report import (
+    NUM_BINS,
+    as_json,
+    binned,
+    choose_images,
+    draw_evaluation,
+    nearest_images,
+    small_sample_score,
+    table,
+)
 from tests.conftest import tiny_unet
 from tests.feature_networks import pooled
 from tests.unit.evaluation.gaussian_pipeline import gaussian_images, gaussian_pipeline
@@ -53,7 +59,7 @@ def test_images_are_drawn_from_the_whole_set_by_the_seed() -> None:
 
 def test_the_nearest_image_is_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against all distances, in several parts; a copy is found at distance 0."""
-    monkeypatch.setattr("ddpm_hf.evaluation.neighbours.IMAGES_AT_ONCE", 7)
+    monkeypatch.setattr("ddpm_hf.evaluation.report.IMAGES_AT_ONCE", 7)
     images = random_images(30)
     samples = random_images(5, seed=1).images.transpose(0, 2, 3, 1).copy()
     samples[2] = images.images[13].transpose(1, 2, 0)

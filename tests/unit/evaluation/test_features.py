@@ -10,8 +10,7 @@ from PIL import Image
 from torch import nn
 from transformers import BertConfig, BertModel, BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from ddpm_hf.evaluation.feature_network import FeatureNetwork, digest_of
-from ddpm_hf.evaluation.features import open_features
+from ddpm_hf.evaluation.features import FeatureNetwork, digest_of, open_features
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 3, 20, 20), dtype=np.uint8)

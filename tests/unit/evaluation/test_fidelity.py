@@ -16,8 +16,7 @@ from torch import nn
 
 from ddpm_hf.data import ImageSet
 from ddpm_hf.data.image_set import UnequalImages
-from ddpm_hf.evaluation.fidelity import _check_numbers, measure_fidelity
-from ddpm_hf.evaluation.metrics import OF_SAMPLES, Metric
+from ddpm_hf.evaluation.metrics import OF_SAMPLES, Metric, _check_numbers, measure_fidelity
 
 CPU = torch.device("cpu")
 Images = NDArray[np.uint8]

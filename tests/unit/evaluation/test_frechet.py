@@ -6,8 +6,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy.linalg import sqrtm
 
-from ddpm_hf.evaluation import frechet
-from ddpm_hf.evaluation.frechet import Moments, frechet_distance, moments_of
+from ddpm_hf.evaluation import metrics
+from ddpm_hf.evaluation.features import Moments, moments_of
+from ddpm_hf.evaluation.metrics import frechet_distance
 
 RANDOM = np.random.default_rng(0)
 
@@ -72,7 +73,7 @@ def test_moments_are_those_of_numpy_in_float64_whatever_the_parts(monkeypatch: p
     whole = moments_of(values)
     np.testing.assert_allclose(whole.mean, values.astype(np.float64).mean(axis=0), rtol=1e-14)
     np.testing.assert_allclose(whole.covariance, np.cov(values.astype(np.float64), rowvar=False), rtol=1e-11)
-    monkeypatch.setattr(frechet, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(metrics, "_ROWS_AT_ONCE", 7)
     np.testing.assert_allclose(moments_of(values).covariance, whole.covariance, rtol=1e-11)
     assert whole.num_images == 1000
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ddpm_hf.evaluation import kernel_error
-from ddpm_hf.evaluation.kernel_error import kernel_distance_variance
+from ddpm_hf.evaluation import metrics
+from ddpm_hf.evaluation.metrics import kernel_distance_variance
 
 
 def distance(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:
@@ -37,7 +37,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the rounding of a product in float32."""
     x, y = data_set(0, 50, 70, 0.5)
     whole = kernel_distance_variance(x, y)
-    monkeypatch.setattr(kernel_error, "_ROWS_AT_ONCE", 16)
+    monkeypatch.setattr(metrics, "_ROWS_AT_ONCE", 16)
     assert kernel_distance_variance(x, y) == pytest.approx(whole, rel=1e-5)
 
 
@@ -45,5 +45,5 @@ def test_of_many_images_the_first_tell_the_variance_of_all(monkeypatch: pytest.M
     """A half of them, to the 40 % that 200 images tell it here; of the half alone it would be twice as large."""
     x, y = data_set(0, 400, 400, 0.5)
     whole = kernel_distance_variance(x, y)
-    monkeypatch.setattr(kernel_error, "MOST_IMAGES", 200)
+    monkeypatch.setattr(metrics, "MOST_IMAGES", 200)
     assert kernel_distance_variance(x, y) == pytest.approx(whole, rel=0.4)

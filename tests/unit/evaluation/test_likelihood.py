@@ -12,12 +12,10 @@ from scipy import integrate, stats
 from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.evaluation.chain import Chain
-from ddpm_hf.evaluation.likelihood import _weights, variational_bound
-from ddpm_hf.evaluation.ranks import Ranks
-from ddpm_hf.evaluation.second_moments import estimate_second_moments
+from ddpm_hf.distributed import Ranks
+from ddpm_hf.evaluation.likelihood import Chain, _weights, estimate_second_moments, variational_bound
 from ddpm_hf.rng import normal_by_position
-from ddpm_hf.training.objective import DenoisingLoss
+from ddpm_hf.training.loss import DenoisingLoss
 from tests.conftest import tiny_unet
 
 SEED = 3

@@ -15,9 +15,8 @@ from gaussian_pipeline import DEVIATION, GaussianUnet, gaussian_images, gaussian
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.reverse_variance import FILE_NAME, analytic_variance
-from ddpm_hf.evaluation.likelihood import variational_bound
-from ddpm_hf.evaluation.ranks import Ranks
-from ddpm_hf.evaluation.second_moments import estimate_second_moments
+from ddpm_hf.distributed import Ranks
+from ddpm_hf.evaluation.likelihood import estimate_second_moments, variational_bound
 from tests.conftest import tiny_unet
 
 ALPHA_BARS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))

@@ -13,10 +13,8 @@ from PIL import Image
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.images import image_size
-from ddpm_hf.evaluation.fingerprint import fingerprint
-from ddpm_hf.evaluation.ranks import Ranks
-from ddpm_hf.evaluation.samples import sample_to_folder
-from ddpm_hf.evaluation.sampling import Sampler, batches, sample_film, sample_images
+from ddpm_hf.distributed import Ranks
+from ddpm_hf.evaluation.generate import Sampler, batches, fingerprint, sample_film, sample_images, sample_to_folder
 from tests.conftest import tiny_unet
 
 SAMPLER = Sampler(num_inference_steps=2, eta=1.0)

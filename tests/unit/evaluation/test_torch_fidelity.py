@@ -19,9 +19,8 @@ from torch_fidelity import feature_extractor_inceptionv3 as extractor  # noqa: E
 from torch_fidelity.metric_prc import calculate_precision_recall_full  # noqa: E402
 
 from ddpm_hf.data import ImageSet  # noqa: E402
-from ddpm_hf.evaluation import fidelity, inception  # noqa: E402
-from ddpm_hf.evaluation.fidelity import measure_fidelity  # noqa: E402
-from ddpm_hf.evaluation.metrics import Metric  # noqa: E402
+from ddpm_hf.evaluation import features, metrics  # noqa: E402
+from ddpm_hf.evaluation.metrics import Metric, measure_fidelity  # noqa: E402
 
 CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0)
@@ -65,7 +64,7 @@ def standard(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Images are resized to 75x75 pixels, the least that the network takes, which costs a sixteenth of 299x299.
     """
     monkeypatch.setattr(extractor.FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
-    monkeypatch.setattr(inception, "STANDARD_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
+    monkeypatch.setattr(features, "STANDARD_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
     return weights
 
 
@@ -84,7 +83,7 @@ def test_scores_are_those_of_torch_fidelitys_own_program(
 
     The Inception Score is asked of four images a split, too few for a number that means something.
     """
-    monkeypatch.setattr(fidelity, "LEAST_IN_A_SPLIT", 4)
+    monkeypatch.setattr(metrics, "LEAST_IN_A_SPLIT", 4)
     ours = measure(tmp_path, metrics=["precision", "recall", "inception_score", "kid"], weights=standard, batch_size=20)
     assert [score.name for score in ours] == ["precision", "recall", "inception_score", "kid"]
     assert [score.num_reference for score in ours] == [40, 40, 0, 40]
@@ -96,7 +95,7 @@ def test_scores_are_those_of_torch_fidelitys_own_program(
     }  # fmt: skip
     theirs = torch_fidelity.calculate_metrics(
         input1=AsDataset(SAMPLES), input2=AsDataset(REFERENCE), **options, prc=True, isc=True, kid=True,
-        kid_subset_size=4, rng_seed=fidelity._numpy_seed(0),
+        kid_subset_size=4, rng_seed=metrics._numpy_seed(0),
     )  # fmt: skip
     names = ["precision", "recall", "inception_score_mean", "kernel_inception_distance_mean"]
     assert [score.value for score in ours] == pytest.approx([theirs[name] for name in names], rel=1e-5)
@@ -158,11 +157,11 @@ def test_weights_are_downloaded_once_and_only_if_they_are_the_right_ones(
     monkeypatch.setattr(extractor, "URL_INCEPTION_V3", weights.as_uri())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     with pytest.raises(ValueError, match=r"cannot be downloaded .*invalid hash value"):
-        inception.open_inception(None, CPU)
-    monkeypatch.setattr(inception, "STANDARD_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
-    network = inception.open_inception(None, CPU)
+        features.open_inception(None, CPU)
+    monkeypatch.setattr(features, "STANDARD_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
+    network = features.open_inception(None, CPU)
     monkeypatch.setattr(extractor, "URL_INCEPTION_V3", (tmp_path / weights.name).as_uri())
-    assert inception.open_inception(None, CPU).digest == network.digest
+    assert features.open_inception(None, CPU).digest == network.digest
 
 
 class Noise(torch.nn.Module):
@@ -193,7 +192,7 @@ def test_precision_and_recall_do_not_depend_on_the_mean_of_the_features() -> Non
     """Whole 256ths, so that 300 more is exact; of 300 samples one may be at the edge."""
     samples, reference = ((RANDOM.normal(0, width, (300, 8)) * 256).round() / 256 for width in (0.9, 1))
     plain, far = (
-        fidelity._precision_and_recall((samples + mean).astype(np.float32), (reference + mean).astype(np.float32), CPU)
+        metrics._precision_and_recall((samples + mean).astype(np.float32), (reference + mean).astype(np.float32), CPU)
         for mean in (0, 300)
     )
     for name in ("precision", "recall"):

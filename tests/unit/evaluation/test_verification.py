@@ -13,11 +13,10 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from ddpm_hf.cli import main
+from ddpm_hf.cli.main import main
 from ddpm_hf.config import read_config
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.evaluation.contents import differing_variants
-from ddpm_hf.evaluation.verification import FILE_NAME, verify, write_verification
+from ddpm_hf.evaluation.verify import FILE_NAME, differing_variants, verify, write_verification
 from tests.conftest import REPOSITORY, tiny_unet
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

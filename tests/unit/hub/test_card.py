@@ -18,13 +18,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddpm_hf.commands.evaluate_flags import parse
+from ddpm_hf.cli.evaluate import parse
 from ddpm_hf.config import DataConfig, DiffusionConfig, EvaluationConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.evaluation.evaluate import as_json
+from ddpm_hf.evaluation.generate import Sampler, settings_of
 from ddpm_hf.evaluation.metrics import Metric
-from ddpm_hf.evaluation.samples import settings_of
-from ddpm_hf.evaluation.sampling import Sampler
+from ddpm_hf.evaluation.report import as_json
 from ddpm_hf.hub import card_evaluation
 from ddpm_hf.hub.card import Card, make_card
 from ddpm_hf.hub.card_text import Code, _shown

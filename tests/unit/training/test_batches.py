@@ -10,8 +10,7 @@ import torch
 from ddpm_hf.config import DataConfig, DiffusionConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from ddpm_hf.data import ImageFeed, ImageSet, SampleOrder, normalize
 from ddpm_hf.rng import normal_by_position
-from ddpm_hf.training.batches import BatchSource, MicroBatch
-from ddpm_hf.training.timestep_sampling import build_timestep_sampler
+from ddpm_hf.training.batches import BatchSource, MicroBatch, build_timestep_sampler
 
 NUM_IMAGES = 100
 

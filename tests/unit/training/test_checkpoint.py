@@ -15,21 +15,24 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf.config import TrainingConfig
-from ddpm_hf.durable import replace_folder, write_text
+from ddpm_hf.files import replace_folder, write_text
 from ddpm_hf.training.checkpoint import (
     MANIFEST,
     Checkpoint,
     CheckpointError,
+    TrainerState,
     find_latest,
+    load_optimizer,
     prune,
     put_aside,
+    read_snapshot,
     remove_unfinished,
     verify_checkpoint,
     write_checkpoint,
+    write_snapshot,
 )
 from ddpm_hf.training.ema import EMA, decay_laws
 from ddpm_hf.training.optim import build_optimizer
-from ddpm_hf.training.snapshot import TrainerState, load_optimizer, read_snapshot, write_snapshot
 from tests.conftest import tiny_unet
 
 FILES = {"unet/weights": b"w" * 5000, "unet/config.json": b"{}", "state.json": b"{}"}

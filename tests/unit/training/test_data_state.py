@@ -9,8 +9,8 @@ import torch
 
 from ddpm_hf.config import ConfigError, DataConfig
 from ddpm_hf.data import ImageSet, ImageStream
-from ddpm_hf.training import data_state
-from ddpm_hf.training.snapshot import TrainerState
+from ddpm_hf.training import checkpoint
+from ddpm_hf.training.checkpoint import TrainerState
 from tests.unit.data.helpers import encode, write_parquet
 
 
@@ -29,28 +29,28 @@ def stream(tmp_path: Path) -> ImageStream:
 
 def test_the_same_data_are_accepted_and_others_refused() -> None:
     state = TrainerState()
-    data_state.write_state(image_set(), state)
-    data_state.check_state(image_set(), state, "photos", Path("run"))
+    checkpoint.write_state(image_set(), state)
+    checkpoint.check_state(image_set(), state, "photos", Path("run"))
     with pytest.raises(ConfigError, match="photos has 5 training images, but the run in run began with 4"):
-        data_state.check_state(image_set(5), state, "photos", Path("run"))
+        checkpoint.check_state(image_set(5), state, "photos", Path("run"))
     with pytest.raises(ConfigError, match="photos has other images or labels than before"):
-        data_state.check_state(image_set(digest="xyz"), state, "photos", Path("run"))
+        checkpoint.check_state(image_set(digest="xyz"), state, "photos", Path("run"))
 
 
 def test_a_checkpoint_without_a_digest_goes_by_the_number_of_images() -> None:
     state = TrainerState(num_images=4)
-    data_state.check_state(image_set(), state, "photos", Path("run"))
+    checkpoint.check_state(image_set(), state, "photos", Path("run"))
     with pytest.raises(ConfigError, match="photos has 5 training images"):
-        data_state.check_state(image_set(5), state, "photos", Path("run"))
+        checkpoint.check_state(image_set(5), state, "photos", Path("run"))
 
 
 def test_a_stream_goes_on_where_it_was(stream: ImageStream) -> None:
     stream.samples(0, 14)
     state = TrainerState()
-    data_state.write_state(stream, state)
+    checkpoint.write_state(stream, state)
     expected, _ = stream.samples(14, 20)
-    data_state.check_state(stream, state, "photos", Path("run"))
-    data_state.go_to(stream, state, rank=0, num_processes=1)
+    checkpoint.check_state(stream, state, "photos", Path("run"))
+    checkpoint.go_to(stream, state, rank=0, num_processes=1)
     assert torch.equal(stream.samples(14, 20)[0], expected)
 
 
@@ -61,7 +61,7 @@ def test_a_stream_shared_otherwise_begins_its_epoch_again(
     stream.samples(0, 12)
     expected, _ = stream.samples(12, 18)
     state = TrainerState(streams=[{"epoch": 2, "number": 3}, {"epoch": 1, "number": 5}])
-    data_state.go_to(stream, state, rank=0, num_processes=1)
+    checkpoint.go_to(stream, state, rank=0, num_processes=1)
     assert torch.equal(stream.samples(0, 6)[0], expected)
     assert "The stream was shared by 2 processes and is now by 1: it begins again with epoch 1" in caplog.text
 
@@ -72,6 +72,6 @@ def test_a_stream_shared_otherwise_begins_its_epoch_again(
 def test_another_number_of_processes_is_said_once(
     caplog: pytest.LogCaptureFixture, before: int, now: int, rank: int, told: str
 ) -> None:
-    data_state.go_to(image_set(), TrainerState(loss_sums=[[0.0, 0.0]] * before), rank=rank, num_processes=now)
+    checkpoint.go_to(image_set(), TrainerState(loss_sums=[[0.0, 0.0]] * before), rank=rank, num_processes=now)
     assert told in caplog.text
     assert len(caplog.records) == bool(told)

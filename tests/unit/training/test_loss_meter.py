@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddpm_hf.training.loss_meter import LossMeter
+from ddpm_hf.training.meter import LossMeter
 from tests.unit.diffusion.oracles import OperationCounter
 
 CPU = torch.device("cpu")

@@ -10,9 +10,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ddpm_hf.config import TrainingConfig
-from ddpm_hf.training import processes
-from ddpm_hf.training.metrics import Meter, finite_or_none, peak_memory_mib
+from ddpm_hf import distributed
+from ddpm_hf.training.meter import Meter, finite_or_none, peak_memory_mib
 from tests.conftest import run_process
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -21,7 +20,7 @@ FINITE, NONFINITE = torch.tensor(False), torch.tensor(True)
 
 @pytest.fixture
 def accelerator() -> Accelerator:
-    return processes.start(TrainingConfig(cpu=True))
+    return distributed.start(cpu=True)
 
 
 @pytest.fixture
@@ -90,7 +89,7 @@ def test_the_peak_of_memory_is_what_was_held_then() -> None:
 @pytest.mark.slow
 def test_the_peak_of_memory_is_not_that_of_the_launcher() -> None:
     """What starts a training may be a large notebook; a child of its own begins with nothing."""
-    code = "import torch; from ddpm_hf.training.metrics import peak_memory_mib as p; print(p(torch.device('cpu')))"
+    code = "import torch; from ddpm_hf.training.meter import peak_memory_mib as p; print(p(torch.device('cpu')))"
     held = np.ones(4 * 2**30, np.uint8)
     result = run_process(["-c", code])
     assert len(held) and float(result.stdout) < 2048, result.stderr

@@ -9,14 +9,14 @@ import torch
 
 from ddpm_hf.config import ConfigError, TrainingConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
-from ddpm_hf.training.micro_batch import (
+from ddpm_hf.training.batches import (
     forward_and_backward,
     largest_micro_batch_size,
     largest_that_fits,
     settle,
     step_on_gpu,
 )
-from ddpm_hf.training.objective import DenoisingLoss
+from ddpm_hf.training.loss import DenoisingLoss
 from tests.conftest import tiny_unet
 
 AUTO = TrainingConfig(micro_batch_size="auto")

@@ -7,7 +7,7 @@ import torch
 
 from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.rng import NOISE_BLOCK_SIZE, normal_by_position
-from ddpm_hf.training.noise import draw_noise, exchange_noise, whole_blocks
+from ddpm_hf.training.loss import draw_noise, exchange_noise, whole_blocks
 
 SHAPE, CPU = torch.Size([2, 4, 4]), torch.device("cpu")
 

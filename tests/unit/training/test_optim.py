@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from ddpm_hf.config import ConfigError, TrainingConfig
-from ddpm_hf.training.optim import build_optimizer, learning_rate_at, may_step
-from ddpm_hf.training.optimizer_state import pack, unpack
+from ddpm_hf.training.optim import build_optimizer, learning_rate_at, may_step, pack, unpack
 
 CONFIG = TrainingConfig(learning_rate=2.0, learning_rate_warmup_steps=10, num_steps=110)
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
 
-from ddpm_hf.cli import main
+from ddpm_hf.cli.main import main
 from ddpm_hf.config import ConfigError, TrainingConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.training.checkpoint import remove_after
-from ddpm_hf.training.ema import EMA, decay_laws
-from ddpm_hf.training.posthoc_ema import SNAPSHOTS, is_due, rebuild, store
+from ddpm_hf.training.ema import EMA, decay_laws, is_due
+from ddpm_hf.training.posthoc_ema import SNAPSHOTS, rebuild, store
 from tests.conftest import tiny_unet
 
 CONFIG = TrainingConfig(posthoc_ema=True, num_steps=20)

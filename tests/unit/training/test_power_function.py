@@ -7,7 +7,7 @@ import pytest
 from numpy.polynomial.legendre import leggauss
 from numpy.typing import NDArray
 
-from ddpm_hf.training.power_function import LONGEST, combine, decay_at, gamma_of, profile_product
+from ddpm_hf.training.ema import LONGEST, combine, decay_at, gamma_of, profile_product
 
 NODES, WEIGHTS = leggauss(200)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ddpm_hf.config import PreviewConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
-from ddpm_hf.training.preview import blocks_of_rank, save_preview
+from ddpm_hf.training.trainer import blocks_of_rank, save_preview
 from tests.conftest import tiny_unet
 
 NAMES = {str(number): f"class {number}" for number in range(3)}

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ddpm_hf.training.progress import Progress
+from ddpm_hf.training.logging import Progress
 
 
 def test_the_bar_says_what_training_waits_for(

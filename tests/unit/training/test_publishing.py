@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_hf.training.guard import NonFiniteTraining
-from ddpm_hf.training.publishing import publish
+from ddpm_hf.training.checkpoint import publish
+from ddpm_hf.training.optim import NonFiniteTraining
 
 
 class Shelf:

@@ -8,8 +8,8 @@ import pytest
 from diffusers import UNet2DModel
 
 from ddpm_hf.config import DataConfig, ObjectiveConfig, RunConfig, TrainingConfig
-from ddpm_hf.training.record import summarize
-from ddpm_hf.training.tracking import MetricsLog
+from ddpm_hf.training.logging import MetricsLog
+from ddpm_hf.training.run_dir import summarize
 from tests.conftest import tiny_unet
 
 ROWS: list[dict[str, Any]] = [

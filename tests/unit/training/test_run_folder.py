@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_hf.config import ConfigError
-from ddpm_hf.training.guard import RunLock
-from ddpm_hf.training.run_folder import RunFolder
+from ddpm_hf.training.run_dir import RunFolder, RunLock
 
 
 def refusal(path: Path, resume: str = "auto") -> str:

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from ddpm_hf.config import ConfigError, load_config, rules
-from ddpm_hf.evaluation.fidelity import _check_numbers
-from ddpm_hf.training.scoring import best_of
-from ddpm_hf.training.trainer import Trainer
+from ddpm_hf.evaluation.metrics import _check_numbers
+from ddpm_hf.training.trainer import Trainer, best_of
 from tests.conftest import run_arguments
 
 

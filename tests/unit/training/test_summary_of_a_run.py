@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from ddpm_hf.config import ModelConfig
-from ddpm_hf.training.summary import nearest_preset
+from ddpm_hf.training.trainer import nearest_preset
 from tests.conftest import run_arguments
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddpm_hf.config import DiffusionConfig, ObjectiveConfig, RunConfig, TrainingConfig
-from ddpm_hf.training.timestep_sampling import (
+from ddpm_hf.training.batches import (
     HISTORY_LENGTH,
     AntitheticTimesteps,
     LossAwareTimesteps,

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from ddpm_hf.config import ConfigError, TrackingConfig
-from ddpm_hf.training.tracking import MetricsLog, Trackers
+from ddpm_hf.training.logging import MetricsLog, Trackers
 
 ROWS = [{"step": step, "loss": 1 / step, "grad_norm": None} for step in range(1, 6)]
 

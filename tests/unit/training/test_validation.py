@@ -9,8 +9,8 @@ import torch
 from ddpm_hf.config import ModelConfig, RunConfig, TrainingConfig
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
-from ddpm_hf.training.objective import DenoisingLoss
-from ddpm_hf.training.validation import NUM_TIMESTEPS_PER_IMAGE, validation_loss, validation_timesteps
+from ddpm_hf.training.loss import DenoisingLoss
+from ddpm_hf.training.trainer import NUM_TIMESTEPS_PER_IMAGE, validation_loss, validation_timesteps
 from tests.conftest import tiny_unet
 
 NUM_IMAGES = 9

@@ -12,7 +12,7 @@ from scipy import integrate, stats
 from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.diffusion.forward_process import CHOICES
-from ddpm_hf.training.objective import DenoisingLoss
+from ddpm_hf.training.loss import DenoisingLoss
 from tests.conftest import tiny_unet
 
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")

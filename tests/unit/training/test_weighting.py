@@ -8,8 +8,7 @@ import torch
 from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler, NoiseSchedule, make_betas
 from ddpm_hf.diffusion.noise_schedule import rescale_to_zero_terminal_snr
-from ddpm_hf.training.objective import DenoisingLoss
-from ddpm_hf.training.weighting import loss_weight
+from ddpm_hf.training.loss import DenoisingLoss, loss_weight
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEPS = [0, 1, 57, 129, 130, 258, 259, 500, 900, 998, 999]

@@ -1,0 +1,418 @@
+"""Processes: start Accelerate, collective operations, and agreement on stop signals.
+
+All public functions except `rank`, `world_size` and `rank_range` are collective: every rank must call them in the same
+order. Without a process group they work on one process.
+
+Gradients and weights travel in the default process group (NCCL on GPUs, 30 minutes timeout). Errors, small values and
+arrays travel in a second group, Gloo on CPU tensors with 12 hours timeout: ranks may wait for hours while rank 0
+decodes the data or writes the report, and a process that died is noticed at once, because its connections are closed.
+"""
+
+import functools
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from numpy.typing import NDArray
+
+from ddpm_hf.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_STEP_TIMEOUT = timedelta(minutes=30)
+_RANK_0_TIMEOUT = timedelta(hours=12)
+_CHECKSUM_CHUNK = 1 << 20
+_ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class ProcessesDiffer(Exception):
+    """The processes no longer hold the same weights; the message names a tensor and says what to do."""
+
+
+class SharedOSError(OSError):
+    """An OSError of one rank, raised on every rank."""
+
+
+def start(
+    *,
+    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    cpu: bool = False,
+    tf32: bool = False,
+    deterministic: bool = False,
+) -> Accelerator:
+    """Collective: start Accelerate, which joins the process group and chooses the device.
+
+    Args:
+        mixed_precision: Precision of the forward and backward pass (training.mixed_precision).
+        cpu: Use the CPU even if there is a GPU.
+        tf32: Round the factors of float32 products and convolutions to TF32 on NVIDIA GPUs.
+        deterministic: Use deterministic kernels only.
+
+    Returns:
+        An accelerator with gradient accumulation of 1: the trainer accumulates itself, so that the loss is a mean over
+        the global batch however it is split.
+
+    Raises:
+        ConfigError: The device does not support the precision, or `accelerate launch` asked for other settings.
+    """
+    _check_launcher(mixed_precision)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(
+        # Without cpu=True, Accelerate starts several processes on a machine without a GPU as unrelated ones.
+        cpu=cpu or not torch.accelerator.is_available(),
+        mixed_precision=_ACCELERATE_PRECISION[mixed_precision],
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=_STEP_TIMEOUT),
+        ],
+    )
+    device_type = accelerator.device.type
+    if mixed_precision == "fp16" and device_type != "cuda":
+        raise ConfigError(
+            "training.mixed_precision fp16 needs a CUDA GPU for its loss scaling, but the device is "
+            f"{device_type}; use bf16 or fp32."
+        )
+    if mixed_precision == "bf16" and device_type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("training.mixed_precision bf16 is not supported by this GPU; use fp16 or fp32.")
+    if mixed_precision == "bf16" and device_type == "cpu" and _cpu_emulates_bf16():
+        logger.warning(
+            "This CPU has no bf16 instructions and emulates them, many times slower than fp32; use "
+            "training.mixed_precision fp32."
+        )
+    if device_type == "cuda":
+        set_tf32(tf32)  # after Accelerate, which enables TF32 if it compiles
+    return accelerator
+
+
+def set_tf32(is_allowed: bool) -> None:
+    """Allow or forbid TF32 in float32 products and convolutions on NVIDIA GPUs."""
+    torch.set_float32_matmul_precision("high" if is_allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = is_allowed
+
+
+def _cpu_emulates_bf16() -> bool:
+    return torch.backends.cpu.get_cpu_capability() in ("NO AVX", "DEFAULT", "AVX2")
+
+
+def _check_launcher(mixed_precision: str) -> None:
+    """Raise ConfigError if `accelerate launch` was given a setting that contradicts the configuration."""
+    # The launcher passes "no" and 1 if it was given nothing.
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", _ACCELERATE_PRECISION[mixed_precision]):
+        raise ConfigError(
+            f"accelerate launch was given --mixed_precision {precision}, but training.mixed_precision is "
+            f"{mixed_precision}; set both to the same value, or leave out the launcher's."
+        )
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise ConfigError(
+            f"accelerate launch was given --gradient_accumulation_steps {accumulation}, but accumulation follows from "
+            "training.train_batch_size and training.micro_batch_size; set those instead."
+        )
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the index of this process."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def rank_range(num_items: int) -> range:
+    """Return the contiguous part of range(num_items) that belongs to this rank."""
+    first, stop = (num_items * (rank() + side) // world_size() for side in (0, 1))
+    return range(first, stop)
+
+
+def _cpu_group() -> dist.ProcessGroup:
+    """Collective on its first call: return the Gloo group."""
+    return _new_cpu_group(dist.group.WORLD)
+
+
+@functools.cache
+def _new_cpu_group(_: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Create one Gloo group for each default group."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_RANK_0_TIMEOUT)
+    return group
+
+
+def on_rank_0(function: Callable[[], Result]) -> Result | None:
+    """Collective: call a function on rank 0 only; a ValueError or OSError there is raised on every rank.
+
+    Returns:
+        The result on rank 0, None on the other ranks.
+    """
+    return on_every_rank(lambda: function() if rank() == 0 else None)
+
+
+def on_every_rank(function: Callable[[], Result]) -> Result:
+    """Collective: call a function on every rank; a ValueError or OSError of one rank is raised on every rank.
+
+    Returns:
+        The result on this rank.
+
+    Raises:
+        ConfigError: A ValueError was raised on a rank.
+        SharedOSError: An OSError was raised on a rank.
+    """
+    if world_size() == 1:
+        return function()
+    failure = None
+    try:
+        result = function()
+    except (ValueError, OSError) as error:
+        failure = [isinstance(error, OSError), str(error) or type(error).__name__]
+    has_failed = torch.zeros(world_size())
+    has_failed[rank()] = float(failure is not None)
+    dist.all_reduce(has_failed, group=_cpu_group())
+    if has_failed.any():
+        is_os_error, message = broadcast_json(failure, source=int(has_failed.argmax()))
+        raise SharedOSError(message) if is_os_error else ConfigError(message)
+    return result
+
+
+def barrier() -> None:
+    """Collective: wait for all ranks, for up to 12 hours."""
+    on_every_rank(lambda: None)
+
+
+def broadcast_json(value: Any, source: int = 0) -> Any:
+    """Collective: return the JSON-serializable value of one rank on every rank."""
+    if world_size() == 1:
+        return value
+    encoded = json.dumps(value).encode() if rank() == source else b""
+    length = torch.tensor(len(encoded))
+    dist.broadcast(length, source, group=_cpu_group())
+    content = torch.zeros(int(length), dtype=torch.uint8)
+    if rank() == source:
+        content.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+    dist.broadcast(content, source, group=_cpu_group())
+    return json.loads(bytes(content.tolist()))
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Collective: return the JSON-serializable values of all ranks, in order, on every rank."""
+    return [broadcast_json(value, source) for source in range(world_size())]
+
+
+def gather_rows(rows: NDArray[Any]) -> NDArray[Any]:
+    """Collective: return the arrays of all ranks, concatenated along the first axis, on every rank.
+
+    Args:
+        rows: The same dtype and trailing shape on all ranks; lengths may differ.
+    """
+    counts = gather_json(len(rows))
+    start = sum(counts[: rank()])
+    joined = np.zeros((sum(counts), *rows.shape[1:]), np.uint8 if rows.dtype == bool else rows.dtype)
+    joined[start : start + len(rows)] = rows
+    sum_arrays(joined)
+    return joined.astype(rows.dtype, copy=False)
+
+
+def reduce(value: float, operation: Literal["sum", "min"]) -> float:
+    """Collective: return the sum or the minimum over all ranks, in float64."""
+    if world_size() == 1:
+        return value
+    result = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(result, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN}[operation], group=_cpu_group())
+    return float(result)
+
+
+def sum_arrays(array: NDArray[Any]) -> None:
+    """Collective: overwrite an array with the sum over all ranks."""
+    if world_size() > 1:
+        dist.all_reduce(torch.from_numpy(array), group=_cpu_group())
+
+
+def broadcast_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Collective: overwrite tensors with those of rank 0."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
+
+
+def broadcast_named_tensors(tensors: dict[str, torch.Tensor] | None, device: torch.device) -> dict[str, torch.Tensor]:
+    """Collective: return the named tensors of rank 0 on every rank; the other ranks pass None."""
+    if world_size() == 1:
+        return tensors or {}
+    layout = broadcast_json({name: [list(t.shape), str(t.dtype)] for name, t in (tensors or {}).items()})
+    received = {}
+    for name, (shape, dtype) in layout.items():
+        if tensors is not None:
+            received[name] = tensors[name].to(device)
+        else:
+            received[name] = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
+    broadcast_tensors(received.values())
+    return received
+
+
+def check_same(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Collective: check that all ranks hold the same bits.
+
+    Each rank sends a checksum of 8 bytes per tensor. A single differing value is always found, several ones except with
+    probability 2^-64.
+
+    Args:
+        tensors: float32, with the same names and shapes on all ranks.
+
+    Raises:
+        ProcessesDiffer: On every rank, if a tensor differs on one.
+    """
+    if world_size() == 1:
+        return
+    checksums = torch.stack([_checksum(tensor.detach()) for tensor in tensors.values()]).cpu()
+    # The complement of the minimum of the complements is the maximum.
+    smallest = torch.stack([checksums, ~checksums])
+    dist.all_reduce(smallest, dist.ReduceOp.MIN, group=_cpu_group())
+    is_different = (smallest[0] != ~smallest[1]).tolist()
+    if any(is_different):
+        names = [name for name, differs in zip(tensors, is_different, strict=True) if differs]
+        raise ProcessesDiffer(
+            f"the {world_size()} processes no longer have the same weights ({names[0]}"
+            f"{f' and {len(names) - 1} more' if names[1:] else ''}), so no checkpoint was written; the earlier ones "
+            "are intact, and the same command continues from them. If it happens again, check the GPUs and their "
+            "memory."
+        )
+
+
+def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the bit patterns of all values, each times its position, modulo 2^64."""
+    bits = tensor.contiguous().view(torch.int32).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(bits), _CHECKSUM_CHUNK):
+        chunk = bits[start : start + _CHECKSUM_CHUNK]
+        total += (chunk * torch.arange(start + 1, start + 1 + len(chunk), device=tensor.device)).sum()
+    return total
+
+
+def _alone(work: Callable[[], Result]) -> Result | None:
+    return work()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The rank, the number of processes, and what they do together; one process by default."""
+
+    rank: int = 0
+    num_processes: int = 1
+    gather: Callable[[NDArray[Any]], NDArray[Any]] = lambda array: array
+    on_rank_0: Callable[[Callable[[], Any]], Any] = _alone
+
+    def part(self, num_items: int) -> range:
+        """Return the contiguous part of range(num_items) that belongs to this rank."""
+        first, stop = (num_items * (self.rank + side) // self.num_processes for side in (0, 1))
+        return range(first, stop)
+
+
+ALONE = Ranks()
+
+
+def started_ranks() -> Ranks:
+    """Return the processes that `start` joined."""
+    return Ranks(rank(), world_size(), gather_rows, on_rank_0)
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A terminal's Ctrl-C reaches the workers directly and once more through torchrun; both are one request.
+_SAME_REQUEST_SECONDS = 2.0
+# Read at import: the launcher may exit while the data are decoded.
+_PARENT_AT_START = os.getppid()
+
+
+class TrainingStopped(Exception):
+    """Training was stopped by a signal, after saving a checkpoint.
+
+    Args:
+        exit_code: 130 for SIGINT, 143 for other signals and for a launcher that exited.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"stopped by a signal (exit code {exit_code})")
+        self.exit_code = exit_code
+
+
+class StopWatcher:
+    """Turn signals into a stop that all ranks agree on, one step later and without waiting for the device.
+
+    A second signal ends the process immediately. A launcher that exited counts as SIGTERM, because `accelerate launch`
+    does not pass SIGTERM on. Use it as a context manager on every rank: leaving it restores the previous signal
+    handlers and re-raises a signal that arrived after the last check.
+    """
+
+    def __init__(self) -> None:
+        self._requested = 0
+        self._requested_at = 0.0
+        self._is_handled = False
+        self._launcher = _PARENT_AT_START if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
+        self._old_handlers: dict[int, object] = {}
+
+    def __enter__(self) -> "StopWatcher":
+        for number in STOP_SIGNALS:
+            self._old_handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error on this rank alone, the others may never answer.
+        if kind is None or issubclass(kind, TrainingStopped):
+            self.agreed()
+        for number, handler in self._old_handlers.items():
+            # None stands for a handler that was not installed from Python, which Python cannot restore.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
+        if kind is None and self._requested and not self._is_handled:
+            signal.raise_signal(self._requested)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        """Remember the first signal; let a later one end the process."""
+        if self._requested and time.monotonic() - self._requested_at > _SAME_REQUEST_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self._requested:
+            self._requested, self._requested_at = number, time.monotonic()
+
+    def exit_code_if_stopped(self) -> int:
+        """Collective: call once per step.
+
+        Returns:
+            The exit code to end with, or 0 to continue. With several ranks it is the state of the previous call.
+        """
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._requested = self._requested or signal.SIGTERM
+        self._is_handled = bool(self._requested)
+        exit_code = {0: 0, signal.SIGINT: 130}.get(self._requested, 143)
+        if self._group is None:
+            return exit_code
+        agreed = self.agreed()
+        mine = torch.tensor(exit_code)
+        self._pending = (mine, dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._group, async_op=True))
+        return agreed
+
+    def agreed(self) -> int:
+        """Collective: return the exit code of the previous call of `exit_code_if_stopped`; 0 on a single process."""
+        if self._pending is None:
+            return 0
+        agreed, work = self._pending
+        if work is not None:
+            work.wait()
+        return int(agreed)
