@@ -21,7 +21,7 @@ from ddpm_hf.config import (
     read_config_dict,
     validate,
 )
-from ddpm_hf.diffusion.noise_schedule import BETA_SCHEDULE_ALIASES, BETA_SCHEDULES, make_betas
+from ddpm_hf.diffusion.schedule import BETA_SCHEDULE_ALIASES, BETA_SCHEDULES, make_betas
 from tests.conftest import REPOSITORY
 
 SOURCE = ("--data.source", "images.parquet")
