@@ -33,7 +33,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sign_again(folder: Path, step: int = 2) -> None:
     """Makes a manifest that fits what the folder holds, as whoever makes a hostile checkpoint would."""
     (folder / checkpoint.MANIFEST).unlink()
-    checkpoint._write_manifest(folder, step)
+    checkpoint.write_manifest(folder, step)
 
 
 def change_json(name: str, **changes: object) -> Callable[[Path], None]:
@@ -74,12 +74,18 @@ FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "counters of a newer version": (change_json("trainer_state.json", phase_of_the_moon=1), "phase_of_the_moon"),
     "a best score without its step": (change_json("trainer_state.json", best={"kind": "fid"}), "best is"),
     "counters that are no JSON": (lambda folder: (folder / "trainer_state.json").write_text("{"), "Expecting"),
-    "counters that are a list": (lambda folder: (folder / "trainer_state.json").write_text("[]"), "cannot go on from"),
+    "counters that are a list": (
+        lambda folder: (folder / "trainer_state.json").write_text("[]"),
+        "cannot continue from",
+    ),
     "another network": (other_network, "size mismatch"),
     "a pickle that is called safetensors": (pickle_in_place_of_weights, "header"),
-    "no average": (lambda folder: shutil.rmtree(folder / "ema"), "cannot go on from it"),
-    "moments of some weights": (no_moments_of_some, "there is no exp_avg_sq for conv_out.bias"),
-    "moments of another shape": (moments_of_another_shape, "there is no exp_avg for conv_out.bias, or it does not fit"),
+    "no average": (lambda folder: shutil.rmtree(folder / "ema"), "cannot continue from it"),
+    "moments of some weights": (no_moments_of_some, "exp_avg_sq of conv_out.bias is missing"),
+    "moments of another shape": (
+        moments_of_another_shape,
+        "exp_avg of conv_out.bias is missing or has the wrong shape",
+    ),
     "no history of losses": (lambda folder: (folder / "objective.safetensors").unlink(), "last losses of 2 timesteps"),
     "a history of other timesteps": (losses_of_other_timesteps, "last losses of 2 timesteps"),
     "counters of another step": (change_json("trainer_state.json", global_step=1), "those of step 1"),
@@ -89,9 +95,12 @@ FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
         change_json("trainer_state.json", best={"step": 1, "kind": "fid", "value": []}),
         "best is",
     ),
-    "sums that are none": (change_json("trainer_state.json", loss_sums=["x"]), "cannot go on from it"),
-    "sums of more than there is": (change_json("trainer_state.json", loss_sums=[[1.0] * 99]), "cannot go on from it"),
-    "no moments": (lambda folder: (folder / "optimizer.safetensors").unlink(), "cannot go on from it"),
+    "sums that are none": (change_json("trainer_state.json", loss_sums=["x"]), "cannot continue from it"),
+    "sums of more than there is": (
+        change_json("trainer_state.json", loss_sums=[[1.0] * 99]),
+        "cannot continue from it",
+    ),
+    "no moments": (lambda folder: (folder / "optimizer.safetensors").unlink(), "cannot continue from it"),
     "no configuration": (lambda folder: (folder / "config.yaml").unlink(), "holds no configuration of a run"),
     "a configuration with a tag": (
         lambda folder: (folder / "config.yaml").write_text("training: !!python/object/apply:os.system [touch x]"),
@@ -131,7 +140,7 @@ def test_a_foreign_checkpoint_is_refused_in_one_sentence_and_left_as_it_is(
         sign_again(path)
         checkpoint.verify_checkpoint(path)
         with pytest.raises(checkpoint.CheckpointError) as caught:
-            trainer.saver.resume(trainer._take_up)
+            trainer.checkpointer.resume()
         assert reason in str(caught.value), name
         assert str(path) in str(caught.value), name
         assert "\n" not in str(caught.value), name

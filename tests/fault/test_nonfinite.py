@@ -80,7 +80,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_update", blow_up)
         assert train(arguments) == 3
-    assert "the weights or their averages are not finite after step 4, so they are not saved" in capsys.readouterr().err
+    assert "the weights or their EMA are not finite after step 4, so they are not saved" in capsys.readouterr().err
     latest, skipped = find_latest(tmp_path / "run" / "checkpoints")
     assert latest is not None
     assert (latest.step, skipped) == (3, [])

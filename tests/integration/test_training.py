@@ -552,7 +552,7 @@ def test_validation_measures_the_averaged_weights_and_leaves_training_alone(
         weights = load_file(tmp_path / "run/checkpoints/step_00000006/ema/diffusion_pytorch_model.safetensors")
         trainer.unet.load_state_dict(weights)
         alone = {"rank": 0, "num_processes": 1, "batch_size": 90}
-        expected = validation_loss(trainer.unet, trainer.loss, trainer.held_out, config, **alone)
+        expected = validation_loss(trainer.unet, trainer.loss, trainer.validation_images, config, **alone)
     finally:
         trainer.folder.release()
     assert measured[6] == pytest.approx(expected, abs=1e-6)
@@ -562,7 +562,7 @@ def test_an_automatic_micro_batch_is_kept_for_the_run(tmp_path: Path, capsys: py
     """A run that began with 4 of 8 goes on with 4, although 8 would fit."""
     arguments = run_arguments(tmp_path / "run", training__micro_batch_size="auto")
     assert train([*arguments, "--training.num_steps", "2"]) == 0
-    assert "training.micro_batch_size auto: 8 images, the whole share" in capsys.readouterr().out
+    assert "training.micro_batch_size auto: 8 images, the whole per-rank batch" in capsys.readouterr().out
     state = tmp_path / "run/checkpoints/step_00000002/trainer_state.json"
     assert json.loads(state.read_text())["micro_batch_size"] == 8
     assert train(run_arguments(tmp_path / "small", training__micro_batch_size=4, training__num_steps=2)) == 0
@@ -709,9 +709,9 @@ def test_a_disk_without_room_for_checkpoints_is_refused_before_training(
     assert "for one more checkpoint" in capsys.readouterr().err
     # Two averages more in a checkpoint of four tensors a weight, and a pair of them after each of six steps.
     assert with_free(6.6 * size, tmp_path / "posthoc", training__posthoc_ema=True) == 0
-    assert "of averages in 6 parts (posthoc_ema); " in capsys.readouterr().out
+    assert "of EMA snapshots in 6 parts (posthoc_ema); " in capsys.readouterr().out
     assert with_free(5.4 * size, tmp_path / "posthoc", training__posthoc_ema=True) == 2
-    assert "for two checkpoints and 6 pairs of averages (training.posthoc_ema); make room" in capsys.readouterr().err
+    assert "for two checkpoints and 6 EMA snapshots (training.posthoc_ema); make room" in capsys.readouterr().err
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

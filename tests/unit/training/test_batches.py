@@ -193,19 +193,19 @@ def test_one_coin_of_self_conditioning_is_for_the_whole_step_on_every_process(im
     config = config_of(8, objective=ObjectiveConfig(self_conditioning=0.3))
     tosses = []
     for step in range(400):
-        (toss,) = {batch.feeds_back for part in step_of(images, config, step, 2, 2) for batch in part}
+        (toss,) = {batch.use_self_cond for part in step_of(images, config, step, 2, 2) for batch in part}
         tosses.append(toss)
     assert abs(sum(tosses) / 400 - 0.3) < 0.11
     never, always = (config_of(8, objective=ObjectiveConfig(self_conditioning=chance)) for chance in (0.0, 1.0))
-    assert not any(step_of(images, never, step)[0][0].feeds_back for step in range(20))
-    assert all(step_of(images, always, step)[0][0].feeds_back for step in range(20))
+    assert not any(step_of(images, never, step)[0][0].use_self_cond for step in range(20))
+    assert all(step_of(images, always, step)[0][0].use_self_cond for step in range(20))
 
 
 def test_importance_comes_with_the_timesteps_it_belongs_to(images: ImageSet) -> None:
     config = config_of(48, diffusion=DiffusionConfig(num_train_timesteps=4), objective=LOSS_AWARE)
     source = source_of(images, config, 1, 2, 4)
     rows = torch.arange(400) % 4
-    source._timestep_sampler.record(torch.stack([rows, 1.0 + rows], dim=1))
+    source._timestep_sampler.record(rows, 1.0 + rows)
     probabilities = (torch.tensor([1.0, 2, 3, 4]) / 10 * 0.999 + 0.001 / 4).float()
     batches = list(source.micro_batches(3))
     assert len(batches) == 6

@@ -9,7 +9,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from ddpm_hf.config import TrainingConfig
-from ddpm_hf.training.ema import EMA, POSTHOC_LENGTHS, decay_laws, posthoc_name
+from ddpm_hf.training.ema import EMA, POSTHOC_SIGMA_RELS, decay_schedules, posthoc_name
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -19,12 +19,12 @@ def network(seed: int = 0) -> nn.Module:
 
 def average(model: nn.Module, **settings: object) -> EMA:
     """Returns the averages of a run with these settings of `training`."""
-    return EMA(model, decay_laws(TrainingConfig(**settings)))  # type: ignore[arg-type]
+    return EMA(model, decay_schedules(TrainingConfig(**settings)))  # type: ignore[arg-type]
 
 
 def decays(num: int, **settings: object) -> list[float]:
     """Returns the decays of the first updates."""
-    law = decay_laws(TrainingConfig(**settings))["ema"]  # type: ignore[arg-type]
+    law = decay_schedules(TrainingConfig(**settings))["ema"]  # type: ignore[arg-type]
     return [law(number) for number in range(num)]
 
 
@@ -70,7 +70,7 @@ def test_the_average_is_its_formula(settings: dict[str, object]) -> None:
     expected = [parameter.detach().double() for parameter in model.parameters()]
     for decay in decays(50, **settings):
         change(model)
-        ema.update(model)
+        ema.update()
         expected = [
             decay * mean + (1 - decay) * parameter.detach().double()
             for mean, parameter in zip(expected, model.parameters(), strict=True)
@@ -82,7 +82,7 @@ def test_the_average_is_its_formula(settings: dict[str, object]) -> None:
 
 
 def test_the_ramp_forgets_early_weights_and_ends_at_the_decay() -> None:
-    law = decay_laws(TrainingConfig(ema_decay=0.999, ema_warmup="ramp"))["ema"]
+    law = decay_schedules(TrainingConfig(ema_decay=0.999, ema_warmup="ramp"))["ema"]
     assert [law(number) for number in (0, 1, 8)] == pytest.approx([1 / 10, 2 / 11, 0.5])
     assert law(8989) < 0.999 == law(8990) == law(10**9)
     assert decays(3, ema_decay=0.999, ema_warmup="none") == [0.999] * 3
@@ -111,7 +111,7 @@ def test_the_laws_are_those_of_diffusers(warmup: str, start: int) -> None:
 
 def test_the_power_law_reaches_the_decays_that_the_help_promises() -> None:
     for power, updates in ((3 / 4, 10_000), (2 / 3, 31_623)):
-        law = decay_laws(TrainingConfig(ema_decay=0.99999, ema_warmup="power", ema_power=power))["ema"]
+        law = decay_schedules(TrainingConfig(ema_decay=0.99999, ema_warmup="power", ema_power=power))["ema"]
         assert law(updates) == pytest.approx(0.999, abs=1e-6)
 
 
@@ -120,7 +120,7 @@ def test_until_its_start_the_average_is_a_copy() -> None:
     ema = average(model, ema_decay=0.9, ema_warmup="none", ema_start_step=3)
     for number in range(1, 5):
         change(model)
-        ema.update(model)
+        ema.update()
         assert are_equal(ema.tensors(), copies(model.parameters())) == (number <= 3)
 
 
@@ -139,7 +139,7 @@ def test_between_two_updates_the_average_stays_as_it_is() -> None:
     seen = [copies(ema.tensors())]
     for _ in range(6):
         change(model)
-        ema.update(model)
+        ema.update()
         seen.append(copies(ema.tensors()))
     assert [are_equal(*pair) for pair in pairwise(seen)] == [True, True, False, True, True, False]
 
@@ -153,9 +153,9 @@ def test_the_two_averages_for_later_are_the_power_functions() -> None:
     history = []
     for _ in range(30):
         change(model)
-        ema.update(model)
+        ema.update()
         history.append([parameter.detach().double() for parameter in model.parameters()])
-    for length in POSTHOC_LENGTHS:
+    for length in POSTHOC_SIGMA_RELS:
         parts = [s ** (gammas[length] + 1) - (s - 1) ** (gammas[length] + 1) for s in range(1, 31)]
         for index, found in enumerate(ema.tensors(posthoc_name(length))):
             exact = sum(part * weights[index] for part, weights in zip(parts, history, strict=True)) / sum(parts)
@@ -168,7 +168,7 @@ def test_an_update_does_not_touch_the_network() -> None:
     ema = average(model, ema_decay=0.5, posthoc_ema=True)
     change(model)
     before = copies(model.parameters())
-    ema.update(model)
+    ema.update()
     assert are_equal(copies(model.parameters()), before)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
@@ -181,12 +181,12 @@ def test_swapped_in_gives_every_bit_back(fails: bool, name: str) -> None:
     ema = average(model, ema_decay=0.7, ema_warmup="none", posthoc_ema=True)
     for _ in range(3):
         change(model)
-        ema.update(model)
+        ema.update()
     weights, averages, wanted = copies(model.parameters()), copies(ema.tensors()), copies(ema.tensors(name))
     storage = [parameter.data_ptr() for parameter in model.parameters()]
 
     def look() -> None:
-        with ema.swapped_in(model, name):
+        with ema.swapped_in(name):
             assert are_equal(copies(model.parameters()), wanted)
             if fails:
                 raise RuntimeError("no preview today")

@@ -10,11 +10,10 @@ import torch
 from ddpm_hf.config import ConfigError, TrainingConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.training.batches import (
-    forward_and_backward,
     largest_micro_batch_size,
     largest_that_fits,
-    settle,
-    step_on_gpu,
+    make_memory_probe,
+    resolve_micro_batch_size,
 )
 from ddpm_hf.training.loss import DenoisingLoss
 from tests.conftest import tiny_unet
@@ -101,11 +100,16 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 @pytest.mark.parametrize(
     ("stored", "room", "expected", "told"),
     [
-        (None, 20, 16, "auto: 16 images, of 64: that fits."),
-        (None, None, 64, "auto: 64 images, the whole share, since only the memory of a CUDA GPU can be probed."),
+        (None, 20, 16, "auto: 16 images, the largest part of 64 that fits into memory."),
+        (
+            None,
+            None,
+            64,
+            "auto: 64 images, the whole per-rank batch, since only the memory of a CUDA GPU can be probed.",
+        ),
         (8, 20, 8, "auto: 8 images, as when the run began."),
         (8, None, 8, "auto: 8 images, as when the run began."),
-        (48, 20, 16, "auto: 16 images, of 64: that fits."),
+        (48, 20, 16, "auto: 16 images, the largest part of 64 that fits into memory."),
     ],
 )
 def test_what_auto_stands_for_is_told_and_stays(
@@ -113,14 +117,14 @@ def test_what_auto_stands_for_is_told_and_stays(
 ) -> None:
     """A run that is continued never changes it, except where it no longer divides the share."""
     attempt = None if room is None else memory_for(room, [])
-    assert settle(AUTO, 64, stored, attempt) == expected
+    assert resolve_micro_batch_size(AUTO, 64, stored, attempt) == expected
     assert capsys.readouterr().out == f"training.micro_batch_size {told}\n"
 
 
 def test_a_size_that_was_given_is_not_probed(capsys: pytest.CaptureFixture[str]) -> None:
     tried: list[int] = []
-    assert settle(TrainingConfig(micro_batch_size=8), 8, 4, memory_for(1, tried)) == 8
-    assert settle(TrainingConfig(), 64, 4, memory_for(1, tried)) == 64
+    assert resolve_micro_batch_size(TrainingConfig(micro_batch_size=8), 8, 4, memory_for(1, tried)) == 8
+    assert resolve_micro_batch_size(TrainingConfig(), 64, 4, memory_for(1, tried)) == 64
     assert tried == []
     assert capsys.readouterr().out == ""
 
@@ -131,9 +135,8 @@ def test_an_attempt_is_a_step_that_leaves_nothing_behind(num_classes: int | None
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     gradients: list[torch.Tensor] = []
     unet.conv_in.weight.register_post_accumulate_grad_hook(lambda weight: gradients.append(weight.grad.clone()))
-    attempt = forward_and_backward(unet, DenoisingLoss(GaussianDiffusionScheduler()), (1, 8, 8), nullcontext)
+    attempt = make_memory_probe(unet, DenoisingLoss(GaussianDiffusionScheduler()), (1, 8, 8), nullcontext)
     attempt(3)
     assert len(gradients) == 1
     assert all(parameter.grad is None for parameter in unet.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
-    assert step_on_gpu(unet, DenoisingLoss(GaussianDiffusionScheduler()), (1, 8, 8), nullcontext) is None

@@ -7,7 +7,7 @@ import torch
 
 from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.rng import NOISE_BLOCK_SIZE, normal_by_position
-from ddpm_hf.training.loss import draw_noise, exchange_noise, whole_blocks
+from ddpm_hf.training.loss import assign_noise, draw_noise
 
 SHAPE, CPU = torch.Size([2, 4, 4]), torch.device("cpu")
 
@@ -39,21 +39,6 @@ def test_an_offset_belongs_to_its_position() -> None:
     assert not torch.equal(draw_noise(config, 3, 8, range(80), SHAPE, CPU), whole)
 
 
-@pytest.mark.parametrize(
-    ("positions", "batch_size", "expected"),
-    [
-        (range(0, 32), 64, range(0, 32)),
-        (range(31, 33), 64, range(0, 64)),
-        (range(40, 41), 100, range(32, 64)),
-        (range(96, 98), 100, range(96, 100)),
-        (range(0, 8), 8, range(0, 8)),
-    ],
-)
-def test_blocks_end_with_the_batch(positions: range, batch_size: int, expected: range) -> None:
-    assert NOISE_BLOCK_SIZE == 32
-    assert whole_blocks(positions, batch_size) == expected
-
-
 def test_exchanged_noise_is_the_assignment_with_the_least_sum_of_distances() -> None:
     """Against all 720 assignments of six images; distances as in Li et al. 2024, not squared."""
     generator = torch.Generator().manual_seed(0)
@@ -61,17 +46,17 @@ def test_exchanged_noise_is_the_assignment_with_the_least_sum_of_distances() -> 
     distances = torch.stack([(image - noise).flatten(1).norm(dim=1) for image in x_0]).double()
     best = min(itertools.permutations(range(6)), key=lambda order: float(distances[range(6), order].sum()))
     assert best != tuple(range(6))
-    assert torch.equal(exchange_noise(x_0, noise), noise[list(best)])
+    assert torch.equal(assign_noise(x_0, noise), noise[list(best)])
 
 
 def test_noise_is_exchanged_within_blocks_only_and_none_is_lost() -> None:
     generator = torch.Generator().manual_seed(0)
     x_0, noise = (torch.randn(80, *SHAPE, generator=generator) for _ in range(2))
-    exchanged = exchange_noise(x_0, noise)
+    exchanged = assign_noise(x_0, noise)
     assert not torch.equal(exchanged, noise)
     for start, stop in ((0, 32), (32, 64), (64, 80)):
         before, after = (sorted(part[start:stop, 0, 0, 0].tolist()) for part in (noise, exchanged))
         assert before == after
-    assert torch.equal(exchange_noise(x_0[32:64], noise[32:64]), exchanged[32:64])
+    assert torch.equal(assign_noise(x_0[32:64], noise[32:64]), exchanged[32:64])
     apart, before = ((x_0 - part).flatten(1).norm(dim=1).sum() for part in (exchanged, noise))
     assert apart < before

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpm_hf.config import ConfigError, TrainingConfig
-from ddpm_hf.training.optim import build_optimizer, learning_rate_at, may_step, pack, unpack
+from ddpm_hf.training.optim import build_optimizer, learning_rate_at, arm_found_inf, pack, unpack
 
 CONFIG = TrainingConfig(learning_rate=2.0, learning_rate_warmup_steps=10, num_steps=110)
 
@@ -114,17 +114,17 @@ MODULE = "tests.unit.training.optimizers"
     [
         ("torch.optim.Lamb", {}, "training.optimizer torch.optim.Lamb cannot be imported"),
         ("no.such.Optimizer", {}, "training.optimizer no.such.Optimizer cannot be imported (No module named 'no')"),
-        (f"{MODULE}.not_a_class", {}, "is no torch.optim.Optimizer; give the path of one."),
-        ("torch.nn.Linear", {}, "training.optimizer torch.nn.Linear is no torch.optim.Optimizer"),
-        ("torch.optim.SGD", {"momentun": 1}, "torch.optim.SGD cannot be made (TypeError: SGD.__init__() got an"),
-        ("torch.optim.SGD", {"momentum": -1}, "cannot be made (ValueError: Invalid momentum value: -1)"),
+        (f"{MODULE}.not_a_class", {}, "is not a torch.optim.Optimizer; give the path of one."),
+        ("torch.nn.Linear", {}, "training.optimizer torch.nn.Linear is not a torch.optim.Optimizer"),
+        ("torch.optim.SGD", {"momentun": 1}, "torch.optim.SGD cannot be built (TypeError: SGD.__init__() got an"),
+        ("torch.optim.SGD", {"momentum": -1}, "cannot be built (ValueError: Invalid momentum value: -1)"),
         ("torch.optim.SGD", {"lr": 1.0}, "training.optimizer_kwargs has lr, which other settings of training decide."),
         ("adamw", {"betas": [0.9, 0.9]}, "training.optimizer_kwargs has betas, which other settings"),
         ("torch.optim.LBFGS", {}, "torch.optim.LBFGS cannot take a step (TypeError: LBFGS.step() missing"),
         ("torch.optim.SparseAdam", {}, "torch.optim.SparseAdam cannot take a step (RuntimeError: SparseAdam"),
-        (f"{MODULE}.KeepingLists", {}, "cannot be stored in a checkpoint (it keeps history as list, which is no"),
-        (f"{MODULE}.Hiding", {}, "Hiding does not go on exactly where a checkpoint left it"),
-        (f"{MODULE}.KeepingHalf", {}, "KeepingHalf does not go on exactly where a checkpoint left it"),
+        (f"{MODULE}.KeepingLists", {}, "cannot be stored in a checkpoint (its state history is a list, not a"),
+        (f"{MODULE}.Hiding", {}, "Hiding does not continue exactly from a checkpoint"),
+        (f"{MODULE}.KeepingHalf", {}, "KeepingHalf does not continue exactly from a checkpoint"),
     ],
 )
 def test_an_optimizer_that_cannot_serve_is_refused_before_training(
@@ -175,14 +175,14 @@ def step(
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator) * factor
     norms = torch.stack([parameter.grad.norm() for parameter in parameters if parameter.grad is not None])
-    allowed = may_step(optimizer, ~torch.isfinite(norms.norm()))
+    allowed = arm_found_inf(optimizer, ~torch.isfinite(norms.norm()))
     if allowed:
         optimizer.step()
     return allowed
 
 
 def everything(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    tensors, scalars = pack(optimizer, list(SHAPES))
+    tensors, scalars = optimizer_state(optimizer, list(SHAPES))
     weights = dict(zip(SHAPES, (parameter.detach() for parameter in parameters), strict=True))
     return {name: tensor.clone() for name, tensor in (tensors | weights).items()}, scalars
 
@@ -203,7 +203,7 @@ def test_every_optimizer_goes_on_from_its_state_as_if_it_had_not_stopped(path: s
     again = optimized(path, arguments, seed=1)
     for parameter, name in zip(again[0], SHAPES, strict=True):
         parameter.data.copy_(tensors.pop(name))
-    unpack(again[1], list(SHAPES), tensors, scalars)
+    load_optimizer_state(again[1], list(SHAPES), tensors, scalars)
     assert_equal(everything(*run), everything(*again))
     for number in range(3, 5):
         step(*run, seed=number)

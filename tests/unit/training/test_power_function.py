@@ -7,7 +7,7 @@ import pytest
 from numpy.polynomial.legendre import leggauss
 from numpy.typing import NDArray
 
-from ddpm_hf.training.ema import LONGEST, combine, decay_at, gamma_of, profile_product
+from ddpm_hf.training.ema import MAX_SIGMA_REL, combine, power_decay_at, gamma_of, profile_product
 
 NODES, WEIGHTS = leggauss(200)
 
@@ -40,8 +40,8 @@ def test_the_length_is_the_relative_deviation_of_the_profile(sigma_rel: float) -
 
 
 def test_the_longest_average_is_the_plain_mean() -> None:
-    assert gamma_of(LONGEST * (1 - 1e-12)) == pytest.approx(0.0, abs=1e-6)
-    assert [decay_at(number, 0.0) for number in range(4)] == pytest.approx([0, 1 / 2, 2 / 3, 3 / 4])
+    assert gamma_of(MAX_SIGMA_REL * (1 - 1e-12)) == pytest.approx(0.0, abs=1e-6)
+    assert [power_decay_at(number, 0.0) for number in range(4)] == pytest.approx([0, 1 / 2, 2 / 3, 3 / 4])
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.5, 6.94, 16.97])
@@ -49,7 +49,7 @@ def test_an_average_is_the_integral_of_its_profile(gamma: float) -> None:
     """Weights that stay the same between two updates: each counts what the profile has between them."""
     counts = np.zeros(0)
     for number in range(12):
-        decay = decay_at(number, gamma)
+        decay = power_decay_at(number, gamma)
         counts = np.append(counts * decay, 1 - decay)
     edges = np.arange(13) / 12
     expected = edges[1:] ** (gamma + 1) - edges[:-1] ** (gamma + 1)

@@ -14,17 +14,16 @@ from ddpm_hf.training.batches import (
 )
 
 
-def rows(timesteps: object, losses: object) -> torch.Tensor:
-    """Returns what a trainer records: timestep and loss of each sample."""
-    columns = [torch.as_tensor(column, dtype=torch.float32) for column in (timesteps, losses)]
-    return torch.stack(columns, dim=1)
+def rows(timesteps: object, losses: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a trainer records: timestep and loss of each sample."""
+    return torch.as_tensor(timesteps), torch.as_tensor(losses, dtype=torch.float32)
 
 
 def warmed_up(losses: list[float], batch_size: int = 8, seed: int = 0) -> LossAwareTimesteps:
     """Returns a sampler that has seen each timestep's loss often enough."""
     sampler = LossAwareTimesteps(len(losses), batch_size, seed)
     for _ in range(HISTORY_LENGTH):
-        sampler.record(rows(range(len(losses)), losses))
+        sampler.record(*rows(range(len(losses)), losses))
     return sampler
 
 
@@ -61,12 +60,12 @@ def test_a_step_draws_the_same_whenever_it_is_asked_and_another_step_or_seed_doe
 def test_loss_aware_is_uniform_until_every_timestep_has_its_ten_losses() -> None:
     sampler = LossAwareTimesteps(4, 8, 0)
     for _ in range(HISTORY_LENGTH - 1):
-        sampler.record(rows([0, 1, 2, 3], [9.0, 1.0, 1.0, 1.0]))
-    sampler.record(rows([0, 1, 2], [9.0, 1.0, 1.0]))
+        sampler.record(*rows([0, 1, 2, 3], [9.0, 1.0, 1.0, 1.0]))
+    sampler.record(*rows([0, 1, 2], [9.0, 1.0, 1.0]))
     assert sampler.probabilities.tolist() == [0.25] * 4
     assert sampler.draw(0).importance is not None
     assert (sampler.draw(0).importance == 1).all()
-    sampler.record(rows([3], [1.0]))
+    sampler.record(*rows([3], [1.0]))
     assert sampler.probabilities[0] == pytest.approx(0.999 * 0.75 + 0.00025)
 
 
@@ -77,7 +76,7 @@ def test_loss_aware_probabilities_are_the_root_mean_squares_of_the_last_ten_loss
     for _ in range(30):
         timesteps = generator.integers(0, 5, size=16)
         losses = generator.gamma(1.0, 1.0 + timesteps).astype(np.float32)
-        sampler.record(rows(timesteps, losses))
+        sampler.record(*rows(timesteps, losses))
         for t, loss in zip(timesteps, losses, strict=True):
             history[t].append(float(loss))
     root_mean_squares = np.array([np.sqrt(np.mean(np.square(losses[-10:]))) for losses in history])
@@ -88,7 +87,7 @@ def test_loss_aware_probabilities_are_the_root_mean_squares_of_the_last_ten_loss
 
 def test_a_timestep_that_fills_its_history_at_once_keeps_the_last_losses() -> None:
     sampler = LossAwareTimesteps(2, 26, 0)
-    sampler.record(rows([0] * 13 + [1] * 13, [*range(13), *[1.0] * 13]))
+    sampler.record(*rows([0] * 13 + [1] * 13, [*range(13), *[1.0] * 13]))
     expected = np.sqrt(np.mean(np.square(np.arange(3.0, 13.0))))
     assert sampler.probabilities[0] == pytest.approx(0.999 * expected / (expected + 1) + 0.0005)
 
@@ -103,7 +102,7 @@ def test_loss_aware_probabilities_converge_to_the_root_mean_square_of_noisy_loss
     sampler, total = LossAwareTimesteps(4, 64, 3), np.zeros(4)
     for step in range(340):
         timesteps, _ = sampler.draw(step)
-        sampler.record(rows(timesteps, (1 + timesteps) * generator.exponential(size=64)))
+        sampler.record(*rows(timesteps, (1 + timesteps) * generator.exponential(size=64)))
         total += sampler.probabilities if step >= 40 else 0
     np.testing.assert_allclose(total / 300, 0.999 * np.array([1, 2, 3, 4]) / 10 + 0.00025, rtol=0.04)
 
@@ -125,7 +124,7 @@ def test_importance_keeps_the_mean_loss_that_uniform_timesteps_have() -> None:
 def test_losses_that_are_not_finite_leave_no_trace() -> None:
     sampler = warmed_up([1.0, 2.0, 3.0])
     before = sampler.probabilities
-    sampler.record(rows([0, 1, 2, 2], [float("nan"), float("inf"), -float("inf"), 3.0]))
+    sampler.record(*rows([0, 1, 2, 2], [float("nan"), float("inf"), -float("inf"), 3.0]))
     assert np.array_equal(sampler.probabilities, before)
 
 
@@ -139,17 +138,17 @@ def test_a_restored_history_goes_on_bit_by_bit() -> None:
     sampler, restored = LossAwareTimesteps(7, 32, 0), LossAwareTimesteps(7, 32, 0)
     batches = [(generator.integers(0, 7, size=32), generator.random(32)) for _ in range(12)]
     for timesteps, losses in batches[:6]:
-        sampler.record(rows(timesteps, losses))
-    state = sampler.state()
-    restored.load_state(state)
+        sampler.record(*rows(timesteps, losses))
+    state = sampler.state_dict()
+    restored.load_state_dict(state)
     for step, (timesteps, losses) in enumerate(batches[6:]):
         for each in (sampler, restored):
-            each.record(rows(timesteps, losses))
+            each.record(*rows(timesteps, losses))
         one, other = sampler.draw(step), restored.draw(step)
         assert np.array_equal(one.timesteps, other.timesteps)
         assert np.array_equal(one.importance, other.importance)  # type: ignore[arg-type]
     fresh = LossAwareTimesteps(7, 32, 0)
-    fresh.load_state(state)
+    fresh.load_state_dict(state)
     assert not np.array_equal(fresh.probabilities, restored.probabilities), "a state is a copy"
 
 
@@ -170,5 +169,5 @@ def test_the_configuration_names_the_sampler(name: str, kind: type[UniformTimest
     sampler = build_timestep_sampler(config)
     assert type(sampler) is kind
     assert sampler.learns is learns
-    assert bool(sampler.state()) is learns
+    assert bool(sampler.state_dict()) is learns
     assert np.array_equal(sampler.draw(5).timesteps, kind(50, 40, 3).draw(5).timesteps)
