@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,21 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
     assert metrics_of(one) == metrics_of(other)
 
 
-def stop_with_signal_after(step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGTERM) -> None:
-    """Send a signal to this process in the middle of optimizer step `step`, counted from 1."""
+def at_step(step: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something at the beginning of optimizer step `step`, counted from 1."""
     train_step = Trainer._train_step
 
-    def train_step_with_signal(self: Trainer, current: int) -> None:
+    def train_step_with_action(self: Trainer, current: int) -> None:
         if current + 1 == step:
-            os.kill(os.getpid(), number)
+            action()
         train_step(self, current)
 
-    monkeypatch.setattr(Trainer, "_train_step", train_step_with_signal)
+    monkeypatch.setattr(Trainer, "_train_step", train_step_with_action)
+
+
+def stop_with_signal_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send SIGTERM to this process in the middle of optimizer step `step`, counted from 1."""
+    at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
 
 
 def poison_loss_at(steps: int | Container[int], monkeypatch: pytest.MonkeyPatch) -> None:
