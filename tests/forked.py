@@ -15,8 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# Imported once, before the fork, with the parts that a training run imports when it first needs them. The package itself
-# is imported afterwards, because one of its modules records the parent process.
+# Imported once, before the fork, with the parts that a training run imports on their first use. The package itself is
+# imported afterwards, because one of its modules records the parent process.
 import accelerate  # noqa: F401
 import datasets  # noqa: F401
 import diffusers

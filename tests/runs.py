@@ -1,5 +1,6 @@
 """Settings of tiny training runs, ways to disturb one, and what two runs are compared by."""
 
+import hashlib
 import json
 import os
 import signal
@@ -64,6 +65,18 @@ def loss_columns(run: Path) -> list[list[float]]:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Return the content of every file below a folder, by relative path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def sign(checkpoint: Path, step: int | None = None) -> None:
+    """Rewrite the manifest of a checkpoint so that it fits the files, whatever was done to them."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"] = {
+        name: {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+        for name, content in files_of(checkpoint).items()
+        if name != "manifest.json"
+    }
+    manifest["step"] = manifest["step"] if step is None else step
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
