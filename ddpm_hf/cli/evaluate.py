@@ -370,7 +370,7 @@ def _prepare(options: Namespace) -> _Work:
     from ddpm_hf.evaluation.report import choose_images
     from ddpm_hf.training.trainer import open_splits
 
-    accelerator = distributed.start(TrainingConfig(cpu=options.cpu, tf32=False))
+    accelerator = distributed.start(cpu=options.cpu)
     folder = find_model(options.folder, options.revision)
     check_scheduler(options)
     output = options.output or folder

@@ -711,13 +711,13 @@ class Saver:
         """
         found = distributed.on_rank_0(self._read_checkpoint)
         step = 0
-        if distributed.share_json(found is not None):
+        if distributed.broadcast_json(found is not None):
             path, counters, tensors, learned = found if found is not None else (Path(), TrainerState(), None, None)
-            path = Path(distributed.share_json(str(path)))
-            state = TrainerState(**distributed.share_json(vars(counters)))
-            distributed.share_tensors([*self._unet.parameters(), *self._ema.tensors()])
-            tensors = distributed.share_named_tensors(tensors, self._unet.device)
-            learned = distributed.share_named_tensors(learned, self._unet.device)
+            path = Path(distributed.broadcast_json(str(path)))
+            state = TrainerState(**distributed.broadcast_json(vars(counters)))
+            distributed.broadcast_tensors([*self._unet.parameters(), *self._ema.tensors()])
+            tensors = distributed.broadcast_named_tensors(tensors, self._unet.device)
+            learned = distributed.broadcast_named_tensors(learned, self._unet.device)
             with _going_on_from(path):
                 load_optimizer(self._optimizer, self._unet, tensors, state.optimizer)
                 self._timestep_sampler.load_state(learned)
@@ -746,7 +746,9 @@ class Saver:
         check_finite([*self._unet.parameters(), *self._ema.tensors()], state.global_step)
         state.num_ema_updates = self._ema.num_updates
         write_state(self._images, state)
-        return bool(distributed.share_json(distributed.on_rank_0(lambda: self._write_checkpoint(state, must_succeed))))
+        return bool(
+            distributed.broadcast_json(distributed.on_rank_0(lambda: self._write_checkpoint(state, must_succeed)))
+        )
 
     def save_pipeline(self, pipeline: GaussianDiffusionPipeline, step: int) -> None:
         """Collective: writes the finished pipeline with the averaged weights on rank 0, and keeps what lay in it."""

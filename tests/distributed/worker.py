@@ -281,8 +281,8 @@ def agreement(folder: Path) -> Report:
             said.append(str(error))
     part = torch.tensor([[200, 0], [0, 7]], dtype=torch.uint8)
     part[1 - RANK] = 0
-    distributed.join_parts(part.numpy())
-    groups = (dist.group.WORLD, distributed._hosts())
+    distributed.sum_arrays(part.numpy())
+    groups = (dist.group.WORLD, distributed._cpu_group())
     patience = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
     return {"said": said, "parts": part.tolist(), "patience": patience}
 
@@ -321,7 +321,7 @@ SCENARIOS = (agreement, preview, curve, slow, coverage, stopped, not_a_number, d
 def main() -> None:
     """Plays all scenarios, one after the other."""
     folder = Path(sys.argv[1])
-    distributed.start(TrainingConfig(cpu=True))
+    distributed.start(cpu=True)
     for scenario in SCENARIOS:
         report = scenario(folder / scenario.__name__)
         (folder / f"{scenario.__name__}_{RANK}.json").write_text(json.dumps(report), encoding="utf-8")

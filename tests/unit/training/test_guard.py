@@ -10,18 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_hf import distributed
-from ddpm_hf.distributed import StopWatcher
 from ddpm_hf.training.optim import NonFiniteGuard, NonFiniteTraining, check_finite
 from ddpm_hf.training.run_dir import RunLock
 
 FINITE, NONFINITE = torch.tensor(False), torch.tensor(True)
-
-
-@pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def in_child(action: Callable[[], None]) -> int:
@@ -113,72 +105,6 @@ def test_a_lock_is_never_a_file_that_a_link_leads_to(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic link"):
         RunLock(tmp_path / "run")
     assert (tmp_path / "precious").read_text() == "precious"
-
-
-# -------------------------------------------------------------------------------------------------------- signals
-
-
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
-def test_a_signal_is_noted_and_the_step_goes_on(number: signal.Signals, exit_code: int) -> None:
-    with StopWatcher() as watcher:
-        assert watcher.exit_code_if_stopped() == 0
-        os.kill(os.getpid(), number)
-        assert watcher.exit_code_if_stopped() == exit_code
-        assert watcher.exit_code_if_stopped() == exit_code, "it stays noted"
-
-
-def test_the_first_signal_decides_the_exit_code() -> None:
-    with StopWatcher() as watcher:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert watcher.exit_code_if_stopped() == 130
-
-
-def test_the_old_handlers_come_back_even_after_an_error() -> None:
-    before = {number: signal.getsignal(number) for number in distributed.STOP_SIGNALS}
-    with pytest.raises(RuntimeError, match="in a step"), StopWatcher():
-        assert all(signal.getsignal(number) != before[number] for number in before)
-        raise RuntimeError("in a step")
-    assert {number: signal.getsignal(number) for number in before} == before
-
-
-def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long enough after the first; sooner it is the same request, which a launcher has passed on once more."""
-
-    def send_two(pause: float) -> None:
-        monkeypatch.setattr(distributed, "_SAME_REQUEST_SECONDS", pause)
-        with StopWatcher() as watcher:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-            os._exit(watcher.exit_code_if_stopped())
-
-    assert in_child(lambda: send_two(pause=-1)) == -signal.SIGTERM
-    assert in_child(lambda: send_two(pause=100)) == 143
-
-
-@pytest.mark.parametrize("name", ["LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"])
-def test_a_launcher_that_went_away_stops_the_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """accelerate launch does not pass SIGTERM on; what is left is a child without a parent."""
-    monkeypatch.setenv(name, "0")
-    with StopWatcher() as watcher:
-        assert watcher.exit_code_if_stopped() == 0
-        monkeypatch.setattr(os, "getppid", lambda: 1)
-        assert watcher.exit_code_if_stopped() == 143
-
-
-def test_a_launcher_that_went_away_while_the_data_were_decoded_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is before the first step, so before anything watches."""
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(os, "getppid", lambda: 1)
-    with StopWatcher() as watcher:
-        assert watcher.exit_code_if_stopped() == 143
-
-
-def test_without_a_launcher_a_parent_that_went_away_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is what nohup and a closed terminal look like."""
-    with StopWatcher() as watcher:
-        monkeypatch.setattr(os, "getppid", lambda: 1)
-        assert watcher.exit_code_if_stopped() == 0
 
 
 # ----------------------------------------------------------------------------------------------------- non-finite

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 
 from ddpm_hf import distributed
-from ddpm_hf.config import TrainingConfig
 from ddpm_hf.training.meter import Meter, finite_or_none, peak_memory_mib
 from tests.conftest import run_process
 
@@ -21,7 +20,7 @@ FINITE, NONFINITE = torch.tensor(False), torch.tensor(True)
 
 @pytest.fixture
 def accelerator() -> Accelerator:
-    return distributed.start(TrainingConfig(cpu=True))
+    return distributed.start(cpu=True)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ddpm_hf import distributed
-from ddpm_hf.config import ObjectiveConfig, TrainingConfig
+from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.training.loss import DenoisingLoss
 from tests.conftest import tiny_unet
@@ -131,10 +131,9 @@ def test_a_half_precision_prediction_is_compared_in_float32(dtype: torch.dtype) 
 
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize(("mixed_precision", "inside"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_only_the_network_runs_in_half_precision(mixed_precision: str, inside: torch.dtype) -> None:
+def test_only_the_network_runs_in_half_precision(mixed_precision: Any, inside: torch.dtype) -> None:
     """The network is prepared as the trainer does it; noising, target, loss and gradients stay float32."""
-    config = TrainingConfig(mixed_precision=mixed_precision, cpu=True)  # type: ignore[arg-type]
-    accelerator = distributed.start(config)
+    accelerator = distributed.start(mixed_precision=mixed_precision, cpu=True)
     unet = tiny_unet(10)
     model = accelerator.prepare(unet)
     seen: dict[str, torch.dtype] = {}
@@ -280,9 +279,9 @@ def test_what_is_fed_back_is_what_the_pipeline_feeds_back(options: dict[str, Any
 
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("mixed_precision", ["bf16", "fp32"])
-def test_feedback_leaves_every_parameter_its_gradient(mixed_precision: str) -> None:
+def test_feedback_leaves_every_parameter_its_gradient(mixed_precision: Any) -> None:
     """A forward without gradients must not leave its casts of the weights behind for the one with gradients."""
-    accelerator = distributed.start(TrainingConfig(mixed_precision=mixed_precision, cpu=True))  # type: ignore[arg-type]
+    accelerator = distributed.start(mixed_precision=mixed_precision, cpu=True)
     unet = tiny_unet(10, self_conditioned=True)
     model = accelerator.prepare(unet)
     _, x_0, noise, timesteps = batch_of(4)

@@ -1,0 +1,224 @@
+"""Processes on one machine: what is refused at the start, collectives without a group, stop signals.
+
+Several processes: tests/distributed.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_hf import distributed
+from ddpm_hf.config import ConfigError
+from ddpm_hf.distributed import STOP_SIGNALS, StopWatcher
+
+# ----------------------------------------------------------------------------------------------------------- start
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(("launcher", "configured"), [("fp16", "fp32"), ("bf16", "fp32"), ("fp8", "bf16")])
+def test_another_precision_of_the_launcher_is_refused(
+    monkeypatch: pytest.MonkeyPatch, launcher: str, configured: Any
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    with pytest.raises(
+        ConfigError, match=f"--mixed_precision {launcher}, but training.mixed_precision is {configured};"
+    ):
+        distributed.start(mixed_precision=configured, cpu=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(("launcher", "configured"), [("no", "fp32"), ("no", "bf16"), ("bf16", "bf16"), (None, "bf16")])
+def test_the_same_precision_of_the_launcher_or_none_is_accepted(
+    monkeypatch: pytest.MonkeyPatch, launcher: str | None, configured: Any
+) -> None:
+    if launcher is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    accelerator = distributed.start(mixed_precision=configured, cpu=True)
+    assert accelerator.mixed_precision == {"fp32": "no", "bf16": "bf16"}[configured]
+    assert accelerator.device.type == "cpu"
+    assert accelerator.gradient_accumulation_steps == 1
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_gradient_accumulation_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ConfigError, match=r"--gradient_accumulation_steps 4, .* training.micro_batch_size; set those"):
+        distributed.start(cpu=True)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    distributed.start(cpu=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("cpu", [True, False])
+def test_fp16_without_a_gpu_is_refused(cpu: bool) -> None:
+    with pytest.raises(ConfigError, match=r"fp16 needs a CUDA GPU .* but the device is cpu; use bf16 or fp32"):
+        distributed.start(mixed_precision="fp16", cpu=cpu)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_deterministic_enables_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is restored
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    distributed.start(cpu=True)
+    assert not torch.are_deterministic_algorithms_enabled()
+    distributed.start(cpu=True, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_tf32_reaches_products_and_convolutions(monkeypatch: pytest.MonkeyPatch, is_allowed: bool) -> None:
+    """The settings that GPU kernels read; torch accepts them on a machine without one too."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not is_allowed)  # so that it is restored
+    distributed.set_tf32(is_allowed)
+    assert torch.backends.cuda.matmul.allow_tf32 is is_allowed
+    assert torch.backends.cudnn.allow_tf32 is is_allowed
+    assert torch.get_float32_matmul_precision() == ("high" if is_allowed else "highest")
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tf32_does_not_change_the_arithmetic_of_a_cpu() -> None:
+    distributed.start(tf32=True)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+# ----------------------------------------------------------------------------------------------------- collectives
+
+
+def test_collectives_on_one_process_return_their_input() -> None:
+    value = {"step": 3, "names": ["a", "ö"], "none": None}
+    assert distributed.broadcast_json(value) is value
+    assert distributed.gather_json(value) == [value]
+    assert distributed.on_rank_0(lambda: value) is value
+    tensors = {"a": torch.randn(3), "b": torch.tensor(1)}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    distributed.broadcast_tensors(tensors.values())
+    assert distributed.broadcast_named_tensors(tensors, torch.device("cpu")) is tensors
+    assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+    assert distributed.broadcast_named_tensors(None, torch.device("cpu")) == {}
+    distributed.check_same(tensors)
+    distributed.barrier()
+    array = np.arange(3)
+    distributed.sum_arrays(array)
+    assert array.tolist() == distributed.gather_rows(array).tolist() == [0, 1, 2]
+    assert distributed.reduce(2.5, "sum") == 2.5
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 7])
+@pytest.mark.parametrize("num_items", [0, 1, 7, 20])
+def test_the_parts_of_all_ranks_are_contiguous_and_cover_everything_once(
+    monkeypatch: pytest.MonkeyPatch, num_items: int, num_processes: int
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: num_processes)
+    parts = []
+    for rank in range(num_processes):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(distributed.rank_range(num_items))
+    assert [item for part in parts for item in part] == list(range(num_items))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_an_error_on_one_process_keeps_its_type() -> None:
+    def fail() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        distributed.on_rank_0(fail)
+
+
+# --------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def exit_code_of_child(action: Callable[[], None]) -> int:
+    """Run an action in a child process; return its exit code, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.usefixtures("no_launcher")
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+def test_a_signal_is_remembered_and_the_step_continues(number: signal.Signals, exit_code: int) -> None:
+    with StopWatcher() as watcher:
+        assert watcher.exit_code_if_stopped() == 0
+        os.kill(os.getpid(), number)
+        assert watcher.exit_code_if_stopped() == exit_code
+        assert watcher.exit_code_if_stopped() == exit_code
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_the_first_signal_decides_the_exit_code() -> None:
+    with StopWatcher() as watcher:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watcher.exit_code_if_stopped() == 130
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_the_previous_handlers_are_restored_even_after_an_error() -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with pytest.raises(RuntimeError, match="in a step"), StopWatcher():
+        assert all(signal.getsignal(number) != before[number] for number in before)
+        raise RuntimeError("in a step")
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long enough after the first; sooner it is the same request, which a launcher has passed on once more."""
+
+    def send_two(pause: float) -> None:
+        monkeypatch.setattr(distributed, "_SAME_REQUEST_SECONDS", pause)
+        with StopWatcher() as watcher:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(watcher.exit_code_if_stopped())
+
+    assert exit_code_of_child(lambda: send_two(pause=-1)) == -signal.SIGTERM
+    assert exit_code_of_child(lambda: send_two(pause=100)) == 143
+
+
+@pytest.mark.usefixtures("no_launcher")
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"])
+def test_a_launcher_that_went_away_stops_the_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """`accelerate launch` does not pass SIGTERM on; the worker is left without its parent."""
+    monkeypatch.setenv(name, "0")
+    with StopWatcher() as watcher:
+        assert watcher.exit_code_if_stopped() == 0
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert watcher.exit_code_if_stopped() == 143
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_a_launcher_that_went_away_while_the_data_were_decoded_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with StopWatcher() as watcher:
+        assert watcher.exit_code_if_stopped() == 143
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_without_a_launcher_a_parent_that_went_away_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with nohup or a closed terminal."""
+    with StopWatcher() as watcher:
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert watcher.exit_code_if_stopped() == 0
