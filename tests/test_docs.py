@@ -199,6 +199,16 @@ def test_the_commands_of_a_document_run(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("reader")
+def test_the_errors_that_the_training_document_shows_are_errors() -> None:
+    shown = re.findall(
+        r"^\$ python train_ddpm\.py (.*)\nerror: ", text_of(REPOSITORY / "docs/training.md"), re.MULTILINE
+    )
+    assert shown
+    for arguments in shown:
+        assert cli.main(["train", *shlex.split(arguments)]) == 2
+
+
+@pytest.mark.usefixtures("reader")
 def test_the_commands_of_the_recipes_are_accepted() -> None:
     for recipe in RECIPES:
         (line,) = re.findall(r"^# Command: +(.*)$", text_of(recipe), re.MULTILINE)
