@@ -17,7 +17,8 @@ from ddpm_hf.training.checkpoint import find_latest
 from ddpm_hf.training.optim import learning_rate_at
 from tests.conftest import run_arguments, run_process, tiny_unet
 from tests.distributed import worker
-from tests.integration.test_training import assert_same_run, loss_columns, metrics_of, tensors_of
+from tests.distributed.ranks import two_ranks
+from tests.runs import assert_same_run, loss_columns, metrics_of, tensors_of
 from tests.unit.data.helpers import encode, write_parquet
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -142,8 +143,8 @@ def test_a_run_goes_on_with_more_processes_and_with_fewer_and_leaves_no_image_ou
     assert latest.step == 8, "the ranks agree on a stop one step after the signal"
     changes, seen, whole = worker.COVERAGE | {"data__source": folder / "few.parquet"}, list[str](), list[str]()
     worker.train(folder / "coverage", changes, worker.recording(seen))
-    assert "The run was on 2 processes and is now on 1: it goes on with the same images" in caplog.text
-    assert played.stderr.count("The run was on 1 process and is now on 2: it goes on with the same images") == 1
+    assert "The run used 2 processes and now uses 1. It continues with the same images" in caplog.text
+    assert played.stderr.count("The run used 1 process and now uses 2. It continues with the same images") == 1
     worker.train(folder / "whole", changes, worker.recording(whole))
 
     shares = np.array([report["seen"] for report in two]).reshape(2, 4, 4)  # rank, step, image
@@ -247,7 +248,7 @@ def test_a_rank_without_memory_for_a_preview_costs_the_preview_alone(
 ) -> None:
     assert [report["drawn"] for report in reports_of(folder, "preview")] == [[True, False], [False, False]]
     assert not (folder / "preview" / "none.png").exists()
-    assert played.stderr.count("No memory for the preview; training goes on. Lower preview.num_images.") == 1
+    assert played.stderr.count("No memory for the preview; training continues. Lower preview.num_images.") == 1
 
 
 def test_previews_of_a_run_are_those_of_one_process(folder: Path, alone: dict[str, Path]) -> None:
@@ -263,12 +264,21 @@ def test_previews_of_a_run_are_those_of_one_process(folder: Path, alone: dict[st
 # ------------------------------------------------------------------------------------------- a user's mistakes
 
 
-def test_a_users_mistake_is_told_once_and_no_rank_hangs(tmp_path: Path) -> None:
+def errors_of_two_ranks(arguments: list[str], folder: Path) -> list[str]:
+    """Return the error lines of both ranks of a run that ends with an error on each."""
+    with two_ranks(arguments, folder) as ranks:
+        for rank in ranks:
+            rank.join()
+            assert rank.exitcode not in (0, None)
+    printed = [(folder / f"log_{rank}.err").read_text(encoding="utf-8") for rank in (0, 1)]
+    return [line for text in printed for line in text.splitlines() if line.startswith("error: ")]
+
+
+def test_a_users_mistake_is_printed_once_and_no_rank_hangs(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")
-    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run")])
-    assert result.returncode != 0
-    assert result.stderr.count("error: training.output_dir") == 1
+    (error,) = errors_of_two_ranks(run_arguments(tmp_path / "run"), tmp_path)
+    assert error.startswith("error: training.output_dir")
     assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
 
 
@@ -282,11 +292,9 @@ def test_an_image_that_one_rank_alone_cannot_read_is_named_by_it_once(tmp_path: 
     arguments = run_arguments(
         tmp_path / "run", data__source=tmp_path / "data", model__class_conditional=False, **changes
     )
-    result = run_process([*TORCHRUN, *arguments])
-    assert result.returncode != 0
-    (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert sentence.startswith("error: rank 1: row 1 of train-1-of-2.parquet of the stream of ")
-    assert sentence.endswith("; repair or remove it, or set data.on_bad_image to skip.")
+    (error,) = errors_of_two_ranks(arguments, tmp_path)
+    assert error.startswith("error: rank 1: row 1 of train-1-of-2.parquet of the stream of ")
+    assert error.endswith("; repair or remove it, or set data.on_bad_image to skip.")
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused_with_numbers_that_work(folder: Path) -> None:
