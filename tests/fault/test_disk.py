@@ -124,7 +124,9 @@ def test_a_run_whose_folder_was_given_to_another_leaves_it_alone(
 
     at_step(3, take_its_place, monkeypatch)
     assert train(run_arguments(run, training__log_every_steps=100)) == 2
-    expected = "another process is training in" if is_running else "now holds something else (theirs), which is left untouched"
+    expected = (
+        "another process is training in" if is_running else "now holds something else (theirs), which is left untouched"
+    )
     assert expected in capsys.readouterr().err
     assert {path.name for path in run.iterdir()} == ({".lock"} if is_running else {"theirs"})
     for lock in locks:

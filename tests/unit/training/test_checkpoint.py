@@ -420,7 +420,7 @@ def test_damaged_newer_checkpoints_are_named_and_older_ones_not_read(tmp_path: P
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_zero(tmp_path: Path) -> None:
     for path in write_steps(tmp_path, 2, 4):
         flip_a_bit(path)
-    with pytest.raises(CheckpointError, match="step_00000004: unet/weights is.*; step_00000002: unet/weights is"):
+    with pytest.raises(CheckpointError, match=r"step_00000004: unet/weights is.*; step_00000002: unet/weights is"):
         find_latest(tmp_path)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm_hf.config import ObjectiveConfig
-from ddpm_hf.rng import NOISE_BLOCK_SIZE, normal_by_position
+from ddpm_hf.rng import normal_by_position
 from ddpm_hf.training.loss import assign_noise, draw_noise
 
 SHAPE, CPU = torch.Size([2, 4, 4]), torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 from numpy.polynomial.legendre import leggauss
 from numpy.typing import NDArray
 
-from ddpm_hf.training.ema import MAX_SIGMA_REL, combine, power_decay_at, gamma_of, profile_product
+from ddpm_hf.training.ema import MAX_SIGMA_REL, combine, gamma_of, power_decay_at, profile_product
 
 NODES, WEIGHTS = leggauss(200)
 
