@@ -755,7 +755,8 @@ def save_preview(
         unet, sampler, class_names=class_names, has_null_label=has_null_label, self_conditioned=self_conditioned
     )
     pipeline.set_progress_bar_config(disable=True)
-    images = _sample_preview(pipeline, config, seed)
+    labels = None if class_names is None else torch.arange(config.num_images) % len(class_names)
+    images = _sample_preview(pipeline, config, seed, labels)
     if distributed.rank() != 0:
         return False
     if images is None:
@@ -771,11 +772,12 @@ def save_preview(
     return False
 
 
-def _sample_preview(pipeline: GaussianDiffusionPipeline, config: PreviewConfig, seed: int) -> NDArray[np.uint8] | None:
+def _sample_preview(
+    pipeline: GaussianDiffusionPipeline, config: PreviewConfig, seed: int, labels: torch.Tensor | None
+) -> NDArray[np.uint8] | None:
     """Collective: return uint8 images (number, height, width, channels), or None if memory is full on a rank."""
-    unet, class_names = pipeline.unet, pipeline.config["class_names"]
+    unet = pipeline.unet
     images = np.zeros((config.num_images, *image_size(unet), pipeline.num_channels), np.uint8)
-    labels = None if class_names is None else torch.arange(config.num_images) % len(class_names)
     was_training = unet.training
     unet.eval()
     try:

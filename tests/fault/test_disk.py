@@ -171,7 +171,7 @@ def test_a_disk_without_room_for_checkpoints_is_refused_before_training(
 SMALL_DISK = """
 import os, subprocess, sys
 from pathlib import Path
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from ddpm_hf.training.checkpoint import find_latest
 from tests.conftest import run_arguments
 disk, num_kept = Path(sys.argv[1]), sys.argv[2]

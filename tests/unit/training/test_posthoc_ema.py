@@ -96,7 +96,7 @@ def test_the_command_makes_the_pipeline_and_says_how_exact_it_is(
     assert main(["ema", str(run), "--length", "0.1", "--step", "10"]) == 0
     assert (run / "pipeline_ema_0.100_step_00000010" / "model_index.json").is_file()
     assert main(["ema", str(run), "--length", "0.08"]) == 2
-    assert "pipeline_ema_0.080 is already there; remove it" in capsys.readouterr().err
+    assert "pipeline_ema_0.080 already exists; remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

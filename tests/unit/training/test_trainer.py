@@ -165,6 +165,13 @@ def test_a_preview_has_one_column_per_class_in_the_shape_of_the_images(tmp_path:
     assert width / 3 > height / 2 * 1.8
 
 
+def test_a_preview_of_an_unconditional_network_is_about_square(tmp_path: Path) -> None:
+    config = PreviewConfig(num_images=9, num_inference_steps=1)
+    assert save_preview(tmp_path / "grid.png", tiny_unet(), GaussianDiffusionScheduler(), config, 0, None, False)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size[0] == grid.size[1]
+
+
 def test_a_preview_without_memory_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     unet = preview_unet()
 
