@@ -63,18 +63,20 @@ def test_a_push_that_is_not_possible_is_reported_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.parametrize("waits", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_running_push_ends_with_the_training(
-    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, waits: bool
 ) -> None:
-    """As after Ctrl-C, which the push does not receive itself; its temporary files do not stay."""
-    old = tmp_path / "hub" / "temporary" / "of a training that was killed"
-    old.mkdir(parents=True)
+    """As after Ctrl-C, which the push does not receive itself; the temporary files that it made by then do not stay."""
+    temporary = tmp_path / "hub" / "temporary"
+    (temporary / "of a training that was killed").mkdir(parents=True)
     make_pipeline("plain").save_pretrained(tmp_path / "run" / "pipeline")
     with BackgroundPush(HubConfig(push_to_hub=True, repo_id="birds"), tmp_path / "hub") as pushing:
         pushing.start(tmp_path / "run", 7)
-        assert not old.exists()
-        while not list((tmp_path / "hub" / "temporary").glob("ddpm-hf-push-*")):
+        assert list(temporary.iterdir()) == []
+        if not waits:
+            (temporary / "ddpm-hf-push-of-this-process").mkdir()
+        while not list(temporary.glob("ddpm-hf-push-*")):
             assert not pushing.is_free()
             time.sleep(0.05)
     assert "The push of step 7 was stopped" in caplog.text
