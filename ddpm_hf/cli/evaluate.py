@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from argparse import SUPPRESS, ArgumentTypeError
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,6 +83,7 @@ class DataFlags:
         data_on_bad_image: error or skip.
         data_max_bad_fraction: Largest fraction of unreadable images.
         data_cache_dir: Folder for decoded images.
+        data_streaming: Must be false, since an evaluation needs all images.
         split_seed: training.seed of the run, which chose its validation set; by default that of the run, or 0.
     """
 
@@ -103,6 +104,7 @@ class DataFlags:
     data_on_bad_image: str = _DATA.on_bad_image
     data_max_bad_fraction: float = _DATA.max_bad_fraction
     data_cache_dir: str | None = None
+    data_streaming: Literal["true", "false"] = "false"
     split_seed: int | None = None
 
 
@@ -170,7 +172,7 @@ class EvaluateFlags(ModelFlags, DataFlags, MeasuringFlags, SamplingFlags):
         given = {
             field.name.removeprefix("data_"): getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name.startswith("data_")
+            if field.name.startswith("data_") and field.name != "data_streaming"
         }
         given |= {name: default for name, default in defaults.items() if given[name] is None}
         config = DataConfig(source=self.data, **given)
@@ -190,8 +192,12 @@ def parse(arguments: Sequence[str]) -> EvaluateFlags:
         "resumes an evaluation that was stopped.",
         epilog="Example: ddpm-hf evaluate outputs/digits --data data/digits.parquet --metrics bits_per_dim",
     )
-    parser.add_argument("--data.streaming", dest="streaming", nargs="?", const="true", default="false", help=SUPPRESS)
     flags = read_flags(parser, EvaluateFlags, arguments)
+    if flags.data_streaming == "true":
+        raise ConfigError(
+            "--data.streaming true keeps no images to compare with; remove it, and set --data.cache_dir to a disk with "
+            "room for all of them."
+        )
     flags.check_sampling()
     return flags
 
