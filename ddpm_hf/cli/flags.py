@@ -196,7 +196,7 @@ class SamplingFlags:
         Raises:
             ConfigError: A label does not exist.
         """
-        from ddpm_hf.diffusion.sampling import label_numbers
+        from ddpm_hf.diffusion.pipeline import label_numbers
 
         if self.labels is None:
             return list(range(pipeline.num_classes)) or None

@@ -454,7 +454,6 @@ def _prepare(flags: SampleFlags, model: Path | None, images: list[ImageArray], m
     """Load the model, and check everything before a folder is created."""
     import torch
 
-    from ddpm_hf.diffusion.denoising import Run
     from ddpm_hf.diffusion.editing import start_level
     from ddpm_hf.evaluation.generate import Sampler, image_shape
     from ddpm_hf.rng import plain_generators
@@ -478,21 +477,15 @@ def _prepare(flags: SampleFlags, model: Path | None, images: list[ImageArray], m
         call["num_inference_steps"] = min(250, len(pipeline.scheduler))  # the default of `inpaint`
     pictures = pictures_of(flags, pipeline)
     label = None if pictures[0].label is None else [pictures[0].label]
-    run = Run(
-        pipeline,
-        1,
-        class_labels=label,
-        generator=plain_generators([pictures[0].seed]),
-        output_type="uint8",
-        **call,
-    )
+    generator = plain_generators([pictures[0].seed])
+    num_steps = pipeline.check_inputs(class_labels=label, generator=generator, output_type="uint8", **call)
     if flags.image and not flags.mask:
-        start_level(flags.strength or STRENGTH, len(run.timesteps))
+        start_level(flags.strength or STRENGTH, num_steps)
     return _Work(
         flags=flags,
         pipeline=pipeline,
         pictures=pictures,
-        num_steps=len(run.timesteps),
+        num_steps=num_steps,
         starts=np.stack(fitted) if fitted else None,
         masks=np.stack(covers) if covers else None,
         call=call,

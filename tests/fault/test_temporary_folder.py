@@ -21,7 +21,7 @@ def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[sig
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def fail(number: int, _: object) -> None:
-        raise AssertionError(f"{signal.Signals(number).name} came where nothing was installed for it")
+        raise AssertionError(f"{signal.Signals(number).name} arrived where no handler was installed")
 
     old_handlers = {number: signal.signal(number, fail) for number in ENDING}
     yield dict.fromkeys(ENDING, fail)
@@ -70,7 +70,7 @@ def test_a_signal_at_any_moment_leaves_nothing_behind(
 
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
-    """Shells let programs in the background ignore Ctrl-C."""
+    """Programs that a shell starts in the background ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with temporary_folder("mine-"):
         signal.raise_signal(signal.SIGINT)
