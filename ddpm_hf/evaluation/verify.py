@@ -34,9 +34,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.diffusion.folder import LIST_FORM, stock_pipeline_samples
 from ddpm_hf.diffusion.images import image_size
-from ddpm_hf.diffusion.pipeline import PORTABLE_FILES
+from ddpm_hf.diffusion.saved_folder import LIST_FORM, PORTABLE_FILES, stock_pipeline_samples
 from ddpm_hf.files import write_text
 from ddpm_hf.redaction import reason_of
 from ddpm_hf.rng import torch_generator
