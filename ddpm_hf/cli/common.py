@@ -155,7 +155,7 @@ def find_folder(name: str, revision: str | None = None) -> Path | None:
         revision: Revision of the repository, which a folder does not have.
 
     Raises:
-        ConfigError: The folder contains no pipeline, the name is neither a folder nor a valid repository id, or a
+        ConfigError: The folder holds no pipeline, the name is neither a folder nor a valid repository id, or a
             revision is given for a folder.
     """
     folder = Path(name).expanduser()
@@ -172,8 +172,8 @@ def find_folder(name: str, revision: str | None = None) -> Path | None:
                 raise ConfigError(f"--revision is for Hub repositories, but {name} is a local folder; remove it.")
             return candidate
     if (folder / CHECKPOINTS_DIR).is_dir():
-        raise ConfigError(f"{folder} contains an unfinished run; finish it with the command that started it.")
-    raise ConfigError(f"{folder} contains no pipeline ({MODEL_INDEX}); give the folder that training saved.")
+        raise ConfigError(f"{folder} holds an unfinished run; finish it with the command that started it.")
+    raise ConfigError(f"{folder} holds no pipeline ({MODEL_INDEX}); give the folder that training saved.")
 
 
 def load_pipeline(name: str, folder: Path | None, **options: Any) -> "GaussianDiffusionPipeline":
@@ -204,7 +204,7 @@ def load_pipeline(name: str, folder: Path | None, **options: Any) -> "GaussianDi
     except Exception as error:  # diffusers, safetensors and httpx raise many types
         if folder is None:
             raise ConfigError(f"{name} {_hub_reason(error, options.get('revision'))}") from error
-        raise ConfigError(f"{name} contains no pipeline that can be loaded: {reason_of(error)}.") from error
+        raise ConfigError(f"{name} holds no pipeline that can be loaded: {reason_of(error)}.") from error
     assert isinstance(pipeline, GaussianDiffusionPipeline)
     return pipeline
 
@@ -227,7 +227,7 @@ def download_folder(name: str, revision: str | None = None) -> Path:
     """Return a local copy of the files of a pipeline on the Hub.
 
     Raises:
-        ConfigError: It cannot be downloaded, or contains no pipeline.
+        ConfigError: It cannot be downloaded, or holds no pipeline.
     """
     from huggingface_hub import snapshot_download
 

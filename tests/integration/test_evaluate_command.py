@@ -265,7 +265,7 @@ def test_a_conditional_network_needs_labels_for_its_bound(
 
 
 def test_a_folder_without_a_pipeline_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert f"{tmp_path} contains no pipeline (model_index.json)" in complaint(capsys, tmp_path, *QUICK)
+    assert f"{tmp_path} holds no pipeline (model_index.json)" in complaint(capsys, tmp_path, *QUICK)
     assert "is not a local folder; give --output" in complaint(capsys, "user/model", *QUICK)
 
 

@@ -320,8 +320,8 @@ def test_only_pickles_and_broken_folders_are_refused(tmp_path: Path, capsys: pyt
     assert "has no weights in the safetensors format" in complaint(capsys, tmp_path / "pickled", tmp_path / "a")
     broken = save(tmp_path / "broken")
     (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"short")
-    assert f"{broken} contains no pipeline that can be loaded: " in complaint(capsys, broken, tmp_path / "a")
-    assert "contains no pipeline (model_index.json)" in complaint(capsys, tmp_path, tmp_path / "a")
+    assert f"{broken} holds no pipeline that can be loaded: " in complaint(capsys, broken, tmp_path / "a")
+    assert "holds no pipeline (model_index.json)" in complaint(capsys, tmp_path, tmp_path / "a")
 
 
 def test_a_stock_folder_of_an_early_release_is_sampled(tmp_path: Path) -> None:
