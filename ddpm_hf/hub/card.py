@@ -76,7 +76,7 @@ _LOSSES = {
 }
 _SETTINGS = {
     "Network preset": "model.preset",
-    "Initialization": "model.initialization",
+    "Weight initialization": "model.initialization",
     "Resolution": "data.resolution",
     "Random horizontal flip": "data.random_flip",
     "Loss weighting": "objective.weighting",
@@ -671,7 +671,8 @@ def _hyperparameters(facts: Facts) -> list[tuple[str, Any]]:
     if isinstance(seen, int):
         epochs = f" ({seen / count:.3g} epochs)" if isinstance(count, int) and count > 0 else ""
         rows.append(("Images seen", f"{seen:,}{epochs}"))
-    rows.append(("Final training loss", facts.measured("loss")))
+    if isinstance(loss := facts.measured("loss"), float):
+        rows.append(("Final training loss", f"{loss:.4g}"))
     if device := facts.measured("device"):
         count = facts.measured("num_processes")
         rows.append(("Hardware", f"{count} x {device}" if isinstance(count, int) and count > 1 else device))

@@ -460,7 +460,7 @@ def test_without_the_comment_the_text_stays_and_the_metadata_is_updated(folder_o
 
 
 @pytest.mark.parametrize("head", ["", "---\n\"license\": other\n'tags': art\nlanguage: [en, de]\n---\n"])
-def test_a_card_of_somebody_else_keeps_every_byte_of_its_text(head: str, folder_of: Folder) -> None:
+def test_a_card_without_the_comment_keeps_every_byte_of_its_text(head: str, folder_of: Folder) -> None:
     body = "\n# Mine  \r\n\n\t\n---\n\nthe end"
     new = card_of(folder_of(evaluation__json=evaluation(FID)), head + body)
     assert new.text.endswith(f"---\n{body}")
@@ -554,7 +554,7 @@ LINES = st.sampled_from([
 
 @settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(lines=st.lists(LINES, max_size=10), line_break=st.sampled_from(["\n", "\r\n"]))
-def test_no_text_that_somebody_wrote_is_ever_lost(lines: list[str], line_break: str, pipelines: Path) -> None:
+def test_no_text_of_an_edited_card_is_ever_lost(lines: list[str], line_break: str, pipelines: Path) -> None:
     body = line_break.join(["# Mine", *lines])
     assert card_of(pipelines / "plain", body).text.endswith(body)
     with_head = line_break.join(["---", *lines, "---", "# Mine"])
