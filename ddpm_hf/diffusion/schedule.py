@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-"""The schedules that every scheduler of diffusers knows by name."""
+"""The schedules that every scheduler of diffusers supports by name."""
 LARGEST_BETA = 0.999
 """Limit for schedules defined by alpha_bar, which may fall to 0. Section 3.2, Nichol and Dhariwal 2021."""
 SMALLEST_BETA = 1e-12
