@@ -116,7 +116,7 @@ def check_parts(index: Mapping[str, Any]) -> None:
 def check_shards(folder: Path) -> None:
     """Raise a ValueError if an index of sharded safetensors weights names other files.
 
-    diffusers chooses the format of a shard by its name, whatever the value of `use_safetensors`: it reads .bin as a pickle.
+    diffusers chooses the format of a shard by its name, regardless of `use_safetensors`: it reads .bin as a pickle.
 
     Args:
         folder: Folder of a pipeline or of one of its parts.
