@@ -20,7 +20,13 @@ SETUP = configparser.ConfigParser()
 SETUP.read(REPOSITORY / "setup.cfg")
 
 # What a library is called in an import, where that is not its name.
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn", "torch-fidelity": "torch_fidelity"}
+IMPORT_NAMES = {
+    "opencv-python-headless": "cv2",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "torch-fidelity": "torch_fidelity",
+}
 # The floors that have a reason: security (SECURITY.md says which), the contract on saved folders, or a function.
 FLOORS = {
     "torch": "2.10",

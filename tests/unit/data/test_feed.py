@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data import DataError, ImageFeed, ImageSet, SampleOrder, normalize, to_uint8
+from ddpm_hf.data import DataError, ImageLoader, ImageSet, SampleOrder, normalize, to_uint8
 from ddpm_hf.data.decode import cut_out
 from tests.unit.data.helpers import RANDOM, SHAPES, encode, open_source, unequal, write_files
 
@@ -72,7 +72,8 @@ def test_the_same_samples_come_from_the_disk_and_from_the_device(
     """Bit for bit, over the end of two epochs."""
     images = image_set(dtype, crop_size)
     feeds = [
-        ImageFeed(images, DataConfig(device_resident=is_resident, **settings), 5, CPU) for is_resident in (False, True)
+        ImageLoader(images, DataConfig(device_resident=is_resident, **settings), 5, CPU)
+        for is_resident in (False, True)
     ]
     assert [feed.is_resident for feed in feeds] == [False, True]
     for start, stop in ((0, 8), (25, 70)):
@@ -88,7 +89,7 @@ def test_a_sample_is_the_image_that_the_order_says_cropped_and_mirrored_as_it_sa
     """Image by image, from the definition."""
     images, order = image_set(np.uint8, (4, 5)), SampleOrder(30, seed=5)
     assert isinstance(images.images, np.ndarray)
-    feed = ImageFeed(images, DataConfig(crop=crop, random_flip=True), 5, CPU)  # type: ignore[arg-type]
+    feed = ImageLoader(images, DataConfig(crop=crop, random_flip=True), 5, CPU)  # type: ignore[arg-type]
     samples, labels = feed.samples(20, 50)
     assert labels is not None
     for number, sample in enumerate(range(20, 50)):
@@ -105,22 +106,22 @@ def test_a_sample_is_the_image_that_the_order_says_cropped_and_mirrored_as_it_sa
 
 def test_unequal_images_are_fed_in_their_crops() -> None:
     images, _ = unequal(SHAPES)
-    feed = ImageFeed(images, DataConfig(crop="random", random_flip=True), 0, CPU)
+    feed = ImageLoader(images, DataConfig(crop="random", random_flip=True), 0, CPU)
     samples, _ = feed.samples(0, 12)
     assert samples.shape == (12, 3, 4, 5)
-    again, _ = ImageFeed(images, DataConfig(crop="random", random_flip=True), 0, CPU).samples(5, 7)
+    again, _ = ImageLoader(images, DataConfig(crop="random", random_flip=True), 0, CPU).samples(5, 7)
     assert torch.equal(samples[5:7], again)
 
 
 def test_unequal_images_cannot_be_kept_on_the_device() -> None:
     images, _ = unequal(SHAPES)
     with pytest.raises(DataError, match=r"data\.device_resident needs images of one size, .*; set it to false"):
-        ImageFeed(images, DataConfig(crop="random", device_resident=True), 0, CPU)
-    assert not ImageFeed(images, DataConfig(crop="random"), 0, CPU).is_resident
+        ImageLoader(images, DataConfig(crop="random", device_resident=True), 0, CPU)
+    assert not ImageLoader(images, DataConfig(crop="random"), 0, CPU).is_resident
 
 
 def test_images_stay_in_their_file_on_the_cpu_unless_asked() -> None:
-    assert not ImageFeed(image_set(np.uint8, None), DataConfig(), 0, CPU).is_resident
+    assert not ImageLoader(image_set(np.uint8, None), DataConfig(), 0, CPU).is_resident
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -129,7 +130,7 @@ def test_a_file_becomes_what_the_network_sees(tmp_path: Path, bits: int) -> None
     white = np.full((4, 4), 2**bits - 1, np.uint8 if bits == 8 else np.uint16)
     folder = write_files(tmp_path / "x", {"a.png": encode(white), "b.png": encode(white * 0)})
     images = open_source(folder, tmp_path / "cache")
-    samples, _ = ImageFeed(images, DataConfig(), 0, CPU).samples(0, 2)
+    samples, _ = ImageLoader(images, DataConfig(), 0, CPU).samples(0, 2)
     assert sorted(samples.unique().tolist()) == [-1.0, 1.0]
 
 
@@ -139,9 +140,9 @@ def test_a_file_becomes_what_the_network_sees(tmp_path: Path, bits: int) -> None
 def test_a_gpu_is_fed_what_the_cpu_is(dtype: type, settings: dict[str, Any]) -> None:
     """From the disk and from its own memory, which "auto" chooses; to the rounding of a fused division."""
     images, gpu = image_set(dtype, (4, 5)), torch.device("cuda")
-    expected, _ = ImageFeed(images, DataConfig(**settings), 5, CPU).samples(20, 50)
+    expected, _ = ImageLoader(images, DataConfig(**settings), 5, CPU).samples(20, 50)
     for is_resident in ("auto", False):
-        feed = ImageFeed(images, DataConfig(device_resident=is_resident, **settings), 5, gpu)  # type: ignore[arg-type]
+        feed = ImageLoader(images, DataConfig(device_resident=is_resident, **settings), 5, gpu)  # type: ignore[arg-type]
         assert feed.is_resident == (is_resident == "auto")
         samples, labels = feed.samples(20, 50)
         assert labels is not None

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ddpm_hf.cli.main import main
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data import ImageFeed, ImageSet, open_sets, summarize
+from ddpm_hf.data import ImageLoader, ImageSet, open_sets, summarize
 from tests.conftest import DIGITS
 from tests.unit.data.helpers import RANDOM, RGB, encode, write_files
 
@@ -107,7 +107,7 @@ def test_the_samples_are_those_of_a_run_that_holds_some_out(tmp_path: Path, sour
     cpu = torch.device("cpu")
     training, _ = open_sets(config, with_labels=False, seed=3, rank=0, num_processes=1, device=cpu)
     assert isinstance(training, ImageSet)
-    samples, _ = ImageFeed(training, config, 3, cpu).samples(0, 30)
+    samples, _ = ImageLoader(training, config, 3, cpu).samples(0, 30)
     shown = summarize(config, with_labels=False, seed=3, num_samples=30).samples
     assert np.array_equal(shown, ((samples + 1) * 127.5).round().numpy().transpose(0, 2, 3, 1))
 
