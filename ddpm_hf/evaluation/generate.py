@@ -41,9 +41,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.diffusion.denoising import Run
 from ddpm_hf.diffusion.images import image_size, to_images
-from ddpm_hf.diffusion.sampling import nearest
+from ddpm_hf.diffusion.pipeline import did_you_mean
 from ddpm_hf.distributed import ALONE, Ranks
 from ddpm_hf.files import write_text, write_whole
 from ddpm_hf.plots import UInt8Array
@@ -193,7 +192,7 @@ class Sampler:
         Raises:
             ValueError: The settings do not fit the model, the scheduler or each other.
         """
-        return len(Run(pipeline, 1, **self._call(pipeline, 0, range(1))).timesteps)
+        return pipeline.check_inputs(**self._call(pipeline, 0, range(1)))
 
     def _call(self, pipeline: GaussianDiffusionPipeline, seed: int, indices: range) -> dict[str, Any]:
         """Returns the keyword arguments of the pipeline for some images."""
@@ -231,7 +230,7 @@ def scheduler_class(name: str) -> Any:
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         names = [one for one in dir(diffusers) if one.endswith("Scheduler")]
         known = [GaussianDiffusionScheduler.__name__, *(one for one in names if _runs_ddpm(getattr(diffusers, one)))]
-        meant = nearest(name, known, cutoff=0.8)  # all names end alike, so any two are a little similar
+        meant = did_you_mean(name, known, cutoff=0.8)  # all names end alike, so any two are a little similar
         raise ValueError(
             f"scheduler is {name}, which diffusers {diffusers.__version__} does not have{meant}; give a "
             "name such as DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler."

@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from ddpm_hf.data import ImageSet, normalize
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler, gaussian
-from ddpm_hf.diffusion.forward_process import check_signal
-from ddpm_hf.diffusion.noise_schedule import Transition
+from ddpm_hf.diffusion.schedule import Transition
 from ddpm_hf.distributed import ALONE, Ranks
 from ddpm_hf.rng import normal_by_position, numpy_generator
 
@@ -72,7 +71,7 @@ class Chain:
         scheduler.set_timesteps(timesteps=chosen)
         self.scheduler = scheduler
         self.transitions: list[Transition] = scheduler.noise_schedule.transitions(chosen)
-        check_signal(self.transitions[0], scheduler.config.prediction_type)
+        scheduler.check_signal(self.transitions[0])
         self.device: torch.device = pipeline.unet.device
         self.dtype = torch.promote_types(torch.float32, pipeline.unet.dtype)
         self._unet = pipeline.unet

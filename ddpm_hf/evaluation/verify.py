@@ -34,9 +34,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.diffusion.folder import LIST_FORM, stock_pipeline_samples
 from ddpm_hf.diffusion.images import image_size
-from ddpm_hf.diffusion.pipeline import PORTABLE_FILES
+from ddpm_hf.diffusion.saved_folder import LIST_FORM, PORTABLE_FILES, stock_pipeline_samples
 from ddpm_hf.files import write_text
 from ddpm_hf.redaction import reason_of
 from ddpm_hf.rng import torch_generator
@@ -270,6 +269,15 @@ def verify(folder: Path, *, runs_its_code: bool = False) -> list[Finding]:
         why = "it differs from the installed one; read it, then pass --trust_remote_code to run it"
         findings.append(Finding("with the code in the folder", None, why, is_open=True))
     return findings
+
+
+def verify_contents(folder: Path, pipeline: GaussianDiffusionPipeline) -> list[Finding]:
+    """Compare the weights and settings of a pipeline that was loaded from a folder with its verification.json.
+
+    Raises:
+        ValueError: There is no verification.json, or it is damaged or of a newer version.
+    """
+    return list(_compare_contents(folder, pipeline, _read(folder)))
 
 
 def _read(folder: Path) -> dict[str, Any]:

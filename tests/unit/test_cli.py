@@ -57,10 +57,10 @@ EPSILON = {"diffusion__beta_schedule": "linear", "diffusion__prediction_type": "
         ({"training__learning_rate": "fast"}, "training.learning_rate is fast, but must be a number."),
         ({"model__preset": "huge"}, "model.preset is huge, but must be ddpm_32, ddpm_64, "),
         ({"training__micro_batch_size": 3}, "use 6 or 9."),
-        ({"evaluation__recognition": True}, "data.validation_fraction above 0"),
+        ({"evaluation__recognition": True, "evaluation__num_samples": 9}, "data.validation_fraction above 0"),
         (
             {"diffusion__rescale_betas_zero_snr": True, "diffusion__prediction_type": "epsilon"},
-            "set diffusion.prediction",
+            "diffusion.rescale_betas_zero_snr leaves no signal",
         ),
         (
             {"diffusion__beta_schedule": "zigzag"},
@@ -68,16 +68,15 @@ EPSILON = {"diffusion__beta_schedule": "linear", "diffusion__prediction_type": "
         ),
         (
             {"diffusion__beta_schedule": "jsd", "diffusion__prediction_type": "eps"},
-            "jsd leaves no signal at the last timestep of 1000, where epsilon says nothing about x_0; set "
-            "diffusion.prediction_type to v_prediction or sample.",
+            "diffusion.beta_schedule jsd leaves no signal at the last of 1000 timesteps, where x_0 cannot be recovered "
+            "from diffusion.prediction_type epsilon; set diffusion.prediction_type to v_prediction or sample.",
         ),
         (
             EPSILON | {"diffusion__num_train_timesteps": 10_000},
-            "linear leaves no signal at the last timestep of 10000, where epsilon says nothing about x_0; set "
-            "diffusion.prediction_type to v_prediction or sample, diffusion.scale_betas_to_timesteps to true for a "
+            "set diffusion.prediction_type to v_prediction or sample, diffusion.scale_betas_to_timesteps to true for a "
             "long chain, or diffusion.beta_end lower.",
         ),
-        (EPSILON | {"diffusion__beta_end": 0.2}, "linear leaves no signal at the last timestep of 1000"),
+        (EPSILON | {"diffusion__beta_end": 0.2}, "diffusion.beta_schedule linear leaves no signal"),
         (EPSILON | {"diffusion__beta_start": 0.9}, "diffusion: beta_start is 0.9 and beta_end 0.02; they must be"),
         ({"diffusion__beta_schedule": "linear", "diffusion__beta_end": 2.0}, "beta"),
         ({"training__mixed_precision": "fp16", "training__cpu": True}, "fp16 needs a CUDA GPU"),
@@ -85,7 +84,10 @@ EPSILON = {"diffusion__beta_schedule": "linear", "diffusion__prediction_type": "
         ({"model__overrides": {"in_channels": 3}}, "model.overrides.in_channels is decided by the data"),
         ({"model__overrides": {"block_out_channels": [5, 10]}}, "model.overrides do not make a UNet2DModel"),
         ({"model__preset": "ddpm_32", "model__overrides": {}, "data__resolution": 12}, "12x12 is not a multiple of 8"),
-        ({"data__validation_fraction": 0.0001}, "data.validation_fraction 0.0001 of 1797 images leaves 0 held out"),
+        (
+            {"data__validation_fraction": 0.0001},
+            "data.validation_fraction 0.0001 of 1797 images leaves 1797 for training and 0",
+        ),
     ],
 )
 def test_a_bad_setting_is_answered_with_one_sentence(
@@ -100,7 +102,7 @@ def test_a_process_that_cannot_be_is_told_before_the_data_are_looked_at(
 ) -> None:
     """Decoding a large set takes long."""
     changes = EPSILON | {"diffusion__num_train_timesteps": 10_000, "data__source": tmp_path / "missing.parquet"}
-    assert "leaves no signal at the last timestep" in complaint(capsys, run_arguments(output_dir, **changes))
+    assert "leaves no signal at the last of" in complaint(capsys, run_arguments(output_dir, **changes))
 
 
 def test_a_configuration_file_is_read_and_its_mistakes_are_told(
@@ -129,7 +131,7 @@ def test_data_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp
     missing = tmp_path / "missing.parquet"
     assert f"data.source {missing} does not exist" in complaint(capsys, run_arguments(output_dir, data__source=missing))
     empty = write_images(tmp_path / "empty.parquet")
-    assert "holds no images" in complaint(capsys, run_arguments(output_dir, data__source=empty))
+    assert "contains no images" in complaint(capsys, run_arguments(output_dir, data__source=empty))
     assert "data.source is not set" in complaint(capsys, ["--training.output_dir", str(output_dir)])
 
 
@@ -146,8 +148,8 @@ def test_a_column_that_is_not_there_is_named(
 @pytest.mark.parametrize(
     ("second", "sentence"),
     [
-        (np.zeros((8, 9), np.uint8), "has 9x8 pixels where the first has 8x8; set data.resolution"),
-        (np.zeros((8, 8, 4), np.uint8), "has transparent pixels where RGB is asked for; set data.num_channels to 4"),
+        (np.zeros((8, 9), np.uint8), "has 9x8 pixels, but the first image has 8x8; set data.resolution"),
+        (np.zeros((8, 8, 4), np.uint8), "has transparent pixels, but RGB is expected; set data.num_channels to 4"),
     ],
 )
 def test_an_image_of_another_kind_or_size_is_named(
@@ -184,7 +186,7 @@ def test_a_dry_run_checks_everything_and_leaves_nothing_behind(
 ) -> None:
     assert main.train([*run_arguments(output_dir), "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    assert "45,289 parameters, 1,797 training and 0 held-out images of 1x8x8\n" in printed
+    assert "45,289 parameters, 1,797 training and 0 validation images of 1x8x8\n" in printed
     assert "6 steps of 8 images, 0.0 epochs\ncpu x 1, fp32, batch 8 = 1 x 8 x 1 accumulated\n" in printed
     assert f"0.8 MB a checkpoint, 3 are kept in {output_dir}\n" in printed
     assert f"  output_dir: {output_dir}\n" in printed

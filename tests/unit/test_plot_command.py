@@ -18,7 +18,7 @@ from ddpm_hf.cli import main
 from ddpm_hf.cli.plot import Process, noised
 from ddpm_hf.config import DiffusionConfig, ObjectiveConfig, RunConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
-from ddpm_hf.diffusion.noise_schedule import NoiseSchedule, make_betas
+from ddpm_hf.diffusion.schedule import NoiseSchedule, make_betas
 from ddpm_hf.plots import forward_strip, image_grid, schedule_plot, timestep_curves, training_curves
 from ddpm_hf.rng import torch_generator
 from ddpm_hf.training.loss import min_snr_weight
@@ -286,14 +286,14 @@ def bad_inputs() -> None:
         ("schedule absurd.json", 2, "absurd.json is not the configuration of a scheduler with betas: "),
         ("noising nowhere.png --config good.yaml", 2, "nowhere.png is no file; give that of an image."),
         ("noising text.png --config good.yaml", 2, "text.png cannot be decoded"),
-        ("noising photo.png --config gray.yaml", 2, "photo.png has colours where gray (L) is asked for"),
-        ("noising clear.png --config good.yaml", 2, "clear.png has transparent pixels where RGB is asked for"),
+        ("noising photo.png --config gray.yaml", 2, "photo.png is a color image, but gray (L) is expected"),
+        ("noising clear.png --config good.yaml", 2, "clear.png has transparent pixels, but RGB is expected"),
         ("noising deep.png --config good.yaml", 2, "deep.png has 16 bits a channel, and pictures have 8; "),
         ("noising wide.png --config good.yaml", 2, "8 images of 9000 pixels are too wide; give --resolution."),
         ("noising photo.png --config good.yaml --timesteps -1", 2, "--timesteps -1 is not one of the chain; give 0 to"),
         ("noising photo.png --config good.yaml --timesteps 5 100", 2, "--timesteps 100 is not one of the chain; give"),
         ("grid nowhere", 2, "nowhere is no folder; give a folder of images."),
-        ("grid empty", 2, "empty holds no images"),
+        ("grid empty", 2, "empty contains no images"),
         ("grid sizes", 2, "has 8x9 pixels where the first has 8x8; give --resolution."),
         ("loss broken --output loss.jpg", 2, "--output loss.jpg must end in .png, since that is what is written."),
         ("loss broken --output folder.png", 2, "--output folder.png is a folder; name a file."),

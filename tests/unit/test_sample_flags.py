@@ -14,7 +14,7 @@ from ddpm_hf.cli import main
 from ddpm_hf.cli.common import find_folder
 from ddpm_hf.cli.sample import PictureFolder, fit, parse, read_images, to_mask
 from ddpm_hf.config import ConfigError
-from ddpm_hf.diffusion.sampling import label_numbers
+from ddpm_hf.diffusion.pipeline import label_numbers
 from ddpm_hf.evaluation.generate import Film
 from tests.conftest import REPOSITORY
 
@@ -239,7 +239,7 @@ def test_images_of_8_and_16_bits_and_arrays_are_read_exactly(tmp_path: Path) -> 
     ("name", "content", "sentence"),
     [
         ("none.png", None, "cannot be read"),
-        ("text.png", b"hello", "is no image of a known format"),
+        ("text.png", b"hello", "is not an image in a supported format"),
         ("text.npy", b"hello", "cannot be read as an array"),
         ("none.npy", None, "cannot be read as an array"),
         ("words.npy", np.array(["a"]), "an image is uint8, uint16 or float"),
