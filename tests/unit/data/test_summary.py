@@ -149,7 +149,7 @@ def test_a_source_must_not_be_given_twice(capsys: pytest.CaptureFixture[str], tm
     for flag in (("--data.source", "elsewhere"), ("--data.source=elsewhere",)):
         code, _, errors = show(capsys, tmp_path, str(DIGITS), *flag)
         assert code == 2
-        assert f"data.source is elsewhere, but {DIGITS} is given as well; leave out one of them." in errors
+        assert f"data.source is elsewhere, but SOURCE {DIGITS} is also given" in errors
 
 
 @pytest.mark.parametrize(
