@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm_hf.cli.common import Parser
+from ddpm_hf.cli.flags import Parser
 from ddpm_hf.cli.sample import overviews_in
 from ddpm_hf.config import ConfigError, DataConfig, RunConfig, read_config
 from ddpm_hf.redaction import reason_of

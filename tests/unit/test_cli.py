@@ -324,8 +324,8 @@ def test_memory_that_there_is_not_is_one_sentence(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
-        (errno.ENOSPC, "; make room, or write to another disk."),
-        (errno.EDQUOT, "; make room, or write to another disk."),
+        (errno.ENOSPC, "; free some space, or write to another disk."),
+        (errno.EDQUOT, "; free some space, or write to another disk."),
         (errno.EROFS, "; write to a disk that is not read-only."),
         (errno.EACCES, "; change its permissions, or choose another place."),
         (errno.EIO, ""),
