@@ -78,7 +78,7 @@ def test_a_score_is_saved_where_no_checkpoint_was_due(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"score_metric": "bits_per_dim"}, "bits_per_dim needs held-out images; set data.validation_fraction"),
+        ({"score_metric": "bits_per_dim"}, "bits_per_dim needs a validation set; set data.validation_fraction"),
         ({"score_metric": "bits_per_dim", "score_features": "x"}, "evaluation.score_features x has no effect with"),
         ({"score_num_terms": 3}, "evaluation.score_num_terms 3 has no effect with evaluation.score_metric kid"),
         (
