@@ -343,13 +343,13 @@ def read_images(paths: Sequence[Path]) -> list[ImageArray]:
 
 
 def _read_picture(path: Path) -> ImageArray:
-    from ddpm_hf.data.decode import Cell, Geometry, Target, decode, read_header
+    from ddpm_hf.data.decode import EncodedImage, Geometry, OutputFormat, decode, read_header
 
-    cell = Cell(str(path), path.expanduser())
+    cell = EncodedImage(str(path), path.expanduser())
     header = read_header(cell)
-    dtype = np.dtype(np.uint16 if header.is_deep else np.uint8)
+    dtype = np.dtype(np.uint16 if header.is_16_bit else np.uint8)
     geometry = Geometry.of(DataConfig(resolution=None))
-    pixels = decode(cell, Target({"L": 1, "RGB": 3, "RGBA": 4}[header.mode], dtype, None, geometry))
+    pixels = decode(cell, OutputFormat({"L": 1, "RGB": 3, "RGBA": 4}[header.mode], dtype, None, geometry))
     return _to_unit_range(pixels.transpose(1, 2, 0))
 
 

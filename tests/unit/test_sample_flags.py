@@ -256,7 +256,7 @@ def test_images_of_8_and_16_bits_and_arrays_are_read_exactly(tmp_path: Path) -> 
     ("name", "content", "sentence"),
     [
         ("none.png", None, "cannot be read"),
-        ("text.png", b"hello", "is no image of a known format"),
+        ("text.png", b"hello", "is not an image in a supported format"),
         ("text.npy", b"hello", "cannot be read as an array"),
         ("none.npy", None, "cannot be read as an array"),
         ("words.npy", np.array(["a"]), "an image must be uint8, uint16 or float"),
