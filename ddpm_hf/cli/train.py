@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.cli.common import RankFailed, complain, ending_in_order, out_of_memory, sentence_of
+from ddpm_hf.cli.common import RankError, format_os_error, out_of_memory_advice, print_error, raise_on_signals
 from ddpm_hf.config import ConfigError, RunConfig, load_config
 from ddpm_hf.files import HUB_DIR
 
@@ -30,7 +30,7 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
 
     During training a signal saves a checkpoint; before and after, it ends the command.
     """
-    with ending_in_order():
+    with raise_on_signals():
         return _train(arguments, prog)
 
 
@@ -47,7 +47,7 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
     program = f"python {prog}" if prog.endswith(".py") else prog
     command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     advice = "lower training.micro_batch_size, or evaluation.batch_size if it was while sampling the report"
-    with out_of_memory(advice), _background_push(config) or nullcontext() as push:
+    with out_of_memory_advice(advice), _background_push(config) or nullcontext() as push:
         publisher = None if push is None else make_publisher(push, _hub_folder(config))
         trainer = Trainer(config, _make_scorer(config), publisher)
         try:
@@ -80,7 +80,7 @@ def _run(trainer: "Trainer", push: "BackgroundPush | None", command: str, *, is_
     if trainer.config.evaluation.num_samples:
         _report(trainer, command)
     if push is not None and not push.finish(trainer.folder.path):
-        complain(
+        print_error(
             f"the trained pipeline is not on the Hub; it is in {trainer.folder.pipeline}, and the same command tries "
             "again."
         )
@@ -171,17 +171,17 @@ def _fit(trainer: "Trainer") -> int:
     except TrainingStopped as stop:
         return stop.exit_code
     except NonFiniteTraining as error:
-        complain(str(error))
+        print_error(str(error))
         return 3
     except ProcessesDiffer as error:
-        complain(str(error))
+        print_error(str(error))
         return 1
     except (ConfigError, CheckpointError, SharedOSError, BrokenPipeError):
         raise
     except DataError as error:
-        raise RankFailed(str(error), 2) from error
+        raise RankError(str(error), 2) from error
     except OSError as error:
-        raise RankFailed(sentence_of(error)) from error
+        raise RankError(format_os_error(error)) from error
     except ValueError as error:
         raise RuntimeError("training failed") from error
     return 0

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, RunConfig, TrainingConfig
-from ddpm_hf.data import ImageFeed, ImageStream
+from ddpm_hf.data import ImageLoader, ImageStream
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.rng import NOISE_BLOCK_SIZE, numpy_generator
 from ddpm_hf.training.logging import say
@@ -204,7 +204,7 @@ class BatchSource:
     def __init__(
         self,
         config: RunConfig,
-        loader: ImageFeed | ImageStream,
+        loader: ImageLoader | ImageStream,
         *,
         rank: int,
         num_processes: int,
@@ -278,7 +278,7 @@ class BatchSource:
 
     def describe_images(self, step: int) -> str:
         """Return a sentence that names the images of a step on all ranks; empty for a stream."""
-        if not isinstance(self._loader, ImageFeed):
+        if not isinstance(self._loader, ImageLoader):
             return ""
         size = self._config.training.train_batch_size
         numbers = self._loader.numbers(step * size, (step + 1) * size).tolist()

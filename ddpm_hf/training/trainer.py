@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import nn
 
 from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, refuse_secrets
-from ddpm_hf.data import ImageFeed, ImageSet, ImageStream, describe_sets, normalize, open_sets
+from ddpm_hf.data import ImageLoader, ImageSet, ImageStream, describe_sets, locations_of, normalize, open_sets
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.images import image_size
 from ddpm_hf.diffusion.schedule import BETA_RANGES, SMALLEST_ALPHA_BAR
@@ -506,7 +506,7 @@ class Trainer:
 
 
 def open_splits(config: RunConfig, accelerator: Accelerator) -> tuple[ImageSet | ImageStream, ImageSet]:
-    """Collective: open the data. Rank 0 searches and decodes them before the other ranks open them.
+    """Collective: open the data. Rank 0 searches and decodes them; the other ranks map what it found.
 
     Returns:
         The training set, or this process's stream of it, and the validation set.
@@ -515,7 +515,7 @@ def open_splits(config: RunConfig, accelerator: Accelerator) -> tuple[ImageSet |
         ValueError: The data cannot be used for training.
     """
 
-    def open_both() -> tuple[ImageSet | ImageStream, ImageSet]:
+    def open_both(locations: Sequence[dict[str, Any] | None] = (None, None)) -> tuple[ImageSet | ImageStream, ImageSet]:
         return open_sets(
             config.data,
             with_labels=config.model.class_conditional,
@@ -523,13 +523,15 @@ def open_splits(config: RunConfig, accelerator: Accelerator) -> tuple[ImageSet |
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
             device=accelerator.device,
+            locations=locations,
         )
 
     opened = distributed.on_rank_0(open_both)
-    return distributed.on_every_rank(lambda: opened or open_both())
+    locations = distributed.broadcast_json(opened and locations_of(*opened))
+    return distributed.on_every_rank(lambda: opened or open_both(locations))
 
 
-def build_loader(config: RunConfig, images: ImageSet | ImageStream, device: torch.device) -> ImageFeed | ImageStream:
+def build_loader(config: RunConfig, images: ImageSet | ImageStream, device: torch.device) -> ImageLoader | ImageStream:
     """Collective: build the data loader; with data.device_resident the images are moved to the device.
 
     Raises:
@@ -537,7 +539,7 @@ def build_loader(config: RunConfig, images: ImageSet | ImageStream, device: torc
     """
     if isinstance(images, ImageStream):
         return images
-    return distributed.on_every_rank(lambda: ImageFeed(images, config.data, config.training.seed, device))
+    return distributed.on_every_rank(lambda: ImageLoader(images, config.data, config.training.seed, device))
 
 
 def class_names_of(images: ImageSet | ImageStream, config: RunConfig) -> dict[str, str] | None:

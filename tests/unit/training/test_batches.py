@@ -18,7 +18,7 @@ from ddpm_hf.config import (
     RunConfig,
     TrainingConfig,
 )
-from ddpm_hf.data import ImageFeed, ImageSet, SampleOrder, normalize
+from ddpm_hf.data import ImageLoader, ImageSet, SampleOrder, normalize
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.rng import normal_by_position
 from ddpm_hf.training.batches import (
@@ -70,7 +70,7 @@ def source_of(
     """Return the batches of one process; by default one micro batch per step."""
     return BatchSource(
         config,
-        ImageFeed(images, config.data, config.training.seed, torch.device("cpu")),
+        ImageLoader(images, config.data, config.training.seed, torch.device("cpu")),
         rank=rank,
         num_processes=num_processes,
         micro_batch_size=micro_batch_size or config.training.train_batch_size // num_processes,
@@ -124,7 +124,7 @@ def test_immiscible_noise_loads_each_image_once_per_step(images: ImageSet, micro
     """Noise is assigned among all images of a block of 32; a rank loads the blocks that its positions touch."""
     loaded: list[int] = []
 
-    class CountingLoader(ImageFeed):
+    class CountingLoader(ImageLoader):
         def samples(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
             loaded.extend(range(start, stop))
             return super().samples(start, stop)
