@@ -273,6 +273,15 @@ def test_a_missing_scorer_or_publisher_is_an_error(tmp_path: Path, changes: dict
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("metric", "minimum"), [("fid", 2049), ("inception_score", 1000), ("kid", 1)])
+def test_too_few_samples_for_a_score_are_refused_before_training(tmp_path: Path, metric: str, minimum: int) -> None:
+    """FID needs more samples than its 2048 features, the Inception Score 100 in each of ten splits."""
+    changes = {"evaluation__score_every_steps": 1, "evaluation__score_metric": metric}
+    load_config(run_arguments(tmp_path, **changes, evaluation__score_num_samples=minimum))
+    with pytest.raises(ConfigError, match="evaluation.score_num_samples"):
+        load_config(run_arguments(tmp_path, **changes, evaluation__score_num_samples=minimum - 1))
+
+
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize(
     ("name", "value"),
