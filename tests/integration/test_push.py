@@ -399,7 +399,7 @@ def test_private_branch_and_pull_request_do_what_they_say(hub: LoopbackHub, text
 
 
 def test_files_of_an_earlier_push_are_removed_and_files_of_others_stay(hub: LoopbackHub, text_folder: Path) -> None:
-    theirs = {"LICENSE": b"mit", "demo.py": b"x", "samples/mine.png": b"x", "unet/README": b"x"}
+    theirs = {"LICENSE": b"mit", "demo.py": b"x", "samples/mine.png": b"x", "unet/README": b"x", "sampling.py": b"x"}
     ours = {
         "unet/diffusion_pytorch_model.fp16.safetensors": b"old", "samples/loss.png": b"old", "evaluation.json": b"{}",
         "recognition.json": b"{}",
@@ -407,6 +407,12 @@ def test_files_of_an_earlier_push_are_removed_and_files_of_others_stay(hub: Loop
     hub.repository("user/model").commit(theirs | ours)
     send(text_folder, Target(repo_id="user/model"))
     assert branch(hub, "user/model") == files_of(text_folder) | theirs
+    code = {path.name: path.read_bytes() for path in (REPOSITORY / "tests" / "fixtures" / "saved_0_1").rglob("*.py")}
+    hub.repositories["user/model"].commit(code | {"demo.py": b"x"})
+    (text_folder / "pipeline.py").write_text("new")
+    send(text_folder, Target(repo_id="user/model"))
+    left = {"editing.py", "gaussian.py", "images.py", "scheduler.py", "pipeline.py", "demo.py"}  # a push replaces these
+    assert {name for name in branch(hub, "user/model") if name.endswith(".py")} == left
 
 
 FAILURES = [
