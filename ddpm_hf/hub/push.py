@@ -255,9 +255,12 @@ def assemble(
             "with_real_images."
         )
 
+    step = card.read_record(pipeline_dir / TRAINING_SUMMARY).get("step")
     for path in (pipeline_dir / TRAINING_SUMMARY, pipeline_dir / EVALUATION, run / RECOGNITION):
         if path.is_file() and not path.is_symlink():
             content = _finite(card.read_record(path))
+            if content.get("step", step) != step:  # measured before training continued
+                continue
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             (target / path.name).write_text(text, encoding="utf-8")
     if (pipeline_dir / TRAINING_CONFIG).is_file():

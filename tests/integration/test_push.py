@@ -168,6 +168,15 @@ def test_samples_are_drawn_if_there_are_none_and_links_are_not_followed(tmp_path
     assert not (tmp_path / "assembled" / "recognition.json").exists()
 
 
+def test_a_recognized_share_of_an_earlier_step_is_not_published(copied: Path, tmp_path: Path) -> None:
+    for step, is_published in ((4, False), (6, True)):
+        recognition = {"recognised": 0.9, "num_samples": 40, "step": step}
+        (copied / "recognition.json").write_text(json.dumps(recognition))
+        (copied / "pipeline" / "training_summary.json").write_text('{"step": 6}')
+        assemble(copied / "pipeline", tmp_path / str(step), run=copied)
+        assert (tmp_path / str(step) / "recognition.json").exists() == is_published
+
+
 def test_real_images_are_published_only_if_asked_for(
     hub: LoopbackHub, copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
