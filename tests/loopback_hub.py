@@ -1,221 +1,431 @@
-"""A Hugging Face Hub on the loopback device, kept in memory: the part that clients read models from and push them to.
+"""A Hugging Face Hub in memory, on the loopback interface, for tests that push models and load them.
 
     with LoopbackHub() as hub:
-        commit = hub.repository("user/model").commit(files_of(folder))
+        hub.repository("user/model").commit(files_of(folder))
 
-A client finds it through `HF_ENDPOINT=hub.endpoint` in the environment that it starts with, and logs in with
-`HF_TOKEN=hub.token`. As on the real Hub, small files are served in place and large ones by a redirect to another
-origin, where they are also uploaded to; that origin must never be shown the token. A further route is one more method
-of LoopbackHub and one more row in ROUTES.
-
-There is no Xet storage. A client that has hf_xet and was not told HF_HUB_DISABLE_XET=1 asks nobody whether to use it
-for large files, only which files are large: with `hub.takes_large_files = False` it is told that none is.
+Clients find it by HF_ENDPOINT=hub.endpoint, HF_TOKEN=hub.token and HF_HUB_DISABLE_XET=1. As on the real Hub, large
+files are uploaded to and downloaded from another origin, which must not see the token.
 """
 
 import base64
+import hashlib
 import json
 import re
+import socket
+import sys
+import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from typing import Any, Literal
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from typing_extensions import Self
 
-from tests.loopback_reading import ORGANIZATION, USER, ReadableHub
-from tests.loopback_repository import Upload, git_blob_id, is_large, sha256
-from tests.loopback_server import Refusal, Request, Response, as_json
-
-REPOSITORY = r"(?P<repository>[^/]+/[^/]+)"
-REVISION = r"(?P<revision>[^/]+)"
+USER, ORGANIZATION, READ_ONLY_ORGANIZATION = "user", "org", "readers"
+LARGE_FILES = (".safetensors", ".bin", ".png", ".gif", ".npz", ".pt")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Returns the content of every file of a folder by its path, written with slashes."""
+    """Return the content of every file of a folder by its path, written with slashes."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-class LoopbackHub(ReadableHub):
-    """The Hub with all its routes; what a test sets and reads are the attributes of ReadableHub."""
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
-    def answer(self, request: Request) -> Response:
-        """Takes the route of a request."""
-        for methods, pattern, route in ROUTES:
+
+def git_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+@dataclass
+class Repository:
+    """A model: its commits, {id: {path: content}}, and the names that refer to them. Pull request N is refs/pr/N."""
+
+    private: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, files: Mapping[str, bytes], branch: str = "main") -> str:
+        """Make these files the whole content of a branch and return the id of the commit, 40 digits as in git."""
+        tree = [self.branches.get(branch, ""), *(f"{git_id(files[path])} {path}" for path in sorted(files))]
+        commit = hashlib.sha1("\n".join(tree).encode(), usedforsecurity=False).hexdigest()
+        self.commits[commit], self.branches[branch] = dict(files), commit
+        return commit
+
+    def files(self, revision: str = "main") -> dict[str, bytes]:
+        """Return the files of a branch, a tag or a commit."""
+        return self.commits[self.branches.get(revision) or self.tags.get(revision) or revision]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A commit of a client: its message, the sizes of the files it names, and the paths it deletes."""
+
+    message: str
+    files: dict[str, int]
+    deleted: list[str]
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    query: dict[str, list[str]]
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Response:
+    status: int = 200
+    content: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Refused(Exception):
+    """An error status; clients choose their exception by the code."""
+
+    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
+        headers = {"X-Error-Code": code, "X-Error-Message": message} | headers
+        self.response = Response(status, json.dumps({"error": message}).encode(), headers)
+
+
+def as_json(value: Any, status: int = 200) -> Response:
+    return Response(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+
+class LoopbackHub:
+    """The Hub and the storage of large files, each on its own port, as a context manager.
+
+    Attributes:
+        endpoint: Value for HF_ENDPOINT.
+        token: Token of `user` with write access to user/* and org/*.
+        reader_token: Token of `user` with read access.
+        fine_grained: Permissions of `token` if it is a fine-grained token.
+        repositories: By "user/name".
+        requests: "METHOD path" of all requests.
+        uploaded: Commits of clients.
+    """
+
+    def __init__(self) -> None:
+        self.token, self.reader_token = "hf_loopback", "hf_loopback_reader"
+        self.fine_grained: list[str] | None = None
+        self.repositories: dict[str, Repository] = {}
+        self.requests: list[str] = []
+        self.uploaded: list[Upload] = []
+        self._stored: dict[str, bytes] = {}
+        self._received: list[bytes] = []
+        self._faults: list[dict[str, Any]] = []
+        self._lock = threading.RLock()
+        self._servers = [serve(self, self._answer), serve(self, self._answer_of_storage)]
+        hub, storage = (server.server_port for server in self._servers)
+        # Two host names, because clients send the token to the host of the endpoint only.
+        self.endpoint, self._storage = f"http://127.0.0.1:{hub}", f"http://localhost:{storage}"
+
+    def __enter__(self) -> Self:
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+    @property
+    def seen(self) -> bytes:
+        """Every byte received except Authorization headers, also unquoted and decoded."""
+        return b"\n".join(self._received)
+
+    def fail(self, pattern: str, status: int | Literal["cut", "lost"] = 500, times: int = 1) -> None:
+        """Make the next requests fail whose "METHOD path" contains a regular expression.
+
+        Args:
+            pattern: The expression.
+            status: Status of the answer; "cut" closes the connection within the request, "lost" after carrying it out.
+            times: How many requests fail; clients retry some.
+        """
+        self._faults.append({"pattern": pattern, "status": status, "times": times})
+
+    def end_failures(self) -> None:
+        """Undo `fail`."""
+        self._faults.clear()
+
+    def repository(self, name: str) -> Repository:
+        """Return a repository, which is created if it does not exist."""
+        return self.repositories.setdefault(name, Repository())
+
+    # Requests
+
+    def handle(self, method: str, path: str, headers: Mapping[str, str]) -> int | str | None:
+        """Record a request and return how it fails, or None."""
+        asked = f"{method} {urlsplit(path).path}"
+        shown = [f"{name}: {value}" for name, value in headers.items() if name.lower() != "authorization"]
+        with self._lock:
+            self.requests.append(asked)
+            self._received += [text.encode() for text in (path, unquote(path), *shown)]
+            for fault in self._faults:
+                if fault["times"] > 0 and re.search(fault["pattern"], asked):
+                    fault["times"] -= 1
+                    status: int | str = fault["status"]
+                    return status
+        return None
+
+    def receive(self, content: bytes) -> None:
+        """Record a body."""
+        self._received.append(content)
+
+    def _answer(self, request: Request) -> Response:
+        for method, pattern, route in ROUTES:
             found = re.fullmatch(pattern, request.path)
-            if found and request.method in methods:
-                names = {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
+            if found and request.method in method.split():
                 with self._lock:
-                    return route(self, request, **names)
-        raise Refusal(404, "EntryNotFound", f"This Hub has no route for {request.method} {request.path}.")
+                    return route(self, request, *(unquote(part) for part in found.groups() if part is not None))
+        raise Refused(404, "EntryNotFound", f"no route for {request.method} {request.path}")
 
-    def create(self, request: Request) -> Response:
-        """Makes a repository, with the first commit that the Hub makes itself."""
+    def _answer_of_storage(self, request: Request) -> Response:
+        if "Authorization" in request.headers:
+            raise Refused(400, "InvalidRequest", "the token was sent to the storage")
+        name = request.path.removeprefix("/")
+        if request.method != "PUT":
+            return Response(200, self._stored[name])
+        if sha256(request.body) != name:
+            raise Refused(400, "", "the content is not the announced one")
+        self._stored[name] = request.body
+        return Response()
+
+    # Reading
+
+    def _role(self, request: Request) -> str | None:
+        shown = request.headers.get("Authorization")
+        roles = {f"Bearer {self.token}": "write", f"Bearer {self.reader_token}": "read", None: None}
+        if shown not in roles:
+            raise Refused(401, "", "Invalid credentials in Authorization header")
+        return roles[shown]
+
+    def _find(self, request: Request, name: str) -> Repository:
+        role, repository = self._role(request), self.repositories.get(name)
+        if repository is None or (repository.private and role is None):
+            raise Refused(404 if role else 401, "RepoNotFound", "Repository not found")
+        return repository
+
+    def _open(self, request: Request, name: str, revision: str) -> tuple[Repository, str]:
+        repository = self._find(request, name)
+        commit = repository.branches.get(revision) or repository.tags.get(revision) or revision
+        if commit not in repository.commits:
+            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return repository, commit
+
+    def _whoami(self, request: Request) -> Response:
+        role = self._role(request)
+        if role is None:
+            raise Refused(401, "", "Invalid username or password.")
+        token: dict[str, Any] = {"displayName": "loopback", "role": role}
+        if self.fine_grained is not None:
+            token |= {"role": "fineGrained", "fineGrained": {"scoped": [{"permissions": self.fine_grained}]}}
+        roles = {ORGANIZATION: "contributor", READ_ONLY_ORGANIZATION: "read"}
+        organizations = [{"type": "org", "name": name, "roleInOrg": role} for name, role in roles.items()]
+        auth = {"type": "access_token", "accessToken": token}
+        return as_json({"type": "user", "name": USER, "fullname": USER, "orgs": organizations, "auth": auth})
+
+    def _auth_check(self, request: Request, name: str, right: str = "read") -> Response:
+        if right == "write":
+            self._open_for_writing(request, name)
+        self._find(request, name)
+        return as_json({})
+
+    def _info(self, request: Request, name: str, revision: str = "main") -> Response:
+        repository, commit = self._open(request, name, revision)
+        files = [{"rfilename": path} for path in sorted(repository.commits[commit])]
+        return as_json({"id": name, "sha": commit, "private": repository.private, "tags": [], "siblings": files})
+
+    def _tree(self, request: Request, name: str, revision: str) -> Response:
+        repository, commit = self._open(request, name, revision)
+        entries = []
+        for path, content in sorted(repository.commits[commit].items()):
+            entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": git_id(content)}
+            if path.endswith(LARGE_FILES):
+                entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
+            entries.append(entry)
+        return as_json(entries)
+
+    def _resolve(self, request: Request, name: str, revision: str, path: str) -> Response:
+        repository, commit = self._open(request, name, revision)
+        content = repository.commits[commit].get(path)
+        if content is None:
+            raise Refused(404, "EntryNotFound", f"{name} has no file {path}.", **{"X-Repo-Commit": commit})
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{git_id(content)}"'}
+        if not path.endswith(LARGE_FILES):
+            return Response(200, content, headers)
+        stored = sha256(content)
+        self._stored[stored] = content
+        headers |= {"X-Linked-ETag": f'"{stored}"', "X-Linked-Size": str(len(content))}
+        return Response(302, b"", headers | {"Location": f"{self._storage}/{stored}"})
+
+    # Writing
+
+    def _open_for_writing(self, request: Request, name: str, *, as_pull_request: bool = False) -> Repository:
+        role = self._role(request)
+        if role is None:
+            raise Refused(401, "", "Invalid username or password.")
+        repository = self._find(request, name)
+        if role != "write" or not (as_pull_request or name.startswith((f"{USER}/", f"{ORGANIZATION}/"))):
+            raise Refused(403, "", "You have read access but not the required permissions for this operation")
+        return repository
+
+    def _create(self, request: Request) -> Response:
         asked = json.loads(request.body)
         owner = asked.get("organization") or USER
         name = f"{owner}/{asked['name']}"
-        role = self._role(request)
-        if role is None:
-            raise Refusal(401, "", "Invalid username or password.")
-        if asked.get("type", "model") != "model":
-            raise Refusal(400, "", f"This Hub has models only, no {asked['type']}.")
-        if role != "write" or owner not in (USER, ORGANIZATION):
-            message = f'You don\'t have the rights to create a model under the namespace "{owner}"'
-            raise Refusal(403, "", message)
-        answer = {"url": f"{self.endpoint}/{name}", "name": name, "id": name}
+        if self._role(request) != "write" or owner not in (USER, ORGANIZATION):
+            raise Refused(403, "", f"You don't have the rights to create a model under the namespace {owner}")
         if name in self.repositories:
-            return as_json(answer | {"error": "You already created this model repo"}, status=409)
-        repository = self.repository(name)
-        repository.private = asked.get("visibility") == "private"
-        repository.commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
-        return as_json(answer)
+            return as_json({"error": "You already created this model repo", "url": f"{self.endpoint}/{name}"}, 409)
+        self.repository(name).private = asked.get("visibility") == "private"
+        self.repository(name).commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+        return as_json({"url": f"{self.endpoint}/{name}", "name": name, "id": name})
 
-    def create_branch(self, request: Request, repository: str, revision: str) -> Response:
-        """Gives a commit, main's by default, a further name."""
-        found = self._open_for_writing(request, repository)
-        if revision.startswith("refs/"):
-            raise Refusal(400, "", f"Invalid reference name: {revision}")
-        if revision in found.branches:
-            raise Refusal(409, "", f"Reference already exists: {revision}")
+    def _create_branch(self, request: Request, name: str, branch: str) -> Response:
+        repository = self._open_for_writing(request, name)
+        if branch in repository.branches:
+            raise Refused(409, "", f"Reference already exists: {branch}")
         start = json.loads(request.body or b"{}").get("startingPoint", "main")
-        found.branches[revision] = self._commit_of(found, start)
+        repository.branches[branch] = self._open(request, name, start)[1]
         return as_json({})
 
-    def validate_yaml(self, request: Request) -> Response:
-        """Whether the head of a model card is YAML with settings in it; the Hub itself knows more about them."""
-        self._role(request)
+    def _validate_yaml(self, request: Request) -> Response:
         head = re.match(r"---\r?\n(.*?)^---\s*$", json.loads(request.body)["content"], re.DOTALL | re.MULTILINE)
-        if head is None:
-            return as_json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
         try:
-            problem = "" if isinstance(yaml.safe_load(head[1]), dict) else "the metadata are no mapping"
-        except yaml.YAMLError as error:
-            problem = str(error)
-        errors = [{"message": problem}] if problem else []
-        return as_json({"errors": errors, "warnings": []}, status=400 if errors else 200)
+            is_valid = head is None or isinstance(yaml.safe_load(head[1]), dict)
+        except yaml.YAMLError:
+            is_valid = False
+        errors = [] if is_valid else [{"message": "the metadata is not a YAML mapping"}]
+        return as_json({"errors": errors, "warnings": []}, 200 if is_valid else 400)
 
-    def preupload(self, request: Request, repository: str, revision: str) -> Response:
-        """Which files go to the storage, and which name each has there or in git already."""
-        found = self._open_for_writing(request, repository, may_be_foreign="create_pr" in request.query)
-        present = found.commits[self._commit_of(found, revision)]
-        answer = []
+    def _preupload(self, request: Request, name: str, revision: str) -> Response:
+        self._open_for_writing(request, name, as_pull_request="create_pr" in request.query)
+        repository, commit = self._open(request, name, revision)
+        existing, answer = repository.commits[commit], []
         for file in json.loads(request.body)["files"]:
-            self._wire.heard.append(base64.b64decode(file["sample"]))
-            path, large = file["path"], self.takes_large_files and is_large(file["path"], file["size"])
-            name = (sha256 if large else git_blob_id)(present[path]) if path in present else None
-            mode = "lfs" if large else "regular"
-            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": name})
+            self.receive(base64.b64decode(file["sample"]))
+            path, is_large = file["path"], file["path"].endswith(LARGE_FILES)
+            known = (sha256 if is_large else git_id)(existing[path]) if path in existing else None
+            mode = "lfs" if is_large else "regular"
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": known})
         return as_json({"files": answer})
 
-    def announce(self, request: Request, repository: str) -> Response:
-        """Where to upload those large files that are not in the storage yet."""
-        asked = json.loads(request.body)
-        # A client names no revision if it is going to make a pull request.
-        found = self._open_for_writing(request, repository, may_be_foreign="ref" not in asked)
-        for files in found.commits.values():
-            self.stored |= {sha256(content): content for path, content in files.items() if is_large(path, len(content))}
+    def _lfs_batch(self, request: Request, name: str) -> Response:
+        self._open_for_writing(request, name, as_pull_request=True)
         objects = []
-        for entry in asked["objects"]:
+        for entry in json.loads(request.body)["objects"]:
             answer = {"oid": entry["oid"], "size": entry["size"]}
-            if entry["oid"] not in self.stored:
-                self._announced.add(entry["oid"])
-                upload = {"href": self.stored_at(entry["oid"])}
-                verify = {"href": f"{self.endpoint}/{repository}.git/info/lfs/objects/verify"}
-                answer["actions"] = {"upload": upload, "verify": verify}
+            if entry["oid"] not in self._stored:
+                answer["actions"] = {"upload": {"href": f"{self._storage}/{entry['oid']}"}}
             objects.append(answer)
         return as_json({"transfer": "basic", "objects": objects})
 
-    def verify(self, request: Request, repository: str) -> Response:
-        """Whether an upload has arrived."""
-        self._open_for_writing(request, repository, may_be_foreign=True)
-        entry = json.loads(request.body)
-        if len(self.stored.get(entry["oid"], b"")) != entry["size"]:
-            raise Refusal(404, "", "The storage has no such file of this size.")
-        return as_json({})
-
-    def commit(self, request: Request, repository: str, revision: str) -> Response:
-        """Changes a branch, or makes a pull request with the changes: all of them, or none if one cannot be made."""
+    def _commit(self, request: Request, name: str, revision: str) -> Response:
         as_pull_request = "create_pr" in request.query
-        found = self._open_for_writing(request, repository, may_be_foreign=as_pull_request)
-        parent = found.branches.get(revision)
-        if parent is None:
-            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        repository = self._open_for_writing(request, name, as_pull_request=as_pull_request)
+        parent = self._open(request, name, revision)[1]
         header, *operations = (json.loads(line) for line in request.body.splitlines())
         if header["value"].get("parentCommit", parent) != parent:
-            raise Refusal(412, "", "A commit has happened since. Please refresh and try again.")
-        files, sizes, deleted = dict(found.commits[parent]), {}, []
+            raise Refused(412, "", "A commit has happened since. Please refresh and try again.")
+        files, sizes, deleted = dict(repository.commits[parent]), {}, []
         for operation in operations:
-            kind, value = operation["key"], operation["value"]
-            path = value["path"]
-            if kind in ("file", "lfsFile"):
-                files[path] = self._content(kind, value)
-                sizes[path] = len(files[path])
+            path, value = operation["value"]["path"], operation["value"]
+            if operation["key"] == "deletedFile":
+                del files[path]
+                deleted.append(path)
                 continue
-            gone = [name for name in files if name == path or (kind == "deletedFolder" and name.startswith(path))]
-            if not gone:
-                raise Refusal(404, "EntryNotFound", f"A file with this name doesn't exist: {path}")
-            deleted += gone
-            files = {name: content for name, content in files.items() if name not in gone}
-        message = header["value"]["summary"]
+            is_inline = operation["key"] == "file"
+            files[path] = base64.b64decode(value["content"]) if is_inline else self._stored[value["oid"]]
+            sizes[path] = len(files[path])
+            self.receive(files[path])
+        number = sum(branch.startswith("refs/pr/") for branch in repository.branches) + 1
+        commit = repository.commit(files, f"refs/pr/{number}" if as_pull_request else revision)
+        self.uploaded.append(Upload(header["value"]["summary"], sizes, deleted))
+        answer = {"success": True, "commitOid": commit, "commitUrl": f"{self.endpoint}/{name}/commit/{commit}"}
         if as_pull_request:
-            revision = found.open_pull_request(message, parent)
-        commit = found.commit(files, revision)
-        self.uploaded.append(Upload(repository, revision, commit, message, sizes, deleted))
-        answer = {"success": True, "commitOid": commit, "commitUrl": f"{self.endpoint}/{repository}/commit/{commit}"}
-        if as_pull_request:
-            answer["pullRequestUrl"] = f"{self.endpoint}/{repository}/discussions/{len(found.pull_requests)}"
+            answer["pullRequestUrl"] = f"{self.endpoint}/{name}/discussions/{number}"
         return as_json(answer)
 
-    def open_pull_request(self, request: Request, repository: str) -> Response:
-        """An empty one, which a client with hf_xet makes before it commits to its branch."""
-        found = self._open_for_writing(request, repository, may_be_foreign=True)
-        found.open_pull_request(json.loads(request.body)["title"], found.branches["main"])
-        return as_json({"num": len(found.pull_requests)})
 
-    def pull_request(self, request: Request, repository: str, number: str) -> Response:
-        """What a pull request is called and where it goes to."""
-        found = self._find(request, repository)
-        if not 0 < int(number) <= len(found.pull_requests):
-            raise Refusal(404, "EntryNotFound", f"{repository} has no pull request {number}.")
-        return as_json(
-            {
-                "num": int(number),
-                "title": found.pull_requests[int(number) - 1],
-                "isPullRequest": True,
-                "status": "draft",
-                "author": {"name": USER},
-                "createdAt": "2026-01-01T00:00:00.000Z",
-                "repo": {"name": repository, "type": "model"},
-                "changes": {"base": "main"},
-                "filesWithConflicts": [],
-                "events": [],
-            }
-        )
-
-    def _content(self, kind: str, value: Mapping[str, str]) -> bytes:
-        """Returns what a commit puts into a file."""
-        if kind == "file":
-            content = base64.b64decode(value["content"])
-            self._wire.heard.append(content)
-            return content
-        if value["oid"] not in self.stored:
-            raise Refusal(400, "", f"{value['path']} was not uploaded to the storage.")
-        return self.stored[value["oid"]]
-
-
-ROUTES: tuple[tuple[tuple[str, ...], str, Callable[..., Response]], ...] = (
-    (("GET",), rf"/api/models/{REPOSITORY}", LoopbackHub.info),
-    (("GET",), rf"/api/models/{REPOSITORY}/revision/{REVISION}", LoopbackHub.info),
-    (("GET",), rf"/api/models/{REPOSITORY}/tree/{REVISION}", LoopbackHub.tree),
-    (("GET", "HEAD"), rf"/{REPOSITORY}/resolve/{REVISION}/(?P<path>.+)", LoopbackHub.resolve),
-    (("GET",), rf"/api/models/{REPOSITORY}/refs", LoopbackHub.refs),
-    (("GET",), r"/api/whoami-v2", LoopbackHub.who_am_i),
-    (("GET",), rf"/api/models/{REPOSITORY}/auth-check(?:/(?P<right>write))?", LoopbackHub.auth_check),
-    (("POST",), r"/api/repos/create", LoopbackHub.create),
-    (("POST",), rf"/api/models/{REPOSITORY}/branch/{REVISION}", LoopbackHub.create_branch),
-    (("POST",), r"/api/validate-yaml", LoopbackHub.validate_yaml),
-    (("POST",), rf"/api/models/{REPOSITORY}/preupload/{REVISION}", LoopbackHub.preupload),
-    (("POST",), rf"/{REPOSITORY}\.git/info/lfs/objects/batch", LoopbackHub.announce),
-    (("POST",), rf"/{REPOSITORY}\.git/info/lfs/objects/verify", LoopbackHub.verify),
-    (("POST",), rf"/api/models/{REPOSITORY}/commit/{REVISION}", LoopbackHub.commit),
-    (("POST",), rf"/api/models/{REPOSITORY}/discussions", LoopbackHub.open_pull_request),
-    (("GET",), rf"/api/models/{REPOSITORY}/discussions/(?P<number>\d+)", LoopbackHub.pull_request),
+_NAME, _REVISION = r"([^/]+/[^/]+)", r"([^/]+)"
+ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
+    ("GET", r"/api/whoami-v2", LoopbackHub._whoami),
+    ("GET", rf"/api/models/{_NAME}/auth-check(?:/(write))?", LoopbackHub._auth_check),
+    ("GET", rf"/api/models/{_NAME}(?:/revision/{_REVISION})?", LoopbackHub._info),
+    ("GET", rf"/api/models/{_NAME}/tree/{_REVISION}", LoopbackHub._tree),
+    ("GET HEAD", rf"/{_NAME}/resolve/{_REVISION}/(.+)", LoopbackHub._resolve),
+    ("POST", r"/api/repos/create", LoopbackHub._create),
+    ("POST", rf"/api/models/{_NAME}/branch/{_REVISION}", LoopbackHub._create_branch),
+    ("POST", r"/api/validate-yaml", LoopbackHub._validate_yaml),
+    ("POST", rf"/api/models/{_NAME}/preupload/{_REVISION}", LoopbackHub._preupload),
+    ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", LoopbackHub._lfs_batch),
+    ("POST", rf"/api/models/{_NAME}/commit/{_REVISION}", LoopbackHub._commit),
 )
+
+
+def serve(hub: LoopbackHub, answer: Callable[[Request], Response]) -> ThreadingHTTPServer:
+    """Return a server on a free port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def handle_request(self) -> None:
+            failure = hub.handle(self.command, self.path, self.headers)
+            if failure == "cut":
+                self.rfile.read(min(100, int(self.headers.get("Content-Length", 0))))
+                return self.close()
+            body = self.read_body()
+            hub.receive(body)
+            url = urlsplit(self.path)
+            try:
+                if isinstance(failure, int):
+                    raise Refused(failure, "", f"status {failure}")
+                response = answer(Request(self.command, url.path, parse_qs(url.query), self.headers, body))
+            except Refused as refused:
+                response = refused.response
+            if failure == "lost":
+                return self.close()
+            self.send_response(response.status)
+            for name, value in response.headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(response.content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(response.content)
+            return None
+
+        def read_body(self) -> bytes:
+            if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            chunks = []
+            while size := int(self.rfile.readline(), 16):
+                chunks.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(chunks)
+
+        def close(self) -> None:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+        do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815 - names of the base class
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exc_info()[1], ConnectionError):  # clients may close the connection at any time
+                super().handle_error(request, client_address)
+
+    return Server(("127.0.0.1", 0), Handler)

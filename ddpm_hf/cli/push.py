@@ -3,7 +3,6 @@
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_hf.cli.common import Parser, find_folder, temporary_folder
@@ -54,46 +53,39 @@ def push(arguments: Sequence[str]) -> int:
     options = parse(arguments)
 
     from diffusers.utils import logging
+    from huggingface_hub.utils import disable_progress_bars
 
     from ddpm_hf.hub import push as hub
-    from ddpm_hf.hub.card import FILE_NAME
-    from ddpm_hf.hub.export import contents
-    from ddpm_hf.hub.publish import MESSAGE, PREFIX, prepare
 
-    logging.disable_progress_bar()  # the pipeline is loaded several times
+    logging.disable_progress_bar()  # of the parts of the pipeline
     if not sys.stderr.isatty():
-        hub.hide_progress()
-    source = find_folder(options.folder)
-    if source is None:
-        raise ConfigError(f"{options.folder} is no folder of this machine; give that of a run or of a pipeline.")
+        disable_progress_bars()
+    if find_folder(options.folder) is None:
+        raise ConfigError(f"{options.folder} is not a local folder; give the folder of a run or of a pipeline.")
     target = hub.Target(
         repo_id=options.repo_id,
         private=options.private,
         branch=options.branch,
         as_pull_request=options.pull_request,
+        license=options.license,
     )
-    with temporary_folder(PREFIX) as temporary:
-        work = prepare(
-            source,
-            temporary / "repository",
+    with temporary_folder(hub.PREFIX) as workspace:
+        pushed = hub.push(
+            options.folder,
             target,
-            run=Path(options.folder).expanduser(),
             fp16=options.fp16,
-            license=options.license,
             with_real_images=options.with_real_images,
-            is_dry_run=options.dry_run,
+            message=options.message or hub.MESSAGE,
+            dry_run=options.dry_run,
+            workspace=workspace,
         )
-        for section in work.kept:
-            print(f"{FILE_NAME}: {section} was edited on the Hub, and stays as it is there.")
-        if options.license is None and work.remote.card is None and not options.dry_run:
-            print("The card says that the licence is unknown; --license mit, for example, would state it.")
-        if options.dry_run:
-            sizes = contents(work.folder)
-            print("\n".join(f"{_size(size):>10}  {name}" for name, size in sizes.items()))
-            print(f"{_size(sum(sizes.values())):>10}  in {len(sizes)} files would go to {_where(target)}.")
-            print("The Hub was not asked whether you may push there, nor what its card keeps.")
-            return 0
-        pushed = hub.push(work.folder, target, work.remote, options.message or MESSAGE)
+    for note in pushed.notes:
+        print(note)
+    if options.dry_run:
+        print("\n".join(f"{_size(size):>10}  {name}" for name, size in pushed.sizes.items()))
+        print(f"{_size(sum(pushed.sizes.values())):>10}  in {len(pushed.sizes)} files would go to {_where(target)}.")
+        print("No request was sent: whether you may push, and what the card on the Hub keeps, was not checked.")
+        return 0
     print(f"{pushed.url}{'' if pushed.is_new else ' was up to date; nothing was sent'}")
     return 0
 

@@ -1,7 +1,7 @@
-"""The configuration of a run: its schema, its rules, and how it is read. This package needs no torch."""
+"""The configuration of a run: schema, validation and parsing. Needs no torch."""
 
 from ddpm_hf.config.parse import load_config, load_data_config, read_config, read_config_dict
-from ddpm_hf.config.rules import ConfigError, changed_settings, changed_too_late, refuse_secrets, validate
+from ddpm_hf.config.rules import ConfigError, changed_settings, changed_too_late, log_warning, refuse_secrets, validate
 from ddpm_hf.config.schema import (
     DataConfig,
     DiffusionConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "changed_too_late",
     "load_config",
     "load_data_config",
+    "log_warning",
     "read_config",
     "read_config_dict",
     "refuse_secrets",

@@ -1,11 +1,4 @@
-"""The settings of a run, as frozen dataclasses.
-
-The part of a run's schema that says how good samples are judged to be.
-
-The part of a run's schema that says where the pipeline is published.
-
-The schema of a run: one frozen dataclass a section. Every field is a flag and a YAML key of the same name.
-"""
+"""The settings of a run, one frozen dataclass per section; each field is a YAML key and a command-line flag."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -16,26 +9,27 @@ import yaml
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """What is sampled and measured when training ends, and the score that is measured while it lasts.
+    """Sampling and measuring at the end of training, and scores during training.
 
     Args:
-        num_samples: Images to sample for the report; 0 samples none and writes no report.
+        num_samples: Images to sample for the report; 0 writes no report.
         batch_size: Images sampled at once.
-        num_inference_steps: Sampling steps an image.
-        eta: 0 samples as DDIM, 1 as DDPM.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        recognition: Report how many samples a classifier trained on the real images recognises as the class asked for;
-            needs model.class_conditional and held-out images.
-        score_every_steps: Measure a score of the averaged weights this often, and after the last step, and keep the
-            checkpoint with the best one; 0 never does. Scores of few samples are biased: compare those of one run.
-        score_metric: Which one: a distance between samples and training images in the features of a network (fid, kid,
-            inception_score in those of Inception; frechet_distance, kernel_distance, precision, recall in any), or
-            bits_per_dim of held-out images, which needs no such network.
-        score_features: The network whose features are compared, as `ddpm-hf evaluate --features`.
-        score_num_samples: Samples drawn for it, with num_inference_steps, eta, guidance_scale and batch_size of this
-            section, or held-out images looked at (all, if there are fewer); fid needs at least 2049, inception_score
-            1000.
-        score_num_terms: Terms of the bound computed for each of these images; bits_per_dim alone reads it.
+        num_inference_steps: Sampling steps.
+        eta: 0 samples with DDIM, 1 with DDPM.
+        guidance_scale: Classifier-free guidance scale; 1 disables guidance.
+        recognition: Train a classifier on the real images and report how many samples it assigns to their class; needs
+            model.class_conditional and a validation set.
+        score_every_steps: Measure a score of the EMA weights at this interval and after the last step, and keep the
+            checkpoint with the best score; 0 disables it. Scores of few samples are biased: compare them only within
+            one run.
+        score_metric: Metric of the score. fid, kid and inception_score use Inception features; frechet_distance,
+            kernel_distance, precision and recall use any features; bits_per_dim uses the validation set and no
+            features.
+        score_features: Feature network, as in `ddpm-hf evaluate --features`.
+        score_num_samples: Number of samples, drawn with num_inference_steps, eta, guidance_scale and batch_size of this
+            section; for bits_per_dim the number of validation images (at most all). fid needs at least 2049,
+            inception_score 1000.
+        score_num_terms: Timesteps per validation image at which bits_per_dim is estimated.
     """
 
     num_samples: int = 64
@@ -55,17 +49,16 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HubConfig:
-    """Where the pipeline is published, at intervals and when training ends; who you are is no setting.
+    """Publishing on the Hugging Face Hub, during and after training. Log in with `hf auth login` or set HF_TOKEN.
 
     Args:
-        push_to_hub: Push the pipeline to the Hub in the background, as `ddpm-hf push` does; log in beforehand with
-            `hf auth login`, or set HF_TOKEN.
-        repo_id: Where to: "user/name", "organisation/name", or "name" for your own; it is made if it does not exist.
-        private: Whether a repository that is made is private; one that exists and is public is refused.
-        branch: Push to this branch instead of main; it is made if it does not exist.
-        fp16: Push half-precision weights too, for `from_pretrained(..., variant="fp16")`.
-        license: Identifier of the licence in the card, such as "mit"; null marks it as unknown.
-        push_every_steps: Push the averaged weights this often while training; 0 pushes when training ends.
+        push_to_hub: Push the pipeline in the background, as `ddpm-hf push` does.
+        repo_id: Repository: "user/name", "organization/name", or "name" in your own namespace; created if missing.
+        private: Create the repository as private; an existing public repository is refused.
+        branch: Branch to push to instead of main; created if missing.
+        fp16: Also push half-precision weights, for `from_pretrained(..., variant="fp16")`.
+        license: License identifier for the model card, such as "mit"; null marks it as unknown.
+        push_every_steps: Push the EMA weights at this interval; 0 pushes only when training ends.
     """
 
     push_to_hub: bool = False
@@ -79,37 +72,43 @@ class HubConfig:
 
 UNetOverride: TypeAlias = int | float | bool | str | list[int] | list[str] | None
 OptimizerOption: TypeAlias = int | float | bool | str | list[float] | None
+# Aliases of values, stored under the names of diffusers.
+DIFFUSION_ALIASES: dict[str, dict[str, str]] = {
+    "beta_schedule": {"cosine": "squaredcos_cap_v2", "quad": "scaled_linear"},
+    "prediction_type": {"eps": "epsilon", "x0": "sample", "v": "v_prediction"},
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Which images to train on.
+    """Training and validation images.
 
     Args:
-        source: A folder of images (class folders become labels), a .zip or .tar of one, a .parquet or .arrow file or a
-            folder of them, a .npy or .npz file, or a data set id of the Hub.
-        subset: Configuration of a Hub data set that has several.
-        revision: Branch, tag or commit of a Hub data set; null is the newest.
-        split: Split to read, or a part of it as "train[:90%]".
-        validation_split: Split held out from training, or a part of one; it must not overlap with split.
-        validation_fraction: Fraction of the images held out from training, chosen by training.seed.
-        image_column: Column or array with the images; null finds the only one.
-        label_column: Column or array with integer labels; null finds the only ClassLabel column, or "label".
-        crop_before_resize: Cut this out first: the side of a square in the centre, or [left, top, right, bottom].
-        resolution: Side length in pixels, or [height, width], to resize (shorter side, antialiased) and crop to; null
-            keeps the images as they are, which must then all have one size.
-        resize_to: Shorter side before the crop, to leave room for random ones; null: as resolution, 0: do not resize.
-        resize_filter: Pillow's filter; nearest is the only one that does not antialias.
-        crop: Cut resolution out of the centre, or at random, anew in every epoch.
-        random_flip: Mirror each image left to right with a probability of one half, anew in every epoch.
-        num_channels: 1 (gray), 3 (RGB), 4 (RGBA), or that of an array; null takes what holds every image.
-        background: What transparent pixels show where num_channels has no room for them; null refuses such images.
-        on_bad_image: Stop at an image that cannot be read, with its name, or let the next good one stand in, counted.
-        max_bad_fraction: Stop if more of the images than this fraction cannot be read.
-        cache_dir: Folder for decoded images; null is $XDG_CACHE_HOME/ddpm_hf or ~/.cache/ddpm_hf.
-        device_resident: Keep all images in the memory of the device; "auto" does where a GPU has ten times the room.
-        streaming: Decode while training instead of once before, for sets that do not fit on the disk.
-        shuffle_buffer_size: Encoded images that a process mixes at a time when streaming.
+        source: Image folder (class subfolders become labels), .zip or .tar of one, .parquet or .arrow file or a folder
+            of them, .npy or .npz file, or Hub dataset id.
+        subset: Configuration name of a Hub dataset that has several.
+        revision: Branch, tag or commit of a Hub dataset; null uses the default branch.
+        split: Split to train on, or a part of one, such as "train[:90%]".
+        validation_split: Split, or part of one, used as the validation set; must not overlap with split.
+        validation_fraction: Fraction of the images used as the validation set, chosen by training.seed.
+        image_column: Column or array of the images; null uses the only one.
+        label_column: Column or array of integer labels; null uses the only ClassLabel column, or "label".
+        crop_before_resize: First crop: side of a centered square, or [left, top, right, bottom].
+        resolution: Image size, one side or [height, width]: the shorter side is resized (antialiased), then the image
+            is cropped. null keeps the original size, which all images must share.
+        resize_to: Shorter side after resizing, larger than resolution to leave room for random crops; null resizes to
+            resolution, 0 does not resize.
+        resize_filter: Pillow filter; nearest is the only one without antialiasing.
+        crop: Crop to resolution in the center, or at a random position in every epoch.
+        random_flip: Flip images horizontally with probability 1/2, drawn in every epoch.
+        num_channels: 1 (gray), 3 (RGB), 4 (RGBA), or that of an array; null uses the smallest that fits every image.
+        background: Color behind transparent pixels when num_channels has no alpha channel; null refuses such images.
+        on_bad_image: Stop at an unreadable image, or replace it by the next readable one and count it.
+        max_bad_fraction: Stop if more than this fraction of the images is unreadable.
+        cache_dir: Folder for decoded images; null uses $XDG_CACHE_HOME/ddpm_hf or ~/.cache/ddpm_hf.
+        device_resident: Keep all images in GPU memory; "auto" does so if they need at most a tenth of it.
+        streaming: Decode images while training instead of caching them first, for data sets larger than the disk.
+        shuffle_buffer_size: Size of the shuffle buffer of each process when streaming, in images.
     """
 
     source: str = ""
@@ -138,23 +137,22 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Which network to train.
+    """The UNet.
 
     Args:
-        preset: A UNet2DModel of ddpm_hf.unet, named after its source or data and the side length it is made for;
-            "ddpm_32" and "ddpm_256" are the paper's networks (35.7 and 113.7 M parameters). null where config_file or
-            from_pretrained is given, which also take the place of the default.
-        config_file: The config.json of a UNet2DModel, or a folder or Hub repository with one.
-        from_pretrained: A pipeline or UNet2DModel to go on from, as a folder or Hub repository; network and averages
-            start at its weights.
-        revision: Branch, tag or commit of the Hub repository of config_file or from_pretrained; null takes its newest.
-        overrides: Entries of UNet2DModel's config that replace those of the preset, config_file or from_pretrained, for
-            example {dropout: 0.1}.
-        class_conditional: Give the network the labels of the data set.
-        initialization: "paper" (Glorot-uniform, output layers near zero; Ho et al. 2020) or "torch" (PyTorch's
-            defaults).
-        gradient_checkpointing: Compute the activations of residual blocks anew in the backward pass instead of keeping
-            them: the same gradients with less memory, for about one more forward pass.
+        preset: UNet2DModel configuration, named after its paper or data set and its resolution. "ddpm_32" and
+            "ddpm_256" are the networks of Ho et al. 2020 (35.7 and 113.7 M parameters). Ignored with config_file or
+            from_pretrained.
+        config_file: config.json of a UNet2DModel, or a folder or Hub repository that contains one.
+        from_pretrained: Folder or Hub repository of a pipeline or UNet2DModel to fine-tune; weights and EMA start from
+            it.
+        revision: Branch, tag or commit of the Hub repository in config_file or from_pretrained.
+        overrides: UNet2DModel settings that replace those of the preset, config_file or from_pretrained, for example
+            {dropout: 0.1}.
+        class_conditional: Condition the network on the labels of the data set.
+        initialization: "paper" (Glorot uniform, output layers near zero; Ho et al. 2020) or "torch" (PyTorch defaults).
+        gradient_checkpointing: Recompute activations in the backward pass instead of storing them: the same gradients
+            with less memory, for about one more forward pass.
     """
 
     preset: (
@@ -172,24 +170,24 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiffusionConfig:
-    """The forward process and what the network predicts; saved as scheduler_config.json.
+    """The forward process and the prediction target; saved as scheduler_config.json.
 
     Args:
-        num_train_timesteps: Length T of the chain.
-        beta_schedule: Noise schedule. Ranges of betas: linear (Ho et al. 2020), scaled_linear or quad (even steps of
-            the root), sigmoid, warmup10 and warmup50 (linear over a tenth or a half), const; formulas: cosine or
-            squaredcos_cap_v2 (Nichol & Dhariwal 2021), laplace, sigmoid_alpha_bar, jsd. docs/mathematics.md has them.
-        beta_start: First beta of the schedules that are a range of betas but const, tuned to T = 1000.
-        beta_end: Last beta of these, and the only one of const.
-        scale_betas_to_timesteps: Multiply beta_start and beta_end by 1000 / num_train_timesteps, so that a chain of
-            another length ends with about the same signal (Nichol & Dhariwal 2021); stored as the products.
-        prediction_type: What the network predicts: epsilon (eps), sample (x0) or v_prediction (v).
-        variance_type: Variance of the reverse steps: beta_t (fixed_large), the posterior's (fixed_small), one that the
-            network learns between these two (learned_range, Nichol & Dhariwal 2021) or anywhere (learned); the learned
-            ones double the network's out_channels and need objective.loss hybrid or vlb.
+        num_train_timesteps: Number of diffusion timesteps T.
+        beta_schedule: Noise schedule; docs/mathematics.md has the formulas. By betas: linear (Ho et al. 2020),
+            scaled_linear (alias quad), sigmoid, warmup10, warmup50, const. By alpha_bar: squaredcos_cap_v2 (alias
+            cosine; Nichol & Dhariwal 2021), laplace, sigmoid_alpha_bar, jsd.
+        beta_start: First beta of linear, scaled_linear, sigmoid, warmup10 and warmup50, for T = 1000.
+        beta_end: Last beta of these schedules, and the beta of const.
+        scale_betas_to_timesteps: Multiply beta_start and beta_end by 1000 / num_train_timesteps, so that processes of
+            any length end at about the same SNR (Nichol & Dhariwal 2021). The scaled values are saved.
+        prediction_type: Output of the network: epsilon (alias eps), sample (alias x0) or v_prediction (alias v).
+        variance_type: Variance of the reverse process: fixed_large (beta_t), fixed_small (posterior variance),
+            learned_range (between the two, Nichol & Dhariwal 2021) or learned (unconstrained). The learned ones double
+            the network's out_channels and need objective.loss hybrid or vlb.
         clip_sample: Clip the predicted x_0 to [-1, 1] in every sampling step.
-        timestep_spacing: How fewer sampling steps are spread over the chain.
-        rescale_betas_zero_snr: Rescale the betas so that the last timestep is pure noise (Lin et al. 2024).
+        timestep_spacing: Spacing of the timesteps when sampling with fewer than num_train_timesteps steps.
+        rescale_betas_zero_snr: Rescale the betas so that the last timestep has zero SNR (Lin et al. 2024).
     """
 
     num_train_timesteps: int = 1000
@@ -206,38 +204,42 @@ class DiffusionConfig:
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "trailing"
     rescale_betas_zero_snr: bool = False
 
+    def __post_init__(self) -> None:
+        for name, aliases in DIFFUSION_ALIASES.items():
+            value = getattr(self, name)
+            object.__setattr__(self, name, aliases.get(value, value))
+
     @property
     def learns_variance(self) -> bool:
-        """Whether the network predicts a variance too."""
+        """Whether the network also predicts the variance."""
         return self.variance_type in ("learned", "learned_range")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """The training loss, and the noise and timesteps it is computed at.
+    """The training loss, noise and timestep sampling.
 
     Args:
-        loss: Distance between prediction and target: mse (L_simple, Ho et al. 2020, Eq. 14), l1 or huber; vlb, the
-            variational bound in bits per dimension, T times the term of the drawn timestep (Ho et al. 2020, Eq. 5);
-            hybrid, mse plus vlb_weight times vlb, which then trains the learned variance alone (L_hybrid, Nichol &
-            Dhariwal 2021, Eq. 16).
-        huber_delta: Error at which huber turns from quadratic to linear, in units of the prediction.
+        loss: mse (L_simple, Ho et al. 2020, Eq. 14), l1 or huber; vlb, the variational bound in bits per dimension (Ho
+            et al. 2020, Eq. 5); hybrid, mse plus vlb_weight times vlb, where vlb trains only the learned variance
+            (L_hybrid, Nichol & Dhariwal 2021, Eq. 16).
+        huber_delta: Error at which huber changes from quadratic to linear.
         vlb_weight: Weight of vlb in hybrid.
-        weighting: Factor on the loss as a function of the signal-to-noise ratio (SNR): none; min_snr (Hang et al.
-            2023); p2, (p2_k + SNR)^-p2_gamma (Choi et al. 2022); snr and truncated_snr, the mean square of x_0 times
-            SNR or max(SNR, 1) whatever is predicted (Salimans & Ho 2022). Under hybrid it acts on the mse alone.
-        min_snr_gamma: SNR from which min_snr no longer raises the weight of x_0.
-        p2_gamma: Exponent of p2; 0 is no weighting.
-        p2_k: Constant of p2 that bounds the weight where the SNR is 0.
-        timestep_sampling: uniform; antithetic, pairs t and T-1-t (Song et al. 2021); loss_aware, in proportion to the
-            root mean square of the last 10 losses at each t, with importance weights that keep the expected loss
-            (Nichol & Dhariwal 2021); it is uniform until every t was seen 10 times.
-        self_conditioning: Probability that a step shows the network its own prediction of x_0 as further input channels
-            (Chen et al. 2022 use 0.5), at the price of one more forward; 0 is a network without these channels.
+        weighting: Loss weight as a function of the signal-to-noise ratio (SNR): none; min_snr (Hang et al. 2023); p2,
+            (p2_k + SNR)^-p2_gamma (Choi et al. 2022); snr and truncated_snr, weights SNR and max(SNR, 1) on the x_0
+            error for any prediction_type (Salimans & Ho 2022). In hybrid it applies to mse only.
+        min_snr_gamma: SNR above which min_snr clips the weight of the x_0 error.
+        p2_gamma: Exponent of p2; 0 disables the weighting.
+        p2_k: Constant of p2 that bounds the weight at SNR 0.
+        timestep_sampling: uniform; antithetic, pairs t and T-1-t (Song et al. 2021); loss_aware, importance sampling in
+            proportion to the root mean square of the last 10 losses at each timestep (Nichol & Dhariwal 2021), uniform
+            until every timestep has been seen 10 times.
+        self_conditioning: Probability of a self-conditioned step, which feeds the network its own x_0 prediction (Chen
+            et al. 2022 use 0.5) and costs one more forward pass; 0 builds a network without self-conditioning.
         class_dropout: Probability of replacing a label by the null label, for classifier-free guidance.
-        offset_noise: Deviation of a further noise that is constant over each channel of an image; 0 is none.
-        immiscible_noise: Exchange the noise among each 32 images so that every image gets noise near to it (Li et al.
-            2024).
+        offset_noise: Standard deviation of additional noise that is constant over each channel; 0 disables it.
+        immiscible_noise: Assign the noise within each block of 32 images so that every image gets nearby noise (Li et
+            al. 2024).
     """
 
     loss: Literal["mse", "l1", "huber", "vlb", "hybrid"] = "mse"
@@ -256,50 +258,49 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
-    """The run itself. One step is one optimiser update.
+    """Optimization, EMA, checkpoints and devices. One step is one optimizer update.
 
     Args:
-        output_dir: Run folder: checkpoints, previews, metrics, the trained pipeline.
-        seed: Seed of everything random in the run.
-        num_steps: Optimiser updates.
-        train_batch_size: Images an update, over all processes (global).
-        micro_batch_size: Images of one forward on one device; smaller values accumulate gradients. null takes the
-            process's whole share; auto halves it before the first step until it fits into the GPU's memory.
-        mixed_precision: Precision inside the network: fp32, bf16, or fp16 with loss scaling (needs a GPU).
-        optimizer: "adamw", "adam", or the import path of a torch optimiser, for example "torch.optim.SGD".
-        optimizer_kwargs: Further arguments of the optimiser, for example {momentum: 0.9}.
+        output_dir: Run folder with checkpoints, previews, metrics and the trained pipeline.
+        seed: Seed of all randomness in the run.
+        num_steps: Optimizer updates.
+        train_batch_size: Global batch size, over all processes.
+        micro_batch_size: Images per forward pass on one device; smaller values accumulate gradients. null uses the
+            per-process batch; auto halves it before the first step until it fits into GPU memory.
+        mixed_precision: fp32, bf16, or fp16 with loss scaling (GPU only).
+        optimizer: "adamw", "adam", or the import path of a PyTorch optimizer, such as "torch.optim.SGD".
+        optimizer_kwargs: Additional optimizer arguments, for example {momentum: 0.9}.
         learning_rate: Peak learning rate.
-        learning_rate_warmup_steps: Steps of linear warm-up from 0.
+        learning_rate_warmup_steps: Steps of linear warmup from 0.
         learning_rate_schedule: constant, or cosine or linear decay to 0 at num_steps.
-        adam_beta1: Decay of the first moment of adamw and adam.
-        adam_beta2: Decay of their second moment.
-        adam_epsilon: Their epsilon.
-        weight_decay: Decoupled weight decay of adamw; adam adds it to the gradient.
-        max_grad_norm: Clip the global gradient norm to this; null does not clip.
-        ema_decay: Decay a step of the exponential moving average of the weights, which is what is sampled and saved.
-        ema_warmup: Smaller decays at first, so that early weights are forgotten soon. n updates after ema_start_step,
-            "ramp" uses min(ema_decay, (1 + n) / (10 + n)), "power" min(ema_decay, 1 - (1 + n / ema_inv_gamma) **
-            -ema_power); "none" starts with ema_decay.
-        ema_inv_gamma: Time scale of the power law, in updates.
-        ema_power: Exponent of the power law; 3/4 reaches a decay of 0.999 after 10,000 updates, 2/3 after 32,000.
-        ema_start_step: For this many updates the average is a copy of the weights.
-        ema_every_steps: Updates between two of the average, which then forgets as much at once as it would have in
-            single steps: the setting changes the cost, not the length of the average.
-        posthoc_ema: Follow the weights with two more averages, from which `ddpm-hf ema` makes one of any length after
-            training (Karras et al. 2024); see posthoc_ema_every_steps for the disk that it takes.
-        posthoc_ema_every_steps: Store these two this often, 8 bytes a parameter each time; null stores them 40 times
-            during training.
-        checkpoint_every_steps: Save a checkpoint this often; one is always saved at the end and on a signal.
-        num_checkpoints_kept: Newest checkpoints kept, at least 2.
-        log_every_steps: Write a line of metrics this often.
-        validate_every_steps: Measure the loss of the averaged weights on the held-out images this often, and after the
-            last step; 0 never does. Needs held-out images.
-        max_consecutive_nonfinite: Stop (exit code 3) after this many updates in a row with a non-finite gradient; each
-            such update is skipped.
-        tf32: Let NVIDIA GPUs compute float32 matrix products and convolutions in TF32.
-        deterministic: Ask torch for deterministic kernels: bit-exact resume on CUDA, at a price.
-        resume: "auto" continues the run in output_dir; "none" refuses to touch an output_dir that holds a run.
-        cpu: Train on the CPU even where there is a GPU.
+        adam_beta1: beta1 of adamw and adam.
+        adam_beta2: beta2 of adamw and adam.
+        adam_epsilon: epsilon of adamw and adam.
+        weight_decay: Weight decay: decoupled in adamw, added to the gradient in adam.
+        max_grad_norm: Maximum global gradient norm; null does not clip.
+        ema_decay: EMA decay per step. The EMA weights are sampled and saved.
+        ema_warmup: EMA decay schedule. n updates after ema_start_step, "ramp" uses min(ema_decay, (1 + n) / (10 + n)),
+            "power" min(ema_decay, 1 - (1 + n / ema_inv_gamma) ** -ema_power), "none" ema_decay.
+        ema_inv_gamma: Time scale of power, in updates.
+        ema_power: Exponent of power; 3/4 reaches a decay of 0.999 after 10,000 updates, 2/3 after 32,000.
+        ema_start_step: Updates during which the EMA is a copy of the weights.
+        ema_every_steps: Updates between two EMA updates. The decay is adjusted, so the setting changes the cost and not
+            the length of the EMA.
+        posthoc_ema: Also track two power-function EMAs, from which `ddpm-hf ema` reconstructs an EMA of any length
+            after training (Karras et al. 2024).
+        posthoc_ema_every_steps: Interval at which these are stored, 8 bytes per parameter each time; null stores them
+            40 times during training.
+        checkpoint_every_steps: Checkpoint interval; a checkpoint is also saved at the end and on a signal.
+        num_checkpoints_kept: Number of newest checkpoints to keep, at least 2.
+        log_every_steps: Interval of lines in metrics.jsonl.
+        validate_every_steps: Interval of the validation loss of the EMA weights, also measured after the last step; 0
+            disables it. Needs a validation set.
+        max_consecutive_nonfinite: Updates with a non-finite gradient are skipped; stop with exit code 3 after this many
+            in a row.
+        tf32: Allow TF32 in float32 matrix products and convolutions on NVIDIA GPUs.
+        deterministic: Use deterministic PyTorch kernels, for bit-exact resume on CUDA; slower.
+        resume: "auto" continues the run in output_dir; "none" refuses an output_dir that contains a run.
+        cpu: Train on the CPU even if there is a GPU.
     """
 
     output_dir: str = "outputs/run"
@@ -339,14 +340,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreviewConfig:
-    """Sample grids during training, always of the same seeds.
+    """Sample grids during training, always from the same seeds.
 
     Args:
-        every_steps: Draw a grid this often; 0 draws none.
+        every_steps: Interval; 0 disables previews.
         num_images: Images in the grid.
-        num_inference_steps: Sampling steps an image.
-        eta: 0 samples as DDIM, 1 as DDPM.
-        guidance_scale: Classifier-free guidance; 1 is none.
+        num_inference_steps: Sampling steps.
+        eta: 0 samples with DDIM, 1 with DDPM.
+        guidance_scale: Classifier-free guidance scale; 1 disables guidance.
     """
 
     every_steps: int = 5000
@@ -358,12 +359,12 @@ class PreviewConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingConfig:
-    """Where metrics and previews go beside metrics.jsonl, which is always written. Keys and tokens are no settings.
+    """Experiment trackers, in addition to metrics.jsonl. API keys are read from the environment.
 
     Args:
-        trackers: Any of tensorboard (into the run folder), wandb and trackio; none by default.
-        project: Project of the run in wandb and trackio.
-        run_name: Its name there; null takes that of the run folder.
+        trackers: Any of tensorboard (in the run folder), wandb and trackio.
+        project: Project name in wandb and trackio.
+        run_name: Run name in wandb and trackio; null uses the name of the run folder.
     """
 
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
@@ -373,18 +374,18 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Everything that decides a run.
+    """All settings of a run.
 
     Args:
-        data: Which images to train on.
-        model: Which network to train.
-        diffusion: The forward process and what the network predicts.
-        objective: The training loss.
-        training: The run itself.
+        data: Training and validation images.
+        model: The UNet.
+        diffusion: The forward process and the prediction target.
+        objective: The training loss, noise and timestep sampling.
+        training: Optimization, EMA, checkpoints and devices.
         preview: Sample grids during training.
-        evaluation: What is sampled and measured when training ends.
-        tracking: Where metrics and previews go.
-        hub: Where the pipeline is published.
+        evaluation: Sampling and measuring at the end of training, and scores during training.
+        tracking: Experiment trackers.
+        hub: Publishing on the Hugging Face Hub.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -398,9 +399,9 @@ class RunConfig:
     hub: HubConfig = field(default_factory=HubConfig)
 
     def to_yaml(self) -> str:
-        """Returns the resolved configuration as YAML that `--config` reads."""
+        """Return all settings as YAML that `--config` reads."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def to_dict(self) -> dict[str, dict[str, object]]:
-        """Returns the resolved configuration as plain nested dictionaries."""
+        """Return all settings as nested dictionaries."""
         return dataclasses.asdict(self)

@@ -149,6 +149,15 @@ def verify(folder: Path, *, run_code: bool = False) -> list[Finding]:
     return findings
 
 
+def verify_contents(folder: Path, pipeline: GaussianDiffusionPipeline) -> list[Finding]:
+    """Compare the weights and settings of a pipeline that was loaded from a folder with its verification.json.
+
+    Raises:
+        ValueError: There is no verification.json, or it is damaged or of a newer version.
+    """
+    return list(_compare_contents(folder, pipeline, _read(folder)))
+
+
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / VERIFICATION
     if not path.is_file():

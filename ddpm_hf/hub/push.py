@@ -1,16 +1,25 @@
-"""Uploads a folder to the Hub in one commit, as whoever `hf auth login` or HF_TOKEN says.
+"""Push a trained pipeline to the Hugging Face Hub in one commit, as the user of `hf auth login` or HF_TOKEN.
 
-Large files go first and can be seen by nobody until the commit names them, so a push that breaks off publishes nothing.
+A new folder is assembled from a fixed list of files: weights, configurations and code are written from the loaded
+pipeline, records and pictures are copied by name. Large files are uploaded first and are not visible before the commit
+names them, so an interrupted push publishes nothing.
 """
 
+import json
+import math
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -21,63 +30,99 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.evaluation.generate import Sampler, sample_film, sample_images
+from ddpm_hf.evaluation.verify import verify_contents, write_verification
+from ddpm_hf.files import (
+    DENOISING_ANIMATION,
+    DENOISING_STRIP,
+    EVALUATION,
+    EVALUATION_PICTURE,
+    LOSS_PICTURE,
+    MODEL_INDEX,
+    PIPELINE_DIR,
+    README,
+    RECOGNITION,
+    SAMPLES_PICTURE,
+    TRAINING_CONFIG,
+    TRAINING_SUMMARY,
+    VERIFICATION,
+)
+from ddpm_hf.hub import card
+from ddpm_hf.plots import schedule_plot
 from ddpm_hf.redaction import reason_of
+from ddpm_hf.run_report import draw_samples
 
-CARD = "README.md"
+MESSAGE = "Push a pipeline trained by ddpm_hf"
+PREFIX = "ddpm-hf-push-"  # of temporary folders
+PICTURES_DIR = "samples"
+SCHEDULE_PICTURE = "schedule.png"
+NUM_SAMPLES, NUM_STEPS, BATCH_SIZE = 16, 50, 8
+MAX_CLASSES, NUM_SAMPLES_PER_CLASS = 10, 4
+
 _BRANCH = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*")
-# Of httpx in huggingface_hub 1, of httpx2 in 2: what is raised when there is no answer.
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+# Raised when there is no answer: of httpx in huggingface_hub 1, of httpx2 in 2.
 _HTTPError: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
-# What an earlier push may have left that a new one no longer has: weights in another number of parts or precision,
-# records, pictures. Whatever else is in the repository stays.
+# Files of an earlier push that are removed if this push does not have them. All other files of a repository stay.
 _OURS = (
     "unet/diffusion_pytorch_model*", "scheduler/reverse_variance.json", "training_config.yaml", "training_summary.json",
-    "evaluation.json", "samples/samples.png", "samples/denoising.*", "samples/loss.png", "samples/evaluation.png",
+    "evaluation.json", "recognition.json", "samples/samples.png", "samples/denoising.*", "samples/loss.png",
+    "samples/evaluation.png",
 )  # fmt: skip
 
 
 class HubRefused(ValueError):
-    """The Hub says no to what was asked; the message says what to do."""
+    """The Hub does not allow a request; the message says what to change."""
 
 
 class HubFailed(OSError):
-    """The Hub cannot be reached, or could not do it; nothing was half published."""
+    """The Hub could not be reached or had an error of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a folder goes.
+    """Where a pipeline is pushed to.
 
     Args:
         repo_id: "user/name", or "name" for the user who is logged in.
-        private: Whether a repository that is made is private; one that exists must be.
-        branch: Instead of main; made if it does not exist.
-        as_pull_request: Propose the change to whoever owns the repository.
+        private: Create the repository as private; an existing public one is refused.
+        branch: Branch instead of main, created if it does not exist.
+        as_pull_request: Open a pull request instead of committing.
+        license: License identifier for the card, such as "mit"; None keeps the one in the card.
 
     Raises:
-        HubRefused: The id is malformed, or a branch and a pull request are asked for.
+        HubRefused: A value is malformed, or a branch is combined with a pull request.
     """
 
     repo_id: str
     private: bool = False
     branch: str | None = None
     as_pull_request: bool = False
+    license: str | None = None
 
     def __post_init__(self) -> None:
         try:
             validate_repo_id(self.repo_id)
         except HFValidationError:
             raise HubRefused(
-                f'{self.repo_id!r} is no name of a repository; give "user/name" of letters, digits, "-", "_" and ".", '
-                "at most 96 in all."
+                f'{self.repo_id!r} is not a valid repository id; use "user/name" with letters, digits, "-", "_" and '
+                '".", at most 96 characters.'
             ) from None
         if self.branch is not None and self.as_pull_request:
-            raise HubRefused("a pull request has a branch of its own; leave out the branch or the pull request.")
+            raise HubRefused("a pull request has its own branch; remove the branch or the pull request.")
         if self.branch is not None and not _is_branch(self.branch):
             raise HubRefused(
-                f"{self.branch!r} is no name of a branch; use letters, digits, -, _, . and /, but neither .. nor HEAD, "
-                "and no . or .lock at an end."
+                f"{self.branch!r} is not a valid branch name; use letters, digits, -, _, . and /, without .., HEAD, or "
+                "a part that ends in . or .lock."
+            )
+        if self.license is not None and not _LICENSE.fullmatch(self.license):
+            raise HubRefused(
+                f"license is {self.license!r}; use an identifier of the Hub such as mit, apache-2.0 or cc-by-4.0 "
+                "(https://huggingface.co/docs/hub/repositories-licenses)."
             )
 
     @property
@@ -87,22 +132,284 @@ class Target:
 
 
 def _is_branch(name: str) -> bool:
-    """Tells whether git takes a name for a branch; of those that it takes, none with unusual signs."""
+    """Tell whether git accepts a branch name, of plain characters only."""
     is_plain = _BRANCH.fullmatch(name) is not None and ".." not in name and name != "HEAD"
     return is_plain and not any(part.endswith((".", ".lock")) for part in name.split("/"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pushed:
-    """What there is after a push.
+    """Result of a push.
 
     Args:
-        url: Where to look at it.
-        is_new: Whether anything was uploaded; False if all of it was there already.
+        url: Page of the repository, branch or pull request; None after a dry run.
+        is_new: Whether a commit was made; False if the repository was up to date.
+        sizes: Bytes of each published file by its path.
+        notes: Sentences about the card.
     """
 
-    url: str
+    url: str | None
     is_new: bool
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def push(
+    folder: str | Path,
+    target: Target,
+    *,
+    fp16: bool = False,
+    with_real_images: bool = False,
+    message: str = MESSAGE,
+    dry_run: bool = False,
+    workspace: Path | None = None,
+) -> Pushed:
+    """Publish the pipeline of a run with a model card, in one commit.
+
+    Args:
+        folder: A finished run, or a saved pipeline.
+        target: Where to push.
+        fp16: Add half-precision weights.
+        with_real_images: Also publish evaluation.png, which shows training images.
+        message: First line of the commit message.
+        dry_run: Assemble everything, send no request, and push nothing.
+        workspace: Folder for temporary files; None uses that of the system.
+
+    Returns:
+        The address and the files.
+
+    Raises:
+        ValueError: The pipeline cannot be published; HubRefused if the user may not push.
+        OSError: HubFailed if the Hub cannot be reached.
+    """
+    run = Path(folder).expanduser()
+    pipeline_dir = run if (run / MODEL_INDEX).is_file() else run / PIPELINE_DIR
+    repo_id = target.repo_id if dry_run else check_access(target)
+    card.read_facts(pipeline_dir, repo_id)  # broken records are refused before any work
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=workspace) as temporary:
+        assembled = Path(temporary) / "repository"
+        assemble(pipeline_dir, assembled, run=run, fp16=fp16, with_real_images=with_real_images)
+        remote = Remote(repo_id) if dry_run else look_up(target, repo_id)
+        written = card.make_card(assembled, repo_id=repo_id, license=target.license, existing=remote.card)
+        (assembled / README).write_text(written.text, encoding="utf-8", newline="")
+        sizes = {name: path.stat().st_size for name, path in _files(assembled).items()}
+        if dry_run:
+            return Pushed(url=None, is_new=False, sizes=sizes)
+        url, is_new = upload(assembled, target, remote, message)
+    return Pushed(url=url, is_new=is_new, sizes=sizes, notes=written.notes)
+
+
+# What is published
+
+
+def assemble(
+    pipeline_dir: Path, target: Path, *, run: Path | None = None, fp16: bool = False, with_real_images: bool = False
+) -> None:
+    """Write everything that is published, except the card, into a new folder.
+
+    Args:
+        pipeline_dir: A saved pipeline.
+        target: The new folder.
+        run: Folder with the report of the run; without one, samples are drawn.
+        fp16: Add half-precision weights.
+        with_real_images: Copy evaluation.png, which shows training images.
+
+    Raises:
+        ValueError: The pipeline does not load, differs from its verification.json, or has weights that are not finite.
+    """
+    run = run or pipeline_dir
+    try:
+        pipeline = GaussianDiffusionPipeline.from_pretrained(pipeline_dir, dtype=torch.float32)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{pipeline_dir} holds no pipeline that loads: {reason_of(error)}.") from error
+    if (pipeline_dir / VERIFICATION).is_file():
+        for finding in verify_contents(pipeline_dir, pipeline):
+            if finding.is_bad:
+                raise ValueError(
+                    f"{pipeline_dir} is not the pipeline that was saved ({finding.way}: {finding.problem}); restore "
+                    f"it, or accept it with ddpm-hf verify {pipeline_dir} --write."
+                )
+    _check_finite(pipeline, pipeline_dir, "float32")
+    pipeline.save_pretrained(target)
+    write_verification(target)
+
+    pictures = target / PICTURES_DIR
+    pictures.mkdir()
+    scheduler = GaussianDiffusionScheduler.from_config(pipeline.scheduler.config)
+    schedule_plot({"": scheduler.noise_schedule.alphas_cumprod.double().numpy()}, pictures / SCHEDULE_PICTURE)
+    _copy_picture(run / LOSS_PICTURE, pictures)
+    has_denoising = all((run / name).is_file() for name in (DENOISING_STRIP, DENOISING_ANIMATION))
+    if not _copy_picture(run / SAMPLES_PICTURE, pictures):
+        _draw_samples(pipeline, pictures)
+    elif has_denoising:
+        for name in (DENOISING_STRIP, DENOISING_ANIMATION):
+            _copy_picture(run / name, pictures)
+    if with_real_images and not _copy_picture(pipeline_dir / EVALUATION_PICTURE, pictures):
+        raise ValueError(
+            f"{pipeline_dir} has no {EVALUATION_PICTURE}, which shows real images; run ddpm-hf evaluate, or remove "
+            "with_real_images."
+        )
+
+    for path in (pipeline_dir / TRAINING_SUMMARY, pipeline_dir / EVALUATION, run / RECOGNITION):
+        if path.is_file() and not path.is_symlink():
+            content = _finite(card.read_record(path))
+            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+            (target / path.name).write_text(text, encoding="utf-8")
+    if (pipeline_dir / TRAINING_CONFIG).is_file():
+        (target / TRAINING_CONFIG).write_text(_public_settings(pipeline_dir), encoding="utf-8")
+
+    if fp16:
+        pipeline.unet.half()
+        _check_finite(pipeline, pipeline_dir, "float16")
+        pipeline.save_pretrained(target, variant="fp16")
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Return all files of a folder by their paths in the repository."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _check_finite(pipeline: GaussianDiffusionPipeline, folder: Path, dtype: str) -> None:
+    """Refuse weights that are not finite; half precision turns large weights into infinity."""
+    for name, parameter in pipeline.unet.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            advice = "remove fp16" if dtype == "float16" else "use an earlier checkpoint"
+            raise ValueError(f"{folder} has weights that are not finite in {dtype} ({name}); {advice}.")
+
+
+def _draw_samples(pipeline: GaussianDiffusionPipeline, folder: Path) -> None:
+    """Draw samples and the denoising process of a pipeline without a report."""
+    num_classes = min(pipeline.num_classes, MAX_CLASSES)
+    count = num_classes * NUM_SAMPLES_PER_CLASS or NUM_SAMPLES
+    sampler = Sampler(
+        num_inference_steps=min(NUM_STEPS, int(pipeline.scheduler.config["num_train_timesteps"])),
+        eta=0.0 if isinstance(pipeline.scheduler, GaussianDiffusionScheduler) else None,
+        labels=tuple(range(num_classes)) or None,
+    )
+    prepared = sampler.prepare(pipeline)
+    samples = sample_images(prepared, sampler, seed=0, indices=range(count), batch_size=BATCH_SIZE)
+    trajectory = sample_film(prepared, sampler, seed=0, num_images=count, batch_size=BATCH_SIZE)
+    names = pipeline.config.get("class_names")
+    draw_samples(
+        folder,
+        samples,
+        np.arange(count) % num_classes if num_classes else None,
+        [names[str(label)] for label in range(pipeline.num_classes)] if names else None,
+        trajectory,
+    )
+
+
+def _copy_picture(path: Path, folder: Path) -> bool:
+    """Copy a PNG or GIF and return whether there was one; symbolic links are not followed."""
+    if not path.is_file() or path.is_symlink():
+        return False
+    try:
+        with Image.open(path, formats=["PNG", "GIF"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is not a valid PNG or GIF ({reason_of(error)}); remove it and push again.") from error
+    shutil.copyfile(path, folder / path.name)
+    return True
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with None instead of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _public_settings(pipeline_dir: Path) -> str:
+    """Return training_config.yaml with names instead of paths.
+
+    `owner/name` is taken for a Hub id only if training_summary.json or a setting for Hub repositories says so; the
+    folders of this machine do not matter.
+    """
+    path = pipeline_dir / TRAINING_CONFIG
+    settings = card.read_record(path)
+    if not all(isinstance(section, dict) for section in settings.values()):
+        raise ValueError(f"{path} is not a training configuration; remove it and push again.")
+    data, model = settings.get("data", {}), settings.get("model", {})
+    summary = card.read_record(pipeline_dir / TRAINING_SUMMARY)
+    source = data.get("source")
+    base_model = model.get("from_pretrained")
+    is_known = {
+        "output_dir": False,
+        "cache_dir": False,
+        "source": source == (summary.get("data") or {}).get("source")
+        or bool(data.get("revision") or data.get("subset")),
+        "config_file": bool(model.get("revision")),
+        "from_pretrained": base_model == summary.get("base_model") or bool(model.get("revision")),
+    }
+    for section in settings.values():
+        for name in is_known.keys() & section.keys():
+            if isinstance(section[name], str):
+                section[name] = card.public_name(section[name], is_known=is_known[name])
+    return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+# Access
+
+
+def check_access(target: Target) -> str:
+    """Ask the Hub whether the user may push, without changing anything.
+
+    Returns:
+        The full id of the repository, `user/name`.
+
+    Raises:
+        HubRefused: The user is not logged in or may not push.
+        HubFailed: The Hub cannot be reached.
+    """
+    api = HfApi()
+    with _hub_errors(target.repo_id):
+        token = get_token()
+        if token is None:
+            raise HubRefused("you are not logged in to the Hub; run hf auth login or set HF_TOKEN.")
+        if not token.isascii() or not token.isprintable():  # the client would print it in its error
+            raise HubRefused("the token contains an invalid character; run hf auth login or set HF_TOKEN again.")
+        user = api.whoami()
+        name = target.repo_id if "/" in target.repo_id else f"{user['name']}/{target.repo_id}"
+    with _hub_errors(name):
+        try:
+            try:
+                if not target.as_pull_request:  # anybody who can read a repository may open a pull request
+                    api.auth_check(name, write=True)
+            except RemoteEntryNotFoundError:  # mirrors and older enterprise Hubs do not have this route
+                pass
+            is_private = api.repo_info(name).private
+        except RepositoryNotFoundError:
+            _check_can_create(name, user, target)
+            return name
+    if target.private and not is_private:
+        raise HubRefused(f"{name} exists and is public; remove private, or make it private in its settings first.")
+    return name
+
+
+def _check_can_create(name: str, user: Mapping[str, Any], target: Target) -> None:
+    """Refuse a repository that does not exist and that the user cannot create."""
+    if target.as_pull_request:
+        raise HubRefused(
+            f"{name} does not exist, so a pull request is not possible; use an existing repository, or remove the pull "
+            "request."
+        )
+    owners = {user["name"], *(one["name"] for one in user.get("orgs", []) if one.get("roleInOrg") != "read")}
+    if name.split("/")[0] not in owners:
+        raise HubRefused(
+            f"{name} does not exist, and {user['name']} cannot create it there; use a name under "
+            f"{' or '.join(sorted(owners))}."
+        )
+    token = user.get("auth", {}).get("accessToken", {})  # empty for an OAuth login
+    scopes = (token.get("fineGrained") or {}).get("scoped") or []
+    cannot_write = scopes and not any("repo.write" in scope.get("permissions", []) for scope in scopes)
+    if token.get("role") == "read" or cannot_write:
+        raise HubRefused(f"{name} does not exist, and your token cannot create it; use a token with write access.")
+
+
+# Upload
 
 
 @dataclass(frozen=True)
@@ -110,173 +417,104 @@ class Remote:
     """A repository before a push.
 
     Args:
-        repo_id: With the name of its owner.
-        commit: The one that the push is made on top of; None for a repository that does not exist.
-        card: The text of its README.md, if there is one.
-        has_branch: Whether the branch exists; one that does not begins at `commit`.
+        repo_id: Full id.
+        commit: Parent of the new commit; None if the repository does not exist.
+        card: Content of README.md, or None.
+        has_branch: Whether the branch exists; otherwise it starts at `commit`.
     """
 
     repo_id: str
-    commit: str | None
-    card: str | None
+    commit: str | None = None
+    card: str | None = None
     has_branch: bool = True
 
 
-def check_license(license: str | None) -> None:
-    """Refuses what is no identifier of a licence; None is that of nobody knows which.
-
-    Raises:
-        HubRefused: It is a name or a sentence.
-    """
-    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-        raise HubRefused(
-            f"license is {license!r}; give an identifier that the Hub knows, such as mit, apache-2.0 or cc-by-4.0 "
-            "(https://huggingface.co/docs/hub/repositories-licenses)."
-        )
-
-
-def check_access(target: Target) -> str:
-    """Asks the Hub whether this user may write there, and changes nothing.
-
-    Returns:
-        The full name of the repository.
-
-    Raises:
-        HubRefused: Nobody is logged in, or this user may not.
-        HubFailed: The Hub cannot be asked.
-    """
-    api = HfApi()
-    with _in_words(target.repo_id):
-        token = get_token()
-        if token is None:
-            raise HubRefused("nobody is logged in to the Hub; run hf auth login, or set HF_TOKEN.")
-        if not token.isascii() or not token.isprintable():  # the client would repeat it in its complaint
-            raise HubRefused("the token holds a character that no token has; run hf auth login, or set HF_TOKEN anew.")
-        user = api.whoami()
-        name = target.repo_id if "/" in target.repo_id else f"{user['name']}/{target.repo_id}"
-    with _in_words(name):
-        try:
-            try:
-                if not target.as_pull_request:  # anybody who can read a repository may propose a change
-                    api.auth_check(name, write=True)
-            except RemoteEntryNotFoundError:  # a Hub of an enterprise or a mirror that does not know the question
-                pass
-            is_private = api.repo_info(name).private
-        except RepositoryNotFoundError:
-            _check_may_make(name, user, target)
-            return name
-    if target.private and not is_private:
-        raise HubRefused(f"{name} exists and is public; leave private out, or make it private in its settings first.")
-    return name
-
-
-def _check_may_make(name: str, user: Mapping[str, Any], target: Target) -> None:
-    """Refuses a repository that does not exist, and that this user cannot make."""
-    if target.as_pull_request:
-        raise HubRefused(
-            f"{name} does not exist, so there is nothing to propose a change to; give the name of a repository that "
-            "does, or leave the pull request out."
-        )
-    organisations = user.get("orgs", [])
-    owners = {user["name"], *(one["name"] for one in organisations if one.get("roleInOrg") != "read")}
-    if name.split("/")[0] not in owners:
-        raise HubRefused(
-            f"{name} does not exist, and {user['name']} cannot make it there; choose a name under "
-            f"{' or '.join(sorted(owners))}."
-        )
-    token = user.get("auth", {}).get("accessToken", {})  # none of an OAuth login
-    rights = (token.get("fineGrained") or {}).get("scoped") or []
-    cannot_write = rights and not any("repo.write" in right.get("permissions", []) for right in rights)
-    if token.get("role") == "read" or cannot_write:
-        raise HubRefused(f"{name} does not exist, and your token cannot make it; use a token with write access.")
-
-
 def look_up(target: Target, repo_id: str) -> Remote:
-    """Reads the card of a repository, and changes nothing.
+    """Read the latest commit and the card of a repository.
 
     Args:
-        target: Where a push goes.
-        repo_id: What `check_access` returned for it.
+        target: Where to push.
+        repo_id: Result of `check_access`.
 
     Raises:
-        HubRefused: This user may not.
-        HubFailed: The Hub cannot be asked.
+        HubRefused: The user may not read it.
+        HubFailed: The Hub cannot be reached.
     """
     api, has_branch = HfApi(), True
-    is_default = target.revision == constants.DEFAULT_REVISION  # which comes with the repository
-    with _in_words(repo_id):
+    is_default = target.revision == constants.DEFAULT_REVISION
+    with _hub_errors(repo_id):
         try:
             commit = api.repo_info(repo_id, revision=target.revision).sha
         except RepositoryNotFoundError:
-            return Remote(repo_id, None, None, has_branch=is_default)
+            return Remote(repo_id, has_branch=is_default)  # the default branch is created with the repository
         except RevisionNotFoundError:
             if is_default:
                 raise
             commit, has_branch = api.repo_info(repo_id).sha, False
         try:
-            card = Path(api.hf_hub_download(repo_id, CARD, revision=commit)).read_bytes().decode("utf-8", "replace")
+            path = Path(api.hf_hub_download(repo_id, README, revision=commit))
+            text = path.read_bytes().decode("utf-8", "replace")
         except EntryNotFoundError:
-            card = None
-    return Remote(repo_id, commit, card, has_branch)
+            text = None
+    return Remote(repo_id, commit, text, has_branch)
 
 
-def push(folder: Path, target: Target, remote: Remote, message: str) -> Pushed:
-    """Makes the folder the content of the repository, in one commit on top of what was looked up.
+def upload(folder: Path, target: Target, remote: Remote, message: str) -> tuple[str, bool]:
+    """Make a folder the content of a repository, in one commit on top of `remote`.
 
-    A repository or branch that did not exist is made before it; one that somebody made since is not touched.
+    A missing repository or branch is created first. One that somebody else created or changed after `look_up` is not
+    modified.
 
     Args:
-        folder: All that is published.
-        target: Where.
-        remote: What `look_up` returned; if somebody has changed it since, nothing is published.
-        message: First line of the commit.
+        folder: Everything that is published.
+        target: Where to push.
+        remote: Result of `look_up`.
+        message: First line of the commit message.
+
+    Returns:
+        The address, and whether a commit was made.
 
     Raises:
-        HubRefused: This user may not, or somebody else was faster.
-        HubFailed: The connection broke, or the Hub could not do it.
+        HubRefused: The user may not push, or the repository has changed.
+        HubFailed: The connection or the Hub failed.
     """
-    # An answer may be lost after the commit was made.
-    with _in_words(remote.repo_id, "all of it was published or nothing"):
-        api, start = HfApi(), remote.commit
-        if start is None:
+    # The answer can be lost after the commit was made.
+    with _hub_errors(remote.repo_id, "the commit was made completely or not at all"):
+        api, parent = HfApi(), remote.commit
+        if parent is None:
             api.create_repo(remote.repo_id, private=target.private or None)
-            start = api.repo_info(remote.repo_id).sha
+            parent = api.repo_info(remote.repo_id).sha
         if not remote.has_branch:
-            api.create_branch(remote.repo_id, branch=target.revision, revision=start)
-        there = api.list_repo_files(remote.repo_id, revision=start)
-        # Not upload_folder, which may make several commits of it, and keep some of them when another one fails.
+            api.create_branch(remote.repo_id, branch=target.revision, revision=parent)
+        existing = api.list_repo_files(remote.repo_id, revision=parent)
+        # upload_folder may split the files into several commits, and keep some of them when another one fails.
         commit = api.create_commit(
             remote.repo_id,
-            _changes(folder, there),
+            _operations(folder, existing),
             commit_message=message,
             revision=target.revision,
             create_pr=target.as_pull_request,
-            parent_commit=None if target.as_pull_request else start,
+            parent_commit=None if target.as_pull_request else parent,
         )
     if commit.pr_url:
-        return Pushed(commit.pr_url, is_new=True)
+        return commit.pr_url, True
     home = f"{constants.ENDPOINT}/{remote.repo_id}"
-    return Pushed(f"{home}/tree/{target.branch}" if target.branch else home, commit.oid != start)
+    return f"{home}/tree/{target.branch}" if target.branch else home, commit.oid != parent
 
 
-def _changes(folder: Path, there: Iterable[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Returns what makes the folder the content of a repository; the client leaves out what is there already."""
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    old = [name for name in there if name not in files and any(fnmatchcase(name, pattern) for pattern in _OURS)]
+def _operations(folder: Path, existing: Iterable[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Return the operations of the commit; the client leaves out files that have not changed."""
+    files = _files(folder)
+    old = [name for name in existing if name not in files and any(fnmatchcase(name, pattern) for pattern in _OURS)]
     return [
         *(CommitOperationAdd(name, path) for name, path in files.items()),
         *(CommitOperationDelete(name) for name in old),
     ]
 
 
-def hide_progress() -> None:
-    """Shows no bars, as is right for a file or a pipe."""
-    disable_progress_bars()
-
-
 @contextmanager
-def _in_words(name: str, outcome: str = "nothing was published") -> Iterator[None]:
-    """Turns what the client raises into one sentence."""
+def _hub_errors(name: str, outcome: str = "nothing was published") -> Iterator[None]:
+    """Turn the exceptions of the client into HubRefused and HubFailed with one sentence."""
     try:
         yield
     except (HubRefused, HubFailed):
@@ -286,36 +524,35 @@ def _in_words(name: str, outcome: str = "nothing was published") -> Iterator[Non
     except RevisionNotFoundError as error:
         raise HubRefused(f"{name} has no such branch ({_reason(error)}).") from error
     except HfHubHTTPError as error:
-        raise _refusal(error, name, outcome) from error
+        raise _answered(error, name, outcome) from error
     except (_HTTPError, OSError, RuntimeError) as error:
-        if isinstance(error.__cause__, HfHubHTTPError):  # of an upload, which the client wraps
-            raise _refusal(error.__cause__, name, outcome) from error
+        if isinstance(error.__cause__, HfHubHTTPError):  # the client wraps errors of uploads
+            raise _answered(error.__cause__, name, outcome) from error
         raise HubFailed(
-            f"the Hub could not be reached ({_reason(error.__cause__ or error)}); {outcome}. Check the "
-            f"network and {constants.ENDPOINT}, and push again."
+            f"the Hub could not be reached ({_reason(error.__cause__ or error)}); {outcome}. Check the network and "
+            f"{constants.ENDPOINT}, and push again."
         ) from error
 
 
-def _refusal(error: HfHubHTTPError, name: str, outcome: str) -> HubRefused | HubFailed:
-    """Says what an answer of the Hub means for whoever wanted to push."""
-    status = error.response.status_code
-    said = _reason(error)
+def _answered(error: HfHubHTTPError, name: str, outcome: str) -> HubRefused | HubFailed:
+    """Return the exception for an error status."""
+    status, reason = error.response.status_code, _reason(error)
     if status == 401:
-        return HubRefused(f"the Hub does not accept your login ({said}); run hf auth login, or set HF_TOKEN anew.")
+        return HubRefused(f"the Hub does not accept your token ({reason}); run hf auth login or set HF_TOKEN again.")
     if status in (403, 404):
         return HubRefused(
-            f"you may not write to {name} ({said}); use a token with write access, ask its owner, or push a pull "
+            f"you may not write to {name} ({reason}); use a token with write access, ask the owner, or open a pull "
             "request."
         )
     if status in (409, 412):
-        return HubRefused(f"{name} was changed by somebody else in the same moment ({said}); push again.")
+        return HubRefused(f"{name} was changed by somebody else at the same time ({reason}); push again.")
     if status < 500 and status != 429:
-        return HubRefused(f"the Hub refused the push to {name} ({said}).")
-    return HubFailed(f"the Hub could not do it ({said}); {outcome}. Push again later.")
+        return HubRefused(f"the Hub refused the push to {name} ({reason}).")
+    return HubFailed(f"the Hub had an error ({reason}); {outcome}. Push again later.")
 
 
 def _reason(error: BaseException) -> str:
-    """Returns what an error says; of an answer of the Hub its number and what the Hub itself says."""
+    """Return what an error says; of an HTTP error, its status and the message of the Hub."""
     if not isinstance(error, HfHubHTTPError):
         return reason_of(error)
     first_line = str(error).strip().partition("\n")[0]

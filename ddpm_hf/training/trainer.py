@@ -47,7 +47,7 @@ from ddpm_hf.data import ImageFeed, ImageSet, ImageStream, describe_sets, normal
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.forward_process import SMALLEST_ALPHA_BAR
 from ddpm_hf.diffusion.images import image_size
-from ddpm_hf.diffusion.noise_schedule import BETA_RANGES, BETA_SCHEDULE_ALIASES
+from ddpm_hf.diffusion.noise_schedule import BETA_RANGES
 from ddpm_hf.distributed import StopWatcher, TrainingStopped
 from ddpm_hf.models import PRESETS, Pretrained, build_unet, load_pretrained, read_config_file, take_weights
 from ddpm_hf.plots import image_grid
@@ -115,15 +115,17 @@ def build_scheduler(diffusion: DiffusionConfig) -> GaussianDiffusionScheduler:
         scheduler: GaussianDiffusionScheduler = GaussianDiffusionScheduler.create(**dataclasses.asdict(diffusion))
     except ValueError as error:
         raise ConfigError(f"diffusion: {error}") from error
-    no_signal = scheduler.noise_schedule.alphas_cumprod[-1] < SMALLEST_ALPHA_BAR
-    if scheduler.config.prediction_type == "epsilon" and no_signal:
-        name, num_timesteps = diffusion.beta_schedule, diffusion.num_train_timesteps
-        is_range = BETA_SCHEDULE_ALIASES.get(name, name) in BETA_RANGES
-        lower = ", diffusion.scale_betas_to_timesteps to true for a long chain, or diffusion.beta_end lower"
+    has_no_signal = scheduler.noise_schedule.alphas_cumprod[-1] < SMALLEST_ALPHA_BAR
+    if scheduler.config.prediction_type == "epsilon" and has_no_signal:
+        cause, other_fix = f"diffusion.beta_schedule {diffusion.beta_schedule}", ""
+        if diffusion.rescale_betas_zero_snr:
+            cause = "diffusion.rescale_betas_zero_snr"
+        elif diffusion.beta_schedule in BETA_RANGES:
+            other_fix = ", diffusion.scale_betas_to_timesteps to true for a long chain, or diffusion.beta_end lower"
         raise ConfigError(
-            f"diffusion.beta_schedule {name} leaves no signal at the last timestep of {num_timesteps}, where epsilon "
-            "says nothing about x_0; set diffusion.prediction_type to v_prediction or sample"
-            f"{lower if is_range else ''}."
+            f"{cause} leaves no signal at the last of {diffusion.num_train_timesteps} timesteps, where x_0 cannot be "
+            "recovered from diffusion.prediction_type epsilon; set diffusion.prediction_type to v_prediction or sample"
+            f"{other_fix}."
         )
     return scheduler
 

@@ -1,7 +1,8 @@
-"""A Hub on loopback that the process of the tests is logged in to."""
+"""A Hub on the loopback interface that the process of the tests is logged in to."""
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -13,24 +14,31 @@ from tests.loopback_hub import LoopbackHub
 SECRET = "hf_" + "planted" * 6
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """A Hub that this process is logged in to, although it was started offline."""
-    with LoopbackHub() as hub:
+@contextmanager
+def logged_in() -> Iterator[LoopbackHub]:
+    """Serve a Hub, with SECRET as its token, and log this process and those that it starts in to it."""
+    with LoopbackHub() as hub, pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "ENDPOINT": hub.endpoint,
             "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_OFFLINE": False,
             "HF_HUB_DISABLE_XET": True,
         }.items():
-            monkeypatch.setattr(constants, name, value)
-        _http.close_session()  # whoever used one before did so offline
+            patch.setattr(constants, name, value)
+        _http.close_session()  # an earlier session is offline
         hub.token = SECRET
         for name, value in {
             "HF_TOKEN": SECRET, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
         }.items():  # fmt: skip
-            monkeypatch.setenv(name, value)  # for processes that are started
-        # The client does not wait between two attempts; everybody else does.
-        monkeypatch.setattr(_http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
+            patch.setenv(name, value)
+        # The client does not wait before it retries.
+        patch.setattr(_http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
         yield hub
     _http.close_session()
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    """A Hub that this process is logged in to."""
+    with logged_in() as hub:
+        yield hub

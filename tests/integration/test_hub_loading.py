@@ -1,22 +1,24 @@
-"""Saved folders as repositories of a Hub, loaded by their ids in the three ways, and offline from the cache afterwards.
+"""Repositories of a Hub load by their ids in three ways, and afterwards offline from the cache.
 
-A Hub on the loopback device serves them to new processes with empty caches: one for ways 1 and 2, which is logged in
-and cannot import ddpm_hf, and one for way 3, which is not logged in. Then two more have the same caches and no network.
+1: stock classes, 2: the code of the repository, 3: the installed class. New processes with empty caches load them: one
+for ways 1 and 2, which is logged in and cannot import ddpm_hf, and one for way 3, which is not logged in. Then two more
+processes have the same caches and no network.
 """
 
-import http.client
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 
+from ddpm_hf.hub.push import Target, push
+from tests.integration.conftest import logged_in
 from tests.load_and_sample import Outcome, Task, carry_out_elsewhere, draws_in_float32, sample
 from tests.loopback_hub import LoopbackHub, files_of
 from tests.saved_folders import CALLS, NOT_FOR_STOCK, SECOND_MOMENTS, make_pipeline, save_early_folder
 
-# Four processes that import torch and diffusers, on a machine that may be slow.
 pytestmark = pytest.mark.timeout(900)
 
 NAMES = ("plain", "guided", *NOT_FOR_STOCK)
@@ -26,15 +28,15 @@ NATIVE_WAYS = pytest.mark.parametrize("way", [2, 3])
 
 
 class Loaded(NamedTuple):
-    """What came of loading, by "way name".
+    """Outcomes of loading, by "way name".
 
     Attributes:
-        hub: What was served.
-        folder: Where the processes were; the caches are in `home 2`, of ways 1 and 2, and `home 3`.
-        expected: The images of the pipelines that were saved.
+        hub: The Hub.
+        folder: Working directory of the processes; the caches are in `home 2`, of ways 1 and 2, and `home 3`.
+        expected: Images of the pipelines that were saved.
         outcomes: With the Hub.
-        offline: Afterwards, without it.
-        num_requests_offline: What nevertheless reached the Hub then.
+        offline: Afterwards, without the Hub.
+        num_requests_offline: Requests during `offline`.
     """
 
     hub: LoopbackHub
@@ -57,7 +59,7 @@ def assert_as_saved(outcome: Outcome, expected: torch.Tensor) -> None:
 
 
 def fill(hub: LoopbackHub, folder: Path) -> dict[str, torch.Tensor]:
-    """Makes repositories of user; returns the images of the pipelines in them."""
+    """Create the repositories and return the images of the pipelines in them."""
     expected = {}
     for name in NAMES:
         pipe = make_pipeline(name)
@@ -65,6 +67,10 @@ def fill(hub: LoopbackHub, folder: Path) -> dict[str, torch.Tensor]:
         expected[name] = sample(pipe, **CALLS.get(name, {}))
         if name != "plain":
             hub.repository(f"user/{name}").commit(files_of(folder / name))
+    Image.new("L", (8, 8)).save(folder / "plain" / "samples.png")
+    push(folder / "plain", Target(repo_id="pushed"))
+    (folder / "plain" / "samples.png").unlink()
+    expected["pushed"] = expected["plain"]
     first = make_pipeline("plain", seed=10)
     first.save_pretrained(folder / "first")
     expected["first"] = sample(first)
@@ -87,17 +93,18 @@ def fill(hub: LoopbackHub, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def tasks_of(way: int, revisions: dict[str, str]) -> list[Task]:
-    """What every way is asked to do."""
+    """Return the tasks of every way."""
     tasks = [Task(f"{way} {name}", way, f"user/{name}", call=CALLS.get(name, {}) if way > 1 else {}) for name in NAMES]
     for kind, revision in revisions.items():
         load = {"revision": revision} | ({"custom_revision": revision} if way == 2 else {})
         tasks.append(Task(f"{way} plain at {kind}", way, "user/plain", load))
+    tasks.append(Task(f"{way} pushed", way, "user/pushed"))
     tasks.append(Task(f"{way} half", way, "user/half", {"variant": "fp16", "dtype": "float16"}))
     return tasks
 
 
-def tasks_of_strangers(revisions: dict[str, str]) -> list[Task]:
-    """Ways 1 and 2, logged in."""
+def tasks_without_ddpm_hf(revisions: dict[str, str]) -> list[Task]:
+    """Return the tasks of ways 1 and 2, logged in."""
     return [
         Task("1 private, logged out", 1, "user/private", {"token": False}),
         Task("1 private", 1, "user/private"),
@@ -108,14 +115,14 @@ def tasks_of_strangers(revisions: dict[str, str]) -> list[Task]:
         Task("2 newer", 2, "user/newer"),
         Task("2 plain-1.5", 2, "user/plain-1.5"),
         Task("2 plain, saved", 2, "user/plain", save="saved by way 2"),
-        Task("2 snapshot", 2, "user/plain", snapshot=True),
+        Task("2 snapshot", 2, "user/pushed", snapshot=True),
         *tasks_of(1, revisions),
         *tasks_of(2, revisions),
     ]
 
 
-def tasks_of_owners(revisions: dict[str, str], token: str) -> list[Task]:
-    """Way 3, and the one thing that consent cannot do where nobody is logged in."""
+def tasks_with_ddpm_hf(revisions: dict[str, str], token: str) -> list[Task]:
+    """Return the tasks of way 3, and of way 2 with a token but without a login."""
     return [
         Task("3 private, logged out", 3, "user/private"),
         Task("3 private", 3, "user/private", {"token": token}),
@@ -129,38 +136,40 @@ def tasks_of_owners(revisions: dict[str, str], token: str) -> list[Task]:
 
 
 def in_two_processes(
-    folder: Path, strangers: list[Task], owners: list[Task], token: str, **environment: str
+    folder: Path, without: list[Task], with_: list[Task], token: str, **environment: str
 ) -> dict[str, Outcome]:
     with ThreadPoolExecutor() as pool:
         with_token = environment | {"HF_TOKEN": token}
-        first = pool.submit(carry_out_elsewhere, strangers, folder, folder / "home 2", **with_token)
-        second = pool.submit(carry_out_elsewhere, owners, folder, folder / "home 3", with_ddpm_hf=True, **environment)
+        first = pool.submit(carry_out_elsewhere, without, folder, folder / "home 2", **with_token)
+        second = pool.submit(carry_out_elsewhere, with_, folder, folder / "home 3", with_ddpm_hf=True, **environment)
         return first.result() | second.result()
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     folder = tmp_path_factory.mktemp("folder")
-    with LoopbackHub() as hub:
+    with logged_in() as hub:
         expected = fill(hub, folder)
         revisions = {"branch": BRANCH, "tag": TAG, "commit": hub.repository("user/plain").tags[TAG]}
-        strangers, owners = tasks_of_strangers(revisions), tasks_of_owners(revisions, hub.token)
+        without, with_ = tasks_without_ddpm_hf(revisions), tasks_with_ddpm_hf(revisions, hub.token)
         settings = {"token": hub.token, "HF_ENDPOINT": hub.endpoint}
-        outcomes = in_two_processes(folder, strangers, owners, HF_HUB_OFFLINE="0", **settings)
+        outcomes = in_two_processes(folder, without, with_, HF_HUB_OFFLINE="0", **settings)
         num_requests = len(hub.requests)
-        strangers = [task for task in strangers if task.name.startswith(("1 plain", "2 snapshot"))]
-        strangers.append(Task("2 plain", 2, "user/plain"))
-        offline = in_two_processes(folder, strangers, tasks_of(3, revisions), HF_HUB_OFFLINE="1", **settings)
+        without = [task for task in without if task.name.startswith(("1 plain", "1 pushed", "2 snapshot"))]
+        without.append(Task("2 plain", 2, "user/plain"))
+        offline = in_two_processes(folder, without, tasks_of(3, revisions), HF_HUB_OFFLINE="1", **settings)
         return Loaded(hub, folder, expected, outcomes, offline, len(hub.requests) - num_requests)
 
 
 @WAYS
-def test_a_repository_gives_the_same_images_in_all_three_ways(loaded: Loaded, way: int) -> None:
-    assert_as_saved(loaded.outcomes[f"{way} plain"], loaded.expected["plain"])
+@pytest.mark.parametrize("name", ["plain", "pushed"])
+def test_a_repository_gives_the_same_images_in_all_three_ways(loaded: Loaded, way: int, name: str) -> None:
+    """Committed as training saves it, or published by a push."""
+    assert_as_saved(loaded.outcomes[f"{way} {name}"], loaded.expected[name])
 
 
-def test_the_second_moments_of_a_repository_come_along_where_ddpm_hf_is_installed(loaded: Loaded) -> None:
-    """Beside them the other ways load as ever, which a safetensors file in that place would prevent."""
+def test_the_second_moments_of_a_repository_load_where_ddpm_hf_is_installed(loaded: Loaded) -> None:
+    """The other ways ignore their file, which they could not if it were a safetensors file."""
     expected = make_pipeline("plain").scheduler.eps_second_moments.tolist()
     for outcomes in (loaded.outcomes, loaded.offline):
         assert outcomes["3 plain"].second_moments == expected
@@ -176,7 +185,7 @@ def test_a_revision_loads_the_weights_of_that_revision(loaded: Loaded, way: int,
     assert (loaded.expected["first"] - loaded.expected["plain"]).abs().max() > 0.1
 
 
-def test_with_consent_custom_revision_chooses_the_code(loaded: Loaded) -> None:
+def test_custom_revision_chooses_the_code(loaded: Loaded) -> None:
     """Without it the code of main runs, with the weights of the revision; diffusers names a module after its commit."""
     plain = loaded.hub.repositories["user/plain"]
     for kind in ("branch", "tag", "commit"):
@@ -185,30 +194,30 @@ def test_with_consent_custom_revision_chooses_the_code(loaded: Loaded) -> None:
     assert_as_saved(loaded.outcomes["2 weights at tag"], loaded.expected["first"])
 
 
-def test_with_consent_by_the_name_of_the_file_the_code_follows_the_revision(loaded: Loaded) -> None:
+def test_a_custom_pipeline_by_its_file_name_follows_the_revision(loaded: Loaded) -> None:
     outcome = loaded.outcomes["2 file at tag"]
     assert outcome.pipeline_class == "diffusers_modules.local.pipeline.GaussianDiffusionPipeline"
     assert_as_saved(outcome, loaded.expected["first"])
 
 
 @pytest.mark.parametrize("way", [1, 3])
-def test_what_was_loaded_once_loads_again_without_a_network(loaded: Loaded, way: int) -> None:
-    for name in ("plain", "guided", *NOT_FOR_STOCK) if way == 3 else ("plain",):
+def test_a_cached_repository_loads_without_a_network(loaded: Loaded, way: int) -> None:
+    for name in ("plain", "pushed", "guided", *NOT_FOR_STOCK) if way == 3 else ("plain", "pushed"):
         assert_as_saved(loaded.offline[f"{way} {name}"], loaded.expected[name])
     for kind in ("branch", "tag", "commit"):
         assert_as_saved(loaded.offline[f"{way} plain at {kind}"], loaded.expected["first"])
     assert loaded.num_requests_offline == 0
 
 
-def test_without_a_network_consent_needs_a_local_folder(loaded: Loaded) -> None:
-    """Diffusers asks the Hub for the commit of the code; what snapshot_download has brought needs nobody."""
+def test_without_a_network_custom_code_needs_a_local_folder(loaded: Loaded) -> None:
+    """Diffusers asks the Hub for the commit of the code; a folder of snapshot_download needs no request."""
     assert loaded.offline["2 plain"].refusal.startswith("OfflineModeIsEnabled")
     assert_as_saved(loaded.offline["2 snapshot"], loaded.expected["plain"])
 
 
 @WAYS
-def test_half_precision_weights_are_fetched_alone(loaded: Loaded, way: int) -> None:
-    """Rounding of weights and activations to 11 bits in each of 10 steps: 5e-4 each, 5e-3 together, never nothing."""
+def test_only_the_half_precision_weights_are_downloaded(loaded: Loaded, way: int) -> None:
+    """Rounding of weights and activations to 11 bits in each of 10 steps: 5e-4 each, 5e-3 together."""
     images = images_of(loaded.outcomes[f"{way} half"])
     if draws_in_float32(way):
         torch.testing.assert_close(images, loaded.expected["plain"], rtol=0, atol=5e-3)
@@ -219,24 +228,23 @@ def test_half_precision_weights_are_fetched_alone(loaded: Loaded, way: int) -> N
 
 @WAYS
 def test_a_private_repository_opens_to_its_token_only(loaded: Loaded, way: int) -> None:
-    """With consent it must be that of the login: diffusers does not pass an argument on to where it fetches code.
+    """In way 2 it must be that of the login: diffusers does not pass its `token` argument on when it downloads code.
 
-    The storage of large files would have refused a request that shows the token.
+    The storage of large files refuses requests with the token.
     """
     assert_as_saved(loaded.outcomes[f"{way} private"], loaded.expected["plain"])
     refusal = loaded.outcomes[f"{way} private, logged out"].refusal
     assert ("Repository Not Found" if way == 2 else "Cannot load model user/private") in refusal
 
 
-def test_class_conditional_repositories_load_as_stock_whose_network_asks_for_labels(loaded: Loaded) -> None:
+def test_class_conditional_repositories_load_in_stock_classes_but_need_labels(loaded: Loaded) -> None:
     assert "class_labels should be provided" in loaded.outcomes["1 guided"].refusal
     for way in (2, 3):
         assert_as_saved(loaded.outcomes[f"{way} guided"], loaded.expected["guided"])
 
 
 @pytest.mark.parametrize("name", NOT_FOR_STOCK)
-def test_a_repository_that_stock_would_sample_wrongly_asks_for_consent(loaded: Loaded, name: str) -> None:
-    """The sentence is that of diffusers."""
+def test_a_repository_that_stock_would_sample_wrongly_asks_for_trust_remote_code(loaded: Loaded, name: str) -> None:
     sentence = loaded.outcomes[f"1 {name}"].refusal
     assert sentence.startswith(f"ValueError: The repository for user/{name} contains custom code in pipeline.py")
     for way in (2, 3):
@@ -244,8 +252,8 @@ def test_a_repository_that_stock_would_sample_wrongly_asks_for_consent(loaded: L
 
 
 @NATIVE_WAYS
-def test_what_is_loaded_from_the_hub_is_saved_as_it_was_committed(loaded: Loaded, way: int) -> None:
-    """All but the card, byte for byte; so no path of the cache is in it. Way 2 knows no second moments."""
+def test_a_pipeline_of_the_hub_is_saved_as_it_was_committed(loaded: Loaded, way: int) -> None:
+    """All but the card, byte for byte, so it holds no path of the cache. Way 2 does not load second moments."""
     left_out = {"README.md", SECOND_MOMENTS} if way == 2 else {"README.md"}
     repository = loaded.hub.repositories["user/plain"]
     committed = repository.commits[repository.branches["main"]]
@@ -255,7 +263,7 @@ def test_what_is_loaded_from_the_hub_is_saved_as_it_was_committed(loaded: Loaded
 
 
 def test_repositories_with_code_of_different_versions_load_side_by_side(loaded: Loaded) -> None:
-    """From the Hub every commit has a module of its own, unlike from local folders."""
+    """From the Hub every commit has its own module, unlike from local folders."""
     assert_as_saved(loaded.outcomes["2 newer"], loaded.expected["plain"])
 
 
@@ -264,31 +272,13 @@ def test_the_name_of_a_repository_may_have_a_dot(loaded: Loaded) -> None:
     assert_as_saved(loaded.outcomes["2 plain-1.5"], loaded.expected["plain"])
 
 
-def test_a_repository_of_the_early_days_samples_the_same_as_stock(loaded: Loaded) -> None:
+def test_a_repository_of_early_diffusers_samples_the_same_as_stock(loaded: Loaded) -> None:
     """As google/ddpm-cifar10-32 is. 1e-3: float32 tables of stock."""
     native, stock = (images_of(loaded.outcomes[f"{way} early"]) for way in (3, 1))
     torch.testing.assert_close(native, stock, rtol=0, atol=1e-3)
 
 
-def test_pickled_weights_are_fetched_only_when_asked_for(loaded: Loaded) -> None:
+def test_pickled_weights_are_downloaded_only_if_asked_for(loaded: Loaded) -> None:
     assert "pass use_safetensors=False to read its pickled .bin weights" in loaded.outcomes["3 pickled"].refusal
     trusted, early = (images_of(loaded.outcomes[f"3 {name}"]) for name in ("pickled, trusted", "early"))
     assert torch.equal(trusted, early)
-
-
-def test_the_loopback_hub_goes_on_with_a_broken_download() -> None:
-    """Which no other test needs, and a client would hide."""
-    with LoopbackHub() as hub:
-        hub.repository("user/model").commit({"card.md": b"0123456789"})
-        connection = http.client.HTTPConnection(hub.endpoint.removeprefix("http://"))
-        answers = []
-        for part in ("bytes=4-", "bytes=2-3", "bytes=10-"):
-            connection.request("GET", "/user/model/resolve/main/card.md", headers={"Range": part})
-            answer = connection.getresponse()
-            answers.append((answer.status, answer.headers["Content-Range"], answer.read()))
-        connection.close()
-    assert answers == [
-        (206, "bytes 4-9/10", b"456789"),
-        (206, "bytes 2-3/10", b"23"),
-        (416, "bytes */10", b""),
-    ]

@@ -1,11 +1,10 @@
-"""A training that pushes to the Hub as it goes: nothing about the training depends on how that goes."""
+"""A training that pushes to the Hub while it runs does not depend on how the pushes go."""
 
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.utils import _http
 from safetensors.torch import load_file
 
 from ddpm_hf.cli.main import train
@@ -23,7 +22,7 @@ WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.timeout(600)
-def test_a_refused_push_is_told_and_the_last_one_publishes_the_finished_model(
+def test_a_refused_push_is_reported_and_the_last_one_publishes_the_finished_model(
     hub: LoopbackHub, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The weights are those of a run that pushes nothing, and the token is in no file of the run."""
@@ -47,41 +46,28 @@ def test_a_refused_push_is_told_and_the_last_one_publishes_the_finished_model(
     assert SECRET.encode() not in hub.seen + b"".join(files_of(tmp_path).values())
 
 
-def test_whoever_may_not_push_is_told_before_the_first_step(
+def test_a_push_that_is_not_possible_is_reported_before_the_first_step(
     hub: LoopbackHub, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.repository("user/birds")
+    """A license that is not valid, a token that may not write, a Hub that does not answer."""
+    hub.repository("user/birds").commit({})
+    assert train(run_arguments(tmp_path / "run", **PUSHING | {"hub__license": "MIT License"})) == 2
+    assert "error: license is 'MIT License'; use an identifier" in capfd.readouterr().err
+    assert hub.requests == []
     monkeypatch.setenv("HF_TOKEN", hub.reader_token)
     assert train(run_arguments(tmp_path / "run", **PUSHING)) == 2
     assert "error: you may not write to user/birds" in capfd.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_licence_that_is_none_is_told_before_the_first_step(
-    hub: LoopbackHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """And not by each of the pushes, hours later."""
-    assert train(run_arguments(tmp_path / "run", **PUSHING | {"hub__license": "MIT License"})) == 2
-    assert "error: license is 'MIT License'; give an identifier that the Hub knows" in capfd.readouterr().err
-    assert not (tmp_path / "run").exists()
-    assert hub.requests == []
-
-
-def test_a_hub_that_cannot_be_asked_is_told_before_the_first_step(
-    hub: LoopbackHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
     hub.fail("whoami", "cut", times=20)
     assert train(run_arguments(tmp_path / "run", **PUSHING)) == 1
     assert "error: the Hub could not be reached" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.timeout(600)
-def test_a_push_that_is_under_way_ends_with_the_training(
-    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_running_push_ends_with_the_training(
+    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As after Ctrl-C, which the push does not get itself; what it has put together by then is not left behind."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "elsewhere"))
-    (tmp_path / "elsewhere").mkdir()
+    """As after Ctrl-C, which the push does not receive itself; its temporary files do not stay."""
     old = tmp_path / "hub" / "temporary" / "of a training that was killed"
     old.mkdir(parents=True)
     make_pipeline("plain").save_pretrained(tmp_path / "run" / "pipeline")
@@ -91,10 +77,8 @@ def test_a_push_that_is_under_way_ends_with_the_training(
         while not list((tmp_path / "hub" / "temporary").glob("ddpm-hf-push-*")):
             assert not pushing.is_free()
             time.sleep(0.05)
-        process = pushing._process
-    assert process is not None and process.poll() is not None
-    assert "The push of step 7 was stopped: all of it was published, or nothing." in caplog.text
+    assert "The push of step 7 was stopped" in caplog.text
+    assert pushing.is_free()
     assert hub.uploaded == []
     assert [path.name for path in (tmp_path / "hub").iterdir()] == ["push.log"]
     assert not list(tmp_path.rglob("ddpm-hf-push-*"))
-    _http.close_session()

@@ -57,10 +57,10 @@ EPSILON = {"diffusion__beta_schedule": "linear", "diffusion__prediction_type": "
         ({"training__learning_rate": "fast"}, "training.learning_rate is fast, but must be a number."),
         ({"model__preset": "huge"}, "model.preset is huge, but must be ddpm_32, ddpm_64, "),
         ({"training__micro_batch_size": 3}, "use 6 or 9."),
-        ({"evaluation__recognition": True}, "data.validation_fraction above 0"),
+        ({"evaluation__recognition": True, "evaluation__num_samples": 9}, "data.validation_fraction above 0"),
         (
             {"diffusion__rescale_betas_zero_snr": True, "diffusion__prediction_type": "epsilon"},
-            "set diffusion.prediction",
+            "diffusion.rescale_betas_zero_snr leaves no signal",
         ),
         (
             {"diffusion__beta_schedule": "zigzag"},
@@ -68,16 +68,15 @@ EPSILON = {"diffusion__beta_schedule": "linear", "diffusion__prediction_type": "
         ),
         (
             {"diffusion__beta_schedule": "jsd", "diffusion__prediction_type": "eps"},
-            "jsd leaves no signal at the last timestep of 1000, where epsilon says nothing about x_0; set "
-            "diffusion.prediction_type to v_prediction or sample.",
+            "diffusion.beta_schedule jsd leaves no signal at the last of 1000 timesteps, where x_0 cannot be recovered "
+            "from diffusion.prediction_type epsilon; set diffusion.prediction_type to v_prediction or sample.",
         ),
         (
             EPSILON | {"diffusion__num_train_timesteps": 10_000},
-            "linear leaves no signal at the last timestep of 10000, where epsilon says nothing about x_0; set "
-            "diffusion.prediction_type to v_prediction or sample, diffusion.scale_betas_to_timesteps to true for a "
+            "set diffusion.prediction_type to v_prediction or sample, diffusion.scale_betas_to_timesteps to true for a "
             "long chain, or diffusion.beta_end lower.",
         ),
-        (EPSILON | {"diffusion__beta_end": 0.2}, "linear leaves no signal at the last timestep of 1000"),
+        (EPSILON | {"diffusion__beta_end": 0.2}, "diffusion.beta_schedule linear leaves no signal"),
         (EPSILON | {"diffusion__beta_start": 0.9}, "diffusion: beta_start is 0.9 and beta_end 0.02; they must be"),
         ({"diffusion__beta_schedule": "linear", "diffusion__beta_end": 2.0}, "beta"),
         ({"training__mixed_precision": "fp16", "training__cpu": True}, "fp16 needs a CUDA GPU"),
@@ -100,7 +99,7 @@ def test_a_process_that_cannot_be_is_told_before_the_data_are_looked_at(
 ) -> None:
     """Decoding a large set takes long."""
     changes = EPSILON | {"diffusion__num_train_timesteps": 10_000, "data__source": tmp_path / "missing.parquet"}
-    assert "leaves no signal at the last timestep" in complaint(capsys, run_arguments(output_dir, **changes))
+    assert "leaves no signal at the last of" in complaint(capsys, run_arguments(output_dir, **changes))
 
 
 def test_a_configuration_file_is_read_and_its_mistakes_are_told(

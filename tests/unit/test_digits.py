@@ -1,4 +1,4 @@
-"""The embedded data set is what its script says it is, and opens like any other."""
+"""The embedded dataset matches the script that makes it, and opens with datasets."""
 
 import importlib.util
 from pathlib import Path
@@ -16,7 +16,7 @@ DIGITS_PATH = DATA_DIR / "digits.parquet"
 
 @pytest.fixture(scope="module")
 def make_digits() -> ModuleType:
-    """The script, imported from its file, since it is not part of the package."""
+    """Import the script from its file, because it is not part of the package."""
     pytest.importorskip("sklearn")
     spec = importlib.util.spec_from_file_location("make_digits", DATA_DIR / "make_digits.py")
     assert spec and spec.loader
@@ -25,13 +25,13 @@ def make_digits() -> ModuleType:
     return module
 
 
-def test_the_file_holds_what_the_script_makes(make_digits: ModuleType) -> None:
-    """PNG bytes, names, labels and feature types; the images are stored uncompressed, so no zlib version shows."""
+def test_the_file_contains_what_the_script_makes(make_digits: ModuleType) -> None:
+    """Compare PNG bytes, names, labels and feature types. The PNG files are uncompressed, so zlib does not matter."""
     assert pq.read_table(DIGITS_PATH).equals(make_digits.digits_table(), check_metadata=True)
 
 
 def test_the_script_writes_the_same_bytes_again(make_digits: ModuleType, tmp_path: Path) -> None:
-    """Another pyarrow may lay out the same table in other bytes, so the committed file is compared under its own."""
+    """Other versions of pyarrow may write other bytes, so the committed file is compared only under its own version."""
     for name in ("one", "two"):
         make_digits.write_digits(tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()

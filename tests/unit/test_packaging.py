@@ -1,4 +1,4 @@
-"""What a stranger installs and types works, and nothing of our own machines is in it."""
+"""Requirements, entry points, the Makefile, and what must not be in the repository."""
 
 import ast
 import configparser
@@ -19,9 +19,9 @@ REPOSITORY = Path(__file__).parents[2]
 SETUP = configparser.ConfigParser()
 SETUP.read(REPOSITORY / "setup.cfg")
 
-# What a library is called in an import, where that is not its name.
+# Import names that differ from the name of the distribution.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn", "torch-fidelity": "torch_fidelity"}
-# The floors that have a reason: security (SECURITY.md says which), the contract on saved folders, or a function.
+# Minimum versions with a reason: security (see SECURITY.md), the format of saved folders, or a required function.
 FLOORS = {
     "torch": "2.10",
     "diffusers": "0.42",
@@ -34,11 +34,11 @@ FLOORS = {
     "tqdm": "4.66.3",
     "PyYAML": "6",
 }
-# Below these there are holes, on any Python: diffusers ran the code of others without consent.
-HOLES_BELOW = {"torch": "2.10", "diffusers": "0.38", "safetensors": "0.8", "datasets": "4", "jsonargparse": "4.52"}
-# In two parts, so that this file does not contain what it looks for.
+# Older versions have known vulnerabilities.
+VULNERABLE_BELOW = {"torch": "2.10", "diffusers": "0.38", "safetensors": "0.8", "datasets": "4", "jsonargparse": "4.52"}
+# Split so that this file does not contain the names.
 REGISTRY_HOSTS = ["pypi" + ".org", "python" + "hosted.org", "download.py" + "torch.org", "npm" + "js.org"]
-MACHINE_PATHS = ["/work" + "/", "/root" + "/", "/home" + "/"]
+LOCAL_PATHS = ["/work" + "/", "/root" + "/", "/home" + "/"]
 
 
 def requirements(section: str, key: str) -> list[Requirement]:
@@ -59,7 +59,7 @@ def git_files() -> list[Path]:
 
 
 @pytest.mark.parametrize(("name", "floor"), FLOORS.items())
-def test_dependencies_have_the_floors_they_need(name: str, floor: str) -> None:
+def test_dependencies_have_their_minimum_versions(name: str, floor: str) -> None:
     applying = [
         requirement
         for requirement in INSTALLED_ALWAYS
@@ -71,8 +71,8 @@ def test_dependencies_have_the_floors_they_need(name: str, floor: str) -> None:
     ]
 
 
-@pytest.mark.parametrize(("name", "version"), HOLES_BELOW.items())
-def test_no_python_gets_a_release_with_a_known_hole(name: str, version: str) -> None:
+@pytest.mark.parametrize(("name", "version"), VULNERABLE_BELOW.items())
+def test_no_python_version_allows_a_vulnerable_release(name: str, version: str) -> None:
     floors = [
         Version(specifier.version)
         for requirement in INSTALLED_ALWAYS
@@ -84,7 +84,7 @@ def test_no_python_gets_a_release_with_a_known_hole(name: str, version: str) -> 
     assert min(floors) >= Version(version)
 
 
-def test_every_floor_for_safety_has_its_reason_in_writing() -> None:
+def test_security_md_gives_a_reason_for_every_minimum_version() -> None:
     text = (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8")
     assert [f"{name} {floor}" for name, floor in FLOORS.items() if f"{name} {floor}" not in text] == []
 
@@ -95,7 +95,7 @@ def test_every_python_has_one_requirement_on_diffusers(python_version: str) -> N
     assert sum(marker is None or marker.evaluate({"python_version": python_version}) for marker in markers) == 1
 
 
-def test_every_library_that_is_imported_is_declared() -> None:
+def test_every_imported_library_is_declared() -> None:
     declared = {
         IMPORT_NAMES.get(requirement.name.lower(), requirement.name)
         for requirement in [*INSTALLED_ALWAYS, *(requirement for extra in EXTRAS.values() for requirement in extra)]
@@ -126,13 +126,13 @@ def test_the_command_of_the_package_exists() -> None:
     assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_types_travel_with_the_package() -> None:
+def test_the_package_contains_its_types() -> None:
     assert SETUP["options.package_data"]["ddpm_hf"] == "py.typed"
     assert (REPOSITORY / "ddpm_hf" / "py.typed").is_file()
 
 
 def make(*arguments: str, directory: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    """Runs make as from a shell, also where these tests are run by one: it hands its variables on."""
+    """Run make without the variables of an outer make that may have started the tests."""
     ours = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "PYTHON", "TORCH", "CONFIG", "ARGS")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     command = ["make", "-f", str(REPOSITORY / "Makefile"), *arguments]
@@ -148,7 +148,7 @@ def test_make_help_names_every_target() -> None:
     assert re.findall(r"make ([a-z-]+)", make("help").stdout) == targets[1].split()
 
 
-def test_make_train_launches_the_digits_from_an_environment_of_its_own(tmp_path: Path) -> None:
+def test_make_train_launches_the_digits_from_its_own_environment(tmp_path: Path) -> None:
     (tmp_path / "setup.cfg").touch()
     commands = make("--dry-run", "train", "ARGS=--training.seed 1", directory=tmp_path)
     assert commands.returncode == 0, commands.stderr
@@ -159,8 +159,8 @@ def test_make_train_launches_the_digits_from_an_environment_of_its_own(tmp_path:
     assert launch.endswith("train_ddpm.py --config configs/digits_8.yaml --training.seed 1")
 
 
-def test_make_says_what_is_wrong_with_an_old_python(tmp_path: Path) -> None:
-    """A stand-in answers every `python -c` with failure, as a Python that is too old does on the first check."""
+def test_make_reports_an_old_python(tmp_path: Path) -> None:
+    """The replacement fails at every `python -c`, as a Python that is too old does at the first check."""
     old = tmp_path / "python2"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
@@ -169,11 +169,11 @@ def test_make_says_what_is_wrong_with_an_old_python(tmp_path: Path) -> None:
     assert f"ddpm_hf needs Python 3.10 or newer as {old}" in answer.stderr
 
 
-def test_no_registry_and_no_machine_of_ours_is_named() -> None:
+def test_no_package_registry_and_no_local_path_is_named() -> None:
     found = []
     for path in git_files():
         content = path.read_bytes().decode("utf-8", errors="ignore")
-        names = [name for name in [*REGISTRY_HOSTS, *MACHINE_PATHS] if name in content]
+        names = [name for name in [*REGISTRY_HOSTS, *LOCAL_PATHS] if name in content]
         found += [f"{path.relative_to(REPOSITORY)}: {name}" for name in names]
     assert found == []
 

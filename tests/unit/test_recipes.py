@@ -1,4 +1,4 @@
-"""Every recipe can be run: it parses, its settings fit together, and its network fits its images."""
+"""Every recipe parses, its settings are consistent, and its network fits its images."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
-# What the data sets hold: channels, height, width and classes, for recipes that leave the images as they are.
+# Shape and number of classes of the datasets of recipes without a resolution.
 DATA: dict[str, tuple[tuple[int, int, int], int]] = {
     "digits_8": ((1, 8, 8), 10),
     "mnist_28": ((1, 28, 28), 10),
@@ -27,10 +27,10 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.
 
 @every_recipe
 def test_the_network_of_every_recipe_fits_its_images(recipe: Path) -> None:
-    """Shapes without numbers; `build_unet` sends one image through."""
+    """`build_unet` runs one forward pass on the meta device."""
     config, _ = load_config(["--config", str(recipe)])
     size = config.data.resolution
-    assert (size is None) == (recipe.stem in DATA), "without a resolution, say here what the images are"
+    assert (size is None) == (recipe.stem in DATA), "add the shape of the dataset to DATA"
     shape, num_classes = DATA[recipe.stem] if size is None else ((config.data.num_channels or 3, size, size), 0)
     assert config.data.num_channels == shape[0]
     num_embeds = num_classes + (config.objective.class_dropout > 0) if config.model.class_conditional else None
@@ -41,7 +41,7 @@ def test_the_network_of_every_recipe_fits_its_images(recipe: Path) -> None:
 
 
 @every_recipe
-def test_the_process_of_every_recipe_ends_in_noise(recipe: Path) -> None:
+def test_the_forward_process_of_every_recipe_ends_in_noise(recipe: Path) -> None:
     config, _ = load_config(["--config", str(recipe)])
     settings = config.to_dict()["diffusion"]
     scheduler = GaussianDiffusionScheduler.create(**settings)
@@ -49,7 +49,7 @@ def test_the_process_of_every_recipe_ends_in_noise(recipe: Path) -> None:
 
 
 @every_recipe
-def test_every_recipe_says_what_it_needs_and_how_to_run_it(recipe: Path) -> None:
+def test_every_recipe_has_a_header_with_data_hardware_time_result_and_command(recipe: Path) -> None:
     header = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     for what in ("Data:", "Hardware:", "Time:", "Result:", "Command:"):
         assert sum(line.startswith(f"# {what}") for line in header) == 1, what
@@ -57,17 +57,19 @@ def test_every_recipe_says_what_it_needs_and_how_to_run_it(recipe: Path) -> None
     assert f"train_ddpm.py --config configs/{recipe.name}" in command
 
 
-def test_the_times_of_the_recipes_are_on_record() -> None:
-    """A measured one, such as 2 min 10 s, stands as 2:10 in a file of results."""
+def test_the_times_of_the_recipes_are_in_the_benchmark_results() -> None:
+    """2 min 10 s in a recipe is 2:10 in a file of results."""
     records = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "benchmarks/results").glob("*.txt"))
     heads = "".join(recipe.read_text(encoding="utf-8").split("\n\n")[0] for recipe in RECIPES)
     times = re.findall(r"(\d+) min (\d+) s", heads)
     assert times
     for minutes, seconds in times:
-        assert re.search(rf"\b{minutes}:{seconds:0>2}\b", records), f"{minutes} min {seconds} s is in no record"
+        assert re.search(rf"\b{minutes}:{seconds:0>2}\b", records), (
+            f"{minutes} min {seconds} s is in no file of results"
+        )
 
 
-def test_the_recipes_of_the_paper_have_the_papers_settings() -> None:
+def test_the_recipes_of_ho_et_al_2020_have_the_settings_of_the_paper() -> None:
     """Ho et al. 2020, appendix B and their code."""
     steps = {"cifar10_32": 800_000, "celebahq_256": 500_000, "lsun_256": 1_200_000}
     for name, num_steps in steps.items():
