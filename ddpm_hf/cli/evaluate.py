@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from ddpm_hf.data import ImageSet
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
-    from ddpm_hf.distributed import Ranks
+    from ddpm_hf.evaluation.features import FeatureNetwork
     from ddpm_hf.evaluation.generate import Images, Sampler
-    from ddpm_hf.evaluation.likelihood import VariationalBound
+    from ddpm_hf.evaluation.likelihood import ReverseProcess, VariationalBound
     from ddpm_hf.evaluation.metrics import Metric
 
 
@@ -251,7 +251,7 @@ def _read(path: Path) -> tuple[dict[str, Any], int]:
 
 REPORT, PICTURE, SAMPLES = "evaluation.json", "evaluation.png", "evaluation_samples"
 # A few samples in few steps, where nothing but the picture needs any.
-SHOWN_SAMPLES, NUM_SHOWN, NUM_SHOWN_STEPS = "evaluation_picture", 64, 50
+SHOWN_SAMPLES, NUM_SHOWN, NUM_SHOWN_STEPS, NUM_NEIGHBORS = "evaluation_picture", 64, 50, 32
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -270,7 +270,7 @@ class _Work:
     Attributes:
         measured: The images for bits per dimension.
         of_samples: The metrics that look at samples.
-        timesteps: The chain for bits per dimension; None is that of training.
+        process: The reverse process for bits per dimension; None if they are not measured.
         num_terms: Of its terms, how many for each image; None is all.
     """
 
@@ -285,60 +285,63 @@ class _Work:
     of_samples: list[str]
     num_samples: int
     samples_dir: Path
-    timesteps: list[int] | None
+    process: "ReverseProcess | None"
     num_terms: int | None
-    ranks: "Ranks"
     device: "torch.device"
 
 
 def _evaluate(options: Namespace) -> None:
     """Collective: does everything that was asked for."""
+    from ddpm_hf import distributed
     from ddpm_hf.evaluation.generate import sample_to_folder, settings_of
-    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, check_metrics
-    from ddpm_hf.evaluation.report import as_json, fidelity, table
+    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, check_metrics, measure_fidelity
+    from ddpm_hf.evaluation.report import as_json, table
 
     check_metrics(options.metrics)
     work = _prepare(options)
-    _check(work)
-    work.ranks.on_rank_0(lambda: work.output.mkdir(parents=True, exist_ok=True))
+    settings, network = _check(work)
+    distributed.on_rank_0(lambda: work.output.mkdir(parents=True, exist_ok=True))
     if options.estimate_variance:
         _estimate_variance(work)
     sampler = work.sampler
     sampling = sampler.prepare(work.pipeline)
+    if settings is None:
+        settings = settings_of(sampling, sampler, options.seed, options.batch_size)
     samples = sample_to_folder(
         sampling,
         sampler,
         work.samples_dir,
-        seed=options.seed,
+        settings,
         num_images=work.num_samples,
         batch_size=options.batch_size,
         as_png=options.format == "png",
-        ranks=work.ranks,
     )
     metrics: list[Metric] = []
     if work.of_samples:
-        metrics += fidelity(
-            samples,
-            work.training,
-            work.of_samples,
-            features=options.features,
-            weights=options.weights,
-            batch_size=options.batch_size,
-            device=work.device,
-            cache_dir=Path(options.data_cache_dir) if options.data_cache_dir else None,
-            seed=options.seed,
-            ranks=work.ranks,
-        )
+
+        def measure() -> list[Metric]:
+            assert network is not None  # on rank 0
+            return measure_fidelity(
+                samples,
+                work.training,
+                network,
+                metrics=work.of_samples,
+                batch_size=options.batch_size,
+                cache_dir=Path(options.data_cache_dir) if options.data_cache_dir else None,
+                seed=options.seed,
+            )
+
+        metrics += distributed.on_rank_0(measure) or []
     bound: VariationalBound | None = None
     bound_settings: dict[str, Any] = {}
     if BITS_PER_DIM in options.metrics:
-        metric, bound, bound_settings = _bits_per_dim(work)
-        metrics.append(metric)
-    if work.ranks.rank == 0:
+        bound, bound_settings = _bits_per_dim(work)
+        metrics.append(bound.metric)
+    if distributed.rank() == 0:
         content = as_json(
             metrics,
             bound,
-            settings=settings_of(sampling, sampler, options.seed, options.batch_size),
+            settings=settings,
             data=_describe_data(work),
             bound_settings=bound_settings,
         )
@@ -364,9 +367,9 @@ def _prepare(options: Namespace) -> _Work:
 
     from ddpm_hf import distributed
     from ddpm_hf.data import ImageSet
-    from ddpm_hf.distributed import started_ranks
     from ddpm_hf.evaluation.generate import image_shape
-    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, OF_SAMPLES
+    from ddpm_hf.evaluation.likelihood import ReverseProcess
+    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, SAMPLE_METRICS
     from ddpm_hf.evaluation.report import choose_images
     from ddpm_hf.training.trainer import open_splits
 
@@ -399,7 +402,7 @@ def _prepare(options: Namespace) -> _Work:
             f"{config.data.source} has images of {'x'.join(map(str, training.image_shape))} and the network makes "
             f"{num_channels}x{height}x{width}; leave --data.resolution and --data.num_channels out, or give others."
         )
-    of_samples = [name for name in options.metrics if name in OF_SAMPLES]
+    of_samples = [name for name in options.metrics if name in SAMPLE_METRICS]
     timesteps, num_terms = _chain(options, pipeline)
     return _Work(
         options=options,
@@ -413,9 +416,8 @@ def _prepare(options: Namespace) -> _Work:
         of_samples=of_samples,
         num_samples=options.num_samples or (50_000 if of_samples else NUM_SHOWN),
         samples_dir=options.samples_dir or output / (SAMPLES if of_samples else SHOWN_SAMPLES),
-        timesteps=timesteps,
+        process=ReverseProcess(pipeline, timesteps) if BITS_PER_DIM in options.metrics else None,
         num_terms=num_terms,
-        ranks=started_ranks(),
         device=accelerator.device,
     )
 
@@ -446,29 +448,36 @@ def _chain(options: Namespace, pipeline: "GaussianDiffusionPipeline") -> tuple[l
     return timesteps, None if options.num_terms == "all" or options.num_terms >= num_steps else options.num_terms
 
 
-def _check(work: _Work) -> None:
-    """Collective: refuses all that could be refused later, before the network is called or a folder is made."""
+def _check(work: _Work) -> "tuple[dict[str, Any] | None, FeatureNetwork | None]":
+    """Collective: raise all errors that could come later, before the network is called or a folder is made.
+
+    Returns:
+        The settings of the samples, None if they depend on moments that are to be estimated; and the feature network,
+        on rank 0 if a metric needs one.
+    """
+    from ddpm_hf import distributed
     from ddpm_hf.evaluation.generate import check_channels, check_folder, image_shape, settings_of
     from ddpm_hf.evaluation.likelihood import check_bound, check_second_moments
-    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, check_fidelity, check_reference
+    from ddpm_hf.evaluation.metrics import check_reference, open_network_for
 
     options, pipeline, sampler = work.options, work.pipeline, work.sampler
-    undecided: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
     if options.estimate_variance:
         check_second_moments(pipeline, work.training)
         if sampler.analytic_variance:  # by moments that are not there yet
-            sampler, undecided = replace(sampler, analytic_variance=False), ("pipeline", "analytic_variance")
+            sampler, unknown = replace(sampler, analytic_variance=False), ("pipeline", "analytic_variance")
     sampling = sampler.prepare(pipeline)
     sampler.check(sampling)
-    if BITS_PER_DIM in options.metrics:
-        check_bound(pipeline, work.measured, work.timesteps, work.num_terms)
+    if work.process is not None:
+        check_bound(work.process, work.measured, work.num_terms)
     check_channels(image_shape(pipeline), as_png=options.format == "png")
     settings = settings_of(sampling, sampler, options.seed, options.batch_size)
-    work.ranks.on_rank_0(lambda: check_folder(work.samples_dir, settings, undecided=undecided))
+    distributed.on_rank_0(lambda: check_folder(work.samples_dir, settings, unknown=unknown))
+    network = None
     if work.of_samples:
         check_reference(work.training)
-        work.ranks.on_rank_0(
-            lambda: check_fidelity(
+        network = distributed.on_rank_0(
+            lambda: open_network_for(
                 work.of_samples,
                 work.training.image_shape,
                 work.num_samples,
@@ -478,10 +487,12 @@ def _check(work: _Work) -> None:
                 device=work.device,
             )
         )
+    return None if unknown else settings, network
 
 
 def _estimate_variance(work: _Work) -> None:
     """Collective: estimates the second moments and keeps them beside the scheduler's configuration."""
+    from ddpm_hf import distributed
     from ddpm_hf.diffusion.reverse_variance import second_moments_file
     from ddpm_hf.evaluation.likelihood import estimate_second_moments
 
@@ -494,28 +505,24 @@ def _estimate_variance(work: _Work) -> None:
         seed=options.seed,
         num_images=options.estimate_variance,
         batch_size=options.batch_size,
-        ranks=work.ranks,
     )
-    work.ranks.on_rank_0(lambda: scheduler.save_second_moments(folder))
+    distributed.on_rank_0(lambda: scheduler.save_second_moments(folder))
 
 
-def _bits_per_dim(work: _Work) -> "tuple[Metric, VariationalBound, dict[str, Any]]":
+def _bits_per_dim(work: _Work) -> "tuple[VariationalBound, dict[str, Any]]":
     """Collective: computes the bound of the held-out images, or of all where none are held out."""
-    from ddpm_hf.evaluation.report import bits_per_dim
+    from ddpm_hf.evaluation.likelihood import variational_bound
 
     options, scheduler = work.options, work.pipeline.scheduler
     if options.variance == "analytic":
         scheduler.analytic_variance = True
-    metric, bound = bits_per_dim(
-        work.pipeline,
-        work.measured,
-        seed=options.seed,
-        num_terms=work.num_terms,
-        timesteps=work.timesteps,
-        batch_size=options.batch_size,
-        ranks=work.ranks,
+    assert work.process is not None
+    bound = variational_bound(
+        work.process, work.measured, seed=options.seed, num_terms=work.num_terms, batch_size=options.batch_size
     )
-    spacing = None if work.timesteps is None else options.timestep_spacing or scheduler.config["timestep_spacing"]
+    spacing = (
+        None if options.likelihood_steps is None else options.timestep_spacing or scheduler.config["timestep_spacing"]
+    )
     settings = {
         "images": "held out" if len(work.held_out) else "all",
         "conditional": work.pipeline.num_classes > 0,
@@ -524,7 +531,7 @@ def _bits_per_dim(work: _Work) -> "tuple[Metric, VariationalBound, dict[str, Any
         "timestep_spacing": spacing,
         "variance": "analytic" if options.variance == "analytic" else scheduler.config["variance_type"],
     }
-    return metric, bound, settings
+    return bound, settings
 
 
 def _describe_data(work: _Work) -> dict[str, Any]:
@@ -544,21 +551,25 @@ def _describe_data(work: _Work) -> dict[str, Any]:
 
 def _write(work: _Work, content: str, samples: "Images", bound: "VariationalBound | None") -> None:
     """Writes evaluation.json and the picture on rank 0."""
-    from ddpm_hf.evaluation.report import NUM_NEIGHBOURS, choose_images, draw_evaluation, nearest_images, real_images
-    from ddpm_hf.files import write_text, write_whole
+    from ddpm_hf.evaluation.report import choose_images, nearest_images, real_images
+    from ddpm_hf.files import atomic_write, write_text
+    from ddpm_hf.plots import evaluation_plot
 
+    title = f"{Path(work.options.folder).name}, {Path(work.options.data).name}"
+    if bound is not None:
+        title += f": {bound.bits_per_dim:.3f} bits per dimension"
     shown = choose_images(work.training, min(NUM_SHOWN, len(work.training)), work.options.seed)
-    neighbours, _, distances = nearest_images(samples[:NUM_NEIGHBOURS], work.training)
-    write_whole(
+    neighbors, _, distances = nearest_images(samples[:NUM_NEIGHBORS], work.training)
+    atomic_write(
         work.output / PICTURE,
-        lambda path: draw_evaluation(
+        lambda path: evaluation_plot(
             path,
             samples=samples[:NUM_SHOWN],
             real=real_images(shown, shown.positions),
-            neighbours=neighbours,
+            neighbors=neighbors,
             distances=distances,
-            bound=bound,
-            title=f"{Path(work.options.folder).name}, {Path(work.options.data).name}",
+            bound=None if bound is None else bound.to_dict(),
+            title=title,
         ),
     )
     write_text(work.output / REPORT, content)

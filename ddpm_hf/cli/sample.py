@@ -646,7 +646,7 @@ def _draw_all(work: _Work) -> int:
 
 def _batches(work: _Work) -> Iterator[tuple[list[Picture], UInt8Array, UInt8Array | None]]:
     """Draws the pictures a batch at a time; of the first ones also states on the way, (frames, number, ...)."""
-    from ddpm_hf.evaluation.generate import Film
+    from ddpm_hf.evaluation.generate import call_with_trajectory
     from ddpm_hf.rng import plain_generators
 
     options, pipeline, size = work.options, work.pipeline, work.options.batch_size
@@ -661,16 +661,15 @@ def _batches(work: _Work) -> Iterator[tuple[list[Picture], UInt8Array, UInt8Arra
             "generator": plain_generators([picture.seed for picture in pictures]),
             "output_type": "uint8",
         }
-        film = None
+        states = None
         if work.starts is not None:
             images = _edited(work, [picture.source or 0 for picture in pictures], call)
         elif first < num_filmed:
-            film = Film(work.num_steps)
-            start = film.begin(pipeline, call["generator"])
-            images = pipeline(sample=start, callback_on_step_end=film, **call).images
+            images, states = call_with_trajectory(pipeline, **call)
+            states = states[:, : num_filmed - first]
         else:
             images = pipeline(batch_size=len(pictures), **call).images
-        yield pictures, images, None if film is None else film.states()[:, : num_filmed - first]
+        yield pictures, images, states
 
 
 def _edited(work: _Work, sources: list[int], call: dict[str, Any]) -> Any:

@@ -122,9 +122,7 @@ def verify(folder: Path, *, run_code: bool = False) -> list[Finding]:
         pipeline = GaussianDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         return [*findings, Finding("with ddpm_hf", f"does not load: {reason_of(error)}", is_bad=True)]
-    findings += _compare_tensors(_tensor_digests(pipeline), expected["tensors"])
-    findings += _compare_settings(pipeline, _settings(pipeline, folder), expected["settings"])
-    findings += _compare_variants(folder, pipeline.unet.state_dict())
+    findings += _compare_contents(folder, pipeline, expected)
     findings.append(_compare_outputs("with ddpm_hf", lambda: pipeline, expected))
 
     way = "with diffusers alone"
@@ -153,7 +151,7 @@ def verify_contents(folder: Path, pipeline: GaussianDiffusionPipeline) -> list[F
     """Compare the weights and settings of a pipeline that was loaded from a folder with its verification.json.
 
     Raises:
-        ValueError: There is no verification.json, or it is damaged or of a newer version.
+        ValueError: verification.json is missing, damaged or of another version.
     """
     return list(_compare_contents(folder, pipeline, _read(folder)))
 
@@ -184,6 +182,14 @@ def _compare_files(folder: Path, expected: Mapping[str, str]) -> Iterator[Findin
             yield Finding(name, "is missing", is_bad=True)
         elif sha256_of_file(path) != sha256:
             yield Finding(name, "has other bytes than were saved", is_other_file=True)
+
+
+def _compare_contents(
+    folder: Path, pipeline: GaussianDiffusionPipeline, expected: Mapping[str, Any]
+) -> Iterator[Finding]:
+    yield from _compare_tensors(_tensor_digests(pipeline), expected["tensors"])
+    yield from _compare_settings(pipeline, _settings(pipeline, folder), expected["settings"])
+    yield from _compare_variants(folder, pipeline.unet.state_dict())
 
 
 def _tensor_digests(pipeline: GaussianDiffusionPipeline) -> dict[str, str]:
