@@ -22,7 +22,7 @@ from torch import nn
 
 from ddpm_hf.config import ConfigError, ModelConfig, UNetOverride
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
-from ddpm_hf.diffusion.folder import check_shards
+from ddpm_hf.diffusion.saved_folder import check_shards
 from ddpm_hf.redaction import reason_of
 
 logger = logging.getLogger(__name__)

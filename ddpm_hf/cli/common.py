@@ -439,7 +439,7 @@ def label_list(text: str | None, pipeline: "GaussianDiffusionPipeline") -> list[
     Raises:
         ConfigError: There is no such label.
     """
-    from ddpm_hf.diffusion.sampling import label_numbers
+    from ddpm_hf.diffusion.pipeline import label_numbers
 
     if text is None:
         return list(range(pipeline.num_classes)) or None

@@ -493,7 +493,7 @@ def _check(work: _Work) -> "tuple[dict[str, Any] | None, FeatureNetwork | None]"
 def _estimate_variance(work: _Work) -> None:
     """Collective: estimates the second moments and keeps them beside the scheduler's configuration."""
     from ddpm_hf import distributed
-    from ddpm_hf.diffusion.reverse_variance import second_moments_file
+    from ddpm_hf.diffusion.saved_folder import second_moments_file
     from ddpm_hf.evaluation.likelihood import estimate_second_moments
 
     options, scheduler = work.options, work.pipeline.scheduler

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ddpm_hf.data.decode import Cell
-    from ddpm_hf.diffusion.noise_schedule import NoiseSchedule
+    from ddpm_hf.diffusion.schedule import NoiseSchedule
     from ddpm_hf.plots import UInt8Array
 
 

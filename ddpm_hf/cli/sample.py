@@ -543,7 +543,6 @@ def _prepare(
     """Loads the model, and refuses what does not fit before anything is written or drawn."""
     import torch
 
-    from ddpm_hf.diffusion.denoising import Run
     from ddpm_hf.diffusion.editing import start_level
     from ddpm_hf.evaluation.generate import Sampler, image_shape
     from ddpm_hf.rng import plain_generators
@@ -573,17 +572,16 @@ def _prepare(
     pictures = pictures_of(options, pipeline)
     # What a call of the pipeline checks, it checks here once before the folder is touched.
     label = None if pictures[0].label is None else [pictures[0].label]
-    run = Run(
-        pipeline, 1, class_labels=label, generator=plain_generators(options.seeds[:1]), output_type="uint8", **call
-    )
+    generator = plain_generators(options.seeds[:1])
+    num_steps = pipeline.check_inputs(class_labels=label, generator=generator, output_type="uint8", **call)
     if options.image and not options.mask:
-        start_level(options.strength or STRENGTH, len(run.timesteps))
+        start_level(options.strength or STRENGTH, num_steps)
     return _Work(
         options=options,
         pipeline=pipeline,
         folder=folder,
         pictures=pictures,
-        num_steps=len(run.timesteps),
+        num_steps=num_steps,
         starts=np.stack(fitted) if fitted else None,
         masks=np.stack(covers) if covers else None,
         call=call,

@@ -1,8 +1,7 @@
-"""The portable diffusion core: schedules, algebra, scheduler and pipeline. Needs torch and diffusers only."""
+"""The portable diffusion core: schedules, equations, scheduler and pipeline. Imports torch and diffusers only."""
 
-from .denoising import GaussianDiffusionPipelineOutput
-from .noise_schedule import NoiseSchedule, make_betas
-from .pipeline import GaussianDiffusionPipeline
+from .pipeline import GaussianDiffusionPipeline, GaussianDiffusionPipelineOutput
+from .schedule import NoiseSchedule, make_betas
 from .scheduler import GaussianDiffusionScheduler, GaussianDiffusionSchedulerOutput
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""What a trained network does to a given image: denoise from it, interpolate, inpaint, encode.
+"""Editing given images: denoise from them, interpolate, inpaint, encode.
 
-A run of n steps passes through n + 1 levels of noise: level k is the state before step k, at the k-th timestep of the
-scheduler's list, and level n is the finished image, alpha_bar = 1. Everything here needs GaussianDiffusionScheduler,
-whose steps may be called in any order.
+A list of n timesteps has n + 1 noise levels: level k is the state before step k, at the k-th timestep, and level n is
+the finished image with alpha_bar = 1. The methods need GaussianDiffusionScheduler, whose steps may be called in any
+order.
 """
 
 import math
@@ -10,47 +10,56 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from typing_extensions import Unpack
 
 from . import gaussian
-from .denoising import Run, SamplingOptions
-from .folder import NATIVE_SCHEDULER
 from .images import ImageInput, from_mask
+from .scheduler import NATIVE_SCHEDULER
 
-CORE_VERSION = "1.2.0"
 
-
-class Editing:
-    """The editing methods of the pipeline; each takes the keyword arguments of its call but `batch_size` and `sample`.
+class EditingMixin:
+    """The editing methods of GaussianDiffusionPipeline; `**options` are the arguments of its call.
 
     `image` may be a PIL image or a list of them, a numpy array (batch, height, width, channels) or a tensor (batch,
-    channels, height, width), uint8 in 0 ... 255 or floats in [0, 1]: what the pipeline returns.
+    channels, height, width), uint8 in 0 ... 255 or floats in [0, 1], as returned by the pipeline. `batch_size` and
+    `sample` are not accepted as options.
     """
 
-    _begin: Callable[..., Run]
-    _to_states: Callable[[ImageInput, str], torch.Tensor]
     scheduler: Any
+    config: Any
+    interrupt: bool
+    progress_bar: Callable[..., Any]
+    maybe_free_model_hooks: Callable[[], None]
+    # The steps of `GaussianDiffusionPipeline.__call__`. `call` is its SamplingCall.
+    _begin: Callable[..., Any]
+    _draw_noise: Callable[..., torch.Tensor]
+    _denoise: Callable[..., torch.Tensor]
+    _step: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    _predict: Callable[..., torch.Tensor]
+    _end_step: Callable[..., torch.Tensor]
+    _record: Callable[..., None]
+    _finish: Callable[..., Any]
+    _to_samples: Callable[[ImageInput, str], torch.Tensor]
 
     @torch.no_grad()
-    def denoise_from(self, image: ImageInput, strength: float = 0.5, **options: Unpack[SamplingOptions]) -> Any:
-        """Noises images part of the way and denoises them: SDEdit (Meng et al. 2022), or a test of reconstruction.
+    def denoise_from(self, image: ImageInput, strength: float = 0.5, **options: Any) -> Any:
+        """Noise images and denoise them: SDEdit (Meng et al. 2022), or a test of reconstruction.
 
         Args:
-            image: Where to start from.
-            strength: The part of the steps that is run, in (0, 1]: 0.5 noises to the middle of the list of timesteps.
+            image: Images to start from.
+            strength: Fraction of the steps to run, in (0, 1]: 0.5 noises to the middle of the list of timesteps.
             **options: As in the call of the pipeline.
 
         Returns:
             As the call of the pipeline, one image for each given one.
 
         Raises:
-            ValueError: An argument does not fit, or the scheduler is not GaussianDiffusionScheduler.
+            ValueError: If an argument does not fit, or the scheduler is not GaussianDiffusionScheduler.
         """
         x_0 = self._read(image, "image", "denoise_from")
-        run = self._begin(len(x_0), **options)
-        level = start_level(strength, len(run.timesteps))
-        x_t = at_level(run, x_0.to(run.device, run.dtype), level, run.noise(tuple(x_0.shape)))
-        return run.finish(run.denoise(x_t, run.timesteps[level:]))
+        call = self._begin(len(x_0), **options)
+        level = start_level(strength, len(call.timesteps))
+        x_t = self._noise_to_level(call, x_0.to(call.device, call.dtype), level)
+        return self._finish(call, self._denoise(call, x_t, call.timesteps[level:]))
 
     @torch.no_grad()
     def interpolate(
@@ -60,39 +69,46 @@ class Editing:
         weights: float | Sequence[float] = 0.5,
         strength: float = 0.5,
         mixing: Literal["linear", "spherical"] = "linear",
-        **options: Unpack[SamplingOptions],
+        **options: Any,
     ) -> Any:
-        """Noises two images to one level, mixes the states and denoises the mixtures. Section 4.3, Ho et al. 2020.
+        """Noise two images to one level, mix them and denoise the mixtures. Section 4.3, Ho et al. 2020.
 
         Args:
             image: Left endpoint, or a batch of them.
             other: Right endpoint, or as many.
-            weights: Of the right endpoint, 0 ... 1: one, or several to go from one endpoint to the other.
-            strength: As in `denoise_from`; the paper's figure 8 has t = 500 of 1000, that is 0.5.
-            mixing: `linear`, as in the paper, or `spherical`, which keeps the length of the state (Song et al. 2021).
-            **options: As in the call of the pipeline; labels and generators are for the images that come out. One
-                generator draws the noise of an endpoint once for all its weights; of a list, each draws it anew.
+            weights: Weight of the right endpoint, 0 ... 1, or several of them.
+            strength: As in `denoise_from`. Figure 8 of the paper has t = 500 of 1000, which is 0.5.
+            mixing: `linear`, as in the paper, or `spherical`, which keeps the norm of the state (Song et al. 2021).
+            **options: As in the call of the pipeline, for the images that are returned. A single generator draws the
+                noise of an endpoint once for all weights; each of a list of generators draws its own.
 
         Returns:
-            As the call of the pipeline: for each pair the images of all weights, one pair after the other.
+            As the call of the pipeline: the images of all weights for the first pair, then for the second, and so on.
 
         Raises:
-            ValueError: An argument does not fit, or the scheduler is not GaussianDiffusionScheduler.
+            ValueError: If an argument does not fit, or the scheduler is not GaussianDiffusionScheduler.
         """
         left, right = self._read(image, "image", "interpolate"), self._read(other, "other", "interpolate")
         if left.shape != right.shape:
-            raise ValueError(f"image is {tuple(left.shape)} and other {tuple(right.shape)}; give two of one shape.")
+            raise ValueError(f"image is {tuple(left.shape)} and other {tuple(right.shape)}; pass two of one shape.")
         if mixing not in ("linear", "spherical"):
             raise ValueError(f"mixing {mixing!r} is not one of linear, spherical.")
         given = [weights] if isinstance(weights, int | float) else list(weights)
         if not given or not all(0 <= weight <= 1 for weight in given):
             raise ValueError(f"weights is {weights}; give one or more numbers from 0 (image) to 1 (other).")
-        run = self._begin(len(left) * len(given), **options)
-        level = start_level(strength, len(run.timesteps))
-        x, y = (endpoint(run, x_0, level, len(given)) for x_0 in (left, right))
-        weight = torch.tensor(given, device=run.device, dtype=run.dtype).repeat(len(left)).view(-1, 1, 1, 1)
+        call = self._begin(len(left) * len(given), **options)
+        level = start_level(strength, len(call.timesteps))
+
+        def endpoint(x_0: torch.Tensor) -> torch.Tensor:
+            x_0 = x_0.to(call.device, call.dtype)
+            if isinstance(call.generator, list):
+                return self._noise_to_level(call, x_0.repeat_interleave(len(given), dim=0), level)
+            return self._noise_to_level(call, x_0, level).repeat_interleave(len(given), dim=0)
+
+        x, y = endpoint(left), endpoint(right)
+        weight = torch.tensor(given, device=call.device, dtype=call.dtype).repeat(len(left)).view(-1, 1, 1, 1)
         mixed = torch.lerp(x, y, weight) if mixing == "linear" else slerp(x, y, weight)
-        return run.finish(run.denoise(mixed, run.timesteps[level:]))
+        return self._finish(call, self._denoise(call, mixed, call.timesteps[level:]))
 
     @torch.no_grad()
     def inpaint(
@@ -101,26 +117,25 @@ class Editing:
         mask: ImageInput,
         num_resamples: int = 10,
         jump_length: int = 10,
-        **options: Unpack[SamplingOptions],
+        **options: Any,
     ) -> Any:
-        """Fills part of images with what fits the rest. RePaint, algorithm 1 (Lugmayr et al. 2022).
+        """Fill a part of images so that it fits the rest. Algorithm 1 (RePaint), Lugmayr et al. 2022.
 
-        Each stretch of `jump_length` steps is denoised `num_resamples` times, so that the new part sees what it has to
-        fit: about `num_inference_steps` times `num_resamples` calls of the network. The defaults are the paper's: 250
-        steps, unless `num_inference_steps` or `timesteps` says otherwise.
+        Each section of `jump_length` steps is denoised `num_resamples` times, which takes about `num_inference_steps`
+        times `num_resamples` evaluations of the network. The defaults are those of the paper, with 250 steps.
 
         Args:
-            image: What to complete; what the mask covers is not looked at.
+            image: Images to complete; the values under the mask are ignored.
             mask: White (1, 255 or True) where the image is to be filled: one for all images or one for each.
-            num_resamples: How often each stretch is denoised; 1 never goes back.
-            jump_length: Steps of a stretch.
+            num_resamples: How often each section is denoised; 1 never goes back.
+            jump_length: Number of steps in a section.
             **options: As in the call of the pipeline.
 
         Returns:
-            As the call of the pipeline, one image for each given one; outside the mask they are the given ones.
+            As the call of the pipeline, one image for each given one, unchanged outside the mask.
 
         Raises:
-            ValueError: An argument does not fit, or the scheduler is not GaussianDiffusionScheduler.
+            ValueError: If an argument does not fit, or the scheduler is not GaussianDiffusionScheduler.
         """
         known = self._read(image, "image", "inpaint")
         fill = from_mask(mask, known)
@@ -129,72 +144,108 @@ class Editing:
                 raise ValueError(f"{name} is {count!r}; it must be a whole number, at least 1.")
         if options.get("num_inference_steps") is None and options.get("timesteps") is None:
             options["num_inference_steps"] = min(250, len(self.scheduler))
-        run = self._begin(len(known), **options)
-        known, fill = known.to(run.device, run.dtype), fill.to(run.device)
-        sample = run.noise(tuple(known.shape))
-        run.keep(sample)
-        moves = list(resampling_moves(len(run.timesteps), jump_length, num_resamples))
-        for level, target in run.progress_bar(moves):
-            if run.is_interrupted:
+        call = self._begin(len(known), **options)
+        known, fill = known.to(call.device, call.dtype), fill.to(call.device)
+        sample = self._draw_noise(call, tuple(known.shape))
+        self._record(call, sample)
+        for level, target in self.progress_bar(list(resampling_moves(len(call.timesteps), jump_length, num_resamples))):
+            if self.interrupt:
                 break
             if target < level:
-                sample = forward_to_level(run, sample, level, target)
+                sample = self._add_noise_between(call, sample, level, target)
                 continue
-            sample, t, output = run.step(sample, run.timesteps[level])
-            seen = at_level(run, known, target, run.noise(tuple(known.shape)))  # without noise at the last level
-            sample = run.end_step(torch.where(fill, sample, seen), t, output)
-        return run.finish(sample)
+            t = call.timesteps[level]
+            sample, model_output = self._step(call, sample, t)
+            # Eq. 8, Lugmayr et al. 2022
+            sample = torch.where(fill, sample, self._noise_to_level(call, known, target))
+            sample = self._end_step(call, sample, t, model_output)
+        return self._finish(call, sample)
 
     @torch.no_grad()
-    def encode(self, image: ImageInput, num_iterations: int = 3, **options: Unpack[SamplingOptions]) -> torch.Tensor:
-        """Finds the start noise from which deterministic sampling (eta = 0) returns the images. DDIM inversion.
+    def encode(self, image: ImageInput, num_iterations: int = 3, **options: Any) -> torch.Tensor:
+        """Return the start noise from which deterministic sampling (eta = 0) returns the images: DDIM inversion.
 
-        Section 4.3, Song et al. 2021, runs the ODE backwards and evaluates the network at the wrong end of each step;
-        here each step is solved for the state that it would have come from, by fixed-point iteration, which the same
-        number of steps undoes up to the residual of the iteration.
+        Section 4.3, Song et al. 2021, runs the ODE backwards, evaluating the network at the wrong end of each step.
+        Here, each step is solved for its input by fixed-point iteration, so that decoding with the same steps returns
+        the image up to the residual of the iteration.
 
         Args:
-            image: What to encode.
-            num_iterations: Calls of the network a step; 1 is plain DDIM inversion.
+            image: Images to encode.
+            num_iterations: Evaluations of the network per step; 1 is plain DDIM inversion.
             **options: `num_inference_steps`, `timesteps`, `timestep_spacing`, `class_labels` and guidance, as they will
                 be used to decode.
 
         Returns:
-            The start noise, float32 (float64 for a network in float64), (batch, channels, height, width), to be passed
-            as `sample` with `eta=0.0` and the same options.
+            The start noise, float32 (float64 for a float64 network), (batch, channels, height, width), to be passed as
+            `sample` with `eta=0.0` and the same options.
 
         Raises:
-            ValueError: An argument does not fit, the scheduler is not GaussianDiffusionScheduler, or the network is
-                self-conditioned: its steps depend on all the steps before, which are not known yet.
+            ValueError: If an argument does not fit, the scheduler is not GaussianDiffusionScheduler, or the network is
+                self-conditioned: each of its steps depends on the step before, which is not known yet.
         """
         x = self._read(image, "image", "encode")
         if type(num_iterations) is not int or num_iterations < 1:
             raise ValueError(f"num_iterations is {num_iterations!r}; it must be a whole number, at least 1.")
-        run = self._begin(len(x), **options)
-        if run.is_self_conditioned:
+        call = self._begin(len(x), **options)
+        if self.config.get("self_conditioned"):
             raise ValueError(
                 "encode cannot invert a self-conditioned network: each step takes the prediction before it."
             )
-        x = x.to(run.device, run.dtype)
-        for level in run.progress_bar(range(len(run.timesteps))[::-1]):
-            if run.is_interrupted:
+        x = x.to(call.device, call.dtype)
+        for level in self.progress_bar(range(len(call.timesteps))[::-1]):
+            if self.interrupt:
                 break
-            x = invert_step(run, x, level, num_iterations)
-        run.release()
+            x = self._invert_step(call, x, level, num_iterations)
+        self.maybe_free_model_hooks()
         return x
 
     def _read(self, image: ImageInput, name: str, method: str) -> torch.Tensor:
-        """Turns images into states, for a scheduler that can edit them."""
+        """Convert images to samples, if the scheduler supports editing."""
         if type(self.scheduler).__name__ != NATIVE_SCHEDULER:
             raise ValueError(
                 f"{method} needs {NATIVE_SCHEDULER}, not {type(self.scheduler).__name__}; set pipe.scheduler ="
                 f" {NATIVE_SCHEDULER}.from_config(pipe.scheduler.config)."
             )
-        return self._to_states(image, name)
+        return self._to_samples(image, name)
+
+    def _alpha_bar(self, call: Any, level: int) -> float:
+        """Return alpha_bar of a noise level."""
+        if level == len(call.timesteps):
+            return 1.0
+        return float(self.scheduler.noise_schedule.alphas_cumprod[int(call.timesteps[level])])
+
+    def _noise_to_level(self, call: Any, x_0: torch.Tensor, level: int) -> torch.Tensor:
+        """Draw x_t of a noise level from q(x_t | x_0)."""
+        alpha_bar = self._alpha_bar(call, level)
+        noise = self._draw_noise(call, tuple(x_0.shape))
+        return gaussian.q_sample(x_0, noise, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
+
+    def _add_noise_between(self, call: Any, x: torch.Tensor, level: int, target: int) -> torch.Tensor:
+        """Go back to a noisier level in one draw, the product of all forward steps between the two levels."""
+        ratio = self._alpha_bar(call, target) / self._alpha_bar(call, level)
+        noise = self._draw_noise(call, tuple(x.shape))
+        return gaussian.q_sample(x, noise, math.sqrt(ratio), math.sqrt(1 - ratio))
+
+    def _invert_step(self, call: Any, x_prev: torch.Tensor, level: int, num_iterations: int) -> torch.Tensor:
+        """Return the state at a level from which the deterministic step leads to `x_prev`."""
+        t = call.timesteps[level]
+        alpha_bar, alpha_bar_prev = self._alpha_bar(call, level), self._alpha_bar(call, level + 1)
+        alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        alpha_prev, sigma_prev = math.sqrt(alpha_bar_prev), math.sqrt(1 - alpha_bar_prev)
+        x = x_prev
+        for _ in range(num_iterations):
+            x_0 = self.scheduler.step(self._predict(call, x, t), t, x, eta=0.0).pred_original_sample
+            eps = gaussian.eps_from_x_0(x, x_0, alpha, sigma)
+            x = alpha / alpha_prev * (x_prev - sigma_prev * eps) + sigma * eps
+        return x
 
 
 def start_level(strength: float, num_steps: int) -> int:
-    """Returns the level from which that part of the steps, rounded, leads to the image."""
+    """Return the noise level to start from, so that the fraction `strength` of the steps is run.
+
+    Raises:
+        ValueError: If strength is not in (0, 1], or rounds to no step.
+    """
     if not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}; it must be above 0 and at most 1.")
     num_run = round(strength * num_steps)
@@ -203,41 +254,19 @@ def start_level(strength: float, num_steps: int) -> int:
     return num_steps - num_run
 
 
-def alpha_bar_at(run: Run, level: int) -> float:
-    """Returns alpha_bar of a level: 1 at the last, which is the image."""
-    if level == len(run.timesteps):
-        return 1.0
-    return float(run.scheduler.noise_schedule.alphas_cumprod[int(run.timesteps[level])])
-
-
-def at_level(run: Run, x_0: torch.Tensor, level: int, noise: torch.Tensor) -> torch.Tensor:
-    """Returns x_0 noised to a level."""
-    alpha_bar = alpha_bar_at(run, level)
-    return gaussian.q_sample(x_0, noise, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
-
-
-def endpoint(run: Run, x_0: torch.Tensor, level: int, num_weights: int) -> torch.Tensor:
-    """Noises one end of an interpolation and repeats it for every weight, unless each has its own generator."""
-    x_0 = x_0.to(run.device, run.dtype)
-    if isinstance(run.generator, list):
-        x_0 = x_0.repeat_interleave(num_weights, dim=0)
-        return at_level(run, x_0, level, run.noise(tuple(x_0.shape)))
-    return at_level(run, x_0, level, run.noise(tuple(x_0.shape))).repeat_interleave(num_weights, dim=0)
-
-
 def slerp(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Spherical interpolation, image by image. Appendix D.5, Song et al. 2021."""
+    """Interpolate spherically, image by image. Appendix D.5, Song et al. 2021."""
     dims = tuple(range(1, x.ndim))
     lengths = [torch.linalg.vector_norm(z, dim=dims, keepdim=True) for z in (x, y)]
     angle = ((x * y).sum(dims, keepdim=True) / (lengths[0] * lengths[1])).clamp(-1, 1).acos()
     mixed = (torch.sin((1 - weight) * angle) * x + torch.sin(weight * angle) * y) / torch.sin(angle)
-    return torch.where(angle.sin() < 1e-6, torch.lerp(x, y, weight), mixed)  # parallel states have no arc between them
+    return torch.where(angle.sin() < 1e-6, torch.lerp(x, y, weight), mixed)  # no arc between parallel states
 
 
 def resampling_moves(num_steps: int, jump_length: int, num_resamples: int) -> Iterator[tuple[int, int]]:
-    """Yields (level, next level): one down to less noise at a time, and back up where a stretch is denoised anew.
+    """Yield (level, next level): denoise by one step, or jump back by `jump_length` to denoise a section again.
 
-    As in the paper's code, one goes back when a multiple of `jump_length` steps is left, if as much noise can be added.
+    As in the code of Lugmayr et al. 2022, jumps start where a multiple of `jump_length` steps is left.
     """
     jumps_left = dict.fromkeys(range(0, num_steps - jump_length, jump_length), num_resamples - 1)
     level = 0
@@ -249,23 +278,3 @@ def resampling_moves(num_steps: int, jump_length: int, num_resamples: int) -> It
             jumps_left[num_left] -= 1
             yield level, level - jump_length
             level -= jump_length
-
-
-def forward_to_level(run: Run, x: torch.Tensor, level: int, target: int) -> torch.Tensor:
-    """Adds the noise between two levels in one draw: the product of all forward steps between them."""
-    kept = alpha_bar_at(run, target) / alpha_bar_at(run, level)
-    return gaussian.q_sample(x, run.noise(tuple(x.shape)), math.sqrt(kept), math.sqrt(1 - kept))
-
-
-def invert_step(run: Run, x_prev: torch.Tensor, level: int, num_iterations: int) -> torch.Tensor:
-    """Returns the state at a level from which the deterministic step leads to `x_prev`."""
-    t = run.timesteps[level]
-    alpha_bar, alpha_bar_prev = alpha_bar_at(run, level), alpha_bar_at(run, level + 1)
-    alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-    alpha_prev, sigma_prev = math.sqrt(alpha_bar_prev), math.sqrt(1 - alpha_bar_prev)
-    x = x_prev
-    for _ in range(num_iterations):
-        x_0 = run.scheduler.step(run.predict(x, t), t, x, eta=0.0).pred_original_sample
-        eps = gaussian.eps_from_x_0(x, x_0, alpha, sigma)
-        x = alpha / alpha_prev * (x_prev - sigma_prev * eps) + sigma * eps
-    return x

@@ -1,4 +1,4 @@
-"""Images outside, states inside: what a caller gives or gets, and tensors in [-1, 1]."""
+"""Conversion between images (PIL, numpy, tensors in [0, 1]) and samples (tensors in [-1, 1])."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-CORE_VERSION = "1.2.0"
-
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8")
 ImageInput: TypeAlias = Image.Image | Sequence[Image.Image] | np.ndarray[Any, Any] | torch.Tensor
 
@@ -16,10 +14,10 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def image_size(unet: Any) -> tuple[int, int]:
-    """Returns height and width of the images that a UNet2DModel is made for.
+    """Return height and width of the images of a UNet2DModel.
 
     Raises:
-        ValueError: Its configuration does not tell.
+        ValueError: If its configuration has no sample_size.
     """
     size = unet.config.sample_size
     if size is None:
@@ -29,12 +27,12 @@ def image_size(unet: Any) -> tuple[int, int]:
 
 
 def to_unit_range(sample: torch.Tensor) -> torch.Tensor:
-    """Maps [-1, 1] to [0, 1], clipped, in float32."""
+    """Map [-1, 1] to [0, 1], clipped, in float32."""
     return (sample / 2 + 0.5).clamp(0, 1).float()
 
 
 def to_images(sample: torch.Tensor, output_type: str) -> Any:
-    """Converts x_0, (batch, channels, height, width) in [-1, 1], to one of the pipeline's output types."""
+    """Convert samples (batch, channels, height, width) in [-1, 1] to one of the pipeline's output types."""
     images = to_unit_range(sample)
     if output_type == "pt":
         return images
@@ -48,20 +46,20 @@ def to_images(sample: torch.Tensor, output_type: str) -> Any:
 
 
 def from_images(images: ImageInput, num_channels: int, size_divisor: int, name: str = "image") -> torch.Tensor:
-    """Converts what `to_images` returns, and single images, back to states.
+    """Convert images to samples; the inverse of `to_images`, also for single images.
 
     Args:
         images: A PIL image or a list of them; a numpy array (batch, height, width, channels) or without batch; a tensor
             (batch, channels, height, width) or without batch. uint8 in 0 ... 255 or floats in [0, 1].
-        num_channels: Channels that the network takes.
-        size_divisor: What height and width must be multiples of.
-        name: Of the argument, for errors.
+        num_channels: Channels of the model's images.
+        size_divisor: Height and width must be multiples of it.
+        name: Name of the argument, for errors.
 
     Returns:
         float32, or float64 for float64, (batch, channels, height, width) in [-1, 1].
 
     Raises:
-        ValueError: The shape, the mode of a PIL image, or the range of the values does not fit.
+        ValueError: If the shape, the mode of a PIL image, or the range of the values does not fit.
     """
     x = _to_batch(images, num_channels, name)
     if x.ndim != 4 or x.shape[1] != num_channels or x.numel() == 0:
@@ -75,10 +73,14 @@ def from_images(images: ImageInput, num_channels: int, size_divisor: int, name: 
 
 
 def from_mask(mask: ImageInput, image: torch.Tensor) -> torch.Tensor:
-    """Converts a mask, white (1, 255 or True) where the image is to be filled, to bool (1 or batch, 1, height, width).
+    """Convert a mask, white (1, 255 or True) where the image is to be filled, to bool (1 or batch, 1, height, width).
+
+    Args:
+        mask: One mask for all images or one for each.
+        image: The samples, (batch, channels, height, width).
 
     Raises:
-        ValueError: The mask is not of the image's height and width, or not one for all or for each image.
+        ValueError: If the mask does not fit the images.
     """
     if isinstance(mask, Image.Image):
         mask = mask.convert("L")
@@ -99,11 +101,7 @@ def from_mask(mask: ImageInput, image: torch.Tensor) -> torch.Tensor:
 
 
 def check_size(height: int, width: int, divisor: int, name: str) -> None:
-    """Refuses sides that the network cannot halve and double back.
-
-    Raises:
-        ValueError: A side is no multiple of `divisor`.
-    """
+    """Raise a ValueError if a side is not a multiple of `divisor`."""
     if height % divisor or width % divisor:
         raise ValueError(
             f"{name} is {height} x {width} pixels, but the network needs multiples of {divisor}; resize or crop it."
@@ -111,7 +109,7 @@ def check_size(height: int, width: int, divisor: int, name: str) -> None:
 
 
 def _to_batch(images: ImageInput, num_channels: int, name: str) -> torch.Tensor:
-    """Returns floats in [0, 1], (batch, channels, height, width), from any kind of images."""
+    """Return images of any kind as floats in [0, 1], (batch, channels, height, width)."""
     if isinstance(images, torch.Tensor):
         x = images if images.ndim == 4 else images[None]
     elif isinstance(images, np.ndarray):
@@ -132,7 +130,7 @@ def _to_batch(images: ImageInput, num_channels: int, name: str) -> torch.Tensor:
 
 
 def _from_pil(images: list[Any], num_channels: int, name: str) -> torch.Tensor:
-    """Stacks PIL images of the network's mode and of one size, uint8 (batch, channels, height, width)."""
+    """Stack PIL images of one size to uint8 (batch, channels, height, width)."""
     if not images or not all(isinstance(image, Image.Image) for image in images):
         kind = type(images[0]).__name__ if images else "an empty list"
         raise ValueError(f"{name} must be PIL images, a numpy array or a tensor, not {kind}.")

@@ -1,114 +1,132 @@
-"""Sampling from a trained network, and the folder that keeps it.
+"""The pipeline: sampling from a trained network, and saving and loading it.
 
-The folder that `save_pretrained` writes loads in three ways: as a stock `DDPMPipeline` by `DiffusionPipeline`, as this
-class from the copy of this file inside the folder (`custom_pipeline=folder, trust_remote_code=True`), and as this class
-where ddpm_hf is installed. `docs/compatibility.md` of ddpm_hf has the details.
+A folder written by `save_pretrained` loads in three ways: as a stock `DDPMPipeline` by `DiffusionPipeline`, as this
+class from the copy of this file in the folder (`custom_pipeline=folder, trust_remote_code=True`), and as this class
+where ddpm_hf is installed. See `docs/compatibility.md` of ddpm_hf.
 """
 
+import difflib
+import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
 
-CORE_VERSION = "1.2.0"
 
+def _forget_loaded_code() -> None:
+    """Remove the modules of this package from sys.modules if diffusers executes this file from a saved folder.
 
-def _refuse_other_versions(versions: set[str]) -> None:
-    """Refuses siblings of another version.
-
-    When a second folder is loaded in one process, diffusers executes its pipeline.py beside the first one's files.
+    diffusers gives the code of every local folder the same package name. Without this, the files of the folder loaded
+    before, perhaps of another version, would be used in place of the files of this folder.
     """
-    if versions - {CORE_VERSION}:
-        raise ImportError(
-            f"pipeline.py has version {CORE_VERSION}, but the files beside it are already loaded in version"
-            f" {' / '.join(sorted(versions))}, from another model's folder. Restart Python before loading this one, or"
-            " install ddpm_hf, whose classes load both."
-        )
+    if __package__.startswith("diffusers_modules."):
+        for name in [name for name in sys.modules if name.rpartition(".")[0] == __package__]:
+            del sys.modules[name]
+        # A fresh package: the old one has its modules as attributes. It must exist, because a dot in the name of a
+        # repository is a dot in the name of the package, for which Python would look for a parent.
+        sys.modules[__package__] = ModuleType(__package__)
+        sys.modules[__package__].__path__ = [str(Path(__file__).parent)]
 
 
-# Diffusers calls the package of this file after the repository. A dot in that name means a parent package to Python,
-# which looks for it in vain unless the package is there already.
-if __package__ not in sys.modules:
-    sys.modules[__package__] = ModuleType(__package__)
-    sys.modules[__package__].__path__ = [str(Path(__file__).parent)]
+_forget_loaded_code()
 
-# Before the imports, as names may be missing in another version.
-_siblings = [module for name, module in sys.modules.items() if name.rpartition(".")[0] == __package__]
-_refuse_other_versions({module.CORE_VERSION for module in _siblings if hasattr(module, "CORE_VERSION")})
-
-# All siblings are named here, although some import each other: from a local folder diffusers copies only the files that
-# this one names.
-from .denoising import CALLBACK_TENSORS, Generators, Run
-from .denoising import CORE_VERSION as DENOISING_VERSION
-from .editing import CORE_VERSION as EDITING_VERSION
-from .editing import Editing
-from .folder import CORE_VERSION as FOLDER_VERSION
-from .folder import check_parts, check_shards, clean_component_configs, without_list_form, write_code, write_index
-from .forward_process import CORE_VERSION as FORWARD_PROCESS_VERSION
-from .gaussian import CORE_VERSION as GAUSSIAN_VERSION
-from .images import CORE_VERSION as IMAGES_VERSION
-from .images import ImageInput, from_images
-from .noise_schedule import CORE_VERSION as NOISE_SCHEDULE_VERSION
-from .reverse_variance import CORE_VERSION as REVERSE_VARIANCE_VERSION
-from .reverse_variance import find_second_moments
-from .sampling import CORE_VERSION as SAMPLING_VERSION
-from .sampling import ClassLabels, number_of_images
-from .scheduler import CORE_VERSION as SCHEDULER_VERSION
-from .scheduler import GaussianDiffusionScheduler
-from .timesteps import CORE_VERSION as TIMESTEPS_VERSION
-
-PORTABLE_FILES = (
-    "pipeline.py",
-    "editing.py",
-    "denoising.py",
-    "sampling.py",
-    "images.py",
-    "folder.py",
-    "scheduler.py",
-    "reverse_variance.py",
-    "forward_process.py",
-    "gaussian.py",
-    "timesteps.py",
-    "noise_schedule.py",
+# From a local folder, diffusers copies only the files that are named here: import from every other file.
+from .editing import EditingMixin
+from .gaussian import classifier_free_guidance
+from .images import OUTPUT_TYPES, ImageInput, check_size, from_images, image_size, to_images, to_unit_range
+from .saved_folder import (
+    PORTABLE_FILES,
+    check_parts,
+    check_shards,
+    clean_component_configs,
+    find_second_moments,
+    without_list_form,
+    write_code,
+    write_index,
 )
+from .schedule import whole_number
+from .scheduler import CHOICES, GaussianDiffusionScheduler, splits_variance
 
-_refuse_other_versions(
-    {
-        EDITING_VERSION,
-        DENOISING_VERSION,
-        SAMPLING_VERSION,
-        IMAGES_VERSION,
-        FOLDER_VERSION,
-        SCHEDULER_VERSION,
-        REVERSE_VARIANCE_VERSION,
-        FORWARD_PROCESS_VERSION,
-        GAUSSIAN_VERSION,
-        TIMESTEPS_VERSION,
-        NOISE_SCHEDULE_VERSION,
-    }
-)
+# The code of ddpm_hf 0.1 refuses to run beside loaded modules of another version.
+_forget_loaded_code()
+
+CALLBACK_TENSORS = ["sample", "model_output", "pred_original_sample"]
+
+Generators = torch.Generator | list[torch.Generator] | None
+ClassLabels = int | str | Iterable[int | str] | torch.Tensor
 
 
-class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
-    """Generates images with a UNet2DModel and any scheduler of diffusers.
+@dataclass
+class GaussianDiffusionPipelineOutput(BaseOutput):
+    """Output of the pipeline.
+
+    Attributes:
+        images: As specified by `output_type`.
+        trajectory: With `return_trajectory`, every state from the first to the last, mapped to [0, 1] like images:
+            float32 on the CPU, (steps + 1, batch, channels, height, width).
+    """
+
+    images: Any
+    trajectory: torch.Tensor | None = None
+
+
+@dataclass
+class SamplingCall:
+    """Arguments and state of one call, passed from step to step.
+
+    Attributes:
+        batch_size: Number of images.
+        generator: Source of all noise, or one for each image.
+        device: Device of the samples.
+        dtype: Dtype of the samples: float32, or float64 for a float64 network.
+        timesteps: The timesteps of the scheduler.
+        labels: (batch,), or with guidance (2 batch,) with the null label in the second half; None if unconditional.
+        options: The other arguments of the call.
+        step_kwargs: Further arguments of `scheduler.step`.
+        keeps_variance: Whether `scheduler.step` needs the variance channels of the network.
+        pred_original_sample: The predicted x_0 of the last step, if the scheduler returns it.
+        num_steps_done: Number of finished steps.
+        states: The trajectory so far.
+    """
+
+    batch_size: int
+    generator: Generators
+    device: torch.device
+    dtype: torch.dtype
+    timesteps: torch.Tensor
+    labels: torch.Tensor | None
+    options: SimpleNamespace
+    step_kwargs: dict[str, Any]
+    keeps_variance: bool
+    pred_original_sample: torch.Tensor | None = None
+    num_steps_done: int = 0
+    states: list[torch.Tensor] | None = None
+
+
+class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
+    """Generates images with a UNet2DModel and any DDPM scheduler of diffusers.
 
     Args:
         unet: The network: C channels in (2C if self-conditioned), C or, with a learned variance, 2C out.
-        scheduler: A GaussianDiffusionScheduler; an exact DDPMScheduler is turned into one; others are used as they are.
+        scheduler: A GaussianDiffusionScheduler. A DDPMScheduler is converted; others are used as they are.
         class_names: Names of the labels, {"0": "airplane", ...}; labels may then be given by name.
         has_null_label: Whether the last of `num_class_embeds` means "no class", as guidance needs.
-        self_conditioned: Whether the network takes the last prediction of x_0 as channels C ... 2C of its input
-            (Chen et al. 2022), zeros in the first step.
+        self_conditioned: Whether the network takes the last predicted x_0 as channels C ... 2C of its input (Chen et
+            al. 2022), zeros in the first step.
 
     Raises:
-        ValueError: The parts do not fit each other.
+        ValueError: If the parts do not fit each other.
     """
 
     model_cpu_offload_seq = "unet"
@@ -156,22 +174,24 @@ class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
 
     @property
     def num_classes(self) -> int:
-        """Classes that can be asked for, the null label not counted; 0 for an unconditional network."""
+        """Number of classes without the null label; 0 for an unconditional network."""
         return int(self.unet.config.num_class_embeds or 0) - bool(self.config.get("has_null_label"))
 
     @property
     def size_divisor(self) -> int:
-        """What height and width of an image must be multiples of: the network halves them that often."""
+        """Height and width of an image must be multiples of it, because the network halves them repeatedly."""
         return int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
     def interrupt(self) -> bool:
-        """Whether to stop after this step; a callback may set it, and each call begins with False."""
+        """Whether to stop after this step. A callback may set it; each call begins with False."""
         return self._interrupt
 
     @interrupt.setter
     def interrupt(self, interrupt: bool) -> None:
         self._interrupt = interrupt
+
+    # Sampling
 
     @torch.no_grad()
     def __call__(
@@ -192,86 +212,250 @@ class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Iterable[str] = ("sample",),
         return_trajectory: bool = False,
     ) -> Any:
-        """Generates images; the state is float32 whatever the dtype of the weights (float64 for float64).
+        """Generate images. Samples are float32 whatever the dtype of the weights (float64 for float64).
 
         Args:
-            batch_size: Number of images; by default as many as there are class labels, generators or start states.
-            num_inference_steps: Denoising steps; by default as many as in training.
-            generator: Source of all noise. A list of `batch_size` generators makes each image depend on its own alone.
+            batch_size: Number of images; by default the number of class labels, generators or start samples, or 1.
+            num_inference_steps: Number of denoising steps; by default the number of training timesteps.
+            generator: Source of all noise. With a list of `batch_size` generators, each image depends on its own only.
             class_labels: One label for all images or one for each: numbers, or names from `class_names`.
-            guidance_scale: Classifier-free guidance, null + scale (conditional - null); 1 is none.
-            guidance_rescale: How far to bring the deviation back to that of the conditional prediction, 0 ... 1.
-            eta: 0, deterministic, to 1, ancestral; by default what the scheduler does by itself.
+            guidance_scale: Scale of classifier-free guidance; 1 turns it off.
+            guidance_rescale: Factor phi of the rescaling of guidance, 0 ... 1. Section 3.4, Lin et al. 2024.
+            eta: 0 (deterministic) to 1 (ancestral); by default the scheduler's own default.
             sample: Start noise (batch, channels, height, width), standard normal; by default drawn from `generator`.
             timesteps: A custom descending list instead of `num_inference_steps`.
-            timestep_spacing: Overrides the scheduler's spacing for this call; may also be `quadratic`.
-            output_type: `pil`; `np`: float32 (batch, height, width, channels) in [0, 1]; `uint8`: that in 0 ... 255;
-                `pt`: float32 (batch, channels, height, width) in [0, 1].
+            timestep_spacing: Overrides the scheduler's spacing; may also be `quadratic`.
+            output_type: `pil`; `np`: float32 (batch, height, width, channels) in [0, 1]; `uint8`: the same in 0 ...
+                255; `pt`: float32 (batch, channels, height, width) in [0, 1].
             return_dict: Return an output object instead of a tuple.
-            callback_on_step_end: `callback(pipeline, step, timestep, tensors)`; may return {"sample": ...} to go on
-                from, and set `pipeline.interrupt = True` to stop with the state that has been reached.
-            callback_on_step_end_tensor_inputs: Which tensors: `sample`, `model_output`, `pred_original_sample` (x_0).
+            callback_on_step_end: `callback(pipeline, step, timestep, tensors)`. It may return {"sample": ...} to
+                replace the sample, and set `pipeline.interrupt = True` to stop and return the current sample.
+            callback_on_step_end_tensor_inputs: The tensors passed to it: `sample`, `model_output`,
+                `pred_original_sample` (x_0).
             return_trajectory: Also return every state from x_T to x_0.
 
         Raises:
-            ValueError: An argument does not fit the model, the scheduler or another argument.
+            ValueError: If an argument does not fit the model, the scheduler or another argument.
         """
-        run = self._begin(
-            number_of_images(batch_size, class_labels, generator, sample),
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            eta=eta,
-            timesteps=timesteps,
-            timestep_spacing=timestep_spacing,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            return_trajectory=return_trajectory,
+        options = {name: value for name, value in locals().items() if name not in ("self", "batch_size", "sample")}
+        call = self._begin(number_of_images(batch_size, class_labels, generator, sample), **options)
+        x_t = self._draw_start(call) if sample is None else self._check_start(call, sample)
+        x_0 = self._denoise(call, x_t * self.scheduler.init_noise_sigma, call.timesteps)
+        return self._finish(call, x_0)
+
+    def check_inputs(self, batch_size: int = 1, **options: Any) -> int:
+        """Check the arguments of a call without sampling, and set the timesteps of the scheduler.
+
+        Args:
+            batch_size: Number of images.
+            **options: Arguments of the call, except for `sample`.
+
+        Returns:
+            The number of denoising steps.
+
+        Raises:
+            ValueError: If an argument does not fit the model, the scheduler or another argument.
+        """
+        return len(self._begin(batch_size, **options).timesteps)
+
+    def _begin(self, batch_size: int, **options: Any) -> SamplingCall:
+        """Check the arguments of a call, which default to those of `__call__`, and set the scheduler's timesteps."""
+        parameters = inspect.signature(self.__call__).parameters.items()
+        defaults = {name: each.default for name, each in parameters if name not in ("batch_size", "sample")}
+        if unexpected := options.keys() - defaults.keys():
+            raise TypeError(f"got unexpected keyword arguments: {', '.join(sorted(unexpected))}")
+        given = SimpleNamespace(**defaults | options)
+        scheduler, self._interrupt = self.scheduler, False
+
+        batch_size = whole_number("batch_size", batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1.")
+        if isinstance(given.generator, list) and len(given.generator) != batch_size:
+            raise ValueError(
+                f"generator is a list of {len(given.generator)} for {batch_size} images; pass one for each image."
+            )
+        given.output_type = "np" if given.output_type == "numpy" else given.output_type  # as in stock pipelines
+        if given.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {given.output_type!r} is not one of {', '.join(OUTPUT_TYPES)}.")
+        if given.output_type == "pil" and self.num_channels not in (1, 3, 4):
+            raise ValueError(
+                f"output_type pil cannot show images of {self.num_channels} channels; use np, pt or uint8."
+            )
+        given.callback_on_step_end_tensor_inputs = list(given.callback_on_step_end_tensor_inputs)
+        if unknown := set(given.callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; choose from {CALLBACK_TENSORS}."
+            )
+        check_process(scheduler)
+
+        has_null_label = bool(self.config.get("has_null_label"))
+        num_labels, class_names = self.unet.config.num_class_embeds, self.config.get("class_names")
+        labels = label_numbers(given.class_labels, batch_size, num_labels, has_null_label, class_names)
+        if not 0 <= given.guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale is {given.guidance_rescale}; it must lie between 0 and 1.")
+        if given.guidance_scale != 1.0:
+            if labels is None or not has_null_label:
+                raise ValueError(
+                    f"guidance_scale is {given.guidance_scale}, but the model has no null label to guide against; use"
+                    " 1.0, or a model trained with label dropout."
+                )
+            labels = labels + [self.num_classes] * batch_size
+
+        # Other schedulers have fewer arguments.
+        accepted = inspect.signature(scheduler.step).parameters
+        step_kwargs: dict[str, Any] = {"generator": given.generator} if "generator" in accepted else {}
+        if given.eta is not None:
+            if "eta" not in accepted:
+                raise ValueError(f"eta is {given.eta}, but {type(scheduler).__name__} has no eta; leave it out.")
+            step_kwargs["eta"] = given.eta
+        if given.num_inference_steps is None and given.timesteps is None:
+            given.num_inference_steps = scheduler.config["num_train_timesteps"]
+        names = ("num_inference_steps", "timesteps", "timestep_spacing")
+        timesteps = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+        if unknown := timesteps.keys() - inspect.signature(scheduler.set_timesteps).parameters.keys():
+            raise ValueError(
+                f"{type(scheduler).__name__} takes no {' and no '.join(sorted(unknown))}; leave it out, or use"
+                " GaussianDiffusionScheduler.from_config(pipe.scheduler.config)."
+            )
+        device = self._execution_device
+        scheduler.set_timesteps(device=device, **timesteps)
+        return SamplingCall(
+            batch_size=batch_size,
+            generator=given.generator,
+            device=device,
+            dtype=torch.promote_types(torch.float32, self.unet.dtype),
+            timesteps=scheduler.timesteps,
+            labels=None if labels is None else torch.tensor(labels, device=device),
+            options=given,
+            step_kwargs=step_kwargs,
+            keeps_variance=splits_variance(scheduler),
+            states=[] if given.return_trajectory else None,
         )
-        x_t = run.start_noise(sample) * self.scheduler.init_noise_sigma
-        return run.finish(run.denoise(x_t, run.timesteps))
 
-    def _begin(self, batch_size: int, **options: Any) -> Run:
-        """Checks the arguments of a call and sets the scheduler's timesteps."""
-        self._interrupt = False
-        return Run(self, batch_size, **options)
+    def _draw_start(self, call: SamplingCall) -> torch.Tensor:
+        return self._draw_noise(call, (call.batch_size, self.num_channels, *image_size(self.unet)))
 
-    def _to_states(self, image: ImageInput, name: str) -> torch.Tensor:
-        """Turns images into states on the CPU, (batch, channels, height, width) in [-1, 1]."""
+    def _check_start(self, call: SamplingCall, sample: torch.Tensor) -> torch.Tensor:
+        if sample.ndim != 4 or sample.shape[:2] != (call.batch_size, self.num_channels):
+            raise ValueError(
+                f"sample has shape {tuple(sample.shape)}; it must be ({call.batch_size}, {self.num_channels}, height,"
+                " width), according to batch_size and the network."
+            )
+        check_size(sample.shape[2], sample.shape[3], self.size_divisor, "sample")
+        return sample.to(call.device, call.dtype)
+
+    def _draw_noise(self, call: SamplingCall, shape: tuple[int, ...]) -> torch.Tensor:
+        noise: torch.Tensor = randn_tensor(shape, generator=call.generator, device=call.device, dtype=call.dtype)
+        return noise
+
+    def _denoise(self, call: SamplingCall, sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Run the reverse process over timesteps of the scheduler, until the end or an interruption."""
+        self._record(call, sample)
+        for t in self.progress_bar(timesteps):
+            if self.interrupt:
+                break
+            prev_sample, model_output = self._step(call, sample, t)
+            sample = self._end_step(call, prev_sample, t, model_output)
+        return sample
+
+    def _step(self, call: SamplingCall, sample: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the previous sample and the model output."""
+        model_output = self._predict(call, sample, t)
+        result = self.scheduler.step(model_output, t, sample, **call.step_kwargs)
+        call.pred_original_sample = result.get("pred_original_sample")
+        is_shown = (
+            call.options.callback_on_step_end
+            and "pred_original_sample" in call.options.callback_on_step_end_tensor_inputs
+        )
+        if call.pred_original_sample is None and (self.config.get("self_conditioned") or is_shown):
+            user = "the callback" if is_shown else "a self-conditioned unet"
+            raise ValueError(
+                f"{type(self.scheduler).__name__} does not return pred_original_sample, which {user} needs; use"
+                " GaussianDiffusionScheduler or DDIMScheduler."
+            )
+        return result.prev_sample, model_output
+
+    def _predict(self, call: SamplingCall, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Evaluate the network once, with guidance if enabled. Keep variance channels if the scheduler uses them."""
+        x = self.scheduler.scale_model_input(sample, t)
+        if self.config.get("self_conditioned"):
+            x_0 = call.pred_original_sample
+            x = torch.cat([x, torch.zeros_like(x) if x_0 is None else x_0], dim=1)
+        is_guided = call.options.guidance_scale != 1.0
+        if is_guided:
+            x = torch.cat([x, x])
+        output: torch.Tensor = self.unet(x.to(self.unet.dtype), t, class_labels=call.labels, return_dict=False)[0]
+        prediction, variance = output.to(sample.dtype), None
+        if prediction.shape[1] == 2 * sample.shape[1]:
+            prediction, variance = prediction.chunk(2, dim=1)
+        if is_guided:
+            conditional, null = prediction.chunk(2)
+            prediction = classifier_free_guidance(
+                conditional, null, call.options.guidance_scale, call.options.guidance_rescale
+            )
+        if variance is not None and call.keeps_variance:
+            return torch.cat([prediction, variance[: len(prediction)]], dim=1)
+        return prediction
+
+    def _end_step(
+        self, call: SamplingCall, sample: torch.Tensor, t: torch.Tensor, model_output: torch.Tensor
+    ) -> torch.Tensor:
+        """Call the callback and record the sample; return the sample of the next step."""
+        if call.options.callback_on_step_end is not None:
+            tensors = {
+                "sample": sample,
+                "model_output": model_output,
+                "pred_original_sample": call.pred_original_sample,
+            }
+            shown = {name: tensors[name] for name in call.options.callback_on_step_end_tensor_inputs}
+            changes = call.options.callback_on_step_end(self, call.num_steps_done, t, shown)
+            sample = (changes or {}).get("sample", sample)
+        call.num_steps_done += 1
+        self._record(call, sample)
+        return sample
+
+    def _record(self, call: SamplingCall, sample: torch.Tensor) -> None:
+        if call.states is not None:
+            call.states.append(sample.cpu())
+
+    def _finish(self, call: SamplingCall, sample: torch.Tensor) -> Any:
+        """Return the images, and the trajectory if requested."""
+        images = to_images(sample, call.options.output_type)
+        trajectory = None if call.states is None else to_unit_range(torch.stack(call.states))
+        self.maybe_free_model_hooks()
+        output = GaussianDiffusionPipelineOutput(images=images, trajectory=trajectory)
+        return output if call.options.return_dict else output.to_tuple()
+
+    def _to_samples(self, image: ImageInput, name: str) -> torch.Tensor:
+        """Convert images to samples on the CPU, (batch, channels, height, width) in [-1, 1]."""
         return from_images(image, self.num_channels, self.size_divisor, name)
 
+    # Saving and loading
+
     def save_config(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Writes code and index; `save_pretrained` calls this last, after the components and before an upload."""
+        """Write code and index. `save_pretrained` calls this after saving the components and before an upload."""
         write_code(Path(save_directory), self._portable_code)
         clean_component_configs(Path(save_directory), self.scheduler)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | PathLike[str]) -> None:
-        """Writes the index, portable."""
+        """Write the index."""
         write_index(Path(json_file_path), self)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | PathLike[str]) -> dict[str, Any]:
-        """Reads an index; what asks for the code in the folder asks for this class.
-
-        Raises:
-            ValueError: It names a module that nobody has imported.
-        """
+        """Read the index. An index that asks for the code in the folder is read as one of this class."""
         content: dict[str, Any] = super()._dict_from_json_file(json_file)
         check_parts(content)
         return without_list_form(content)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
-        """Loads a folder or repository of this class or of a stock DDPMPipeline, see `DiffusionPipeline`.
+        """Load a folder or repository of this class or of a stock DDPMPipeline; see `DiffusionPipeline`.
 
         Raises:
-            ValueError: The weights exist only as pickles and `use_safetensors=False` was not given, or a part is of
-                a module that nobody has imported.
+            ValueError: If the weights exist only as pickles and `use_safetensors=False` was not given, or a part is of
+                a module that is not loaded.
         """
         if kwargs.get("use_safetensors", True) and Path(pretrained_model_name_or_path).is_dir():
             check_shards(Path(pretrained_model_name_or_path))
@@ -285,7 +469,7 @@ class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
             raise ValueError(
                 f"{pretrained_model_name_or_path} has no weights in the safetensors format under the usual name. If it"
                 " has those of a variant, pass its name, such as variant='fp16'. If you trust it, pass"
-                " use_safetensors=False to read its pickled .bin weights, and save the pipeline anew."
+                " use_safetensors=False to read its pickled .bin weights, and save the pipeline again."
             ) from error
         pipeline = loaded[0] if isinstance(loaded, tuple) else loaded
         file = find_second_moments(pretrained_model_name_or_path, kwargs)
@@ -295,12 +479,101 @@ class GaussianDiffusionPipeline(Editing, DiffusionPipeline):
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> Any:
-        """Downloads a repository, see `DiffusionPipeline`; `from_pretrained` calls this.
+        """Download a repository; see `DiffusionPipeline`. `from_pretrained` calls this.
 
         Raises:
-            ValueError: It names pickles as parts of weights that are asked for as safetensors.
+            ValueError: If it names pickles as parts of weights that are requested as safetensors.
         """
         folder = super().download(pretrained_model_name, **kwargs)
         if kwargs.get("use_safetensors"):
             check_shards(Path(folder))
         return folder
+
+
+def check_process(scheduler: Any) -> None:
+    """Raise a ValueError if a scheduler of diffusers does not run the process that the network was trained on.
+
+    EDM, flow matching, consistency models, score SDEs and inverse schedulers have other noise levels or other steps,
+    and would silently produce wrong images.
+    """
+    name = type(scheduler).__name__
+    remedy = "use the scheduler that the network was trained with, or a pipeline made for this one."
+    if "DDPMScheduler" not in getattr(scheduler, "_compatibles", ()):
+        raise ValueError(f"{name} does not run a denoising diffusion process (DDPM); {remedy}")
+    alpha_bar = torch.as_tensor(scheduler.alphas_cumprod).double().cpu()
+    expected = torch.cumprod(1 - torch.as_tensor(scheduler.betas).double().cpu(), dim=0)
+    if (alpha_bar - expected).abs().max() > 1e-3:  # float32 sums, and the 2^-24 that some put where it is 0
+        raise ValueError(f"{name} changes the noise levels of its betas; {remedy}")
+    if scheduler.timesteps is not None and scheduler.timesteps[0] < scheduler.timesteps[-1]:
+        raise ValueError(f"{name} goes from data to noise; {remedy}")
+    prediction_type = scheduler.config.get("prediction_type")
+    if prediction_type not in CHOICES["prediction_type"]:
+        names = ", ".join(map(str, CHOICES["prediction_type"]))
+        raise ValueError(f"{name} has prediction_type {prediction_type!r}, which is not one of {names}; {remedy}")
+
+
+def number_of_images(
+    batch_size: int | None, class_labels: ClassLabels | None, generator: Generators, sample: torch.Tensor | None
+) -> int:
+    """Return batch_size, or if it is None the number of labels, generators or start samples, or 1."""
+    if batch_size is not None:
+        return batch_size
+    for given in (class_labels, generator, sample):
+        is_one = isinstance(given, str) or (isinstance(given, torch.Tensor) and given.ndim == 0)
+        if isinstance(given, Sized) and not is_one:
+            return len(given)
+    return 1
+
+
+def label_numbers(
+    class_labels: ClassLabels | None,
+    batch_size: int,
+    num_class_embeds: int | None,
+    has_null_label: bool,
+    class_names: dict[str, str] | None,
+) -> list[int] | None:
+    """Return one label for each image, or None for an unconditional network.
+
+    Args:
+        class_labels: One for all images or one for each: numbers, or names from `class_names`.
+        batch_size: Number of images.
+        num_class_embeds: Number of labels of the network, including the null label.
+        has_null_label: Whether the last of them means "no class".
+        class_names: Names by number, {"0": ...}.
+
+    Raises:
+        ValueError: If the labels are missing, superfluous, unknown, or not one for each image.
+    """
+    if num_class_embeds is None:
+        if class_labels is not None:
+            raise ValueError("class_labels are given, but the model is unconditional; leave them out.")
+        return None
+    num_classes = num_class_embeds - has_null_label
+    if class_labels is None:
+        raise ValueError(f"The model is class-conditional: pass class_labels, numbers from 0 to {num_classes - 1}.")
+    if isinstance(class_labels, torch.Tensor | np.ndarray | np.generic):
+        class_labels = class_labels.tolist()
+    given = [class_labels] * batch_size if isinstance(class_labels, int | str) else list(class_labels)
+    if len(given) != batch_size:
+        raise ValueError(f"class_labels has {len(given)} entries for batch_size {batch_size}; pass one for each image.")
+    numbers = {name: int(number) for number, name in (class_names or {}).items()}
+    labels = [numbers.get(label, -1) if isinstance(label, str) else int(label) for label in given]
+    for label, number in zip(given, labels, strict=True):
+        if not 0 <= number < num_class_embeds or isinstance(label, bool) or label not in (number, *numbers):
+            null = f", {num_classes} for no class" if has_null_label else ""
+            names = f", or a name: {', '.join(numbers)}" if numbers else ""
+            raise ValueError(
+                f"class_labels has {label!r}{did_you_mean(label, numbers)}; a label is a number 0 to"
+                f" {num_classes - 1}{null}{names}."
+            )
+    return labels
+
+
+def did_you_mean(given: int | str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return " (did you mean 'x'?)" for the shortest name that begins like `given` or the most similar one, or ""."""
+    if not given or not isinstance(given, str):
+        return ""
+    folded = {name.casefold(): name for name in names}
+    longer = sorted((name for name in folded if name.startswith(given.casefold())), key=len)
+    found = longer or difflib.get_close_matches(given.casefold(), folded, n=1, cutoff=cutoff)
+    return f" (did you mean {folded[found[0]]!r}?)" if found else ""

@@ -1,16 +1,16 @@
-"""One scheduler from ancestral DDPM (eta = 1) to deterministic DDIM (eta = 0), with the configuration of DDPMScheduler.
+"""The scheduler: ancestral DDPM (eta = 1) to deterministic DDIM (eta = 0), with the configuration of DDPMScheduler.
 
-Tables are float64 and become host floats once per run; `step` reads no device tensor and computes in float32, or in
-float64 for a float64 sample, whatever the dtype of the network's output. `docs/compatibility.md` of ddpm_hf lists every
-difference from diffusers.
+Tables are float64. A step reads no device tensor and computes in float32, or in float64 for a float64 sample, whatever
+the dtype of the model output. `docs/compatibility.md` of ddpm_hf lists every difference from diffusers.
 """
 
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -20,65 +20,103 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from . import gaussian
-from .forward_process import ForwardProcess, check_options, check_signal, compute_dtype
-from .noise_schedule import (
+from .gaussian import LEARNED_VARIANCE_TYPES
+from .schedule import (
     BETA_SCHEDULE_ALIASES,
+    SMALLEST_ALPHA_BAR,
     STOCK_BETA_SCHEDULES,
+    InferenceTimesteps,
     NoiseSchedule,
     Transition,
     make_betas,
     rescale_to_zero_terminal_snr,
     scale_beta_range,
+    spaced_timesteps,
     whole_number,
 )
-from .reverse_variance import ReverseVariance
-from .timesteps import SamplingRun, spaced_timesteps
-
-CORE_VERSION = "1.2.0"
 
 PREDICTION_TYPE_ALIASES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+CHOICES: dict[str, tuple[str | bool, ...]] = {
+    "beta_schedule": (*STOCK_BETA_SCHEDULES, "sigmoid", "laplace"),
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED_VARIANCE_TYPES),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "clip_sample": (True, False),
+    "thresholding": (True, False),
+    "rescale_betas_zero_snr": (True, False),
+}
+_CREATE = " GaussianDiffusionScheduler.create also takes aliases and every schedule in schedule.py."
+_HINTS = {
+    "beta_schedule": _CREATE,
+    "prediction_type": _CREATE,
+    "timestep_spacing": " Pass quadratic to set_timesteps instead.",
+}
+_RANGES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
+    "num_train_timesteps": ((int,), lambda value: value >= 1, "a whole number of at least 1"),
+    "steps_offset": ((int,), lambda value: value >= 0, "a whole number of at least 0"),
+    "clip_sample_range": ((int, float), lambda value: value > 0, "a number above 0"),
+    "sample_max_value": ((int, float), lambda value: value > 0, "a number above 0"),
+    "dynamic_thresholding_ratio": ((int, float), lambda value: 0 <= value <= 1, "a number between 0 and 1"),
+}
+
+VISIBLE_NOISE = 2 / 255 * math.sqrt(math.pi / 2)
+"""Standard deviation of noise that changes a pixel by one of 256 gray levels on average: E |N(0, 1)| = sqrt(2 / pi)."""
+SECOND_MOMENTS_FILE = "reverse_variance.json"
+"""Stored beside the scheduler's configuration. Not a safetensors file: if there were one in `scheduler/`, diffusers
+would skip the weights of the network in a download."""
+SECOND_MOMENTS_KEY = "eps_second_moments"
+NATIVE_SCHEDULER = "GaussianDiffusionScheduler"
 
 
 @dataclass
 class GaussianDiffusionSchedulerOutput(BaseOutput):
-    """What `step` returns.
+    """Output of `step`.
 
     Attributes:
         prev_sample: x at the previous timestep, in the dtype of the sample.
-        pred_original_sample: The prediction of x_0, clipped if the scheduler clips, in the dtype of the sample.
+        pred_original_sample: The predicted x_0, clipped if the scheduler clips, in the dtype of the sample.
     """
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor
 
 
-class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin, ConfigMixin):
-    """Noises training data and runs the reverse process.
+class Posterior(NamedTuple):
+    """q(x_{t-1} | x_t, x_0): the mean has the shape of the samples, the other two broadcast to it."""
 
-    The configuration has the keys, values and defaults of `diffusers.DDPMScheduler`, so each class reads the other's
-    `scheduler_config.json`. The constructor is as strict as the file format; `create` also takes the common aliases and
-    the schedules that diffusers lacks.
+    mean: torch.Tensor
+    variance: torch.Tensor
+    log_variance: torch.Tensor
+
+
+class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
+    """Forward and reverse process of a DDPM.
+
+    The configuration has the keys, values and defaults of `diffusers.DDPMScheduler`, so each class reads the
+    `scheduler_config.json` of the other. `create` also accepts the common aliases and the schedules that diffusers
+    lacks.
 
     Args:
-        num_train_timesteps: Length T of the chain.
-        beta_start: First beta of a range.
-        beta_end: Last beta of a range.
+        num_train_timesteps: Number T of training timesteps.
+        beta_start: First beta of `linear`, `scaled_linear` and `sigmoid`.
+        beta_end: Last beta of `linear`, `scaled_linear` and `sigmoid`.
         beta_schedule: `linear`, `scaled_linear`, `squaredcos_cap_v2`, `sigmoid` or `laplace`.
         trained_betas: T betas that replace the schedule.
-        variance_type: `fixed_small` (posterior variance), `fixed_large` (beta), each also as `_log` with the same
-            meaning, `learned` (the network's second half is a log-variance) or `learned_range` (it interpolates).
-        clip_sample: Clip the prediction of x_0 in every step.
+        variance_type: `fixed_small` (posterior variance) or `fixed_large` (beta), each also as `_log` with the same
+            meaning; `learned` (the second half of the output channels is a log-variance) or `learned_range` (it
+            interpolates between the two fixed ones).
+        clip_sample: Clip the predicted x_0 in every step.
         prediction_type: `epsilon`, `sample` (x_0) or `v_prediction`.
-        thresholding: Dynamic thresholding (Saharia et al. 2022) instead of clipping.
+        thresholding: Use dynamic thresholding (Saharia et al. 2022) instead of clipping.
         dynamic_thresholding_ratio: Quantile of |x_0| that becomes the threshold.
         clip_sample_range: Clip to [-range, range].
         sample_max_value: Upper limit of the dynamic threshold.
         timestep_spacing: `leading`, `trailing` or `linspace`.
         steps_offset: Added to the timesteps of `leading`.
-        rescale_betas_zero_snr: Rescale the betas so that x_T holds no signal (Lin et al. 2024).
+        rescale_betas_zero_snr: Rescale the betas so that x_T contains no signal (Lin et al. 2024).
 
     Raises:
-        ValueError: An option is unknown or out of its range, or the betas are not T numbers in (0, 1].
+        ValueError: If an option is unknown or out of range, or the betas are not T numbers in (0, 1].
     """
 
     _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
@@ -104,24 +142,25 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ) -> None:
-        # Values that were left at their defaults must survive a swap in memory as they survive a save:
-        # from_config of another class would otherwise drop them and take its own defaults.
+        # from_config of another class drops values recorded as defaults and takes its own instead. Without the record,
+        # a swap in memory keeps them, as a swap through a saved folder does.
         self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "_use_default_values"})
-        check_options(self.config)
+        _check_config(self.config)
         named = (beta_schedule, num_train_timesteps, beta_start, beta_end)
-        schedule = NoiseSchedule.from_betas(make_betas(*named) if trained_betas is None else trained_betas)
+        self.noise_schedule = NoiseSchedule.from_betas(make_betas(*named) if trained_betas is None else trained_betas)
         if rescale_betas_zero_snr:
-            schedule = NoiseSchedule.from_betas(rescale_to_zero_terminal_snr(schedule.betas))
-        self.noise_schedule = schedule
+            self.noise_schedule = NoiseSchedule.from_betas(rescale_to_zero_terminal_snr(self.noise_schedule.betas))
         self.betas = self.noise_schedule.betas.float()
         self.alphas = (1 - self.noise_schedule.betas).float()
         self.alphas_cumprod = self.noise_schedule.alphas_cumprod.float()
-        self._device_tables = {}
-        # Nothing here reads these three: code written for DDPMScheduler does.
+        self._device_tables: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
+        self._eps_second_moments: torch.Tensor | None = None
+        self._analytic_variance = False
+        self._inference = InferenceTimesteps(self.noise_schedule, range(num_train_timesteps)[::-1])
+        # Read by code written for DDPMScheduler, not here.
         self.one = torch.tensor(1.0)
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
-        self._run = SamplingRun(self.noise_schedule, range(num_train_timesteps)[::-1])
 
     @classmethod
     def create(
@@ -137,26 +176,26 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
         variance_type: str = "fixed_small",
         **options: Any,
     ) -> "GaussianDiffusionScheduler":
-        """Builds a scheduler whose configuration every scheduler of diffusers can read.
+        """Create a scheduler whose configuration every scheduler of diffusers can read.
 
         Aliases (`cosine`, `quad`, `eps`, `x0`, `v`) are stored under the names of diffusers, `fixed_large_log` as
         `fixed_large`, and a schedule that some scheduler of diffusers lacks (`sigmoid`, `laplace`, `sigmoid_alpha_bar`,
         `warmup10`, `warmup50`, `const`, `jsd`) as `trained_betas`.
 
         Args:
-            num_train_timesteps: Length T of the chain.
+            num_train_timesteps: Number T of training timesteps.
             beta_schedule: A key of `BETA_SCHEDULES`, or an alias.
-            beta_start: First beta of a range.
-            beta_end: Last beta of a range.
-            scale_betas_to_timesteps: Multiply the range of betas by 1000 / T, so that a chain of any length ends with
-                about the same signal; stored as the product. See `scale_beta_range`.
+            beta_start: First beta of a schedule in `BETA_RANGES`.
+            beta_end: Last beta of a schedule in `BETA_RANGES`.
+            scale_betas_to_timesteps: Multiply beta_start and beta_end by 1000 / T, so that about the same signal is
+                left at the last timestep for any T. The product is stored. See `scale_beta_range`.
             trained_betas: T betas instead of a schedule.
             prediction_type: `epsilon` (`eps`), `sample` (`x0`) or `v_prediction` (`v`).
             variance_type: As in the constructor.
             **options: Any other option of the constructor.
 
         Raises:
-            ValueError: An option is unknown, out of its range, or without effect beside another.
+            ValueError: If an option is unknown, out of range, or has no effect beside another one.
         """
         beta_schedule = BETA_SCHEDULE_ALIASES.get(str(beta_schedule), beta_schedule)
         if trained_betas is not None and (beta_schedule != "linear" or scale_betas_to_timesteps):
@@ -180,17 +219,18 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Builds a scheduler from the configuration of this or another class; see `SchedulerMixin`.
+        """Create a scheduler from the configuration of this or another class; see `SchedulerMixin`.
 
-        What the other one left at its default, or was given by position, is kept as after a save; diffusers would drop
-        it for a default of this class. Only a None, which DPM-Solver has as variance_type, becomes that default.
+        Defaults of the other class and its positional arguments are kept, as they are after a save; diffusers would
+        replace them by the defaults of this class. Only None, the variance_type of DPM-Solver, becomes the default
+        here.
         """
         if isinstance(config, Mapping):
             config = {k: v for k, v in config.items() if k != "_use_default_values" and v is not None}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def __len__(self) -> int:
-        """Returns the length of the training chain."""
+        """Return the number of training timesteps."""
         return len(self.noise_schedule)
 
     @property
@@ -198,21 +238,168 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
         """The configured variance type."""
         return str(self.config["variance_type"])
 
-    @property
-    def timesteps(self) -> torch.Tensor:
-        """The list being run, int64 and descending; assigning another list runs that one."""
-        return self._run.timesteps
+    # Tables for batches: each sample has its own timestep, which is never read on the host.
 
-    @timesteps.setter
-    def timesteps(self, timesteps: torch.Tensor) -> None:
-        self._run = SamplingRun(self.noise_schedule, timesteps.tolist(), timesteps.device)
+    def gather(self, name: str, timesteps: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Look up a table for each sample.
 
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Accepted for pipelines that call it: here the row follows from the timestep, in any order of calls."""
+        Args:
+            name: A table of `NoiseSchedule`, for example `snr`.
+            timesteps: (batch,), or one timestep for all samples; integers on any device.
+            like: Samples (batch, ...) to which the result broadcasts.
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the sample: this process needs no scaling."""
-        return sample
+        Returns:
+            (batch, 1, ...) on the device of `like`, float32, or float64 if `like` is.
+
+        Raises:
+            ValueError: If the timesteps are not integers, or neither one nor one per sample. On the CPU also if one is
+                out of range; on a GPU that is a device-side assertion.
+        """
+        device, dtype = like.device, compute_dtype(like)
+        table = self._device_tables.get((name, device, dtype))
+        if table is None:
+            table = getattr(self.noise_schedule, name).to(device, dtype)
+            self._device_tables[name, device, dtype] = table
+        index = _as_index(timesteps, device).reshape(-1)
+        if len(index) not in (1, len(like)):
+            raise ValueError(f"There are {len(index)} timesteps for {len(like)} samples; pass one for all or for each.")
+        try:
+            return table.index_select(0, index).view(-1, *[1] * (like.ndim - 1))
+        except IndexError as error:
+            raise ValueError(f"A timestep is outside 0 ... {len(self) - 1}.") from error
+
+    def snr(self, timesteps: int | torch.Tensor) -> torch.Tensor:
+        """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar), float32, in the shape of the timesteps."""
+        index = _as_index(timesteps)
+        return self.gather("snr", index, torch.empty(index.numel(), device=index.device)).view(index.shape)
+
+    def _alpha_sigma(self, timesteps: int | torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha = self.gather("sqrt_alphas_cumprod", timesteps, like)
+        return alpha, self.gather("sqrt_one_minus_alphas_cumprod", timesteps, like)
+
+    # The forward process
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Return x_t of q(x_t | x_0) for the given noise.
+
+        Args:
+            original_samples: x_0 in [-1, 1], (batch, ...), of any floating-point dtype.
+            noise: Standard normal noise in the shape of the samples.
+            timesteps: (batch,), or one for all samples; integers in [0, T) on any device.
+
+        Returns:
+            x_t in shape, dtype and device of the samples, computed in float32, or in float64 for float64 samples.
+
+        Raises:
+            ValueError: If the samples are not floating-point, or the timesteps do not fit; see `gather`.
+        """
+        dtype = compute_dtype(original_samples)
+        alpha, sigma = self._alpha_sigma(timesteps, original_samples)
+        x_t = gaussian.q_sample(original_samples.to(dtype), noise.to(dtype), alpha, sigma)
+        return x_t.to(original_samples.dtype)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
+        """Return the target of v-prediction, with x_0 as `sample`; arguments and result as in `add_noise`."""
+        dtype = compute_dtype(sample)
+        alpha, sigma = self._alpha_sigma(timesteps, sample)
+        v = gaussian.velocity(sample.to(dtype), noise.to(dtype), alpha, sigma)
+        return v.to(sample.dtype)
+
+    def posterior(self, x_0: torch.Tensor, x_t: torch.Tensor, timesteps: int | torch.Tensor) -> Posterior:
+        """Return q(x_{t-1} | x_t, x_0) between consecutive training timesteps. Eq. 6 and 7, Ho et al. 2020.
+
+        Args:
+            x_0: Clean samples, or a prediction of them, (batch, ...).
+            x_t: Noised samples in the same shape, of any floating-point dtype.
+            timesteps: (batch,), or one for all samples; integers in [0, T) on any device.
+
+        Returns:
+            Mean in the shape of x_t, variance and log-variance in (batch, 1, ...), all in float32, or in float64 for a
+            float64 x_t. At t = 0 the variance is 0; see `NoiseSchedule.posterior_log_variance` for its logarithm.
+
+        Raises:
+            ValueError: If x_t is not floating-point, or the timesteps do not fit; see `gather`.
+        """
+        dtype = compute_dtype(x_t)
+        coef_x_0 = self.gather("posterior_mean_coef_x_0", timesteps, x_t)
+        coef_x_t = self.gather("posterior_mean_coef_x_t", timesteps, x_t)
+        return Posterior(
+            mean=gaussian.posterior_mean(x_0.to(dtype), x_t.to(dtype), coef_x_0, coef_x_t),
+            variance=self.gather("posterior_variance", timesteps, x_t),
+            log_variance=self.gather("posterior_log_variance", timesteps, x_t),
+        )
+
+    # Predictions of the network
+
+    def split_variance(self, model_output: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Split a model output into prediction and variance channels; the latter are None for a fixed variance.
+
+        Args:
+            model_output: (batch, channels, ...), with twice the channels of x_t for a learned variance.
+            x_t: Input samples of the network, (batch, channels, ...); only their shape is used.
+
+        Raises:
+            ValueError: If the output does not have the shape that variance_type needs.
+        """
+        learned = self.config["variance_type"] in LEARNED_VARIANCE_TYPES
+        expected = list(x_t.shape)
+        if learned:
+            expected[1:2] = [2 * channels for channels in expected[1:2]]
+        if list(model_output.shape) != expected:
+            raise ValueError(
+                f"model_output has shape {tuple(model_output.shape)} for a sample of {tuple(x_t.shape)}; variance_type"
+                f" {self.config['variance_type']} needs {tuple(expected)}. Change variance_type, or the network's"
+                " out_channels."
+            )
+        if not learned:
+            return model_output, None
+        output, variance_output = model_output.chunk(2, dim=1)
+        return output, variance_output
+
+    def predict_original_sample(
+        self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the predicted x_0, without clipping.
+
+        Args:
+            model_output: (batch, channels, ...), with twice the channels for a learned variance, which is ignored.
+            timesteps: (batch,), or one for all samples; integers in [0, T) on any device.
+            sample: x_t, (batch, channels, ...), of any floating-point dtype.
+
+        Returns:
+            x_0 in shape, dtype and device of the sample, computed in float32, or in float64 for a float64 sample. Not
+            finite for `epsilon` at a timestep without signal.
+
+        Raises:
+            ValueError: If the output has the wrong shape, the sample is not floating-point, or the timesteps do not
+                fit; see `gather`.
+        """
+        output, _ = self.split_variance(model_output.to(compute_dtype(sample)), sample)
+        x_t = sample.to(output.dtype)
+        x_0 = gaussian.predict_x_0(self.config["prediction_type"], output, x_t, *self._alpha_sigma(timesteps, x_t))
+        return x_0.to(sample.dtype)
+
+    def predict_noise(
+        self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the predicted noise; arguments and dtypes as in `predict_original_sample`."""
+        output, _ = self.split_variance(model_output.to(compute_dtype(sample)), sample)
+        x_t = sample.to(output.dtype)
+        eps = gaussian.predict_eps(self.config["prediction_type"], output, x_t, *self._alpha_sigma(timesteps, x_t))
+        return eps.to(sample.dtype)
+
+    def clip(self, x_0: torch.Tensor) -> torch.Tensor:
+        """Threshold or clip a predicted x_0 as configured."""
+        if self.config["thresholding"]:
+            ratio, max_value = self.config["dynamic_thresholding_ratio"], self.config["sample_max_value"]
+            return gaussian.dynamic_threshold(x_0, ratio, max_value)
+        if self.config["clip_sample"]:
+            return x_0.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
+        return x_0
+
+    # Timesteps of the reverse process
 
     def set_timesteps(
         self,
@@ -222,40 +409,57 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
         *,
         timestep_spacing: str | None = None,
     ) -> None:
-        """Chooses the timesteps of a run.
+        """Set the timesteps of the reverse process.
 
         Args:
             num_inference_steps: Number of steps, spaced by `timestep_spacing`.
-            device: Where `timesteps` shall lie; the device of the samples avoids a copy in every step.
+            device: Device of `timesteps`; the device of the samples avoids a copy in every step.
             timesteps: A custom strictly descending list, instead of a number.
-            timestep_spacing: Overrides the configured spacing for this run; may also be `quadratic`.
+            timestep_spacing: Overrides the configured spacing; may also be `quadratic`.
 
         Raises:
-            ValueError: Both or neither of number and list are given, or they do not fit the training chain.
+            ValueError: If both or neither of number and list are given, or they do not fit the training timesteps.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass either num_inference_steps or timesteps, not both and not neither.")
         if timesteps is not None and timestep_spacing is not None:
             raise ValueError("timestep_spacing does not apply to a custom list of timesteps; drop one of the two.")
-        if timesteps is None:
+        chosen = timesteps
+        if chosen is None:
             count = whole_number("num_inference_steps", num_inference_steps)
             if not 1 <= count <= len(self):
                 raise ValueError(f"num_inference_steps {count} is not between 1 and {len(self)}.")
             spacing = self.config["timestep_spacing"] if timestep_spacing is None else timestep_spacing
             chosen = spaced_timesteps(spacing, count, len(self), self.config["steps_offset"])
-        self._run = SamplingRun(self.noise_schedule, chosen if timesteps is None else timesteps, device)
+        self._inference = InferenceTimesteps(self.noise_schedule, chosen, device)
         self.custom_timesteps = timesteps is not None
-        self.num_inference_steps = len(self._run.transitions)
+        self.num_inference_steps = len(self._inference.transitions)
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """The timesteps of the reverse process, int64 and descending. May be assigned."""
+        return self._inference.timesteps
+
+    @timesteps.setter
+    def timesteps(self, timesteps: torch.Tensor) -> None:
+        self._inference = InferenceTimesteps(self.noise_schedule, timesteps.tolist(), timesteps.device)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> torch.Tensor:
-        """Returns the next timestep of the list being run, -1 after the last: a tensor of the same shape on the CPU.
-
-        A timestep for each sample is read on the host.
-        """
+        """Return the next timestep of the list, -1 after the last, as a CPU tensor in the shape of the argument."""
+        index = self._inference.index_for_timestep
         if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
-            previous = [self._run.transitions[self._run.row(t)].previous_timestep for t in timestep.flatten().tolist()]
-            return torch.tensor(previous).view(timestep.shape)
-        return torch.tensor(self._run.transitions[self._run.row(timestep)].previous_timestep)
+            transitions = [self._inference.transitions[index(t)] for t in timestep.flatten().tolist()]
+            return torch.tensor([transition.previous_timestep for transition in transitions]).view(timestep.shape)
+        return torch.tensor(self._inference.transitions[index(timestep)].previous_timestep)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Do nothing: steps may be called in any order. Some pipelines of diffusers call this."""
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
+        """Return the sample unchanged."""
+        return sample
+
+    # The reverse process
 
     def step(
         self,
@@ -267,54 +471,49 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
         *,
         eta: float = 1.0,
     ) -> GaussianDiffusionSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Goes from x_t to x at the next timestep of the list, or to x_0 after the last.
-
-        Eq. 12, Song et al. 2021, with eps re-derived from the clipped x_0; for eta = 1 it is Eq. 7, Ho et al. 2020.
-        The last step draws no noise.
+        """Go from x_t to x at the next timestep of the list, or to x_0 after the last. The last step adds no noise.
 
         Args:
-            model_output: Prediction of the network, (batch, channels, ...), twice the channels for a learned variance.
-            timestep: An element of `timesteps`, or its value; under torch.compile pass the int.
+            model_output: Output of the network, (batch, channels, ...), twice the channels for a learned variance.
+            timestep: An element of `timesteps`, or its value; pass the int under torch.compile.
             sample: x_t, (batch, channels, ...).
             generator: Source of the noise, or one for each sample.
             return_dict: Return an output object instead of the tuple (prev_sample, pred_original_sample).
-            eta: From 0, deterministic, to 1, ancestral.
+            eta: From 0 (deterministic, DDIM) to 1 (ancestral, DDPM).
 
         Raises:
-            ValueError: The timestep is not in the list, eta is outside [0, 1], the channels do not fit variance_type,
-                or noise was predicted where the sample holds no signal.
+            ValueError: If the timestep is not in the list, eta is outside [0, 1], the channels do not fit
+                variance_type, or the network predicts noise and x_t contains no signal.
         """
-        row = self._run.row(timestep)
-        transition = self._run.transitions[row]
+        transition = self._inference.transitions[self._inference.index_for_timestep(timestep)]
         if not (isinstance(eta, int | float | np.number) and 0 <= eta <= 1):
             raise ValueError(f"eta is {eta!r}; it must be a number between 0 (deterministic) and 1 (ancestral).")
-        check_signal(transition, self.config["prediction_type"])
+        self.check_signal(transition)
         dtype = compute_dtype(sample)
         x_t = sample.to(dtype)
         output, variance_output = self.split_variance(model_output.to(dtype), x_t)
         alpha, sigma = math.sqrt(transition.alpha_bar), math.sqrt(1 - transition.alpha_bar)
-        # 1. Predict x_0, which is (x_t - sigma eps) / alpha for epsilon. Eq. 15, Ho et al. 2020.
+        # 1. Predict x_0. Eq. 15, Ho et al. 2020
         x_0 = gaussian.predict_x_0(self.config["prediction_type"], output, x_t, alpha, sigma)
-        # 2. Clip it.
+        # 2. Clip it
         x_0 = self.clip(x_0)
-        # 3. The mean, a sum of x_0 and x_t. Eq. 7, Ho et al. 2020; Eq. 12, Song et al. 2021.
+        # 3. Mean of the previous sample. Eq. 7, Ho et al. 2020; Eq. 12, Song et al. 2021
         x_prev = gaussian.posterior_mean(x_0, x_t, *gaussian.reverse_mean_coefficients(transition, float(eta)))
-        # 4. Noise, but for the last step.
-        if (eta > 0 or self.analytic_variance) and transition.previous_timestep >= 0:
+        # 4. Add noise
+        if (eta > 0 or self._analytic_variance) and transition.previous_timestep >= 0:
             x_prev = self._add_reverse_noise(x_prev, transition, variance_output, generator, float(eta))
         x_prev, x_0 = x_prev.to(sample.dtype), x_0.to(sample.dtype)
         if not return_dict:
             return x_prev, x_0
         return GaussianDiffusionSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0)
 
-    def clip(self, x_0: torch.Tensor) -> torch.Tensor:
-        """Thresholds or clips a prediction of x_0 as configured."""
-        if self.config["thresholding"]:
-            ratio, max_value = self.config["dynamic_thresholding_ratio"], self.config["sample_max_value"]
-            return gaussian.dynamic_threshold(x_0, ratio, max_value)
-        if self.config["clip_sample"]:
-            return x_0.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
-        return x_0
+    def check_signal(self, transition: Transition) -> None:
+        """Raise a ValueError if the network predicts noise and x_t contains no signal to recover x_0 from."""
+        if transition.alpha_bar < SMALLEST_ALPHA_BAR and self.config["prediction_type"] == "epsilon":
+            raise ValueError(
+                f"x_{transition.timestep} holds no signal, so x_0 cannot be recovered from a prediction of the noise;"
+                " use prediction_type v_prediction or sample, or betas below 1 without rescale_betas_zero_snr."
+            )
 
     def _add_reverse_noise(
         self,
@@ -324,26 +523,166 @@ class GaussianDiffusionScheduler(ForwardProcess, ReverseVariance, SchedulerMixin
         generator: torch.Generator | list[torch.Generator] | None,
         eta: float,
     ) -> torch.Tensor:
-        """Adds eta times a standard deviation of noise to the mean of a reverse step."""
         if isinstance(generator, list) and len(generator) != len(mean):
             raise ValueError(f"generator is a list of {len(generator)} for a batch of {len(mean)}; pass one for each.")
         noise = randn_tensor(tuple(mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)
         if variance_output is None:
-            variance = self.sampling_variance(transition, self._run.transitions[-1].timestep, eta)
-            return torch.add(mean, noise, alpha=math.sqrt(variance))
-        # learned: between these two the interpolation gives the output itself, so its noise has exp(output / 2).
+            return torch.add(mean, noise, alpha=math.sqrt(self.sampling_variance(transition, eta)))
+        # For `learned`, the range from -1 to 1 makes the interpolated log-variance equal to the output.
         log_min, log_max = -1.0, 1.0
         if self.config["variance_type"] == "learned_range":
             log_min, log_max = math.log(transition.posterior_variance), math.log(transition.beta)
         return gaussian.add_learned_noise(mean, noise, variance_output, log_min, log_max, eta)
 
+    # The variance of a reverse step that the network does not predict
+
+    def fixed_variance(self, transition: Transition, eta: float = 1.0) -> float:
+        """Return the analytic variance of a step, or eta^2 times the fixed one (section 3.2, Ho et al. 2020)."""
+        if self._analytic_variance:
+            assert self._eps_second_moments is not None
+            second_moment = float(self._eps_second_moments[transition.timestep])
+            return gaussian.optimal_variance(transition, eta, second_moment)
+        small = self.config["variance_type"] in ("fixed_small", "fixed_small_log")
+        return eta**2 * (transition.posterior_variance if small else transition.beta)
+
+    def sampling_variance(self, transition: Transition, eta: float = 1.0) -> float:
+        """Return the variance of the noise that `step` adds: `fixed_variance`, or a limit before the last step.
+
+        The analytic variance is limited: only the last step removes the noise added before it, and it removes no more
+        than its input contains by the forward process; the rest would be visible in the image. Bao et al. 2022 limit
+        that noise to one gray level (y = 1 in their code). Here the limit is one gray level or what the input of the
+        last step contains, whichever is larger, because a list that ends well before t = 0 needs its noise.
+        """
+        variance = self.fixed_variance(transition, eta)
+        if self._analytic_variance and transition.previous_timestep == self._inference.transitions[-1].timestep:
+            return min(variance, max(VISIBLE_NOISE**2, 1 - transition.alpha_bar_prev))
+        return variance
+
     def _get_variance(self, t: int) -> torch.Tensor:
-        """Fixed variance of the step from t, by the name that diffusers' own tests of DDPMScheduler call."""
-        transitions = self._run.transitions
-        return torch.tensor(self.sampling_variance(transitions[self._run.row(t)], transitions[-1].timestep))
+        """Return the variance of the step from t, under the name in DDPMScheduler that diffusers' tests call."""
+        return torch.tensor(self.sampling_variance(self._inference.transitions[self._inference.index_for_timestep(t)]))
+
+    @property
+    def analytic_variance(self) -> bool:
+        """Whether steps use the optimal variance of Analytic-DPM (Bao et al. 2022), which adds noise at eta = 0 too.
+
+        Setting it to True raises a ValueError if `eps_second_moments` is None.
+        """
+        return self._analytic_variance
+
+    @analytic_variance.setter
+    def analytic_variance(self, value: bool) -> None:
+        if value and self._eps_second_moments is None:
+            raise ValueError(
+                "analytic_variance needs the second moments of the network's prediction: ddpm-hf evaluate estimates"
+                " them with --estimate_variance, or set eps_second_moments."
+            )
+        self._analytic_variance = bool(value)
+
+    @property
+    def eps_second_moments(self) -> torch.Tensor | None:
+        """Gamma_t = E |eps(x_t)|^2 / d of the network, float64 (T,) on the CPU, or None if it was never estimated."""
+        return self._eps_second_moments
+
+    @eps_second_moments.setter
+    def eps_second_moments(self, moments: torch.Tensor | None) -> None:
+        if moments is None:
+            self._eps_second_moments, self._analytic_variance = None, False
+            return
+        moments = torch.as_tensor(moments).detach().to("cpu", torch.float64)
+        if moments.shape != (len(self),) or not bool((moments.isfinite() & (moments >= 0)).all()):
+            raise ValueError(
+                f"eps_second_moments has shape {tuple(moments.shape)}; it must be {len(self)} finite"
+                " numbers of at least 0, one for each training timestep."
+            )
+        if self.config["variance_type"] in LEARNED_VARIANCE_TYPES:
+            raise ValueError(
+                f"variance_type is {self.config['variance_type']}: the network predicts its own variance; the analytic"
+                " one replaces a fixed one only."
+            )
+        self._eps_second_moments = moments
+
+    # Files
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Writes the configuration, and the second moments of the analytic variance if they are known."""
+        """Save the configuration, and `eps_second_moments` beside it if they are known; see `SchedulerMixin`."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         self.save_second_moments(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def save_second_moments(self, folder: str | os.PathLike[str]) -> None:
+        """Write `eps_second_moments` to a folder, atomically; do nothing if they are None."""
+        if self._eps_second_moments is None:
+            return
+        temporary = Path(folder) / f".{SECOND_MOMENTS_FILE}.writing"
+        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open("x", encoding="utf-8") as file:  # mode x does not follow a link
+                file.write(json.dumps({SECOND_MOMENTS_KEY: self._eps_second_moments.tolist()}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(Path(folder) / SECOND_MOMENTS_FILE)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_second_moments(self, file: str | os.PathLike[str]) -> None:
+        """Read `eps_second_moments` from a file.
+
+        Raises:
+            ValueError: If the file is damaged, or belongs to a scheduler with another number of timesteps.
+        """
+        try:
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
+            moments = torch.tensor(content[SECOND_MOMENTS_KEY], dtype=torch.float64)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{file} cannot be read ({error!r}); remove it and estimate it again.") from error
+        self.eps_second_moments = moments
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Raise a ValueError if an option is unknown or out of range; `NoiseSchedule` checks the betas."""
+    for name, choices in CHOICES.items():
+        if config[name] not in choices:
+            names = ", ".join(map(str, choices))
+            raise ValueError(f"{name} {config[name]!r} is not one of {names}.{_HINTS.get(name, '')}")
+    for name, (types, accepts, requirement) in _RANGES.items():
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, types) or not accepts(value):
+            raise ValueError(f"{name} is {value!r}; it must be {requirement}.")
+    trained_betas, num_timesteps = config["trained_betas"], config["num_train_timesteps"]
+    if isinstance(trained_betas, torch.Tensor):
+        raise ValueError("trained_betas is a tensor, which no scheduler_config.json can hold; pass betas.tolist().")
+    if trained_betas is not None and not isinstance(trained_betas, list | tuple | np.ndarray):
+        raise ValueError(f"trained_betas is {trained_betas!r}; it must be a list of {num_timesteps} numbers.")
+    if trained_betas is not None and len(trained_betas) != num_timesteps:
+        raise ValueError(f"trained_betas has {len(trained_betas)} values, num_train_timesteps is {num_timesteps}.")
+
+
+def splits_variance(scheduler: Any) -> bool:
+    """Return whether `step` of this or a stock scheduler expects the variance channels of the network.
+
+    Schedulers are compared by name, because a class loaded from the code in a folder is another object.
+    """
+    learned = scheduler.config.get("variance_type") in LEARNED_VARIANCE_TYPES
+    return learned and type(scheduler).__name__ in (NATIVE_SCHEDULER, "DDPMScheduler", "DDPMParallelScheduler")
+
+
+def compute_dtype(sample: torch.Tensor) -> torch.dtype:
+    """Return float64 for a float64 sample, otherwise float32: the dtype of all arithmetic on it.
+
+    Raises:
+        ValueError: If the sample is not floating-point, so that rounding would destroy every result.
+    """
+    if not sample.is_floating_point():
+        raise ValueError(f"The samples are {sample.dtype}; scale images to floating-point numbers in [-1, 1] first.")
+    return torch.float64 if sample.dtype == torch.float64 else torch.float32
+
+
+def _as_index(timesteps: int | torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    try:
+        index = torch.as_tensor(timesteps, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"timesteps is {timesteps!r}; it must be a whole number or a tensor of them.") from error
+    if index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"timesteps are {index.dtype}; they must be whole numbers, int64 or int32.")
+    return index

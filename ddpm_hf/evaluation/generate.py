@@ -26,9 +26,8 @@ from tqdm import tqdm
 from ddpm_hf import distributed
 from ddpm_hf.config import EvaluationConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.diffusion.denoising import Run
 from ddpm_hf.diffusion.images import image_size, to_images
-from ddpm_hf.diffusion.sampling import nearest
+from ddpm_hf.diffusion.pipeline import did_you_mean
 from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_value, read_json, write_json
 from ddpm_hf.rng import sampling_generators
 
@@ -139,7 +138,7 @@ class Sampler:
 
     def check(self, pipeline: GaussianDiffusionPipeline) -> None:
         """Raise ValueError if a call of the pipeline that `prepare` returned would; does not call the network."""
-        Run(pipeline, 1, **self.call(pipeline, 0, range(1)))
+        pipeline.check_inputs(**self.call(pipeline, 0, range(1)))
 
     def to_dict(self, pipeline: GaussianDiffusionPipeline) -> dict[str, Any]:
         """Return the settings for JSON, with the defaults of the pipeline filled in."""
@@ -165,7 +164,7 @@ def scheduler_class(name: str) -> Any:
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         names = [one for one in dir(diffusers) if one.endswith("Scheduler")]
         known = [GaussianDiffusionScheduler.__name__, *(one for one in names if _runs_ddpm(getattr(diffusers, one)))]
-        hint = nearest(name, known, cutoff=0.8)  # all names end alike, so any two are similar
+        hint = did_you_mean(name, known, cutoff=0.8)  # all names end alike, so any two are similar
         raise ValueError(
             f"scheduler is {name}, which diffusers {diffusers.__version__} does not have{hint}; give a name such as "
             f"{examples}."

@@ -19,8 +19,7 @@ from tqdm import tqdm
 from ddpm_hf import distributed
 from ddpm_hf.data import ImageSet, normalize
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler, gaussian
-from ddpm_hf.diffusion.forward_process import check_signal
-from ddpm_hf.diffusion.noise_schedule import Transition
+from ddpm_hf.diffusion.schedule import Transition
 from ddpm_hf.evaluation.features import FloatArray
 from ddpm_hf.evaluation.generate import eval_mode
 from ddpm_hf.evaluation.metrics import BITS_PER_DIM, Metric
@@ -138,7 +137,7 @@ class ReverseProcess:
         self.pipeline = pipeline
         self.scheduler = scheduler
         self.transitions: list[Transition] = scheduler.noise_schedule.transitions(chosen)
-        check_signal(self.transitions[0], scheduler.config.prediction_type)
+        scheduler.check_signal(self.transitions[0])
         self.device: torch.device = pipeline.unet.device
         self.dtype = torch.promote_types(torch.float32, pipeline.unet.dtype)
 

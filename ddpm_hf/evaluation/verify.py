@@ -29,9 +29,8 @@ from safetensors.torch import load_file
 
 import ddpm_hf.diffusion
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.diffusion.folder import LIST_FORM, stock_pipeline_samples
 from ddpm_hf.diffusion.images import image_size
-from ddpm_hf.diffusion.pipeline import PORTABLE_FILES
+from ddpm_hf.diffusion.saved_folder import LIST_FORM, PORTABLE_FILES, stock_pipeline_samples
 from ddpm_hf.files import MODEL_INDEX, VERIFICATION, format_value, read_json, sha256_of_file, write_json
 from ddpm_hf.redaction import reason_of
 from ddpm_hf.rng import torch_generator

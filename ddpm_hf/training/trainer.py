@@ -45,9 +45,8 @@ from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, DiffusionConfig, ModelConfig, PreviewConfig, RunConfig, refuse_secrets
 from ddpm_hf.data import ImageFeed, ImageSet, ImageStream, describe_sets, normalize, open_sets
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.diffusion.forward_process import SMALLEST_ALPHA_BAR
 from ddpm_hf.diffusion.images import image_size
-from ddpm_hf.diffusion.noise_schedule import BETA_RANGES
+from ddpm_hf.diffusion.schedule import BETA_RANGES, SMALLEST_ALPHA_BAR
 from ddpm_hf.distributed import StopWatcher, TrainingStopped
 from ddpm_hf.models import PRESETS, Pretrained, build_unet, load_pretrained, read_config_file, take_weights
 from ddpm_hf.plots import image_grid

@@ -1,8 +1,8 @@
 """Saved folders, loaded in three ways without a network.
 
-Ways 1 and 2 run in a process that cannot import ddpm_hf, in another folder and with empty caches. Loading its libraries
-takes seconds, so that one process loads everything these ways are about, all of it before the first image; way 3 does
-the same in this process. The images of the very pipelines that were saved are what all of them are compared with.
+Ways 1 and 2 run in one process that cannot import ddpm_hf, in another folder and with empty caches; way 3 runs in this
+process. Each process loads all folders before it samples from any. The images are compared with those of the pipelines
+that were saved.
 """
 
 import shutil
@@ -12,7 +12,6 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from ddpm_hf.diffusion.pipeline import PORTABLE_FILES
 from tests.load_and_sample import Outcome, Task, carry_out, carry_out_elsewhere, draws_in_float32, sample
 from tests.loopback_hub import files_of
 from tests.saved_folders import (
@@ -25,12 +24,13 @@ from tests.saved_folders import (
     save_early_folder,
 )
 
-STOCK, DYNAMIC, INSTALLED = "diffusers", "diffusers_modules.local", "ddpm_hf.diffusion"
+DYNAMIC, INSTALLED = "diffusers_modules.local", "ddpm_hf.diffusion"
+SAVED_BY_0_1 = Path(__file__).parents[1] / "fixtures" / "saved_0_1"
 NATIVE_WAYS = pytest.mark.parametrize("way", [2, 3])
 
 
 class Loaded(NamedTuple):
-    """The folders, the images of the pipelines that were saved there, and by "way name" what came of loading."""
+    """The folders, the images of the saved pipelines by name, and the outcomes by "way name"."""
 
     folder: Path
     expected: dict[str, torch.Tensor]
@@ -42,20 +42,17 @@ class Loaded(NamedTuple):
         return outcome.images
 
 
-def save_folder_of_another_version(plain: Path, folder: Path, with_a_new_name: bool = False) -> None:
-    """Changes the version only, or also lets pipeline.py import what its sibling of this version does not have."""
+def save_folder_of_a_later_version(plain: Path, folder: Path) -> None:
+    """Let pipeline.py import a name that its sibling of this version does not have."""
     shutil.copytree(plain, folder)
-    for name in PORTABLE_FILES:
-        text = (folder / name).read_text().replace('CORE_VERSION = "', 'CORE_VERSION = "9.')
-        if with_a_new_name and name == "folder.py":
-            text += "\nSINCE_VERSION_9 = True\n"
-        if with_a_new_name and name == "pipeline.py":
-            text = text.replace("\nfrom .", "\nfrom .folder import SINCE_VERSION_9\nfrom .", 1)
-        (folder / name).write_text(text)
+    name = folder / "saved_folder.py"
+    name.write_text(name.read_text() + "\nADDED_LATER = True\n")
+    name = folder / "pipeline.py"
+    name.write_text(name.read_text().replace("\nfrom .", "\nfrom .saved_folder import ADDED_LATER\nfrom .", 1))
 
 
 def save_folders(folder: Path) -> dict[str, torch.Tensor]:
-    """Saves SAVED_FOLDERS, of which it returns the images, and folders that are special."""
+    """Save SAVED_FOLDERS and some special folders; return the images of the former."""
     expected = {}
     for name in SAVED_FOLDERS:
         pipe = make_pipeline(name)
@@ -64,8 +61,8 @@ def save_folders(folder: Path) -> dict[str, torch.Tensor]:
     both = make_pipeline("plain")
     both.save_pretrained(folder / "both")
     both.to(torch.float16).save_pretrained(folder / "both", variant="fp16")
-    save_folder_of_another_version(folder / "plain", folder / "newer")
-    save_folder_of_another_version(folder / "plain", folder / "much newer", with_a_new_name=True)
+    save_folder_of_a_later_version(folder / "plain", folder / "later")
+    shutil.copytree(SAVED_BY_0_1, folder / "0.1")
     make_pipeline("plain").to(torch.float16).save_pretrained(folder / "half", variant="fp16")
     save_early_folder(folder / "early")
     save_early_folder(folder / "pickled", pickled=True)
@@ -73,7 +70,7 @@ def save_folders(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def tasks_of(way: int) -> list[Task]:
-    """What every way is asked to do: load and save again, load what way 2 saved, load either precision."""
+    """The tasks of every way: load and save again, load what way 2 saved, load either precision."""
     tasks = []
     for name in SAVED_FOLDERS:
         call = CALLS.get(name, {}) if way > 1 else {}
@@ -90,27 +87,32 @@ def tasks_of(way: int) -> list[Task]:
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     folder, home = tmp_path_factory.mktemp("folders"), tmp_path_factory.mktemp("home")
     expected = save_folders(folder)
-    of_strangers = [
+    labels = {"class_labels": [3, 8]}
+    without_ddpm_hf = [
+        Task("2 0.1 first", 2, "0.1", call=labels, save="saved by way 2/0.1"),
         *tasks_of(2),
+        Task("2 0.1", 2, "0.1", call=labels),
+        Task("2 later", 2, "later"),
         *tasks_of(1),
         Task("1 early", 1, "early"),
-        Task("2 newer", 2, "newer"),
-        Task("2 much newer", 2, "much newer"),
+        Task("1 0.1", 1, "0.1"),
         Task("3 without ddpm_hf", 3, "plain"),
     ]
-    of_owners = [
+    with_ddpm_hf = [
         *tasks_of(3),
+        Task("3 0.1", 3, "0.1", call=labels, save="saved by way 3/0.1"),
+        Task("2 0.1 beside ddpm_hf", 2, "0.1", call=labels),
+        Task("2 plain beside ddpm_hf", 2, "plain"),
         Task("3 early", 3, "early"),
-        Task("3 newer", 3, "newer"),
-        Task("3 much newer", 3, "much newer"),
+        Task("3 later", 3, "later"),
         Task("3 half", 3, "half"),
         Task("3 pickled", 3, "pickled"),
         Task("3 pickled, trusted", 3, "pickled", {"use_safetensors": False}),
     ]
-    outcomes = carry_out_elsewhere(of_strangers, folder, home)
+    outcomes = carry_out_elsewhere(without_ddpm_hf, folder, home)
     with pytest.MonkeyPatch.context() as here:
         here.chdir(folder)
-        outcomes |= carry_out(of_owners)
+        outcomes |= carry_out(with_ddpm_hf)
     return Loaded(folder, expected, outcomes)
 
 
@@ -147,7 +149,7 @@ def test_one_folder_gives_the_same_images_in_all_three_ways(loaded: Loaded, name
 
 @NATIVE_WAYS
 def test_folders_loaded_in_one_process_do_not_disturb_each_other(loaded: Loaded, way: int) -> None:
-    """They differ in weights, schedule, prediction, variance, labels and their names; all are loaded, then sampled."""
+    """They differ in weights, schedule, prediction, variance, labels and class names."""
     for name in SAVED_FOLDERS:
         assert torch.equal(loaded.images(way, name), loaded.expected[name]), name
     for name, images in loaded.expected.items():
@@ -158,9 +160,9 @@ def test_folders_loaded_in_one_process_do_not_disturb_each_other(loaded: Loaded,
 @NATIVE_WAYS
 @pytest.mark.parametrize("name", SAVED_FOLDERS)
 def test_a_loaded_folder_saves_itself_again_byte_for_byte(loaded: Loaded, way: int, name: str) -> None:
-    """Index, configurations, code and weights; so no path of where it was loaded from is in it.
+    """Index, configurations, code and weights, without the path that it was loaded from.
 
-    Way 2 knows no second moments: diffusers tells the code in a folder nothing of that folder.
+    Way 2 loses the second moments: diffusers does not pass the folder to the code in it.
     """
     saved_again = files_of(loaded.folder / f"saved by way {way}" / name)
     assert {"model_index.json", "unet/config.json", "scheduler/scheduler_config.json"} < set(saved_again)
@@ -186,7 +188,7 @@ def test_a_class_conditional_folder_loads_as_stock_whose_network_asks_for_labels
 
 
 @pytest.mark.parametrize("name", NOT_FOR_STOCK)
-def test_a_folder_that_stock_would_sample_wrongly_is_refused_without_consent_except_by_the_installed_class(
+def test_a_folder_that_stock_would_sample_wrongly_needs_consent_except_with_the_installed_class(
     loaded: Loaded, name: str
 ) -> None:
     """The sentence is that of diffusers."""
@@ -197,16 +199,32 @@ def test_a_folder_that_stock_would_sample_wrongly_is_refused_without_consent_exc
     assert torch.equal(loaded.images(3, name), loaded.expected[name])
 
 
-@pytest.mark.parametrize("name", ["newer", "much newer"])
-def test_a_second_folder_in_one_process_is_refused_if_its_code_is_of_another_version(loaded: Loaded, name: str) -> None:
-    """Diffusers executes only the second folder's pipeline.py, beside the first one's files.
+def test_a_folder_of_version_0_1_loads_in_all_three_ways_in_any_order(loaded: Loaded) -> None:
+    """With its own code before and after folders of this version, with the installed class, and as stock."""
+    expected = loaded.images(3, "0.1")
+    for name in ("0.1 first", "0.1", "0.1 beside ddpm_hf"):
+        assert torch.equal(loaded.images(2, name), expected), name
+    assert loaded.outcomes["2 0.1"].scheduler_class.startswith(DYNAMIC)
+    assert loaded.outcomes["3 0.1"].scheduler_class.startswith(INSTALLED)
+    assert loaded.outcomes["1 0.1"].pipeline_class.endswith("DDPMPipeline")
+    assert "class_labels should be provided" in loaded.outcomes["1 0.1"].refusal
 
-    The installed class has its own files, so it loads both.
-    """
-    sentence = loaded.outcomes[f"2 {name}"].refusal
-    assert sentence.startswith("ImportError: pipeline.py has version 9.")
-    assert "Restart Python before loading this one, or install ddpm_hf" in sentence
-    assert torch.equal(loaded.images(3, name), loaded.expected["plain"])
+
+def test_a_folder_of_version_0_1_is_saved_again_with_the_code_that_loaded_it(loaded: Loaded) -> None:
+    before, plain = files_of(loaded.folder / "0.1"), files_of(loaded.folder / "plain")
+    for way, code in ((2, before), (3, plain)):
+        saved = files_of(loaded.folder / f"saved by way {way}" / "0.1")
+        assert {name: content for name, content in saved.items() if name.endswith(".py")} == {
+            name: content for name, content in code.items() if name.endswith(".py")
+        }
+        for name in ("unet/config.json", "scheduler/scheduler_config.json", "unet/diffusion_pytorch_model.safetensors"):
+            assert saved[name] == before[name]
+
+
+def test_each_folder_uses_its_own_code(loaded: Loaded) -> None:
+    """Also after folders of other versions, whose files lack a name that it imports; and beside the installed class."""
+    for way, name in ((2, "later"), (3, "later"), (2, "plain beside ddpm_hf")):
+        assert torch.equal(loaded.images(way, name), loaded.expected["plain"]), (way, name)
 
 
 @pytest.mark.parametrize("way", [1, 2, 3])
@@ -221,15 +239,15 @@ def test_one_folder_holds_both_precisions(loaded: Loaded, way: int) -> None:
 
 
 def test_a_folder_of_the_stock_pipeline_samples_the_same_as_stock(loaded: Loaded) -> None:
-    """As google/ddpm-cifar10-32, which knows fewer options than diffusers today. 1e-3: float32 tables of stock."""
+    """Like google/ddpm-cifar10-32, with fewer options than diffusers has today. 1e-3: float32 tables of stock."""
     assert loaded.outcomes["3 early"].scheduler_class.endswith("GaussianDiffusionScheduler")
     torch.testing.assert_close(loaded.images(3, "early"), loaded.images(1, "early"), rtol=0, atol=1e-3)
 
 
-def test_a_folder_with_half_precision_alone_asks_for_its_variant(loaded: Loaded) -> None:
+def test_a_folder_with_half_precision_only_asks_for_its_variant(loaded: Loaded) -> None:
     assert "variant='fp16'" in loaded.outcomes["3 half"].refusal
 
 
-def test_pickled_weights_in_the_root_of_a_folder_are_read_only_when_asked_for(loaded: Loaded) -> None:
+def test_pickled_weights_at_the_top_of_a_folder_are_read_only_on_request(loaded: Loaded) -> None:
     assert "pass use_safetensors=False to read its pickled .bin weights" in loaded.outcomes["3 pickled"].refusal
     assert torch.equal(loaded.images(3, "pickled, trusted"), loaded.images(3, "early"))

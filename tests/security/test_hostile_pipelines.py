@@ -196,7 +196,7 @@ def split_into_pickles(folder: Path, canary: Path) -> None:
     torch.save(weights, folder / "unet" / "shard.bin")
 
 
-SHARD = r"names 'shard\.bin', which is no safetensors file"
+SHARD = r"names 'shard\.bin', which is not a safetensors file"
 
 
 def test_shards_are_not_pickles_however_honest(honest: Path, watch: Watch) -> None:

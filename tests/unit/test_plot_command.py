@@ -18,7 +18,7 @@ from ddpm_hf.cli import main
 from ddpm_hf.cli.plot import Process, noised
 from ddpm_hf.config import DiffusionConfig, ObjectiveConfig, RunConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
-from ddpm_hf.diffusion.noise_schedule import NoiseSchedule, make_betas
+from ddpm_hf.diffusion.schedule import NoiseSchedule, make_betas
 from ddpm_hf.plots import forward_strip, image_grid, schedule_plot, timestep_curves, training_curves
 from ddpm_hf.rng import torch_generator
 from ddpm_hf.training.loss import min_snr_weight

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import ddpm_hf.plots
-from ddpm_hf.diffusion.noise_schedule import (
+from ddpm_hf.diffusion.schedule import (
     BETA_SCHEDULES,
     NoiseSchedule,
     betas_from_alpha_bar,

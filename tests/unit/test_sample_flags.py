@@ -14,7 +14,7 @@ from ddpm_hf.cli import main
 from ddpm_hf.cli.common import find_folder
 from ddpm_hf.cli.sample import PictureFolder, fit, parse, read_images, to_mask
 from ddpm_hf.config import ConfigError
-from ddpm_hf.diffusion.sampling import label_numbers
+from ddpm_hf.diffusion.pipeline import label_numbers
 from ddpm_hf.evaluation.generate import Film
 from tests.conftest import REPOSITORY
 

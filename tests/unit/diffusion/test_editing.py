@@ -11,9 +11,7 @@ from oracles import GaussianData, seeded, tiny_unet
 from PIL import Image
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.diffusion.denoising import Run
-from ddpm_hf.diffusion.editing import at_level, forward_to_level, resampling_moves, slerp
-from ddpm_hf.diffusion.images import from_images, to_images
+from ddpm_hf.diffusion.editing import resampling_moves, slerp, start_level
 
 SIZE = 8
 
@@ -67,13 +65,11 @@ def calls_of(pipe: GaussianDiffusionPipeline) -> list[tuple[int, torch.Tensor]]:
 # Denoising from an image
 
 
-@pytest.mark.parametrize(("strength", "num_calls"), [(0.01, 1), (0.3, 3), (0.58, 6), (1.0, 10)])
+@pytest.mark.parametrize(("strength", "num_calls"), [(0.06, 1), (0.3, 3), (0.58, 6), (1.0, 10)])
 def test_denoising_starts_at_the_level_that_the_image_was_noised_to(strength: float, num_calls: int) -> None:
     pipe = pipeline()
     calls = calls_of(pipe)
     x_0, noise = images() * 2 - 1, torch.randn(2, 3, SIZE, SIZE, generator=seeded())
-    if num_calls == 1:
-        strength = 0.06
     pipe.denoise_from(images(), strength, num_inference_steps=10, generator=seeded(), output_type="pt")
     expected = pipe.scheduler.timesteps[-num_calls:].tolist()
     assert [t for t, _ in calls] == expected
@@ -82,14 +78,14 @@ def test_denoising_starts_at_the_level_that_the_image_was_noised_to(strength: fl
 
 
 def test_noising_and_denoising_data_gives_data_again() -> None:
-    """Whatever the strength, samples of the data stay samples of it: 384 * 3 * 64 values, a standard error of 0.001.
+    """Whatever the strength, samples of the data stay samples of it: 128 * 3 * 64 values, a standard error of 0.0016.
 
-    0.005 for the discretisation of the chain.
+    0.007: four of them, and the discretization.
     """
     pipe = perfect_pipeline(GaussianData(mean=0.1, deviation=0.25))
-    for strength in (0.2, 0.7):
+    for strength in (0.2, 0.5):
         states: list[torch.Tensor] = []
-        data = (0.1 + 0.25 * torch.randn(384, 3, SIZE, SIZE, generator=seeded())).clamp(-1, 1) / 2 + 0.5
+        data = (0.1 + 0.25 * torch.randn(128, 3, SIZE, SIZE, generator=seeded())).clamp(-1, 1) / 2 + 0.5
         pipe.denoise_from(
             data,
             strength,
@@ -98,8 +94,8 @@ def test_noising_and_denoising_data_gives_data_again() -> None:
             output_type="pt",
             callback_on_step_end=lambda p, i, t, tensors, states=states: states.append(tensors["sample"]),
         )
-        assert states[-1].mean().item() == pytest.approx(0.1, abs=0.005)
-        assert states[-1].std().item() == pytest.approx(0.25, abs=0.005)
+        assert states[-1].mean().item() == pytest.approx(0.1, abs=0.007)
+        assert states[-1].std().item() == pytest.approx(0.25, abs=0.007)
 
 
 def test_an_edited_image_depends_on_its_own_generator_whatever_its_batch() -> None:
@@ -188,17 +184,23 @@ def test_the_published_schedule_of_jumps_is_followed() -> None:
 
 
 def test_going_back_adds_the_noise_between_two_levels() -> None:
-    """x_t forwarded to s > t is x_s: 2 * 10^5 values, a standard error of 0.002."""
-    pipe = pipeline()
-    run = Run(pipe, 1, num_inference_steps=20, generator=seeded())
-    x_t = at_level(run, torch.full((1, 3, 256, 256), 0.8), 15, run.noise((1, 3, 256, 256)))
-    x_s = forward_to_level(run, x_t, 15, 10)
-    alpha_bar = pipe.scheduler.noise_schedule.alphas_cumprod[run.timesteps[10]].item()
-    assert x_s.mean().item() == pytest.approx(0.8 * alpha_bar**0.5, abs=0.01)
-    assert x_s.std().item() == pytest.approx((1 - alpha_bar) ** 0.5, abs=0.01)
+    """For data of one point, x_t of every call has the moments of q(x_t | x_0), also after a jump.
+
+    12288 values: standard errors of 0.009 and 0.0064, four of them.
+    """
+    pipe = perfect_pipeline(GaussianData(mean=0.8, deviation=0.0))
+    calls = calls_of(pipe)
+    options: dict[str, Any] = {"num_inference_steps": 20, "generator": seeded(), "output_type": "pt"}
+    pipe.inpaint(images(64), torch.ones(SIZE, SIZE), 2, 5, **options)
+    timesteps = [t for t, _ in calls]
+    assert any(after > before for before, after in itertools.pairwise(timesteps))
+    for t, x_t in calls:
+        alpha_bar = pipe.scheduler.noise_schedule.alphas_cumprod[t].item()
+        assert x_t.mean().item() == pytest.approx(0.8 * alpha_bar**0.5, abs=0.036)
+        assert x_t.std().item() == pytest.approx((1 - alpha_bar) ** 0.5, abs=0.026)
 
 
-def test_inpainting_takes_the_papers_number_of_steps_unless_told_otherwise() -> None:
+def test_inpainting_defaults_to_the_number_of_steps_of_the_paper() -> None:
     pipe = perfect_pipeline()
     calls = calls_of(pipe)
     pipe.inpaint(images(1), torch.ones(SIZE, SIZE), num_resamples=1)
@@ -208,8 +210,8 @@ def test_inpainting_takes_the_papers_number_of_steps_unless_told_otherwise() -> 
     assert len(calls) == 3
 
 
-def test_inpainting_keeps_the_known_part_and_does_not_look_at_the_rest() -> None:
-    """Known pixels come back exactly; what lies under the mask does not matter."""
+def test_inpainting_keeps_the_known_part_and_ignores_the_rest() -> None:
+    """Known pixels are returned exactly; values under the mask have no effect."""
     pipe = pipeline()
     given, mask = images(), torch.zeros(2, 1, SIZE, SIZE, dtype=torch.bool)
     mask[0, :, 2:5, 3:] = True
@@ -224,7 +226,7 @@ def test_inpainting_keeps_the_known_part_and_does_not_look_at_the_rest() -> None
 
 
 def test_resampling_makes_the_new_part_fit_the_old_one() -> None:
-    """Data of one value for all pixels: one column decides the others, and resampling is what carries it over."""
+    """Data with one value for all pixels: one column determines the others, through resampling."""
     pipe = perfect_pipeline(is_constant=True)
     given = torch.linspace(0.3, 0.9, 16).view(-1, 1, 1, 1).expand(16, 3, SIZE, SIZE)
     mask = torch.zeros(SIZE, SIZE, dtype=torch.bool)
@@ -239,7 +241,7 @@ def test_resampling_makes_the_new_part_fit_the_old_one() -> None:
     assert errors[10] < errors[1] / 3
 
 
-def test_a_mask_comes_in_every_form_of_an_image() -> None:
+def test_a_mask_may_have_every_form_of_an_image() -> None:
     pipe = pipeline()
     array = np.zeros((SIZE, SIZE), bool)
     array[:, 4:] = True
@@ -265,8 +267,8 @@ def test_a_mask_comes_in_every_form_of_an_image() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_decoding_what_was_encoded_returns_the_image(prediction_type: str) -> None:
-    """2e-3 of the range with three iterations a step; plain inversion, one iteration, misses by more."""
+def test_decoding_an_encoded_image_returns_it(prediction_type: str) -> None:
+    """2e-3 of the range with three iterations a step; one iteration, plain inversion, has a larger error."""
     network = PerfectNetwork(**tiny_unet().config)
     network.scheduler = GaussianDiffusionScheduler(clip_sample=False, prediction_type=prediction_type)
     pipe = GaussianDiffusionPipeline(network, GaussianDiffusionScheduler.from_config(network.scheduler.config))
@@ -282,7 +284,7 @@ def test_decoding_what_was_encoded_returns_the_image(prediction_type: str) -> No
 def test_encoding_moves_every_value_to_its_own_quantile() -> None:
     """The flow of one-dimensional data keeps quantiles: N(0.3, 0.5^2) goes to N(0, 1) by (x - 0.3) / 0.5.
 
-    0.02: the steps of a chain of 1000, and the mean that is left in x_T.
+    0.02: the discretization of 1000 steps, and the mean that is left in x_T.
     """
     pipe = perfect_pipeline()
     x_0 = images() * 2 - 1
@@ -311,28 +313,17 @@ def test_a_callback_can_interrupt_and_the_next_call_runs_through() -> None:
     assert len(filled.trajectory) == 4
 
 
-# What goes in
+def test_the_start_level_runs_the_requested_part_of_the_steps() -> None:
+    assert [start_level(strength, 10) for strength in (1.0, 0.58, 0.3, 0.06)] == [0, 4, 7, 9]
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4, 5])
-@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "uint8"])
-def test_images_that_came_out_can_go_in(channels: int, output_type: str) -> None:
-    """Exact for floats, half a step of 255 for pixels."""
-    if output_type == "pil" and channels == 5:
-        pytest.skip("PIL has no images of 5 channels")
-    x = torch.rand(2, channels, 4, 8, generator=seeded()) * 2 - 1
-    given = to_images(x, output_type)
-    for images_of in (given, given[0]):
-        back = from_images(images_of, channels, 4)
-        torch.testing.assert_close(
-            back, x[: len(back)], rtol=0, atol=2 / 255 if output_type in ("pil", "uint8") else 1e-6
-        )
+# Errors
 
 
-def test_wrong_images_and_arguments_are_refused_with_a_sentence() -> None:
+def test_invalid_images_and_arguments_are_rejected() -> None:
     pipe, gray = pipeline(), Image.new("L", (SIZE, SIZE))
     x, mask = images(), torch.ones(SIZE, SIZE)
-    refused: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
+    rejected: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
         ("denoise_from", (x * 2 - 1,), {}, r"image has values from -.*pass image / 2 \+ 0.5"),
         ("denoise_from", ((x * 255).long(),), {}, "image has dtype torch.int64; pass uint8"),
         ("denoise_from", (x[:, :1],), {}, r"\(2, 1, 8, 8\), but the model's images have 3 channels"),
@@ -357,7 +348,7 @@ def test_wrong_images_and_arguments_are_refused_with_a_sentence() -> None:
         ("inpaint", (x, mask, 2, 0.5), {}, "jump_length is 0.5"),
         ("encode", (x, 0), {}, "num_iterations is 0"),
     ]
-    for method, arguments, options, sentence in refused:
+    for method, arguments, options, sentence in rejected:
         calls = calls_of(pipe)
         with pytest.raises(ValueError, match=sentence):
             getattr(pipe, method)(*arguments, **options)
@@ -366,7 +357,7 @@ def test_wrong_images_and_arguments_are_refused_with_a_sentence() -> None:
         pipe.denoise_from(x, batch_size=2)
 
 
-def test_editing_needs_the_native_scheduler_and_says_so() -> None:
+def test_editing_needs_the_native_scheduler() -> None:
     pipe = pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     x, mask = images(), torch.ones(SIZE, SIZE)
@@ -375,7 +366,7 @@ def test_editing_needs_the_native_scheduler_and_says_so() -> None:
             getattr(pipe, method)(x, *arguments)
 
 
-def test_a_self_conditioned_network_is_edited_but_not_encoded() -> None:
+def test_a_self_conditioned_network_supports_editing_but_not_encoding() -> None:
     pipe = GaussianDiffusionPipeline(tiny_unet(in_channels=6), GaussianDiffusionScheduler(), self_conditioned=True)
     pipe.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt"}

@@ -14,7 +14,8 @@ from gaussian_pipeline import DEVIATION, GaussianUnet, gaussian_images, gaussian
 
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.diffusion.reverse_variance import FILE_NAME, analytic_variance
+from ddpm_hf.diffusion.gaussian import optimal_variance
+from ddpm_hf.diffusion.scheduler import SECOND_MOMENTS_FILE
 from ddpm_hf.distributed import Ranks
 from ddpm_hf.evaluation.likelihood import estimate_second_moments, variational_bound
 from tests.conftest import tiny_unet
@@ -33,7 +34,7 @@ def test_the_variance_is_that_of_the_true_reverse_step(pair: tuple[int, int]) ->
     covariance = math.sqrt(now / then) * variance_s
     scheduler = GaussianDiffusionScheduler()
     step = scheduler.noise_schedule.transitions([t, s])[0]
-    assert analytic_variance(step, 1.0, MOMENTS[t]) == pytest.approx(variance_s - covariance**2 / variance_t, rel=1e-9)
+    assert optimal_variance(step, 1.0, MOMENTS[t]) == pytest.approx(variance_s - covariance**2 / variance_t, rel=1e-9)
 
 
 def test_a_chain_without_eta_adds_only_what_is_not_known_of_x_0() -> None:
@@ -41,8 +42,8 @@ def test_a_chain_without_eta_adds_only_what_is_not_known_of_x_0() -> None:
     step = GaussianDiffusionScheduler().noise_schedule.transitions([500, 300])[0]
     alpha = step.alpha_bar / step.alpha_bar_prev
     factor = math.sqrt((1 - step.alpha_bar) / alpha) - math.sqrt(1 - step.alpha_bar_prev)
-    assert analytic_variance(step, 0.0, 0.99) == pytest.approx(factor**2 * 0.01, rel=1e-9)
-    assert analytic_variance(step, 0.0, 1.2) == 0
+    assert optimal_variance(step, 0.0, 0.99) == pytest.approx(factor**2 * 0.01, rel=1e-9)
+    assert optimal_variance(step, 0.0, 1.2) == 0
 
 
 @pytest.mark.parametrize("second_moment", [0.0, 0.9])
@@ -51,7 +52,7 @@ def test_data_in_the_range_bound_the_variance(second_moment: float) -> None:
     scheduler = GaussianDiffusionScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     step = scheduler.noise_schedule.transitions([999, 300])[0]
     assert step.alpha_bar == 0
-    variance = analytic_variance(step, 1.0, second_moment)
+    variance = optimal_variance(step, 1.0, second_moment)
     assert variance == pytest.approx(step.posterior_variance + step.alpha_bar_prev, rel=1e-9)
 
 
@@ -126,7 +127,7 @@ def test_a_step_adds_the_analytic_variance(eta: float) -> None:
     step = scheduler.noise_schedule.transitions([500, 400])[0]
     unit = ancestral / math.sqrt(step.posterior_variance)
     torch.testing.assert_close(
-        noise_of(is_analytic=True), unit * math.sqrt(analytic_variance(step, eta, MOMENTS[500])), rtol=1e-9, atol=0
+        noise_of(is_analytic=True), unit * math.sqrt(optimal_variance(step, eta, MOMENTS[500])), rtol=1e-9, atol=0
     )
     torch.testing.assert_close(noise_of(is_analytic=False), eta * ancestral, rtol=1e-9, atol=0)
 
@@ -147,10 +148,10 @@ def test_the_step_to_the_last_timestep_adds_no_visible_analytic_noise(eta: float
     scheduler.analytic_variance = True
     scheduler.set_timesteps(timesteps=[999, 40, 0])
     first, second, _ = scheduler.noise_schedule.transitions([999, 40, 0])
-    assert analytic_variance(second, eta, 0.0) > 0.05**2, "there is something to cut"
+    assert optimal_variance(second, eta, 0.0) > 0.05**2, "there is something to cut"
     assert added_noise(scheduler, 40, eta) == pytest.approx(0.01, rel=1e-9)
     assert float(scheduler._get_variance(40)) == pytest.approx(1e-4, rel=1e-6)
-    uncut = analytic_variance(first, eta, 0.0)
+    uncut = optimal_variance(first, eta, 0.0)
     assert uncut > 1 - first.alpha_bar_prev
     assert added_noise(scheduler, 999, eta) == pytest.approx(math.sqrt(uncut), rel=1e-9)
     scheduler = GaussianDiffusionScheduler.create(beta_schedule="cosine", clip_sample=False)
@@ -167,7 +168,7 @@ def test_noise_that_the_last_step_removes_is_added() -> None:
     scheduler.analytic_variance = True
     scheduler.set_timesteps(timesteps=[400, 200])
     step = scheduler.noise_schedule.transitions([400, 200])[0]
-    assert added_noise(scheduler, 400, 1.0) == pytest.approx(math.sqrt(analytic_variance(step, 1.0, MOMENTS[400])))
+    assert added_noise(scheduler, 400, 1.0) == pytest.approx(math.sqrt(optimal_variance(step, 1.0, MOMENTS[400])))
 
 
 def test_only_analytic_noise_is_cut_and_only_in_samples() -> None:
@@ -182,7 +183,7 @@ def test_only_analytic_noise_is_cut_and_only_in_samples() -> None:
         expected = step.posterior_variance if variance_type == "fixed_small" else step.beta
         assert added_noise(other, 300, 1.0) == pytest.approx(math.sqrt(expected), rel=1e-9)
     scheduler.analytic_variance = True
-    assert scheduler.fixed_variance(step) == analytic_variance(step, 1.0, 0.0)
+    assert scheduler.fixed_variance(step) == optimal_variance(step, 1.0, 0.0)
 
 
 def test_the_moments_travel_with_the_pipeline_and_stock_loads_it_as_before(tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_the_moments_travel_with_the_pipeline_and_stock_loads_it_as_before(tmp_p
     stock = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(stock.scheduler) is DDPMScheduler
     assert stock.scheduler.config.variance_type == "fixed_small"
-    (tmp_path / "scheduler" / FILE_NAME).unlink()
+    (tmp_path / "scheduler" / SECOND_MOMENTS_FILE).unlink()
     assert GaussianDiffusionPipeline.from_pretrained(tmp_path).scheduler.eps_second_moments is None
 
 
@@ -211,8 +212,8 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
             scheduler.save_second_moments(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
-    GaussianDiffusionScheduler().load_second_moments(tmp_path / FILE_NAME)
+    assert [path.name for path in tmp_path.iterdir()] == [SECOND_MOMENTS_FILE]
+    GaussianDiffusionScheduler().load_second_moments(tmp_path / SECOND_MOMENTS_FILE)
 
 
 @pytest.mark.parametrize(
@@ -228,9 +229,9 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
     ],
 )
 def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path, content: bytes, sentence: str) -> None:
-    (tmp_path / FILE_NAME).write_bytes(content)
+    (tmp_path / SECOND_MOMENTS_FILE).write_bytes(content)
     with pytest.raises(ValueError, match=sentence):
-        GaussianDiffusionScheduler().load_second_moments(tmp_path / FILE_NAME)
+        GaussianDiffusionScheduler().load_second_moments(tmp_path / SECOND_MOMENTS_FILE)
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small_log", "fixed_large", "fixed_large_log"])

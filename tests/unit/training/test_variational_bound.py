@@ -11,7 +11,7 @@ from scipy import integrate, stats
 
 from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
-from ddpm_hf.diffusion.forward_process import CHOICES
+from ddpm_hf.diffusion.scheduler import CHOICES
 from ddpm_hf.training.loss import DenoisingLoss
 from tests.conftest import tiny_unet
 

@@ -7,7 +7,7 @@ import torch
 
 from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler, NoiseSchedule, make_betas
-from ddpm_hf.diffusion.noise_schedule import rescale_to_zero_terminal_snr
+from ddpm_hf.diffusion.schedule import rescale_to_zero_terminal_snr
 from ddpm_hf.training.loss import DenoisingLoss, loss_weight
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")

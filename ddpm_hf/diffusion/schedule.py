@@ -1,38 +1,38 @@
-"""The tables of a diffusion process, which follow from its betas; and betas by the name of their schedule.
+"""Noise schedules and timesteps: betas, their tables in float64, timestep spacing and the transitions of a run.
 
-Everything here is float64 on the CPU and has no state. Legend, in the notation of Ho et al. 2020 with t = 0 ... T-1:
-beta_t is the variance added at step t, alpha_bar_t = prod_{s <= t} (1 - beta_s), and alpha_bar_{-1} = 1 is clean data.
+Symbols follow Ho et al. 2020 with t = 0 ... T-1: beta_t is the variance added at step t,
+alpha_bar_t = prod_{s <= t} (1 - beta_s), and alpha_bar_{-1} = 1 is clean data. All tables are float64 on the CPU.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-CORE_VERSION = "1.2.0"
-
 STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 """The schedules that every scheduler of diffusers knows by name."""
 LARGEST_BETA = 0.999
-"""Of schedules by alpha_bar, as that may fall to 0, where no signal is left. Section 3.2, Nichol and Dhariwal 2021."""
+"""Limit for schedules defined by alpha_bar, which may fall to 0. Section 3.2, Nichol and Dhariwal 2021."""
 SMALLEST_BETA = 1e-12
-"""Float64 tells 1 - beta from 1 to four digits down to here."""
+"""Below this, float64 keeps fewer than four digits of beta in 1 - beta."""
+SMALLEST_ALPHA_BAR = 1e-38
+"""Below this, x_t contains no signal in float32: dividing by sqrt(alpha_bar) could overflow."""
 
 
 class Transition(NamedTuple):
-    """One step from t to t', the next timestep of the list being run, as host floats: a step of a shorter chain.
+    """One reverse step from timestep t to the next timestep t' of the list, in Python floats.
 
     Attributes:
         timestep: t.
-        previous_timestep: t', -1 for clean data.
+        previous_timestep: t', or -1 for clean data.
         alpha_bar: alpha_bar_t.
         alpha_bar_prev: alpha_bar_t', 1 for clean data.
-        beta: 1 - alpha_bar_t / alpha_bar_t', the beta of the shorter chain; beta_t only where t' = t-1.
-        posterior_variance: beta (1 - alpha_bar_t') / (1 - alpha_bar_t), the beta~ of that chain; 0 for clean data.
+        beta: 1 - alpha_bar_t / alpha_bar_t', the variance added between t' and t; beta_t if t' = t-1.
+        posterior_variance: beta (1 - alpha_bar_t') / (1 - alpha_bar_t); 0 for clean data.
     """
 
     timestep: int
@@ -53,12 +53,11 @@ class NoiseSchedule:
         sqrt_alphas_cumprod: The factor of x_0 in x_t.
         sqrt_one_minus_alphas_cumprod: The factor of the noise in x_t.
         snr: alpha_bar_t / (1 - alpha_bar_t).
-        log_betas: log beta_t, the upper bound of the learned range.
-        posterior_mean_coef_x_0: Eq. 7, Ho et al. 2020, factor of x_0.
-        posterior_mean_coef_x_t: Eq. 7, Ho et al. 2020, factor of x_t.
+        log_betas: log beta_t, the upper bound of a learned variance.
+        posterior_mean_coef_x_0: Factor of x_0 in the posterior mean. Eq. 7, Ho et al. 2020.
+        posterior_mean_coef_x_t: Factor of x_t in the posterior mean. Eq. 7, Ho et al. 2020.
         posterior_variance: Eq. 7, Ho et al. 2020; 0 at t = 0.
-        posterior_log_variance: Its logarithm; at t = 0, where it would be -inf, that of t = 1, or, in a chain of one
-            step, log beta_0.
+        posterior_log_variance: Its logarithm, with the value of t = 1 at t = 0 (log beta_0 if T = 1).
     """
 
     betas: torch.Tensor
@@ -74,10 +73,10 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: torch.Tensor | np.ndarray | Sequence[float]) -> "NoiseSchedule":
-        """Builds every table from the betas.
+        """Compute all tables from the betas.
 
         Raises:
-            ValueError: A beta is not a number from `SMALLEST_BETA` to 1.
+            ValueError: If a beta is not a number between `SMALLEST_BETA` and 1.
         """
         try:
             betas = torch.as_tensor(betas, dtype=torch.float64)
@@ -93,9 +92,9 @@ class NoiseSchedule:
             )
         alpha_bar = torch.cumprod(1 - betas, dim=0)
         alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
-        log_variance = variance.log()  # at t = 0 of 0, which no bound and no range of variances can take
-        log_variance[0] = log_variance[1] if len(betas) > 1 else betas[0].log()
+        posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        posterior_log_variance = posterior_variance.log()  # -inf at t = 0
+        posterior_log_variance[0] = posterior_log_variance[1] if len(betas) > 1 else betas[0].log()
         return cls(
             betas=betas,
             alphas_cumprod=alpha_bar,
@@ -103,34 +102,32 @@ class NoiseSchedule:
             sqrt_one_minus_alphas_cumprod=(1 - alpha_bar).sqrt(),
             snr=alpha_bar / (1 - alpha_bar),
             log_betas=betas.log(),
-            # Eq. 7: mu~_t = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
-            #             + sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t.
+            # Eq. 7, Ho et al. 2020
             posterior_mean_coef_x_0=alpha_bar_prev.sqrt() * betas / (1 - alpha_bar),
             posterior_mean_coef_x_t=(1 - betas).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar),
-            posterior_variance=variance,
-            posterior_log_variance=log_variance,
+            posterior_variance=posterior_variance,
+            posterior_log_variance=posterior_log_variance,
         )
 
     def __len__(self) -> int:
-        """Returns T."""
+        """Return T."""
         return len(self.betas)
 
     def transitions(self, timesteps: Sequence[int]) -> list[Transition]:
-        """Returns one row for each step of a descending list of timesteps; the last one goes to alpha_bar = 1.
-
-        From t to t', the next of the list (section 4, Nichol and Dhariwal 2021):
-        beta = 1 - alpha_bar_t / alpha_bar_t' and beta~ = beta (1 - alpha_bar_t') / (1 - alpha_bar_t).
-        """
+        """Return the reverse step from each timestep of a descending list; the last one leads to clean data."""
         table: list[float] = self.alphas_cumprod.tolist()
-        alpha_bar = [table[t] for t in timesteps]
-        rows = zip(timesteps, [*timesteps[1:], -1], alpha_bar, [*alpha_bar[1:], 1.0], strict=True)
         transitions = []
-        for t, previous, a, a_prev in rows:
-            # Between two states without signal: fresh noise. Numbers near 1e-308 have too few digits for a ratio.
+        for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
+            a, a_prev = table[t], table[t_prev] if t_prev >= 0 else 1.0
+            # Section 4, Nichol and Dhariwal 2021. The ratio of two numbers near 1e-308 has too few digits; there,
+            # neither state contains any signal, and the step adds fresh noise.
             beta = 1 - a / a_prev if a_prev > 1e-300 else 1.0
             posterior_variance = beta * (1 - a_prev) / (1 - a)
-            transitions.append(Transition(t, previous, a, a_prev, beta, posterior_variance))
+            transitions.append(Transition(t, t_prev, a, a_prev, beta, posterior_variance))
         return transitions
+
+
+# Beta schedules
 
 
 def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> torch.Tensor:
@@ -167,7 +164,7 @@ def jsd_betas(num_timesteps: int, beta_start: float, beta_end: float) -> torch.T
 
 
 def betas_from_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float]) -> torch.Tensor:
-    """Betas of a continuous alpha_bar on [0, 1]: 1 - alpha_bar((i+1)/T) / alpha_bar(i/T), at most `LARGEST_BETA`."""
+    """beta_t = min(1 - alpha_bar((t+1)/T) / alpha_bar(t/T), `LARGEST_BETA`) for a function alpha_bar on [0, 1]."""
     points = [alpha_bar(i / num_timesteps) for i in range(num_timesteps + 1)]
     ratios = [after / before for before, after in itertools.pairwise(points)]
     return torch.tensor([min(1 - ratio, LARGEST_BETA) for ratio in ratios], dtype=torch.float64)
@@ -181,7 +178,7 @@ def cosine_alpha_bar(u: float) -> float:
 def laplace_alpha_bar(u: float) -> float:
     """sqrt(SNR / (1 + SNR)) with log SNR = -sign(1/2 - u) log(1 - 2 |1/2 - u|) / 2. Hang et al. 2024.
 
-    The square root, which the paper does not take, and the 1e-6 that keeps it finite are those of diffusers.
+    The square root, which is not in the paper, and the 1e-6 that keeps it finite follow diffusers.
     """
     log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
     return math.sqrt(math.exp(log_snr) / (1 + math.exp(log_snr)))
@@ -207,25 +204,25 @@ BETA_SCHEDULES: dict[str, Callable[[int, float, float], torch.Tensor]] = {
 }
 BETA_SCHEDULE_ALIASES = {"cosine": "squaredcos_cap_v2", "quad": "scaled_linear"}
 BETA_RANGES = ("linear", "scaled_linear", "sigmoid", "warmup10", "warmup50", "const")
-"""The schedules that are a range of betas: multiplying beta_start and beta_end multiplies every beta."""
+"""The schedules between beta_start and beta_end: multiplying both multiplies every beta."""
 
 
 def make_betas(
     beta_schedule: str, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> torch.Tensor:
-    """Returns the betas of a named schedule.
+    """Return the betas of a named schedule.
 
     Args:
         beta_schedule: A key of `BETA_SCHEDULES`, or its alias `cosine` or `quad`.
-        num_timesteps: Length T of the chain.
-        beta_start: First beta, for the schedules that are a range of betas; ignored by those with a fixed formula.
-        beta_end: Last beta, likewise.
+        num_timesteps: Number T of timesteps.
+        beta_start: First beta of a schedule in `BETA_RANGES`; the others ignore it.
+        beta_end: Last beta of a schedule in `BETA_RANGES`; the others ignore it.
 
     Returns:
         float64 tensor of shape (T,).
 
     Raises:
-        ValueError: The name is unknown, T is no positive whole number, or 0 < beta_start <= beta_end <= 1 is not true.
+        ValueError: If the name is unknown, T < 1, or not 0 < beta_start <= beta_end <= 1.
     """
     name = BETA_SCHEDULE_ALIASES.get(str(beta_schedule), str(beta_schedule))
     if name not in BETA_SCHEDULES:
@@ -234,22 +231,22 @@ def make_betas(
     if whole_number("num_train_timesteps", num_timesteps) < 1:
         raise ValueError(f"num_train_timesteps is {num_timesteps}; it must be at least 1.")
     first = beta_end if name == "const" else beta_start
-    numbers = isinstance(first, int | float) and isinstance(beta_end, int | float)
-    if name in BETA_RANGES and not (numbers and 0 < first <= beta_end <= 1):
+    are_numbers = isinstance(first, int | float) and isinstance(beta_end, int | float)
+    if name in BETA_RANGES and not (are_numbers and 0 < first <= beta_end <= 1):
         raise ValueError(
             f"beta_start is {beta_start!r} and beta_end {beta_end!r}; they must be numbers with 0 < beta_start <="
-            " beta_end <= 1. Betas that fall can be given as trained_betas."
+            " beta_end <= 1. Pass decreasing betas as trained_betas."
         )
     return BETA_SCHEDULES[name](num_timesteps, beta_start, beta_end)
 
 
 def scale_beta_range(beta_schedule: str, num_timesteps: int, beta_start: float, beta_end: float) -> tuple[float, float]:
-    """Returns a range of betas, tuned to T = 1000, for another T: times 1000 / T, as the sum of the betas then stays.
+    """Multiply beta_start and beta_end, tuned for T = 1000, by 1000 / T, which keeps the sum of the betas.
 
-    The code of Nichol and Dhariwal 2021 does so for `linear`; it means the same for every schedule in `BETA_RANGES`.
+    The code of Nichol and Dhariwal 2021 does this for `linear`.
 
     Raises:
-        ValueError: The schedule is no range, or T is so small that a beta would exceed 1.
+        ValueError: If the schedule is not in `BETA_RANGES`, or T is so small that a beta would exceed 1.
     """
     if BETA_SCHEDULE_ALIASES.get(beta_schedule, beta_schedule) not in BETA_RANGES:
         raise ValueError(
@@ -266,10 +263,10 @@ def scale_beta_range(beta_schedule: str, num_timesteps: int, beta_start: float, 
 
 
 def rescale_to_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
-    """Algorithm 1, Lin et al. 2024: shift and scale sqrt(alpha_bar) so that its last value is exactly 0.
+    """Shift and scale sqrt(alpha_bar) so that its last value is exactly 0. Algorithm 1, Lin et al. 2024.
 
     Raises:
-        ValueError: There is only one beta: the first value cannot stay while the last becomes 0.
+        ValueError: If there is only one beta.
     """
     if len(betas) < 2:
         raise ValueError("rescale_betas_zero_snr needs at least 2 timesteps; leave it out.")
@@ -277,14 +274,115 @@ def rescale_to_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     first, last = sqrt_alpha_bar[0], sqrt_alpha_bar[-1]
     alpha_bar = ((sqrt_alpha_bar - last) * first / (first - last)) ** 2
     ratio = alpha_bar / torch.cat([torch.ones(1, dtype=betas.dtype), alpha_bar[:-1]])
-    return 1 - ratio.nan_to_num()  # 0 / 0, where the signal had ended before: it stays away
+    return 1 - ratio.nan_to_num()  # 0 / 0 after the signal has reached 0
+
+
+# Timesteps
+
+
+def spaced_timesteps(spacing: str, num_inference_steps: int, num_train_timesteps: int, offset: int = 0) -> list[int]:
+    """Return `num_inference_steps` descending timesteps.
+
+    Args:
+        spacing: `leading`, `trailing` or `linspace` (Table 2, Lin et al. 2024, in the arithmetic of diffusers), or
+            `quadratic`, which puts more steps near t = 0 (appendix D.2, Song et al. 2021) and starts at T-1.
+        num_inference_steps: Number n of steps, 1 ... T.
+        num_train_timesteps: Number T of training timesteps.
+        offset: Added to each timestep of `leading`.
+
+    Raises:
+        ValueError: If the spacing is unknown.
+    """
+    n, total = num_inference_steps, num_train_timesteps
+    if spacing == "leading":
+        ascending = np.arange(n) * (total // n) + offset
+    elif spacing == "trailing":
+        # arange with a float step may return one entry too many, which would be -1.
+        ascending = np.round(np.arange(total, 0, -total / n))[:n][::-1] - 1
+    elif spacing == "linspace":
+        ascending = np.linspace(0, total - 1, n).round()
+    elif spacing == "quadratic":
+        ascending = np.round(np.linspace(0, 1, n) ** 2 * (total - 1)) if n > 1 else np.array([total - 1])
+        # Rounding repeats small values: raise each one above its predecessor.
+        ascending = np.maximum.accumulate(ascending - np.arange(n)) + np.arange(n)
+    else:
+        raise ValueError(
+            f"timestep_spacing {spacing!r} is unknown; choose leading, trailing, linspace"
+            " or, as an argument of set_timesteps or of the pipeline, quadratic."
+        )
+    return [int(t) for t in ascending[::-1]]
+
+
+class InferenceTimesteps:
+    """A descending list of timesteps: the tensor that a sampling loop iterates over, and the transition of each step.
+
+    Args:
+        schedule: The tables.
+        timesteps: Strictly descending, each in 0 ... T-1.
+        device: Device of the tensor.
+
+    Raises:
+        ValueError: If the list is empty, not strictly descending, out of range, or not of whole numbers.
+    """
+
+    def __init__(
+        self, schedule: NoiseSchedule, timesteps: Iterable[int], device: str | torch.device | None = None
+    ) -> None:
+        try:
+            timesteps = [whole_number("A timestep", t) for t in timesteps]
+        except TypeError as error:
+            raise ValueError(f"timesteps is {timesteps!r}; it must be a list of whole numbers.") from error
+        if not timesteps:
+            raise ValueError("timesteps is empty; at least one step is needed.")
+        if any(after >= before for before, after in itertools.pairwise(timesteps)):
+            raise ValueError("timesteps must be strictly descending.")
+        if timesteps[0] >= len(schedule) or timesteps[-1] < 0:
+            raise ValueError(
+                f"timesteps run from {timesteps[0]} to {timesteps[-1]}, outside 0 ... {len(schedule) - 1};"
+                " lower num_inference_steps or steps_offset, or change the list."
+            )
+        self.transitions = schedule.transitions(timesteps)
+        self._index_of = {t: index for index, t in enumerate(timesteps)}
+        with torch.inference_mode(False):  # inference tensors have no version counter
+            self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
+        self._version = self.timesteps._version
+
+    def index_for_timestep(self, timestep: int | torch.Tensor) -> int:
+        """Return the index of a timestep, without reading from the device if it is an element of `self.timesteps`.
+
+        Raises:
+            ValueError: If the timestep is not one number of the list.
+        """
+        value: Any = timestep
+        if isinstance(timestep, torch.Tensor):
+            if timestep.numel() != 1:
+                raise ValueError(f"timestep has shape {tuple(timestep.shape)}; a step takes one for the whole batch.")
+            offset = int(timestep.storage_offset()) - int(self.timesteps.storage_offset())
+            is_element = (
+                timestep.device == self.timesteps.device
+                and timestep.dtype == self.timesteps.dtype
+                and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
+                and self.timesteps._version == self._version  # no value was changed in place
+                and 0 <= offset < len(self.transitions)
+            )
+            if is_element:
+                return offset
+            value = timestep.item()
+        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        index = self._index_of.get(value) if is_number else None
+        if index is None:
+            raise ValueError(
+                f"timestep {value!r} is not in the list of {len(self.transitions)} timesteps being run"
+                f" ({self.transitions[0].timestep} ... {self.transitions[-1].timestep}); call set_timesteps first."
+            )
+        return index
 
 
 def whole_number(name: str, value: object) -> int:
-    """Returns a whole number of any numeric type as an int.
+    """Return a whole number of any numeric type as an int.
 
     Raises:
-        ValueError: It is none; the sentence begins with `name`.
+        ValueError: If it is not a whole number; the message begins with `name`.
     """
     try:
         number = int(value)  # type: ignore[call-overload]

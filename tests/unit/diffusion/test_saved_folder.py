@@ -1,7 +1,6 @@
-"""The saved folder: its index, its code, and what may not be in it."""
+"""The saved folder: its index, its code, and what it must not contain."""
 
 import ast
-import importlib
 import inspect
 import json
 import re
@@ -17,8 +16,9 @@ from oracles import seeded, tiny_unet
 
 import ddpm_hf.diffusion
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.diffusion.pipeline import PORTABLE_FILES
+from ddpm_hf.diffusion.saved_folder import PORTABLE_FILES
 
+SAVED_BY_0_1 = Path(__file__).parents[2] / "fixtures" / "saved_0_1"
 CORE = Path(inspect.getfile(ddpm_hf.diffusion)).parent
 LIST_FORM = ["pipeline", "GaussianDiffusionPipeline"]
 
@@ -76,7 +76,7 @@ def test_a_loaded_folder_saves_itself_again_byte_for_byte_and_without_its_path(t
     assert not any(str(tmp_path).encode() in content for content in contents(tmp_path / "second").values())
 
 
-def test_what_stock_folders_lack_is_written_only_where_true_and_read_back(tmp_path: Path) -> None:
+def test_options_that_stock_lacks_are_saved_only_if_set_and_read_back(tmp_path: Path) -> None:
     names = {"0": "cat", "1": "dog"}
     index = save(tmp_path, tiny_unet(num_class_embeds=3), class_names=names, has_null_label=True)
     assert index["class_names"] == names
@@ -102,10 +102,10 @@ def test_what_stock_folders_lack_is_written_only_where_true_and_read_back(tmp_pa
         ({}, ("UniPCMultistepScheduler", {}), {}),
     ],
 )
-def test_what_the_stock_pipeline_would_sample_wrongly_asks_for_the_code(
+def test_an_index_asks_for_the_code_where_the_stock_pipeline_would_sample_wrongly(
     tmp_path: Path, unet: dict, scheduler: tuple[str, dict], extras: dict
 ) -> None:
-    """The list form: stock refuses it without consent, the installed class loads it without."""
+    """The list form: stock asks for consent, the installed class loads it without."""
     name, config = scheduler
     native = GaussianDiffusionScheduler(**config)
     used = native if name == "GaussianDiffusionScheduler" else getattr(diffusers, name).from_config(native.config)
@@ -127,7 +127,7 @@ def test_what_the_stock_pipeline_would_sample_wrongly_asks_for_the_code(
         ({}, DDIMScheduler()),
     ],
 )
-def test_what_the_stock_pipeline_runs_or_refuses_keeps_the_stock_index(
+def test_an_index_is_stock_where_the_stock_pipeline_samples_correctly_or_asks_for_labels(
     tmp_path: Path, unet: dict, scheduler: Any
 ) -> None:
     index = save(tmp_path, tiny_unet(**unet), scheduler)
@@ -141,14 +141,14 @@ def test_what_the_stock_pipeline_runs_or_refuses_keeps_the_stock_index(
         assert bool(images(stock).isfinite().all())
 
 
-def test_a_foreign_scheduler_stays_itself(tmp_path: Path) -> None:
+def test_another_scheduler_is_saved_as_itself(tmp_path: Path) -> None:
     index = save(tmp_path, scheduler=DDIMScheduler())
     assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
     assert type(GaussianDiffusionPipeline.from_pretrained(tmp_path).scheduler) is DDIMScheduler
 
 
 def test_a_folder_that_the_stock_pipeline_saved_with_our_scheduler_loads(tmp_path: Path) -> None:
-    """As train_unconditional.py does with our scheduler in it; the index then names our module."""
+    """As train_unconditional.py with our scheduler does; the index then names our module."""
     DDPMPipeline(tiny_unet(), GaussianDiffusionScheduler()).save_pretrained(tmp_path)
     assert "ddpm_hf" in (tmp_path / "model_index.json").read_text()
     for kind in (GaussianDiffusionPipeline, DDPMPipeline):
@@ -165,7 +165,7 @@ def test_half_precision_weights_can_be_saved_beside_the_others(tmp_path: Path) -
     assert torch.equal(images(loaded), images(half))
 
 
-def test_pickled_weights_are_read_only_when_asked_for(tmp_path: Path) -> None:
+def test_pickled_weights_are_read_only_on_request(tmp_path: Path) -> None:
     GaussianDiffusionPipeline(tiny_unet(), GaussianDiffusionScheduler()).save_pretrained(
         tmp_path, safe_serialization=False
     )
@@ -186,7 +186,7 @@ def test_other_load_errors_are_those_of_diffusers(tmp_path: Path) -> None:
     assert "use_safetensors" not in str(failure.value)
 
 
-def test_a_pipeline_is_made_from_a_stock_one_and_saved_without_traces_of_it(tmp_path: Path) -> None:
+def test_a_pipeline_can_be_created_from_a_stock_one_and_saved(tmp_path: Path) -> None:
     DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "stock")
     stock = DDPMPipeline.from_pretrained(tmp_path / "stock")
     pipe = GaussianDiffusionPipeline.from_pipe(stock)
@@ -196,36 +196,37 @@ def test_a_pipeline_is_made_from_a_stock_one_and_saved_without_traces_of_it(tmp_
     assert index == json.loads((tmp_path / "stock" / "model_index.json").read_text())
 
 
-# The code that travels
+# The code in the folder
 
 
-def test_the_files_that_travel_are_those_of_the_core() -> None:
+def test_the_saved_files_are_those_of_the_core() -> None:
     assert set(PORTABLE_FILES) == {path.name for path in CORE.glob("*.py")} - {"__init__.py"}
 
 
 def test_pipeline_names_every_other_file_of_the_core() -> None:
-    """Diffusers copies from a local folder the files that pipeline.py names, not those that they name."""
+    """From a local folder, diffusers copies only the files that pipeline.py imports from."""
     tree = ast.parse((CORE / "pipeline.py").read_text())
     named = {f"{node.module}.py" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
     assert named == set(PORTABLE_FILES) - {"pipeline.py"}
 
 
-@pytest.mark.parametrize("name", PORTABLE_FILES)
-def test_each_file_carries_the_version_and_imports_nothing_of_the_package(name: str) -> None:
-    """Diffusers finds imports by a regular expression, in docstrings too."""
-    text = (CORE / name).read_text()
-    assert f'CORE_VERSION = "{ddpm_hf.diffusion.pipeline.CORE_VERSION}"' in text
-    modules = re.findall(r"^\s*(?:from|import)\s+(\S+)", text, re.MULTILINE)
-    libraries = {module.split(".")[0] for module in modules if not module.startswith(".")}
-    assert "ddpm_hf" not in libraries
+def test_the_files_import_nothing_of_the_package_and_not_each_other_in_a_circle() -> None:
+    """Diffusers finds imports by a regular expression, in docstrings too, and follows circles forever."""
+    needs: dict[str, set[str]] = {}
+    for name in PORTABLE_FILES:
+        text = (CORE / name).read_text()
+        modules = set(re.findall(r"^\s*(?:from|import)\s+(\S+)", text, re.MULTILINE))
+        assert not any(module.split(".")[0] == "ddpm_hf" for module in modules)
+        needs[name] = {f"{module[1:]}.py" for module in modules if re.fullmatch(r"\.\w+", module)}
+        needs[name] |= {f"{module}.py" for module in re.findall(r"^from \. import (\w+)", text, re.MULTILINE)}
+    while needs:
+        leaves = {name for name, others in needs.items() if not others & set(needs)}
+        assert leaves, needs
+        needs = {name: others for name, others in needs.items() if name not in leaves}
 
 
-def test_files_of_another_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As happens when a second folder is loaded in one process: only its pipeline.py is executed anew."""
-    package = tmp_path / "mixed_core"
-    shutil.copytree(CORE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    older = (package / "scheduler.py").read_text().replace('CORE_VERSION = "', 'CORE_VERSION = "0.')
-    (package / "scheduler.py").write_text(older)
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ImportError, match="Restart Python before loading this one, or install ddpm_hf"):
-        importlib.import_module("mixed_core")
+def test_saving_removes_the_code_of_version_0_1_and_nothing_else(tmp_path: Path) -> None:
+    shutil.copytree(SAVED_BY_0_1, tmp_path / "folder")
+    (tmp_path / "folder" / "sampling.py").write_text("print('mine')\n")
+    save(tmp_path / "folder")
+    assert {path.name for path in (tmp_path / "folder").glob("*.py")} == {*PORTABLE_FILES, "sampling.py"}
