@@ -1,4 +1,4 @@
-"""Processes that start in a tenth of a second: forked from a server that imported the package and did nothing else.
+"""Processes that start in a second: forked from a server that imported the libraries and did nothing else.
 
 For promises about a process of its own: exit codes, signals, kills, several ranks. A promise about what an import does,
 or about variables that a library reads while it is imported, needs `tests.conftest.run_process`.
@@ -15,18 +15,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# Imported once, before the fork, also what a command would import when it first needs it.
+# Imported once, before the fork, with the parts that a training run imports on their first use. The package itself is
+# imported afterwards, because one of its modules records the parent process.
+import accelerate  # noqa: F401
 import datasets  # noqa: F401
+import diffusers
+import jsonargparse  # noqa: F401
 import torch
 import torch._dynamo  # by the first step of an optimizer
 
-import ddpm_hf.cli.evaluate
-import ddpm_hf.cli.sample
-import ddpm_hf.cli.train
-import ddpm_hf.evaluation.recognition
-import ddpm_hf.training.trainer  # noqa: F401
-from ddpm_hf.cli import main
-
+diffusers.DDPMPipeline, diffusers.UNet2DModel  # noqa: B018 - imported by their first use
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -69,10 +67,12 @@ def wait_for_line(process: BaseProcess, log: Path, beginning: str) -> None:
 
 def run_command(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run `ddpm-hf ARGUMENTS` in a forked process and return its exit code and what it printed."""
+    from ddpm_hf.cli.main import main
+
     command = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "stdout")
-        process = start(main.main, command, log=log, **environment)
+        process = start(main, command, log=log, **environment)
         process.join()
         assert process.exitcode is not None
         printed = (path.read_text(encoding="utf-8") for path in (log, Path(f"{log}.err")))

@@ -3,8 +3,8 @@
     with LoopbackHub() as hub:
         hub.repository("user/model").commit(files_of(folder))
 
-Clients find it by HF_ENDPOINT=hub.endpoint, HF_TOKEN=hub.token and HF_HUB_DISABLE_XET=1. As on the real Hub, large
-files are uploaded to and downloaded from another origin, which must not see the token.
+Clients find it by HF_ENDPOINT=hub.endpoint, HF_TOKEN=hub.token and HF_HUB_DISABLE_XET=1. Large files are uploaded to
+/storage, which refuses requests with a token.
 """
 
 import base64
@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
 from typing_extensions import Self
 
 USER, ORGANIZATION, READ_ONLY_ORGANIZATION = "user", "org", "readers"
@@ -62,17 +62,14 @@ class Repository:
         return self.commits[self.branches.get(revision) or self.tags.get(revision) or revision]
 
 
-@dataclass(frozen=True)
-class Upload:
-    """A commit of a client: its message, the sizes of the files it names, and the paths it deletes."""
+class Upload(NamedTuple):
+    """A commit of a client: its message and the files that it names."""
 
     message: str
-    files: dict[str, int]
-    deleted: list[str]
+    files: set[str]
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     method: str
     path: str
     query: dict[str, list[str]]
@@ -80,11 +77,10 @@ class Request:
     body: bytes
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     status: int = 200
     content: bytes = b""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 class Refused(Exception):
@@ -100,7 +96,7 @@ def as_json(value: Any, status: int = 200) -> Response:
 
 
 class LoopbackHub:
-    """The Hub and the storage of large files, each on its own port, as a context manager.
+    """A Hub that is served within its context.
 
     Attributes:
         endpoint: Value for HF_ENDPOINT.
@@ -122,20 +118,16 @@ class LoopbackHub:
         self._received: list[bytes] = []
         self._faults: list[dict[str, Any]] = []
         self._lock = threading.RLock()
-        self._servers = [serve(self, self._answer), serve(self, self._answer_of_storage)]
-        hub, storage = (server.server_port for server in self._servers)
-        # Two host names, because clients send the token to the host of the endpoint only.
-        self.endpoint, self._storage = f"http://127.0.0.1:{hub}", f"http://localhost:{storage}"
+        self._server = serve(self)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Self:
-        for server in self._servers:
-            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for server in self._servers:
-            server.shutdown()
-            server.server_close()
+        self._server.shutdown()
+        self._server.server_close()
 
     @property
     def seen(self) -> bytes:
@@ -176,28 +168,15 @@ class LoopbackHub:
                     return status
         return None
 
-    def receive(self, content: bytes) -> None:
-        """Record a body."""
-        self._received.append(content)
-
-    def _answer(self, request: Request) -> Response:
-        for method, pattern, route in ROUTES:
+    def answer(self, request: Request) -> Response:
+        """Answer a request by its route."""
+        self._received.append(request.body)
+        for methods, pattern, route in ROUTES:
             found = re.fullmatch(pattern, request.path)
-            if found and request.method in method.split():
+            if found and request.method in methods.split():
                 with self._lock:
                     return route(self, request, *(unquote(part) for part in found.groups() if part is not None))
         raise Refused(404, "EntryNotFound", f"no route for {request.method} {request.path}")
-
-    def _answer_of_storage(self, request: Request) -> Response:
-        if "Authorization" in request.headers:
-            raise Refused(400, "InvalidRequest", "the token was sent to the storage")
-        name = request.path.removeprefix("/")
-        if request.method != "PUT":
-            return Response(200, self._stored[name])
-        if sha256(request.body) != name:
-            raise Refused(400, "", "the content is not the announced one")
-        self._stored[name] = request.body
-        return Response()
 
     # Reading
 
@@ -259,13 +238,8 @@ class LoopbackHub:
         content = repository.commits[commit].get(path)
         if content is None:
             raise Refused(404, "EntryNotFound", f"{name} has no file {path}.", **{"X-Repo-Commit": commit})
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{git_id(content)}"'}
-        if not path.endswith(LARGE_FILES):
-            return Response(200, content, headers)
-        stored = sha256(content)
-        self._stored[stored] = content
-        headers |= {"X-Linked-ETag": f'"{stored}"', "X-Linked-Size": str(len(content))}
-        return Response(302, b"", headers | {"Location": f"{self._storage}/{stored}"})
+        etag = f'"{(sha256 if path.endswith(LARGE_FILES) else git_id)(content)}"'
+        return Response(200, content, {"X-Repo-Commit": commit, "ETag": etag})
 
     # Writing
 
@@ -299,20 +273,14 @@ class LoopbackHub:
         return as_json({})
 
     def _validate_yaml(self, request: Request) -> Response:
-        head = re.match(r"---\r?\n(.*?)^---\s*$", json.loads(request.body)["content"], re.DOTALL | re.MULTILINE)
-        try:
-            is_valid = head is None or isinstance(yaml.safe_load(head[1]), dict)
-        except yaml.YAMLError:
-            is_valid = False
-        errors = [] if is_valid else [{"message": "the metadata is not a YAML mapping"}]
-        return as_json({"errors": errors, "warnings": []}, 200 if is_valid else 400)
+        return as_json({"errors": [], "warnings": []})
 
     def _preupload(self, request: Request, name: str, revision: str) -> Response:
         self._open_for_writing(request, name, as_pull_request="create_pr" in request.query)
         repository, commit = self._open(request, name, revision)
         existing, answer = repository.commits[commit], []
         for file in json.loads(request.body)["files"]:
-            self.receive(base64.b64decode(file["sample"]))
+            self._received.append(base64.b64decode(file["sample"]))
             path, is_large = file["path"], file["path"].endswith(LARGE_FILES)
             known = (sha256 if is_large else git_id)(existing[path]) if path in existing else None
             mode = "lfs" if is_large else "regular"
@@ -325,9 +293,15 @@ class LoopbackHub:
         for entry in json.loads(request.body)["objects"]:
             answer = {"oid": entry["oid"], "size": entry["size"]}
             if entry["oid"] not in self._stored:
-                answer["actions"] = {"upload": {"href": f"{self._storage}/{entry['oid']}"}}
+                answer["actions"] = {"upload": {"href": f"{self.endpoint}/storage/{entry['oid']}"}}
             objects.append(answer)
         return as_json({"transfer": "basic", "objects": objects})
+
+    def _store(self, request: Request, name: str) -> Response:
+        if "Authorization" in request.headers or sha256(request.body) != name:
+            raise Refused(400, "InvalidRequest", "a request with a token, or with another content than announced")
+        self._stored[name] = request.body
+        return Response()
 
     def _commit(self, request: Request, name: str, revision: str) -> Response:
         as_pull_request = "create_pr" in request.query
@@ -336,20 +310,19 @@ class LoopbackHub:
         header, *operations = (json.loads(line) for line in request.body.splitlines())
         if header["value"].get("parentCommit", parent) != parent:
             raise Refused(412, "", "A commit has happened since. Please refresh and try again.")
-        files, sizes, deleted = dict(repository.commits[parent]), {}, []
+        files, named = dict(repository.commits[parent]), set()
         for operation in operations:
             path, value = operation["value"]["path"], operation["value"]
             if operation["key"] == "deletedFile":
                 del files[path]
-                deleted.append(path)
                 continue
             is_inline = operation["key"] == "file"
             files[path] = base64.b64decode(value["content"]) if is_inline else self._stored[value["oid"]]
-            sizes[path] = len(files[path])
-            self.receive(files[path])
+            named.add(path)
+            self._received.append(files[path])
         number = sum(branch.startswith("refs/pr/") for branch in repository.branches) + 1
         commit = repository.commit(files, f"refs/pr/{number}" if as_pull_request else revision)
-        self.uploaded.append(Upload(header["value"]["summary"], sizes, deleted))
+        self.uploaded.append(Upload(header["value"]["summary"], named))
         answer = {"success": True, "commitOid": commit, "commitUrl": f"{self.endpoint}/{name}/commit/{commit}"}
         if as_pull_request:
             answer["pullRequestUrl"] = f"{self.endpoint}/{name}/discussions/{number}"
@@ -368,11 +341,12 @@ ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
     ("POST", r"/api/validate-yaml", LoopbackHub._validate_yaml),
     ("POST", rf"/api/models/{_NAME}/preupload/{_REVISION}", LoopbackHub._preupload),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", LoopbackHub._lfs_batch),
+    ("PUT", r"/storage/(\w+)", LoopbackHub._store),
     ("POST", rf"/api/models/{_NAME}/commit/{_REVISION}", LoopbackHub._commit),
 )
 
 
-def serve(hub: LoopbackHub, answer: Callable[[Request], Response]) -> ThreadingHTTPServer:
+def serve(hub: LoopbackHub) -> ThreadingHTTPServer:
     """Return a server on a free port."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -384,13 +358,11 @@ def serve(hub: LoopbackHub, answer: Callable[[Request], Response]) -> ThreadingH
             if failure == "cut":
                 self.rfile.read(min(100, int(self.headers.get("Content-Length", 0))))
                 return self.close()
-            body = self.read_body()
-            hub.receive(body)
-            url = urlsplit(self.path)
+            body, url = self.read_body(), urlsplit(self.path)
             try:
                 if isinstance(failure, int):
                     raise Refused(failure, "", f"status {failure}")
-                response = answer(Request(self.command, url.path, parse_qs(url.query), self.headers, body))
+                response = hub.answer(Request(self.command, url.path, parse_qs(url.query), self.headers, body))
             except Refused as refused:
                 response = refused.response
             if failure == "lost":

@@ -1,9 +1,10 @@
 """Settings of tiny training runs, ways to disturb one, and what two runs are compared by."""
 
+import hashlib
 import json
 import os
 import signal
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def sign(checkpoint: Path, step: int | None = None) -> None:
+    """Rewrite the manifest of a checkpoint so that it fits the files, whatever was done to them."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"] = {
+        name: {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+        for name, content in files_of(checkpoint).items()
+        if name != "manifest.json"
+    }
+    manifest["step"] = manifest["step"] if step is None else step
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
 def assert_same_run(one: Path, other: Path, step: int) -> None:
     """Compare the checkpoints of a step and the metrics of two runs bit by bit."""
     expected, found = (tensors_of(path / "checkpoints" / f"step_{step:08d}") for path in (one, other))
@@ -74,16 +87,21 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
     assert metrics_of(one) == metrics_of(other)
 
 
-def stop_with_signal_after(step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGTERM) -> None:
-    """Send a signal to this process in the middle of optimizer step `step`, counted from 1."""
+def at_step(step: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something at the beginning of optimizer step `step`, counted from 1."""
     train_step = Trainer._train_step
 
-    def train_step_with_signal(self: Trainer, current: int) -> None:
+    def train_step_with_action(self: Trainer, current: int) -> None:
         if current + 1 == step:
-            os.kill(os.getpid(), number)
+            action()
         train_step(self, current)
 
-    monkeypatch.setattr(Trainer, "_train_step", train_step_with_signal)
+    monkeypatch.setattr(Trainer, "_train_step", train_step_with_action)
+
+
+def stop_with_signal_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send SIGTERM to this process in the middle of optimizer step `step`, counted from 1."""
+    at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
 
 
 def poison_loss_at(steps: int | Container[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,9 +281,10 @@ def test_every_test_that_a_document_names_exists(name: str) -> None:
         for path in (REPOSITORY / "tests").rglob("test_*.py")
         for test in re.findall(r"def (test_\w+)", text_of(path))
     }
-    named = set(re.findall(r"`(test_\w+)`", text_of(REPOSITORY / name).partition("Of diffusers' own tests")[0]))
+    named = set(re.findall(r"`(test_\w+)`", text_of(REPOSITORY / name)))
+    of_diffusers = {"betas", "from_pretrained", "full_loop_with_noise", "trained_betas", "variance_type"}
     assert named
-    assert sorted(named - written) == []
+    assert sorted(named - written - {f"test_{test}" for test in of_diffusers}) == []
 
 
 def test_every_function_that_the_mathematics_names_exists() -> None:

@@ -17,7 +17,8 @@ from ddpm_hf.training.checkpoint import find_latest
 from ddpm_hf.training.optim import learning_rate_at
 from tests.conftest import run_arguments, run_process, tiny_unet
 from tests.distributed import worker
-from tests.integration.test_training import assert_same_run, loss_columns, metrics_of, tensors_of
+from tests.distributed.ranks import two_ranks
+from tests.runs import assert_same_run, loss_columns, metrics_of, tensors_of
 from tests.unit.data.helpers import encode, write_parquet
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -263,12 +264,21 @@ def test_previews_of_a_run_are_those_of_one_process(folder: Path, alone: dict[st
 # ------------------------------------------------------------------------------------------- a user's mistakes
 
 
-def test_a_users_mistake_is_told_once_and_no_rank_hangs(tmp_path: Path) -> None:
+def errors_of_two_ranks(arguments: list[str], folder: Path) -> list[str]:
+    """Return the error lines of both ranks of a run that ends with an error on each."""
+    with two_ranks(arguments, folder) as ranks:
+        for rank in ranks:
+            rank.join()
+            assert rank.exitcode not in (0, None)
+    printed = [(folder / f"log_{rank}.err").read_text(encoding="utf-8") for rank in (0, 1)]
+    return [line for text in printed for line in text.splitlines() if line.startswith("error: ")]
+
+
+def test_a_users_mistake_is_printed_once_and_no_rank_hangs(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")
-    result = run_process([*TORCHRUN, *run_arguments(tmp_path / "run")])
-    assert result.returncode != 0
-    assert result.stderr.count("error: training.output_dir") == 1
+    (error,) = errors_of_two_ranks(run_arguments(tmp_path / "run"), tmp_path)
+    assert error.startswith("error: training.output_dir")
     assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
 
 
@@ -282,11 +292,9 @@ def test_an_image_that_one_rank_alone_cannot_read_is_named_by_it_once(tmp_path: 
     arguments = run_arguments(
         tmp_path / "run", data__source=tmp_path / "data", model__class_conditional=False, **changes
     )
-    result = run_process([*TORCHRUN, *arguments])
-    assert result.returncode != 0
-    (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert sentence.startswith("error: rank 1: row 1 of train-1-of-2.parquet of the stream of ")
-    assert sentence.endswith("; repair or remove it, or set data.on_bad_image to skip.")
+    (error,) = errors_of_two_ranks(arguments, tmp_path)
+    assert error.startswith("error: rank 1: row 1 of train-1-of-2.parquet of the stream of ")
+    assert error.endswith("; repair or remove it, or set data.on_bad_image to skip.")
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused_with_numbers_that_work(folder: Path) -> None:

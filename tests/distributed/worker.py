@@ -25,7 +25,7 @@ from ddpm_hf.distributed import ProcessesDiffer, TrainingStopped
 from ddpm_hf.training.batches import settle
 from ddpm_hf.training.trainer import Trainer, make_network, save_preview
 from tests.conftest import run_arguments, tiny_unet
-from tests.integration.test_training import EVERYTHING_BUT_DROPOUT, EVERYTHING_RANDOM
+from tests.runs import EVERYTHING_BUT_DROPOUT, EVERYTHING_RANDOM
 
 RANK = int(os.environ.get("RANK", "0"))
 CURVE: dict[str, object] = EVERYTHING_BUT_DROPOUT | {

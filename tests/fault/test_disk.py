@@ -1,4 +1,4 @@
-"""A disk that is full, cannot be written, or is gone, costs the checkpoints that it does not take and nothing else."""
+"""A disk that is full, read-only or gone costs the checkpoints that it cannot hold and nothing else."""
 
 import errno
 import os
@@ -17,34 +17,21 @@ import torch
 from ddpm_hf.cli.main import train
 from ddpm_hf.training.checkpoint import find_latest
 from ddpm_hf.training.run_dir import RunLock
-from ddpm_hf.training.trainer import Trainer
 from tests.conftest import REPOSITORY, process_environment, run_arguments
-from tests.integration.test_training import EVERYTHING_RANDOM, assert_same_run, tensors_of
+from tests.runs import EVERYTHING_RANDOM, assert_same_run, at_step, tensors_of
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What every run here would have been on a good disk; it also leaves the decoded data in the cache."""
+    """The same run on a good disk; it also leaves the decoded data in the cache. Read only."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     assert train(run_arguments(run, **EVERYTHING_RANDOM)) == 0
     return run
 
 
-def at_step(step: int, action: Any, patch: pytest.MonkeyPatch) -> None:
-    """Does something in the middle of an optimiser step (counted from 1)."""
-    train_step = Trainer._train_step
-
-    def train_step_with_action(self: Trainer, current: int) -> None:
-        if current + 1 == step:
-            action()
-        train_step(self, current)
-
-    patch.setattr(Trainer, "_train_step", train_step_with_action)
-
-
 @contextmanager
 def full_disk(size: int = 20_000) -> Iterator[None]:
-    """Lets no file grow beyond a size: a real error of the system in the middle of a write, in Python and in Rust."""
+    """Let no file grow beyond a size: a real system error in the middle of a write, in Python and in Rust."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         yield resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -53,7 +40,7 @@ def full_disk(size: int = 20_000) -> Iterator[None]:
 
 
 def leftovers(run: Path) -> list[str]:
-    """Returns what was begun and never finished."""
+    """Return the temporary files and folders that were never renamed."""
     return [path.name for path in run.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
 
 
@@ -64,7 +51,7 @@ def test_a_disk_that_fills_up_costs_only_what_it_does_not_take(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Full from step 3: that of step 4 is a warning, the last one is a failure, and with room the run is finished."""
+    """Full from step 3: the checkpoint of step 4 costs a warning, the last one an error; with room the run finishes."""
     run, limit = tmp_path / "run", full_disk()
     arguments = run_arguments(run, **EVERYTHING_RANDOM)
     with monkeypatch.context() as patch:
@@ -88,7 +75,7 @@ def test_a_disk_that_fills_up_costs_only_what_it_does_not_take(
 def test_a_disk_that_can_no_longer_be_written_does_not_stop_training(
     whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Read-only after an error, as ext4 does it; root may write everywhere, so that the system call has to say it."""
+    """Read-only after an error, as ext4 does it. Root may write everywhere, so the system call itself is replaced."""
     run, mkdir = tmp_path / "run", os.mkdir
 
     def refuse(path: Any, *arguments: Any, **settings: Any) -> None:
@@ -109,7 +96,7 @@ def test_a_disk_that_can_no_longer_be_written_does_not_stop_training(
 def test_a_run_whose_folder_was_removed_is_saved_in_a_new_one(
     whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is in memory is not lost: the next checkpoint is whole, and the folder is one that can be continued."""
+    """The training state in memory is not lost: the next checkpoint is whole, and the new folder can be continued."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         at_step(3, lambda: shutil.rmtree(run), patch)
@@ -144,6 +131,41 @@ def test_a_run_whose_folder_was_given_to_another_leaves_it_alone(
         lock.release()
 
 
+def test_a_disk_without_room_for_checkpoints_is_refused_before_training(
+    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new run needs room for two checkpoints, a continued one for one more, a finished one for none; sizes to 10 %.
+
+    The snapshots that posthoc_ema stores until the end are added.
+    """
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    (checkpoint, *_) = (run / "checkpoints").iterdir()
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    usage = shutil.disk_usage(tmp_path)
+
+    def with_free(free: float, output_dir: Path, *options: str, **changes: object) -> int:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(free)))
+        return train([*run_arguments(output_dir, **EVERYTHING_RANDOM, **changes), *options])
+
+    other = tmp_path / "other"
+    assert with_free(2.2 * size, other, "--dry_run") == 0
+    assert with_free(1.8 * size, other, "--dry_run") == 2
+    message = capsys.readouterr().err
+    assert f"training.output_dir {other} has {1.8 * size / 1e6:.1f} MB free, but needs" in message
+    assert "for two checkpoints; make room, or choose another folder" in message
+    assert not other.exists()
+    assert with_free(1.1 * size, run, "--dry_run", training__num_steps=9) == 0
+    for option in (["--dry_run"], []):
+        assert with_free(0.9 * size, run, *option, training__num_steps=9) == 2
+        assert "for one more checkpoint; make room, or choose another folder" in capsys.readouterr().err
+    assert with_free(0, run, "--dry_run") == 0
+    # Two more EMAs in a checkpoint of four tensors a weight, and a pair of them after each of six steps.
+    assert with_free(6.6 * size, other, "--dry_run", training__posthoc_ema=True) == 0
+    assert with_free(5.4 * size, other, "--dry_run", training__posthoc_ema=True) == 2
+    assert "for two checkpoints and 6 pairs of averages (training.posthoc_ema); make room" in capsys.readouterr().err
+
+
 SMALL_DISK = """
 import os, subprocess, sys
 from pathlib import Path
@@ -162,15 +184,19 @@ sys.exit(code)
 
 
 def may_mount() -> bool:
-    """Tells whether a process of its own name space can have a disk of its own."""
+    """Return whether a process in a namespace of its own may mount a disk."""
     command = ["unshare", "--map-root-user", "--mount", "true"]
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not may_mount(), reason="needs leave to mount a disk")
 def test_a_run_on_a_disk_of_a_few_megabytes(tmp_path: Path) -> None:
-    """Where the checkpoints kept fit, the run is finished; where not, the old ones stay whole and it says so."""
+    """If the checkpoints fit, the run finishes; if not, the old ones stay whole and an error says so.
+
+    `test_a_disk_that_fills_up_costs_only_what_it_does_not_take` is fast and limits the size of files instead.
+    """
+    if not may_mount():
+        pytest.skip("may not mount a disk")
     for num_kept, exit_code in ((2, 0), (99, 1)):
         (tmp_path / f"{num_kept}").mkdir()
         command = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", SMALL_DISK]

@@ -1,4 +1,4 @@
-"""Stopping at any step, from anywhere in it, and starting the same command again gives the bits of never stopping."""
+"""A run that is stopped anywhere in any step and started again has the same bits as one that never stopped."""
 
 import os
 import signal
@@ -8,22 +8,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from ddpm_hf.cli.main import train
 from ddpm_hf.training import checkpoint, posthoc_ema, trainer
-from ddpm_hf.training.trainer import Trainer
+from ddpm_hf.training.batches import HISTORY_LENGTH
+from ddpm_hf.training.loss import DenoisingLoss
 from tests.conftest import run_arguments
-from tests.integration.test_training import EVERYTHING_RANDOM, assert_same_run
+from tests.runs import EVERYTHING_RANDOM, assert_same_run, at_step, files_of
 
 NUM_STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Everything that draws, learns, averages, measures or draws pictures, on 25 images of which 20 are trained on.
+    """Every source of randomness, every EMA, validation and previews, on 25 images of which 20 are for training.
 
-    With 8 images a step the first epoch ends inside of step 3 and the second with step 5. There is something to do in
-    every step but the first: pictures in 2, 4 and 6, a validation in 3 and 6, checkpoints and averages in every second.
+    With 8 images a step the first epoch ends inside step 3 and the second with step 5. Previews are due in steps 2, 4
+    and 6, validation in 3 and 6, checkpoints and EMA snapshots in every second step.
     """
     random = np.random.default_rng(0)
     source = tmp_path_factory.mktemp("data") / "images.npz"
@@ -46,52 +48,48 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole_run(everything: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is never stopped."""
+    """A run that is never stopped. Read only."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     assert train(run_arguments(run, **everything)) == 0
+    history = load_file(run / "checkpoints" / "step_00000004" / "objective.safetensors")
+    assert int(history["num_losses"].min()) >= HISTORY_LENGTH, "the loss history is full, so a resume has to restore it"
     return run
 
 
 def pictures_of(run: Path) -> dict[str, bytes]:
-    """Returns every file that is no checkpoint and must be the same, too."""
-    roots = [run / "previews", run / "ema_snapshots", run / "pipeline" / "unet"]
-    return {
-        str(path.relative_to(run)): path.read_bytes() for root in roots for path in root.rglob("*") if path.is_file()
-    }
+    """Return the files outside of checkpoints that must be the same, too."""
+    names = ("previews", "ema_snapshots", "pipeline/unet")
+    return {f"{name}/{path}": content for name in names for path, content in files_of(run / name).items()}
 
 
 def send_at(
     step: int, number: signal.Signals, owner: Any, name: str, patch: pytest.MonkeyPatch, is_late: bool = False
 ) -> None:
-    """Lets a signal come in the middle of a step: just before (or after) something in it is done."""
+    """Send a signal in the middle of a step, just before a function is called in it (or just after, if `is_late`)."""
     original: Callable[..., Any] = getattr(owner, name)
-    train_step = Trainer._train_step
-    current = 0
-
-    def counted(self: Trainer, number: int) -> None:
-        nonlocal current
-        current = number + 1
-        train_step(self, number)
+    is_due: list[bool] = []
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:
-        if current == step and not is_late:
+        sends = bool(is_due)
+        is_due.clear()
+        if sends and not is_late:
             os.kill(os.getpid(), number)
         result = original(*arguments, **settings)
-        if current == step and is_late:
+        if sends and is_late:
             os.kill(os.getpid(), number)
         return result
 
-    patch.setattr(Trainer, "_train_step", counted)
+    at_step(step, lambda: is_due.append(True), patch)
     patch.setattr(owner, name, interrupted)
 
 
-# Step, signal, and in the middle of what it comes.
+# Step, signal, and the function that it interrupts.
 INTERRUPTIONS = [
-    (1, signal.SIGTERM, Trainer, "_update"),
+    (1, signal.SIGTERM, DenoisingLoss, "__call__"),
     (2, signal.SIGINT, checkpoint, "write_snapshot"),
     (3, signal.SIGUSR1, trainer, "validation_loss"),
     (4, signal.SIGTERM, trainer, "save_preview"),
-    (5, signal.SIGINT, Trainer, "_update"),
+    (5, signal.SIGINT, DenoisingLoss, "__call__"),
     (6, signal.SIGTERM, posthoc_ema, "store"),
 ]
 
@@ -100,10 +98,10 @@ INTERRUPTIONS = [
 def test_a_run_that_is_stopped_in_every_step_is_bit_identical_to_one_that_never_stopped(
     whole_run: Path, everything: dict[str, Any], is_late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exact: weights, averages, moments, history of the losses, metrics and pictures, after six stops in a row.
+    """Exact: weights, EMA, moments, loss history, metrics and previews, after six stops in a row.
 
-    The signals come in a step, while a checkpoint is written, while a picture is drawn, while the loss is validated and
-    while averages are stored; the last one in the last step, so that only the pipeline is still to be written.
+    The signals arrive in a step, while a checkpoint is written, a preview is drawn, the validation loss is computed and
+    EMA snapshots are stored; the last one in the last step, so that only the pipeline remains to be written.
     """
     arguments = run_arguments(tmp_path / "run", **everything)
     for step, number, owner, name in INTERRUPTIONS:
@@ -122,12 +120,12 @@ def test_a_run_that_is_stopped_in_every_step_is_bit_identical_to_one_that_never_
 def test_a_run_in_bf16_is_stopped_and_continued_bit_identically(
     everything: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights stay float32; what is rounded is computed anew."""
+    """The weights stay in float32; everything in bf16 is recomputed."""
     changes = everything | {"training__mixed_precision": "bf16", "training__num_steps": 4, "preview__every_steps": 0}
     for name in ("whole", "run"):
         with monkeypatch.context() as patch:
             if name == "run":
-                send_at(3, signal.SIGTERM, Trainer, "_update", patch)
+                send_at(3, signal.SIGTERM, DenoisingLoss, "__call__", patch)
                 assert train(run_arguments(tmp_path / name, **changes)) == 143
         assert train(run_arguments(tmp_path / name, **changes)) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "run", 4)

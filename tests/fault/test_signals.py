@@ -1,4 +1,4 @@
-"""Signals before the first step, in the last one and after it: a sentence and a code, and the same command goes on."""
+"""Signals before the first step, in the last one and after it: one sentence, an exit code, and a run to continue."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -12,19 +12,19 @@ import ddpm_hf.cli.train as command
 from ddpm_hf import distributed
 from ddpm_hf.cli.main import train
 from ddpm_hf.training import checkpoint, trainer
-from ddpm_hf.training.trainer import Trainer
 from tests.conftest import run_arguments
+from tests.runs import at_step
 
 
 @pytest.fixture(autouse=True)
 def _old_handlers() -> Iterator[None]:
-    """A signal that nobody takes fails the test and does not end the tests.
+    """Let a signal without a handler fail the test instead of ending the test session.
 
-    SIGINT is Ctrl-C, also where a shell has started the tests in the background and lets them ignore it.
+    SIGINT interrupts, also where a shell started the tests in the background, which makes them ignore it.
     """
 
     def fail(number: int, _: object) -> None:
-        raise AssertionError(f"{signal.Signals(number).name} came where nothing was installed for it")
+        raise AssertionError(f"{signal.Signals(number).name} arrived where no handler was installed")
 
     before = {number: signal.signal(number, fail) for number in (signal.SIGTERM, signal.SIGUSR1)}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,7 +34,7 @@ def _old_handlers() -> Iterator[None]:
 
 
 def signal_after(patch: pytest.MonkeyPatch, owner: Any, name: str, number: signal.Signals) -> None:
-    """Lets a signal come when something is done."""
+    """Send a signal when a function returns."""
     original: Callable[..., Any] = getattr(owner, name)
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:
@@ -48,7 +48,7 @@ def signal_after(patch: pytest.MonkeyPatch, owner: Any, name: str, number: signa
 def test_a_signal_outside_of_the_steps_ends_in_order_and_the_same_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """When the data are decoded, when the trackers close, when the pipeline is half written, and in the report."""
+    """When the data are decoded, when the trackers close, while the pipeline is written, and in the report."""
     run = tmp_path / "run"
     arguments = run_arguments(run, training__num_steps=2, evaluation__num_samples=2, evaluation__num_inference_steps=2)
     for owner, name, number in (
@@ -75,19 +75,12 @@ def test_a_signal_outside_of_the_steps_ends_in_order_and_the_same_command_goes_o
 def test_a_signal_in_the_last_step_of_several_processes_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They agree a step later, and after the last one there is none. A group of one agrees as one of many does."""
+    """Ranks agree on a stop one step later, but there is no step after the last. A group of one agrees the same way."""
     arguments = run_arguments(tmp_path / "run", training__num_steps=2)
-    train_step = Trainer._train_step
-
-    def interrupted(self: Trainer, step: int) -> None:
-        train_step(self, step)
-        if step == 1:
-            signal.raise_signal(signal.SIGTERM)
-
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "world_size", lambda: 2)
-        patch.setattr(Trainer, "_train_step", interrupted)
+        at_step(2, lambda: signal.raise_signal(signal.SIGTERM), patch)
         assert train(arguments) == 143
     assert not dist.is_initialized(), "a command leaves the group at its end"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]

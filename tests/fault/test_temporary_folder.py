@@ -1,4 +1,4 @@
-"""A folder for a command's own use is gone after it, at whatever moment a signal comes."""
+"""The temporary folder of a command is removed, at whatever moment a signal arrives."""
 
 import signal
 import tempfile
@@ -22,7 +22,7 @@ def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[sig
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def fail(number: int, _: object) -> None:
-        raise AssertionError(f"{signal.Signals(number).name} came where nothing was installed for it")
+        raise AssertionError(f"{signal.Signals(number).name} arrived where no handler was installed")
 
     old_handlers = {number: signal.signal(number, fail) for number in ENDING}
     yield dict.fromkeys(ENDING, fail)
@@ -31,7 +31,7 @@ def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[sig
 
 
 def signal_in(patch: pytest.MonkeyPatch, part: str, number: signal.Signals) -> None:
-    """Lets a signal come when the folder was just made or entered, is to be removed, or the handlers to be put back."""
+    """Send a signal when the folder was just made or entered, before it is removed, or before handlers are restored."""
     places: dict[str, tuple[Any, str]] = {
         "made": (tempfile, "mkdtemp"),
         "entered": (tempfile.TemporaryDirectory, "__enter__"),
@@ -86,7 +86,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
 
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
-    """Shells let programs in the background ignore Ctrl-C."""
+    """Programs that a shell starts in the background ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with temporary_folder("mine-"):
         signal.raise_signal(signal.SIGINT)

@@ -1,6 +1,5 @@
-"""Runs that are killed: each a process of its own, forked off one that has imported everything and done nothing."""
+"""Training runs in a process of their own that is killed at a chosen change to the file system."""
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -9,37 +8,26 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import ddpm_hf.training.trainer  # imported once, before the fork  # noqa: F401
 from ddpm_hf.cli.main import train
+from tests import forked
 
-# Python announces under these names what it does to a file system; syncing has none.
+# The names of Python's audit events for changes to the file system; syncing has none.
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def start(arguments: Sequence[str], log: Path, kill_at: int | None = None) -> BaseProcess:
-    """Starts a run.
+    """Start a run.
 
     Args:
         arguments: Its command line.
-        log: Where it writes what it says and, at the end, the number of its changes to the file system.
-        kill_at: Before which of these changes it is killed; None lets it live.
+        log: The file for what it prints and, at the end, the number of its changes to the file system.
+        kill_at: Kill it before this change; None never kills it.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_run, args=(list(arguments), str(log), kill_at))
-    process.start()
-    return process
+    return forked.start(_train, list(arguments), kill_at, log=log)
 
 
-def _run(arguments: list[str], log: str, kill_at: int | None) -> None:
-    """The life of the process."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for number in (1, 2):
-        os.dup2(descriptor, number)
-    torch.set_num_threads(1)
+def _train(arguments: list[str], kill_at: int | None) -> int:
     num_changes = 0
 
     def change() -> None:
@@ -57,4 +45,4 @@ def _run(arguments: list[str], log: str, kill_at: int | None) -> None:
     sys.addaudithook(audit)
     code = train(arguments)
     print(f"\n{num_changes}", flush=True)
-    sys.exit(code)
+    return code

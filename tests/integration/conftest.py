@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 from huggingface_hub.utils import _http
 
 from tests.loopback_hub import LoopbackHub
@@ -25,6 +25,7 @@ def logged_in() -> Iterator[LoopbackHub]:
             "HF_HUB_DISABLE_XET": True,
         }.items():
             patch.setattr(constants, name, value)
+        patch.setattr(hf_api.api, "endpoint", hub.endpoint)
         _http.close_session()  # an earlier session is offline
         hub.token = SECRET
         for name, value in {

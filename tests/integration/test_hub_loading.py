@@ -1,21 +1,22 @@
 """Repositories of a Hub load by their ids in three ways, and afterwards offline from the cache.
 
-1: stock classes, 2: the code of the repository, 3: the installed class. New processes with empty caches load them: one
-for ways 1 and 2, which is logged in and cannot import ddpm_hf, and one for way 3, which is not logged in. Then two more
-processes have the same caches and no network.
+1: stock classes, 2: the code of the repository, 3: the installed class. Ways 1 and 2 run in a process that is logged in
+and cannot import ddpm_hf, and offline in another one. Way 3 runs in this process, without a login. Both caches are
+empty at first.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from PIL import Image
 
 from ddpm_hf.hub.push import Target, push
 from tests.integration.conftest import logged_in
-from tests.load_and_sample import Outcome, Task, carry_out_elsewhere, draws_in_float32, sample
+from tests.load_and_sample import Outcome, Task, carry_out, carry_out_elsewhere, draws_in_float32, sample
 from tests.loopback_hub import LoopbackHub, files_of
 from tests.saved_folders import CALLS, NOT_FOR_STOCK, SECOND_MOMENTS, make_pipeline, save_early_folder
 
@@ -32,7 +33,7 @@ class Loaded(NamedTuple):
 
     Attributes:
         hub: The Hub.
-        folder: Working directory of the processes; the caches are in `home 2`, of ways 1 and 2, and `home 3`.
+        folder: Working directory; the caches are in `home 2`, of ways 1 and 2, and `home 3`.
         expected: Images of the pipelines that were saved.
         outcomes: With the Hub.
         offline: Afterwards, without the Hub.
@@ -135,29 +136,27 @@ def tasks_with_ddpm_hf(revisions: dict[str, str], token: str) -> list[Task]:
     ]
 
 
-def in_two_processes(
-    folder: Path, without: list[Task], with_: list[Task], token: str, **environment: str
-) -> dict[str, Outcome]:
-    with ThreadPoolExecutor() as pool:
-        with_token = environment | {"HF_TOKEN": token}
-        first = pool.submit(carry_out_elsewhere, without, folder, folder / "home 2", **with_token)
-        second = pool.submit(carry_out_elsewhere, with_, folder, folder / "home 3", with_ddpm_hf=True, **environment)
-        return first.result() | second.result()
-
-
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     folder = tmp_path_factory.mktemp("folder")
-    with logged_in() as hub:
+    with logged_in() as hub, pytest.MonkeyPatch.context() as patch:
         expected = fill(hub, folder)
         revisions = {"branch": BRANCH, "tag": TAG, "commit": hub.repository("user/plain").tags[TAG]}
-        without, with_ = tasks_without_ddpm_hf(revisions), tasks_with_ddpm_hf(revisions, hub.token)
-        settings = {"token": hub.token, "HF_ENDPOINT": hub.endpoint}
-        outcomes = in_two_processes(folder, without, with_, HF_HUB_OFFLINE="0", **settings)
+        patch.chdir(folder)
+        patch.delenv("HF_TOKEN")
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "home 3" / "hub"))
+        settings = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token}
+        tasks = tasks_without_ddpm_hf(revisions)
+        outcomes = carry_out_elsewhere(tasks, folder, folder / "home 2", HF_HUB_OFFLINE="0", **settings)
+        outcomes |= carry_out(tasks_with_ddpm_hf(revisions, hub.token))
+
         num_requests = len(hub.requests)
-        without = [task for task in without if task.name.startswith(("1 plain", "1 pushed", "2 snapshot"))]
-        without.append(Task("2 plain", 2, "user/plain"))
-        offline = in_two_processes(folder, without, tasks_of(3, revisions), HF_HUB_OFFLINE="1", **settings)
+        tasks = [task for task in tasks if task.name.startswith(("1 plain", "1 pushed", "2 snapshot"))]
+        tasks.append(Task("2 plain", 2, "user/plain"))
+        offline = carry_out_elsewhere(tasks, folder, folder / "home 2", HF_HUB_OFFLINE="1", **settings)
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        _http.close_session()
+        offline |= carry_out(tasks_of(3, revisions))
         return Loaded(hub, folder, expected, outcomes, offline, len(hub.requests) - num_requests)
 
 
@@ -228,10 +227,7 @@ def test_only_the_half_precision_weights_are_downloaded(loaded: Loaded, way: int
 
 @WAYS
 def test_a_private_repository_opens_to_its_token_only(loaded: Loaded, way: int) -> None:
-    """In way 2 it must be that of the login: diffusers does not pass its `token` argument on when it downloads code.
-
-    The storage of large files refuses requests with the token.
-    """
+    """In way 2 it must be that of the login: diffusers does not pass its `token` argument on when it downloads code."""
     assert_as_saved(loaded.outcomes[f"{way} private"], loaded.expected["plain"])
     refusal = loaded.outcomes[f"{way} private, logged out"].refusal
     assert ("Repository Not Found" if way == 2 else "Cannot load model user/private") in refusal

@@ -135,7 +135,7 @@ def test_a_second_push_sends_only_what_has_changed(
     assert len(hub.uploaded) == 1
     Image.new("L", (9, 9)).save(copied / "loss.png")
     assert main(command) == 0
-    assert set(hub.uploaded[-1].files) == {"samples/loss.png"}
+    assert hub.uploaded[-1].files == {"samples/loss.png"}
 
 
 def test_a_card_edited_on_the_hub_is_kept(hub: LoopbackHub, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

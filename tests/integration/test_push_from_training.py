@@ -4,13 +4,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from ddpm_hf.cli.main import train
 from ddpm_hf.config import HubConfig
 from ddpm_hf.hub.background import BackgroundPush
-from tests.conftest import run_arguments
+from tests.conftest import FINISHED_RUN, run_arguments
 from tests.integration.conftest import SECRET
 from tests.loopback_hub import LoopbackHub, files_of
 from tests.saved_folders import make_pipeline
@@ -18,16 +16,20 @@ from tests.saved_folders import make_pipeline
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 PUSHING = {"hub__push_to_hub": True, "hub__repo_id": "birds", "hub__push_every_steps": 4, "hub__license": "mit"}
-WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.timeout(600)
 def test_a_refused_push_is_reported_and_the_last_one_publishes_the_finished_model(
-    hub: LoopbackHub, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    hub: LoopbackHub,
+    finished_run: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The weights are those of a run that pushes nothing, and the token is in no file of the run."""
     hub.fail("/commit/", 403)
-    assert train(run_arguments(tmp_path / "run", training__num_steps=5, preview__every_steps=2, **PUSHING)) == 0
+    assert train(run_arguments(tmp_path / "run", **FINISHED_RUN | PUSHING)) == 0
     printed = capfd.readouterr()
     assert "Will be pushed to user/birds." in printed.out + printed.err
     assert "The push of step 4 failed (error: you may not write to user/birds (403" in caplog.text
@@ -35,13 +37,11 @@ def test_a_refused_push_is_reported_and_the_last_one_publishes_the_finished_mode
     [upload] = hub.uploaded
     assert upload.message == "Push the finished run"
     published = hub.repositories["user/birds"].files()
-    assert b'"step": 5' in published["training_summary.json"]
-    (tmp_path / "published.safetensors").write_bytes(published["unet/diffusion_pytorch_model.safetensors"])
-    assert train(run_arguments(tmp_path / "alone", training__num_steps=5)) == 0
-    alone = load_file(tmp_path / "alone" / WEIGHTS)
-    for weights in (load_file(tmp_path / "published.safetensors"), load_file(tmp_path / "run" / WEIGHTS)):
-        assert weights.keys() == alone.keys()
-        assert all(torch.equal(weights[name], alone[name]) for name in alone)
+    assert b'"step": 6' in published["training_summary.json"]
+    assert published["samples/denoising.gif"] == (tmp_path / "run" / "denoising.gif").read_bytes()
+    assert b"GAN-test accuracy" in published["README.md"]
+    alone = (finished_run / "pipeline" / WEIGHTS).read_bytes()
+    assert published[WEIGHTS] == (tmp_path / "run" / "pipeline" / WEIGHTS).read_bytes() == alone
     assert SECRET not in printed.out + printed.err + caplog.text
     assert SECRET.encode() not in hub.seen + b"".join(files_of(tmp_path).values())
 
@@ -63,18 +63,20 @@ def test_a_push_that_is_not_possible_is_reported_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.parametrize("waits", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_running_push_ends_with_the_training(
-    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, waits: bool
 ) -> None:
-    """As after Ctrl-C, which the push does not receive itself; its temporary files do not stay."""
-    old = tmp_path / "hub" / "temporary" / "of a training that was killed"
-    old.mkdir(parents=True)
+    """As after Ctrl-C, which the push does not receive itself; the temporary files that it made by then do not stay."""
+    temporary = tmp_path / "hub" / "temporary"
+    (temporary / "of a training that was killed").mkdir(parents=True)
     make_pipeline("plain").save_pretrained(tmp_path / "run" / "pipeline")
     with BackgroundPush(HubConfig(push_to_hub=True, repo_id="birds"), tmp_path / "hub") as pushing:
         pushing.start(tmp_path / "run", 7)
-        assert not old.exists()
-        while not list((tmp_path / "hub" / "temporary").glob("ddpm-hf-push-*")):
+        assert list(temporary.iterdir()) == []
+        if not waits:
+            (temporary / "ddpm-hf-push-of-this-process").mkdir()
+        while not list(temporary.glob("ddpm-hf-push-*")):
             assert not pushing.is_free()
             time.sleep(0.05)
     assert "The push of step 7 was stopped" in caplog.text
