@@ -394,9 +394,9 @@ def _draw_smoothed(axes: Any, steps: FloatArray, values: FloatArray, color: str,
 
 
 def moving_average(values: FloatArray, width: int) -> FloatArray:
-    """Average each value with up to `width` neighbors on each side, equally many on both.
+    """Average each value with up to `width` values before it, and at most as many after it.
 
-    So the window shrinks at both ends, and the steep beginning of a loss curve is not averaged away.
+    So the steep beginning of a loss curve is not averaged away.
     """
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))

@@ -8,11 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddpm_hf.evaluation.generate import Sampler
 from ddpm_hf.evaluation.recognition import LabelArray, RecognitionReport
 from ddpm_hf.files import (
     CHECKPOINTS_DIR,
@@ -33,6 +32,9 @@ from ddpm_hf.files import (
 )
 from ddpm_hf.plots import UInt8Array, denoising_strip, image_grid, points, save_animation, training_curves
 from ddpm_hf.redaction import redact
+
+if TYPE_CHECKING:
+    from ddpm_hf.evaluation.generate import Sampler
 
 MAX_COLUMNS, MAX_ROWS = 10, 10
 # Noise does not compress: an animation of many large images would take tens of megabytes.
@@ -82,7 +84,7 @@ def write_report(
     title: str,
     command: str,
     settings: Mapping[str, str],
-    sampler: Sampler,
+    sampler: "Sampler",
 ) -> ReportPaths:
     """Write the pictures, recognition.json and README.md of a run into its folder, replacing an earlier report.
 
@@ -204,7 +206,7 @@ def _class_names(labels: LabelArray | None, class_names: Sequence[str] | None) -
     return class_names if class_names is not None else [str(label) for label in range(count)]
 
 
-def loading_lines(pipeline_dir: Path, class_names: Sequence[str] | None, sampler: Sampler) -> str:
+def loading_lines(pipeline_dir: Path, class_names: Sequence[str] | None, sampler: "Sampler") -> str:
     """Return Python code that loads a saved pipeline and samples from it.
 
     Args:

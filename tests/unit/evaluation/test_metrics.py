@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.linalg import sqrtm
 from torch.utils.data import Dataset
 
+from ddpm_hf.config import ConfigError, load_config
 from ddpm_hf.data import ImageSet
 from ddpm_hf.data.image_set import UnequalImages
 from ddpm_hf.evaluation import features as features_module
@@ -32,7 +33,7 @@ from ddpm_hf.evaluation.metrics import (
     min_images,
     open_network_for,
 )
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, run_arguments
 from tests.feature_networks import INCEPTION_SIZE, ChannelStatistics, random_inception_weights
 
 CPU = torch.device("cpu")
@@ -172,6 +173,16 @@ def test_too_few_images_are_refused_before_sampling() -> None:
     assert opened.num_features((3, 8, 8)) == 6
     with pytest.raises(ValueError, match="frechet_distance needs at least 7 images"):
         open_network_for(["frechet_distance"], (3, 8, 8), 7, 6, features=STATISTICS, device=CPU)
+
+
+@pytest.mark.parametrize("metric", ["fid", "inception_score"])
+def test_the_configuration_has_the_same_minimum_of_samples(tmp_path: Path, metric: str) -> None:
+    """It imports no networks, so it repeats the minimum for the 2048 features of Inception."""
+    minimum = min_images(metric, 2048)
+    score = {"evaluation__score_every_steps": 1, "evaluation__score_metric": metric}
+    load_config(run_arguments(tmp_path, **score, evaluation__score_num_samples=minimum))
+    with pytest.raises(ConfigError, match=f"{minimum - 1}.* {metric}"):
+        load_config(run_arguments(tmp_path, **score, evaluation__score_num_samples=minimum - 1))
 
 
 def test_metrics_without_torch_fidelity_are_refused_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
