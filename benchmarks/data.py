@@ -33,7 +33,7 @@ sys.path.insert(0, str(REPOSITORY))  # the checkout is enough, it need not be in
 RESULTS = Path(__file__).resolve().parent / "results"
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data import ImageFeed, ImageSet, ImageStream, SampleOrder, open_images, open_sets
+from ddpm_hf.data import ImageLoader, ImageSet, ImageStream, SampleOrder, open_images, open_sets
 from ddpm_hf.training.run_dir import device_name
 
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ def peer_batches(source: Path, size: int, batch: int, num_workers: int, device: 
             yield batch_of["input"].to(device)
 
 
-def our_batches(feed: ImageFeed | ImageStream, batch: int) -> Iterator[torch.Tensor]:
+def our_batches(feed: ImageLoader | ImageStream, batch: int) -> Iterator[torch.Tensor]:
     """Yields batches as training does."""
     for start in itertools.count(0, batch):
         yield feed.samples(start, start + batch)[0]
@@ -141,15 +141,15 @@ def cases_of(source: Path, size: int, batch: int, cache_dir: Path, device: torch
             name = f"train_unconditional.py, {num_workers} workers"
             cases[name] = peer_batches(source, size, batch, num_workers, device)
 
-    plain = ImageFeed(images, replace(config, device_resident=False), 0, device)
+    plain = ImageLoader(images, replace(config, device_resident=False), 0, device)
     cases["ours, from the file"] = our_batches(plain, batch)
-    again = ImageFeed(images, replace(config, device_resident=False), 0, device)
+    again = ImageLoader(images, replace(config, device_resident=False), 0, device)
     cases["ours, from the file, again (A/A)"] = our_batches(again, batch)
-    resident = ImageFeed(images, replace(config, device_resident=True), 0, device)
+    resident = ImageLoader(images, replace(config, device_resident=True), 0, device)
     cases["ours, kept on the device"] = our_batches(resident, batch)
     cases["ours, as stored (not flipped, no floats)"] = stored_batches(images, batch)
     cropped = replace(config, resize_to=size * 9 // 8, crop="random")
-    feed = ImageFeed(open_images(cropped, with_labels=False), cropped, 0, device)
+    feed = ImageLoader(open_images(cropped, with_labels=False), cropped, 0, device)
     cases["ours, random crops of 9/8 the size"] = our_batches(feed, batch)
     streamed = replace(config, streaming=True)
     stream, _ = open_sets(streamed, with_labels=False, seed=0, rank=0, num_processes=1, device=device)
@@ -211,7 +211,7 @@ def report(size: int, source: Path, arguments: argparse.Namespace, device: torch
         yield once("open the cache", lambda: open_images(config, with_labels=False))
         images = open_images(config, with_labels=False)
         first = 1_000_000 * batch
-        feed = ImageFeed(images, DataConfig(random_flip=True), 0, CPU)
+        feed = ImageLoader(images, DataConfig(random_flip=True), 0, CPU)
         yield once("first batch of step 1,000,000", lambda: feed.samples(first, first + batch))
         yield once("its second batch", lambda: feed.samples(first + batch, first + 2 * batch))
         cases = cases_of(source, size, batch, Path(folder), device)

@@ -1,21 +1,7 @@
-"""What several commands share: errors, signals, folders, sampling flags.
+"""What several commands share: error messages, signals, temporary folders, and finding and loading a model."""
 
-How a command tells what went wrong: in one sentence, without secrets, once.
-
-How a command ends at a signal: by an exception, so that what it was doing is tidied up.
-
-The parser of every command but train, which has the one of its configuration.
-
-The models that commands are pointed at: a folder of this machine or a repository of the Hub, found and loaded.
-
-The flags that `ddpm-hf sample` and `ddpm-hf evaluate` share: which model, and how images are drawn.
-"""
-
-import csv
 import errno
-import inspect
 import logging
-import math
 import os
 import re
 import signal
@@ -24,36 +10,39 @@ import ssl
 import sys
 import tempfile
 import threading
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.config import ConfigError
+from ddpm_hf.files import CHECKPOINTS_DIR, MODEL_INDEX, PIPELINE_DIR, VERIFICATION
 from ddpm_hf.redaction import reason_of, redact
 
 if TYPE_CHECKING:
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
 
-
-_ADVICE = {
-    errno.ENOSPC: "make room, or write to another disk",
-    errno.EDQUOT: "make room, or write to another disk",
+_DISK_ADVICE = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some space, or write to another disk",
     errno.EROFS: "write to a disk that is not read-only",
     errno.EACCES: "change its permissions, or choose another place",
     errno.EPERM: "change its permissions, or choose another place",
 }
+_UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
+_REPOSITORY_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
+# Files of a pipeline that `download_folder` fetches.
+_PIPELINE_FILES = (MODEL_INDEX, VERIFICATION, "*.py", "unet/*", "scheduler/*")
 
 
-class RankFailed(Exception):
-    """This rank cannot go on, and the others need not know why: it tells the message itself.
+class RankError(Exception):
+    """An error of this rank only, which prints its message itself.
 
     Args:
-        message: What went wrong, and what to do.
-        exit_code: The one that the command ends with.
+        message: What went wrong, and the fix.
+        exit_code: Exit code of the command.
     """
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
@@ -61,48 +50,8 @@ class RankFailed(Exception):
         self.exit_code = exit_code
 
 
-class OutOfMemory(RankFailed):
-    """Memory ran out, on the device or on the host; the message says how to need less."""
-
-
-def complain(message: str, *, of_this_rank: bool = False) -> None:
-    """Prints an error on rank 0, since the other ranks have the same one, or on the only rank that has it."""
-    rank = os.environ.get("RANK", "0")
-    if of_this_rank or rank == "0":
-        print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{redact(message)}", file=sys.stderr, flush=True)
-
-
-def sentence_of(error: OSError) -> str:
-    """Returns what the system refused, of which file, and what to do about it."""
-    what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-    return f"{what}; {_ADVICE[error.errno]}." if error.errno in _ADVICE else what
-
-
-@contextmanager
-def out_of_memory(advice: str) -> Iterator[None]:
-    """Turns memory that runs out inside, on any device, into a sentence, which the command line prints.
-
-    Args:
-        advice: What to do, such as "lower --batch_size"; without a full stop.
-
-    Raises:
-        OutOfMemory: If memory ran out.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # PyTorch has a class of its own for GPUs alone; on a CPU only the words tell.
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        raise OutOfMemory(f"out of memory ({(str(error) or 'no memory').splitlines()[0]}); {advice}.") from error
-
-
-# Ctrl-C raises KeyboardInterrupt as it is.
-_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
 class Terminated(SystemExit):
-    """A signal ends the command; not an Exception, so that nothing takes it for a failure of its own and goes on.
+    """Raised by a signal. Not an Exception, so that no `except Exception` catches it.
 
     Args:
         number: The signal.
@@ -113,142 +62,130 @@ class Terminated(SystemExit):
         self.name = signal.Signals(number).name
 
 
+def print_error(message: str, *, of_this_rank: bool = False) -> None:
+    """Print an error without secrets: on rank 0, or on the only rank that has it."""
+    rank = os.environ.get("RANK", "0")
+    if of_this_rank or rank == "0":
+        print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{redact(message)}", file=sys.stderr, flush=True)
+
+
+def format_os_error(error: OSError) -> str:
+    """Return the reason, the file, and advice if there is any."""
+    reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    return f"{reason}; {_DISK_ADVICE[error.errno]}." if error.errno in _DISK_ADVICE else reason
+
+
 @contextmanager
-def ending_in_order() -> Iterator[None]:
-    """Lets SIGTERM and SIGUSR1 end what is inside as Ctrl-C does, so that files, locks and processes are tidied up.
-
-    Raises:
-        Terminated: At such a signal, wherever the main thread is.
-    """
-
-    def end(number: int, _: FrameType | None) -> None:
-        raise Terminated(number)
-
-    old_handlers = {number: signal.signal(number, end) for number in _ENDING_SIGNALS}
+def out_of_memory_advice(advice: str) -> Iterator[None]:
+    """Turn running out of memory, on any device, into a `RankError` with advice, such as "lower --batch_size"."""
     try:
         yield
-    finally:
-        _install(old_handlers)
+    except (MemoryError, RuntimeError) as error:
+        # On the CPU, PyTorch raises a plain RuntimeError.
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise RankError(f"out of memory ({(str(error) or 'no memory').splitlines()[0]}); {advice}.") from error
+
+
+@contextmanager
+def raise_on_signals() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM and SIGUSR1 and KeyboardInterrupt at SIGINT, so that context managers clean up."""
+
+    def handle(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+    with _signal_handler(handle):
+        yield
 
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """Makes a folder that goes away again, at whatever moment a signal comes; a second one ends the process at once.
-
-    One that comes while the folder is made or removed waits until that is done. Python takes signals in the main thread
-    alone: in another one this is a folder and nothing more.
+    """Create a folder that is removed at the end, also if signals arrive at any moment.
 
     Args:
-        prefix: How its name begins.
+        prefix: Prefix of its name.
 
     Raises:
         Terminated: At SIGTERM and SIGUSR1.
         KeyboardInterrupt: At SIGINT.
     """
-    is_ours, received = False, 0
+    folder = None
+    with raise_on_signals():
+        try:
+            with _deferred_signals():
+                folder = tempfile.TemporaryDirectory(prefix=prefix)
+            yield Path(folder.name)
+        finally:
+            with _deferred_signals():
+                if folder is not None:
+                    folder.cleanup()
 
-    def end(number: int, _: FrameType | None) -> None:
-        nonlocal received
-        for each in taken:
-            signal.signal(each, signal.SIG_DFL)
-        received = number
-        if is_ours:
-            raise _exception_of(number)
 
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    taken = [
-        number
-        for number in ((*_ENDING_SIGNALS, signal.SIGINT) if is_main_thread else ())
-        if signal.getsignal(number) is not signal.SIG_IGN  # as shells let programs in the background ignore Ctrl-C
-    ]
-    old_handlers = {number: signal.signal(number, end) for number in taken}
+@contextmanager
+def _deferred_signals() -> Iterator[None]:
+    """Let signals wait until the end; a signal blocked by its mask would reach another thread of the process."""
+    received: list[int] = []
     try:
-        with tempfile.TemporaryDirectory(prefix=prefix) as folder:
-            try:
-                is_ours = True
-                if received:
-                    raise _exception_of(received)
-                yield Path(folder)
-            finally:
-                is_ours = False
+        with _signal_handler(lambda number, _: received.append(number)):
+            yield
     finally:
-        _install(old_handlers)
-    if received:
-        raise _exception_of(received)
+        if received:
+            signal.raise_signal(received[0])
 
 
-def _exception_of(number: int) -> BaseException:
-    """Returns what a signal raises."""
-    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+@contextmanager
+def _signal_handler(handle: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Handle SIGTERM, SIGUSR1 and SIGINT, except signals that are ignored; Python handles them in the main thread."""
+    numbers: Sequence[signal.Signals] = ()
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    old = {number: signal.signal(number, handle) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not installed by Python
 
 
-def _install(handlers: Mapping[signal.Signals, Any]) -> None:
-    """Puts handlers back; None stands for one that was not installed from Python, which Python cannot put back."""
-    for number, handler in handlers.items():
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+def find_folder(name: str, revision: str | None = None) -> Path | None:
+    """Return the local folder of a pipeline, that of a run included; None for a Hub repository.
 
-
-class Parser(ArgumentParser):
-    """Takes no abbreviations, which a further option would break, and repeats no secret when it complains."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False} | options)
-
-    def error(self, message: str) -> NoReturn:
-        """Says what is wrong with the command line, and exits with 2."""
-        super().error(redact(message))
-
-
-# What is underneath whatever the client of the Hub calls it.
-_UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
-_MOST_HELD = 1000  # messages, of which loading has a few
-_REPOSITORY_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
-
-
-def find_folder(name: str) -> Path | None:
-    """Returns the folder of a pipeline, that inside a run folder included; None for a repository of the Hub.
+    Args:
+        name: A folder or a repository id.
+        revision: Revision of the repository, which a folder does not have.
 
     Raises:
-        ConfigError: The folder holds no pipeline, or the name is neither that of a folder nor of a repository.
+        ConfigError: The folder holds no pipeline, the name is neither a folder nor a valid repository id, or a
+            revision is given for a folder.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.exists() or name.startswith(("/", ".", "~")) or not _REPOSITORY_ID.fullmatch(name):
             raise ConfigError(
-                f"{name} is no folder of this machine, and no repository of the Hub is called so; give the folder that "
-                "training saved, or a name such as google/ddpm-cifar10-32."
+                f"{name} is neither a local folder nor a valid repository id; give the folder of a run or pipeline, or "
+                "an id such as google/ddpm-cifar10-32."
             )
         return None
-    for candidate in (folder, folder / "pipeline"):
-        if (candidate / "model_index.json").is_file():
+    for candidate in (folder, folder / PIPELINE_DIR):
+        if (candidate / MODEL_INDEX).is_file():
+            if revision is not None:
+                raise ConfigError(f"--revision is for Hub repositories, but {name} is a local folder; remove it.")
             return candidate
-    if (folder / "checkpoints").is_dir():
-        raise ConfigError(f"{folder} holds a run that is not finished; finish it with the command that began it.")
-    raise ConfigError(f"{folder} holds no pipeline (model_index.json); give the folder that training saved.")
-
-
-def find_model(name: str, revision: str | None) -> Path | None:
-    """Returns what `find_folder` returns.
-
-    Raises:
-        ConfigError: As `find_folder`; also for a revision of a folder.
-    """
-    folder = find_folder(name)
-    if folder is not None and revision is not None:
-        raise ConfigError(f"--revision is for repositories of the Hub, and {name} is a folder; leave it out.")
-    return folder
+    if (folder / CHECKPOINTS_DIR).is_dir():
+        raise ConfigError(f"{folder} holds an unfinished run; finish it with the command that started it.")
+    raise ConfigError(f"{folder} holds no pipeline ({MODEL_INDEX}); give the folder that training saved.")
 
 
 def load_pipeline(name: str, folder: Path | None, **options: Any) -> "GaussianDiffusionPipeline":
-    """Loads what `find_folder` found.
+    """Load a pipeline from a folder or from the Hub.
 
     Args:
-        name: As the user gave it.
-        folder: What `find_folder` returned.
-        **options: Keyword arguments of `from_pretrained`; those that are None are left out.
+        name: Folder or repository id, as given by the user.
+        folder: The result of `find_folder`.
+        **options: Arguments of `from_pretrained`; None stands for the default.
 
     Raises:
-        ConfigError: It cannot be loaded; the sentence says why.
+        ConfigError: It cannot be loaded.
         ValueError: It has no safetensors, or its parts do not fit each other.
     """
     import torch
@@ -257,200 +194,78 @@ def load_pipeline(name: str, folder: Path | None, **options: Any) -> "GaussianDi
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
 
     if not sys.stderr.isatty():
-        disable_progress_bar()  # for each part that is loaded
+        disable_progress_bar()
     given = {key: value for key, value in options.items() if value is not None}
     try:
-        with _told_if_it_loads():
+        with _diffusers_messages_on_success():
             pipeline = GaussianDiffusionPipeline.from_pretrained(folder or name, **given)
     except (torch.OutOfMemoryError, MemoryError, ValueError):
         raise
     except Exception as error:  # diffusers, safetensors and httpx raise many types
-        reason = _reason_here(error) if folder else _reason_of_hub(error, options.get("revision"))
-        raise ConfigError(f"{name} {reason}") from error
+        if folder is None:
+            raise ConfigError(f"{name} {_hub_reason(error, options.get('revision'))}") from error
+        raise ConfigError(f"{name} holds no pipeline that can be loaded: {reason_of(error)}.") from error
     assert isinstance(pipeline, GaussianDiffusionPipeline)
     return pipeline
 
 
 @contextmanager
-def _told_if_it_loads() -> Iterator[None]:
-    """Holds back what diffusers writes while it loads, and drops it for an error, whose one sentence says it all."""
+def _diffusers_messages_on_success() -> Iterator[None]:
+    """Hold log messages of diffusers back, and drop them after an error, whose own message is complete."""
     logger = logging.getLogger("diffusers")
-    handlers, held = logger.handlers, MemoryHandler(_MOST_HELD, flushLevel=logging.CRITICAL + 1)
-    logger.handlers = [held]
+    handlers, buffer = logger.handlers, MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)
+    logger.handlers = [buffer]
     try:
         yield
     finally:
         logger.handlers = handlers
-    for record in held.buffer:
+    for record in buffer.buffer:
         logger.handle(record)
 
 
 def download_folder(name: str, revision: str | None = None) -> Path:
-    """Returns a local copy of a repository of the Hub, without what no pipeline of ours needs.
+    """Return a local copy of the files of a pipeline on the Hub.
 
     Raises:
-        ConfigError: It cannot be had; the sentence says why.
+        ConfigError: It cannot be downloaded, or holds no pipeline.
     """
     from huggingface_hub import snapshot_download
 
-    wanted = ["model_index.json", "verification.json", "*.py", "unet/*", "scheduler/*"]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*.bin"]))
-    except Exception as error:  # the Hub's own errors, those of the network, and those of the disk
-        raise ConfigError(f"{name} {_reason_of_hub(error, revision)}") from error
-    if not (folder / "model_index.json").is_file():
-        raise ConfigError(f"{name} is a repository without a pipeline (model_index.json); choose a DDPM.")
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=[*_PIPELINE_FILES], ignore_patterns=["*.bin"])
+        )
+    except Exception as error:  # errors of the Hub, the network and the disk
+        raise ConfigError(f"{name} {_hub_reason(error, revision)}") from error
+    if not (folder / MODEL_INDEX).is_file():
+        raise ConfigError(f"{name} is a repository without a pipeline ({MODEL_INDEX}); choose a DDPM.")
     return folder
 
 
 def commit_of(pipeline: "GaussianDiffusionPipeline") -> str | None:
-    """Returns the commit of the repository that a pipeline was loaded from; None for a folder."""
+    """Return the Hub commit that a pipeline was loaded from; None for a local folder."""
     match = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)", str(pipeline.unet.config.get("_name_or_path")))
     return match[1] if match else None
 
 
-def _reason_here(error: Exception) -> str:
-    """Says why a folder does not load."""
-    return f"holds no pipeline that can be loaded: {reason_of(error)}."
-
-
-def _reason_of_hub(error: Exception, revision: str | None) -> str:
-    """Says why a repository does not load, and what to do."""
+def _hub_reason(error: Exception, revision: str | None) -> str:
+    """Return why a repository cannot be loaded, and the fix."""
     from huggingface_hub import errors
 
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
     for kind, reason in (
-        (errors.GatedRepoError, "is open only to whom its owner lets in; ask for access on its page, then log in with "
-         "`hf auth login`."),
-        (errors.RepositoryNotFoundError, "is no folder here and no repository of the Hub that you may read; check the "
-         "name, or log in with `hf auth login` if it is private."),
-        (errors.RevisionNotFoundError, f"has no revision {revision}; give a branch, a tag or a commit that it has."),
-        (errors.OfflineModeIsEnabled, "is no folder here and not in the cache, and HF_HUB_OFFLINE forbids to ask the "
-         "Hub; unset it, or give a folder."),
-        (_UNREACHABLE, "is no folder here and not in the cache, and the Hub cannot be reached; check the connection, "
-         "or give a folder."),
-        (errors.EntryNotFoundError, "is a repository without a pipeline (model_index.json); choose a DDPM."),
+        (errors.GatedRepoError, "is a gated repository; request access on its page, then run `hf auth login`."),
+        (errors.RepositoryNotFoundError, "is neither a local folder nor a repository that you can read; check the "
+         "name, or run `hf auth login` if it is private."),
+        (errors.RevisionNotFoundError, f"has no revision {revision}; give an existing branch, tag or commit."),
+        (errors.OfflineModeIsEnabled, "is neither a local folder nor in the cache, and HF_HUB_OFFLINE is set; unset "
+         "it, or give a folder."),
+        (_UNREACHABLE, "is neither a local folder nor in the cache, and the Hub cannot be reached; check the "
+         "connection, or give a folder."),
+        (errors.EntryNotFoundError, f"is a repository without a pipeline ({MODEL_INDEX}); choose a DDPM."),
     ):  # fmt: skip
-        if any(isinstance(cause, kind) for cause in _causes(error)):
+        if any(isinstance(cause, kind) for cause in causes):
             return reason
     return f"is a repository that cannot be loaded: {reason_of(error)}."
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and those that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-NATIVE_SCHEDULER = "GaussianDiffusionScheduler"
-# Those of them that a call of the pipeline takes under the same name.
-CALL_FLAGS = ("num_inference_steps", "eta", "timestep_spacing", "guidance_scale", "guidance_rescale")
-
-
-def add_model_flags(parser: ArgumentParser) -> None:
-    """Adds which model."""
-    parser.add_argument("folder", help="folder of a pipeline or of a run, or a repository of the Hub")
-    parser.add_argument("--revision", help="branch, tag or commit of a repository of the Hub")
-    parser.add_argument("--variant", help="weights of another kind that the model has beside its usual ones, as fp16")
-
-
-def add_sampling_flags(add: Callable[..., Any], *, batch_size: int, turn: str) -> None:
-    """Adds how images are drawn.
-
-    Args:
-        add: Takes a flag, as `add_argument` of a parser or a group.
-        batch_size: The default.
-        turn: Which image has which of the labels.
-    """
-    add("--labels", metavar="LIST",
-        help=f"names or numbers of classes, with commas between them; by default all. {turn}; a name with a comma in "
-        "it goes in double quotes, and where the first begins with a dash, it is --labels=LIST")  # fmt: skip
-    add("--num_inference_steps", type=int, help="by default as many as in training")
-    add("--scheduler", help="name of a scheduler of diffusers; by default that of the model")
-    add("--eta", type=float, help="0 samples as DDIM, 1 as DDPM; by default what the scheduler does by itself")
-    add("--timestep_spacing", choices=("leading", "trailing", "linspace", "quadratic"),
-        help="by default that of the scheduler")  # fmt: skip
-    add("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
-    add("--guidance_rescale", type=float, default=0.0, help="how far guidance keeps the contrast, 0 to 1; by default 0")
-    add("--variance", choices=("trained", "analytic"), default="trained",
-        help="analytic: the optimal one for the network (Bao et al. 2022); `ddpm-hf evaluate --estimate_variance` "
-        "finds it")  # fmt: skip
-    add("--batch_size", type=int, default=batch_size,
-        help=f"images of one forward on one device; fewer need less memory. By default {batch_size}")  # fmt: skip
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision of the network")
-
-
-def check_sampling_flags(options: Namespace) -> None:
-    """Refuses what those flags forbid by themselves or each other.
-
-    Raises:
-        ConfigError: With what to do.
-    """
-    check_ranges(options, {
-        "batch_size": (1, math.inf), "num_inference_steps": (1, math.inf), "eta": (0, 1), "guidance_rescale": (0, 1),
-    })  # fmt: skip
-    if not (math.isfinite(options.guidance_scale) and options.guidance_scale >= 0):
-        raise ConfigError(f"--guidance_scale is {options.guidance_scale}, but must be a number, at least 0.")
-    if options.guidance_rescale and options.guidance_scale == 1:
-        raise ConfigError("--guidance_rescale corrects guidance, and --guidance_scale is 1, none; give another scale.")
-    if options.scheduler not in (None, NATIVE_SCHEDULER) and options.variance == "analytic":
-        raise ConfigError(f"--variance analytic needs {NATIVE_SCHEDULER}; leave --scheduler out.")
-
-
-def check_ranges(options: Namespace, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Refuses numbers outside their range, by the name of the flag.
-
-    Raises:
-        ConfigError: With the range.
-    """
-    for name, (lowest, highest) in ranges.items():
-        value = getattr(options, name)
-        if isinstance(value, int | float) and not lowest <= value <= highest:
-            limits = f"at least {lowest}" if highest == math.inf else f"{lowest} to {highest}"
-            raise ConfigError(f"--{name} is {value}, but must be {limits}.")
-
-
-def check_scheduler(options: Namespace) -> None:
-    """Refuses a scheduler that does not exist or has no eta, before a model is loaded; needs torch.
-
-    Raises:
-        ConfigError: With what to do.
-        ValueError: With the name that may be meant.
-    """
-    from ddpm_hf.evaluation.generate import scheduler_class
-
-    if options.scheduler is None:
-        return
-    steps = inspect.signature(scheduler_class(options.scheduler).step).parameters
-    if options.eta is not None and "eta" not in steps:
-        raise ConfigError(f"--eta is {options.eta}, but {options.scheduler} has no eta; leave one of them out.")
-
-
-def label_list(text: str | None, pipeline: "GaussianDiffusionPipeline") -> list[int] | None:
-    """Returns the numbers of the labels that go round; a word that is both is taken for a name.
-
-    Args:
-        text: What --labels says; None stands for all classes.
-        pipeline: Whose classes.
-
-    Returns:
-        None for an unconditional network.
-
-    Raises:
-        ConfigError: There is no such label.
-    """
-    from ddpm_hf.diffusion.pipeline import label_numbers
-
-    if text is None:
-        return list(range(pipeline.num_classes)) or None
-    class_names = pipeline.config.get("class_names") or {}
-    known = set(class_names.values())
-    words = [text] if text in known else [word.strip() for word in next(csv.reader([text], skipinitialspace=True), [])]
-    if not words or not all(words):
-        raise ConfigError(f"--labels is {text!r}; give names or numbers with commas between them.")
-    given = [int(word) if word.isdecimal() and word not in known else word for word in words]
-    num_labels, has_null_label = pipeline.unet.config.num_class_embeds, bool(pipeline.config.get("has_null_label"))
-    try:
-        return label_numbers(given, len(given), num_labels, has_null_label, class_names)
-    except ValueError as error:
-        raise ConfigError(str(error).replace("class_labels", "--labels", 1)) from None

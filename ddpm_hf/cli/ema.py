@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_hf.cli.common import Parser
+from ddpm_hf.cli.flags import Parser
 
 
 def ema(arguments: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from ddpm_hf import __version__
-from ddpm_hf.cli.common import RankFailed, Terminated, complain, sentence_of
+from ddpm_hf.cli.common import RankError, Terminated, format_os_error, print_error
 from ddpm_hf.redaction import redact
 
 
@@ -113,25 +113,25 @@ def _exit_code(command: Callable[[], int]) -> int:
     try:
         return command()
     except ValueError as error:
-        complain(str(error))
+        print_error(str(error))
         return 2
     except BrokenPipeError:  # whoever read what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except RankFailed as error:
-        complain(str(error), of_this_rank=True)
+    except RankError as error:
+        print_error(str(error), of_this_rank=True)
         return error.exit_code
     except MemoryError as error:
-        complain(f"out of memory ({error}); ask for less." if str(error) else "out of memory; ask for less.")
+        print_error(f"out of memory ({error}); ask for less." if str(error) else "out of memory; ask for less.")
         return 1
     except OSError as error:
-        complain(sentence_of(error))
+        print_error(format_os_error(error))
         return 1
     except Terminated as error:
-        complain(f"ended by {error.name}; the same command begins this part again.")
+        print_error(f"ended by {error.name}; the same command begins this part again.")
         return 143
     except KeyboardInterrupt:
-        complain("interrupted")
+        print_error("interrupted")
         return 130
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm_hf.cli.common import Parser
+from ddpm_hf.cli.flags import Parser
 from ddpm_hf.cli.sample import overviews_in
 from ddpm_hf.config import ConfigError, DataConfig, RunConfig, read_config
 from ddpm_hf.redaction import reason_of
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ddpm_hf.data.decode import Cell
+    from ddpm_hf.data.decode import EncodedImage
     from ddpm_hf.diffusion.schedule import NoiseSchedule
     from ddpm_hf.plots import UInt8Array
 
@@ -150,11 +150,11 @@ def read_image(file: Path, data: DataConfig) -> "UInt8Array":
     Raises:
         ValueError: If it cannot be read, or has other channels than the settings ask for.
     """
-    from ddpm_hf.data.decode import Cell
+    from ddpm_hf.data.decode import EncodedImage
 
     if not file.is_file():
         raise ValueError(f"{file} is no file; give that of an image.")
-    (image,) = _decode([Cell(str(file), file)], data)
+    (image,) = _decode([EncodedImage(str(file), file)], data)
     return image
 
 
@@ -194,20 +194,20 @@ def read_folder(folder: Path, data: DataConfig, num_columns: int, num_rows: int)
     return np.stack([images[row] for row in order]), names, words
 
 
-def _decode(cells: "Sequence[Cell]", data: DataConfig) -> "list[UInt8Array]":
+def _decode(cells: "Sequence[EncodedImage]", data: DataConfig) -> "list[UInt8Array]":
     """Decodes images to 8 bits, with the channels that the settings ask for or that hold every one of them."""
     import numpy as np
 
-    from ddpm_hf.data.decode import MODE_OF_CHANNELS, Geometry, Target, decode, read_header
+    from ddpm_hf.data.decode import MODE_OF_CHANNELS, Geometry, OutputFormat, decode, read_header
 
     headers = [read_header(cell) for cell in cells]
     for cell, header in zip(cells, headers, strict=True):
-        if header.is_deep:
+        if header.is_16_bit:
             raise ValueError(f"{cell.name} has 16 bits a channel, and pictures have 8; convert it first.")
     geometry = Geometry.of(replace(data, crop="center"))
     channels_of_mode = {mode: channels for channels, mode in MODE_OF_CHANNELS.items()}
     num_channels = data.num_channels or max(channels_of_mode[header.mode] for header in headers)
-    target = Target(num_channels, np.dtype(np.uint8), data.background, geometry)
+    target = OutputFormat(num_channels, np.dtype(np.uint8), data.background, geometry)
     images = [decode(cell, target).transpose(1, 2, 0) for cell in cells]
     for cell, image in zip(cells, images, strict=True):
         if image.shape != images[0].shape:

@@ -5,7 +5,8 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ddpm_hf.cli.common import Parser, find_folder, temporary_folder
+from ddpm_hf.cli.common import find_folder, temporary_folder
+from ddpm_hf.cli.flags import Parser
 from ddpm_hf.config import ConfigError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.cli.common import RankFailed, complain, ending_in_order, out_of_memory, sentence_of
+from ddpm_hf.cli.common import RankError, format_os_error, out_of_memory_advice, print_error, raise_on_signals
 from ddpm_hf.config import ConfigError, RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     """Trains, and returns the exit code; training saves at a signal, and what comes before and after ends at it."""
-    with ending_in_order():
+    with raise_on_signals():
         return _train(arguments, prog)
 
 
@@ -40,7 +40,7 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
     program = f"python {prog}" if prog.endswith(".py") else prog
     command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     advice = "lower training.micro_batch_size, or evaluation.batch_size if it was while sampling the report"
-    with out_of_memory(advice), _publisher(config) or nullcontext() as publisher:
+    with out_of_memory_advice(advice), _publisher(config) or nullcontext() as publisher:
         trainer = Trainer(config, _scorer(config), publisher)
         try:
             exit_code = _run(trainer, publisher, command, is_dry_run=is_dry_run)
@@ -72,7 +72,7 @@ def _run(trainer: "Trainer", publisher: "BackgroundPush | None", command: str, *
     if trainer.config.evaluation.num_samples:
         _report(trainer, command)
     if publisher is not None and not publisher.finish(trainer.folder.path):
-        complain(
+        print_error(
             f"the trained pipeline is not on the Hub; it is in {trainer.folder.pipeline}, and the same command tries "
             "again."
         )
@@ -131,17 +131,17 @@ def _fit(trainer: "Trainer") -> int:
     except TrainingStopped as stop:
         return stop.exit_code
     except NonFiniteTraining as error:
-        complain(str(error))
+        print_error(str(error))
         return 3
     except ProcessesDiffer as error:
-        complain(str(error))
+        print_error(str(error))
         return 1
     except (ConfigError, CheckpointError, SharedOSError, BrokenPipeError):
         raise
     except DataError as error:
-        raise RankFailed(str(error), 2) from error
+        raise RankError(str(error), 2) from error
     except OSError as error:
-        raise RankFailed(sentence_of(error)) from error
+        raise RankError(format_os_error(error)) from error
     except ValueError as error:
         raise RuntimeError("training failed") from error
     return 0

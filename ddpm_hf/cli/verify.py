@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from ddpm_hf.cli.common import Parser, download_folder, find_folder
+from ddpm_hf.cli.common import download_folder, find_folder
+from ddpm_hf.cli.flags import Parser
 
 
 def verify(arguments: Sequence[str]) -> int:

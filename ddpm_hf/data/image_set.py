@@ -1,4 +1,4 @@
-"""A set of decoded images: what is where, which are held out, and what stands in for those that cannot be read."""
+"""A set of decoded images and labels: selection, replacement of unreadable images, crops, and the validation split."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,12 +13,12 @@ from ddpm_hf.rng import numpy_generator
 
 @dataclass(frozen=True)
 class UnequalImages:
-    """Images of several sizes, one behind the other.
+    """Images of different sizes, stored one after the other.
 
     Args:
-        flat: All pixels, each image as (channels, height, width).
-        layout: int64 (number, 3): where each image begins, its height and its width.
-        num_channels: Of every image.
+        flat: All pixels; each image is (channels, height, width).
+        layout: int64 (number, 3): offset, height and width of each image.
+        num_channels: Channels of every image.
     """
 
     flat: NDArray[np.integer]
@@ -27,14 +27,14 @@ class UnequalImages:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Type of the pixels."""
+        """The type of the pixels."""
         return self.flat.dtype
 
     def __len__(self) -> int:
         return len(self.layout)
 
     def __getitem__(self, row: int) -> NDArray[np.integer]:
-        """Returns one image (channels, height, width)."""
+        """Return one image (channels, height, width)."""
         start, height, width = self.layout[row].tolist()
         return self.flat[start : start + self.num_channels * height * width].reshape(-1, height, width)
 
@@ -44,13 +44,14 @@ class ImageSet:
     """Decoded images and their labels.
 
     Args:
-        images: uint8 or uint16 (number, channels, height, width), memory-mapped.
-        labels: int64 (number,), or None where the data has none.
-        class_names: Names of the classes, or None where there are no labels.
-        indices: Rows of `images` that belong to this set.
-        crop_size: Height and width to cut out of each image; None where the images are as they are needed.
-        bad_rows: Rows of `images` that could not be read, in ascending order.
-        digest: What tells the data from others; empty where it is not known.
+        images: uint8 or uint16 (number, channels, height, width), usually memory-mapped.
+        labels: int64 (number,), or None if the data have none.
+        class_names: Names of the classes, or None if there are no labels.
+        indices: Rows of `images` in this set.
+        crop_size: Height and width of the crop of each image; None if the images are used as they are.
+        bad_rows: Rows of `images` that could not be decoded, in ascending order.
+        digest: Identifies the data; empty if unknown.
+        location: Where another process finds the same arrays, as JSON; None if they are only in memory.
     """
 
     images: NDArray[np.integer] | UnequalImages
@@ -60,13 +61,14 @@ class ImageSet:
     crop_size: tuple[int, int] | None = None
     bad_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     digest: str = ""
+    location: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
+        """Channels, height and width of an image after cropping."""
         if isinstance(self.images, UnequalImages):
             assert self.crop_size is not None
             return self.images.num_channels, *self.crop_size
@@ -75,35 +77,36 @@ class ImageSet:
 
     @property
     def positions(self) -> NDArray[np.int64]:
-        """All positions of this set."""
+        """All positions of this set, int64 (len(self),)."""
         return np.arange(len(self))
 
     @cached_property
     def rows(self) -> NDArray[np.int64]:
-        """Rows of `images` behind each position; the next good image stands in for one that could not be read."""
+        """Row of `images` at each position; a bad row is replaced by the next good one of this set."""
         if not len(self.bad_rows):
             return self.indices
-        is_good = ~np.isin(self.indices, self.bad_rows)
-        good = np.flatnonzero(is_good)
+        good = np.flatnonzero(~np.isin(self.indices, self.bad_rows))
         if not len(good):
-            raise DataError(f"None of the {len(self)} images of one part of the data can be read; repair them.")
+            raise DataError(
+                f"none of the {len(self)} images of the training or validation set can be read; repair them."
+            )
         next_good = good[np.searchsorted(good, np.arange(len(self))) % len(good)]
         return self.indices[next_good]
 
     @property
     def num_bad(self) -> int:
-        """Positions at which another image stands in."""
+        """Number of positions with a replacement."""
         return int(np.isin(self.indices, self.bad_rows).sum())
 
     def take(
         self, positions: NDArray[np.int64], corners: NDArray[np.float32] | None = None
     ) -> tuple[NDArray[np.integer], NDArray[np.int64] | None]:
-        """Returns the images and labels at positions of this set.
+        """Return images and labels.
 
         Args:
-            positions: Which ones.
-            corners: float32 (number, 2) in [0, 1): where each crop lies between top and bottom, left and right; None
-                takes the centres.
+            positions: Positions in this set, int64 (number,).
+            corners: float32 (number, 2) in [0, 1): relative vertical and horizontal position of each crop; None crops
+                from the center.
 
         Returns:
             Pixels (number, channels, height, width), and labels if there are any.
@@ -123,29 +126,31 @@ class ImageSet:
     def crop_origins(
         self, positions: NDArray[np.int64], corners: NDArray[np.float32] | None = None
     ) -> NDArray[np.int64]:
-        """Returns top and left of the crops that `take` cuts out, int64 (number, 2)."""
+        """Return top and left of the crops of `take`, int64 (number, 2)."""
         assert self.crop_size is not None
         if isinstance(self.images, UnequalImages):
             sizes = self.images.layout[self.rows[positions], 1:]
         else:
             sizes = np.broadcast_to(self.images.shape[2:], (len(positions), 2))
-        rooms: NDArray[np.int64] = sizes - np.asarray(self.crop_size)
-        centers: NDArray[np.int64] = rooms // 2
-        # In float64, since the largest float32 below 1 times the number of places may round up to it.
-        return centers if corners is None else (corners.astype(np.float64) * (rooms + 1)).astype(np.int64)
+        margins: NDArray[np.int64] = sizes - np.asarray(self.crop_size)
+        centers: NDArray[np.int64] = margins // 2
+        # In float64: in float32, the largest number below 1 times (margin + 1) may round up to margin + 1.
+        return centers if corners is None else (corners.astype(np.float64) * (margins + 1)).astype(np.int64)
 
-    def split(self, held_out_fraction: float, seed: int) -> tuple["ImageSet", "ImageSet"]:
-        """Splits into a training and a held-out set, always the same for one seed.
+    def split(self, validation_fraction: float, seed: int) -> tuple["ImageSet", "ImageSet"]:
+        """Split into a training set and a validation set, chosen by the seed.
 
         Raises:
-            DataError: If a positive fraction leaves one of the two sets empty.
+            DataError: A positive fraction leaves one of the sets empty.
         """
-        num_held_out = round(len(self) * held_out_fraction)
-        if held_out_fraction > 0 and not 0 < num_held_out < len(self):
+        num_validation = round(len(self) * validation_fraction)
+        if validation_fraction > 0 and not 0 < num_validation < len(self):
             raise DataError(
-                f"data.validation_fraction {held_out_fraction:g} of {len(self)} images leaves {num_held_out} held out "
-                f"and {len(self) - num_held_out} to train on; choose a fraction that leaves some on both sides."
+                f"data.validation_fraction {validation_fraction:g} of {len(self)} images leaves "
+                f"{len(self) - num_validation} for training and {num_validation} for validation; choose a fraction "
+                "that leaves some for both."
             )
+        # The name of the stream is that of version 0.1, so that the sets stay the same.
         shuffled = numpy_generator(seed, "held_out").permutation(len(self))
-        held_out, training = np.sort(shuffled[:num_held_out]), np.sort(shuffled[num_held_out:])
-        return replace(self, indices=self.indices[training]), replace(self, indices=self.indices[held_out])
+        validation, training = np.sort(shuffled[:num_validation]), np.sort(shuffled[num_validation:])
+        return replace(self, indices=self.indices[training]), replace(self, indices=self.indices[validation])

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, RunConfig, TrainingConfig
-from ddpm_hf.data import ImageFeed, ImageStream
+from ddpm_hf.data import ImageLoader, ImageStream
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.rng import numpy_generator
 from ddpm_hf.training.logging import say
@@ -214,7 +214,7 @@ class BatchSource:
     def __init__(
         self,
         config: RunConfig,
-        feed: ImageFeed | ImageStream,
+        feed: ImageLoader | ImageStream,
         *,
         rank: int,
         num_processes: int,
@@ -264,7 +264,7 @@ class BatchSource:
 
     def images_of(self, step: int) -> str:
         """Returns a sentence that names the images of a step, of all ranks; nothing where they have no numbers."""
-        if not isinstance(self._feed, ImageFeed):
+        if not isinstance(self._feed, ImageLoader):
             return ""
         size = self._config.training.train_batch_size
         numbers = self._feed.numbers(step * size, (step + 1) * size).tolist()

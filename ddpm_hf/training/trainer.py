@@ -29,7 +29,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 
 from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, DiffusionConfig, ModelConfig, PreviewConfig, RunConfig, refuse_secrets
-from ddpm_hf.data import ImageFeed, ImageSet, ImageStream, describe_sets, normalize, open_sets
+from ddpm_hf.data import ImageLoader, ImageSet, ImageStream, describe_sets, locations_of, normalize, open_sets
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.images import image_size
 from ddpm_hf.diffusion.schedule import BETA_RANGES, SMALLEST_ALPHA_BAR
@@ -63,16 +63,16 @@ from ddpm_hf.training.run_dir import RunFolder
 
 
 def open_splits(config: RunConfig, accelerator: Accelerator) -> tuple[ImageSet | ImageStream, ImageSet]:
-    """Collective: opens the data; rank 0 decodes it, or says what is wrong with it, before the others look.
+    """Collective: open the data. Rank 0 searches and decodes them; the other ranks map what it found.
 
     Returns:
-        The images to train on, or this process's stream of them, and the held-out ones.
+        The training set, or this process's stream of it, and the validation set.
 
     Raises:
-        ValueError: If the data cannot be trained on.
+        ValueError: The data cannot be used for training.
     """
 
-    def open_both() -> tuple[ImageSet | ImageStream, ImageSet]:
+    def open_both(locations: Sequence[dict[str, Any] | None] = (None, None)) -> tuple[ImageSet | ImageStream, ImageSet]:
         return open_sets(
             config.data,
             with_labels=config.model.class_conditional,
@@ -80,13 +80,15 @@ def open_splits(config: RunConfig, accelerator: Accelerator) -> tuple[ImageSet |
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
             device=accelerator.device,
+            locations=locations,
         )
 
-    distributed.on_rank_0(open_both)
-    return distributed.on_every_rank(open_both)
+    opened = distributed.on_rank_0(open_both)
+    locations = distributed.broadcast_json(opened and locations_of(*opened))
+    return distributed.on_every_rank(lambda: opened or open_both(locations))
 
 
-def build_feed(config: RunConfig, images: ImageSet | ImageStream, device: torch.device) -> ImageFeed | ImageStream:
+def build_feed(config: RunConfig, images: ImageSet | ImageStream, device: torch.device) -> ImageLoader | ImageStream:
     """Collective: makes what gives the samples of the run; images that stay on the device go there now.
 
     Raises:
@@ -94,7 +96,7 @@ def build_feed(config: RunConfig, images: ImageSet | ImageStream, device: torch.
     """
     if isinstance(images, ImageStream):
         return images
-    return distributed.on_every_rank(lambda: ImageFeed(images, config.data, config.training.seed, device))
+    return distributed.on_every_rank(lambda: ImageLoader(images, config.data, config.training.seed, device))
 
 
 def class_names_of(images: ImageSet | ImageStream, config: RunConfig) -> dict[str, str] | None:

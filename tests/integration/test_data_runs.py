@@ -47,7 +47,7 @@ def store(folder: Path, kind: str, images: np.ndarray, labels: list[int]) -> Pat
     return Path(shutil.make_archive(str(folder / "packed"), kind, folder / "x"))
 
 
-def test_the_same_images_train_the_same_network_wherever_they_lie(
+def test_the_same_images_train_the_same_network_from_every_format(
     tmp_path: Path, digits: tuple[np.ndarray, list[int]]
 ) -> None:
     """Bit for bit: order, flips and labels depend on the images alone."""
@@ -61,7 +61,7 @@ def test_the_same_images_train_the_same_network_wherever_they_lie(
         assert_same_run(runs[0], run, 6)
 
 
-def test_images_of_16_bits_train_a_network(tmp_path: Path, digits: tuple[np.ndarray, list[int]]) -> None:
+def test_16_bit_images_train_a_network(tmp_path: Path, digits: tuple[np.ndarray, list[int]]) -> None:
     """Stretched from 8 bits they are the same images, so the first loss is the same to the rounding of float32."""
     images, labels = digits
     for bits in (8, 16):
@@ -74,7 +74,7 @@ def test_images_of_16_bits_train_a_network(tmp_path: Path, digits: tuple[np.ndar
     assert abs(losses[0] - losses[1]) < 1e-6
 
 
-def test_unequal_images_train_a_network_on_random_crops(tmp_path: Path) -> None:
+def test_images_of_different_sizes_train_a_network_on_random_crops(tmp_path: Path) -> None:
     shapes = [(8, 12), (9, 9), (20, 10)] * 4
     random = np.random.default_rng(0)
     files = {f"{n}.png": encode(random.integers(0, 256, shape, dtype=np.uint8)) for n, shape in enumerate(shapes)}
@@ -88,7 +88,7 @@ def test_unequal_images_train_a_network_on_random_crops(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- data that have changed
 
 
-def test_a_run_is_not_continued_on_other_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_does_not_continue_on_changed_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As many as before, but one of them is another."""
     images = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
     source = write_files(tmp_path / "x", {f"{number}.png": encode(image) for number, image in enumerate(images)})
@@ -106,7 +106,7 @@ def test_a_run_is_not_continued_on_other_images(tmp_path: Path, capsys: pytest.C
     assert before.keys() == tensors_of(tmp_path / "run" / "checkpoints" / "step_00000008").keys()
 
 
-def test_a_run_goes_on_when_its_cache_is_gone(tmp_path: Path) -> None:
+def test_a_run_continues_without_its_cache(tmp_path: Path) -> None:
     """And its images were written anew, as on another machine: what counts is what is in them."""
     images = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
     changes: dict[str, Any] = {"data__source": tmp_path / "x", "model__class_conditional": False}
@@ -140,7 +140,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, digits: tuple[np.ndarray, l
     return folder
 
 
-def test_a_streamed_run_that_was_stopped_goes_on_bit_identically(
+def test_a_stopped_streamed_run_continues_bit_exactly(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint knows the place in the stream; 100 images of which 8 a step are seen, so step 13 ends an epoch."""
@@ -157,15 +157,15 @@ def test_a_streamed_run_that_was_stopped_goes_on_bit_identically(
     assert state["streams"][0]["epoch"] == 1
 
 
-def test_a_streamed_run_ends_like_any_other(tmp_path: Path, shards: Path) -> None:
+def test_a_streamed_run_exits_with_0(tmp_path: Path, shards: Path) -> None:
     """As a process: a reader of parquet that is still open when Python ends aborts it, with exit code 134."""
     command = ["train_ddpm.py", *run_arguments(tmp_path / "run", **STREAMED, data__source=shards)]
     result = run_process(command)
     assert result.returncode == 0, result.stderr
-    assert "streamed training and 0 held-out images of 1x8x8" in result.stdout
+    assert "streamed training and 0 validation images of 1x8x8" in result.stdout
 
 
-def test_a_streamed_run_is_judged_on_its_validation_split(tmp_path: Path, shards: Path, digits: Any) -> None:
+def test_a_streamed_run_validates_on_its_validation_split(tmp_path: Path, shards: Path, digits: Any) -> None:
     """Which is read at once, so it costs the same wherever in the stream the run is."""
     images, labels = digits
     folder = shutil.copytree(shards, tmp_path / "x")
@@ -194,15 +194,15 @@ def bad_input(tmp_path: Path, kind: str) -> tuple[Path, dict[str, object], str]:
     folder, table = tmp_path / "x", tmp_path / "x.parquet"
     match kind:
         case "no images":
-            return write_files(folder, {"notes.txt": b""}), {}, f"{folder} holds no images (split 'train')"
+            return write_files(folder, {"notes.txt": b""}), {}, f"{folder} contains no images (split 'train')"
         case "one image":
-            return write_files(folder, {"cat/a.png": image}), {}, f"{folder} has one image to train on"
+            return write_files(folder, {"cat/a.png": image}), {}, f"{folder} contains a single training image"
         case "a column that is not images":
             write_parquet(table, [image] * 2, [0, 1])
-            return table, {"data__image_column": "label"}, f"column 'label' of {table} holds ClassLabel"
+            return table, {"data__image_column": "label"}, f"column 'label' of {table} contains ClassLabel"
         case "a column of other bytes":
             datasets.Dataset.from_dict({"text": [b"a", b"b"], "label": [0, 1]}).to_parquet(table)
-            return table, {}, f"image 0 of {table} cannot be decoded (it is no image of a known format)"
+            return table, {}, f"image 0 of {table} cannot be decoded (it is not an image in a supported format)"
         case "labels missing":
             write_parquet(table, [image] * 3, [0, None, 1])
             return table, {}, f"image 1 of {table} has no label; every image needs one from 0 to 1."
@@ -210,20 +210,20 @@ def bad_input(tmp_path: Path, kind: str) -> tuple[Path, dict[str, object], str]:
             return write_files(folder, {"a.png": image, "b.png": image}), {}, f"{folder} has no labels, but the network"
         case "labels that are not integers":
             write_parquet(table, [image] * 2, ["cat", "dog"], datasets.Value("string"))
-            return table, {"data__label_column": "label"}, f"column 'label' of {table} holds Value('string')"
+            return table, {"data__label_column": "label"}, f"column 'label' of {table} contains Value('string')"
         case "sizes that cannot be batched":
             wide = encode(np.zeros((8, 9), np.uint8))
             folder = write_files(folder, {"cat/a.png": image, "dog/b.png": wide})
-            return folder, {}, f"image 1 of {folder} (dog/b.png) has 9x8 pixels where the first has 8x8; set data.resol"
+            return folder, {}, f"image 1 of {folder} (dog/b.png) has 9x8 pixels, but the first image has 8x8; set data."
         case "more channels than asked":
             red = encode(Image.new("RGB", (8, 8), "red"))
             folder = write_files(folder, {"cat/a.png": image, "dog/b.png": red})
-            return folder, {"data__num_channels": 1}, f"image 1 of {folder} (dog/b.png) has colours where gray (L) is"
+            return folder, {"data__num_channels": 1}, f"image 1 of {folder} (dog/b.png) is a color image, but gray (L)"
         case "no space":
             return (
                 write_files(folder, {"cat/a.png": image, "dog/b.png": image}),
                 {},
-                "the 2 decoded images need 0.0 MiB",
+                "the 2 decoded images need 128 B",
             )
     raise AssertionError(kind)
 
@@ -236,7 +236,7 @@ def bad_input(tmp_path: Path, kind: str) -> tuple[Path, dict[str, object], str]:
         "no space",
     ],
 )  # fmt: skip
-def test_bad_input_costs_one_sentence(
+def test_bad_input_is_refused_in_one_line(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, settings, sentence = bad_input(tmp_path, kind)

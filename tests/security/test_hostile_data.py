@@ -172,12 +172,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "objects in a npz": (objects_in_an_archive, "cannot be read as a NumPy array"),
     "a pickle called npy": (pickle_called_npy, "cannot be read as a NumPy array"),
     "a pickle called parquet": (pickle_called_parquet, "cannot be opened"),
-    "metadata above the folder": (metadata("../secret.png"), "traversal|outside of the data set"),
-    "metadata at an absolute path": (metadata("HERE/secret.png"), "Absolute paths|outside of the data set"),
-    "a table with an absolute path": (table("HERE/secret.png"), "secret.png, outside of the data set"),
-    "a table that leads upwards": (table("SET/../secret.png"), "secret.png, outside of the data set"),
-    "a table with another relative path": (table("secret.png"), "secret.png, outside of the data set"),
-    "a table with a device": (table("/dev/zero"), "/dev/zero, outside of the data set"),
+    "metadata above the folder": (metadata("../secret.png"), "traversal|outside of the dataset"),
+    "metadata at an absolute path": (metadata("HERE/secret.png"), "Absolute paths|outside of the dataset"),
+    "a table with an absolute path": (table("HERE/secret.png"), "secret.png, outside of the dataset"),
+    "a table that leads upwards": (table("SET/../secret.png"), "secret.png, outside of the dataset"),
+    "a table with another relative path": (table("secret.png"), "secret.png, outside of the dataset"),
+    "a table with a device": (table("/dev/zero"), "/dev/zero, outside of the dataset"),
 }
 
 BOMBS = list(REFUSED)[:7]
@@ -237,7 +237,7 @@ def test_files_beside_a_table_are_read(watch: Watch) -> None:
     assert show(source, watch.folder)[0] == 0
 
 
-def test_code_beside_a_data_set_is_not_run(watch: Watch) -> None:
+def test_code_beside_a_dataset_is_not_run(watch: Watch) -> None:
     """`datasets` of old ran a script with the name of its folder."""
     folder = watch.folder / "data"
     folder.mkdir()

@@ -84,7 +84,10 @@ EPSILON = {"diffusion__beta_schedule": "linear", "diffusion__prediction_type": "
         ({"model__overrides": {"in_channels": 3}}, "model.overrides.in_channels is decided by the data"),
         ({"model__overrides": {"block_out_channels": [5, 10]}}, "model.overrides do not make a UNet2DModel"),
         ({"model__preset": "ddpm_32", "model__overrides": {}, "data__resolution": 12}, "12x12 is not a multiple of 8"),
-        ({"data__validation_fraction": 0.0001}, "data.validation_fraction 0.0001 of 1797 images leaves 0 held out"),
+        (
+            {"data__validation_fraction": 0.0001},
+            "data.validation_fraction 0.0001 of 1797 images leaves 1797 for training and 0",
+        ),
     ],
 )
 def test_a_bad_setting_is_answered_with_one_sentence(
@@ -128,7 +131,7 @@ def test_data_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp
     missing = tmp_path / "missing.parquet"
     assert f"data.source {missing} does not exist" in complaint(capsys, run_arguments(output_dir, data__source=missing))
     empty = write_images(tmp_path / "empty.parquet")
-    assert "holds no images" in complaint(capsys, run_arguments(output_dir, data__source=empty))
+    assert "contains no images" in complaint(capsys, run_arguments(output_dir, data__source=empty))
     assert "data.source is not set" in complaint(capsys, ["--training.output_dir", str(output_dir)])
 
 
@@ -145,8 +148,8 @@ def test_a_column_that_is_not_there_is_named(
 @pytest.mark.parametrize(
     ("second", "sentence"),
     [
-        (np.zeros((8, 9), np.uint8), "has 9x8 pixels where the first has 8x8; set data.resolution"),
-        (np.zeros((8, 8, 4), np.uint8), "has transparent pixels where RGB is asked for; set data.num_channels to 4"),
+        (np.zeros((8, 9), np.uint8), "has 9x8 pixels, but the first image has 8x8; set data.resolution"),
+        (np.zeros((8, 8, 4), np.uint8), "has transparent pixels, but RGB is expected; set data.num_channels to 4"),
     ],
 )
 def test_an_image_of_another_kind_or_size_is_named(
@@ -183,7 +186,7 @@ def test_a_dry_run_checks_everything_and_leaves_nothing_behind(
 ) -> None:
     assert main.train([*run_arguments(output_dir), "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    assert "45,289 parameters, 1,797 training and 0 held-out images of 1x8x8\n" in printed
+    assert "45,289 parameters, 1,797 training and 0 validation images of 1x8x8\n" in printed
     assert "6 steps of 8 images, 0.0 epochs\ncpu x 1, fp32, batch 8 = 1 x 8 x 1 accumulated\n" in printed
     assert f"0.8 MB a checkpoint, 3 are kept in {output_dir}\n" in printed
     assert f"  output_dir: {output_dir}\n" in printed
@@ -321,8 +324,8 @@ def test_memory_that_there_is_not_is_one_sentence(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
-        (errno.ENOSPC, "; make room, or write to another disk."),
-        (errno.EDQUOT, "; make room, or write to another disk."),
+        (errno.ENOSPC, "; free some space, or write to another disk."),
+        (errno.EDQUOT, "; free some space, or write to another disk."),
         (errno.EROFS, "; write to a disk that is not read-only."),
         (errno.EACCES, "; change its permissions, or choose another place."),
         (errno.EIO, ""),

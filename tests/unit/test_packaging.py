@@ -20,7 +20,13 @@ SETUP = configparser.ConfigParser()
 SETUP.read(REPOSITORY / "setup.cfg")
 
 # Import names that differ from the name of the distribution.
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn", "torch-fidelity": "torch_fidelity"}
+IMPORT_NAMES = {
+    "opencv-python-headless": "cv2",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "torch-fidelity": "torch_fidelity",
+}
 # Minimum versions with a reason: security (see SECURITY.md), the format of saved folders, or a required function.
 FLOORS = {
     "torch": "2.10",

@@ -34,7 +34,7 @@ def test_a_derived_seed_never_changes(arguments: tuple[int, str, int], expected:
     assert derive_seed(*arguments) == expected
 
 
-def test_derived_seeds_fit_every_generator_and_never_meet() -> None:
+def test_derived_seeds_fit_every_generator_and_are_distinct() -> None:
     seeds = [
         derive_seed(seed, stream, step, position)
         for seed in (0, 1)
@@ -47,7 +47,7 @@ def test_derived_seeds_fit_every_generator_and_never_meet() -> None:
     assert derive_seed(0, "noise", 1, 12) != derive_seed(0, "noise", 11, 2), "counters do not run into one another"
 
 
-def test_neighbouring_streams_are_independent() -> None:
+def test_neighboring_streams_are_independent() -> None:
     """With 10,000 numbers the correlation has a standard deviation of 0.01; five of them is a chance of 1 in 10^6."""
     draws = [torch.randn(10_000, generator=torch_generator("cpu", 0, "noise", step)) for step in range(4)]
     draws += [torch.from_numpy(numpy_generator(0, "noise", step).standard_normal(10_000)).float() for step in range(4)]
@@ -85,7 +85,7 @@ def test_a_row_of_noise_is_the_same_in_every_split_of_the_batch(cuts: tuple[int,
     assert torch.equal(torch.cat(pieces), whole)
 
 
-def test_a_row_of_noise_does_not_know_the_size_of_the_batch() -> None:
+def test_a_row_of_noise_does_not_depend_on_the_batch_size() -> None:
     late = NOISE_BLOCK_SIZE * 3 + 5
     alone = normal_by_position(0, "noise", 0, range(late, late + 1), (8,), "cpu")
     assert torch.equal(alone, normal_by_position(0, "noise", 0, range(1000), (8,), "cpu")[late : late + 1])
@@ -108,7 +108,7 @@ def test_noise_is_standard_normal() -> None:
     assert abs(float(of_rows.std()) - 1 / 16) < 0.01, "rows are independent of one another"
 
 
-def test_drawing_noise_leaves_the_global_generator_alone() -> None:
+def test_drawing_noise_does_not_change_the_global_generator() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     normal_by_position(0, "noise", 0, range(64), (4,), "cpu")

@@ -73,7 +73,7 @@ def test_a_cache_of_a_folder_that_cannot_be_written_to_is_used(tmp_path: Path, c
     ],
     ids=str,
 )  # fmt: skip
-def test_another_transform_is_decoded_anew(tmp_path: Path, cache_dir: Path, settings: dict[str, Any]) -> None:
+def test_preprocessing_settings_need_another_cache(tmp_path: Path, cache_dir: Path, settings: dict[str, Any]) -> None:
     folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "b.png": encode(255 - RGB)})
     open_source(folder, cache_dir)
     open_source(folder, cache_dir, **settings)
@@ -85,16 +85,14 @@ def test_another_transform_is_decoded_anew(tmp_path: Path, cache_dir: Path, sett
     [{"random_flip": True}, {"validation_fraction": 0.5}, {"device_resident": True}, {"on_bad_image": "skip"}],
     ids=str,
 )
-def test_what_changes_no_stored_pixel_needs_no_other_cache(
-    tmp_path: Path, cache_dir: Path, settings: dict[str, Any]
-) -> None:
+def test_other_settings_share_the_cache(tmp_path: Path, cache_dir: Path, settings: dict[str, Any]) -> None:
     folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "b.png": encode(255 - RGB)})
     open_source(folder, cache_dir)
     open_source(folder, cache_dir, **settings)
     assert len(caches_in(cache_dir)) == 1
 
 
-def test_changed_data_are_decoded_anew(tmp_path: Path, cache_dir: Path) -> None:
+def test_changed_images_are_decoded_again(tmp_path: Path, cache_dir: Path) -> None:
     digests = set()
     for pixels in (RGB, 255 - RGB):
         folder = write_files(tmp_path / "x", {"a.png": encode(pixels)})
@@ -107,7 +105,7 @@ def test_changed_data_are_decoded_anew(tmp_path: Path, cache_dir: Path) -> None:
     assert len(caches_in(cache_dir)) == 4
 
 
-def test_other_labels_are_other_data(tmp_path: Path, cache_dir: Path) -> None:
+def test_labels_are_part_of_the_digest(tmp_path: Path, cache_dir: Path) -> None:
     images = {f"{name}.png": encode(RGB) for name in ("cat/1", "dog/2")}
     one = open_source(write_files(tmp_path / "x", images), cache_dir)
     images = {f"{name}.png": encode(RGB) for name in ("cat/1", "cat/2", "dog/0")}
@@ -126,7 +124,7 @@ def test_a_class_that_only_another_split_has_is_known(tmp_path: Path, cache_dir:
     assert [images.class_names, images.labels.tolist()] == [("a", "b", "c"), [1, 2]]
 
 
-def test_a_part_of_a_split_has_a_cache_of_its_own(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_part_of_a_split_has_its_own_cache(tmp_path: Path, cache_dir: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", [encode(GRAY + np.uint8(number)) for number in range(4)])
     for split, first, count in (("train", 0, 4), ("train[2:]", 2, 2), ("train[:1]", 0, 1)):
         images = open_source(path, cache_dir, split=split)
@@ -144,7 +142,7 @@ def opened_twice(source: Path, cache_dir: Path, mend: Callable[[], object]) -> t
     return before, open_source(source, cache_dir, **settings)
 
 
-def test_an_image_that_the_system_hands_out_again_is_read(
+def test_an_unreachable_image_is_read_when_it_is_reachable_again(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forbidden, or on a disk that was away: the file is the same one then, with the same time of change."""
@@ -173,14 +171,14 @@ def table_of_files(folder: Path) -> Path:
     return folder / "x.parquet"
 
 
-def test_a_file_that_a_table_names_is_read_when_it_is_back(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_missing_file_of_a_table_is_read_when_it_is_back(tmp_path: Path, cache_dir: Path) -> None:
     table = table_of_files(tmp_path / "x")
     (tmp_path / "x" / "2.png").rename(tmp_path / "away.png")
     before, after = opened_twice(table, cache_dir, lambda: (tmp_path / "away.png").rename(tmp_path / "x" / "2.png"))
     assert [before.num_bad, after.num_bad] == [1, 0]
 
 
-def test_a_file_that_a_table_names_is_read_anew_when_it_is_written_anew(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_modified_file_of_a_table_is_read_again(tmp_path: Path, cache_dir: Path) -> None:
     table, changed = table_of_files(tmp_path / "x"), tmp_path / "x" / "0.png"
     before, after = opened_twice(table, cache_dir, lambda: changed.write_bytes(encode(255 - RGB)))
     assert np.array_equal(pixels_of(before)[0], RGB)
@@ -224,7 +222,7 @@ def damage(folder: Path, kind: str) -> None:
         "no labels", "another version", "another key", "a killed build",
     ],
 )  # fmt: skip
-def test_a_cache_that_is_not_whole_is_built_again(tmp_path: Path, cache_dir: Path, kind: str) -> None:
+def test_an_incomplete_cache_is_rebuilt(tmp_path: Path, cache_dir: Path, kind: str) -> None:
     path = write_parquet(
         tmp_path / "x.parquet", [encode(GRAY + np.uint8(number)) for number in range(9)], [0, 1, 0] * 3
     )
@@ -238,7 +236,7 @@ def test_a_cache_that_is_not_whole_is_built_again(tmp_path: Path, cache_dir: Pat
     assert caches_in(cache_dir) == [folder]
 
 
-def test_a_build_that_fails_leaves_nothing(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_failed_build_leaves_no_files(tmp_path: Path, cache_dir: Path) -> None:
     folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "b.png": encode(RGB)[:-30]})
     assert "cannot be decoded" in refusal(folder, cache_dir)
     assert caches_in(cache_dir) == []
@@ -247,7 +245,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, cache_dir: Path) -> N
 # --------------------------------------------------------------------------------------------------------- the disk
 
 
-def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache.cache_root(DataConfig()) == tmp_path / "xdg" / "ddpm_hf" / "images"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -256,11 +254,11 @@ def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: py
     assert cache.cache_root(DataConfig(cache_dir="~/x")) == tmp_path / "x"
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     message = refusal(DIGITS, tmp_path / "file" / "cache")
     assert "cannot be written" in message
-    assert "give another folder with data.cache_dir" in message
+    assert "set data.cache_dir to another folder" in message
 
 
 def test_space_is_checked_before_anything_is_decoded(
@@ -272,11 +270,14 @@ def test_space_is_checked_before_anything_is_decoded(
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(cache, "decode_all", lambda *_: pytest.fail("began to decode"))
     message = refusal(folder, cache_dir, resolution=1000)
-    assert f"the 2 decoded images need 5.7 MiB, but {cache_dir} has 5.0 MiB free; give another folder" in message
+    assert (
+        f"the 2 decoded images need 6.0 MB, but {cache_dir} has 5.2 MB free; set data.cache_dir to another folder"
+        in message
+    )
     assert caches_in(cache_dir) == []
 
 
-def test_a_disk_that_fills_up_while_decoding_is_told_in_a_sentence(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_full_disk_is_an_error_with_a_fix(tmp_path: Path, cache_dir: Path) -> None:
     """A process that may write no more than 1000 bytes to a file; a mapped file would have killed it instead."""
     folder = write_files(tmp_path / "x", {f"{number}.png": encode(RGB) for number in range(40)})
 
@@ -291,7 +292,10 @@ def test_a_disk_that_fills_up_while_decoding_is_told_in_a_sentence(tmp_path: Pat
     process.start()
     message = messages.get(timeout=60)
     process.join(timeout=60)
-    assert f"cannot be written to {cache_dir} ({os.strerror(errno.EFBIG)}); give another folder" in message
+    assert (
+        f"cannot be written to {cache_dir} ({os.strerror(errno.EFBIG)}); set data.cache_dir to another folder"
+        in message
+    )
     assert caches_in(cache_dir) == []
 
 
@@ -361,7 +365,7 @@ def sum_of(number: int = 100) -> int:
     return int(sum((GRAY + np.uint8(number)).astype(int).sum() for number in range(number)))
 
 
-def test_two_processes_that_start_at_once_decode_once(many_images: Path, cache_dir: Path) -> None:
+def test_two_processes_that_start_together_decode_once(many_images: Path, cache_dir: Path) -> None:
     builders = [Builder(many_images, cache_dir) for _ in range(2)]
     said = [[builder.next()] for builder in builders]
     for builder, events in zip(builders, said, strict=True):
@@ -373,7 +377,7 @@ def test_two_processes_that_start_at_once_decode_once(many_images: Path, cache_d
     assert len(caches_in(cache_dir)) == 1
 
 
-def test_one_that_waits_takes_over_when_the_builder_is_killed(many_images: Path, cache_dir: Path) -> None:
+def test_a_waiting_process_takes_over_from_a_killed_one(many_images: Path, cache_dir: Path) -> None:
     killed = Builder(many_images, cache_dir, is_slow=True)
     assert killed.next() == "decoding"
     waiting = Builder(many_images, cache_dir)
@@ -385,7 +389,9 @@ def test_one_that_waits_takes_over_when_the_builder_is_killed(many_images: Path,
     assert len(caches_in(cache_dir)) == 1, "and clears away what the dead one left"
 
 
-def test_a_builder_on_another_machine_is_waited_for_as_long_as_it_lives(many_images: Path, cache_dir: Path) -> None:
+def test_a_process_on_another_machine_is_waited_for_while_it_renews_its_lease(
+    many_images: Path, cache_dir: Path
+) -> None:
     """Nobody can see from here whether its process lives, only that its lease is renewed; here, within 8 s.
 
     A builder that is stopped for longer loses the lease; when it goes on it finds the cache of its successor.
@@ -405,15 +411,17 @@ def test_a_builder_on_another_machine_is_waited_for_as_long_as_it_lives(many_ima
     assert [state_of(folder) for folder in caches_in(cache_dir)] == before
 
 
-def test_one_that_waits_says_for_what(many_images: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_waiting_process_logs_what_it_waits_for(
+    many_images: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other goes on only when that has been said."""
     builder = Builder(many_images, cache_dir, is_slow=True)
     assert builder.next() == "decoding"
     said: list[str] = []
-    monkeypatch.setattr(cache, "_SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(cache, "_WAIT_SECONDS_BEFORE_WARNING", 0.1)
     monkeypatch.setattr(cache.logger, "warning", lambda text, *_: (said.append(text), builder.go_on()))
     open_source(many_images, cache_dir)
-    assert said == ["Another process is decoding the same images into %s; waiting for it."]
+    assert said == ["Waiting for another process that is decoding the same images into %s."]
     builder.end()
 
 
@@ -425,7 +433,7 @@ def with_bad_images(folder: Path, bad: set[int], number: int = 10) -> Path:
     return write_files(folder, files)
 
 
-def test_the_next_good_image_stands_in_for_a_bad_one(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_bad_image_is_replaced_by_the_next_good_one(tmp_path: Path, cache_dir: Path) -> None:
     """Also for the last one, and for several in a row; the number of images, and so the order, stays what it was."""
     folder = with_bad_images(tmp_path / "x", {0, 3, 4, 9})
     skipping = {"on_bad_image": "skip", "max_bad_fraction": 0.4}
@@ -436,7 +444,7 @@ def test_the_next_good_image_stands_in_for_a_bad_one(tmp_path: Path, cache_dir: 
     assert np.array_equal(pixels_of(again), pixels_of(images))
 
 
-def test_labels_follow_the_image_that_stands_in(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_replacement_keeps_its_label(tmp_path: Path, cache_dir: Path) -> None:
     files = {"cat/1.png": encode(RGB), "cat/2.png": b"text", "dog/1.png": encode(255 - RGB)}
     images = open_source(write_files(tmp_path / "x", files), cache_dir, on_bad_image="skip", max_bad_fraction=0.5)
     pixels, labels = images.take(np.array([1]))
@@ -445,10 +453,10 @@ def test_labels_follow_the_image_that_stands_in(tmp_path: Path, cache_dir: Path)
     assert np.array_equal(pixels[0].transpose(1, 2, 0), 255 - RGB)
 
 
-def test_bad_images_are_counted_and_said(tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_images_are_counted_in_a_warning(tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = with_bad_images(tmp_path / "x", {3, 7})
     open_source(folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.2)
-    assert f"2 of 10 images cannot be read, the next good one stands in for each; the first: image 3 of {folder}" in (
+    assert f"2 of 10 images cannot be read; each is replaced by the next good one. The first: image 3 of {folder}" in (
         caplog.text
     )
 
@@ -459,34 +467,30 @@ def test_too_many_bad_images_are_refused(tmp_path: Path, cache_dir: Path, *, is_
     if is_cached:
         open_source(folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.2)
     message = refusal(folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.15)
-    assert message.startswith(
-        "more than 1 of 10 images cannot be read, which is all that data.max_bad_fraction 0.15 allows"
-    )
+    assert message.startswith("more than 1 of 10 images cannot be read, the limit set by data.max_bad_fraction 0.15")
     assert "; repair them, or set it to 0.2 or more; " in message
     assert f"the first: image 3 of {folder} (3.png) cannot be decoded" in message
     assert f"image 3 of {folder} (3.png) cannot be decoded" in refusal(folder, cache_dir, on_bad_image="error")
     message = refusal(folder, cache_dir, on_bad_image="skip")  # 1 % of 10 is none
-    assert message.startswith(
-        "more than 0 of 10 images cannot be read, which is all that data.max_bad_fraction 0.01 allows"
-    )
+    assert message.startswith("more than 0 of 10 images cannot be read, the limit set by data.max_bad_fraction 0.01")
     assert "data.on_bad_image" not in message, "it is set to skip already"
 
 
-def test_a_fraction_allows_as_many_as_it_says() -> None:
+def test_the_fraction_of_bad_images_is_not_rounded_down() -> None:
     """Though 0.29 * 100 is 28.999999999999996."""
     source = cache.Source("x", "x", "x", 100, lambda rows: [])
     allowed = [cache.allowed_bad(source, DataConfig(on_bad_image="skip", max_bad_fraction=n / 100)) for n in range(100)]
     assert allowed == list(range(100))
 
 
-def test_only_bad_images_are_refused(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_dataset_of_bad_images_is_refused(tmp_path: Path, cache_dir: Path) -> None:
     folder = with_bad_images(tmp_path / "x", set(range(10)))
     assert "none of the 10 images can be read; the first: image 0 of " in refusal(
         folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.99
     )
 
 
-def test_a_bad_image_in_a_split_is_replaced_from_that_split(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_bad_image_is_replaced_from_its_own_set(tmp_path: Path, cache_dir: Path) -> None:
     """A held-out image must never stand in for one that is trained on, nor the other way round."""
     folder = with_bad_images(tmp_path / "x", {0, 3, 4, 9}, number=40)
     images = open_source(folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.4)
@@ -496,7 +500,7 @@ def test_a_bad_image_in_a_split_is_replaced_from_that_split(tmp_path: Path, cach
     assert training.num_bad + held_out.num_bad == 4
 
 
-def test_bad_images_among_unequal_ones_are_replaced(tmp_path: Path, cache_dir: Path) -> None:
+def test_bad_images_among_different_sizes_are_replaced(tmp_path: Path, cache_dir: Path) -> None:
     files = {"a.png": encode(RGB), "b.png": b"text", "c.png": encode(RGB[:, :4])}
     folder = write_files(tmp_path / "x", files)
     settings = {"resolution": 4, "resize_to": 0, "crop": "random", "on_bad_image": "skip", "max_bad_fraction": 0.5}

@@ -8,7 +8,7 @@ from tests.unit.data.helpers import SHAPES, numbered, pixels_of, unequal
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.95])
-def test_a_split_is_disjoint_and_complete_and_always_the_same(fraction: float) -> None:
+def test_a_split_is_disjoint_complete_and_reproducible(fraction: float) -> None:
     training, held_out = numbered(101).split(fraction, seed=3)
     assert len(held_out) == round(101 * fraction)
     assert sorted([*training.indices, *held_out.indices]) == list(range(101))
@@ -22,21 +22,21 @@ def test_a_split_is_disjoint_and_complete_and_always_the_same(fraction: float) -
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
-def test_a_split_that_leaves_a_side_empty_is_refused(fraction: float) -> None:
+def test_a_split_with_an_empty_set_is_refused(fraction: float) -> None:
     with pytest.raises(DataError, match=f"data.validation_fraction {fraction} of 10 images leaves"):
         numbered(10).split(fraction, seed=0)
 
 
-def test_a_side_of_bad_images_only_is_refused() -> None:
+def test_a_set_of_bad_images_is_refused() -> None:
     """One image is held out, and it happens to be the bad one."""
     images = numbered(10)
     _, held_out = images.split(0.1, seed=0)
     _, spoilt = numbered(10, bad_rows=held_out.indices).split(0.1, seed=0)
-    with pytest.raises(DataError, match="None of the 1 images of one part of the data can be read"):
+    with pytest.raises(DataError, match="none of the 1 images of the training or validation set can be read"):
         pixels_of(spoilt)
 
 
-def test_images_of_unequal_sizes_are_cropped_where_they_are_told() -> None:
+def test_images_of_different_sizes_are_cropped_at_the_given_corners() -> None:
     images, originals = unequal(SHAPES)
     assert images.image_shape == (3, 4, 5)
     corners = np.array([[0.0, 0.5], [0.99, 0.0], [0.4, 0.99999], [0.5, 0.5]], np.float32)
@@ -47,14 +47,14 @@ def test_images_of_unequal_sizes_are_cropped_where_they_are_told() -> None:
         assert np.array_equal(found, image[:, top : top + 4, left : left + 5])
 
 
-def test_without_a_place_the_centre_is_cut_out() -> None:
+def test_without_corners_the_center_is_cropped() -> None:
     images, originals = unequal(SHAPES)
     pixels, _ = images.take(np.array([2, 0]))
     assert np.array_equal(pixels[0], originals[2][:, 1:5, 1:6])
     assert np.array_equal(pixels[1], originals[0][:, :, 2:7])
 
 
-def test_every_place_of_a_crop_is_as_likely_as_any_other_and_none_is_outside() -> None:
+def test_crop_origins_are_uniform_and_inside() -> None:
     """The largest float32 below 1 times 1001 places rounds to 1001, which would be outside, in float32."""
     images = ImageSet(np.zeros((1, 1, 1004, 4), np.uint8), None, None, np.zeros(4, np.int64), (4, 4))
     largest = np.nextafter(np.float32(1), np.float32(0))
@@ -65,7 +65,7 @@ def test_every_place_of_a_crop_is_as_likely_as_any_other_and_none_is_outside() -
     assert (np.bincount(places) == 10).all()
 
 
-def test_images_of_one_size_with_room_are_cropped_too() -> None:
+def test_larger_images_of_one_size_are_cropped() -> None:
     images = numbered(3, size=6, crop_size=(2, 4))
     assert images.image_shape == (1, 2, 4)
     assert pixels_of(images).shape == (3, 2, 4, 1)

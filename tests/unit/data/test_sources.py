@@ -1,26 +1,41 @@
-"""Data sets of every kind open by their name or path, with their labels, or are refused with a sentence."""
+"""Images and labels are found in folders, archives, tables, arrays and Hub datasets, or an error says what to do."""
 
+import io
 import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow.parquet
 import pytest
-import torch
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data import DataError, ImageSet, open_images, open_sets
+from ddpm_hf.data import open_images
+from ddpm_hf.data.sources import Source, open_folder, open_tar, open_zip
 from tests.conftest import DIGITS
-from tests.unit.data.helpers import GRAY, RGB, encode, open_source, pixels_of, refusal, write_files, write_parquet
+from tests.unit.data.helpers import (
+    GRAY,
+    RANDOM,
+    RGB,
+    encode,
+    open_source,
+    pixels_of,
+    refusal,
+    write_files,
+    write_parquet,
+)
+
+# ----------------------------------------------------------------------------------------------- datasets of every kind
 
 
 @pytest.fixture
 def cache_dir(tmp_path: Path) -> Path:
     return tmp_path / "cache"
-
-
-# ---------------------------------------------------------------------------------------------------- where from
 
 
 def test_the_embedded_digits_open_like_any_other_parquet(cache_dir: Path) -> None:
@@ -55,7 +70,7 @@ def test_a_flat_folder_of_images_has_no_labels(tmp_path: Path, cache_dir: Path) 
     assert "has no labels" in refusal(tmp_path / "flat", cache_dir, with_labels=True)
 
 
-def test_a_folder_of_parquet_files_opens_as_one_data_set(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_folder_of_parquet_files_is_one_dataset(tmp_path: Path, cache_dir: Path) -> None:
     (tmp_path / "parts").mkdir()
     for number in range(3):
         write_parquet(tmp_path / "parts" / f"{number}.parquet", [encode(GRAY + np.uint8(number))] * 2, [0, 1])
@@ -90,24 +105,24 @@ def test_a_path_that_does_not_exist_is_named(cache_dir: Path, source: str) -> No
     assert "does not exist; check the path" in refusal(source, cache_dir)
 
 
-def test_a_name_that_is_neither_here_nor_on_the_hub_says_so(cache_dir: Path) -> None:
+def test_a_dataset_that_is_neither_local_nor_on_the_hub_is_named(cache_dir: Path) -> None:
     message = refusal("nobody/no-such-data-1.0", cache_dir)
-    assert "nobody/no-such-data-1.0, which is no file or folder here, cannot be opened" in message
+    assert "nobody/no-such-data-1.0, which is not a local file or folder, cannot be opened" in message
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path: Path, cache_dir: Path) -> None:
+def test_an_unsupported_file_is_refused(tmp_path: Path, cache_dir: Path) -> None:
     (tmp_path / "notes.txt").write_text("no images")
-    assert "is a .txt file; give a .parquet" in refusal(tmp_path / "notes.txt", cache_dir)
+    assert "has an unsupported type (.txt); use a folder or a .parquet" in refusal(tmp_path / "notes.txt", cache_dir)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but not really")
     assert "cannot be opened" in refusal(tmp_path / "broken.parquet", cache_dir)
 
 
-def test_a_data_set_without_images_is_refused(tmp_path: Path, cache_dir: Path) -> None:
-    assert "holds no images" in refusal(write_parquet(tmp_path / "x.parquet", []), cache_dir)
+def test_a_dataset_without_images_is_refused(tmp_path: Path, cache_dir: Path) -> None:
+    assert "contains no images" in refusal(write_parquet(tmp_path / "x.parquet", []), cache_dir)
     (tmp_path / "empty").mkdir()
-    assert "holds no images (split 'train'), but nothing" in refusal(tmp_path / "empty", cache_dir)
+    assert "contains no images (split 'train'): it is empty" in refusal(tmp_path / "empty", cache_dir)
     (tmp_path / "empty" / "notes.txt").write_text("")
-    assert "but 1 other file, notes.txt;" in refusal(tmp_path / "empty", cache_dir)
+    assert "only 1 other file, such as notes.txt." in refusal(tmp_path / "empty", cache_dir)
 
 
 def test_a_split_that_does_not_exist_is_named(cache_dir: Path) -> None:
@@ -115,17 +130,14 @@ def test_a_split_that_does_not_exist_is_named(cache_dir: Path) -> None:
     assert "cannot be opened (split 'test'): Unknown split" in message
 
 
-# ------------------------------------------------------------------------------------------------------- columns
-
-
-def test_a_column_that_does_not_exist_is_refused_with_those_that_do(cache_dir: Path) -> None:
+def test_a_missing_column_is_refused_with_the_existing_ones(cache_dir: Path) -> None:
     assert "data.image_column 'picture' is not a column" in refusal(DIGITS, cache_dir, image_column="picture")
     message = refusal(DIGITS, cache_dir, label_column="class")
     assert "data.label_column 'class' is not a column" in message
     assert message.endswith("it has image, label.")
 
 
-def test_columns_that_hold_something_else_are_refused(tmp_path: Path, cache_dir: Path) -> None:
+def test_columns_of_other_types_are_refused(tmp_path: Path, cache_dir: Path) -> None:
     assert "not images" in refusal(DIGITS, cache_dir, image_column="label")
     assert "not integer labels" in refusal(DIGITS, cache_dir, label_column="image")
     path = write_parquet(tmp_path / "x.parquet", [encode(GRAY)] * 2, ["a", "b"], datasets.Value("string"))
@@ -134,12 +146,14 @@ def test_columns_that_hold_something_else_are_refused(tmp_path: Path, cache_dir:
     assert open_images(DataConfig(source=str(path), cache_dir=str(cache_dir)), with_labels=False).labels is None
 
 
-def test_one_of_several_image_columns_must_be_named(tmp_path: Path, cache_dir: Path) -> None:
+def test_one_of_several_image_columns_must_be_configured(tmp_path: Path, cache_dir: Path) -> None:
     columns = {"front": [{"bytes": encode(GRAY)}], "back": [{"bytes": encode(255 - GRAY)}], "size": [1]}
     features = {"front": datasets.Image(), "back": datasets.Image(), "size": datasets.Value("int64")}
     path = tmp_path / "x.parquet"
     datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(path)
-    assert "has 2 image columns among front, back, size; name one with data.image_column" in refusal(path, cache_dir)
+    assert "has 2 image columns among front, back, size; set data.image_column to one of them" in refusal(
+        path, cache_dir
+    )
     for column, pixels in (("front", GRAY), ("back", 255 - GRAY)):
         config = DataConfig(source=str(path), cache_dir=str(cache_dir), image_column=column)
         assert np.array_equal(open_images(config, with_labels=False).images[0, 0], pixels)
@@ -154,7 +168,7 @@ def write_table(path: Path, columns: dict[str, list[object]]) -> Path:
 @pytest.mark.parametrize(
     ("labels", "found"), [([0, None, 1], "no label"), ([0, -1, 1], "no label"), ([0, -3, 1], "label -3")]
 )
-def test_a_missing_label_matters_only_to_a_network_with_classes(
+def test_a_missing_label_matters_only_to_class_conditional_networks(
     tmp_path: Path, cache_dir: Path, labels: list[int | None], found: str
 ) -> None:
     path = write_parquet(tmp_path / "x.parquet", [encode(GRAY)] * 3, labels, datasets.Value("int64"))
@@ -171,11 +185,11 @@ def test_labels_that_are_all_missing_are_no_labels(tmp_path: Path, cache_dir: Pa
     assert open_images(DataConfig(source=str(path), cache_dir=str(cache_dir)), with_labels=False).labels is None
 
 
-def test_a_label_that_is_too_large_to_be_counted_is_named(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_label_above_int64_is_named(tmp_path: Path, cache_dir: Path) -> None:
     labels = pyarrow.array([0, 2**63 + 5], pyarrow.uint64())
     path = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"image": [encode(GRAY)] * 2, "label": labels}), path)
-    assert f"{path} has label 9223372036854775813, which numbers no class" in refusal(path, cache_dir)
+    assert f"{path} has label 9223372036854775813, which is too large for a class" in refusal(path, cache_dir)
 
 
 @pytest.fixture
@@ -194,7 +208,7 @@ def hub_data_set() -> str:
     return "someone/digits"
 
 
-def test_a_data_set_of_the_hub_opens_by_its_id(hub_data_set: str, cache_dir: Path) -> None:
+def test_a_hub_dataset_opens_by_its_id(hub_data_set: str, cache_dir: Path) -> None:
     images = open_source(hub_data_set, cache_dir, with_labels=True, split="test[:100]")
     assert np.array_equal(pixels_of(images), pixels_of(open_source(DIGITS, cache_dir))[:100])
     assert images.class_names == tuple("0123456789")
@@ -205,20 +219,17 @@ def test_a_data_set_of_the_hub_opens_by_its_id(hub_data_set: str, cache_dir: Pat
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ({"subset": "large"}, "data.subset does not apply to {}, which is no data set of the Hub; leave it out"),
-        ({"revision": "main"}, "data.revision does not apply to {}, which is no data set of the Hub; leave it out"),
-        ({"image_column": "a"}, "data.image_column does not apply to {}, which has folders instead of columns"),
-        ({"label_column": "a"}, "data.label_column does not apply to {}, which has folders instead of columns"),
+        ({"subset": "large"}, "data.subset does not apply to {}, which is not a Hub dataset; remove the setting"),
+        ({"revision": "main"}, "data.revision does not apply to {}, which is not a Hub dataset; remove the setting"),
+        ({"image_column": "a"}, "data.image_column does not apply to {}, which has class folders instead of columns"),
+        ({"label_column": "a"}, "data.label_column does not apply to {}, which has class folders instead of columns"),
     ],
 )
-def test_a_setting_that_a_folder_cannot_follow_is_refused(
+def test_settings_that_do_not_apply_to_a_folder_are_refused(
     tmp_path: Path, cache_dir: Path, setting: dict[str, str], sentence: str
 ) -> None:
     folder = write_files(tmp_path / "flat", {"a.png": encode(RGB)})
     assert sentence.format(folder).replace("it out", "the setting out") in refusal(folder, cache_dir, **setting)
-
-
-# ------------------------------------------------------------------------------------- tables on the local machine
 
 
 def digits_table() -> datasets.Dataset:
@@ -247,7 +258,7 @@ def test_arrow_opens_like_the_parquet_it_came_from(tmp_path: Path, cache_dir: Pa
         assert "has no split 'dev'; it has train, test." in refusal(target, cache_dir, split="dev")
 
 
-def test_splits_of_a_folder_of_parquet_are_told_by_their_names(tmp_path: Path, cache_dir: Path) -> None:
+def test_parquet_files_belong_to_splits_by_their_names(tmp_path: Path, cache_dir: Path) -> None:
     """As the Hub stores them: train and test lie in one folder and must not be mixed."""
     write_parquet(tmp_path / "x" / "train-00000-of-00001.parquet", [encode(RGB)] * 3)
     write_parquet(tmp_path / "x" / "test-00000-of-00001.parquet", [encode(255 - RGB)] * 2)
@@ -260,12 +271,12 @@ def test_splits_of_a_folder_of_parquet_are_told_by_their_names(tmp_path: Path, c
     [
         (
             ["cats-train", "dogs"],
-            "cats-train.parquet in {} belongs to split 'train' by its name, but dogs.parquet to none",
+            "the name of cats-train.parquet in {} says split 'train', but dogs.parquet names no split",
         ),
-        (["test/0", "x/train-0"], "test/0.parquet in {} belongs to split 'test' by its name, but x/train-0.parquet to"),
+        (["test/0", "x/train-0"], "the name of test/0.parquet in {} says split 'test', but x/train-0.parquet names no"),
     ],
 )
-def test_tables_of_which_only_some_are_called_like_splits_are_refused(
+def test_tables_of_which_only_some_are_named_after_splits_are_refused(
     tmp_path: Path, cache_dir: Path, names: list[str], sentence: str
 ) -> None:
     """Neither are rows left out in silence nor are those to be held out trained on."""
@@ -274,12 +285,12 @@ def test_tables_of_which_only_some_are_called_like_splits_are_refused(
     assert sentence.format(tmp_path / "x") in refusal(tmp_path / "x", cache_dir)
 
 
-def test_a_folder_called_like_a_split_around_a_data_set_says_nothing(tmp_path: Path, cache_dir: Path) -> None:
+def test_the_name_of_the_dataset_folder_is_not_a_split(tmp_path: Path, cache_dir: Path) -> None:
     write_parquet(tmp_path / "test" / "cats.parquet", [encode(RGB)] * 2)
     assert len(open_source(tmp_path / "test", cache_dir)) == 2
 
 
-def test_a_folder_with_a_table_of_labels_follows_the_table(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_folder_with_metadata_uses_the_metadata(tmp_path: Path, cache_dir: Path) -> None:
     """The imagefolder of `datasets`: metadata.csv beside the images."""
     files = {"a.png": encode(RGB), "b.png": encode(255 - RGB), "metadata.csv": b"file_name,age\na.png,1\nb.png,0\n"}
     images = open_source(write_files(tmp_path / "x", files), cache_dir, with_labels=True, label_column="age")
@@ -288,7 +299,7 @@ def test_a_folder_with_a_table_of_labels_follows_the_table(tmp_path: Path, cache
     assert np.array_equal(pixels_of(images), [RGB, 255 - RGB])
 
 
-def test_a_table_that_does_not_name_its_images_is_named(tmp_path: Path, cache_dir: Path) -> None:
+def test_metadata_without_file_names_are_named(tmp_path: Path, cache_dir: Path) -> None:
     folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "metadata.csv": b"id,age\n1,1\n2,0\n"})
     assert f"{folder / 'metadata.csv'} has no column file_name" in refusal(folder, cache_dir)
 
@@ -299,21 +310,21 @@ def test_a_table_among_images_is_refused(tmp_path: Path, cache_dir: Path) -> Non
     assert len(open_source(folder, cache_dir)) == 2
     write_table(folder / "cat" / "stats.parquet", {"size": [1, 2]})
     message = refusal(folder, cache_dir)
-    assert message.startswith(f"{folder} holds images such as ")
+    assert message.startswith(f"{folder} contains images such as ")
     assert message.endswith(
-        "and the table cat/stats.parquet; give the table itself as data.source, or take one of them out of the folder."
+        "and the table cat/stats.parquet; set data.source to the table, or move one of them out of the folder."
     )
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "test.txt", "README.md", ".cache/a.png"])
-def test_other_files_beside_tables_are_no_tables(tmp_path: Path, cache_dir: Path, name: str) -> None:
+def test_other_files_beside_tables_are_ignored(tmp_path: Path, cache_dir: Path, name: str) -> None:
     write_parquet(tmp_path / "x" / "0.parquet", [encode(RGB)] * 3)
     write_files(tmp_path / "x", {name: b"x"})
     assert len(open_source(tmp_path / "x", cache_dir)) == 3
 
 
 @pytest.mark.parametrize("shape", ["bytes", "struct"])
-def test_images_that_another_program_stored_as_bytes_are_found(tmp_path: Path, cache_dir: Path, shape: str) -> None:
+def test_images_in_plain_binary_columns_are_found(tmp_path: Path, cache_dir: Path, shape: str) -> None:
     cells = [encode(RGB), encode(255 - RGB)]
     columns = {"jpg": cells if shape == "bytes" else [{"bytes": cell, "path": "x.png"} for cell in cells]}
     pyarrow.parquet.write_table(pyarrow.table(columns | {"label": [1, 0]}), tmp_path / "x.parquet")
@@ -321,73 +332,500 @@ def test_images_that_another_program_stored_as_bytes_are_found(tmp_path: Path, c
     assert np.array_equal(pixels_of(images), [RGB, 255 - RGB])
 
 
-# --------------------------------------------------------------------------------------------- training and held out
+# ------------------------------------------------------------------------------------------------- folders and archives
 
 
-def open_both(source: Path, cache_dir: Path, **settings: object) -> tuple[ImageSet, ImageSet]:
-    config = DataConfig(source=str(source), cache_dir=str(cache_dir), **settings)  # type: ignore[arg-type]
-    training, held_out = open_sets(
-        config, with_labels=True, seed=0, rank=0, num_processes=1, device=torch.device("cpu")
-    )
-    assert isinstance(training, ImageSet)
-    return training, held_out
+PETS = {"cat/1.png": 0, "cat/2.PNG": 1, "cat/deep/er.jpg": 2, "dog/1.png": 3}
 
 
-def test_a_validation_split_is_held_out_by_its_name(tmp_path: Path, cache_dir: Path) -> None:
-    training, held_out = open_both(DIGITS, cache_dir, split="train[:90%]", validation_split="train[90%:]")
-    assert (len(training), len(held_out)) == (1617, 180)
-    whole = pixels_of(open_source(DIGITS, cache_dir))
-    assert np.array_equal(np.concatenate([pixels_of(training), pixels_of(held_out)]), whole)
+IMAGES = {name: np.full((4, 3, 3), 60 * number, np.uint8) for name, number in PETS.items()}
 
 
-def test_a_validation_split_of_another_kind_is_refused(tmp_path: Path, cache_dir: Path) -> None:
-    files = {"train/cat/1.png": RGB, "train/cat/2.png": RGB, "test/cat/1.png": RGB[:4]}
-    folder = write_files(tmp_path / "x", {name: encode(pixels) for name, pixels in files.items()})
-    with pytest.raises(DataError, match=r"'test' of .* has images of 3x4x5 where 'train' has 3x6x5; set data.res"):
-        open_both(folder, cache_dir, validation_split="test")
-    renamed = digits_table().cast_column("label", datasets.ClassLabel(names=list("0123456798")))
-    datasets.DatasetDict({"train": digits_table(), "test": renamed}).save_to_disk(tmp_path / "y")
-    with pytest.raises(DataError, match=r"has the classes .*, 7, 9, 8 where 'train' has .*, 7, 8, 9; give both the"):
-        open_both(tmp_path / "y", cache_dir, validation_split="test")
+FILES = {name: encode(image) for name, image in IMAGES.items()}
 
 
-def test_a_validation_split_may_lack_the_last_of_numbered_classes(tmp_path: Path, cache_dir: Path) -> None:
-    labels = datasets.Value("int64")
-    write_parquet(tmp_path / "x" / "train-0.parquet", [encode(RGB)] * 3, [0, 1, 2], labels)
-    write_parquet(tmp_path / "x" / "test-0.parquet", [encode(RGB)] * 2, [1, 0], labels)
-    _, held_out = open_both(tmp_path / "x", cache_dir, validation_split="test")
+def pack(path: Path, files: dict[str, bytes]) -> Path:
+    """Writes a zip, or a tar in the compression that the name says, in the order in which files are given."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+        return path
+    compression = path.suffix[1:].replace("tar", "").replace("tgz", "gz")
+    with tarfile.open(path, f"w:{compression}") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def store(tmp_path: Path, name: str, files: dict[str, bytes]) -> Path:
+    """Writes files to a folder or an archive of that name."""
+    return pack(tmp_path / name, files) if "." in name else write_files(tmp_path / name, files)
+
+
+KINDS = ["pets", "pets.zip", "pets.tar", "pets.tar.gz", "pets.tgz", "pets.tar.bz2", "pets.tar.xz"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("root", ["", "./", "pets/", "a/b/pets/"])
+def test_class_folders_are_labels_in_every_archive(tmp_path: Path, name: str, root: str) -> None:
+    if "." not in name and root:
+        pytest.skip("only archives have folders around everything")
+    path = store(tmp_path, name, {root + file: data for file, data in FILES.items()})
+    images = open_source(path, tmp_path / "cache", with_labels=True)
+    assert images.class_names == ("cat", "dog")
+    assert images.labels is not None
+    assert images.labels.tolist() == [0, 0, 0, 1]
+    assert np.array_equal(pixels_of(images), list(IMAGES.values()))
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
+def test_a_flat_archive_has_no_labels(tmp_path: Path, name: str) -> None:
+    path = store(tmp_path, name, {"1.png": FILES["cat/1.png"], "2.png": FILES["dog/1.png"]})
+    assert open_source(path, tmp_path / "cache").labels is None
+    if "." in name:
+        packed = store(tmp_path, f"all{name}", {"images/1.png": FILES["cat/1.png"], "images/2.png": FILES["dog/1.png"]})
+        assert open_source(packed, tmp_path / "cache").labels is None
+
+
+def test_a_zip_is_sorted_by_name(tmp_path: Path) -> None:
+    shuffled = {name: FILES[name] for name in ("dog/1.png", "cat/2.PNG", "cat/deep/er.jpg", "cat/1.png")}
+    images = open_source(pack(tmp_path / "x.zip", shuffled), tmp_path / "cache", with_labels=True)
+    assert np.array_equal(pixels_of(images), list(IMAGES.values()))
+
+
+def test_a_tar_keeps_its_order(tmp_path: Path) -> None:
+    turned = dict(reversed(FILES.items()))
+    images = open_source(pack(tmp_path / "x.tar.gz", turned), tmp_path / "cache", with_labels=True)
+    assert images.labels is not None
+    assert images.labels.tolist() == [1, 0, 0, 0]
+    assert np.array_equal(pixels_of(images), list(IMAGES.values())[::-1])
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
+def test_files_of_operating_systems_are_ignored(tmp_path: Path, name: str) -> None:
+    rubbish = {"__MACOSX/cat/._1.png": b"x", "cat/.DS_Store": b"x", ".git/a.png": b"x", "cat/Thumbs.db": b"x"}
+    path = store(tmp_path, name, FILES | rubbish)
+    images = open_source(path, tmp_path / "cache", with_labels=True)
+    assert len(images) == 4
+    assert images.class_names == ("cat", "dog")
+
+
+def source_of(path: Path, split: str = "train") -> Source:
+    opens = open_folder if path.is_dir() else open_zip if path.suffix == ".zip" else open_tar
+    return opens(path, split)
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
+def test_other_files_are_ignored_files_and_named(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = store(tmp_path, name, FILES | {"cat/photo.heic": b"x", "README.md": b"x"})
+    assert set(source_of(path).ignored_files) == {"cat/photo.heic", "README.md"}
+    open_source(path, tmp_path / "cache")
+    assert f"2 files ignored in {path} (not an image, hidden, or a link)" in caplog.text
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
+def test_hidden_images_and_images_outside_of_the_archive_are_ignored(tmp_path: Path, name: str) -> None:
+    """Hidden ones, and those that would be unpacked elsewhere; a class may be called __background__."""
+    files = FILES | {"__background__/1.png": b"1", ".dog/1.png": b"2", "cat/.3.png": b"3"}
+    outside = {"../up/1.png": b"4"} if "." in name else {}
+    source = source_of(store(tmp_path, name, files | outside))
+    assert source.class_names == ("__background__", "cat", "dog")
+    told = {f"{file} (outside of the archive)" for file in outside}
+    assert set(source.ignored_files) == {".dog/1.png (hidden)", "cat/.3.png (hidden)"} | told
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
+def test_folders_named_after_splits_are_splits(tmp_path: Path, name: str) -> None:
+    """Not classes; and the classes are the same ones in each, even where one split lacks some."""
+    files = {"train/cat/1.png": b"1", "train/dog/1.png": b"2", "train/dog/2.png": b"3", "val/dog/1.png": b"4"}
+    path = store(tmp_path, name, {f"pets/{file}" if "." in name else file: data for file, data in files.items()})
+    training, held_out = source_of(path), source_of(path, "validation")
+    assert [training.num_images, training.class_names] == [3, ("cat", "dog")]
+    assert [held_out.num_images, held_out.class_names] == [1, ("cat", "dog")]
     assert held_out.labels is not None
-    assert held_out.labels.tolist() == [1, 0]
+    assert held_out.labels.tolist() == [1]
+    assert source_of(path, "val").num_images == 1
+    assert source_of(path, "train[1:]").num_images == 2
+    assert "has no split 'test'; its folders are train, val." in refusal(path, tmp_path / "cache", split="test")
 
 
-def test_what_is_left_out_of_a_folder_is_said_once(
-    tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture
+def test_a_class_named_like_a_split_stays_a_class(tmp_path: Path) -> None:
+    files = {"car/1.png": b"1", "train/1.png": b"2"}
+    source = source_of(write_files(tmp_path / "vehicles", files))
+    assert [source.num_images, source.class_names] == [2, ("car", "train")]
+
+
+@pytest.mark.parametrize(("split", "rows"), [("train[1:3]", [1, 2]), ("train[:50%]", [0, 1]), ("train[-1:]", [3])])
+def test_a_part_of_a_split_is_a_part_of_the_files(tmp_path: Path, split: str, rows: list[int]) -> None:
+    images = open_source(write_files(tmp_path / "pets", FILES), tmp_path / "cache", split=split)
+    assert np.array_equal(pixels_of(images), [list(IMAGES.values())[row] for row in rows])
+
+
+@pytest.mark.parametrize("split", ["test", "train[", "train[5:2:3]", "train[:x]"])
+def test_an_invalid_part_of_a_split_is_refused(tmp_path: Path, split: str) -> None:
+    message = refusal(write_files(tmp_path / "pets", FILES), tmp_path / "cache", split=split)
+    assert "has no split 'test', only 'train' and parts of it" in message or "is invalid" in message
+
+
+@pytest.mark.parametrize("name", ["pets", "pets.tar", "x.npy", "x.npz", "saved", "x.parquet", "splits"])
+def test_parts_of_a_split_can_be_combined(tmp_path: Path, name: str) -> None:
+    """As `datasets` does it, whichever kind the data are of."""
+    path, images = tmp_path / name, list(IMAGES.values())
+    if name == "splits":
+        write_files(path, {f"train/{file}": data for file, data in FILES.items()} | {"test/cat/9.png": encode(RGB)})
+    elif name in ("pets", "pets.tar"):
+        store(tmp_path, name, FILES)
+    elif name == "x.npy":
+        np.save(path, np.stack(images))
+    elif name == "x.npz":
+        np.savez(path, images=np.stack(images))
+    else:
+        write_parquet(tmp_path / "x.parquet", list(FILES.values()))
+    if name == "saved":
+        datasets.Dataset.from_parquet(str(tmp_path / "x.parquet")).save_to_disk(path)
+    found = open_source(path, tmp_path / "cache", split="train[:1]+train[2:]")
+    assert np.array_equal(pixels_of(found), [images[row] for row in (0, 2, 3)])
+
+
+def test_parts_of_several_splits_are_refused(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "x", {"train/1.png": encode(RGB), "test/1.png": encode(RGB)})
+    message = refusal(folder, tmp_path / "cache", split="train+test[:1]")
+    assert message == f"split 'train+test[:1]' of {folder} combines train and test; use parts of one split."
+
+
+@pytest.mark.parametrize("split", ["train[", "train[:x]"])
+def test_an_invalid_part_of_a_saved_dataset_is_refused(tmp_path: Path, split: str) -> None:
+    datasets.Dataset.from_dict({"image": [0, 1, 2, 3]}).save_to_disk(tmp_path / "saved")
+    assert "is invalid" in refusal(tmp_path / "saved", tmp_path / "cache", split=split)
+
+
+def test_an_empty_part_of_a_split_is_refused(tmp_path: Path) -> None:
+    """The same sentence from every kind of data set that is cut here; nothing is said of other files."""
+    folder = write_files(tmp_path / "pets", FILES)
+    np.savez(tmp_path / "x.npz", images=np.zeros((4, 6, 5), np.uint8))
+    datasets.Dataset.from_dict({"image": [0, 1, 2, 3]}).save_to_disk(tmp_path / "saved")
+    for source in (folder, tmp_path / "x.npz", tmp_path / "saved"):
+        for split in ("train[4:]", "train[:0]"):
+            assert refusal(source, tmp_path / "cache", split=split) == (
+                f"split {split!r} of {source} is empty; 'train' has 4 images."
+            )
+
+
+def test_an_image_without_class_folder_is_named_if_labels_are_needed(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "pets", FILES | {"stray.png": FILES["dog/1.png"]})
+    assert open_source(folder, tmp_path / "cache").labels is not None
+    message = refusal(folder, tmp_path / "cache", with_labels=True)
+    assert message == f"image 4 of {folder} (stray.png) has no label; every image needs one from 0 to 1."
+
+
+def test_links_are_followed_without_cycles(tmp_path: Path) -> None:
+    write_files(tmp_path / "elsewhere", {"1.png": FILES["cat/1.png"]})
+    folder = write_files(tmp_path / "pets", {"dog/1.png": FILES["dog/1.png"]})
+    (folder / "cat").symlink_to(tmp_path / "elsewhere")
+    (folder / "dog" / "again").symlink_to(folder)
+    images = open_source(folder, tmp_path / "cache", with_labels=True)
+    assert [images.class_names, len(images)] == [("cat", "dog"), 2]
+
+
+def test_links_are_followed_in_the_order_of_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the disk: of several ways to the same images the first by name is taken."""
+    folder = write_files(tmp_path / "pets", {"dogs/all/1.png": FILES["dog/1.png"]})
+    (folder / "links").symlink_to(folder / "dogs" / "all")
+    (folder / "all").symlink_to(folder / "dogs" / "all")
+    walk = os.walk
+
+    def turned(*arguments: Any, **options: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for place, subfolders, names in walk(*arguments, **options):
+            subfolders.sort(reverse=True)
+            yield place, subfolders, names
+
+    assert source_of(folder).class_names == ("all",)
+    monkeypatch.setattr(os, "walk", turned)
+    assert source_of(folder).class_names == ("all",)
+
+
+def test_hard_links_in_a_tar_are_read(tmp_path: Path) -> None:
+    """As tar itself packs files that lie in two folders at once; what symbolic links lead to is left out and named."""
+    folder = write_files(tmp_path / "pets", FILES)
+    (folder / "bird").mkdir()
+    os.link(folder / "cat" / "1.png", folder / "bird" / "1.png")
+    (folder / "dog" / "2.png").symlink_to("1.png")
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        archive.add(folder, ".")
+    source = source_of(tmp_path / "x.tar.gz")
+    assert [source.num_images, source.class_names] == [5, ("bird", "cat", "dog")]
+    assert source.ignored_files == ("dog/2.png (a link or a device)",)
+    images = open_source(tmp_path / "x.tar.gz", tmp_path / "cache")
+    assert images.labels is not None
+    (bird,) = np.flatnonzero(images.labels == 0)
+    assert np.array_equal(pixels_of(images)[bird], IMAGES["cat/1.png"])
+
+
+def test_a_hard_link_to_a_bomb_or_a_missing_file_is_a_bad_image(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, size, target in (("bomb", 2**25, ""), ("1.png", 0, "bomb"), ("2.png", 0, "gone")):
+            member = tarfile.TarInfo(name)
+            member.size, member.linkname = size, target
+            member.type = tarfile.LNKTYPE if target else tarfile.REGTYPE
+            archive.addfile(member, io.BytesIO(bytes(size)))
+    bomb, nothing = source_of(path).read([0, 1])
+    assert [bomb.problem, nothing.problem[:8]] == ["it would unpack to 33,554,432 bytes", "KeyError"]
+
+
+def test_a_zip_with_backslashes_has_folders(tmp_path: Path) -> None:
+    path = pack(tmp_path / "x.zip", {name.replace("/", "\\"): data for name, data in FILES.items()} | {"dog\\": b""})
+    assert source_of(path).class_names == ("cat", "dog")
+    assert source_of(path).ignored_files == ()
+
+
+def test_a_dangling_link_is_a_bad_image(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "pets", {"cat/1.png": FILES["cat/1.png"]})
+    (folder / "cat" / "2.png").symlink_to(folder / "gone.png")
+    assert f"image 1 of {folder} (cat/2.png) cannot be read (No such file" in refusal(folder, tmp_path / "cache")
+
+
+def test_a_pipe_is_a_bad_image(tmp_path: Path) -> None:
+    """Reading a pipe would wait for ever."""
+    folder = write_files(tmp_path / "pets", {"cat/1.png": FILES["cat/1.png"]})
+    os.mkfifo(folder / "cat" / "2.png")
+    assert "(cat/2.png) cannot be read (it is not a regular file)" in refusal(folder, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.tar.gz"])
+@pytest.mark.parametrize("part", [0, 0.05, 1 / 3, 0.6])
+def test_a_truncated_archive_is_refused(tmp_path: Path, name: str, part: float) -> None:
+    """Also between two images, where a tar only lacks its end: a third of the tar are ten images of 1024 bytes."""
+    path = pack(tmp_path / name, {f"{number}.png": encode(RGB) for number in range(20)})
+    data = path.read_bytes()
+    path.write_bytes(data[: int(part * len(data))])
+    message = refusal(path, tmp_path / "cache")
+    assert f"{path} cannot be read as a {'zip' if name == 'x.zip' else 'tar'} file" in message
+
+
+def test_a_damaged_member_of_a_zip_is_a_bad_image(tmp_path: Path) -> None:
+    """Its checksum is wrong, though a decoder might not notice."""
+    path = pack(tmp_path / "x.zip", {"a.png": encode(RGB), "b.png": encode(RGB)})
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"IDAT") + 5] ^= 1
+    path.write_bytes(data)
+    assert f"image 1 of {path} (b.png) cannot be read (BadZipFile: Bad CRC-32" in refusal(path, tmp_path / "cache")
+
+
+def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
+    path = pack(tmp_path / "x.zip", {"a.png": encode(RGB)})
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+    assert refusal(path, tmp_path / "cache") == f"{path} is encrypted; unpack it and set data.source to the folder."
+
+
+def test_a_huge_member_is_a_bad_image(tmp_path: Path) -> None:
+    """A zip says how large its members will be; this one says 3 GiB, and nobody tries."""
+    path = pack(tmp_path / "x.zip", {"a.png": encode(RGB)})
+    data = bytearray(path.read_bytes())
+    start = data.rindex(b"PK\x01\x02") + 24
+    data[start : start + 4] = (3 * 2**30).to_bytes(4, "little")
+    path.write_bytes(data)
+    assert "(a.png) cannot be read (it would unpack to 3,221,225,472 bytes)" in refusal(path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
+def test_the_fingerprint_changes_with_every_file(tmp_path: Path, name: str) -> None:
+    first = source_of(store(tmp_path, name, FILES)).fingerprint
+    assert source_of(tmp_path / name).fingerprint == first
+    seen = {first}
+    for files in (
+        FILES | {"dog/1.png": FILES["cat/1.png"]},
+        {**FILES, "dog/2.png": FILES["dog/1.png"]},
+        {file.replace("dog/1", "dog/3"): data for file, data in FILES.items()},
+    ):
+        (tmp_path / str(len(seen))).mkdir()
+        seen.add(source_of(store(tmp_path / str(len(seen)), name, files)).fingerprint)
+    assert len(seen) == 4
+
+
+def test_an_unreadable_folder_is_named(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("nothing is forbidden to root")
+    folder = write_files(tmp_path / "pets", FILES)
+    (folder / "cat").chmod(0)
+    try:
+        assert f"{folder / 'cat'} cannot be read (Permission denied)" in refusal(folder, tmp_path / "cache")
+    finally:
+        (folder / "cat").chmod(0o755)
+
+
+# --------------------------------------------------------------------------------------------------------------- arrays
+
+
+PIXELS = RANDOM.integers(0, 256, (4, 6, 5, 3), dtype=np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray, **others: np.ndarray) -> Path:
+    np.save(path, pixels) if path.suffix == ".npy" else np.savez(path, images=pixels, **others)
+    return path
+
+
+@pytest.mark.parametrize("name", ["images.npy", "images.npz"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_an_array_keeps_every_bit(tmp_path: Path, name: str, dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = RANDOM.integers(0, np.iinfo(dtype).max, (4, 6, 5, 3), dtype=dtype)
+    save(tmp_path / name, pixels)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    images = open_source(f"~/{name}", tmp_path / "cache")
+    assert images.image_shape == (3, 6, 5)
+    assert images.images.dtype == dtype
+    assert np.array_equal(pixels_of(images), pixels)
+
+
+@pytest.mark.parametrize("name", ["images.npy", "images.npz"])
+@pytest.mark.parametrize("settings", [{}, {"resolution": [6, 5]}, {"num_channels": 4}], ids=str)
+def test_an_array_in_the_other_byte_order_keeps_every_bit(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    """Its numbers have their bytes the other way round."""
+    pixels = RANDOM.integers(0, 65536, (4, 6, 5, 3), dtype=np.uint16)
+    path = save(tmp_path / name, pixels.astype(pixels.dtype.newbyteorder()))
+    images = open_source(path, tmp_path / "cache", **settings)
+    assert images.images.dtype == np.uint16
+    assert images.images.dtype.isnative
+    assert np.array_equal(pixels_of(images)[..., :3], pixels)
+
+
+def test_a_npy_file_without_preprocessing_is_not_copied(tmp_path: Path) -> None:
+    images = open_source(save(tmp_path / "x.npy", PIXELS), tmp_path / "cache")
+    assert isinstance(images.images.base, np.memmap)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 7, 12])
+def test_an_array_may_have_data_num_channels_channels(tmp_path: Path, channels: int) -> None:
+    pixels = RANDOM.integers(0, 256, (4, 6, 5, channels), dtype=np.uint8)
+    path = save(tmp_path / "x.npy", pixels)
+    assert np.array_equal(pixels_of(open_source(path, tmp_path / "cache", num_channels=channels)), pixels)
+    assert open_source(path, tmp_path / "cache", num_channels=channels, resolution=4).image_shape == (channels, 4, 4)
+    if channels != 1:
+        assert "or data.num_channels of them" in refusal(path, tmp_path / "cache")
+
+
+def test_images_without_a_channel_axis_are_gray(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npy", PIXELS[..., 0])
+    assert np.array_equal(pixels_of(open_source(path, tmp_path / "cache")), PIXELS[..., :1])
+
+
+def test_labels_of_an_npz_are_numbered_classes(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npz", PIXELS, labels=np.array([0, 1, 1, 2], dtype=np.uint8))
+    images = open_source(path, tmp_path / "cache", with_labels=True, split="train[:3]")
+    assert images.labels is not None
+    assert [images.class_names, images.labels.tolist()] == [("0", "1", "2"), [0, 1, 1]]
+    assert "has no labels" in refusal(save(tmp_path / "y.npz", PIXELS), tmp_path / "cache", with_labels=True)
+
+
+def test_arrays_are_detected_or_configured(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", arr_0=PIXELS)
+    assert np.array_equal(pixels_of(open_source(tmp_path / "x.npz", tmp_path / "cache")), PIXELS)
+    np.savez(tmp_path / "y.npz", x_train=PIXELS, x_test=PIXELS[:2], y_train=np.arange(4), y_test=np.arange(2))
+    message = refusal(tmp_path / "y.npz", tmp_path / "cache")
+    assert "'images' is not an array of" in message
+    assert "which contains x_train, x_test, y_train, y_test; set data.image_column to one of them." in message
+    named = {"image_column": "x_test", "label_column": "y_test"}
+    assert len(open_source(tmp_path / "y.npz", tmp_path / "cache", with_labels=True, **named)) == 2
+    for setting in ("image_column", "label_column"):
+        assert f"data.{setting} 'z' is not an array of" in refusal(
+            tmp_path / "x.npz", tmp_path / "cache", **{setting: "z"}
+        )
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ({"images": np.zeros((2, 8, 8, 1), np.float32)}, "contains float32 (2, 8, 8, 1); it must be uint8 or uint16"),
+        ({"images": np.zeros((2, 8, 8, 1), np.int64)}, "contains int64 (2, 8, 8, 1); it must be uint8 or uint16"),
+        ({"images": np.zeros((8, 8), np.uint8)}, "it must be uint8 or uint16 (number, height, width, channels)"),
+        ({"images": np.zeros((2, 3, 8, 8), np.uint8)}, "with 1, 3 or 4 channels, or data.num_channels of them"),
+        ({"images": np.zeros((0, 8, 8, 1), np.uint8)}, "contains no images"),
+        ({"images": np.zeros((2, 8, 8, 1), np.uint8), "labels": np.zeros(3, np.int64)}, "but 2 integers are expected"),
+        ({"images": np.zeros((2, 8, 8, 1), np.uint8), "labels": np.zeros(2)}, "but 2 integers are expected"),
+        ({"images": np.array([{}])}, "cannot be read as a NumPy array"),
+        ({}, "'images' is not an array of"),
+    ],
+)
+def test_an_array_without_images_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], sentence: str) -> None:
+    np.savez(tmp_path / "x.npz", **arrays)
+    assert sentence in refusal(tmp_path / "x.npz", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+@pytest.mark.parametrize("length", [0, 1, 50, -100])
+def test_a_damaged_array_file_is_refused(tmp_path: Path, name: str, length: int) -> None:
+    path = save(tmp_path / name, PIXELS)
+    path.write_bytes(path.read_bytes()[:length])
+    assert f"{name} cannot be read as a NumPy array" in refusal(path, tmp_path)
+
+
+def test_a_compressed_array_with_a_damaged_byte_is_refused(tmp_path: Path) -> None:
+    """One behind another, since not every one is noticed in the same way: by the decompressor or by a checksum."""
+    np.savez_compressed(tmp_path / "x.npz", images=np.arange(4096, dtype=np.uint8).reshape(4, 32, 32, 1) % 251)
+    whole = (tmp_path / "x.npz").read_bytes()
+    for place in range(60, 300, 12):
+        (tmp_path / "x.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        assert "x.npz cannot be read as a NumPy array" in refusal(tmp_path / "x.npz", tmp_path)
+
+
+def test_labels_of_an_array_that_are_missing_or_too_large(tmp_path: Path) -> None:
+    missing = save(tmp_path / "x.npz", PIXELS, labels=np.full(4, -1))
+    assert open_source(missing, tmp_path / "cache").labels is None
+    assert "has no labels, but the network is class-conditional" in refusal(missing, tmp_path, with_labels=True)
+    huge = save(tmp_path / "y.npz", PIXELS, labels=np.array([0, 1, 2**63 + 5, 1], np.uint64))
+    assert "has label 9223372036854775813, which is too large for a class" in refusal(huge, tmp_path)
+
+
+@pytest.mark.parametrize("split", ["test", "train[9:]"])
+def test_a_missing_part_of_an_array_is_refused(tmp_path: Path, split: str) -> None:
+    message = refusal(save(tmp_path / "x.npy", PIXELS), tmp_path, split=split)
+    assert "has no split 'test'" in message or "split 'train[9:]'" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape"),
+    [
+        ({"resolution": 4}, (3, 4, 4)),
+        ({"crop_before_resize": 5}, (3, 5, 5)),
+        ({"num_channels": 4}, (4, 6, 5)),
+        ({"resolution": 4, "resize_to": 0, "crop": "random"}, (3, 4, 4)),
+        ({"resolution": [6, 5]}, (3, 6, 5)),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_an_array_is_preprocessed_like_any_other_images(
+    tmp_path: Path, name: str, settings: dict[str, Any], shape: tuple[int, ...]
 ) -> None:
-    files = {f"{split}/cat/{number}.png": encode(RGB) for split in ("train", "val") for number in range(3)}
-    folder = write_files(tmp_path / "x", files | {"notes.txt": b""})
-    open_both(folder, cache_dir, validation_split="val")
-    assert caplog.text.count("left out") == 1
-    assert f"1 file in {folder} is left out, being no image by its name, hidden or a link; the first: notes.txt" in (
-        caplog.text
-    )
+    images = open_source(save(tmp_path / name, PIXELS), tmp_path / "cache", **settings)
+    assert images.image_shape == shape
+    assert pixels_of(images).shape == (4, *shape[1:], shape[0])
 
 
-def test_a_part_held_out_that_lacks_classes_is_said(
-    tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The end of a folder is the end of its last class; parts of mixed images have all of them."""
-    files = {f"{name}/{number}.png": encode(RGB) for name in ("cat", "dog", "emu") for number in range(4)}
-    folder = write_files(tmp_path / "x", files)
-    open_both(folder, cache_dir, split="train[:80%]", validation_split="train[80%:]")
-    assert f"The held-out images, split 'train[80%:]' of {folder}, lack 2 of the 3 classes that are" in caplog.text
-    caplog.clear()
-    write_parquet(tmp_path / "y.parquet", [encode(RGB)] * 12, [0, 1] * 6)
-    open_both(tmp_path / "y.parquet", cache_dir, split="train[:80%]", validation_split="train[80%:]")
-    open_both(folder, cache_dir, validation_fraction=0.1)
-    assert "lack" not in caplog.text
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+@pytest.mark.parametrize("settings", [{}, {"resolution": 4}], ids=str)
+def test_a_modified_array_has_another_digest(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    """Also where one value of one image of a thousand changed: a run must not go on with it, nor see what was there."""
+    pixels = RANDOM.integers(0, 256, (1000, 4, 4, 1), dtype=np.uint8)
+    before = open_source(save(tmp_path / name, pixels), tmp_path / "cache", **settings)
+    assert open_source(tmp_path / name, tmp_path / "cache", **settings).digest == before.digest
+    elsewhere = open_source(save(tmp_path / f"again_{name}", pixels), tmp_path / "cache", **settings)
+    assert elsewhere.digest == before.digest, "what is in it counts, not where it lies"
+    pixels[2, 3, 3] ^= 255
+    (tmp_path / name).unlink()  # what is mapped into memory is not written to
+    after = open_source(save(tmp_path / name, pixels), tmp_path / "cache", **settings)
+    assert np.array_equal(pixels_of(after), pixels)
+    assert after.digest != before.digest
 
 
-def test_one_image_is_not_trained_on(tmp_path: Path, cache_dir: Path) -> None:
-    folder = write_files(tmp_path / "x", {"cat/1.png": encode(RGB)})
-    with pytest.raises(DataError, match=f"{folder} has one image to train on, .*; give at least two."):
-        open_both(folder, cache_dir)
+def test_a_part_of_an_array_has_another_digest(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npy", PIXELS)
+    digests = {
+        open_source(path, tmp_path / "cache", split=split).digest for split in ("train", "train[:3]", "train[1:]")
+    }
+    assert len(digests) == 3

@@ -78,7 +78,7 @@ def test_the_processes_share_the_images(shards: Path, num_processes: int) -> Non
 
 @pytest.mark.parametrize("stop", [1, 5, 6, 23, 40])
 @pytest.mark.parametrize(("rank", "num_processes"), [(0, 1), (1, 2), (2, 3)])
-def test_a_stream_goes_on_with_the_images_it_would_have_shown(
+def test_a_resumed_stream_continues_with_the_same_images(
     shards: Path, stop: int, rank: int, num_processes: int
 ) -> None:
     """Through JSON, as a checkpoint holds it: in the middle of a buffer, at its ends, at the end of an epoch."""
@@ -92,7 +92,7 @@ def test_a_stream_goes_on_with_the_images_it_would_have_shown(
     assert resumed.position == stream.position
 
 
-def test_a_resume_reads_one_buffer_and_not_the_epoch(shards: Path) -> None:
+def test_a_resumed_stream_reads_one_buffer_again(shards: Path) -> None:
     """The place where the reader takes up is that of the buffer: so an epoch of terabytes costs nothing."""
     stream = stream_of(shards)
     take(stream, 18)
@@ -101,7 +101,7 @@ def test_a_resume_reads_one_buffer_and_not_the_epoch(shards: Path) -> None:
     assert position.file > 0, "the files before are not opened again"
 
 
-def test_images_are_mirrored_and_cropped_anew_in_every_epoch(tmp_path: Path) -> None:
+def test_streamed_images_are_augmented_in_every_epoch(tmp_path: Path) -> None:
     ramp = np.tile(np.arange(0, 240, 30, dtype=np.uint8), (8, 1))
     write_parquet(tmp_path / "x" / "0.parquet", [encode(ramp)] * 20, [0] * 20)
     stream = stream_of(tmp_path / "x", crop="random", random_flip=True, resize_to=0)
@@ -112,7 +112,7 @@ def test_images_are_mirrored_and_cropped_anew_in_every_epoch(tmp_path: Path) -> 
     assert len(pixels[steps > 0][:, 0, 0, 0].unique()) == 5, "every place of the crop occurs"
 
 
-def test_a_bad_image_stops_a_stream_or_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_image_stops_a_stream_or_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_shards(tmp_path / "x", [10, 10], bad={3, 14})
     with pytest.raises(
         DataError, match=r"row [34] of train-0000[01].parquet of the stream of .* cannot be decoded .*skip"
@@ -122,11 +122,14 @@ def test_a_bad_image_stops_a_stream_or_is_passed_over(tmp_path: Path, caplog: py
     assert sorted(take(stream, 18)) == [number for number in range(20) if number not in (3, 14)]
     assert stream.position.num_bad == 2
     for row, number in ((3, 0), (4, 1)):
-        assert f"Passed over an image: row {row} of train-{number:05}.parquet of the stream of {folder}" in caplog.text
+        assert (
+            f"Skipped an unreadable image: row {row} of train-{number:05}.parquet of the stream of {folder}"
+            in caplog.text
+        )
 
 
 @pytest.mark.parametrize(("rank", "num_processes"), [(0, 1), (1, 2)])
-def test_a_bad_image_is_named_by_its_row_after_a_resume_and_where_files_are_shared(
+def test_a_bad_image_is_named_by_its_row_after_a_resume_and_in_shared_files(
     tmp_path: Path, rank: int, num_processes: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_shards(tmp_path / "x", [21], bad={17})
@@ -149,11 +152,11 @@ def test_too_many_bad_images_stop_a_stream(tmp_path: Path) -> None:
     ("cells", "labels", "feature", "sentence"),
     [
         ([encode(GRAY)], [None], None, "of the stream of .* has no label; every image needs one from 0 to 1"),
-        ([encode(GRAY)], [0], datasets.Value("int64"), "does not name its classes, so it cannot be streamed"),
-        ([encode_deep(GRAY.astype(np.uint16))], [0], None, "has 16 bits, which are not streamed"),
+        ([encode(GRAY)], [0], datasets.Value("int64"), "has no class names, which streaming needs"),
+        ([encode_deep(GRAY.astype(np.uint16))], [0], None, "has 16 bits, which cannot be streamed"),
     ],
 )
-def test_what_cannot_be_streamed_is_refused(
+def test_images_and_labels_that_cannot_be_streamed_are_refused(
     tmp_path: Path, cells: list[bytes], labels: list[object], feature: object, sentence: str
 ) -> None:
     write_parquet(tmp_path / "x" / "0.parquet", cells, labels, feature)
@@ -161,16 +164,18 @@ def test_what_cannot_be_streamed_is_refused(
         take(stream_of(tmp_path / "x"), 1)
 
 
-def test_a_stream_without_images_does_not_turn_for_ever(tmp_path: Path) -> None:
+def test_a_stream_without_images_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x" / "0.parquet", [], [])
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         take(stream_of(tmp_path / "x"), 1)
 
 
 @pytest.mark.parametrize("name", ["x.npy", "x.zip", "x.tar.gz"])
-def test_a_file_that_cannot_be_streamed_says_so(tmp_path: Path, name: str) -> None:
+def test_files_that_cannot_be_streamed_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(DataError, match=rf"a \{Path(name).suffix} file such as .* is not streamed; set data.streaming"):
+    with pytest.raises(
+        DataError, match=rf"data.streaming does not support \{Path(name).suffix} files such as .*; set it to false"
+    ):
         stream_of(tmp_path / name)
 
 
@@ -218,7 +223,7 @@ def write_layout(folder: Path, names: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_stream_shows_the_files_splits_and_classes_that_would_be_decoded(tmp_path: Path, layout: str) -> None:
+def test_a_stream_has_the_images_splits_and_classes_of_the_cache(tmp_path: Path, layout: str) -> None:
     names, num_images = LAYOUTS[layout]
     folder, cpu = write_layout(tmp_path / "x", names), torch.device("cpu")
     for split in ("train", "mine") if layout == "saved" else ("train",):
@@ -245,9 +250,9 @@ def test_a_stream_shows_the_files_splits_and_classes_that_would_be_decoded(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("setting", "sentence"), [("subset", "no data set of the Hub"), ("label_column", "has folders")]
+    ("setting", "sentence"), [("subset", "not a Hub dataset"), ("label_column", "has class folders")]
 )
-def test_a_stream_of_a_folder_refuses_the_settings_that_a_folder_cannot_follow(
+def test_settings_that_do_not_apply_to_a_streamed_folder_are_refused(
     tmp_path: Path, setting: str, sentence: str
 ) -> None:
     folder = write_files(tmp_path / "x", {"cat/1.png": encode(GRAY)})
@@ -261,7 +266,7 @@ def test_a_part_of_a_folder_can_be_streamed(tmp_path: Path) -> None:
     assert sorted(take(stream, 4)) == [1, 3, 6, 8]
 
 
-def test_a_validation_split_of_a_stream_is_decoded_as_usual(tmp_path: Path) -> None:
+def test_the_validation_split_of_a_stream_is_decoded_to_the_cache(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "x", [10])
     write_parquet(folder / "test-0.parquet", [encode(GRAY)] * 3, [0, 1, 0])
     settings = {"streaming": True, "resolution": 4, "num_channels": 1, "cache_dir": str(tmp_path / "cache")}
@@ -272,8 +277,8 @@ def test_a_validation_split_of_a_stream_is_decoded_as_usual(tmp_path: Path) -> N
     assert len(list((tmp_path / "cache").iterdir())) == 1, "only the three are decoded"
 
 
-def test_the_first_samples_of_a_stream_can_be_looked_at(shards: Path) -> None:
+def test_a_stream_can_be_summarized(shards: Path) -> None:
     config = DataConfig(source=str(shards), streaming=True, resolution=4, num_channels=1)
     summary = summarize(config, with_labels=False, seed=0, num_samples=6)
     assert summary.samples.shape == (6, 4, 4, 1)
-    assert "streamed: nothing is counted or decoded before" in summary.lines[0]
+    assert "streamed: images are not counted or decoded in advance" in summary.lines[0]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ddpm_hf.cli.main import main
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data import ImageFeed, ImageSet, open_sets, summarize
+from ddpm_hf.data import ImageLoader, ImageSet, open_sets, summarize
 from tests.conftest import DIGITS
 from tests.unit.data.helpers import RANDOM, RGB, encode, write_files
 
@@ -21,29 +21,30 @@ def show(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str) ->
     return code, output.out, output.err
 
 
-def test_a_data_set_is_described_in_lines_and_pixels(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_dataset_is_described_in_lines_and_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, output, _ = show(capsys, tmp_path, str(DIGITS), "--data.validation_fraction", "0.1")
     assert code == 0
     lines = dict(line.split(maxsplit=1) for line in output.splitlines())
     (folder,) = (tmp_path / "cache").iterdir()
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.name != "meta.json")
     assert lines == {
-        "source": f"{DIGITS} (data set, split train)",
+        "source": f"{DIGITS} (dataset, split train)",
         "images": "1,797",
         "sizes": "all 8x8",
         "modes": "L (1,797)",
         "bad": "none",
         "pixels": "values from 0 to 255 of 0 to 255",
         "network": "sees 1x8x8 (channels, height, width)",
-        "cache": f"0.1 MiB in {folder}",
+        "cache": f"{size / 1000:.1f} kB in {folder}",
         "classes": "10: 0 (178), 1 (182), 2 (177), 3 (183), 4 (181), 5 (182), 6 (181), 7 (179), 8 (174), 9 (180)",
-        "training": "1,617 images, 180 held out",
+        "training": "1,617 images, 180 for validation",
         "picture": f"the first 64 samples of a run are in {tmp_path / 'x.png'}",
     }
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.size == (8 * 64 + 9 * 4, 8 * 64 + 9 * 4)
 
 
-def test_strange_images_are_all_counted(
+def test_unusual_images_are_counted(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     files = {"cat/1.png": RGB, "cat/2.png": RGB[:4], "dog/1.png": RGB[..., 0], "dog/2.png": RGB[:, :4]}
@@ -58,20 +59,20 @@ def test_strange_images_are_all_counted(
         "images    7",
         "sizes     3 from 4x4 to 5x6, the most frequent 5x6 (3), 5x4 (1), 4x6 (1)",
         "modes     RGB (3), L (1), P (1)",
-        "animated  1 image has several frames; the first is used",
-        "left out  2 files, no images by their names, hidden or links: cat/notes.txt, photo.heic",
+        "animated  1 image with several frames (only the first is used)",
+        "ignored   2 files (not an image, hidden, or a link): cat/notes.txt, photo.heic",
         "bad       2 cannot be read",
         f"          image 2 of {folder} (cat/4.png) is empty (0 bytes).",
-        f"          image 5 of {folder} (dog/3.png) cannot be decoded (it is no image of a known format).",
+        f"          image 5 of {folder} (dog/3.png) cannot be decoded (it is not an image in a supported format).",
         "classes   2: cat (2), dog (5)",
     ):
         assert line in output.splitlines()
     assert f"error: image 2 of {folder} (cat/4.png) is empty (0 bytes); repair or remove it, or set" in errors
-    assert "stand" not in output + caplog.text, "nothing replaces an image in a set that is refused"
+    assert "replaced" not in output + caplog.text, "nothing replaces an image in a set that is refused"
     skipping = ("--data.on_bad_image", "skip", "--data.max_bad_fraction", "0.3")
     code, output, errors = show(capsys, tmp_path, str(folder), "--data.resolution", "4", *skipping)
     assert (code, errors) == (0, "")
-    assert "training  7 images, 0 held out, 2 stand in for images that cannot be read" in output
+    assert "training  7 images, 0 for validation, 2 unreadable images replaced" in output
 
 
 @pytest.mark.parametrize("name", ["x.npy", "x.npz"])
@@ -85,7 +86,7 @@ def test_arrays_are_described_too(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "network   sees 1x8x9 (channels, height, width)" in output
 
 
-def test_the_samples_are_those_of_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_samples_are_the_first_ones_of_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """In the order of training and mirrored as there: with one image in two halves, both kinds appear."""
     half = np.zeros((8, 8), np.uint8)
     half[:, :4] = 255
@@ -98,7 +99,7 @@ def test_the_samples_are_those_of_a_run(capsys: pytest.CaptureFixture[str], tmp_
 
 
 @pytest.mark.parametrize("source", ["x.npy", "folder"])
-def test_the_samples_are_those_of_a_run_that_holds_some_out(tmp_path: Path, source: str) -> None:
+def test_the_samples_are_the_first_ones_of_a_run_with_validation(tmp_path: Path, source: str) -> None:
     """In the same order, and none of those that the run will be judged on."""
     pixels = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.full((1, 4, 4, 1), 12, np.uint8)
     np.save(tmp_path / "x.npy", pixels)
@@ -107,15 +108,15 @@ def test_the_samples_are_those_of_a_run_that_holds_some_out(tmp_path: Path, sour
     cpu = torch.device("cpu")
     training, _ = open_sets(config, with_labels=False, seed=3, rank=0, num_processes=1, device=cpu)
     assert isinstance(training, ImageSet)
-    samples, _ = ImageFeed(training, config, 3, cpu).samples(0, 30)
+    samples, _ = ImageLoader(training, config, 3, cpu).samples(0, 30)
     shown = summarize(config, with_labels=False, seed=3, num_samples=30).samples
     assert np.array_equal(shown, ((samples + 1) * 127.5).round().numpy().transpose(0, 2, 3, 1))
 
 
-def test_what_a_run_would_refuse_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_data_that_training_would_refuse_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     one = write_files(tmp_path / "x", {"a.png": encode(RGB)})
     for arguments, sentence in (
-        ((str(one),), "has one image to train on"),
+        ((str(one),), "contains a single training image"),
         ((str(tmp_path / "missing.zip"),), "does not exist; check the path"),
         ((str(DIGITS), "--data.num_channels", "x"), "data.num_channels is x, but must be a whole number or null"),
         ((), "data.source is not set"),
@@ -125,7 +126,7 @@ def test_what_a_run_would_refuse_is_refused(capsys: pytest.CaptureFixture[str], 
         assert sentence in errors
 
 
-def test_labels_that_a_run_would_miss_are_missed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_missing_labels_are_reported_if_training_needs_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Also in a stream, whose samples are then drawn with their labels."""
     folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "cat/1.png": encode(RGB)})
     pixels = write_files(tmp_path / "flat", {"a.png": encode(RGB), "b.png": encode(RGB)})
@@ -138,17 +139,17 @@ def test_labels_that_a_run_would_miss_are_missed(capsys: pytest.CaptureFixture[s
         assert "images    2" in output, "what was found is said all the same"
     code, _, errors = show(capsys, tmp_path, str(pixels), *streamed, "--model.class_conditional", "true")
     assert code == 2
-    assert "does not name its classes" in errors
+    assert "has no class names" in errors
 
 
-def test_a_source_is_given_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_source_must_not_be_given_twice(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A recipe's source gives way to that of the command line, but nobody knows which of two flags is meant."""
     (tmp_path / "recipe.yaml").write_text("data: {source: elsewhere}")
     assert show(capsys, tmp_path, str(DIGITS), "--config", str(tmp_path / "recipe.yaml"))[0] == 0
     for flag in (("--data.source", "elsewhere"), ("--data.source=elsewhere",)):
         code, _, errors = show(capsys, tmp_path, str(DIGITS), *flag)
         assert code == 2
-        assert f"data.source is elsewhere, but {DIGITS} is given as well; leave out one of them." in errors
+        assert f"data.source is elsewhere, but SOURCE {DIGITS} is also given" in errors
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_a_source_is_given_once(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (".", "is a folder; add the name of a .png file."),
     ],
 )
-def test_a_picture_that_cannot_be_written_is_noticed_before_anything_is_decoded(
+def test_the_picture_path_is_checked_before_decoding(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, picture: str, sentence: str
 ) -> None:
     arguments = [str(DIGITS), "--data.cache_dir", str(tmp_path / "cache"), "--picture", str(tmp_path / picture)]
@@ -168,22 +169,24 @@ def test_a_picture_that_cannot_be_written_is_noticed_before_anything_is_decoded(
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_name_of_a_class_is_said_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_line_breaks_in_class_names_are_removed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     _, output, _ = show(
         capsys, tmp_path, str(write_files(tmp_path / "x", {f"a\nb/{n}.png": encode(RGB) for n in "12"}))
     )
     assert "classes   1: a b (2)" in output.splitlines()
 
 
-def test_one_of_a_kind_is_said_in_the_singular(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_single_files_and_images_are_counted_in_the_singular(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """One image that is bad, without a class, and one file left out; the rest is training images."""
     files = {"a.png": b"", "cat/1.png": encode(RGB), "cat/2.png": encode(RGB), "cat/x.txt": b""}
     folder = write_files(tmp_path / "x", files)
     skipping = ("--data.on_bad_image", "skip", "--data.max_bad_fraction", "0.5")
     _, output, errors = show(capsys, tmp_path, str(folder), *skipping)
     for line in (
-        "left out  1 file, no image by its name, hidden or a link: cat/x.txt",
-        "training  3 images, 0 held out, 1 stands in for an image that cannot be read",
+        "ignored   1 file (not an image, hidden, or a link): cat/x.txt",
+        "training  3 images, 0 for validation, 1 unreadable image replaced",
     ):
         assert line in output.splitlines(), output
     assert errors == ""

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.generate import (
     Sampler,
+    call_with_trajectory,
     fingerprint,
     sample_images,
     sample_to_folder,
@@ -260,6 +262,29 @@ def test_a_trajectory_keeps_few_states_of_many_steps() -> None:
     pipeline = GaussianDiffusionPipeline(tiny_unet(), scheduler)
     states = sample_trajectory(pipeline, Sampler(), seed=0, num_images=1, batch_size=1)
     assert (states.shape, states.dtype) == ((40, 1, 8, 8, 1), np.uint8)
+
+
+class Fading:
+    """In place of a pipeline: 100 steps from black to white."""
+
+    def __init__(self) -> None:
+        self.unet, self.num_channels, self.device = tiny_unet(), 1, torch.device("cpu")
+        self.scheduler = SimpleNamespace(timesteps=range(100))
+
+    def __call__(self, *, callback_on_step_end: Any, **_: Any) -> Any:
+        for step in range(100):
+            sample = torch.full((2, 1, 8, 8), (step + 1) / 50 - 1)
+            callback_on_step_end(self, step, 99 - step, {"sample": sample})
+        return SimpleNamespace(images=None)
+
+
+def test_the_states_of_a_trajectory_are_evenly_spaced_and_end_with_the_last() -> None:
+    """To half a gray level, the rounding; the first state is the noise."""
+    pipeline: Any = Fading()
+    _, states = call_with_trajectory(pipeline, generator=[torch.Generator().manual_seed(seed) for seed in range(2)])
+    assert states.shape == (40, 2, 8, 8, 1)
+    levels = [round(frame * 100 / 39) for frame in range(1, 40)]
+    np.testing.assert_allclose(states[1:, 0, 0, 0, 0], [2.55 * level for level in levels], atol=0.51, rtol=0)
 
 
 def test_batches_stay_on_one_grid_if_indices_are_missing() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddpm_hf.config import DataConfig, DiffusionConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
-from ddpm_hf.data import ImageFeed, ImageSet, SampleOrder, normalize
+from ddpm_hf.data import ImageLoader, ImageSet, SampleOrder, normalize
 from ddpm_hf.rng import normal_by_position
 from ddpm_hf.training.batches import BatchSource, MicroBatch, build_timestep_sampler
 
@@ -39,7 +39,7 @@ def source_of(
     """Returns the batches of one process, of its whole share unless told otherwise."""
     return BatchSource(
         config,
-        ImageFeed(images, config.data, config.training.seed, torch.device("cpu")),
+        ImageLoader(images, config.data, config.training.seed, torch.device("cpu")),
         rank=rank,
         num_processes=num_processes,
         micro_batch_size=micro_batch_size or config.training.train_batch_size // num_processes,

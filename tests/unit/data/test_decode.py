@@ -1,4 +1,4 @@
-"""Images of every kind are decoded without loss, or refused with a sentence that names the first offender."""
+"""An image of any kind is decoded without loss, cropped, resized and scaled; or an error names it."""
 
 import io
 import logging
@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 
+from ddpm_hf.config import DataConfig
+from ddpm_hf.data import DataError, normalize, to_uint8
+from ddpm_hf.data.decode import Geometry
 from tests.unit.data.helpers import (
     DEEP_GRAY,
     DEEP_RGB,
     DEEP_RGBA,
     GRAY,
+    RANDOM,
     RGB,
     RGBA,
     chunk,
@@ -69,31 +74,30 @@ def tiff_of_16_bit_colours(pixels: np.ndarray, byte_order: str) -> bytes:
 
 
 @pytest.mark.parametrize("byte_order", ["<", ">"])
-def test_a_tiff_of_16_bit_colours_keeps_every_bit(tmp_path: Path, byte_order: str) -> None:
+def test_16_bit_color_of_a_tiff_keeps_every_bit(tmp_path: Path, byte_order: str) -> None:
     assert np.array_equal(open_one(tmp_path, tiff_of_16_bit_colours(DEEP_RGB, byte_order)), DEEP_RGB)
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_adobe_deflate", "tiff_lzw"])
-def test_a_gray_tiff_of_16_bits_keeps_every_bit(tmp_path: Path, compression: str) -> None:
+def test_16_bit_gray_of_a_tiff_keeps_every_bit(tmp_path: Path, compression: str) -> None:
     data = encode(DEEP_GRAY, "TIFF", compression=compression)
     assert np.array_equal(open_one(tmp_path, data)[..., 0], DEEP_GRAY)
 
 
-def test_8_bits_among_16_are_stretched_exactly(tmp_path: Path) -> None:
+def test_8_bit_images_among_16_bit_ones_are_scaled_exactly(tmp_path: Path) -> None:
     """255 is 65535 and 0 is 0, in all of them alike: 257 times the value."""
     folder = write_files(tmp_path / "x", {"a.png": encode(GRAY), "b.png": encode_deep(DEEP_GRAY)})
     images = open_source(folder, tmp_path / "cache")
     assert np.array_equal(pixels_of(images)[..., 0], [GRAY.astype(np.uint16) * 257, DEEP_GRAY])
 
 
-def test_a_16_bit_gray_image_with_transparency_is_refused(tmp_path: Path) -> None:
-    """Nothing we know reads it; it must not lose half of its bits in silence."""
-    data = encode_deep(DEEP_RGB[..., :2])
-    folder = write_files(tmp_path / "x", {"a.png": data})
-    assert f"image 0 of {folder} (a.png) cannot be decoded" in refusal(folder, tmp_path / "cache")
+def test_16_bit_gray_with_transparency_becomes_rgba(tmp_path: Path) -> None:
+    gray_and_alpha = DEEP_RGBA[..., 2:]
+    found = open_one(tmp_path, encode_deep(gray_and_alpha))
+    assert np.array_equal(found, gray_and_alpha[..., [0, 0, 0, 1]])
 
 
-def test_a_palette_image_becomes_the_colours_it_shows(tmp_path: Path) -> None:
+def test_a_palette_image_becomes_rgb(tmp_path: Path) -> None:
     assert np.array_equal(open_one(tmp_path, encode(PALETTE)), np.asarray(PALETTE.convert("RGB")))
     assert np.array_equal(open_one(tmp_path / "gif", encode(PALETTE, "GIF")), np.asarray(PALETTE.convert("RGB")))
 
@@ -106,7 +110,7 @@ def test_a_palette_with_transparency_keeps_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("image", "colour"), [(GRAY, int(GRAY[0, 0])), (RGB, tuple(RGB[0, 0].tolist()))])
-def test_a_colour_that_is_declared_transparent_is(tmp_path: Path, image: np.ndarray, colour: Any) -> None:
+def test_a_transparent_color_is_transparent(tmp_path: Path, image: np.ndarray, colour: Any) -> None:
     found = open_one(tmp_path, encode(image, transparency=colour))
     assert [found.shape, found[0, 0, 3], found[1, 1, 3]] == [(6, 5, 4), 0, 255]
 
@@ -141,7 +145,7 @@ def with_orientation(number: int, image_format: str = "PNG", **options: Any) -> 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_a_photo_is_turned_as_its_camera_says(tmp_path: Path, orientation: int, image_format: str) -> None:
+def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int, image_format: str) -> None:
     """Once, also without data.resolution, where all images must have one size; JPEG keeps the shape, not the bits."""
     options = {"lossless": True} if image_format == "WEBP" else {}
     pixels = open_one(tmp_path, with_orientation(orientation, image_format, **options))
@@ -149,7 +153,7 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path: Path, orientation: int, 
     assert image_format == "JPEG" or np.array_equal(pixels, ORIENTATIONS[orientation])
 
 
-def test_a_deep_photo_is_turned_as_its_camera_says(tmp_path: Path) -> None:
+def test_the_exif_orientation_of_16_bit_color_is_applied(tmp_path: Path) -> None:
     plain = encode_deep(DEEP_RGB)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -157,14 +161,14 @@ def test_a_deep_photo_is_turned_as_its_camera_says(tmp_path: Path) -> None:
     assert np.array_equal(open_one(tmp_path, turned), np.rot90(DEEP_RGB, -1))
 
 
-def test_turned_and_upright_photos_of_one_size_go_together(tmp_path: Path) -> None:
+def test_the_size_that_counts_is_the_upright_one(tmp_path: Path) -> None:
     """The size that counts is the one that is shown: a 6x5 photo on its side is 5x6."""
     upright = encode(np.ascontiguousarray(ORIENTATIONS[6]))
     folder = write_files(tmp_path / "x", {"a.png": upright, "b.png": with_orientation(6)})
     assert len(open_source(folder, tmp_path / "cache")) == 2
 
 
-def test_an_orientation_behind_the_pixels_is_not_overlooked(tmp_path: Path) -> None:
+def test_exif_tags_behind_the_pixels_are_read(tmp_path: Path) -> None:
     """A PNG may end with its tags, which are not read until it is decoded: by then the sizes are known to differ."""
     plain = encode(RGB)
     exif = Image.Exif()
@@ -172,11 +176,11 @@ def test_an_orientation_behind_the_pixels_is_not_overlooked(tmp_path: Path) -> N
     late = plain[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + plain[-12:]
     assert np.array_equal(open_one(tmp_path, late, resolution=5), ORIENTATIONS[6][:, :5])
     folder = write_files(tmp_path / "x", {"a.png": plain, "b.png": late})
-    assert "(b.png) has 6x5 pixels where the first has 5x6" in refusal(folder, tmp_path / "cache")
+    assert "(b.png) has 6x5 pixels, but the first image has 5x6" in refusal(folder, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("tags", [b"MM\x00*garbage", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x63"])
-def test_tags_that_cannot_be_read_do_no_harm(tmp_path: Path, tags: bytes, recwarn: pytest.WarningsRecorder) -> None:
+def test_damaged_exif_tags_are_ignored(tmp_path: Path, tags: bytes, recwarn: pytest.WarningsRecorder) -> None:
     data = encode(RGB, "JPEG", exif=tags)
     shown = np.asarray(Image.open(io.BytesIO(data)))
     recwarn.clear()
@@ -185,7 +189,7 @@ def test_tags_that_cannot_be_read_do_no_harm(tmp_path: Path, tags: bytes, recwar
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
-def test_the_first_frame_of_an_animation_is_used_and_said(
+def test_the_first_frame_of_an_animation_is_used_with_a_warning(
     tmp_path: Path, image_format: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     frames = [Image.new("RGB", (8, 8), (0, 0, 200 if number else 100)) for number in range(3)]
@@ -194,7 +198,7 @@ def test_the_first_frame_of_an_animation_is_used_and_said(
     found = open_one(tmp_path, buffer.getvalue())
     assert found.shape == (8, 8, 3)
     assert abs(found[..., 2].astype(int) - 100).max() <= 3, "AVIF is not exact"
-    assert "1 image has several frames; the first is used." in caplog.text
+    assert "1 image with several frames: only the first frame is used." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -209,22 +213,19 @@ def test_the_first_frame_of_an_animation_is_used_and_said(
 def test_pixels_of_an_unknown_range_are_refused(tmp_path: Path, image: Image.Image, mode: str) -> None:
     path = write_parquet(tmp_path / "x.parquet", [encode(image, "TIFF")])
     message = refusal(path, tmp_path / "cache")
-    assert message.startswith(f"image 0 of {path} has mode {mode}; convert it to 8 or 16 bits of L, RGB or RGBA")
+    assert message.startswith(f"image 0 of {path} has mode {mode}; convert it to L, RGB or RGBA with 8 or 16 bits")
 
 
-# ------------------------------------------------------------------------------------------------------- channels
-
-
-def test_more_channels_than_asked_for_are_refused(tmp_path: Path) -> None:
+def test_more_channels_than_expected_are_refused(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "cat/b.png": encode(RGBA)})
     message = refusal(folder, tmp_path / "cache", num_channels=3)
-    assert f"image 1 of {folder} (cat/b.png) has transparent pixels where RGB is asked for" in message
+    assert f"image 1 of {folder} (cat/b.png) has transparent pixels, but RGB is expected" in message
     assert "set data.num_channels to 4, or data.background to white or black" in message
     message = refusal(folder, tmp_path / "cache", num_channels=1)
-    assert f"image 0 of {folder} (a.png) has colours where gray (L) is asked for" in message
+    assert f"image 0 of {folder} (a.png) is a color image, but gray (L) is expected" in message
 
 
-def test_channels_that_say_nothing_may_go(tmp_path: Path) -> None:
+def test_channels_without_information_are_dropped(tmp_path: Path) -> None:
     opaque = np.concatenate([RGB, np.full((6, 5, 1), 255, np.uint8)], axis=2)
     assert np.array_equal(open_one(tmp_path / "a", encode(opaque), num_channels=3), RGB)
     gray = np.repeat(GRAY[..., None], 3, axis=2)
@@ -236,7 +237,7 @@ def test_channels_that_say_nothing_may_go(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("pixels", "full"), [(RGBA, 255), (DEEP_RGBA, 65535)], ids=["8", "16"])
 @pytest.mark.parametrize(("background", "behind"), [("white", 1), ("black", 0)])
-def test_transparent_pixels_show_the_background(
+def test_transparent_pixels_are_composited_on_the_background(
     tmp_path: Path, pixels: np.ndarray, full: int, background: str, behind: int
 ) -> None:
     data = encode(pixels) if full == 255 else encode_deep(pixels)
@@ -245,7 +246,7 @@ def test_transparent_pixels_show_the_background(
     assert np.array_equal(open_one(tmp_path, data, num_channels=3, background=background), expected)
 
 
-def test_fewer_channels_than_asked_for_are_filled_without_loss(tmp_path: Path) -> None:
+def test_missing_channels_are_added(tmp_path: Path) -> None:
     assert np.array_equal(open_one(tmp_path, encode(GRAY), num_channels=3), np.repeat(GRAY[..., None], 3, axis=2))
     opaque = np.concatenate([RGB, np.full((6, 5, 1), 255, np.uint8)], axis=2)
     assert np.array_equal(open_one(tmp_path, encode(RGB), num_channels=4), opaque)
@@ -263,16 +264,13 @@ def test_the_channels_hold_every_image(tmp_path: Path, kinds: list[np.ndarray], 
     assert images.image_shape == (channels, 6, 5)
 
 
-def test_a_few_images_with_transparency_are_asked_about(tmp_path: Path) -> None:
+def test_a_few_transparent_images_are_refused(tmp_path: Path) -> None:
     """One of them must not make a whole data set RGBA; if its alpha channel is empty it does not matter."""
     opaque = np.concatenate([RGB, np.full((6, 5, 1), 255, np.uint8)], axis=2)
     harmless = write_files(tmp_path / "x", {"a.png": encode(RGB), "b.png": encode(opaque)})
     assert open_source(harmless, tmp_path / "cache").image_shape == (3, 6, 5)
     mixed = write_files(tmp_path / "y", {"a.png": encode(RGB), "b.png": encode(RGBA)})
-    assert "(b.png) has transparent pixels where RGB is asked for" in refusal(mixed, tmp_path / "cache")
-
-
-# ------------------------------------------------------------------------------------------------------ bad images
+    assert "(b.png) has transparent pixels, but RGB is expected" in refusal(mixed, tmp_path / "cache")
 
 
 def announced(side: int) -> bytes:
@@ -281,8 +279,12 @@ def announced(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
-BOMB = "has more than the 89,478,485 pixels from which on Pillow suspects a decompression bomb"
-UNKNOWN = "cannot be decoded (it is no image of a known format)"
+BOMB = "has more than 89,478,485 pixels, Pillow's limit against decompression bombs"
+
+
+UNKNOWN = "cannot be decoded (it is not an image in a supported format)"
+
+
 BAD_IMAGES = {
     "truncated PNG": (encode(RGB)[:-30], "cannot be decoded (OSError: "),
     "truncated JPEG header": (encode(RGB, "JPEG")[:300], "cannot be decoded ("),
@@ -316,19 +318,218 @@ def test_a_row_without_an_image_is_named(tmp_path: Path) -> None:
     assert f"image 1 of {path} cannot be read (it is missing)" in refusal(path, tmp_path / "cache")
 
 
-def test_the_first_bad_image_is_named_though_others_are_found_earlier(tmp_path: Path) -> None:
+def test_the_first_bad_image_is_named(tmp_path: Path) -> None:
     """In the order in which they are noticed: what the header says comes before what decoding says."""
     files = {"a.png": encode(RGB), "b.png": b"text", "c.png": b"text"}
     folder = write_files(tmp_path / "x", files)
     assert "(b.png) cannot be decoded" in refusal(folder, tmp_path / "cache")
 
 
-def test_pixels_that_use_little_of_their_range_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_small_value_range_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """12 bits in files of 16, as medical images often are; masks of 0 and 1; the network would see no contrast."""
     caplog.set_level(logging.WARNING)
     open_one(tmp_path, encode_deep(DEEP_GRAY // 16))
     assert "use only the values" in caplog.text
-    assert "of 0 to 65535, so the network sees little contrast" in caplog.text
+    assert "of 0 to 65535, so the contrast is low" in caplog.text
     caplog.clear()
     open_one(tmp_path / "full", encode_deep(DEEP_GRAY))
     assert "contrast" not in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------------- geometry
+
+
+WIDE = RANDOM.integers(0, 256, (8, 24, 3), dtype=np.uint8)
+
+
+def place(pixels: np.ndarray, **settings: object) -> np.ndarray:
+    """Returns what is stored of an image (height, width, channels)."""
+    return Geometry.of(DataConfig(**settings)).apply(pixels, "the image")  # type: ignore[arg-type]
+
+
+def test_different_sizes_need_a_resolution(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", [encode(RGB), encode(RGB), encode(RGB[:, :4])])
+    message = refusal(path, tmp_path / "cache")
+    assert message == (
+        f"image 2 of {path} has 4x6 pixels, but the first image has 5x6; set data.resolution to resize all images to "
+        "one size."
+    )
+    assert open_source(path, tmp_path / "cache", resolution=4).images.shape == (3, 3, 4, 4)
+
+
+def test_an_image_of_the_right_size_is_not_resampled(tmp_path: Path) -> None:
+    assert np.array_equal(open_one(tmp_path, encode(RGB[:5]), resolution=5), RGB[:5])
+
+
+def test_the_resolution_may_be_rectangular(tmp_path: Path) -> None:
+    assert np.array_equal(open_one(tmp_path, encode(RGB), resolution=[6, 5]), RGB)
+    assert open_one(tmp_path, encode(WIDE), resolution=[4, 10]).shape == (4, 10, 3)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (9, 24), (31, 17)])
+@pytest.mark.parametrize("size", [(4, 4), (3, 7), (16, 16)])
+def test_the_shorter_side_is_resized_and_the_center_cropped(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    """To the value, what Pillow's own ImageOps.fit does."""
+    pixels = RANDOM.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    expected = ImageOps.fit(Image.fromarray(pixels), size[::-1], Image.Resampling.LANCZOS)
+    assert np.array_equal(place(pixels, resolution=list(size)), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"resolution": 32}, {"resolution": 64}, {"resolution": [48, 100]}, {"resolution": 256, "resize_to": 292}],
+    ids=str,
+)
+def test_the_box_never_exceeds_the_image(settings: dict[str, Any]) -> None:
+    """For every side up to 3000, upright and lying: sides such as 49 and 98 are rounded up on the way."""
+    geometry = Geometry.of(DataConfig(**settings))
+    for side in range(1, 3001):
+        for width, height in ((side, 2 * side), (2 * side, side), (side, 135), (side, side)):
+            (left, top, right, bottom), _ = geometry._box_and_size(width, height, "the image")
+            assert 0 <= left < right <= width, (width, height)
+            assert 0 <= top < bottom <= height, (width, height)
+
+
+def test_a_rounded_box_is_resized_like_its_neighbors() -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (135, 98, 3), dtype=np.uint8)
+    expected = ImageOps.fit(Image.fromarray(pixels), (64, 64), Image.Resampling.LANCZOS)
+    assert np.array_equal(place(pixels, resolution=64), np.asarray(expected))
+
+
+def test_an_image_that_cannot_be_resized_is_named() -> None:
+    geometry = Geometry(None, (0, 4), 1.0, "lanczos", is_random_crop=False)
+    with pytest.raises(DataError, match=r"photo 7 has 24x8 pixels and cannot be resized \(.*\)"):
+        geometry.apply(WIDE, "photo 7")
+
+
+def test_crops_without_resizing_keep_whole_pixels() -> None:
+    """An odd margin would otherwise shift the image by half a pixel, and blur it."""
+    assert np.array_equal(place(WIDE[:, :13], resolution=8), WIDE[:, 2:10])
+
+
+def test_downsampling_does_not_alias(tmp_path: Path) -> None:
+    """A checkerboard of single pixels is gray from afar; without antialiasing it stays black and white."""
+    board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    for name in ("lanczos", "bicubic", "bilinear", "hamming", "box"):
+        small = open_one(tmp_path / name, encode(board), resolution=8, resize_filter=name)
+        assert abs(small.astype(int) - 127).max() <= 8, name
+    assert set(np.unique(open_one(tmp_path, encode(board), resolution=8, resize_filter="nearest"))) <= {0, 255}
+
+
+@pytest.mark.parametrize("name", ["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"])
+def test_filters_are_those_of_pillow(name: str) -> None:
+    expected = Image.fromarray(WIDE).resize((12, 4), Image.Resampling[name.upper()], box=(0, 0, 24, 8))
+    assert np.array_equal(place(WIDE, resolution=[4, 12], resize_filter=name), np.asarray(expected))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_16_bits_and_many_channels_are_resized_like_8_bits(channels: int) -> None:
+    """With 8 bits Pillow rounds after the horizontal and again after the vertical pass.
+
+    The second pass weighs the error of the first, up to 1/2, with Lanczos coefficients, whose absolute values add up to
+    1.38 here, and adds another 1/2: 1.19 in all. Where the first pass leaves the range it is cut, with 8 bits alone, so
+    the values here are such that it does not.
+    """
+    pixels = RANDOM.integers(64, 192, (30, 21, channels), dtype=np.uint8)
+    planes = [place(pixels[..., [number]], resolution=8)[..., 0] for number in range(channels)]
+    deep = place(pixels.astype(np.uint16) * 257, resolution=8)
+    assert deep.dtype == np.uint16
+    assert abs(deep / 257 - np.stack(planes, axis=-1)).max() <= 1.2
+
+
+def test_resizing_keeps_16_bits() -> None:
+    """A ramp that lies within one value of 8 bits stays a ramp."""
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8, 1)
+    expected = np.rint(ramp.reshape(4, 2, 4, 2).mean((1, 3)))
+    assert np.array_equal(place(ramp, resolution=4, resize_filter="box")[..., 0], expected)
+
+
+@pytest.mark.parametrize("factor", [1, 257])
+def test_transparent_pixels_do_not_bleed_into_visible_ones(factor: int) -> None:
+    """A red image whose right half is transparent green: resized, every visible pixel is red."""
+    pixels = np.zeros((16, 16, 4), np.uint8 if factor == 1 else np.uint16)
+    pixels[:, :8], pixels[:, 8:] = (255 * factor, 0, 0, 255 * factor), (0, 255 * factor, 0, 0)
+    small = place(pixels, resolution=5) // factor
+    visible = small[small[..., 3] > 4]
+    assert (visible[..., 0] >= 250).all()
+    assert (visible[..., 1] <= 5).all()
+
+
+@pytest.mark.parametrize("first", [4, [10, 2, 14, 6]])
+def test_a_crop_before_resizing_is_exact(first: int | list[int]) -> None:
+    expected = WIDE[2:6, 10:14]
+    assert np.array_equal(place(WIDE, crop_before_resize=first), expected)
+    resized = Image.fromarray(np.ascontiguousarray(expected)).resize((2, 2), Image.Resampling.LANCZOS)
+    assert np.array_equal(place(WIDE, crop_before_resize=first, resolution=2), np.asarray(resized))
+
+
+def test_resizing_sees_nothing_outside_of_the_first_crop() -> None:
+    """Filters look beyond the pixel they make; white all around must not brighten the edge."""
+    pixels = np.full((20, 20, 3), 255, np.uint8)
+    pixels[5:15, 5:15] = 0
+    assert place(pixels, crop_before_resize=10, resolution=4).max() == 0
+
+
+@pytest.mark.parametrize("first", [9, [0, 0, 25, 8], [0, 1, 24, 9]])
+def test_a_first_crop_larger_than_the_image_is_refused(tmp_path: Path, first: int | list[int]) -> None:
+    folder = write_files(tmp_path / "x", {"cat/a.png": encode(WIDE)})
+    message = refusal(folder, tmp_path / "cache", crop_before_resize=first)
+    assert (
+        f"image 0 of {folder} (cat/a.png) has 24x8 pixels, fewer than data.crop_before_resize {first} needs" in message
+    )
+
+
+def test_random_crops_keep_the_whole_image() -> None:
+    assert place(WIDE, resolution=4, crop="random").shape == (4, 12, 3)
+    assert place(WIDE, resolution=4, resize_to=6, crop="random").shape == (6, 18, 3)
+    assert np.array_equal(place(WIDE, resolution=4, resize_to=0, crop="random"), WIDE)
+
+
+def test_resize_to_0_crops_the_center(tmp_path: Path) -> None:
+    assert np.array_equal(place(WIDE, resolution=[4, 6], resize_to=0), WIDE[2:6, 9:15])
+    folder = write_files(tmp_path / "x", {"a.png": encode(WIDE), "b.png": encode(WIDE[:5])})
+    message = refusal(folder, tmp_path / "cache", resolution=6, resize_to=0)
+    assert f"image 1 of {folder} (b.png) has 24x5 pixels, too few for a crop of 6x6" in message
+
+
+def test_a_larger_resize_to_keeps_a_smaller_part() -> None:
+    """Resized to 8 of which 4 are kept: the middle half of the image."""
+    found = place(WIDE[:, :8], resolution=4, resize_to=8)
+    assert np.array_equal(found, WIDE[2:6, 2:6])
+
+
+# ---------------------------------------------------------------------------------------------------------- value range
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.uint8, 256), (torch.uint16, 65536)])
+def test_normalize_maps_stored_pixels_exactly(dtype: torch.dtype, count: int) -> None:
+    """To the rounding of float32 at 1: both ends are exact, every value keeps its own place."""
+    pixels = torch.arange(count, dtype=torch.int32).to(dtype).reshape(1, 1, 16, -1)
+    values = normalize(pixels)
+    assert values.dtype == torch.float32
+    assert (values.min(), values.max()) == (-1.0, 1.0)
+    exact = torch.arange(count, dtype=torch.float64).reshape(1, 1, 16, -1) / ((count - 1) / 2) - 1
+    assert (values.double() - exact).abs().max() <= 2**-23
+    back = ((values.double() + 1) * ((count - 1) / 2)).round().to(torch.int32)
+    assert torch.equal(back, pixels.to(torch.int32)), "nothing is lost on the way back"
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_normalize_mirrors_only_the_chosen_images(dtype: torch.dtype) -> None:
+    pixels = torch.arange(24, dtype=torch.int32).to(dtype).reshape(2, 3, 2, 2)
+    plain = normalize(pixels)
+    mirrored = normalize(pixels, torch.tensor([False, True]))
+    assert torch.equal(mirrored[0], plain[0])
+    assert torch.equal(mirrored[1], plain[1].flip(-1))
+
+
+def test_normalize_does_not_modify_its_input() -> None:
+    pixels = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 2, 2)
+    normalize(pixels, torch.tensor([True, True]))
+    assert torch.equal(pixels, torch.arange(24, dtype=torch.uint8).reshape(2, 3, 2, 2))
+
+
+def test_to_uint8_rounds_to_the_nearest_value() -> None:
+    every = np.arange(65536, dtype=np.uint16)
+    assert np.array_equal(to_uint8(every), np.rint(every / 65535 * 255))
+    assert np.array_equal(to_uint8(np.arange(256, dtype=np.uint8)), np.arange(256))

@@ -1,0 +1,215 @@
+"""Command-line flags as fields of dataclasses, and the flags that `ddpm-hf sample` and `ddpm-hf evaluate` share."""
+
+import csv
+import dataclasses
+import inspect
+import math
+import types
+import typing
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+
+from docstring_parser import parse as parse_docstring
+
+from ddpm_hf.config import ConfigError, log_warning
+from ddpm_hf.redaction import redact
+
+if TYPE_CHECKING:
+    from ddpm_hf.diffusion import GaussianDiffusionPipeline
+
+Flags = TypeVar("Flags")
+
+NATIVE_SCHEDULER = "GaussianDiffusionScheduler"
+CALL_FLAGS = ("num_inference_steps", "eta", "timestep_spacing", "guidance_scale", "guidance_rescale")
+"""Flags that are arguments of a pipeline call under the same name."""
+
+
+class Parser(ArgumentParser):
+    """An argument parser without abbreviations, which prints no secrets and exits with 2."""
+
+    def __init__(self, **options: Any) -> None:
+        options = {"allow_abbrev": False, "formatter_class": RawDescriptionHelpFormatter, **options}
+        super().__init__(**options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and error, and exit with 2."""
+        super().error(redact(message))
+
+
+def flag(
+    default: Any = dataclasses.MISSING,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    is_positional: bool = False,
+    parse: Callable[[str], Any] | None = None,
+) -> Any:
+    """Define a field of a dataclass of flags.
+
+    Args:
+        default: Value of a flag that is not given; without a default the flag is required.
+        minimum: Smallest valid number.
+        maximum: Largest valid number.
+        is_positional: Whether it is an argument without a name.
+        parse: Converts the text; by default the type of the field does.
+    """
+    metadata = {"minimum": minimum, "maximum": maximum, "is_positional": is_positional, "parse": parse}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def read_flags(parser: ArgumentParser, kind: type[Flags], arguments: Sequence[str]) -> Flags:
+    """Parse a command line into a dataclass.
+
+    Each class that `kind` inherits from is a group of the help: the docstring has the title and the help of each flag,
+    the types have the choices. A bool is a switch, a list takes several words, and `data_split` is `--data.split`.
+
+    Raises:
+        ConfigError: A number is out of range.
+        SystemExit: `--help`, or with exit code 2 an invalid command line.
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    remaining = dict(fields)
+    for owner in (*kind.__mro__[1:-1], kind):
+        about = parse_docstring(owner.__doc__ or "")
+        helps = {entry.arg_name: " ".join((entry.description or "").split()) for entry in about.params}
+        group = parser.add_argument_group((about.short_description or "").rstrip(".").lower())
+        for name in owner.__annotations__:
+            if (field := remaining.pop(name, None)) is None:
+                continue
+            text = helps[name].replace("%", "%%")
+            if field.default not in (None, False, dataclasses.MISSING):
+                text += " (default: %(default)s)"
+            options = _argument_options(hints[name], field) | {"help": text}
+            if field.metadata.get("is_positional"):
+                group.add_argument(name, **options)
+            else:
+                spelling = f"--{name.replace('data_', 'data.', 1) if name.startswith('data_') else name}"
+                is_required = field.default is dataclasses.MISSING
+                default = None if is_required else field.default
+                group.add_argument(spelling, dest=name, default=default, required=is_required, **options)
+    found = vars(parser.parse_args(arguments))
+    for name, field in fields.items():
+        limits, value = field.metadata, found[name]
+        if limits and isinstance(value, int | float) and not isinstance(value, bool):
+            lowest, highest = limits["minimum"], limits["maximum"]
+            if not (lowest <= value <= highest and abs(value) < math.inf):
+                expected = f"at least {lowest}" if highest == math.inf else f"{lowest} to {highest}"
+                raise ConfigError(f"--{name} is {value}, but must be {expected}.")
+    return kind(**{name: found[name] for name in fields})
+
+
+def _argument_options(hint: Any, field: "dataclasses.Field[Any]") -> dict[str, Any]:
+    """Return the arguments of `add_argument` for a field."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kind = next(part for part in parts if part is not type(None))
+    if (parse := field.metadata.get("parse")) is not None:
+        return {"type": parse, "metavar": field.name.rpartition("_")[2].upper()}
+    if kind is bool:
+        return {"action": "store_true"}
+    if typing.get_origin(kind) is Literal:
+        return {"choices": typing.get_args(kind)}
+    if typing.get_origin(kind) is list:
+        return {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "FILE"}
+    return {"type": kind}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """The model.
+
+    Args:
+        folder: Folder of a pipeline or of a run, or a Hub repository.
+        revision: Branch, tag or commit of a Hub repository.
+        variant: Variant of the weights, such as fp16.
+    """
+
+    folder: str = flag(is_positional=True)
+    revision: str | None = None
+    variant: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """How images are sampled.
+
+    Args:
+        labels: Class names or numbers, separated by commas; by default all. Image i, counted by seed in `sample` and
+            from 0 in `evaluate`, gets label i modulo their number. A name with a comma goes in double quotes. If the
+            first name begins with a dash, write --labels=LIST.
+        num_inference_steps: Sampling steps; by default as many as in training.
+        scheduler: Name of a diffusers scheduler; by default that of the model.
+        eta: 0 samples with DDIM, 1 with DDPM; by default that of the scheduler.
+        timestep_spacing: Spacing of the timesteps; by default that of the scheduler.
+        guidance_scale: Classifier-free guidance scale; 1 disables guidance.
+        guidance_rescale: Rescaling of guided predictions, 0 to 1 (Lin et al. 2024).
+        variance: Reverse variance; analytic is the optimal one for the network (Bao et al. 2022), which
+            `ddpm-hf evaluate --estimate_variance` estimates.
+        batch_size: Images per forward pass on one device; smaller values need less memory.
+        dtype: Precision of the network.
+    """
+
+    labels: str | None = None
+    num_inference_steps: int | None = flag(None, minimum=1)
+    scheduler: str | None = None
+    eta: float | None = flag(None, minimum=0, maximum=1)
+    timestep_spacing: Literal["leading", "trailing", "linspace", "quadratic"] | None = None
+    guidance_scale: float = flag(1.0, minimum=0)
+    guidance_rescale: float = flag(0.0, minimum=0, maximum=1)
+    variance: Literal["trained", "analytic"] = "trained"
+    batch_size: int = flag(16, minimum=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def check_sampling(self) -> None:
+        """Refuse contradictions, and warn about flags without effect.
+
+        Raises:
+            ConfigError: The analytic variance is asked for with another scheduler.
+        """
+        if self.scheduler not in (None, NATIVE_SCHEDULER) and self.variance == "analytic":
+            raise ConfigError(f"--variance analytic needs {NATIVE_SCHEDULER}; remove --scheduler {self.scheduler}.")
+        if self.guidance_rescale and self.guidance_scale == 1:
+            log_warning(
+                f"--guidance_rescale {self.guidance_rescale:g} has no effect with --guidance_scale 1; set "
+                "--guidance_scale to use it."
+            )
+
+    def check_scheduler(self) -> None:
+        """Refuse a scheduler that does not exist, or that has no eta if --eta is given. Imports torch.
+
+        Raises:
+            ValueError: With the fix, or a similar name.
+        """
+        from ddpm_hf.evaluation.generate import scheduler_class
+
+        if self.scheduler is None:
+            return
+        arguments = inspect.signature(scheduler_class(self.scheduler).step).parameters
+        if self.eta is not None and "eta" not in arguments:
+            raise ConfigError(f"--eta is {self.eta}, but {self.scheduler} has no eta; remove one of them.")
+
+    def label_list(self, pipeline: "GaussianDiffusionPipeline") -> list[int] | None:
+        """Return the numbers of the labels, all classes by default; None for an unconditional network.
+
+        Raises:
+            ConfigError: A label does not exist.
+        """
+        from ddpm_hf.diffusion.pipeline import label_numbers
+
+        if self.labels is None:
+            return list(range(pipeline.num_classes)) or None
+        class_names = pipeline.config.get("class_names") or {}
+        names = set(class_names.values())
+        words = [self.labels]
+        if self.labels not in names:
+            words = [word.strip() for word in next(csv.reader([self.labels], skipinitialspace=True), [])]
+        if not words or not all(words):
+            raise ConfigError(f"--labels is {self.labels!r}; give names or numbers separated by commas.")
+        labels = [int(word) if word.isdecimal() and word not in names else word for word in words]
+        num_labels, has_null_label = pipeline.unet.config.num_class_embeds, bool(pipeline.config.get("has_null_label"))
+        try:
+            return label_numbers(labels, len(labels), num_labels, has_null_label, class_names)
+        except ValueError as error:
+            raise ConfigError(str(error).replace("class_labels", "--labels", 1)) from None

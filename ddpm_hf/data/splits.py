@@ -1,0 +1,171 @@
+"""Open the images of a split, or the training and the validation set of a run."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddpm_hf.config import DataConfig
+from ddpm_hf.data.cache import allowed_bad, map_cache, open_cache
+from ddpm_hf.data.decode import DataError
+from ddpm_hf.data.image_set import ImageSet
+from ddpm_hf.data.sources import MAX_CLASSES, NO_LABEL, Source, find_source, map_array
+from ddpm_hf.data.streaming import ImageStream
+from ddpm_hf.files import format_count
+
+logger = logging.getLogger(__name__)
+
+Location = dict[str, Any]
+"""`ImageSet.location`: where the arrays of an image set are, as JSON."""
+
+
+def open_images(
+    config: DataConfig, *, with_labels: bool, split: str | None = None, location: Location | None = None
+) -> ImageSet:
+    """Open one split of a dataset; decode it first if necessary.
+
+    Args:
+        config: The dataset and its preprocessing.
+        with_labels: Whether labels are needed.
+        split: The split, or a part of it; None takes `data.split`.
+        location: Where another process has already opened the same split. The dataset is then not searched again,
+            unless this machine cannot read the arrays.
+
+    Returns:
+        All images of the split.
+
+    Raises:
+        DataError: There are no images, an image does not fit the settings, labels are needed and missing, or the images
+            differ from those at `location`.
+    """
+    if location is not None:
+        found = map_cache(location) if "cache" in location else map_array(location)
+        if found is not None:
+            return found
+    source = find_source(config, split or config.split)
+    if isinstance(source, Source) and split not in (None, config.split):
+        source = replace(source, ignored_files=())  # logged for the training split only
+    if with_labels:
+        _check_labels(source, config.source)
+    images = source if isinstance(source, ImageSet) else open_cache(source, config, max_bad=allowed_bad(source, config))
+    if location is not None and images.digest != location["digest"]:
+        raise DataError(f"{config.source} has other images or labels here than on rank 0; copy the same data to both.")
+    return images
+
+
+def open_sets(
+    config: DataConfig,
+    *,
+    with_labels: bool,
+    seed: int,
+    rank: int = 0,
+    num_processes: int = 1,
+    device: torch.device,
+    locations: Sequence[Location | None] = (None, None),
+) -> tuple[ImageSet | ImageStream, ImageSet]:
+    """Open the training and the validation set: two splits, or one split divided at random by the seed.
+
+    Args:
+        config: The dataset and its preprocessing.
+        with_labels: Whether labels are needed.
+        seed: The seed of the run.
+        rank: Rank of this process; only a stream differs between processes.
+        num_processes: Number of processes.
+        device: Device of the samples of a stream.
+        locations: `locations_of` the sets that rank 0 has opened, so that other ranks do not search the dataset again.
+
+    Returns:
+        The training set, or this process's stream of it, and the validation set, which may be empty.
+
+    Raises:
+        DataError: As `open_images`; or the two sets do not match; or there is a single training image.
+    """
+    training: ImageSet | ImageStream
+    if config.streaming:
+        training = ImageStream(
+            config, with_labels=with_labels, seed=seed, rank=rank, num_processes=num_processes, device=device
+        )
+        validation = ImageSet(np.zeros((1, *training.image_shape), np.uint8), None, None, np.zeros(0, np.int64))
+    else:
+        images = open_images(config, with_labels=with_labels, location=locations[0])
+        training, validation = images.split(config.validation_fraction, seed)
+    if config.validation_split is not None:
+        validation = open_images(config, with_labels=with_labels, split=config.validation_split, location=locations[1])
+        _check_same_kind(training, validation, config, with_labels=with_labels)
+        if isinstance(training, ImageSet) and rank == 0:
+            _warn_of_missing_classes(training, validation, config)
+    if isinstance(training, ImageSet) and len(training) == 1:
+        raise DataError(f"{config.source} contains a single training image; at least two are required.")
+    return training, validation
+
+
+def locations_of(training: ImageSet | ImageStream, validation: ImageSet) -> list[Location | None]:
+    """Return the argument `locations` with which `open_sets` opens the same sets in another process."""
+    return [None if isinstance(training, ImageStream) else training.location, validation.location]
+
+
+def describe_sets(training: ImageSet | ImageStream, validation: ImageSet) -> str:
+    """Return one line with the number of images, their size, and the number of replacements."""
+    number = "streamed" if isinstance(training, ImageStream) else f"{len(training):,}"
+    num_bad = validation.num_bad + (0 if isinstance(training, ImageStream) else training.num_bad)
+    note = f" ({format_count(num_bad, 'unreadable image')} replaced)" if num_bad else ""
+    return f"{number} training and {len(validation):,} validation images of {_shape(training)}{note}"
+
+
+def _check_labels(source: Source | ImageSet, name: str) -> None:
+    """Raise a DataError if a class-conditional network cannot be trained with the labels."""
+    if source.labels is not None and source.class_names is None:
+        raise DataError(
+            f"{name} has label {source.labels.max()}, but classes are numbered from 0 and there are at most "
+            f"{MAX_CLASSES:,}; set data.label_column to the column of the classes."
+        )
+    if source.labels is None or source.class_names is None:
+        raise DataError(
+            f"{name} has no labels, but the network is class-conditional; set data.label_column, use one folder per "
+            "class, or set model.class_conditional to false."
+        )
+    num_classes = len(source.class_names)
+    is_bad = (source.labels < 0) | (source.labels >= num_classes)
+    if is_bad.any():
+        row = int(np.argmax(is_bad))
+        found = "no label" if source.labels[row] == NO_LABEL else f"label {source.labels[row]}"
+        image = next(iter(source.read([row]))).name if isinstance(source, Source) else f"image {row} of {name}"
+        raise DataError(f"{image} has {found}; every image needs one from 0 to {num_classes - 1}.")
+
+
+def _check_same_kind(
+    training: ImageSet | ImageStream, validation: ImageSet, config: DataConfig, *, with_labels: bool
+) -> None:
+    """Raise a DataError if the validation split has other image shapes or classes than the training set."""
+    if training.image_shape != validation.image_shape:
+        raise DataError(
+            f"split {config.validation_split!r} of {config.source} has images of {_shape(validation)}, but "
+            f"{config.split!r} has {_shape(training)}; set data.resolution and data.num_channels."
+        )
+    known, found = training.class_names or (), validation.class_names or ()
+    if with_labels and found != known[: len(found)]:  # classes without names may end earlier in the smaller set
+        raise DataError(
+            f"split {config.validation_split!r} of {config.source} has the classes {', '.join(found)}, but "
+            f"{config.split!r} has {', '.join(known)}; both need the same classes."
+        )
+
+
+def _warn_of_missing_classes(training: ImageSet, validation: ImageSet, config: DataConfig) -> None:
+    """Warn if a part of a split lacks classes, as the end of a folder does, which is sorted by class."""
+    if training.labels is None or validation.labels is None or "[" not in (config.validation_split or ""):
+        return
+    trained_on = np.unique(training.labels[training.indices])
+    missing = np.setdiff1d(trained_on, validation.labels[validation.indices])
+    if len(missing):
+        logger.warning(
+            "The validation set, split %r of %s, lacks %d of the %d classes in the training set, probably because the "
+            "images are sorted by class; data.validation_fraction selects images at random.",
+            config.validation_split, config.source, len(missing), len(trained_on),
+        )  # fmt: skip
+
+
+def _shape(images: ImageSet | ImageStream) -> str:
+    return "x".join(map(str, images.image_shape))
