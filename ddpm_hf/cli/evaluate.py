@@ -311,7 +311,7 @@ def _evaluate(flags: EvaluateFlags) -> None:
         as_png=flags.format == "png",
     )
 
-    def measure() -> list[Metric]:
+    def measure() -> "list[Metric]":
         assert network is not None  # on rank 0
         return measure_fidelity(
             samples,
