@@ -278,7 +278,7 @@ def test_too_few_samples_for_a_score_are_refused_before_training(tmp_path: Path,
     """FID needs more samples than its 2048 features, the Inception Score 100 in each of ten splits."""
     changes = {"evaluation__score_every_steps": 1, "evaluation__score_metric": metric}
     load_config(run_arguments(tmp_path, **changes, evaluation__score_num_samples=minimum))
-    with pytest.raises(ConfigError, match="evaluation.score_num_samples"):
+    with pytest.raises(ConfigError, match=r"evaluation\.score_num_samples"):
         load_config(run_arguments(tmp_path, **changes, evaluation__score_num_samples=minimum - 1))
 
 
