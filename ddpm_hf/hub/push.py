@@ -462,7 +462,7 @@ def look_up(target: Target, repo_id: str) -> Remote:
 def upload(folder: Path, target: Target, remote: Remote, message: str) -> tuple[str, bool]:
     """Make a folder the content of a repository, in one commit on top of `remote`.
 
-    A missing repository or branch is created first. One that somebody else created or changed after `look_up` is not
+    A missing repository or branch is created first. One that was created or changed after `look_up` is not
     modified.
 
     Args:
@@ -545,7 +545,7 @@ def _answered(error: HfHubHTTPError, name: str, outcome: str) -> HubRefused | Hu
             "request."
         )
     if status in (409, 412):
-        return HubRefused(f"{name} was changed by somebody else at the same time ({reason}); push again.")
+        return HubRefused(f"{name} has changed in the meantime ({reason}); push again.")
     if status < 500 and status != 429:
         return HubRefused(f"the Hub refused the push to {name} ({reason}).")
     return HubFailed(f"the Hub had an error ({reason}); {outcome}. Push again later.")
