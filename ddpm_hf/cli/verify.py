@@ -41,7 +41,7 @@ def verify(arguments: Sequence[str]) -> int:
         verify.write_verification(folder)
         print(f"{folder / VERIFICATION} records what this pipeline computes.")
         return 0
-    findings = verify.verify(folder, runs_its_code=options.trust_remote_code)
+    findings = verify.verify(folder, run_code=options.trust_remote_code)
     for finding in findings:
         if finding.problem:
             print(f"{finding.way:<31} {'differs' if finding.is_bad else 'note'}: {finding.problem}")
