@@ -3,6 +3,7 @@
 import io
 import logging
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,27 +56,61 @@ def test_16_bits_keep_every_bit(tmp_path: Path, pixels: np.ndarray) -> None:
     assert np.array_equal(found, pixels)
 
 
-def tiff_of_16_bit_colours(pixels: np.ndarray, byte_order: str) -> bytes:
-    """Returns an uncompressed TIFF, which Pillow cannot write; `byte_order` is "<" (II) or ">" (MM)."""
+def write_16_bit_tiff(pixels: np.ndarray, byte_order: str, **tags: int) -> bytes:
+    """Return an uncompressed TIFF of 16-bit color, which Pillow cannot write; `byte_order` is "<" (II) or ">" (MM)."""
     height, width, channels = pixels.shape
     data = pixels.astype(f"{byte_order}u2").tobytes()
-    mark = np.dtype(f"{byte_order}u2"), np.dtype(f"{byte_order}u4")
-    short, long = (lambda value: np.array(value, mark[0]).tobytes()), (lambda value: np.array(value, mark[1]).tobytes())
-    bits_at = 8 + len(data)
-    directory_at = bits_at + 2 * channels
-    tags = [
-        (256, 3, 1, short([width, 0])), (257, 3, 1, short([height, 0])), (258, 3, channels, long(bits_at)),
-        (259, 3, 1, short([1, 0])), (262, 3, 1, short([2, 0])), (273, 4, 1, long(8)),
-        (277, 3, 1, short([channels, 0])), (278, 3, 1, short([height, 0])), (279, 4, 1, long(len(data))),
+
+    def short(*values: int) -> bytes:
+        return np.array(values, f"{byte_order}u2").tobytes()
+
+    def long(value: int) -> bytes:
+        return np.array(value, f"{byte_order}u4").tobytes()
+
+    bits_offset = 8 + len(data)
+    directory_offset = bits_offset + 2 * channels
+    numbers = {"orientation": 274, "planar_configuration": 284, "extra_samples": 338}
+    directory = [
+        (256, 3, 1, short(width, 0)), (257, 3, 1, short(height, 0)), (258, 3, channels, long(bits_offset)),
+        (259, 3, 1, short(1, 0)), (262, 3, 1, short(2, 0)), (273, 4, 1, long(8)),
+        (277, 3, 1, short(channels, 0)), (278, 3, 1, short(height, 0)), (279, 4, 1, long(len(data))),
+        *((numbers[name], 3, 1, short(value, 0)) for name, value in tags.items()),
     ]  # fmt: skip
-    head = (b"II" if byte_order == "<" else b"MM") + short(42) + long(directory_at)
-    entries = b"".join(short([number, kind]) + long(count) + value for number, kind, count, value in tags)
-    return head + data + short([16] * channels) + short(len(tags)) + entries + long(0)
+    head = (b"II" if byte_order == "<" else b"MM") + short(42) + long(directory_offset)
+    entries = b"".join(short(number, kind) + long(count) + value for number, kind, count, value in sorted(directory))
+    return head + data + short(*[16] * channels) + short(len(directory)) + entries + long(0)
 
 
 @pytest.mark.parametrize("byte_order", ["<", ">"])
 def test_16_bit_color_of_a_tiff_keeps_every_bit(tmp_path: Path, byte_order: str) -> None:
-    assert np.array_equal(open_one(tmp_path, tiff_of_16_bit_colours(DEEP_RGB, byte_order)), DEEP_RGB)
+    assert np.array_equal(open_one(tmp_path / "RGB", write_16_bit_tiff(DEEP_RGB, byte_order)), DEEP_RGB)
+    rgba = write_16_bit_tiff(DEEP_RGBA, byte_order, extra_samples=2)
+    assert np.array_equal(open_one(tmp_path / "RGBA", rgba), DEEP_RGBA)
+    rgbx = write_16_bit_tiff(DEEP_RGBA, byte_order, extra_samples=0)
+    assert np.array_equal(open_one(tmp_path / "RGBX", rgbx), DEEP_RGBA[..., :3])
+
+
+@pytest.mark.parametrize("tags", [{"extra_samples": 1}, {"extra_samples": 2, "planar_configuration": 2}], ids=str)
+def test_16_bit_color_in_an_unusual_layout_is_refused(tmp_path: Path, tags: dict[str, int]) -> None:
+    folder = write_files(tmp_path / "x", {"a.tif": write_16_bit_tiff(DEEP_RGBA, "<", **tags)})
+    assert "(a.tif) has 16-bit color in separate planes or with premultiplied alpha" in refusal(folder, tmp_path)
+
+
+def test_16_bit_color_without_opencv_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with data.on_bad_image skip: the images are not damaged."""
+    folder = write_files(tmp_path / "x", {"a.png": encode_deep(DEEP_RGB), "b.png": encode_deep(DEEP_GRAY)})
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    message = refusal(folder, tmp_path, on_bad_image="skip", max_bad_fraction=0.9)
+    assert message.startswith(f"image 0 of {folder} (a.png) has 16-bit color, which needs OpenCV")
+    assert 'pip install "ddpm_hf[deep-color]"' in message
+    assert np.array_equal(open_one(tmp_path / "gray", encode_deep(DEEP_GRAY))[..., 0], DEEP_GRAY)
+
+
+@pytest.mark.parametrize("num_missing", [20, 60])
+def test_truncated_16_bit_color_is_a_bad_image(tmp_path: Path, num_missing: int) -> None:
+    files = {"a.png": encode_deep(DEEP_RGB)[:-num_missing], "b.tif": write_16_bit_tiff(DEEP_RGB, "<")}
+    folder = write_files(tmp_path / "x", files)
+    assert f"image 0 of {folder} (a.png) cannot be decoded (" in refusal(folder, tmp_path)
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_adobe_deflate", "tiff_lzw"])
@@ -132,9 +167,16 @@ def test_gray_with_transparency_becomes_rgba(tmp_path: Path) -> None:
     assert np.array_equal(found, gray_and_alpha[..., [0, 0, 0, 1]])
 
 
-ORIENTATIONS = {
-    2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 5: RGB.transpose(1, 0, 2), 6: np.rot90(RGB, -1), 8: np.rot90(RGB)
-}  # fmt: skip
+ORIENTATIONS = range(2, 9)
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Return an image as the EXIF orientation says it is shown."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
 def with_orientation(number: int, image_format: str = "PNG", **options: Any) -> bytes:
@@ -149,22 +191,28 @@ def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int, image
     """Once, also without data.resolution, where all images must have one size; JPEG keeps the shape, not the bits."""
     options = {"lossless": True} if image_format == "WEBP" else {}
     pixels = open_one(tmp_path, with_orientation(orientation, image_format, **options))
-    assert pixels.shape == ORIENTATIONS[orientation].shape
-    assert image_format == "JPEG" or np.array_equal(pixels, ORIENTATIONS[orientation])
+    assert pixels.shape == upright(RGB, orientation).shape
+    assert image_format == "JPEG" or np.array_equal(pixels, upright(RGB, orientation))
 
 
-def test_the_exif_orientation_of_16_bit_color_is_applied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_the_exif_orientation_of_16_bit_color_is_applied(tmp_path: Path, orientation: int) -> None:
     plain = encode_deep(DEEP_RGB)
     exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = plain[:33] + chunk(b"eXIf", exif.tobytes()[6:]) + plain[33:]
-    assert np.array_equal(open_one(tmp_path, turned), np.rot90(DEEP_RGB, -1))
+    exif[0x0112] = orientation
+    expected = upright(DEEP_RGB, orientation)
+    for place in (33, len(plain) - 12):  # before and after the pixels
+        png = plain[:place] + chunk(b"eXIf", exif.tobytes()[6:]) + plain[place:]
+        if place == 33 or expected.shape == DEEP_RGB.shape:
+            assert np.array_equal(open_one(tmp_path / str(place), png), expected)
+    tiff = write_16_bit_tiff(DEEP_RGB, ">", orientation=orientation)
+    assert np.array_equal(open_one(tmp_path / "tiff", tiff), expected)
 
 
 def test_the_size_that_counts_is_the_upright_one(tmp_path: Path) -> None:
     """The size that counts is the one that is shown: a 6x5 photo on its side is 5x6."""
-    upright = encode(np.ascontiguousarray(ORIENTATIONS[6]))
-    folder = write_files(tmp_path / "x", {"a.png": upright, "b.png": with_orientation(6)})
+    turned = encode(np.ascontiguousarray(upright(RGB, 6)))
+    folder = write_files(tmp_path / "x", {"a.png": turned, "b.png": with_orientation(6)})
     assert len(open_source(folder, tmp_path / "cache")) == 2
 
 
@@ -174,7 +222,7 @@ def test_exif_tags_behind_the_pixels_are_read(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     late = plain[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + plain[-12:]
-    assert np.array_equal(open_one(tmp_path, late, resolution=5), ORIENTATIONS[6][:, :5])
+    assert np.array_equal(open_one(tmp_path, late, resolution=5), upright(RGB, 6)[:, :5])
     folder = write_files(tmp_path / "x", {"a.png": plain, "b.png": late})
     assert "(b.png) has 6x5 pixels, but the first image has 5x6" in refusal(folder, tmp_path / "cache")
 
@@ -381,13 +429,13 @@ def test_the_shorter_side_is_resized_and_the_center_cropped(shape: tuple[int, in
     ids=str,
 )
 def test_the_box_never_exceeds_the_image(settings: dict[str, Any]) -> None:
-    """For every side up to 3000, upright and lying: sides such as 49 and 98 are rounded up on the way."""
-    geometry = Geometry.of(DataConfig(**settings))
-    for side in range(1, 3001):
-        for width, height in ((side, 2 * side), (2 * side, side), (side, 135), (side, side)):
-            (left, top, right, bottom), _ = geometry._box_and_size(width, height, "the image")
-            assert 0 <= left < right <= width, (width, height)
-            assert 0 <= top < bottom <= height, (width, height)
+    """Pillow refuses a box outside of the image; sides such as 49 and 98 are rounded up on the way."""
+    geometry = Geometry.of(DataConfig(resize_filter="nearest", **settings))
+    canvas = np.zeros((3000, 3000, 1), np.uint8)
+    for side in [*range(1, 300), *range(300, 3001, 11)]:
+        for width, height in ((side, 135), (135, side), (side, side // 40 + 1), (side // 40 + 1, side)):
+            found = geometry.apply(canvas[:height, :width], f"{width}x{height}")
+            assert found.shape[:2] == geometry.size_after(width, height, "the image")
 
 
 def test_a_rounded_box_is_resized_like_its_neighbors() -> None:
