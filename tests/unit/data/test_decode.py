@@ -50,7 +50,7 @@ def test_plain_images_keep_every_bit(tmp_path: Path, pixels: np.ndarray, image_f
 
 @pytest.mark.parametrize("pixels", [DEEP_GRAY[..., None], DEEP_RGB, DEEP_RGBA], ids=["L", "RGB", "RGBA"])
 def test_16_bits_keep_every_bit(tmp_path: Path, pixels: np.ndarray) -> None:
-    """Pillow gives 8 bits of colours that have 16."""
+    """Pillow reduces 16-bit color to 8 bits."""
     found = open_one(tmp_path, encode_deep(pixels.squeeze()))
     assert found.dtype == np.uint16
     assert np.array_equal(found, pixels)
@@ -120,7 +120,7 @@ def test_16_bit_gray_of_a_tiff_keeps_every_bit(tmp_path: Path, compression: str)
 
 
 def test_8_bit_images_among_16_bit_ones_are_scaled_exactly(tmp_path: Path) -> None:
-    """255 is 65535 and 0 is 0, in all of them alike: 257 times the value."""
+    """255 becomes 65535: 257 times the value."""
     folder = write_files(tmp_path / "x", {"a.png": encode(GRAY), "b.png": encode_deep(DEEP_GRAY)})
     images = open_source(folder, tmp_path / "cache")
     assert np.array_equal(pixels_of(images)[..., 0], [GRAY.astype(np.uint16) * 257, DEEP_GRAY])
@@ -144,9 +144,9 @@ def test_a_palette_with_transparency_keeps_it(tmp_path: Path) -> None:
     assert np.array_equal(open_one(tmp_path, data), shown)
 
 
-@pytest.mark.parametrize(("image", "colour"), [(GRAY, int(GRAY[0, 0])), (RGB, tuple(RGB[0, 0].tolist()))])
-def test_a_transparent_color_is_transparent(tmp_path: Path, image: np.ndarray, colour: Any) -> None:
-    found = open_one(tmp_path, encode(image, transparency=colour))
+@pytest.mark.parametrize(("image", "color"), [(GRAY, int(GRAY[0, 0])), (RGB, tuple(RGB[0, 0].tolist()))])
+def test_a_transparent_color_is_transparent(tmp_path: Path, image: np.ndarray, color: Any) -> None:
+    found = open_one(tmp_path, encode(image, transparency=color))
     assert [found.shape, found[0, 0, 3], found[1, 1, 3]] == [(6, 5, 4), 0, 255]
 
 
@@ -188,7 +188,7 @@ def with_orientation(number: int, image_format: str = "PNG", **options: Any) -> 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int, image_format: str) -> None:
-    """Once, also without data.resolution, where all images must have one size; JPEG keeps the shape, not the bits."""
+    """JPEG is lossy, so only the shape is compared."""
     options = {"lossless": True} if image_format == "WEBP" else {}
     pixels = open_one(tmp_path, with_orientation(orientation, image_format, **options))
     assert pixels.shape == upright(RGB, orientation).shape
@@ -210,14 +210,14 @@ def test_the_exif_orientation_of_16_bit_color_is_applied(tmp_path: Path, orienta
 
 
 def test_the_size_that_counts_is_the_upright_one(tmp_path: Path) -> None:
-    """The size that counts is the one that is shown: a 6x5 photo on its side is 5x6."""
+    """A 6x5 photo with a rotated orientation is 5x6."""
     turned = encode(np.ascontiguousarray(upright(RGB, 6)))
     folder = write_files(tmp_path / "x", {"a.png": turned, "b.png": with_orientation(6)})
     assert len(open_source(folder, tmp_path / "cache")) == 2
 
 
 def test_exif_tags_behind_the_pixels_are_read(tmp_path: Path) -> None:
-    """A PNG may end with its tags, which are not read until it is decoded: by then the sizes are known to differ."""
+    """The tags of a PNG may follow its pixels, where the header does not show them."""
     plain = encode(RGB)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -313,7 +313,7 @@ def test_the_channels_hold_every_image(tmp_path: Path, kinds: list[np.ndarray], 
 
 
 def test_a_few_transparent_images_are_refused(tmp_path: Path) -> None:
-    """One of them must not make a whole data set RGBA; if its alpha channel is empty it does not matter."""
+    """They do not make the dataset RGBA. Opaque alpha channels are dropped."""
     opaque = np.concatenate([RGB, np.full((6, 5, 1), 255, np.uint8)], axis=2)
     harmless = write_files(tmp_path / "x", {"a.png": encode(RGB), "b.png": encode(opaque)})
     assert open_source(harmless, tmp_path / "cache").image_shape == (3, 6, 5)
@@ -322,7 +322,7 @@ def test_a_few_transparent_images_are_refused(tmp_path: Path) -> None:
 
 
 def announced(side: int) -> bytes:
-    """Returns a PNG that says how large it is, and holds nothing."""
+    """Return a PNG with a size in its header, but without pixels."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
@@ -353,7 +353,7 @@ def test_a_bad_image_is_named_with_its_class_folder(tmp_path: Path, kind: str) -
     message = refusal(folder, tmp_path / "cache", resolution=5)
     assert message.startswith(f"image 1 of {folder} (cat/2.png) {reason}")
     assert message.endswith("; repair or remove it, or set data.on_bad_image to skip.")
-    assert not [entry for entry in (tmp_path / "cache").iterdir()], "no half of a data set is left"
+    assert not [entry for entry in (tmp_path / "cache").iterdir()], "no partial cache is left"
 
 
 def test_a_bad_image_of_a_table_is_named(tmp_path: Path) -> None:
@@ -367,14 +367,14 @@ def test_a_row_without_an_image_is_named(tmp_path: Path) -> None:
 
 
 def test_the_first_bad_image_is_named(tmp_path: Path) -> None:
-    """In the order in which they are noticed: what the header says comes before what decoding says."""
+    """In the order of the rows."""
     files = {"a.png": encode(RGB), "b.png": b"text", "c.png": b"text"}
     folder = write_files(tmp_path / "x", files)
     assert "(b.png) cannot be decoded" in refusal(folder, tmp_path / "cache")
 
 
 def test_a_small_value_range_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """12 bits in files of 16, as medical images often are; masks of 0 and 1; the network would see no contrast."""
+    """For example 12-bit images in 16-bit files."""
     caplog.set_level(logging.WARNING)
     open_one(tmp_path, encode_deep(DEEP_GRAY // 16))
     assert "use only the values" in caplog.text
@@ -391,7 +391,7 @@ WIDE = RANDOM.integers(0, 256, (8, 24, 3), dtype=np.uint8)
 
 
 def place(pixels: np.ndarray, **settings: object) -> np.ndarray:
-    """Returns what is stored of an image (height, width, channels)."""
+    """Return what is stored of an image (height, width, channels)."""
     return Geometry.of(DataConfig(**settings)).apply(pixels, "the image")  # type: ignore[arg-type]
 
 
@@ -417,7 +417,7 @@ def test_the_resolution_may_be_rectangular(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (9, 24), (31, 17)])
 @pytest.mark.parametrize("size", [(4, 4), (3, 7), (16, 16)])
 def test_the_shorter_side_is_resized_and_the_center_cropped(shape: tuple[int, int], size: tuple[int, int]) -> None:
-    """To the value, what Pillow's own ImageOps.fit does."""
+    """Exactly as ImageOps.fit of Pillow."""
     pixels = RANDOM.integers(0, 256, (*shape, 3), dtype=np.uint8)
     expected = ImageOps.fit(Image.fromarray(pixels), size[::-1], Image.Resampling.LANCZOS)
     assert np.array_equal(place(pixels, resolution=list(size)), np.asarray(expected))
@@ -451,12 +451,12 @@ def test_an_image_that_cannot_be_resized_is_named() -> None:
 
 
 def test_crops_without_resizing_keep_whole_pixels() -> None:
-    """An odd margin would otherwise shift the image by half a pixel, and blur it."""
+    """An odd margin would shift the image by half a pixel, and blur it."""
     assert np.array_equal(place(WIDE[:, :13], resolution=8), WIDE[:, 2:10])
 
 
 def test_downsampling_does_not_alias(tmp_path: Path) -> None:
-    """A checkerboard of single pixels is gray from afar; without antialiasing it stays black and white."""
+    """A checkerboard of single pixels becomes gray; without antialiasing it stays black and white."""
     board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
     for name in ("lanczos", "bicubic", "bilinear", "hamming", "box"):
         small = open_one(tmp_path / name, encode(board), resolution=8, resize_filter=name)
@@ -472,7 +472,7 @@ def test_filters_are_those_of_pillow(name: str) -> None:
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_16_bits_and_many_channels_are_resized_like_8_bits(channels: int) -> None:
-    """With 8 bits Pillow rounds after the horizontal and again after the vertical pass.
+    """With 8 bits, Pillow rounds after the horizontal and after the vertical pass.
 
     The second pass weighs the error of the first, up to 1/2, with Lanczos coefficients, whose absolute values add up to
     1.38 here, and adds another 1/2: 1.19 in all. Where the first pass leaves the range it is cut, with 8 bits alone, so
@@ -486,7 +486,7 @@ def test_16_bits_and_many_channels_are_resized_like_8_bits(channels: int) -> Non
 
 
 def test_resizing_keeps_16_bits() -> None:
-    """A ramp that lies within one value of 8 bits stays a ramp."""
+    """A ramp that 8 bits cannot represent stays a ramp."""
     ramp = np.arange(64, dtype=np.uint16).reshape(8, 8, 1)
     expected = np.rint(ramp.reshape(4, 2, 4, 2).mean((1, 3)))
     assert np.array_equal(place(ramp, resolution=4, resize_filter="box")[..., 0], expected)
@@ -494,7 +494,7 @@ def test_resizing_keeps_16_bits() -> None:
 
 @pytest.mark.parametrize("factor", [1, 257])
 def test_transparent_pixels_do_not_bleed_into_visible_ones(factor: int) -> None:
-    """A red image whose right half is transparent green: resized, every visible pixel is red."""
+    """In a red image with a transparent green half, every visible pixel stays red."""
     pixels = np.zeros((16, 16, 4), np.uint8 if factor == 1 else np.uint16)
     pixels[:, :8], pixels[:, 8:] = (255 * factor, 0, 0, 255 * factor), (0, 255 * factor, 0, 0)
     small = place(pixels, resolution=5) // factor
@@ -512,7 +512,7 @@ def test_a_crop_before_resizing_is_exact(first: int | list[int]) -> None:
 
 
 def test_resizing_sees_nothing_outside_of_the_first_crop() -> None:
-    """Filters look beyond the pixel they make; white all around must not brighten the edge."""
+    """White pixels outside do not brighten the edge."""
     pixels = np.full((20, 20, 3), 255, np.uint8)
     pixels[5:15, 5:15] = 0
     assert place(pixels, crop_before_resize=10, resolution=4).max() == 0
@@ -541,7 +541,7 @@ def test_resize_to_0_crops_the_center(tmp_path: Path) -> None:
 
 
 def test_a_larger_resize_to_keeps_a_smaller_part() -> None:
-    """Resized to 8 of which 4 are kept: the middle half of the image."""
+    """Resized to 8, cropped to 4: the middle half of the image."""
     found = place(WIDE[:, :8], resolution=4, resize_to=8)
     assert np.array_equal(found, WIDE[2:6, 2:6])
 
@@ -551,7 +551,7 @@ def test_a_larger_resize_to_keeps_a_smaller_part() -> None:
 
 @pytest.mark.parametrize(("dtype", "count"), [(torch.uint8, 256), (torch.uint16, 65536)])
 def test_normalize_maps_stored_pixels_exactly(dtype: torch.dtype, count: int) -> None:
-    """To the rounding of float32 at 1: both ends are exact, every value keeps its own place."""
+    """Both ends are exact, and the others are to the rounding of float32."""
     pixels = torch.arange(count, dtype=torch.int32).to(dtype).reshape(1, 1, 16, -1)
     values = normalize(pixels)
     assert values.dtype == torch.float32

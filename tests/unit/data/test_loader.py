@@ -20,7 +20,7 @@ from tests.unit.data.helpers import RANDOM, SHAPES, encode, open_source, unequal
 @pytest.mark.parametrize("num_positions", [1, 3, 10, 64])
 @pytest.mark.parametrize("batch", [1, 4, 7, 25])
 def test_every_epoch_shows_every_image_once_for_any_batch_size(num_positions: int, batch: int) -> None:
-    """Batches straddle epochs: nothing is dropped, nothing comes twice."""
+    """Batches span epochs; no image is dropped or repeated."""
     order = SampleOrder(num_positions, seed=0)
     num_epochs = batch + 1
     stops = [*range(0, num_positions * num_epochs, batch), num_positions * num_epochs]
@@ -42,7 +42,7 @@ def test_the_ranks_together_see_the_global_batch(num_ranks: int) -> None:
 
 
 def test_sample_n_is_position_n_mod_n_of_epoch_n_div_n() -> None:
-    """The definition, from the generator of the stream itself."""
+    """From the generators of the definition."""
     order, count = SampleOrder(11, seed=7), 11
     for sample in (0, 10, 11, 54, 55, 1000):
         epoch, offset = divmod(sample, count)
@@ -67,7 +67,7 @@ def test_augmentation_does_not_depend_on_the_batch_size() -> None:
 
 
 def test_augmentation_differs_between_epochs() -> None:
-    """Half of the time, and evenly: five standard deviations of 20,000 coins are 0.018, of as many means 0.0102."""
+    """Five standard deviations of the mean of 20,000 samples are 0.018 for flips and 0.0102 for corners."""
     order = SampleOrder(100, seed=0)
     positions, flips, corners = (getattr(order, name)(0, 20_000) for name in ("positions", "is_mirrored", "corners"))
     by_image = flips[np.argsort(positions, kind="stable")].reshape(100, 200)
@@ -81,7 +81,7 @@ def test_augmentation_differs_between_epochs() -> None:
 
 
 def test_the_order_is_a_closed_form_of_the_sample_number() -> None:
-    """A resume at sample 10^15 is as quick as a start: if it walked through those before, this would not end."""
+    """A resume at sample 10^15 needs no replay, which would not end."""
     start = 10**15 - 3
     fresh = SampleOrder(1000, seed=0).positions(start, start + 10)
     assert np.array_equal(SampleOrder(1000, seed=0).positions(start, start + 10), fresh)
@@ -89,7 +89,7 @@ def test_the_order_is_a_closed_form_of_the_sample_number() -> None:
     for sample in (0, 5000, start - 5000, 70):
         used.positions(sample, sample + 1500)
         used.is_mirrored(sample, sample + 1500)
-    assert np.array_equal(used.positions(start, start + 10), fresh), "what was asked before does not matter"
+    assert np.array_equal(used.positions(start, start + 10), fresh), "earlier samples do not matter"
 
 
 def test_memory_does_not_grow_with_the_epochs() -> None:
@@ -154,7 +154,7 @@ def test_samples_from_the_file_and_from_the_device_are_equal(
 
 @pytest.mark.parametrize("crop", ["center", "random"])
 def test_a_sample_is_defined_by_the_order(crop: str) -> None:
-    """Image by image, from the definition."""
+    """Image by image."""
     images, order = image_set(np.uint8, (4, 5)), SampleOrder(30, seed=5)
     assert isinstance(images.images, np.ndarray)
     loader = ImageLoader(images, DataConfig(crop=crop, random_flip=True), 5, CPU)  # type: ignore[arg-type]
@@ -194,7 +194,7 @@ def test_device_resident_auto_keeps_the_file_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_black_and_white_files_become_minus_1_and_1(tmp_path: Path, bits: int) -> None:
-    """From a PNG to the network's range, through the cache: black is -1, white is 1."""
+    """From a PNG to the range of the network, through the cache."""
     white = np.full((4, 4), 2**bits - 1, np.uint8 if bits == 8 else np.uint16)
     folder = write_files(tmp_path / "x", {"a.png": encode(white), "b.png": encode(white * 0)})
     images = open_source(folder, tmp_path / "cache")
@@ -206,7 +206,7 @@ def test_black_and_white_files_become_minus_1_and_1(tmp_path: Path, bits: int) -
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("settings", [{}, {"crop": "random", "random_flip": True}], ids=str)
 def test_samples_on_a_gpu_equal_those_on_the_cpu(dtype: type, settings: dict[str, Any]) -> None:
-    """From the disk and from its own memory, which "auto" chooses; to the rounding of a fused division."""
+    """From the file and from device memory, which "auto" selects; to the rounding of a fused division."""
     images, gpu = image_set(dtype, (4, 5)), torch.device("cuda")
     expected, _ = ImageLoader(images, DataConfig(**settings), 5, CPU).samples(20, 50)
     for is_resident in ("auto", False):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data import DataError, ImageSet, ImageStream, locations_of, open_sets, splits
+from ddpm_hf.data import DataError, ImageSet, ImageStream, describe_sets, locations_of, open_sets, splits
 from tests.conftest import DIGITS
 from tests.unit.data.helpers import RANDOM, RGB, encode, open_source, pixels_of, write_files, write_parquet
 
@@ -71,7 +71,7 @@ def test_ignored_files_are_logged_once(tmp_path: Path, cache_dir: Path, caplog: 
 def test_a_validation_part_without_some_classes_is_a_warning(
     tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The end of a folder is the end of its last class; parts of mixed images have all of them."""
+    """The end of a folder is its last class."""
     files = {f"{name}/{number}.png": encode(RGB) for name in ("cat", "dog", "emu") for number in range(4)}
     folder = write_files(tmp_path / "x", files)
     open_both(folder, cache_dir, split="train[:80%]", validation_split="train[80%:]")
@@ -87,6 +87,18 @@ def test_a_single_training_image_is_refused(tmp_path: Path, cache_dir: Path) -> 
     folder = write_files(tmp_path / "x", {"cat/1.png": encode(RGB)})
     with pytest.raises(DataError, match=f"{folder} contains a single training image; at least two are required."):
         open_both(folder, cache_dir)
+
+
+def test_the_sets_are_described_in_one_line(tmp_path: Path, cache_dir: Path) -> None:
+    source = write_source(tmp_path, "folder")
+    settings = {"on_bad_image": "skip", "max_bad_fraction": 0.2, "validation_split": "val"}
+    assert describe_sets(*rank_0(source, cache_dir, **settings)) == (
+        "10 training and 10 validation images of 3x6x5 (1 unreadable image replaced)"
+    )
+    streamed = {"streaming": True, "resolution": 5, "num_channels": 3}
+    assert describe_sets(*rank_0(source, cache_dir, **streamed)) == (
+        "streamed training and 0 validation images of 3x5x5"
+    )
 
 
 # ----------------------------------------------------------------------------------- opened by rank 0, mapped by others
