@@ -34,6 +34,9 @@ os.environ |= {
     "no_proxy": "127.0.0.1,localhost",
 }
 
+# Its logger keeps the stderr of the first import, which in a test may be one that is closed after it.
+import datasets  # noqa: E402, F401
+
 REPOSITORY = Path(__file__).parents[1]
 DIGITS = REPOSITORY / "data" / "digits.parquet"
 

@@ -1,6 +1,6 @@
-"""Loads saved pipelines in the three ways of docs/compatibility.md and samples from them, here or in another process.
+"""Load saved pipelines in the three ways of docs/compatibility.md and sample from them, here or in another process.
 
-Run as a script, it knows nothing but diffusers: whoever has not installed ddpm_hf is in its place.
+Run as a script, it cannot import ddpm_hf, like a user who has not installed it.
 """
 
 import json
@@ -28,7 +28,7 @@ class Task:
     """One pipeline to load and sample from.
 
     Attributes:
-        name: What its outcome is called.
+        name: Name of its outcome.
         way: 1: stock classes; 2: the code in the folder, with consent; 3: the installed class.
         source: A folder or the id of a repository.
         load: Further arguments of from_pretrained; a dtype by its name.
@@ -48,9 +48,9 @@ class Task:
 
 @dataclass
 class Outcome:
-    """The images, (2, channels, height, width) in [0, 1], and the classes; or the sentence of the refusal.
+    """The images, (2, channels, height, width) in [0, 1], and the classes; or the error message as `refusal`.
 
-    `second_moments` are those of the scheduler, where it has any.
+    `second_moments` are those of the scheduler, if it has any.
     """
 
     images: torch.Tensor | None = None
@@ -65,7 +65,7 @@ def class_name(value: object) -> str:
 
 
 def sample(pipe: Any, **arguments: Any) -> torch.Tensor:
-    """Returns two images from seed 0."""
+    """Return two images from seed 0."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images: torch.Tensor = pipe(
@@ -75,12 +75,12 @@ def sample(pipe: Any, **arguments: Any) -> torch.Tensor:
 
 
 def draws_in_float32(way: int) -> bool:
-    """Says whether a network in half precision starts from the noise of one in float32; stock did not before 0.42."""
+    """Return whether a half-precision network starts from the noise of a float32 one; stock did not before 0.42."""
     return way > 1 or tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42)
 
 
 def load(task: Task) -> Any:
-    """Loads as a user of this way would."""
+    """Load in the way of the task."""
     source = snapshot_download(task.source) if task.snapshot else task.source
     arguments = dict(task.load)
     if "dtype" in arguments:
@@ -96,9 +96,9 @@ def load(task: Task) -> Any:
 
 
 def carry_out(tasks: Sequence[Task]) -> dict[str, Outcome]:
-    """Loads all before it samples from any, so that what one leaves behind would be seen in the images of others.
+    """Load all pipelines before sampling from any, so that side effects of loading would change the images of others.
 
-    Whatever is raised is the outcome: the tests know what they expect.
+    An exception is an outcome, too.
     """
     pipes, outcomes = {}, {}
     for task in tasks:
@@ -126,10 +126,10 @@ def carry_out(tasks: Sequence[Task]) -> dict[str, Outcome]:
 def carry_out_elsewhere(
     tasks: Sequence[Task], folder: Path, home: Path, *, with_ddpm_hf: bool = False, **environment: str
 ) -> dict[str, Outcome]:
-    """Does so in a new process in this folder, with `home` for the caches of the Hub and offline by default."""
+    """Carry out the tasks in a new process in a folder, with `home` for the caches of the Hub, offline by default."""
     results = Path(tempfile.mkdtemp(prefix="results", dir=folder))
     (results / "tasks.json").write_text(json.dumps([asdict(task) for task in tasks]))
-    # Isolated from every path but that of installed packages.
+    # -I isolates the process from all paths except for installed packages.
     command = ["-m", "tests.load_and_sample"] if with_ddpm_hf else ["-I", __file__]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     settings = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
@@ -149,7 +149,7 @@ def carry_out_elsewhere(
 
 
 def main(results: Path) -> None:
-    """The process itself."""
+    """Carry out the tasks of this process."""
     outcomes = carry_out([Task(**task) for task in json.loads((results / "tasks.json").read_text())])
     images = {name: outcome.images.contiguous() for name, outcome in outcomes.items() if outcome.images is not None}
     save_file(images, results / "images.safetensors")
@@ -159,6 +159,6 @@ def main(results: Path) -> None:
 
 if __name__ == "__main__":
     if __package__ != "tests":
-        # From now on an import of ddpm_hf fails as where it is not installed.
+        # From now on an import of ddpm_hf fails as if it were not installed.
         sys.modules["ddpm_hf"] = None
     main(Path(sys.argv[1]))

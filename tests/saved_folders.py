@@ -1,4 +1,4 @@
-"""The folders that the loading tests are about, tiny and random, and the pipelines that they were saved from."""
+"""Tiny random pipelines, and the folders they are saved to, for the loading tests."""
 
 import json
 from pathlib import Path
@@ -11,20 +11,20 @@ from safetensors.torch import save_file
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from tests.unit.diffusion.oracles import tiny_unet
 
-# What a folder is sampled with. Those with labels differ in schedule, prediction, classes and weights.
+# Arguments of the call for class-conditional folders, which differ in schedule, prediction, classes and weights.
 CALLS: dict[str, dict[str, Any]] = {
     "guided": {"class_labels": ["dog", "cat"], "guidance_scale": 2.0, "eta": 0.0},
     "labelled": {"class_labels": ["one", "four"]},
 }
-# Those that the stock pipeline samples correctly, and those that it would sample wrongly.
+# Folders that the stock pipeline samples correctly, and folders that it would sample wrongly.
 FOR_STOCK = ("plain", "learned_range")
 NOT_FOR_STOCK = ("self_conditioned", "learned")
 SAVED_FOLDERS = (*FOR_STOCK, *CALLS, *NOT_FOR_STOCK)
-# Where the scheduler of "plain" keeps what it knows beside its configuration.
+# The file of the second moments in "plain".
 SECOND_MOMENTS = "scheduler/reverse_variance.json"
 
-# A folder like google/ddpm-cifar10-32 on the Hub, with a quarter of its channels: written by an early release of
-# diffusers, it has no folders inside and none of the options that came later.
+# A folder like google/ddpm-cifar10-32 on the Hub, with a quarter of its channels. It was written by an early release of
+# diffusers, without subfolders and without the options that were added later.
 EARLY_UNET = {
     "_class_name": "UNet2DModel",
     "_diffusers_version": "0.0.4",
@@ -54,7 +54,7 @@ EARLY_SCHEDULER = {
     "beta_start": 0.0001,
     "clip_sample": True,
     "num_train_timesteps": 1000,
-    # Two options of those days that no scheduler has now.
+    # Two options that no scheduler has now.
     "tensor_format": "pt",
     "timestep_values": None,
     "trained_betas": None,
@@ -70,7 +70,7 @@ EARLY_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to
 
 
 def make_pipeline(name: str, seed: int = 0) -> GaussianDiffusionPipeline:
-    """Returns a pipeline of one of SAVED_FOLDERS."""
+    """Return the pipeline of one of SAVED_FOLDERS."""
     create = GaussianDiffusionScheduler.create
     if name == "plain":
         scheduler = create(beta_schedule="cosine", prediction_type="v")
@@ -91,15 +91,15 @@ def make_pipeline(name: str, seed: int = 0) -> GaussianDiffusionPipeline:
 
 
 def save_early_folder(folder: Path, pickled: bool = False) -> None:
-    """Writes such a folder, with the names that the weights of attention had in those days."""
+    """Write such a folder, with the former names of the attention weights."""
     folder.mkdir()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = UNet2DModel(**{key: value for key, value in EARLY_UNET.items() if not key.startswith("_")})
     weights = {}
     for name, weight in unet.state_dict().items():
-        for today, early in EARLY_NAMES.items():
-            name = name.replace(today, early) if ".attentions." in name else name
+        for now, early in EARLY_NAMES.items():
+            name = name.replace(now, early) if ".attentions." in name else name
         weights[name] = weight
     if pickled:
         torch.save(weights, folder / "diffusion_pytorch_model.bin")

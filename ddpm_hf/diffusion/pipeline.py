@@ -239,9 +239,8 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         """
         options = {name: value for name, value in locals().items() if name not in ("self", "batch_size", "sample")}
         call = self._begin(number_of_images(batch_size, class_labels, generator, sample), **options)
-        x_t = self._draw_start(call) if sample is None else self._check_start(call, sample)
-        x_0 = self._denoise(call, x_t * self.scheduler.init_noise_sigma, call.timesteps)
-        return self._finish(call, x_0)
+        x_t = self._start_noise(call, sample) * self.scheduler.init_noise_sigma
+        return self._finish(call, self._denoise(call, x_t, call.timesteps))
 
     def check_inputs(self, batch_size: int = 1, **options: Any) -> int:
         """Check the arguments of a call without sampling, and set the timesteps of the scheduler.
@@ -259,13 +258,14 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         return len(self._begin(batch_size, **options).timesteps)
 
     def _begin(self, batch_size: int, **options: Any) -> SamplingCall:
-        """Check the arguments of a call, which default to those of `__call__`, and set the scheduler's timesteps."""
-        parameters = inspect.signature(self.__call__).parameters.items()
-        defaults = {name: each.default for name, each in parameters if name not in ("batch_size", "sample")}
+        """Check the options of a call, whose defaults are those of `__call__`, and set the scheduler's timesteps."""
+        parameters = inspect.signature(GaussianDiffusionPipeline.__call__).parameters
+        defaults = {name: parameters[name].default for name in parameters.keys() - {"self", "batch_size", "sample"}}
         if unexpected := options.keys() - defaults.keys():
             raise TypeError(f"got unexpected keyword arguments: {', '.join(sorted(unexpected))}")
         given = SimpleNamespace(**defaults | options)
         scheduler, self._interrupt = self.scheduler, False
+        check_process(scheduler)
 
         batch_size = whole_number("batch_size", batch_size)
         if batch_size < 1:
@@ -286,8 +286,8 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; choose from {CALLBACK_TENSORS}."
             )
-        check_process(scheduler)
 
+        # Labels and guidance
         has_null_label = bool(self.config.get("has_null_label"))
         num_labels, class_names = self.unet.config.num_class_embeds, self.config.get("class_names")
         labels = label_numbers(given.class_labels, batch_size, num_labels, has_null_label, class_names)
@@ -301,7 +301,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                 )
             labels = labels + [self.num_classes] * batch_size
 
-        # Other schedulers have fewer arguments.
+        # Arguments of the scheduler, of which others than GaussianDiffusionScheduler have fewer
         accepted = inspect.signature(scheduler.step).parameters
         step_kwargs: dict[str, Any] = {"generator": given.generator} if "generator" in accepted else {}
         if given.eta is not None:
@@ -332,10 +332,10 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             states=[] if given.return_trajectory else None,
         )
 
-    def _draw_start(self, call: SamplingCall) -> torch.Tensor:
-        return self._draw_noise(call, (call.batch_size, self.num_channels, *image_size(self.unet)))
-
-    def _check_start(self, call: SamplingCall, sample: torch.Tensor) -> torch.Tensor:
+    def _start_noise(self, call: SamplingCall, sample: torch.Tensor | None) -> torch.Tensor:
+        """Check or draw standard normal noise of the shape of the images."""
+        if sample is None:
+            return self._draw_noise(call, (call.batch_size, self.num_channels, *image_size(self.unet)))
         if sample.ndim != 4 or sample.shape[:2] != (call.batch_size, self.num_channels):
             raise ValueError(
                 f"sample has shape {tuple(sample.shape)}; it must be ({call.batch_size}, {self.num_channels}, height,"

@@ -110,13 +110,13 @@ def check_parts(index: Mapping[str, Any]) -> None:
     """Raise a ValueError if an index names a module that is not loaded; diffusers below 0.42 would import it."""
     for part, value in index.items():
         if isinstance(value, list) and not part.startswith("_") and value[0] and value[0] not in sys.modules:
-            raise ValueError(f"model_index.json says that {part} is {value}, which is not a class of diffusers.")
+            raise ValueError(f"model_index.json names {value} for {part}, which is not a class of diffusers.")
 
 
 def check_shards(folder: Path) -> None:
     """Raise a ValueError if an index of sharded safetensors weights names other files.
 
-    diffusers chooses the format of a shard by its name, whatever `use_safetensors` says: it reads .bin as a pickle.
+    diffusers chooses the format of a shard by its name, regardless of `use_safetensors`: it reads .bin as a pickle.
 
     Args:
         folder: Folder of a pipeline or of one of its parts.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-"""The schedules that every scheduler of diffusers knows by name."""
+"""The schedules that every scheduler of diffusers supports by name."""
 LARGEST_BETA = 0.999
 """Limit for schedules defined by alpha_bar, which may fall to 0. Section 3.2, Nichol and Dhariwal 2021."""
 SMALLEST_BETA = 1e-12
@@ -342,13 +342,13 @@ class InferenceTimesteps:
                 " lower num_inference_steps or steps_offset, or change the list."
             )
         self.transitions = schedule.transitions(timesteps)
-        self._index_of = {t: index for index, t in enumerate(timesteps)}
+        self._transition_from = {transition.timestep: transition for transition in self.transitions}
         with torch.inference_mode(False):  # inference tensors have no version counter
             self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
         self._version = self.timesteps._version
 
-    def index_for_timestep(self, timestep: int | torch.Tensor) -> int:
-        """Return the index of a timestep, without reading from the device if it is an element of `self.timesteps`.
+    def transition(self, timestep: int | torch.Tensor) -> Transition:
+        """Return the step from a timestep, without reading from the device if it is an element of `self.timesteps`.
 
         Raises:
             ValueError: If the timestep is not one number of the list.
@@ -366,16 +366,15 @@ class InferenceTimesteps:
                 and 0 <= offset < len(self.transitions)
             )
             if is_element:
-                return offset
+                return self.transitions[offset]
             value = timestep.item()
         is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        index = self._index_of.get(value) if is_number else None
-        if index is None:
+        if not is_number or value not in self._transition_from:
             raise ValueError(
                 f"timestep {value!r} is not in the list of {len(self.transitions)} timesteps being run"
                 f" ({self.transitions[0].timestep} ... {self.transitions[-1].timestep}); call set_timesteps first."
             )
-        return index
+        return self._transition_from[value]
 
 
 def whole_number(name: str, value: object) -> int:

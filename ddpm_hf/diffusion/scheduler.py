@@ -446,11 +446,11 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> torch.Tensor:
         """Return the next timestep of the list, -1 after the last, as a CPU tensor in the shape of the argument."""
-        index = self._inference.index_for_timestep
+        transition = self._inference.transition
         if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
-            transitions = [self._inference.transitions[index(t)] for t in timestep.flatten().tolist()]
-            return torch.tensor([transition.previous_timestep for transition in transitions]).view(timestep.shape)
-        return torch.tensor(self._inference.transitions[index(timestep)].previous_timestep)
+            previous = [transition(t).previous_timestep for t in timestep.flatten().tolist()]
+            return torch.tensor(previous).view(timestep.shape)
+        return torch.tensor(transition(timestep).previous_timestep)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Do nothing: steps may be called in any order. Some pipelines of diffusers call this."""
@@ -485,7 +485,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If the timestep is not in the list, eta is outside [0, 1], the channels do not fit
                 variance_type, or the network predicts noise and x_t contains no signal.
         """
-        transition = self._inference.transitions[self._inference.index_for_timestep(timestep)]
+        transition = self._inference.transition(timestep)
         if not (isinstance(eta, int | float | np.number) and 0 <= eta <= 1):
             raise ValueError(f"eta is {eta!r}; it must be a number between 0 (deterministic) and 1 (ancestral).")
         self.check_signal(transition)
@@ -560,7 +560,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     def _get_variance(self, t: int) -> torch.Tensor:
         """Return the variance of the step from t, under the name in DDPMScheduler that diffusers' tests call."""
-        return torch.tensor(self.sampling_variance(self._inference.transitions[self._inference.index_for_timestep(t)]))
+        return torch.tensor(self.sampling_variance(self._inference.transition(t)))
 
     @property
     def analytic_variance(self) -> bool:

@@ -34,7 +34,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.evaluation.generate import Sampler, sample_film, sample_images
+from ddpm_hf.evaluation.generate import Sampler, sample_images, sample_trajectory
 from ddpm_hf.evaluation.verify import verify_contents, write_verification
 from ddpm_hf.files import (
     DENOISING_ANIMATION,
@@ -289,7 +289,7 @@ def _draw_samples(pipeline: GaussianDiffusionPipeline, folder: Path) -> None:
     )
     prepared = sampler.prepare(pipeline)
     samples = sample_images(prepared, sampler, seed=0, indices=range(count), batch_size=BATCH_SIZE)
-    trajectory = sample_film(prepared, sampler, seed=0, num_images=count, batch_size=BATCH_SIZE)
+    trajectory = sample_trajectory(prepared, sampler, seed=0, num_images=count, batch_size=BATCH_SIZE)
     names = pipeline.config.get("class_names")
     draw_samples(
         folder,
@@ -462,7 +462,7 @@ def look_up(target: Target, repo_id: str) -> Remote:
 def upload(folder: Path, target: Target, remote: Remote, message: str) -> tuple[str, bool]:
     """Make a folder the content of a repository, in one commit on top of `remote`.
 
-    A missing repository or branch is created first. One that somebody else created or changed after `look_up` is not
+    A missing repository or branch is created first. One that was created or changed after `look_up` is not
     modified.
 
     Args:
@@ -545,7 +545,7 @@ def _answered(error: HfHubHTTPError, name: str, outcome: str) -> HubRefused | Hu
             "request."
         )
     if status in (409, 412):
-        return HubRefused(f"{name} was changed by somebody else at the same time ({reason}); push again.")
+        return HubRefused(f"{name} has changed in the meantime ({reason}); push again.")
     if status < 500 and status != 429:
         return HubRefused(f"the Hub refused the push to {name} ({reason}).")
     return HubFailed(f"the Hub had an error ({reason}); {outcome}. Push again later.")

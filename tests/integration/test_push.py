@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "pipeline" / "notes.txt").write_text("mine")
     (folder / "pipeline" / "optimizer.safetensors").write_text("mine")
-    (folder / "pipeline" / "pipeline.py").write_text("raise SystemExit('code of somebody else')\n")
+    (folder / "pipeline" / "pipeline.py").write_text("raise SystemExit('foreign code')\n")
     return folder
 
 
@@ -95,7 +95,7 @@ def test_a_push_publishes_the_files_of_the_list_and_loads_the_pipeline_once(
         "unet/diffusion_pytorch_model.fp16.safetensors", "samples/samples.png", "samples/denoising.png",
         "samples/denoising.gif", "samples/loss.png", "samples/schedule.png", "recognition.json",
     }  # fmt: skip
-    assert b"code of somebody else" not in files["pipeline.py"]
+    assert b"foreign code" not in files["pipeline.py"]
     assert str(run.parent).encode() not in hub.seen
     settings = yaml.safe_load(files["training_config.yaml"])
     assert (settings["data"]["source"], settings["training"]["output_dir"]) == ("birds", "birds")
@@ -251,7 +251,7 @@ def test_a_pipeline_that_is_not_what_was_saved_is_not_published(
     ("damage", "sentence"),
     [
         (lambda run: shutil.rmtree(run / "pipeline"), "holds no pipeline"),
-        (lambda run: (run / "pipeline").rename(run / "checkpoints"), "not finished"),
+        (lambda run: (run / "pipeline").rename(run / "checkpoints"), "unfinished run"),
         (lambda run: shutil.rmtree(run), ""),
         (lambda run: (run / "pipeline" / "evaluation.json").write_text("{"), "evaluation.json is not valid JSON"),
         (lambda run: (run / "pipeline" / "evaluation.json").write_text("[]"), "evaluation.json must contain"),
@@ -412,7 +412,7 @@ def test_files_of_an_earlier_push_are_removed_and_files_of_others_stay(hub: Loop
 FAILURES = [
     ("/auth-check", 401, HubRefused, "the Hub does not accept your token"),
     ("/preupload/", 403, HubRefused, "you may not write to user/model"),
-    ("/commit/", 409, HubRefused, "was changed by somebody else at the same time"),
+    ("/commit/", 409, HubRefused, "has changed in the meantime"),
     ("/commit/", 500, HubFailed, "the Hub had an error"),
     ("objects/batch", 500, HubFailed, "the Hub had an error"),
     ("PUT ", 500, HubFailed, "the Hub had an error"),
@@ -458,7 +458,7 @@ def test_a_change_between_looking_and_pushing_is_not_overwritten(
     remote = look_up(target, "user/model")
     theirs = {"README.md": b"# Made in between\n"}
     hub.repository("user/model").commit(theirs, target.revision)
-    with pytest.raises(HubRefused, match="was changed by somebody else at the same time"):
+    with pytest.raises(HubRefused, match="has changed in the meantime"):
         upload(text_folder, target, remote, "a push")
     assert branch(hub, "user/model", target.revision) == theirs
 

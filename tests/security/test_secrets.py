@@ -1,4 +1,4 @@
-"""A secret of the user reaches no file, no log, no tracker and no traceback; a setting that holds one is refused."""
+"""A secret of the user appears in no file, log, tracker or traceback; a setting that holds one is refused."""
 
 import dataclasses
 import logging
@@ -25,10 +25,10 @@ SECRETS = (TOKEN, KEY, PASSWORD)
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user who is logged in everywhere."""
+    """The variables of a user who is logged in everywhere."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the command line sets its own
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the command line replaces it
 
 
 def test_the_tokens_here_have_the_shape_of_real_ones() -> None:
@@ -36,7 +36,7 @@ def test_the_tokens_here_have_the_shape_of_real_ones() -> None:
 
 
 class Everything(logging.Handler):
-    """Keeps what any logger says, with its arguments and its traceback."""
+    """Keep every log record, with its arguments and traceback."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -88,7 +88,7 @@ def test_a_run_tells_no_secret_to_any_file_or_stream(
 
 
 class SummaryWriterOf:
-    """Stands for TensorBoard's method and keeps what it is given."""
+    """Replace TensorBoard's method and keep its arguments."""
 
     def __init__(self, payloads: list[str]) -> None:
         self._payloads = payloads
@@ -97,9 +97,13 @@ class SummaryWriterOf:
         self._payloads.append(f"{arguments} {settings}")
 
 
-@pytest.mark.parametrize("secret", [URL, TOKEN, KEY, f"https://{TOKEN}@host/x", "https://host/x.zip?token=abcdef"])
+SETTINGS = ["data.source", "data.revision", "model.from_pretrained", "model.config_file", "tracking.run_name"]
+OTHER_SECRETS = [TOKEN, KEY, f"https://{TOKEN}@host/x", "https://host/x.zip?token=abcdef"]
+
+
 @pytest.mark.parametrize(
-    "setting", ["data.source", "data.revision", "model.from_pretrained", "model.config_file", "tracking.run_name"]
+    ("setting", "secret"),
+    [*((setting, URL) for setting in SETTINGS), *(("data.source", each) for each in OTHER_SECRETS)],
 )
 def test_a_setting_with_a_secret_is_refused_without_telling_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], setting: str, secret: str
@@ -160,7 +164,7 @@ def test_mistakes_on_the_command_line_repeat_no_secret(
 
 
 def test_a_traceback_tells_no_secret(capfd: pytest.CaptureFixture[str]) -> None:
-    """As Python prints the error of a bug, causes and all, once the command line has begun."""
+    """Of a bug, including the exceptions that caused it, after the command line has started."""
     main.main(["data", "--help-me"])
     capfd.readouterr()
     try:

@@ -385,4 +385,4 @@ def test_whole_numbers_of_any_type_make_a_list() -> None:
 def test_timesteps_outside_the_list_are_rejected(timestep) -> None:
     run = InferenceTimesteps(NoiseSchedule.from_betas([0.1] * 10), [9, 4, 1])
     with pytest.raises(ValueError, match=r"is not in the list of 3 timesteps being run \(9 ... 1\)"):
-        run.index_for_timestep(timestep)
+        run.transition(timestep)

@@ -116,7 +116,7 @@ def test_create_stores_other_schedules_as_betas_that_survive_json() -> None:
 
 
 def test_options_that_stock_accepts_silently_are_rejected() -> None:
-    refused = {
+    rejected = {
         "'cosine' is not one of linear.*create also takes aliases": {"beta_schedule": "cosine"},
         "'warmup10' is not one of linear.*every schedule": {"beta_schedule": "warmup10"},
         "'v' is not one of epsilon, sample, v_prediction": {"prediction_type": "v"},
@@ -139,7 +139,7 @@ def test_options_that_stock_accepts_silently_are_rejected() -> None:
         "thresholding None is not one of True, False": {"thresholding": None},
         "rescale_betas_zero_snr needs at least 2 timesteps": {"num_train_timesteps": 1, "rescale_betas_zero_snr": True},
     }
-    for sentence, config in refused.items():
+    for sentence, config in rejected.items():
         with pytest.raises(ValueError, match=sentence):
             GaussianDiffusionScheduler(**config)
     with pytest.raises(ValueError, match="Pass quadratic to set_timesteps"):
@@ -1051,7 +1051,7 @@ def test_set_timesteps_costs_the_same_for_any_number_of_steps() -> None:
 
 
 @contextmanager
-def refusing_to_wait() -> Iterator[None]:
+def no_host_waits() -> Iterator[None]:
     """Raise an error if the host waits for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -1067,7 +1067,7 @@ def test_the_host_never_waits_for_the_gpu(calls: Callable[[str], Iterator[tuple[
     """Except in the first call, which copies tables to the device and initializes its generator."""
     for name, call in calls("cuda"):
         call()
-        with refusing_to_wait():
+        with no_host_waits():
             assert call() is not None, name
 
 
