@@ -34,7 +34,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.evaluation.generate import Sampler, sample_film, sample_images
+from ddpm_hf.evaluation.generate import Sampler, sample_images, sample_trajectory
 from ddpm_hf.evaluation.verify import verify_contents, write_verification
 from ddpm_hf.files import (
     DENOISING_ANIMATION,
@@ -289,7 +289,7 @@ def _draw_samples(pipeline: GaussianDiffusionPipeline, folder: Path) -> None:
     )
     prepared = sampler.prepare(pipeline)
     samples = sample_images(prepared, sampler, seed=0, indices=range(count), batch_size=BATCH_SIZE)
-    trajectory = sample_film(prepared, sampler, seed=0, num_images=count, batch_size=BATCH_SIZE)
+    trajectory = sample_trajectory(prepared, sampler, seed=0, num_images=count, batch_size=BATCH_SIZE)
     names = pipeline.config.get("class_names")
     draw_samples(
         folder,
