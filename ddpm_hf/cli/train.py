@@ -200,6 +200,7 @@ def _write_report(trainer: "Trainer", command: str) -> None:
         class_names=names,
         trajectory=trajectory,
         metrics=trainer.metrics.rows(),
+        step=trainer.state.global_step,
         recognition=recognition,
         title=f"A DDPM trained on {Path(config.data.source).name}",
         command=command,
