@@ -85,6 +85,7 @@ def write_report(
     command: str,
     settings: Mapping[str, str],
     sampler: "Sampler",
+    step: int | None = None,
 ) -> ReportPaths:
     """Write the pictures, recognition.json and README.md of a run into its folder, replacing an earlier report.
 
@@ -101,6 +102,7 @@ def write_report(
         command: Command line of the run.
         settings: The main settings, for a table in the README.
         sampler: How the samples were drawn.
+        step: Training step of the pipeline, for recognition.json.
 
     Raises:
         ValueError: Samples, labels and class names do not fit each other.
@@ -119,7 +121,7 @@ def write_report(
     if paths.loss:
         atomic_write(paths.loss, lambda path: training_curves({"": metrics}, path))
     if recognition and paths.recognition:
-        write_json(paths.recognition, recognition.to_dict())
+        write_json(paths.recognition, recognition.to_dict() | ({} if step is None else {"step": step}))
     quality = [
         *(recognition.lines() if recognition else []),
         *_score_lines(metrics),

@@ -152,6 +152,19 @@ def _read_only(folder: Path) -> Iterator[Path]:
     assert state() == before, "a test changed a folder that all tests share; it must copy the folder first"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def empty_working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run all tests in an empty folder, so that no run or file in the checkout is found by a relative path.
+
+    Nothing may be written there: a test that needs a working directory uses `monkeypatch.chdir`.
+    """
+    folder, before = tmp_path_factory.mktemp("working"), Path.cwd()
+    os.chdir(folder)
+    yield
+    os.chdir(before)
+    assert list(folder.iterdir()) == [], "a test wrote into the working directory"
+
+
 @pytest.fixture
 def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start and end without Accelerate's singletons, which keep the settings of the first run in a process."""

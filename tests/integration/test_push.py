@@ -168,6 +168,15 @@ def test_samples_are_drawn_if_there_are_none_and_links_are_not_followed(tmp_path
     assert not (tmp_path / "assembled" / "recognition.json").exists()
 
 
+def test_a_recognized_share_of_an_earlier_step_is_not_published(copied: Path, tmp_path: Path) -> None:
+    for step, is_published in ((4, False), (6, True)):
+        recognition = {"recognised": 0.9, "num_samples": 40, "step": step}
+        (copied / "recognition.json").write_text(json.dumps(recognition))
+        (copied / "pipeline" / "training_summary.json").write_text('{"step": 6}')
+        assemble(copied / "pipeline", tmp_path / str(step), run=copied)
+        assert (tmp_path / str(step) / "recognition.json").exists() == is_published
+
+
 def test_real_images_are_published_only_if_asked_for(
     hub: LoopbackHub, copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -399,7 +408,7 @@ def test_private_branch_and_pull_request_do_what_they_say(hub: LoopbackHub, text
 
 
 def test_files_of_an_earlier_push_are_removed_and_files_of_others_stay(hub: LoopbackHub, text_folder: Path) -> None:
-    theirs = {"LICENSE": b"mit", "demo.py": b"x", "samples/mine.png": b"x", "unet/README": b"x"}
+    theirs = {"LICENSE": b"mit", "demo.py": b"x", "samples/mine.png": b"x", "unet/README": b"x", "sampling.py": b"x"}
     ours = {
         "unet/diffusion_pytorch_model.fp16.safetensors": b"old", "samples/loss.png": b"old", "evaluation.json": b"{}",
         "recognition.json": b"{}",
@@ -407,6 +416,12 @@ def test_files_of_an_earlier_push_are_removed_and_files_of_others_stay(hub: Loop
     hub.repository("user/model").commit(theirs | ours)
     send(text_folder, Target(repo_id="user/model"))
     assert branch(hub, "user/model") == files_of(text_folder) | theirs
+    code = {path.name: path.read_bytes() for path in (REPOSITORY / "tests" / "fixtures" / "saved_0_1").rglob("*.py")}
+    hub.repositories["user/model"].commit(code | {"demo.py": b"x"})
+    (text_folder / "pipeline.py").write_text("new")
+    send(text_folder, Target(repo_id="user/model"))
+    left = {"editing.py", "gaussian.py", "images.py", "scheduler.py", "pipeline.py", "demo.py"}  # a push replaces these
+    assert {name for name in branch(hub, "user/model") if name.endswith(".py")} == left
 
 
 FAILURES = [

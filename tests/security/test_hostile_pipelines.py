@@ -139,7 +139,7 @@ def test_code_in_a_folder_is_not_run_without_consent(honest: Path, watch: Watch,
 
 
 @pytest.mark.parametrize("name", ["code in the place of ours", "code in the place of ours, asked for"])
-def test_diffusers_alone_does_not_run_it_either(honest: Path, watch: Watch, name: str) -> None:
+def test_diffusers_without_ddpm_hf_runs_no_code_either(honest: Path, watch: Watch, name: str) -> None:
     """Without ddpm_hf: a folder whose index asks for code is refused, one that only contains code loads without it."""
     folder = hostile_copy(honest, WITHOUT_EFFECT[name], watch)
     if "asked for" in name:
@@ -149,7 +149,7 @@ def test_diffusers_alone_does_not_run_it_either(honest: Path, watch: Watch, name
         DiffusionPipeline.from_pretrained(folder)
 
 
-def test_the_canary_sings_with_consent(honest: Path, watch: Watch) -> None:
+def test_the_hostile_code_runs_with_consent(honest: Path, watch: Watch) -> None:
     """The attack is one: with trust_remote_code the same folder does run its code."""
     folder = hostile_copy(honest, WITHOUT_EFFECT["code in the place of ours"], watch)
     watch.is_on = False
@@ -163,14 +163,14 @@ WEIGHTS_OF_OTHERS = [name for name in REFUSED if "pickle" in name or "shard" in 
 
 
 @pytest.mark.parametrize("name", WEIGHTS_OF_OTHERS)
-def test_a_network_to_go_on_from_is_never_a_pickle(honest: Path, watch: Watch, name: str) -> None:
+def test_pretrained_weights_are_never_a_pickle(honest: Path, watch: Watch, name: str) -> None:
     folder = hostile_copy(honest, REFUSED[name], watch)
     with pytest.raises(ConfigError, match=r"^model\.from_pretrained .*(has no weights|cannot be loaded)"):
         load_pretrained(ModelConfig(preset=None, from_pretrained=str(folder)))
 
 
 @pytest.mark.parametrize("name", [*WITHOUT_EFFECT, "a function as scheduler", "a module that nobody imported"])
-def test_a_network_to_go_on_from_is_read_without_what_its_folder_names(honest: Path, watch: Watch, name: str) -> None:
+def test_a_pretrained_network_is_read_without_the_classes_of_its_index(honest: Path, watch: Watch, name: str) -> None:
     """Its parts are loaded as the expected classes, never as the classes that an index names."""
     folder = hostile_copy(honest, {**WITHOUT_EFFECT, **REFUSED}[name], watch)
     found = load_pretrained(ModelConfig(preset=None, from_pretrained=str(folder)))
@@ -179,7 +179,7 @@ def test_a_network_to_go_on_from_is_read_without_what_its_folder_names(honest: P
     assert read_config_file(ModelConfig(preset=None, config_file=str(folder)))["block_out_channels"] == [8, 16]
 
 
-def test_a_process_of_absurd_length_is_refused_before_it_fills_the_memory(honest: Path, watch: Watch) -> None:
+def test_a_scheduler_with_too_many_timesteps_is_refused(honest: Path, watch: Watch) -> None:
     folder = hostile_copy(honest, lambda folder, canary: None, watch)
     edit(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=10**15)
     with pytest.raises(ConfigError, match=r"has a scheduler that is no DDPM's"):
@@ -199,7 +199,7 @@ def split_into_pickles(folder: Path, canary: Path) -> None:
 SHARD = r"names 'shard\.bin', which is not a safetensors file"
 
 
-def test_shards_are_not_pickles_however_honest(honest: Path, watch: Watch) -> None:
+def test_shards_are_never_pickles(honest: Path, watch: Watch) -> None:
     folder = hostile_copy(honest, split_into_pickles, watch)
     for consent in ({}, {"use_safetensors": True}):
         with pytest.raises(ValueError, match=SHARD):
@@ -208,7 +208,7 @@ def test_shards_are_not_pickles_however_honest(honest: Path, watch: Watch) -> No
         load_pretrained(ModelConfig(preset=None, from_pretrained=str(folder / "unet")))
 
 
-def test_nor_are_those_of_a_repository(honest: Path, watch: Watch) -> None:
+def test_shards_of_a_cached_repository_are_never_pickles(honest: Path, watch: Watch) -> None:
     """In the cache of the Hub."""
     folder = hostile_copy(honest, split_into_pickles, watch)
     repository = watch.folder / "models--someone--sharded"

@@ -85,7 +85,7 @@ def train_on(run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("name", SIGNED)
-def test_a_checkpoint_with_the_right_sums_still_runs_nothing(
+def test_a_checkpoint_with_valid_checksums_runs_no_code(
     run: Path, watch: Watch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     folder = run / "checkpoints" / "step_00000004"
@@ -99,7 +99,9 @@ def test_a_checkpoint_with_the_right_sums_still_runs_nothing(
     assert str(folder) in error.splitlines()[-1]
 
 
-def test_pickles_beside_what_is_read_are_not_read(run: Path, watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_additional_pickles_in_a_checkpoint_are_ignored(
+    run: Path, watch: Watch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Under the names that Accelerate would load."""
     folder = run / "checkpoints" / "step_00000004"
     watch.is_on = False
@@ -133,7 +135,7 @@ def nest(folder: Path, watch: Watch) -> None:
         (nest, "manifest.json is missing or unreadable"),
     ],
 )
-def test_a_checkpoint_that_leads_outside_is_passed_over_and_nothing_there_is_touched(
+def test_a_checkpoint_with_paths_outside_its_folder_is_skipped(
     run: Path, watch: Watch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],
     attack: Callable[[Path, Watch], object], reason: str,
 ) -> None:  # fmt: skip
@@ -161,7 +163,7 @@ def hostile_index(folder: Path, canary: Path) -> None:
     ("attack", "sentence"),
     [(pickled(AVERAGE), "cannot be made of"), (zipped(AVERAGE), "cannot be made of"), (hostile_index, "no pipeline")],
 )
-def test_stored_averages_run_nothing(
+def test_ema_snapshots_run_no_code(
     run: Path, watch: Watch, capsys: pytest.CaptureFixture[str], attack: Attack, sentence: str
 ) -> None:
     folders = list((run / "ema_snapshots").iterdir())
@@ -208,7 +210,7 @@ def test_a_linked_configuration_is_not_copied_into_the_new_pipeline(
         "training: {optimizer_kwargs: {a: {class_path: hostile_module.GaussianDiffusionPipeline}}}",
     ],
 )
-def test_a_yaml_file_runs_nothing(
+def test_a_yaml_file_runs_no_code(
     watch: Watch, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
     """Not even a module on the search path of Python, such as one in the working directory."""
@@ -223,7 +225,7 @@ def test_a_yaml_file_runs_nothing(
 
 
 @pytest.mark.parametrize("name", ["os.system", "subprocess.Popen"])
-def test_what_is_imported_as_an_optimizer_must_be_one(
+def test_an_imported_optimizer_must_be_an_optimizer(
     watch: Watch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     """The import itself runs code that the user asked for; its functions are not called."""
@@ -233,7 +235,7 @@ def test_what_is_imported_as_an_optimizer_must_be_one(
 
 
 @pytest.mark.parametrize("name", ["../../ddpm_hf-escaped", "/tmp/ddpm_hf-escaped", "", 7])
-def test_the_id_of_a_run_in_its_trackers_leads_nowhere(
+def test_a_tracker_id_cannot_be_a_path(
     run: Path, watch: Watch, capsys: pytest.CaptureFixture[str], name: object
 ) -> None:
     (run / "trackers.json").write_text(json.dumps({"id": name}))
@@ -244,7 +246,7 @@ def test_the_id_of_a_run_in_its_trackers_leads_nowhere(
     assert "holds no id of a run" in capsys.readouterr().err
 
 
-def test_the_pickles_here_do_run(watch: Watch) -> None:
+def test_the_hostile_pickles_run_code_when_unpickled(watch: Watch) -> None:
     watch.is_on = False
     pickle.loads(pickle_that_runs(watch.canary)).close()  # noqa: S301
     assert watch.canary.exists()
