@@ -2,11 +2,13 @@
 #
 #   make train ARGS="--training.seed 1"     any option of train_ddpm.py
 #   make train TORCH="torch>=2.10"          another PyTorch; the default is the one used for all measurements
+#   make test WORKERS=8                     processes that share the tests, one per core
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONFIG ?= configs/digits_8.yaml
 ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' "$(TORCH)" | cksum | cut -d ' ' -f 1)
@@ -27,7 +29,8 @@ train: $(VENV)/.train ## Train on the embedded digits, sample and evaluate; resu
 	$(LAUNCH) train_ddpm.py --config $(CONFIG) $(ARGS)
 
 test: lint types ## Lint, check types and run all tests except the slow ones
-	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  -m "not slow and not gpu" $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and formatting
 	$(RUN) ruff check .

@@ -39,7 +39,7 @@ from ddpm_hf.config import DataConfig
 from ddpm_hf.data import ImageSet, open_images
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.evaluation.features import moments_of
-from ddpm_hf.evaluation.likelihood import estimate_second_moments, variational_bound
+from ddpm_hf.evaluation.likelihood import ReverseProcess, estimate_second_moments, variational_bound
 from ddpm_hf.evaluation.metrics import frechet_distance
 from ddpm_hf.rng import numpy_generator, sampling_generators
 from ddpm_hf.training.run_dir import device_name
@@ -137,7 +137,7 @@ def bits_table(
         cells = []
         for number in steps:
             timesteps = np.linspace(0, len(ours) - 1, number).round().astype(int)[::-1].tolist()
-            bound = functools.partial(variational_bound, pipeline, judged, timesteps=timesteps)
+            bound = functools.partial(variational_bound, ReverseProcess(pipeline, timesteps), judged)
             cells.append(over_seeds(lambda seed, bound=bound: bound(seed=seed).bits_per_dim, seeds))
         yield f"{kind:<20}" + "".join(f"{cell:>18}" for cell in cells)
         pipeline.scheduler = ours

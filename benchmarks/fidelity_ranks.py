@@ -24,6 +24,7 @@ from torch import nn
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data import ImageSet, open_images
+from ddpm_hf.evaluation.features import open_features
 from ddpm_hf.evaluation.metrics import Metric, measure_fidelity
 from ddpm_hf.rng import numpy_generator
 
@@ -106,16 +107,17 @@ def main() -> None:
     if arguments.data is None:
         parser.error("give --data, or set DDPM_HF_CIFAR10")
     reference, others = halves(arguments.data, arguments.num_images)
+    features = f"fidelity_ranks:efficientnet_lite0_{arguments.size}"
+    network = open_features(features, None, torch.device(arguments.device))
     scores: dict[str, Metric] = {}
     for name, samples in degraded(others).items():
         start = time.perf_counter()
         (scores[name],) = measure_fidelity(
             samples,
             reference,
+            network,
             metrics=["frechet_distance"],
-            features=f"fidelity_ranks:efficientnet_lite0_{arguments.size}",
             batch_size=arguments.batch_size,
-            device=torch.device(arguments.device),
             cache_dir=arguments.cache_dir,
         )
         seconds = time.perf_counter() - start

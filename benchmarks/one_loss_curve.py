@@ -1,9 +1,10 @@
-"""Draws docs/images/one_loss_curve.png, one loss curve however the batch is split: python benchmarks/one_loss_curve.py.
+"""Draw docs/images/one_loss_curve.png, one loss curve for any split of the batch: python benchmarks/one_loss_curve.py.
 
 The same small run three times: a batch of 8 on one process, on two processes of 4, and on one process as 4 + 4. The
-curves lie on each other, so what is between them is drawn below, on a scale of its own.
+curves coincide, so their differences are drawn below on a scale of their own.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -30,7 +31,7 @@ SETTINGS = {
     "evaluation.num_samples": "0",
     "evaluation.recognition": "false",
 }
-# Name -> processes, images of one forward, colour and line.
+# Name -> processes, images of one forward pass, color, line style.
 SPLITS: dict[str, tuple[int, int, str, str]] = {
     "one process, 8 images": (1, 8, "#1f5a94", "-"),
     "two processes, 4 images each": (2, 4, "#c4541b", "--"),
@@ -39,7 +40,7 @@ SPLITS: dict[str, tuple[int, int, str, str]] = {
 
 
 def losses_of(num_processes: int, micro_batch_size: int) -> tuple[list[int], list[float]]:
-    """Trains once and returns the steps and losses of its lines of metrics."""
+    """Train once and return the steps and losses of metrics.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
         settings = SETTINGS | {
             "training.micro_batch_size": str(micro_batch_size),
@@ -56,7 +57,7 @@ def losses_of(num_processes: int, micro_batch_size: int) -> tuple[list[int], lis
 
 
 def draw(curves: dict[str, tuple[list[int], list[float]]], path: Path) -> float:
-    """Draws the curves and what is between them; returns the largest distance from the first one."""
+    """Draw the curves and their differences; return the largest difference from the first one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -75,12 +76,12 @@ def draw(curves: dict[str, tuple[list[int], list[float]]], path: Path) -> float:
     axes[0].set_ylabel("loss")
     axes[0].legend(frameon=False)
     axes[1].axhline(1e-5, color="#888888", lw=1.0, ls="--")
-    axes[1].text(steps[-1], 1e-5, "the promise: 1e-5 ", ha="right", va="bottom", color="#666666", fontsize=9)
+    axes[1].text(steps[-1], 1e-5, "guaranteed: 1e-5 ", ha="right", va="bottom", color="#666666", fontsize=9)
     axes[1].set_yscale("symlog", linthresh=1e-8)
     axes[1].set_yticks([0, 1e-8, 1e-7, 1e-6, 1e-5], ["0", "1e-8", "1e-7", "1e-6", "1e-5"])
     axes[1].set_ylim(0, 5e-5)
     axes[1].set_ylabel("distance from\none process")
-    axes[1].set_xlabel("optimiser step")
+    axes[1].set_xlabel("optimizer step")
     for axis in axes:
         axis.grid(True, which="major", color="#dddddd", linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)
@@ -91,7 +92,8 @@ def draw(curves: dict[str, tuple[list[int], list[float]]], path: Path) -> float:
 
 
 def main() -> None:
-    """Trains three times and draws."""
+    """Train three times and draw."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     curves = {name: losses_of(num, micro) for name, (num, micro, _, _) in SPLITS.items()}
     largest = draw(curves, PICTURE)
     print(f"{PICTURE} is written; the largest distance is {largest:.1e}.")

@@ -1,21 +1,7 @@
-"""Figures of images, runs and schedules.
+"""Figures of images, runs, noise schedules and evaluations.
 
-What all figures share: colours, how they are saved, and axes that look alike.
-
-Figures have an Agg canvas of their own and never touch pyplot, so a plot changes nothing in its caller's session.
-
-Pictures of images: grids, strips, animations.
-
-Images are uint8 in [0, 255], (number, height, width, channels), with 1 channel
-(gray), 3 (RGB) or 4 (RGBA, shown on white). Other channels are shown side by side, each as a gray image.
-
-Curves of runs: losses over the steps, runs side by side, losses by timestep.
-
-Rows of metrics are those of metrics.jsonl: a mapping with the step and whatever was measured then, None where that was
-not finite. Values that are no finite numbers are counted in the legend, not drawn. The loss of a quartile is None too
-where none of its timesteps was drawn, which nobody counts: it is known by a loss of that step that is a number.
-
-Pictures of noise schedules.
+All functions take NumPy arrays or plain mappings and need no torch. Figures have their own Agg canvas and never use
+pyplot, so a plot does not change the caller's matplotlib session.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,129 +12,34 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-Float64Array: TypeAlias = npt.NDArray[np.float64]
+UInt8Array: TypeAlias = npt.NDArray[np.uint8]
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
+"""Rows of metrics.jsonl: the step and what was measured at it, None if that was not finite."""
 
 LINE_COLOR, VALIDATION_COLOR = "#1f5a94", "#c4541b"
 COLORS = (LINE_COLOR, VALIDATION_COLOR, "#2f8f5b", "#8a4fa3", "#b08a1e", "#c2517c", "#3ba0b8", "#666666")
 LINE_STYLES = ("-", "--", "-.", ":")
+KEY_COLOR = "#555555"
+FAINT = 0.3
+# Quarters of the timesteps from data to noise, dark to light.
+QUARTILE_COLORS = ("#0d2f52", "#2a6aa8", "#5fa3cf", "#e0a12e")
+QUARTILES = (r"$t < T/4$", r"$T/4 \leq t < T/2$", r"$T/2 \leq t < 3T/4$", r"$3T/4 \leq t$")
 DPI = 130
-LONGEST_NAME = 40
-
-
-def new_figure(width: float, height: float) -> Any:
-    """Returns an empty matplotlib figure.
-
-    Args:
-        width: In inches, of DPI pixels each.
-        height: Likewise.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes a PNG that depends on the figure alone, not on the version of matplotlib that its metadata would name."""
-    figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
-
-
-def finish_axes(axes: Any, x: str, y: str) -> None:
-    """Labels the axes and draws what helps to read them."""
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.01)
-
-
-def count_steps(axes: Any, num_ticks: int = 7) -> None:
-    """Makes the x axis one of optimiser steps from 0 on: the place of a few points then says how far a run was."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=num_ticks, integer=True))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlim(left=0)
-
-
-def use_log_axis_if_wide(axes: Any, values: npt.ArrayLike) -> None:
-    """Makes the y axis logarithmic where the finite values are positive and the largest is over 5 times the smallest.
-
-    Within three decades the ticks are plain numbers at 1, 2 and 5; beyond them powers of ten.
-    """
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-    known = np.asarray(values, np.float64)
-    known = known[np.isfinite(known)]
-    if not known.size or not 0 < 5 * known.min() < known.max():
-        return
-    axes.set_yscale("log")
-    if known.max() < 1000 * known.min():
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def add_legend(owner: Any, lines: Sequence[Any], names: Sequence[str], **options: Any) -> None:
-    """Names lines, as they are: no dollar sign is mathematics, no underscore hides a name, a long one loses its middle.
-
-    Args:
-        owner: Axes or a figure.
-        lines: What to name.
-        names: One for each.
-        **options: Of matplotlib's legend.
-    """
-    legend = owner.legend(lines, [str(number) for number in range(len(lines))], frameon=False, **options)
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_parse_math(False)
-        text.set_text(shortened(name))
-
-
-def shortened(name: str) -> str:
-    """Cuts the middle out of a name that is too long for a legend."""
-    if len(name) <= LONGEST_NAME:
-        return name
-    half = LONGEST_NAME // 2
-    return f"{name[: half - 1]}…{name[-half:]}"
-
-
-def moving_average(values: Float64Array, width: int) -> Float64Array:
-    """Averages each value with up to `width` neighbours on each side, never more after it than before it.
-
-    So the steep beginning is not averaged away, and the last values are not followed one by one.
-    """
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    before = np.minimum(width, index)
-    after = np.minimum(before, len(values) - 1 - index)
-    averages: Float64Array = (sums[index + after + 1] - sums[index - before]) / (before + after + 1)
-    return averages
-
-
-def bin_means(values: npt.ArrayLike, counts: npt.ArrayLike, num_bins: int) -> Float64Array:
-    """Returns means over neighbouring values, weighted by how many images each was computed for.
-
-    Args:
-        values: One for each step of a chain; of no meaning where the count is 0.
-        counts: As many.
-        num_bins: At most this many means; bins without an image are left out.
-    """
-    weights = np.asarray(counts, np.float64)
-    known = np.where(weights > 0, np.asarray(values, np.float64), 0.0)
-    bins = np.arange(len(weights)) * min(num_bins, len(weights)) // len(weights)
-    totals, sums = np.bincount(bins, weights), np.bincount(bins, weights * known)
-    return np.asarray(sums[totals > 0] / totals[totals > 0])
-
-
-UInt8Array: TypeAlias = npt.NDArray[np.uint8]
-AnyFont: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+MAX_NAME_LENGTH = 40
+MAX_LEGEND_LINE = 80
+MIN_SMOOTHED = 20
+NUM_BINS = 100
+EVALUATION_COLUMNS = 8
 
 BACKGROUND = 255
 LABEL_COLOR = (60, 60, 60)
 LABEL_HEIGHT = 26
-LARGEST_FONT, SMALLEST_FONT = 17, 8
+MAX_FONT_SIZE, MIN_FONT_SIZE = 17, 8
+
+
+# Images are uint8 in [0, 255], (number, height, width, channels), with 1 channel (gray), 3 (RGB) or 4 (RGBA, drawn on
+# white). Other channels are drawn side by side, each as a gray image.
 
 
 def image_grid(
@@ -159,27 +50,27 @@ def image_grid(
     gap: int = 4,
     column_labels: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Lays images out in rows, with gaps between them.
+    """Arrange images in rows, with gaps between them.
 
     Args:
         images: uint8, (number, height, width, channels).
         num_columns: Images in a row.
-        enlarge_to: Images with a longer side below this are enlarged to about this many pixels, by a whole factor and
-            without smoothing. Larger ones stay as they are.
+        enlarge_to: Smaller images are enlarged to about this many pixels on the longer side, by an integer factor and
+            without smoothing. Larger images keep their size.
         gap: Pixels between images and around the grid.
         column_labels: One word above each column.
 
     Returns:
-        The picture, RGB.
+        The grid, RGB.
 
     Raises:
-        ValueError: If the images are not uint8 of that shape, or the number of labels is not that of the columns.
+        ValueError: The images are not uint8 of that shape, or there is not one label per column.
     """
     _check_images(images, "images", num_dimensions=4)
     if num_columns < 1:
-        raise ValueError(f"num_columns is {num_columns}, but a grid has at least 1 column.")
+        raise ValueError(f"num_columns is {num_columns}; a grid needs at least 1 column.")
     if column_labels is not None and len(column_labels) != num_columns:
-        raise ValueError(f"There are {len(column_labels)} column_labels for {num_columns} columns; give one for each.")
+        raise ValueError(f"There are {len(column_labels)} column_labels for {num_columns} columns; give one each.")
     tiles = _enlarge(_to_rgb(images), enlarge_to)
     count, height, width, _ = tiles.shape
     num_rows = -(-count // num_columns)
@@ -198,19 +89,19 @@ def image_grid(
 
 
 def denoising_strip(trajectory: UInt8Array, *, num_frames: int = 10, enlarge_to: int = 64, gap: int = 4) -> Image.Image:
-    """Shows how images come out of noise: one row an image, time from left to right.
+    """Draw a denoising trajectory: one row per image, from noise on the left to the image on the right.
 
     Args:
         trajectory: uint8, (frames, number, height, width, channels), from noise to image.
-        num_frames: Frames to show, evenly spaced, the first and the last among them; fewer if there are fewer.
-        enlarge_to: As in `image_grid`.
-        gap: As in `image_grid`.
+        num_frames: Frames to draw, evenly spaced, including the first and the last; all frames if there are fewer.
+        enlarge_to: See `image_grid`.
+        gap: See `image_grid`.
 
     Returns:
-        The picture, RGB.
+        The strip, RGB.
 
     Raises:
-        ValueError: If the trajectory is not uint8 of that shape, or num_frames is below 2.
+        ValueError: The trajectory is not uint8 of that shape, or num_frames is below 2.
     """
     _check_images(trajectory, "trajectory", num_dimensions=5)
     shown = trajectory[_spread(len(trajectory), num_frames)]
@@ -227,25 +118,25 @@ def forward_strip(
     enlarge_to: int = 96,
     gap: int = 4,
 ) -> Image.Image:
-    """Shows how the forward process turns an image into noise: one row, t above and the SNR below each state.
+    """Draw states of the forward process in one row, with t above and the SNR below each state.
 
     Args:
         states: uint8, (number, height, width, channels), x_t at each of the timesteps.
         timesteps: t of each state.
         snrs: alpha_bar_t / (1 - alpha_bar_t) of each state.
-        enlarge_to: As in `image_grid`.
-        gap: As in `image_grid`.
+        enlarge_to: See `image_grid`.
+        gap: See `image_grid`.
 
     Returns:
-        The picture, RGB.
+        The strip, RGB.
 
     Raises:
-        ValueError: If the states are not uint8 of that shape, or there is not one t and one SNR for each.
+        ValueError: The states are not uint8 of that shape, or there is not one t and one SNR per state.
     """
     _check_images(states, "states", num_dimensions=4)
     if not len(states) == len(timesteps) == len(snrs):
         raise ValueError(
-            f"There are {len(states)} states, {len(timesteps)} timesteps and {len(snrs)} snrs; give one of each."
+            f"There are {len(states)} states, {len(timesteps)} timesteps and {len(snrs)} snrs; give one per state."
         )
     grid = image_grid(
         states, len(states), enlarge_to=enlarge_to, gap=gap, column_labels=[f"t = {t}" for t in timesteps]
@@ -254,7 +145,7 @@ def forward_strip(
     picture.paste(grid)
     width = (grid.width - gap) // len(states) - gap
     centers = [gap + column * (width + gap) + width / 2 for column in range(len(states))]
-    _write_labels(picture, [f"SNR {_short(snr)}" for snr in snrs], centers, width, top=grid.height - gap)
+    _write_labels(picture, [f"SNR {_format_snr(snr)}" for snr in snrs], centers, width, top=grid.height - gap)
     return picture
 
 
@@ -268,19 +159,19 @@ def save_animation(
     max_frames: int = 40,
     enlarge_to: int = 48,
 ) -> None:
-    """Writes an endless GIF of a grid of images that come out of noise.
+    """Write a looping GIF of a denoising trajectory, as a grid of images.
 
     Args:
         trajectory: uint8, (frames, number, height, width, channels), from noise to image.
-        path: Where to write.
+        path: The file.
         num_columns: Images in a row of the grid.
-        frame_milliseconds: How long a frame is shown; GIF counts in steps of 10.
-        hold_last: Milliseconds for which the finished images are shown.
-        max_frames: Longer trajectories are thinned to this many frames.
-        enlarge_to: As in `image_grid`.
+        frame_milliseconds: Duration of a frame; GIF has a resolution of 10 ms.
+        hold_last: Duration of the last frame in milliseconds.
+        max_frames: Longer trajectories are reduced to this many frames.
+        enlarge_to: See `image_grid`.
 
     Raises:
-        ValueError: If the trajectory is not uint8 of that shape, or max_frames is below 2.
+        ValueError: The trajectory is not uint8 of that shape, or max_frames is below 2.
     """
     _check_images(trajectory, "trajectory", num_dimensions=5)
     frames = [
@@ -292,7 +183,6 @@ def save_animation(
 
 
 def _check_images(images: UInt8Array, name: str, *, num_dimensions: int) -> None:
-    """Refuses everything but non-empty uint8 arrays of the right number of dimensions."""
     if images.dtype != np.uint8 or images.ndim != num_dimensions or images.size == 0:
         axes = ("frames, " if num_dimensions == 5 else "") + "number, height, width, channels"
         raise ValueError(
@@ -301,7 +191,7 @@ def _check_images(images: UInt8Array, name: str, *, num_dimensions: int) -> None
 
 
 def _to_rgb(images: UInt8Array) -> UInt8Array:
-    """Returns the images with 3 channels, (number, height, width, 3)."""
+    """Return RGB images (number, height, width, 3)."""
     channels = images.shape[-1]
     if channels == 3:
         return images
@@ -314,20 +204,20 @@ def _to_rgb(images: UInt8Array) -> UInt8Array:
 
 
 def _enlarge(tiles: UInt8Array, target: int) -> UInt8Array:
-    """Repeats pixels until the longer side is nearest to `target`; never makes a tile smaller."""
+    """Repeat pixels so that the longer side is nearest to `target`; never shrink."""
     factor = max(1, round(target / max(tiles.shape[1:3])))
     return tiles.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def _spread(length: int, count: int) -> list[int]:
-    """Returns `count` indices into a list, evenly spaced from the first to the last; all if there are fewer."""
+    """Return `count` indices into a list, evenly spaced from the first to the last; all if there are fewer."""
     if count < 2:
-        raise ValueError(f"{count} frames cannot show a beginning and an end; ask for at least 2.")
+        raise ValueError(f"the number of frames is {count}; use at least 2, for a first and a last one.")
     return [round(position) for position in np.linspace(0, length - 1, min(count, length)).tolist()]
 
 
-def _short(number: float) -> str:
-    """Writes a number of at least 0 with two digits or its whole part, and as a power of ten where it is far from 1."""
+def _format_snr(number: float) -> str:
+    """Format an SNR with two digits or its integer part, and with an exponent if it is far from 1."""
     if 100 <= number < 1e6:
         return f"{number:.0f}"
     return f"{number:.2g}" if 1e-3 <= number < 100 or number == 0 else f"{number:.1e}"
@@ -336,14 +226,14 @@ def _short(number: float) -> str:
 def _write_labels(
     picture: Image.Image, labels: Sequence[str], centers: Sequence[float], width: int, top: int = 0
 ) -> None:
-    """Writes a word over each column, from `top` on LABEL_HEIGHT high.
+    """Write one label per column, in the LABEL_HEIGHT pixels below `top`.
 
-    All have the largest size in which the longest one fits with the room of a letter to the next; where none does,
-    words are cut. A name with line breaks is one line.
+    The font size is the largest at which the longest label fits with a letter of space; if none fits, labels are cut.
+    Line breaks in a label become spaces.
     """
     draw = ImageDraw.Draw(picture)
     lines = [" ".join(label.split()) for label in labels]
-    for size in range(LARGEST_FONT, SMALLEST_FONT - 1, -1):
+    for size in range(MAX_FONT_SIZE, MIN_FONT_SIZE - 1, -1):
         font = ImageFont.load_default(size)
         room = width - draw.textlength("n", font)
         if max(draw.textlength(line, font) for line in lines) <= room:
@@ -353,8 +243,8 @@ def _write_labels(
         draw.text((center, top + LABEL_HEIGHT / 2), text, LABEL_COLOR, font, anchor="mm")
 
 
-def _fit(draw: ImageDraw.ImageDraw, text: str, font: AnyFont, width: float) -> str:
-    """Cuts a word with an ellipsis so that it is at most `width` pixels long."""
+def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """Shorten a label with an ellipsis to at most `width` pixels."""
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(text + "…", font) > width:
@@ -362,254 +252,180 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, font: AnyFont, width: float) -> s
     return text + "…"
 
 
-Rows: TypeAlias = Sequence[Mapping[str, Any]]
+def training_curves(runs: Mapping[str, Rows], path: Path) -> None:
+    """Draw the losses of one or several runs, and one panel below for each kind of score in them.
 
-FEWEST_TO_SMOOTH = 20
-NUM_BINS = 100
-FAINT = 0.3
-KEY_COLOR = "#555555"
-# From data to noise, dark to light.
-QUARTILE_COLORS = ("#0d2f52", "#2a6aa8", "#5fa3cf", "#e0a12e")
-QUARTILES = (r"$t < T/4$", r"$T/4 \leq t < T/2$", r"$T/2 \leq t < 3T/4$", r"$3T/4 \leq t$")
-
-
-def loss_curve(
-    steps: Sequence[int],
-    losses: Sequence[float],
-    path: Path,
-    *,
-    validation_steps: Sequence[int] = (),
-    validation_losses: Sequence[float] = (),
-) -> None:
-    """Draws the training loss over the steps: every value faintly, a moving average in front.
+    Each run has a color: its training loss is a faint line with a moving average in front, its validation loss is
+    dashed with a marker at each measurement. Runs need not have the same metrics or steps. Values that are not finite
+    are not drawn; the legend counts them.
 
     Args:
-        steps: Optimiser steps, ascending.
-        losses: The loss of each of these steps; values that are not finite are counted in the legend, not drawn.
-        path: Where to write a PNG.
-        validation_steps: Steps at which the validation loss was measured.
-        validation_losses: The validation loss of each of these steps.
+        runs: Rows of metrics.jsonl of each run by name. A single run may have the name "".
+        path: The PNG file.
 
     Raises:
-        ValueError: If there is no loss, or not one for each step.
+        ValueError: There is no run, or a run has no finite loss, validation_loss or score.
     """
-    if not losses or len(steps) != len(losses) or len(validation_steps) != len(validation_losses):
-        raise ValueError(
-            f"A loss curve needs one loss a step; got {len(steps)} steps with {len(losses)} losses and "
-            f"{len(validation_steps)} validation steps with {len(validation_losses)} losses."
-        )
-    figure = _loss_figure(steps, losses, validation_steps, validation_losses)
+    from matplotlib.lines import Line2D
+
+    if not runs:
+        raise ValueError("runs is empty; give the rows of metrics of at least one run.")
+    for name, rows in runs.items():
+        if not any(points(rows, column)[0].size for column in ("loss", "validation_loss", "score")):
+            raise ValueError(
+                f"The metrics of {name} contain no finite loss, validation_loss or score; give those of a run that "
+                "logged at least one."
+            )
+    kinds = sorted({kind for rows in runs.values() for row in rows if (kind := _score_kind(row)) is not None})
+    heights = [4.2, *[2.6] * len(kinds)]
+    figure = new_figure(7.2, sum(heights))
+    loss_axes, *score_axes = figure.subplots(
+        len(heights), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights}
+    )[:, 0]
+    lines, names, drawn, has_validation = [], [], [], False
+    drawn_scores: dict[str, list[FloatArray]] = {kind: [] for kind in kinds}
+    for index, (name, rows) in enumerate(runs.items()):
+        color, style = COLORS[index % len(COLORS)], LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)]
+        steps, losses, num_skipped = points(rows, "loss")
+        _draw_smoothed(loss_axes, steps, losses, color, style)
+        validation_steps, validation_losses, num_more = points(rows, "validation_loss")
+        if validation_steps.size:
+            loss_axes.plot(validation_steps, validation_losses, "o", ls="--", ms=4, lw=1.2, color=color, mfc="white")
+            has_validation = True
+        drawn += [losses, validation_losses]
+        note = f"({num_skipped + num_more} not finite)" if num_skipped + num_more else ""
+        if label := f"{name} {note}".strip():
+            lines.append(Line2D([], [], color=color, ls=style, lw=1.8))
+            names.append(label)
+        for axes, kind in zip(score_axes, kinds, strict=True):
+            steps, scores, _ = points([row for row in rows if _score_kind(row) == kind], "score")
+            axes.plot(steps, scores, "o", ls=style, ms=4, lw=1.5, color=color)
+            drawn_scores[kind].append(scores)
+    if has_validation or "" in runs:
+        lines.append(Line2D([], [], color=KEY_COLOR, lw=1.8))
+        names.append("training loss, moving average")
+    if has_validation:
+        lines.append(Line2D([], [], color=KEY_COLOR, lw=1.2, ls="--", marker="o", ms=4, mfc="white"))
+        names.append("validation loss")
+    _finish_curves(loss_axes, np.concatenate(drawn), "loss")
+    _add_legend(loss_axes, lines, names)
+    for axes, kind in zip(score_axes, kinds, strict=True):
+        _finish_curves(axes, np.concatenate(drawn_scores[kind]), "score")
+        axes.set_title(kind, fontsize=10, parse_math=False)
+    for axes in [loss_axes, *score_axes][:-1]:
+        axes.set_xlabel("")
     save_figure(figure, path)
 
 
-def training_curves(runs: Mapping[str, Rows], path: Path) -> None:
-    """Draws the losses of several runs on one axis, and below it each kind of score that one of them has.
-
-    A run has a colour: its training loss is a faint line with its moving average in front, its validation loss dashed
-    with a mark at each measurement. Runs need not have the same columns or steps.
-
-    Args:
-        runs: The rows of metrics of each run. Names are shown as they are.
-        path: Where to write a PNG.
-
-    Raises:
-        ValueError: If there is no run, or one has none of loss, validation_loss and score.
-    """
-    save_figure(_training_figure(runs), path)
-
-
 def timestep_curves(path: Path, *, metrics: Rows = (), bound: Mapping[str, Any] | None = None) -> None:
-    """Draws what one run says of its loss at different timesteps, a panel for each of these that is known.
+    """Draw the loss of a run at different timesteps, one panel for each of these that is known.
 
-    The loss in each quartile of the timesteps over the optimiser steps; the mean square errors of x_0 and of epsilon
+    The loss in each quarter of the timesteps over the optimizer steps; the mean squared errors of x_0 and of epsilon
     over the timesteps; and the terms of the variational bound.
 
     Args:
-        path: Where to write a PNG.
-        metrics: The rows of metrics, of which `loss_q0` to `loss_q3` are shown.
-        bound: What evaluation.json holds under that name: `timesteps`, `x_0_mse`, `eps_mse`, `terms` and `counts`, one
-            number for each step of the chain.
+        path: The PNG file.
+        metrics: Rows of metrics.jsonl, of which `loss_q0` to `loss_q3` are drawn.
+        bound: The entry `bound` of an evaluation.json: `timesteps`, `x_0_mse`, `eps_mse`, `terms` and `counts`, one
+            number per reverse step.
 
     Raises:
-        ValueError: If nothing is known, or the bound has not one number for each of its timesteps.
+        ValueError: There is nothing to draw, or the bound does not have one number per timestep.
     """
-    save_figure(_timestep_figure(metrics, bound), path)
+    quartiles = []
+    for quartile in range(len(QUARTILES)):
+        # The loss of a quartile is also None if none of its timesteps was drawn, in a step whose loss is finite.
+        name = f"loss_q{quartile}"
+        rows = [row for row in metrics if row.get(name) is not None or not _is_finite(row.get("loss"))]
+        quartiles.append(points(rows, name))
+    has_quartiles = any(steps.size for steps, _, _ in quartiles)
+    if not has_quartiles and bound is None:
+        raise ValueError("metrics contain no loss_q0 to loss_q3, and there is no bound; give at least one of them.")
+    columns = None if bound is None else _bound_columns(bound)
+    num_panels = has_quartiles + 2 * (columns is not None)
+    figure = new_figure(7.2 if num_panels == 1 else 5.2 * num_panels, 4.2)
+    panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
+    if has_quartiles:
+        lines, names = [], []
+        for (steps, losses, num_skipped), color, label in zip(quartiles, QUARTILE_COLORS, QUARTILES, strict=True):
+            lines.append(_draw_smoothed(panels[0], steps, losses, color))
+            names.append(f"{label}{f' ({num_skipped} not finite)' if num_skipped else ''}")
+        _finish_curves(panels[0], np.concatenate([losses for _, losses, _ in quartiles]), "training loss")
+        _count_steps(panels[0], num_ticks=7 if num_panels == 1 else 5)
+        panels[0].legend(lines, names, frameon=False)
+    if columns is not None:
+        _draw_errors(panels[-2], columns)
+        _draw_terms(panels[-1], columns)
+    save_figure(figure, path)
 
 
-def points(rows: Rows, name: str) -> tuple[Float64Array, Float64Array, int]:
-    """Returns the steps and values of a metric where it is a finite number, and how often it was anything else."""
+def points(rows: Rows, name: str) -> tuple[FloatArray, FloatArray, int]:
+    """Return steps and values of a metric where it is finite, and the number of measurements that are not."""
     measured = [(row["step"], row[name]) for row in rows if name in row]
     pairs = [pair for pair in measured if all(_is_finite(number) for number in pair)]
     table = np.asarray(pairs, np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1], len(measured) - len(pairs)
 
 
-def _quartile_points(rows: Rows, name: str) -> tuple[Float64Array, Float64Array, int]:
-    """Returns the same for the loss of a quartile, leaving out uncounted where none of its timesteps was drawn."""
-    return points([row for row in rows if row.get(name) is not None or not _is_finite(row.get("loss"))], name)
-
-
 def _is_finite(value: object) -> bool:
-    """Says whether a value of JSON is a number that can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
-def _loss_figure(
-    steps: Sequence[int], losses: Sequence[float], validation_steps: Sequence[int], validation_losses: Sequence[float]
-) -> Any:
-    """Returns the matplotlib figure of `loss_curve`."""
-    figure = new_figure(7.2, 4.2)
-    axes = figure.add_subplot()
-    values = np.asarray(losses, np.float64)
-    finite = np.isfinite(values)
-    raw, average = _draw_smoothed(axes, np.asarray(steps)[finite], values[finite], LINE_COLOR)
-    num_left_out = int((~finite).sum())
-    raw.set_label(f"training loss{f' ({num_left_out} not finite)' if num_left_out else ''}")
-    if average is not raw:
-        average.set_label("moving average")
-    if validation_steps:
-        axes.plot(
-            validation_steps, validation_losses, "o-", ms=4, lw=1.5, color=VALIDATION_COLOR, label="validation loss"
-        )
-    known = np.asarray([*losses, *validation_losses], np.float64)
-    _finish_curves(axes, known, "loss")
-    # The place of a single point says how large its loss is.
-    if (known := known[np.isfinite(known)]).size == 1:
-        axes.set_ylim(bottom=min(0.0, known[0]))
-    axes.legend(frameon=False)
-    return figure
-
-
-def _draw_smoothed(
-    axes: Any, steps: Float64Array, values: Float64Array, color: str, style: str = "-"
-) -> tuple[Any, Any]:
-    """Draws values faintly and their moving average, over about a fiftieth of the curve, in front; few as they are.
-
-    Returns:
-        The line of the values and the line in front, which are the same where there are few.
-    """
-    if values.size < FEWEST_TO_SMOOTH:
-        (line,) = axes.plot(steps, values, "o", ls=style, ms=3, lw=1.5, color=color)
-        return line, line
-    (raw,) = axes.plot(steps, values, lw=0.8, color=color, alpha=FAINT, zorder=1.9)
-    smooth = moving_average(values, max(3, values.size // 50))
-    (average,) = axes.plot(steps, smooth, ls=style, lw=1.8, color=color)
-    return raw, average
-
-
-def _finish_curves(axes: Any, values: Float64Array, y: str) -> None:
-    """Labels the axes of curves over the steps, logarithmic if they span a wide range."""
-    use_log_axis_if_wide(axes, values)
-    finish_axes(axes, "optimiser step", y)
-    count_steps(axes)
-
-
-def _training_figure(runs: Mapping[str, Rows]) -> Any:
-    """Returns the matplotlib figure of `training_curves`."""
-    if not runs:
-        raise ValueError("runs is empty; give the rows of metrics of at least one.")
-    for name, rows in runs.items():
-        if not any(points(rows, column)[0].size for column in ("loss", "validation_loss", "score")):
-            raise ValueError(
-                f"The metrics of {name} hold no loss, validation_loss or score that is a finite number; give those of "
-                "a run that went well."
-            )
-    kinds = sorted({kind for rows in runs.values() for row in rows if (kind := _score_kind(row)) is not None})
-    figure = new_figure(7.2, 4.2 + 2.6 * len(kinds))
-    heights = [4.2, *[2.6] * len(kinds)]
-    panels = figure.subplots(len(heights), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})[:, 0]
-    _draw_runs(panels[0], runs)
-    for axes, kind in zip(panels[1:], kinds, strict=True):
-        _draw_scores(axes, runs, kind)
-    for axes in panels[:-1]:
-        axes.set_xlabel("")
-    return figure
-
-
-def _style_of_run(index: int) -> tuple[str, str]:
-    """Returns a colour, and a style of lines that changes when all colours are in use."""
-    return COLORS[index % len(COLORS)], LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)]
-
-
-def _draw_runs(axes: Any, runs: Mapping[str, Rows]) -> None:
-    """Draws the losses of all runs, and a legend with the runs and, where both are there, the two kinds of loss."""
-    from matplotlib.lines import Line2D
-
-    lines, names, drawn, has_validation = [], [], [], False
-    for index, (name, rows) in enumerate(runs.items()):
-        color, style = _style_of_run(index)
-        steps, losses, num_left_out = points(rows, "loss")
-        _draw_smoothed(axes, steps, losses, color, style)
-        validation_steps, validation_losses, num_more = points(rows, "validation_loss")
-        if validation_steps.size:
-            axes.plot(validation_steps, validation_losses, "o", ls="--", ms=4, lw=1.2, color=color, mfc="white")
-            has_validation = True
-        note = f" ({num_left_out + num_more} not finite)" if num_left_out + num_more else ""
-        lines.append(Line2D([], [], color=color, ls=style, lw=1.8))
-        names.append(f"{name}{note}")
-        drawn += [losses, validation_losses]
-    if has_validation:
-        lines += [
-            Line2D([], [], color=KEY_COLOR, lw=1.8),
-            Line2D([], [], color=KEY_COLOR, lw=1.2, ls="--", marker="o", ms=4, mfc="white"),
-        ]
-        names += ["training loss, moving average", "validation loss"]
-    _finish_curves(axes, np.concatenate(drawn), "loss")
-    add_legend(axes, lines, names)
-
-
 def _score_kind(row: Mapping[str, Any]) -> str | None:
-    """Says what the score of a row is a score of; None for a row without one."""
+    """Return the metric and the features of the score in a row; None for a row without a score."""
     if "score" not in row:
         return None
     features = row.get("score_features")
     return f"{row.get('score_metric', 'score')}{f', {features}' if features else ''}"
 
 
-def _draw_scores(axes: Any, runs: Mapping[str, Rows], kind: str) -> None:
-    """Draws one kind of score of all runs that have it."""
-    drawn = []
-    for index, rows in enumerate(runs.values()):
-        color, style = _style_of_run(index)
-        steps, scores, _ = points([row for row in rows if _score_kind(row) == kind], "score")
-        axes.plot(steps, scores, "o", ls=style, ms=4, lw=1.5, color=color)
-        drawn.append(scores)
-    _finish_curves(axes, np.concatenate(drawn), "score")
-    axes.set_title(kind, fontsize=10, parse_math=False)
+def _draw_smoothed(axes: Any, steps: FloatArray, values: FloatArray, color: str, style: str = "-") -> Any:
+    """Draw values faintly with their moving average in front, or only the values if they are few.
+
+    Returns:
+        The line in front.
+    """
+    if values.size < MIN_SMOOTHED:
+        (line,) = axes.plot(steps, values, "o", ls=style, ms=3, lw=1.5, color=color)
+        return line
+    axes.plot(steps, values, lw=0.8, color=color, alpha=FAINT, zorder=1.9)
+    (line,) = axes.plot(steps, moving_average(values, max(3, values.size // 50)), ls=style, lw=1.8, color=color)
+    return line
 
 
-def _timestep_figure(metrics: Rows, bound: Mapping[str, Any] | None) -> Any:
-    """Returns the matplotlib figure of `timestep_curves`."""
-    quartiles = [_quartile_points(metrics, f"loss_q{quartile}") for quartile in range(len(QUARTILES))]
-    has_quartiles = any(steps.size for steps, _, _ in quartiles)
-    if not has_quartiles and bound is None:
-        raise ValueError("metrics hold no loss_q0 to loss_q3, and there is no bound; give at least one of them.")
-    columns = None if bound is None else _columns_of(bound)
-    num_panels = has_quartiles + 2 * (columns is not None)
-    figure = new_figure(7.2 if num_panels == 1 else 5.2 * num_panels, 4.2)
-    panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
-    if has_quartiles:
-        _draw_quartiles(panels[0], quartiles)
-        count_steps(panels[0], num_ticks=7 if num_panels == 1 else 5)
-    if columns is not None:
-        _draw_errors(panels[-2], columns)
-        _draw_terms(panels[-1], columns)
-    return figure
+def moving_average(values: FloatArray, width: int) -> FloatArray:
+    """Average each value with up to `width` values before it, and at most as many after it.
+
+    So the steep beginning of a loss curve is not averaged away.
+    """
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    before = np.minimum(width, index)
+    after = np.minimum(before, len(values) - 1 - index)
+    averages: FloatArray = (sums[index + after + 1] - sums[index - before]) / (before + after + 1)
+    return averages
 
 
-def _draw_quartiles(axes: Any, quartiles: Sequence[tuple[Float64Array, Float64Array, int]]) -> None:
-    """Draws the loss in each quartile of the timesteps over the optimiser steps."""
-    lines, names = [], []
-    for (steps, losses, num_left_out), color, label in zip(quartiles, QUARTILE_COLORS, QUARTILES, strict=True):
-        _, line = _draw_smoothed(axes, steps, losses, color)
-        lines.append(line)
-        names.append(f"{label}{f' ({num_left_out} not finite)' if num_left_out else ''}")
-    _finish_curves(axes, np.concatenate([losses for _, losses, _ in quartiles]), "training loss")
-    axes.legend(lines, names, frameon=False)
+def _finish_curves(axes: Any, values: FloatArray, y: str) -> None:
+    """Label the axes of curves over optimizer steps."""
+    _use_log_axis_if_wide(axes, values)
+    if values.size == 1:  # so that the position of a single point shows its value
+        axes.set_ylim(bottom=min(0.0, values[0]))
+    _finish_axes(axes, "optimizer step", y)
+    _count_steps(axes)
 
 
-def _columns_of(bound: Mapping[str, Any]) -> dict[str, Float64Array]:
-    """Returns the numbers of a bound for each step of the chain; NaN where they are not known."""
+def _count_steps(axes: Any, num_ticks: int = 7) -> None:
+    """Start the x axis at step 0 and label it with whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=num_ticks, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlim(left=0)
+
+
+def _bound_columns(bound: Mapping[str, Any]) -> dict[str, FloatArray]:
+    """Return the numbers of a bound per reverse step as arrays; NaN if they are unknown."""
     names = ("timesteps", "x_0_mse", "eps_mse", "terms", "counts")
     try:
         columns = {name: np.asarray(bound[name], np.float64) for name in names}
@@ -618,37 +434,107 @@ def _columns_of(bound: Mapping[str, Any]) -> dict[str, Float64Array]:
     shapes = {column.shape for column in columns.values()}
     if len(shapes) != 1 or len(shape := shapes.pop()) != 1 or not shape[0] or not (columns["counts"] > 0).any():
         raise ValueError(
-            f"bound must have {', '.join(names)}, one number for each step of the chain, some counts not 0."
+            f"bound must have {', '.join(names)}, one number per reverse step, with at least one count above 0."
         )
     return columns
 
 
-def _draw_by_timestep(axes: Any, columns: Mapping[str, Float64Array], name: str, color: str, label: str) -> None:
-    """Draws a column over the timesteps: each number faintly, their means, weighted by the counts, in front."""
+def _draw_by_timestep(axes: Any, columns: Mapping[str, FloatArray], name: str, color: str, label: str = "") -> None:
+    """Draw a column of a bound over the timesteps: each number faintly, means weighted by the counts in front."""
     counts = columns["counts"]
     is_known = counts > 0
     axes.plot(columns["timesteps"][is_known], columns[name][is_known], lw=0.8, color=color, alpha=FAINT)
-    x, y = (bin_means(columns[which], counts, NUM_BINS) for which in ("timesteps", name))
+    x, y = (bin_means(columns[column], counts) for column in ("timesteps", name))
     axes.plot(x, y, lw=1.8, color=color, label=label)
 
 
-def _draw_errors(axes: Any, columns: Mapping[str, Float64Array]) -> None:
-    """Draws the mean square errors of what the network says of data and of noise."""
+def bin_means(values: npt.ArrayLike, counts: npt.ArrayLike, num_bins: int = NUM_BINS) -> FloatArray:
+    """Return means over neighboring reverse steps, weighted by the number of images each value was computed for.
+
+    In a bound estimated from a few terms per image, most steps have seen few images.
+
+    Args:
+        values: One value per reverse step; ignored where the count is 0.
+        counts: Number of images per reverse step.
+        num_bins: Maximum number of means; bins without an image are left out.
+    """
+    weights = np.asarray(counts, np.float64)
+    known = np.where(weights > 0, np.asarray(values, np.float64), 0.0)
+    bins = np.arange(len(weights)) * min(num_bins, len(weights)) // len(weights)
+    totals, sums = np.bincount(bins, weights), np.bincount(bins, weights * known)
+    return np.asarray(sums[totals > 0] / totals[totals > 0])
+
+
+def _draw_errors(axes: Any, columns: Mapping[str, FloatArray]) -> None:
+    """Draw the mean squared errors of the predicted noise and of the predicted x_0."""
     _draw_by_timestep(axes, columns, "eps_mse", LINE_COLOR, r"of $\epsilon$")
     _draw_by_timestep(axes, columns, "x_0_mse", VALIDATION_COLOR, r"of $x_0$, values in $[-1, 1]$")
     axes.set_yscale("log")
-    finish_axes(axes, r"timestep $t$", "mean square error")
+    _finish_axes(axes, r"timestep $t$", "mean squared error")
     axes.legend(frameon=False)
 
 
-def _draw_terms(axes: Any, columns: Mapping[str, Float64Array]) -> None:
-    """Draws what each step costs in the variational bound; that of t = 0 is the decoder's."""
-    _draw_by_timestep(axes, columns, "terms", LINE_COLOR, "")
+def _draw_terms(axes: Any, columns: Mapping[str, FloatArray]) -> None:
+    """Draw the terms of the variational bound; the term at t = 0 is that of the decoder."""
+    _draw_by_timestep(axes, columns, "terms", LINE_COLOR)
     axes.set_yscale("log")
-    finish_axes(axes, r"timestep $t$", r"$L_t$, bits per dimension")
+    _finish_axes(axes, r"timestep $t$", r"$L_t$, bits per dimension")
 
 
-_LETTERS_A_LINE = 80
+def evaluation_plot(
+    path: Path,
+    *,
+    samples: UInt8Array,
+    real: UInt8Array,
+    neighbors: UInt8Array,
+    distances: npt.NDArray[np.float64],
+    bound: Mapping[str, Any] | None,
+    title: str,
+) -> None:
+    """Draw samples, real images and nearest neighbors in one row, and the curves of a bound in a second row.
+
+    Args:
+        path: The PNG file.
+        samples: uint8 (number, height, width, channels).
+        real: Real images, drawn at random.
+        neighbors: The nearest real image of each of the first samples.
+        distances: Distances of these, root mean square in [0, 1].
+        bound: The entry `bound` of evaluation.json, if there is one.
+        title: Title of the figure.
+    """
+    num_rows = 1 if bound is None else 2
+    figure = new_figure(13, 4.6 * num_rows)
+    figure.suptitle(title, parse_math=False)
+    axes = figure.subplots(num_rows, 3, squeeze=False)
+    pairs = [
+        images[start : start + EVALUATION_COLUMNS]
+        for start in range(0, len(neighbors), EVALUATION_COLUMNS)
+        for images in (samples[: len(neighbors)], neighbors)
+    ]
+    grids = {
+        "samples, not selected": samples,
+        "real images": real,
+        "samples and, below each, the nearest real image\n"
+        f"distance {distances.min():.3f} to {distances.max():.3f}": np.concatenate(pairs),
+    }
+    for panel, (label, images) in zip(axes[0], grids.items(), strict=True):
+        grid = image_grid(images, min(EVALUATION_COLUMNS, len(images)))
+        panel.imshow(np.asarray(grid), interpolation="nearest")
+        panel.set_title(label, fontsize=10)
+        panel.axis("off")
+    if bound is not None:
+        columns = _bound_columns(bound)
+        _draw_errors(axes[1, 0], columns)
+        axes[1, 0].set_title("error by timestep", fontsize=10)
+        _draw_terms(axes[1, 1], columns)
+        axes[1, 1].set_title("terms of the variational bound", fontsize=10)
+        # The progressive code: the error that is left after so many bits. Fig. 5, Ho et al. 2020.
+        rate, distortion = (bin_means(bound[name], columns["counts"]) for name in ("rate", "distortion"))
+        axes[1, 2].plot(rate, distortion, lw=1.6, color=LINE_COLOR)
+        _finish_axes(axes[1, 2], "bits per dimension sent", "root mean squared error, 0 to 255")
+        axes[1, 2].set_ylim(bottom=0)
+        axes[1, 2].set_title("rate and distortion", fontsize=10)
+    save_figure(figure, path)
 
 
 def schedule_plot(
@@ -657,95 +543,133 @@ def schedule_plot(
     *,
     loss_weights: Mapping[str, npt.NDArray[np.floating[Any]]] | None = None,
 ) -> None:
-    """Draws beta_t, alpha_bar_t, the logarithm of the SNR and, where they are given, the weights of the loss.
+    """Draw beta_t, alpha_bar_t, log SNR(t) and, if given, the loss weights.
 
-    Schedules of one length are drawn over t, others over (t + 1) / T, where chains of one continuous alpha_bar lie on
-    one curve. The name of a single schedule is the title, those of several are the legend.
+    Schedules of the same length are drawn over t, others over (t + 1) / T, where schedules of the same continuous
+    alpha_bar share a curve. The name of a single schedule is the title, those of several are the legend.
 
     Args:
-        schedules: alpha_bar_t of each, (T,) in [0, 1), as `NoiseSchedule.alphas_cumprod` has them; float32 holds too
-            few digits for small betas. Names are shown as they are.
-        path: Where to write a PNG.
-        loss_weights: Factor on the squared error of the prediction at each t, (T,), of some or all of the schedules.
+        schedules: alpha_bar_t of each schedule by name, (T,) in [0, 1), as in `NoiseSchedule.alphas_cumprod`; float32
+            has too few digits for small betas.
+        path: The PNG file.
+        loss_weights: Factor on the squared error of the prediction at each t, (T,), for some or all schedules.
 
     Raises:
-        ValueError: If there is no schedule, one is none, or weights belong to no schedule.
+        ValueError: There is no schedule, one is invalid, or loss weights do not belong to a schedule.
     """
-    save_figure(_schedule_figure(schedules, loss_weights or {}), path)
-
-
-def _schedule_figure(
-    schedules: Mapping[str, npt.NDArray[np.floating[Any]]], loss_weights: Mapping[str, npt.NDArray[np.floating[Any]]]
-) -> Any:
-    """Returns the matplotlib figure of `schedule_plot`."""
     alpha_bars = {name: np.asarray(table, np.float64) for name, table in schedules.items()}
-    weights = {name: np.asarray(table, np.float64) for name, table in loss_weights.items()}
-    _check(alpha_bars, weights)
-    num_rows, num_columns = (2, 2) if weights else (1, 3)
+    weights = {name: np.asarray(table, np.float64) for name, table in (loss_weights or {}).items()}
+    _check_schedules(alpha_bars, weights)
     figure = new_figure(7.6, 5.6) if weights else new_figure(10.4, 3.3)
-    axes = figure.subplots(num_rows, num_columns).flatten()
-    lengths = {len(table) for table in alpha_bars.values()}
+    axes = figure.subplots(*((2, 2) if weights else (1, 3))).flatten()
+    has_one_length = len({len(table) for table in alpha_bars.values()}) == 1
     lines = []
     for index, (name, alpha_bar) in enumerate(alpha_bars.items()):
         t = np.arange(len(alpha_bar), dtype=np.float64)
-        x = t if len(lengths) == 1 else (t + 1) / len(alpha_bar)
+        x = t if has_one_length else (t + 1) / len(alpha_bar)
         style = {"color": COLORS[index % len(COLORS)], "ls": LINE_STYLES[index % len(LINE_STYLES)], "lw": 1.6}
-        (line,) = axes[0].plot(x, betas_of(alpha_bar), **style)
+        lines += axes[0].plot(x, betas_of(alpha_bar), **style)
         axes[1].plot(x, alpha_bar, **style)
         has_signal = alpha_bar > 0
-        axes[2].plot(x[has_signal], log_snr_of(alpha_bar[has_signal]), **style)
+        axes[2].plot(x[has_signal], np.log(alpha_bar[has_signal]) - np.log1p(-alpha_bar[has_signal]), **style)
         if name in weights:
             axes[3].plot(x, weights[name], **style)
-        lines.append(line)
-    _label(axes, r"timestep $t$" if len(lengths) == 1 else r"$(t + 1) / T$", alpha_bars, weights)
-    if len(lines) == 1:
-        figure.suptitle(shortened(*alpha_bars), fontsize=11, parse_math=False)
-    else:
-        longest = max(len(shortened(name)) for name in alpha_bars)
-        num_columns = max(1, min(len(lines), _LETTERS_A_LINE // (longest + 8)))
-        add_legend(figure, lines, list(alpha_bars), loc="outside lower center", ncols=num_columns)
-    return figure
-
-
-def _label(axes: Any, x: str, alpha_bars: Mapping[str, Float64Array], weights: Mapping[str, Float64Array]) -> None:
-    """Says what each panel shows, and where there is no logarithm of the SNR to show."""
+    x_label = r"timestep $t$" if has_one_length else r"$(t + 1) / T$"
     axes[0].set_yscale("log")
-    finish_axes(axes[0], x, r"$\beta_t$")
-    finish_axes(axes[1], x, r"$\bar\alpha_t$")
-    finish_axes(axes[2], x, r"$\log\,\mathrm{SNR}(t)$")
+    _finish_axes(axes[0], x_label, r"$\beta_t$")
+    _finish_axes(axes[1], x_label, r"$\bar\alpha_t$")
+    _finish_axes(axes[2], x_label, r"$\log\,\mathrm{SNR}(t)$")
     num_without_signal = sum(1 for table in alpha_bars.values() if table[-1] == 0)
     if num_without_signal:
-        of_how_many = f" for {num_without_signal} of {len(alpha_bars)}" if len(alpha_bars) > 1 else ""
-        axes[2].text(0.04, 0.05, rf"$-\infty$ at the end{of_how_many}", transform=axes[2].transAxes, fontsize=9)
+        share = f" for {num_without_signal} of {len(alpha_bars)}" if len(alpha_bars) > 1 else ""
+        axes[2].text(0.04, 0.05, rf"$-\infty$ at the end{share}", transform=axes[2].transAxes, fontsize=9)
     if weights:
-        use_log_axis_if_wide(axes[3], np.concatenate(list(weights.values())))
-        finish_axes(axes[3], x, "loss weight")
+        _use_log_axis_if_wide(axes[3], np.concatenate(list(weights.values())))
+        _finish_axes(axes[3], x_label, "loss weight")
+    if len(lines) == 1:
+        figure.suptitle(_shorten(*alpha_bars), fontsize=11, parse_math=False)
+    else:
+        longest = max(len(_shorten(name)) for name in alpha_bars)
+        num_columns = max(1, min(len(lines), MAX_LEGEND_LINE // (longest + 8)))
+        _add_legend(figure, lines, list(alpha_bars), loc="outside lower center", ncols=num_columns)
+    save_figure(figure, path)
 
 
-def betas_of(alpha_bar: Float64Array) -> Float64Array:
-    """Returns beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}; 1 where the signal had ended before."""
-    before = np.concatenate([[1.0], alpha_bar[:-1]])
-    return np.asarray(1 - np.divide(alpha_bar, before, out=np.zeros_like(alpha_bar), where=before > 0))
-
-
-def log_snr_of(alpha_bar: Float64Array) -> Float64Array:
-    """Returns log(alpha_bar_t / (1 - alpha_bar_t)), for alpha_bar_t above 0."""
-    return np.asarray(np.log(alpha_bar) - np.log1p(-alpha_bar))
-
-
-def _check(alpha_bars: Mapping[str, Float64Array], weights: Mapping[str, Float64Array]) -> None:
-    """Refuses tables that are no schedules, and weights that belong to none."""
+def _check_schedules(alpha_bars: Mapping[str, FloatArray], weights: Mapping[str, FloatArray]) -> None:
     if not alpha_bars:
-        raise ValueError("schedules is empty; give the alphas_cumprod of at least one.")
+        raise ValueError("schedules is empty; give the alphas_cumprod of at least one schedule.")
     for name, table in alpha_bars.items():
         is_in_range = table.ndim == 1 and table.size > 0 and bool(((table >= 0) & (table < 1)).all())
         if not is_in_range or (np.diff(table) > 0).any():
             raise ValueError(
-                f"schedules[{name!r}] must be alphas_cumprod, one list of numbers that fall from below 1 to 0 or above."
+                f"schedules[{name!r}] must be alphas_cumprod, a list of numbers that fall from below 1 to 0 or above."
             )
     for name, table in weights.items():
         if name not in alpha_bars or table.shape != alpha_bars[name].shape:
             raise ValueError(
-                f"loss_weights[{name!r}] of shape {table.shape} must belong to one of the schedules and have its "
-                "length; give one weight for each timestep."
+                f"loss_weights[{name!r}] of shape {table.shape} must have the name and the length of a schedule; give "
+                "one weight per timestep."
             )
+
+
+def betas_of(alpha_bar: FloatArray) -> FloatArray:
+    """Return beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}; 1 if alpha_bar_{t-1} is 0."""
+    before = np.concatenate([[1.0], alpha_bar[:-1]])
+    return np.asarray(1 - np.divide(alpha_bar, before, out=np.zeros_like(alpha_bar), where=before > 0))
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty matplotlib figure of a size in inches, of DPI pixels each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG without the version of matplotlib in its metadata, so that equal figures are equal files."""
+    figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+
+
+def _finish_axes(axes: Any, x: str, y: str) -> None:
+    """Label the axes and draw a grid."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.01)
+
+
+def _use_log_axis_if_wide(axes: Any, values: FloatArray) -> None:
+    """Make the y axis logarithmic if all values are positive and the largest is over 5 times the smallest.
+
+    Up to three decades, ticks are plain numbers at 1, 2 and 5; beyond, powers of ten.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    known = values[np.isfinite(values)]
+    if not known.size or not 0 < 5 * known.min() < known.max():
+        return
+    axes.set_yscale("log")
+    if known.max() < 1000 * known.min():
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _add_legend(owner: Any, lines: Sequence[Any], names: Sequence[str], **options: Any) -> None:
+    """Add a legend with literal names: matplotlib would read dollar signs as math and hide names with an underscore."""
+    legend = owner.legend(lines, [str(number) for number in range(len(lines))], frameon=False, **options)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(_shorten(name))
+
+
+def _shorten(name: str) -> str:
+    """Remove the middle of a name that is too long for a legend."""
+    if len(name) <= MAX_NAME_LENGTH:
+        return name
+    half = MAX_NAME_LENGTH // 2
+    return f"{name[: half - 1]}…{name[-half:]}"

@@ -34,6 +34,9 @@ os.environ |= {
     "no_proxy": "127.0.0.1,localhost",
 }
 
+# Its logger keeps the stderr of the first import, which in a test may be one that is closed after it.
+import datasets  # noqa: E402, F401
+
 REPOSITORY = Path(__file__).parents[1]
 DIGITS = REPOSITORY / "data" / "digits.parquet"
 
@@ -147,6 +150,19 @@ def _read_only(folder: Path) -> Iterator[Path]:
     before = state()
     yield folder
     assert state() == before, "a test changed a folder that all tests share; it must copy the folder first"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run all tests in an empty folder, so that no run or file in the checkout is found by a relative path.
+
+    Nothing may be written there: a test that needs a working directory uses `monkeypatch.chdir`.
+    """
+    folder, before = tmp_path_factory.mktemp("working"), Path.cwd()
+    os.chdir(folder)
+    yield
+    os.chdir(before)
+    assert list(folder.iterdir()) == [], "a test wrote into the working directory"
 
 
 @pytest.fixture

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
     from ddpm_hf.data import ImageSet
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
-    from ddpm_hf.distributed import Ranks
+    from ddpm_hf.evaluation.features import FeatureNetwork
     from ddpm_hf.evaluation.generate import Images, Sampler
-    from ddpm_hf.evaluation.likelihood import VariationalBound
+    from ddpm_hf.evaluation.likelihood import ReverseProcess, VariationalBound
     from ddpm_hf.evaluation.metrics import Metric
 
 SAMPLES = "evaluation_samples"
 # If no metric needs samples, a few are sampled in few steps for the picture.
 PICTURE_SAMPLES, NUM_PICTURE_SAMPLES, NUM_PICTURE_STEPS = "evaluation_picture", 64, 50
-NUM_SAMPLES = 50_000
+NUM_SAMPLES, NUM_NEIGHBORS = 50_000, 32
 
 # Settings that identify the data: the validation set of a run is used only for the same data.
 _WHICH_DATA = ("source", "subset", "revision", "split")
@@ -259,108 +259,101 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is evaluated, on what and by whom.
+    """What is evaluated, and on which images.
 
     Attributes:
         measured: The images for bits per dimension.
-        of_samples: The metrics that look at samples.
-        timesteps: The chain for bits per dimension; None is that of training.
-        num_terms: Of its terms, how many for each image; None is all.
+        sample_metrics: The metrics that need samples.
+        process: The reverse process for bits per dimension; None if they are not measured.
+        num_terms: Terms of the bound per image; None computes all.
     """
 
     flags: EvaluateFlags
     folder: Path | None
     output: Path
+    device: "torch.device"
     pipeline: "GaussianDiffusionPipeline"
     sampler: "Sampler"
-    training: "ImageSet"
-    held_out: "ImageSet"
-    measured: "ImageSet"
-    of_samples: list[str]
     num_samples: int
     samples_dir: Path
-    timesteps: list[int] | None
+    training: "ImageSet"
+    validation: "ImageSet"
+    measured: "ImageSet"
+    sample_metrics: list[str]
+    process: "ReverseProcess | None"
     num_terms: int | None
-    ranks: "Ranks"
-    device: "torch.device"
 
 
 def _evaluate(flags: EvaluateFlags) -> None:
-    """Collective: does everything that was asked for."""
+    """Collective: measure everything that the flags ask for, and write and print the results."""
+    from ddpm_hf import distributed
     from ddpm_hf.evaluation.generate import sample_to_folder, settings_of
-    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, check_metrics
-    from ddpm_hf.evaluation.report import as_json, fidelity, table
+    from ddpm_hf.evaluation.likelihood import variational_bound
+    from ddpm_hf.evaluation.metrics import check_metrics, measure_fidelity
+    from ddpm_hf.evaluation.report import as_json, table
 
     check_metrics(flags.metric_names())
     work = _prepare(flags)
-    _check(work)
-    work.ranks.on_rank_0(lambda: work.output.mkdir(parents=True, exist_ok=True))
+    settings, network = _check(work)
+    distributed.on_rank_0(lambda: work.output.mkdir(parents=True, exist_ok=True))
     if flags.estimate_variance:
         _estimate_variance(work)
-    sampler = work.sampler
-    sampling = sampler.prepare(work.pipeline)
+    pipeline = work.sampler.prepare(work.pipeline)
+    if settings is None:
+        settings = settings_of(pipeline, work.sampler, flags.seed, flags.batch_size)
     samples = sample_to_folder(
-        sampling,
-        sampler,
+        pipeline,
+        work.sampler,
         work.samples_dir,
-        seed=flags.seed,
+        settings,
         num_images=work.num_samples,
         batch_size=flags.batch_size,
         as_png=flags.format == "png",
-        ranks=work.ranks,
     )
-    metrics: list[Metric] = []
-    if work.of_samples:
-        metrics += fidelity(
+
+    def measure() -> "list[Metric]":
+        assert network is not None  # on rank 0
+        return measure_fidelity(
             samples,
             work.training,
-            work.of_samples,
-            features=flags.features,
-            weights=flags.weights,
+            network,
+            metrics=work.sample_metrics,
             batch_size=flags.batch_size,
-            device=work.device,
             cache_dir=Path(flags.data_cache_dir) if flags.data_cache_dir else None,
             seed=flags.seed,
-            ranks=work.ranks,
         )
-    bound: VariationalBound | None = None
-    bound_settings: dict[str, Any] = {}
-    if BITS_PER_DIM in flags.metric_names():
-        metric, bound, bound_settings = _bits_per_dim(work)
-        metrics.append(metric)
-    if work.ranks.rank == 0:
+
+    metrics = (distributed.on_rank_0(measure) or []) if work.sample_metrics else []
+    bound = None
+    if work.process is not None:
+        if flags.variance == "analytic":
+            work.process.scheduler.analytic_variance = True
+        bound = variational_bound(
+            work.process, work.measured, seed=flags.seed, num_terms=work.num_terms, batch_size=flags.batch_size
+        )
+        metrics.append(bound.metric)
+    if distributed.rank() == 0:
         content = as_json(
             metrics,
             bound,
-            settings=settings_of(sampling, sampler, flags.seed, flags.batch_size),
+            settings=settings,
             data=_describe_data(work),
-            bound_settings=bound_settings,
+            bound_settings=_describe_bound(work, bound),
         )
-        _write(work, content, samples, bound)
+        write_text(work.output / EVALUATION, content)
+        _draw(work, samples, bound)
         print("\n".join([table(metrics), *_notes(work, bound), ""]))
         print(f"Everything is in {work.output}: look at {EVALUATION} and {EVALUATION_PICTURE}.")
 
 
-def _notes(work: _Work, bound: "VariationalBound | None") -> list[str]:
-    """Returns what has to be known to compare bits per dimension with those of others."""
-    notes, num_classes = [], work.pipeline.num_classes
-    if bound is not None and not len(work.held_out):
-        notes.append("bits_per_dim is of training images, on which it may be lower than on others; none are held out.")
-    if bound is not None and num_classes:
-        label = math.log2(num_classes) / math.prod(work.training.image_shape)
-        notes.append(f"bits_per_dim is given the class of each image, which costs up to {label:.3f} more to tell.")
-    return notes
-
-
 def _prepare(flags: EvaluateFlags) -> _Work:
-    """Collective: joins the processes, loads the pipeline and opens the data."""
+    """Collective: start the processes, load the pipeline and open the data."""
     import torch
 
     from ddpm_hf import distributed
     from ddpm_hf.data import ImageSet
-    from ddpm_hf.distributed import started_ranks
-    from ddpm_hf.evaluation.generate import image_shape
-    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, OF_SAMPLES
+    from ddpm_hf.evaluation.generate import Sampler, image_shape
+    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, SAMPLE_METRICS
     from ddpm_hf.evaluation.report import choose_images
     from ddpm_hf.training.trainer import open_splits
 
@@ -378,7 +371,8 @@ def _prepare(flags: EvaluateFlags) -> _Work:
         accelerator.device
     )
     height, width, num_channels = image_shape(pipeline)
-    needs_labels = pipeline.num_classes > 0 and (BITS_PER_DIM in flags.metric_names() or flags.estimate_variance > 0)
+    metrics = flags.metric_names()
+    needs_labels = pipeline.num_classes > 0 and (BITS_PER_DIM in metrics or flags.estimate_variance > 0)
     flags, line = use_validation_set_of_run(flags, folder)
     if line and accelerator.is_main_process:
         print(line)
@@ -387,85 +381,81 @@ def _prepare(flags: EvaluateFlags) -> _Work:
         model=ModelConfig(class_conditional=needs_labels),
         training=TrainingConfig(seed=flags.split_seed or 0),
     )
-    training, held_out = open_splits(config, accelerator)
+    training, validation = open_splits(config, accelerator)
     assert isinstance(training, ImageSet)
     if training.image_shape != (num_channels, height, width):
         raise ConfigError(
             f"{config.data.source} has images of {'x'.join(map(str, training.image_shape))} and the network makes "
-            f"{num_channels}x{height}x{width}; leave --data.resolution and --data.num_channels out, or give others."
+            f"{num_channels}x{height}x{width}; remove --data.resolution and --data.num_channels, or change them."
         )
-    of_samples = [name for name in flags.metric_names() if name in OF_SAMPLES]
-    timesteps, num_terms = _chain(flags, pipeline)
+    sample_metrics = [name for name in metrics if name in SAMPLE_METRICS]
+    settings = {name: getattr(flags, name) for name in ("scheduler", *CALL_FLAGS)}
+    if not sample_metrics and flags.num_inference_steps is None:  # the samples are for the picture only
+        settings["num_inference_steps"] = min(NUM_PICTURE_STEPS, len(pipeline.scheduler))
+    labels = None if flags.labels is None else tuple(flags.label_list(pipeline) or ())
+    process = _reverse_process(flags, pipeline) if BITS_PER_DIM in metrics else None
+    num_terms = None if isinstance(flags.num_terms, str) else flags.num_terms
     return _Work(
         flags=flags,
         folder=folder,
         output=output,
-        pipeline=pipeline,
-        sampler=_sampler(flags, pipeline, for_the_picture=not of_samples),
-        training=training,
-        held_out=held_out,
-        measured=choose_images(held_out if len(held_out) else training, flags.num_images, flags.seed),
-        of_samples=of_samples,
-        num_samples=flags.num_samples or (NUM_SAMPLES if of_samples else NUM_PICTURE_SAMPLES),
-        samples_dir=flags.samples_dir or output / (SAMPLES if of_samples else PICTURE_SAMPLES),
-        timesteps=timesteps,
-        num_terms=num_terms,
-        ranks=started_ranks(),
         device=accelerator.device,
+        pipeline=pipeline,
+        sampler=Sampler(**settings, labels=labels, analytic_variance=flags.variance == "analytic"),
+        num_samples=flags.num_samples or (NUM_SAMPLES if sample_metrics else NUM_PICTURE_SAMPLES),
+        samples_dir=flags.samples_dir or output / (SAMPLES if sample_metrics else PICTURE_SAMPLES),
+        training=training,
+        validation=validation,
+        measured=choose_images(validation if len(validation) else training, flags.num_images, flags.seed),
+        sample_metrics=sample_metrics,
+        process=process,
+        num_terms=num_terms if process is None or (num_terms or 0) < len(process) else None,
     )
 
 
-def _sampler(flags: EvaluateFlags, pipeline: "GaussianDiffusionPipeline", *, for_the_picture: bool) -> "Sampler":
-    """Returns how samples are drawn: for the picture alone in few steps, unless told otherwise."""
-    from ddpm_hf.evaluation.generate import Sampler
-
-    settings = {name: getattr(flags, name) for name in ("scheduler", *CALL_FLAGS)}
-    if for_the_picture and flags.num_inference_steps is None:
-        settings["num_inference_steps"] = min(NUM_PICTURE_STEPS, len(pipeline.scheduler))
-    labels = None if flags.labels is None else tuple(flags.label_list(pipeline) or ())
-    return Sampler(**settings, labels=labels, analytic_variance=flags.variance == "analytic")
-
-
-def _chain(flags: EvaluateFlags, pipeline: "GaussianDiffusionPipeline") -> tuple[list[int] | None, int | None]:
-    """Returns the chain for bits per dimension, and how many of its terms each image has; None for all.
-
-    Another scheduler than ours has no such chain, which `check_bound` says.
-    """
+def _reverse_process(flags: EvaluateFlags, pipeline: "GaussianDiffusionPipeline") -> "ReverseProcess":
+    """Return the reverse process for bits per dimension: all training timesteps, or `likelihood_steps` of them."""
     from ddpm_hf.diffusion import GaussianDiffusionScheduler
+    from ddpm_hf.evaluation.likelihood import ReverseProcess
 
-    timesteps, num_steps = None, len(pipeline.scheduler)
+    timesteps = None
     if flags.likelihood_steps is not None and isinstance(pipeline.scheduler, GaussianDiffusionScheduler):
         pipeline.scheduler.set_timesteps(flags.likelihood_steps, timestep_spacing=flags.timestep_spacing)
         timesteps = pipeline.scheduler.timesteps.tolist()
-        num_steps = len(timesteps)
-    num_terms = num_steps if isinstance(flags.num_terms, str) else flags.num_terms
-    return timesteps, num_terms if num_terms < num_steps else None
+    return ReverseProcess(pipeline, timesteps)
 
 
-def _check(work: _Work) -> None:
-    """Collective: refuses all that could be refused later, before the network is called or a folder is made."""
+def _check(work: _Work) -> "tuple[dict[str, Any] | None, FeatureNetwork | None]":
+    """Collective: raise errors that would come later, before the network is called or a folder is created.
+
+    Returns:
+        The settings that the samples depend on, or None if they depend on second moments that will be estimated; and
+        the feature network, on rank 0 if a metric needs it.
+    """
+    from ddpm_hf import distributed
     from ddpm_hf.evaluation.generate import check_channels, check_folder, image_shape, settings_of
     from ddpm_hf.evaluation.likelihood import check_bound, check_second_moments
-    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, check_fidelity, check_reference
+    from ddpm_hf.evaluation.metrics import check_reference, open_network_for
 
-    flags, pipeline, sampler = work.flags, work.pipeline, work.sampler
-    undecided: tuple[str, ...] = ()
+    flags, sampler = work.flags, work.sampler
+    unknown: tuple[str, ...] = ()
     if flags.estimate_variance:
-        check_second_moments(pipeline, work.training)
-        if sampler.analytic_variance:  # by moments that are not there yet
-            sampler, undecided = replace(sampler, analytic_variance=False), ("pipeline", "analytic_variance")
-    sampling = sampler.prepare(pipeline)
-    sampler.check(sampling)
-    if BITS_PER_DIM in flags.metric_names():
-        check_bound(pipeline, work.measured, work.timesteps, work.num_terms)
+        check_second_moments(work.pipeline, work.training)
+        if sampler.analytic_variance:
+            sampler, unknown = replace(sampler, analytic_variance=False), ("pipeline", "analytic_variance")
+    pipeline = sampler.prepare(work.pipeline)
+    sampler.check(pipeline)
+    if work.process is not None:
+        check_bound(work.process, work.measured, work.num_terms)
     check_channels(image_shape(pipeline), as_png=flags.format == "png")
-    settings = settings_of(sampling, sampler, flags.seed, flags.batch_size)
-    work.ranks.on_rank_0(lambda: check_folder(work.samples_dir, settings, undecided=undecided))
-    if work.of_samples:
+    settings = settings_of(pipeline, sampler, flags.seed, flags.batch_size)
+    distributed.on_rank_0(lambda: check_folder(work.samples_dir, settings, unknown=unknown))
+    network = None
+    if work.sample_metrics:
         check_reference(work.training)
-        work.ranks.on_rank_0(
-            lambda: check_fidelity(
-                work.of_samples,
+        network = distributed.on_rank_0(
+            lambda: open_network_for(
+                work.sample_metrics,
                 work.training.image_shape,
                 work.num_samples,
                 len(work.training),
@@ -474,10 +464,12 @@ def _check(work: _Work) -> None:
                 device=work.device,
             )
         )
+    return None if unknown else settings, network
 
 
 def _estimate_variance(work: _Work) -> None:
-    """Collective: estimates the second moments and keeps them beside the scheduler's configuration."""
+    """Collective: estimate the second moments, and save them beside the configuration of the scheduler."""
+    from ddpm_hf import distributed
     from ddpm_hf.diffusion.saved_folder import second_moments_file
     from ddpm_hf.evaluation.likelihood import estimate_second_moments
 
@@ -490,70 +482,69 @@ def _estimate_variance(work: _Work) -> None:
         seed=flags.seed,
         num_images=flags.estimate_variance,
         batch_size=flags.batch_size,
-        ranks=work.ranks,
     )
-    work.ranks.on_rank_0(lambda: scheduler.save_second_moments(folder))
-
-
-def _bits_per_dim(work: _Work) -> "tuple[Metric, VariationalBound, dict[str, Any]]":
-    """Collective: computes the bound of the held-out images, or of all where none are held out."""
-    from ddpm_hf.evaluation.report import bits_per_dim
-
-    flags, scheduler = work.flags, work.pipeline.scheduler
-    if flags.variance == "analytic":
-        scheduler.analytic_variance = True
-    metric, bound = bits_per_dim(
-        work.pipeline,
-        work.measured,
-        seed=flags.seed,
-        num_terms=work.num_terms,
-        timesteps=work.timesteps,
-        batch_size=flags.batch_size,
-        ranks=work.ranks,
-    )
-    spacing = None if work.timesteps is None else flags.timestep_spacing or scheduler.config["timestep_spacing"]
-    settings = {
-        "images": "held out" if len(work.held_out) else "all",
-        "conditional": work.pipeline.num_classes > 0,
-        "num_steps": len(bound.timesteps),
-        "num_terms": work.num_terms or len(bound.timesteps),
-        "timestep_spacing": spacing,
-        "variance": "analytic" if flags.variance == "analytic" else scheduler.config["variance_type"],
-    }
-    return metric, bound, settings
+    distributed.on_rank_0(lambda: scheduler.save_second_moments(folder))
 
 
 def _describe_data(work: _Work) -> dict[str, Any]:
-    """Says which images these were."""
     flags = work.flags
     return {
         "source": Path(flags.data).name if Path(flags.data).exists() else flags.data,
         "split": flags.data_split,
         "fingerprint": work.training.digest or None,
         "num_training_images": len(work.training),
-        "num_held_out_images": len(work.held_out),
+        "num_held_out_images": len(work.validation),
         "validation_split": flags.data_validation_split,
         "validation_fraction": flags.data_validation_fraction or 0.0,
         "split_seed": flags.split_seed,
     }
 
 
-def _write(work: _Work, content: str, samples: "Images", bound: "VariationalBound | None") -> None:
-    """Writes evaluation.json and the picture on rank 0."""
-    from ddpm_hf.evaluation.report import NUM_NEIGHBOURS, choose_images, draw_evaluation, nearest_images, real_images
+def _describe_bound(work: _Work, bound: "VariationalBound | None") -> dict[str, Any]:
+    """Return how bits per dimension were computed; empty if they were not."""
+    if bound is None:
+        return {}
+    flags, config = work.flags, work.pipeline.scheduler.config
+    return {
+        "images": "held out" if len(work.validation) else "all",
+        "conditional": work.pipeline.num_classes > 0,
+        "num_steps": len(bound.timesteps),
+        "num_terms": work.num_terms or len(bound.timesteps),
+        "timestep_spacing": (flags.timestep_spacing or config["timestep_spacing"]) if flags.likelihood_steps else None,
+        "variance": "analytic" if flags.variance == "analytic" else config["variance_type"],
+    }
+
+
+def _notes(work: _Work, bound: "VariationalBound | None") -> list[str]:
+    """Return notes for comparing bits per dimension with those of other models."""
+    notes, num_classes = [], work.pipeline.num_classes
+    if bound is not None and not len(work.validation):
+        notes.append("bits_per_dim is of training images and may be lower than on others; there is no validation set.")
+    if bound is not None and num_classes:
+        label = math.log2(num_classes) / math.prod(work.training.image_shape)
+        notes.append(f"bits_per_dim is given the class of each image; encoding the class would add up to {label:.3f}.")
+    return notes
+
+
+def _draw(work: _Work, samples: "Images", bound: "VariationalBound | None") -> None:
+    """Draw evaluation.png."""
+    from ddpm_hf.evaluation.report import choose_images, nearest_images, real_images
+    from ddpm_hf.plots import evaluation_plot
 
     shown = choose_images(work.training, min(NUM_PICTURE_SAMPLES, len(work.training)), work.flags.seed)
-    neighbours, _, distances = nearest_images(samples[:NUM_NEIGHBOURS], work.training)
+    neighbors, _, distances = nearest_images(samples[:NUM_NEIGHBORS], work.training)
+    title = f"{Path(work.flags.folder).name}, {Path(work.flags.data).name}"
+    if bound is not None:
+        title += f": {bound.bits_per_dim:.3f} bits per dimension"
     atomic_write(
         work.output / EVALUATION_PICTURE,
-        lambda path: draw_evaluation(
+        lambda path: evaluation_plot(
             path,
             samples=samples[:NUM_PICTURE_SAMPLES],
             real=real_images(shown, shown.positions),
-            neighbours=neighbours,
+            neighbors=neighbors,
             distances=distances,
-            bound=bound,
-            title=f"{Path(work.flags.folder).name}, {Path(work.flags.data).name}",
+            bound=None if bound is None else bound.to_dict(),
+            title=title,
         ),
     )
-    write_text(work.output / EVALUATION, content)

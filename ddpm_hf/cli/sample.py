@@ -435,7 +435,6 @@ class _Work:
     """Everything that is sampled.
 
     Attributes:
-        num_steps: Number of timesteps of the scheduler.
         starts: The given images, (number, height, width, channels) in [0, 1].
         masks: One for all of them or one for each, (number, height, width).
         call: Arguments of the pipeline that all images share.
@@ -444,7 +443,6 @@ class _Work:
     flags: SampleFlags
     pipeline: "GaussianDiffusionPipeline"
     pictures: list[Picture]
-    num_steps: int
     starts: NDArray[np.float32] | None
     masks: NDArray[np.bool_] | None
     call: dict[str, Any]
@@ -485,7 +483,6 @@ def _prepare(flags: SampleFlags, model: Path | None, images: list[ImageArray], m
         flags=flags,
         pipeline=pipeline,
         pictures=pictures,
-        num_steps=num_steps,
         starts=np.stack(fitted) if fitted else None,
         masks=np.stack(covers) if covers else None,
         call=call,
@@ -551,7 +548,7 @@ def _sample_all(work: _Work, output: OutputFolder) -> int:
 
 def _batches(work: _Work) -> Iterator[tuple[list[Picture], UInt8Array, UInt8Array | None]]:
     """Yield batches of images; for the first images also states of the trajectory, (frames, number, ...)."""
-    from ddpm_hf.evaluation.generate import Film
+    from ddpm_hf.evaluation.generate import call_with_trajectory
     from ddpm_hf.rng import plain_generators
 
     flags, pipeline, size = work.flags, work.pipeline, work.flags.batch_size
@@ -569,10 +566,8 @@ def _batches(work: _Work) -> Iterator[tuple[list[Picture], UInt8Array, UInt8Arra
         if work.starts is not None:
             images = _edit(work, [picture.source or 0 for picture in batch], call)
         elif first < num_with_states:
-            film = Film(work.num_steps)
-            start = film.begin(pipeline, call["generator"])
-            images = pipeline(sample=start, callback_on_step_end=film, **call).images
-            states = film.states()[:, : num_with_states - first]
+            images, states = call_with_trajectory(pipeline, **call)
+            states = states[:, : num_with_states - first]
         else:
             images = pipeline(batch_size=len(batch), **call).images
         yield batch, images, states

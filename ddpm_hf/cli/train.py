@@ -92,25 +92,20 @@ def _publisher(config: RunConfig) -> "BackgroundPush | None":
 
 def _scorer(config: RunConfig) -> "Scorer | None":
     """Returns what measures the score of the run, if it is to have one."""
-    from ddpm_hf.distributed import started_ranks
     from ddpm_hf.evaluation.report import small_sample_score
 
-    if not config.evaluation.score_every_steps:
-        return None
-    return lambda pipeline, training, held_out: small_sample_score(
-        pipeline, training, held_out, config, started_ranks()
-    )
+    return small_sample_score(config) if config.evaluation.score_every_steps else None
 
 
 def _check_score(trainer: "Trainer") -> None:
     """Collective: refuses, before training, a score that could not be measured."""
     from ddpm_hf import distributed
-    from ddpm_hf.evaluation.metrics import OF_SAMPLES, check_fidelity
+    from ddpm_hf.evaluation.metrics import SAMPLE_METRICS, open_network_for
 
     evaluation = trainer.config.evaluation
-    if evaluation.score_every_steps and evaluation.score_metric in OF_SAMPLES:
+    if evaluation.score_every_steps and evaluation.score_metric in SAMPLE_METRICS:
         distributed.on_rank_0(
-            lambda: check_fidelity(
+            lambda: open_network_for(
                 [evaluation.score_metric],
                 trainer.images.image_shape,
                 evaluation.score_num_samples,
@@ -174,20 +169,16 @@ def _check_classes(trainer: "Trainer") -> None:
 def _write_report(trainer: "Trainer", command: str) -> None:
     """Samples from the saved pipeline, judges the samples if asked, and writes pictures and README."""
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
-    from ddpm_hf.evaluation.generate import Sampler, sample_film, sample_images
+    from ddpm_hf.evaluation.generate import Sampler, sample_images, sample_trajectory
     from ddpm_hf.evaluation.recognition import recognition_report
-    from ddpm_hf.run_report import SamplingSettings, loading_lines, write_report
+    from ddpm_hf.run_report import loading_lines, write_report
 
     config, evaluation, output_dir = trainer.config, trainer.config.evaluation, trainer.folder.path
     print(f"Sampling {evaluation.num_samples} images from {output_dir / 'pipeline'} ...", flush=True)
     pipeline = GaussianDiffusionPipeline.from_pretrained(output_dir / "pipeline").to(trainer.device)
     names = list(trainer.class_names.values()) if trainer.class_names else None
     labels = _labels_in_turn(evaluation.num_samples, len(names)) if names else None
-    sampler = Sampler(
-        num_inference_steps=evaluation.num_inference_steps,
-        eta=evaluation.eta,
-        guidance_scale=evaluation.guidance_scale,
-    )
+    sampler = Sampler.from_config(evaluation)
     samples = sample_images(
         pipeline,
         sampler,
@@ -196,17 +187,12 @@ def _write_report(trainer: "Trainer", command: str) -> None:
         batch_size=evaluation.batch_size,
     )
     num_shown = min(evaluation.num_samples, 4 * len(names) if names and len(names) <= 10 else 16)
-    trajectory = sample_film(
+    trajectory = sample_trajectory(
         pipeline, sampler, seed=config.training.seed, num_images=num_shown, batch_size=evaluation.batch_size
     )
     recognition = None
     if evaluation.recognition and labels is not None:
         recognition = recognition_report(*_as_arrays(trainer.images), *_as_arrays(trainer.held_out), samples, labels)
-    sampling = SamplingSettings(
-        num_inference_steps=evaluation.num_inference_steps,
-        eta=evaluation.eta,
-        guidance_scale=evaluation.guidance_scale if evaluation.guidance_scale != 1 else None,
-    )
     write_report(
         output_dir,
         samples=samples,
@@ -214,17 +200,18 @@ def _write_report(trainer: "Trainer", command: str) -> None:
         class_names=names,
         trajectory=trajectory,
         metrics=trainer.metrics.rows(),
+        step=trainer.state.global_step,
         recognition=recognition,
         title=f"A DDPM trained on {Path(config.data.source).name}",
         command=command,
         settings=_main_settings(config),
-        sampling=sampling,
+        sampler=sampler,
     )
     if recognition is not None:
         print("\n".join(recognition.lines()))
         print(f"recognised={recognition.recognised:.3f}")
     print(f"\nEverything is in {output_dir}: look at samples.png, denoising.gif and README.md.")
-    print(f"Load the trained pipeline with\n\n{loading_lines(output_dir / 'pipeline', names, sampling=sampling)}")
+    print(f"Load the trained pipeline with\n\n{loading_lines(output_dir / 'pipeline', names, sampler)}")
 
 
 def _labels_in_turn(num_samples: int, num_classes: int) -> "NDArray[np.int64]":

@@ -38,14 +38,15 @@ def verify(arguments: Sequence[str]) -> int:
     from diffusers.utils import logging
 
     from ddpm_hf.evaluation import verify
+    from ddpm_hf.files import VERIFICATION
 
     logging.disable_progress_bar()
     folder = folder or download_folder(options.folder, options.revision)
     if options.write:
         verify.write_verification(folder)
-        print(f"{folder / verify.FILE_NAME} says what this pipeline computes.")
+        print(f"{folder / VERIFICATION} says what this pipeline computes.")
         return 0
-    findings = verify.verify(folder, runs_its_code=options.trust_remote_code)
+    findings = verify.verify(folder, run_code=options.trust_remote_code)
     for finding in findings:
         if finding.problem:
             print(f"{finding.way:<31} {'differs' if finding.is_bad else 'note'}: {finding.problem}")

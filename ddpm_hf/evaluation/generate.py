@@ -1,31 +1,14 @@
-"""Samples by any scheduler, one seed an image; a sample folder that an interrupted evaluation continues.
+"""Samples by any scheduler with one seed per image, and the sample folder that a stopped evaluation continues.
 
-How large the images of a pipeline are.
-
-The way from noise, kept as 8-bit pictures of some states while images are drawn.
-
-Images from a pipeline, one seed an image: image i is a function of (seed, i) in any batch and on any process.
-
-The bits are the same on any process. Another batch size changes the last digits of the sums in a network, which can
-move a value by one gray level in float32, and by several in half precision.
-
-What tells a pipeline from others: a hash of everything that its samples depend on.
-
-Samples in a folder: written in parts while they are drawn, so that a killed evaluation goes on where it was.
-
-    settings.json                     what the images depend on
-    parts/00000000-00000064.npy       a batch, until all are there
-    samples.npy                       uint8 (number, height, width, channels), in the end
-    png/000000.png                    the same as pictures, if asked for
-
-Every file is written under another name and renamed. Since image i depends on (seed, i) alone, a finished folder can be
-extended to more images, and gives its first ones where fewer are asked for.
+Image i is a function of (seed, i), on any process. A different batch size changes the last digits of the sums in a
+network, which can move a value by one gray level in float32 and by several in half precision.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,74 +23,39 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from ddpm_hf import distributed
+from ddpm_hf.config import EvaluationConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.images import image_size, to_images
 from ddpm_hf.diffusion.pipeline import did_you_mean
-from ddpm_hf.distributed import ALONE, Ranks
-from ddpm_hf.files import write_text, write_whole
-from ddpm_hf.plots import UInt8Array
+from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_value, read_json, write_json
 from ddpm_hf.rng import sampling_generators
 
-
-def image_shape(pipeline: GaussianDiffusionPipeline) -> tuple[int, int, int]:
-    """Returns height, width and channels of the images that a pipeline samples.
-
-    Raises:
-        ValueError: The configuration of the network does not tell its size.
-    """
-    return (*image_size(pipeline.unet), pipeline.num_channels)
-
-
-NUM_FRAMES = 40
-
-
-class Film:
-    """Keeps some states of a run as 8-bit pictures, since all of them might not fit into memory."""
-
-    def __init__(self, num_steps: int) -> None:
-        count = min(num_steps + 1, NUM_FRAMES)
-        self._wanted = {round(frame * num_steps / (count - 1)) for frame in range(count)}
-        self._states: list[UInt8Array] = []
-
-    def begin(self, pipeline: GaussianDiffusionPipeline, generators: list[torch.Generator]) -> torch.Tensor:
-        """Draws the start noise, as a call of the pipeline would, and returns it."""
-        height, width, channels = image_shape(pipeline)
-        dtype = torch.promote_types(torch.float32, pipeline.unet.dtype)
-        shape = (len(generators), channels, height, width)
-        noise: torch.Tensor = randn_tensor(shape, generator=generators, device=pipeline.device, dtype=dtype)
-        self._keep(noise)
-        return noise
-
-    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Is called after each step of the run."""
-        if step + 1 in self._wanted:
-            self._keep(tensors["sample"])
-        return {}
-
-    def states(self) -> UInt8Array:
-        """Returns what was kept, (frames, number, height, width, channels)."""
-        return np.stack(self._states)
-
-    def _keep(self, sample: torch.Tensor) -> None:
-        self._states.append(to_images(sample, "uint8"))
-
-
 Images = NDArray[np.uint8]
+"""uint8 images (number, height, width, channels)."""
+
+MAX_FRAMES = 40
+"""Most states kept of a denoising trajectory."""
+SCHEMA_VERSION = 1
+"""Version of the sample folder."""
+SAMPLES, PARTS, PICTURES = "samples.npy", "parts", "png"
+_PART_NAME = re.compile(r"(\d{8})-(\d{8})\.npy")
+_PNG_CHANNELS = (1, 3, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How images are drawn.
+    """Settings for sampling.
 
     Args:
         scheduler: Name of a scheduler of diffusers; None takes that of the pipeline.
-        num_inference_steps: None takes as many as training had.
-        eta: 0 (DDIM) to 1 (DDPM); None is what the scheduler does by itself.
+        num_inference_steps: Number of reverse steps; None takes all training timesteps.
+        eta: 0 (DDIM) to 1 (DDPM); None takes the default of the scheduler.
         timestep_spacing: None takes that of the scheduler.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        guidance_rescale: How far guidance keeps the contrast, 0 to 1.
-        analytic_variance: Add the noise that is optimal for the network (Bao et al. 2022); needs its second moments.
-        labels: Classes, or the null label, which the images have in turn; None takes all classes of the network.
+        guidance_scale: Scale of classifier-free guidance; 1 disables it.
+        guidance_rescale: Rescale factor phi of Lin et al. 2024, 0 to 1.
+        analytic_variance: Use the optimal reverse variance (Bao et al. 2022); needs the second moments of the network.
+        labels: Labels that the images have in turn; None takes all classes of the network.
     """
 
     scheduler: str | None = None
@@ -119,15 +67,20 @@ class Sampler:
     analytic_variance: bool = False
     labels: tuple[int, ...] | None = None
 
+    @classmethod
+    def from_config(cls, config: EvaluationConfig) -> "Sampler":
+        """Return the sampler of a training run's report and score."""
+        return cls(num_inference_steps=config.num_inference_steps, eta=config.eta, guidance_scale=config.guidance_scale)
+
     def prepare(self, pipeline: GaussianDiffusionPipeline) -> GaussianDiffusionPipeline:
-        """Returns a pipeline with the same network and a scheduler of its own, as these settings ask for.
+        """Return a pipeline of the same network with a scheduler for these settings.
 
         Raises:
-            ValueError: There is no such scheduler, it has no analytic variance, or a class does not exist.
+            ValueError: The scheduler is unknown or has no analytic variance, or a label does not exist.
         """
         self.labels_of(pipeline, range(1))
-        wanted = scheduler_class(self.scheduler) if self.scheduler else type(pipeline.scheduler)
-        scheduler = wanted.from_config(pipeline.scheduler.config)
+        scheduler_type = scheduler_class(self.scheduler) if self.scheduler else type(pipeline.scheduler)
+        scheduler = scheduler_type.from_config(pipeline.scheduler.config)
         names = ("class_names", "has_null_label", "self_conditioned")
         extras = {name: pipeline.config[name] for name in names if pipeline.config.get(name)}
         prepared = GaussianDiffusionPipeline(pipeline.unet, scheduler, **extras)
@@ -138,16 +91,16 @@ class Sampler:
             prepared.scheduler.analytic_variance = self.analytic_variance
         elif self.analytic_variance:
             raise ValueError(
-                f"the analytic variance is one of GaussianDiffusionScheduler, and the scheduler is {wanted.__name__}; "
-                "leave one of them out."
+                f"the analytic variance needs a GaussianDiffusionScheduler, but the scheduler is "
+                f"{scheduler_type.__name__}; leave one of them out."
             )
         return prepared
 
     def labels_of(self, pipeline: GaussianDiffusionPipeline, indices: range) -> list[int] | None:
-        """Returns the class of each image; None for an unconditional network.
+        """Return the label of each image; None for an unconditional network.
 
         Raises:
-            ValueError: The network has no such class.
+            ValueError: A label does not exist.
         """
         if self.labels is None and not pipeline.num_classes:
             return None
@@ -155,60 +108,40 @@ class Sampler:
         num_labels = pipeline.unet.config.num_class_embeds or 0
         if not labels or not all(0 <= label < num_labels for label in labels):
             known = f"0 to {num_labels - 1}" if num_labels else "none"
-            raise ValueError(f"labels are {list(labels)}, but those of the network are {known}; change them.")
+            raise ValueError(f"labels are {list(labels)}, but the labels of the network are {known}; change them.")
         return [labels[index % len(labels)] for index in indices]
 
-    def sample(
-        self, pipeline: GaussianDiffusionPipeline, seed: int, indices: range, *, film: Film | None = None
-    ) -> Images:
-        """Samples the images of some indices in one batch.
+    def call_arguments(self) -> dict[str, Any]:
+        """Return the settings that are keyword arguments of the pipeline, without those at their default."""
+        names = ("num_inference_steps", "eta", "timestep_spacing", "guidance_scale", "guidance_rescale")
+        return {name: value for name in names if (value := getattr(self, name)) != getattr(Sampler, name)}
+
+    def call(self, pipeline: GaussianDiffusionPipeline, seed: int, indices: range) -> dict[str, Any]:
+        """Return all keyword arguments of the pipeline for the images of some indices.
 
         Args:
-            pipeline: What `prepare` returned.
+            pipeline: Returned by `prepare`.
             seed: Image i is drawn from (seed, i).
-            indices: Which images.
-            film: Keeps states on the way from noise.
-
-        Returns:
-            uint8 images (number, height, width, channels).
+            indices: Indices of the images.
         """
-        call = self._call(pipeline, seed, indices)
-        if film is not None:
-            call |= {"sample": film.begin(pipeline, call["generator"]), "callback_on_step_end": film}
-        was_training = pipeline.unet.training
-        pipeline.unet.eval()
-        try:
-            images: Images = pipeline(batch_size=len(indices), **call).images
-        finally:
-            pipeline.unet.train(was_training)
-        return images
-
-    def check(self, pipeline: GaussianDiffusionPipeline) -> int:
-        """Refuses what a call of the pipeline would refuse, and returns the number of steps that the scheduler makes.
-
-        Args:
-            pipeline: What `prepare` returned.
-
-        Raises:
-            ValueError: The settings do not fit the model, the scheduler or each other.
-        """
-        return pipeline.check_inputs(**self._call(pipeline, 0, range(1)))
-
-    def _call(self, pipeline: GaussianDiffusionPipeline, seed: int, indices: range) -> dict[str, Any]:
-        """Returns the keyword arguments of the pipeline for some images."""
-        return {
-            "num_inference_steps": self.num_inference_steps,
-            "eta": self.eta,
-            "timestep_spacing": self.timestep_spacing,
-            "guidance_scale": self.guidance_scale,
-            "guidance_rescale": self.guidance_rescale,
+        return self.call_arguments() | {
             "class_labels": self.labels_of(pipeline, indices),
             "generator": sampling_generators(seed, "evaluation", indices, pipeline.device),
             "output_type": "uint8",
         }
 
+    def sample(self, pipeline: GaussianDiffusionPipeline, seed: int, indices: range) -> Images:
+        """Sample the images of some indices in one batch; arguments are those of `call`."""
+        with eval_mode(pipeline.unet):
+            images: Images = pipeline(batch_size=len(indices), **self.call(pipeline, seed, indices)).images
+        return images
+
+    def check(self, pipeline: GaussianDiffusionPipeline) -> None:
+        """Raise ValueError if a call of the pipeline that `prepare` returned would; does not call the network."""
+        pipeline.check_inputs(**self.call(pipeline, 0, range(1)))
+
     def to_dict(self, pipeline: GaussianDiffusionPipeline) -> dict[str, Any]:
-        """Returns the settings as JSON can hold them, with what was left to the pipeline filled in."""
+        """Return the settings for JSON, with the defaults of the pipeline filled in."""
         scheduler, labels = pipeline.scheduler, self.labels_of(pipeline, range(len(self.labels or ())))
         return asdict(self) | {
             "scheduler": type(scheduler).__name__,
@@ -219,109 +152,166 @@ class Sampler:
 
 
 def scheduler_class(name: str) -> Any:
-    """Returns the class of a scheduler by its name.
+    """Return a scheduler class by its name.
 
     Raises:
-        ValueError: There is none of that name, or it runs another process.
+        ValueError: diffusers has no scheduler of this name, or it does not run a DDPM process.
     """
     if name == GaussianDiffusionScheduler.__name__:
         return GaussianDiffusionScheduler
     found = getattr(diffusers, name, None)
+    examples = "DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler"
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         names = [one for one in dir(diffusers) if one.endswith("Scheduler")]
         known = [GaussianDiffusionScheduler.__name__, *(one for one in names if _runs_ddpm(getattr(diffusers, one)))]
-        meant = did_you_mean(name, known, cutoff=0.8)  # all names end alike, so any two are a little similar
+        hint = did_you_mean(name, known, cutoff=0.8)  # all names end alike, so any two are similar
         raise ValueError(
-            f"scheduler is {name}, which diffusers {diffusers.__version__} does not have{meant}; give a "
-            "name such as DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler."
+            f"scheduler is {name}, which diffusers {diffusers.__version__} does not have{hint}; give a name such as "
+            f"{examples}."
         )
     if not _runs_ddpm(found):
         raise ValueError(
             f"scheduler is {name}, which does not run a denoising diffusion process (DDPM); give a name such as "
-            "DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler."
+            f"{examples}."
         )
     return found
 
 
 def _runs_ddpm(found: object) -> bool:
-    """Whether something of diffusers is a scheduler that says that DDPMScheduler can stand in its place."""
+    """Tell whether a class of diffusers declares that DDPMScheduler can replace it."""
     return "DDPMScheduler" in getattr(found, "_compatibles", ())
+
+
+@contextmanager
+def eval_mode(module: torch.nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and restore its mode on exit."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def image_shape(pipeline: GaussianDiffusionPipeline) -> tuple[int, int, int]:
+    """Return (height, width, channels) of the images that a pipeline samples.
+
+    Raises:
+        ValueError: The network configuration has no size.
+    """
+    return (*image_size(pipeline.unet), pipeline.num_channels)
 
 
 def sample_images(
     pipeline: GaussianDiffusionPipeline, sampler: Sampler, *, seed: int, indices: range, batch_size: int
 ) -> Images:
-    """Samples images in batches into memory.
+    """Sample images in batches into memory.
 
     Args:
-        pipeline: What `Sampler.prepare` returned.
-        sampler: How.
+        pipeline: Returned by `Sampler.prepare`.
+        sampler: The sampler.
         seed: Image i is drawn from (seed, i).
-        indices: Which images.
-        batch_size: Images sampled at once.
+        indices: Indices of the images.
+        batch_size: Images per batch.
 
     Returns:
         uint8 images (number, height, width, channels).
     """
     parts = []
-    for batch in batches(np.ones(indices.stop, bool), batch_size, first=indices.start):
+    for batch in split_into_batches(np.ones(indices.stop, bool), batch_size, first=indices.start):
         pipeline.set_progress_bar_config(desc=f"Sampling {len(batch)} images", disable=None, leave=False)
         parts.append(sampler.sample(pipeline, seed, batch))
     return np.concatenate(parts) if parts else np.zeros((0, *image_shape(pipeline)), np.uint8)
 
 
-def sample_film(
+def sample_trajectory(
     pipeline: GaussianDiffusionPipeline, sampler: Sampler, *, seed: int, num_images: int, batch_size: int
 ) -> Images:
-    """Samples the first images once more, in batches, and returns states on the way from noise.
+    """Sample the first images again and return their denoising trajectory.
 
     Args:
-        pipeline: What `Sampler.prepare` returned.
-        sampler: How.
+        pipeline: Returned by `Sampler.prepare`.
+        sampler: The sampler.
         seed: Image i is drawn from (seed, i).
-        num_images: How many.
-        batch_size: Images sampled at once; in the same batches, the last states are the samples to the bit.
+        num_images: Number of images.
+        batch_size: Images per batch; with the batches of `sample_images`, the last states equal the samples exactly.
 
     Returns:
-        uint8 states (frames, number, height, width, channels), at most NUM_FRAMES, evenly spaced, the noise first.
+        uint8 states (frames, number, height, width, channels), at most MAX_FRAMES, evenly spaced, the noise first.
     """
-    num_steps = sampler.check(pipeline)
     pipeline.set_progress_bar_config(desc=f"Sampling {num_images} images", disable=None, leave=False)
     parts = []
-    for batch in batches(np.ones(num_images, bool), batch_size):
-        film = Film(num_steps)
-        sampler.sample(pipeline, seed, batch, film=film)
-        parts.append(film.states())
+    for batch in split_into_batches(np.ones(num_images, bool), batch_size):
+        with eval_mode(pipeline.unet):
+            parts.append(call_with_trajectory(pipeline, **sampler.call(pipeline, seed, batch))[1])
     return np.concatenate(parts, axis=1)
 
 
-def batches(is_wanted: NDArray[np.bool_], batch_size: int, *, first: int = 0) -> list[range]:
-    """Cuts the wanted indices into batches on the grid of all batches, so that what is left out moves no other one.
+def call_with_trajectory(
+    pipeline: GaussianDiffusionPipeline, *, generator: list[torch.Generator], **options: Any
+) -> tuple[Any, Images]:
+    """Call a pipeline and keep states of the denoising trajectory in 8 bits, in less memory than `return_trajectory`.
 
     Args:
-        is_wanted: For each index.
-        batch_size: Most indices in a batch; a batch is cut where one is not wanted.
-        first: Where to begin.
+        pipeline: The pipeline.
+        generator: One generator per image.
+        **options: Other keyword arguments of the pipeline.
+
+    Returns:
+        The images, and uint8 states (frames, number, height, width, channels) as in `sample_trajectory`.
     """
-    found: list[range] = []
+    height, width, channels = image_shape(pipeline)
+    noise = randn_tensor(
+        (len(generator), channels, height, width),
+        generator=generator,
+        device=pipeline.device,
+        dtype=torch.promote_types(torch.float32, pipeline.unet.dtype),
+    )
+    states: list[Images] = [to_images(noise, "uint8")]
+
+    def keep_state(pipeline: Any, step: int, _: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        num_steps = len(pipeline.scheduler.timesteps)
+        intervals = min(num_steps, MAX_FRAMES - 1)
+        if step + 1 in {round(frame * num_steps / intervals) for frame in range(1, intervals + 1)}:
+            states.append(to_images(tensors["sample"], "uint8"))
+        return {}
+
+    images = pipeline(sample=noise, generator=generator, callback_on_step_end=keep_state, **options).images
+    return images, np.stack(states)
+
+
+def split_into_batches(is_wanted: NDArray[np.bool_], batch_size: int, *, first: int = 0) -> list[range]:
+    """Split the wanted indices into batches on one grid, so that missing indices do not move the other batches.
+
+    Args:
+        is_wanted: Whether each index is wanted.
+        batch_size: Largest number of indices in a batch; a batch ends at an index that is not wanted.
+        first: The first index to consider.
+    """
+    batches: list[range] = []
     for index in (np.flatnonzero(is_wanted[first:]) + first).tolist():
-        if found and index == found[-1].stop and index % batch_size:
-            found[-1] = range(found[-1].start, index + 1)
+        if batches and index == batches[-1].stop and index % batch_size:
+            batches[-1] = range(batches[-1].start, index + 1)
         else:
-            found.append(range(index, index + 1))
-    return found
+            batches.append(range(index, index + 1))
+    return batches
 
 
 def fingerprint(pipeline: GaussianDiffusionPipeline) -> str:
-    """Returns the sha256 of weights and configurations, and of second moments that are in use.
+    """Return the sha256 of everything that samples depend on: weights, configurations, and second moments in use.
 
-    It is the same on any device, before and after saving, and another one in another precision.
+    It is independent of the device and of saving, and depends on the precision. (verification.json has one digest per
+    tensor, in float32, in order to name the tensors that differ.)
     """
     digest = hashlib.sha256()
     scheduler = pipeline.scheduler
-    own = {name: pipeline.config.get(name) or None for name in ("class_names", "has_null_label", "self_conditioned")}
-    for config in (pipeline.unet.config, scheduler.config, own, {"scheduler": type(scheduler).__name__}):
-        digest.update(_as_json(config))
+    names = ("class_names", "has_null_label", "self_conditioned")
+    extras = {name: pipeline.config.get(name) or None for name in names}
+    config: Mapping[str, Any]
+    for config in (pipeline.unet.config, scheduler.config, extras, {"scheduler": type(scheduler).__name__}):
+        # Names with an underscore are notes of diffusers, among them its version.
+        settings = {name: value for name, value in config.items() if not name.startswith("_")}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     tensors = dict(pipeline.unet.state_dict())
     if getattr(scheduler, "analytic_variance", False):
         tensors["eps_second_moments"] = scheduler.eps_second_moments
@@ -331,31 +321,19 @@ def fingerprint(pipeline: GaussianDiffusionPipeline) -> str:
     return digest.hexdigest()
 
 
-def _as_json(config: Mapping[str, Any]) -> bytes:
-    """Returns the settings of a configuration without the names and versions that diffusers adds."""
-    settings = {name: value for name, value in config.items() if not name.startswith("_")}
-    return json.dumps(settings, sort_keys=True, default=str).encode()
-
-
-SCHEMA_VERSION = 1
-SETTINGS, SAMPLES, PARTS, PICTURES = "settings.json", "samples.npy", "parts", "png"
-_PART_NAME = re.compile(r"(\d{8})-(\d{8})\.npy")
-_CHANNELS_OF_PNG = (1, 3, 4)
-
-
 def settings_of(
     pipeline: GaussianDiffusionPipeline, sampler: Sampler, seed: int, batch_size: int | None = None
 ) -> dict[str, Any]:
-    """Returns everything that samples depend on, as JSON can hold it; the device, as each kind draws other noise.
+    """Return everything that samples depend on, for JSON.
 
-    The batch size is a setting in half precision alone, where sums that depend on it move a value by several gray
-    levels.
+    The device is part of it, because each kind of device draws different noise; the batch size only in half precision,
+    where it moves values by several gray levels.
 
     Args:
-        pipeline: What `Sampler.prepare` returned.
-        sampler: How to sample.
+        pipeline: Returned by `Sampler.prepare`.
+        sampler: The sampler.
         seed: Image i is drawn from (seed, i).
-        batch_size: Images sampled at once.
+        batch_size: Images per batch.
     """
     is_half = pipeline.unet.dtype in (torch.float16, torch.bfloat16)
     return {
@@ -368,191 +346,179 @@ def settings_of(
     } | ({"batch_size": batch_size} if is_half else {})
 
 
+# The sample folder:
+#
+#   settings.json                     everything the images depend on
+#   parts/00000000-00000064.npy       one batch, until all images are sampled
+#   samples.npy                       all images, uint8 (number, height, width, channels)
+#   png/000000.png                    the same as pictures, if requested
+#
+# A finished folder can be extended to more images, and fewer images are its first ones.
+
+
 def sample_to_folder(
     pipeline: GaussianDiffusionPipeline,
     sampler: Sampler,
     folder: Path,
+    settings: dict[str, Any],
     *,
-    seed: int,
     num_images: int,
     batch_size: int = 64,
     as_png: bool = False,
-    ranks: Ranks = ALONE,
 ) -> Images:
-    """Collective: samples images into a folder, each process its batches, and goes on where an earlier call was killed.
+    """Collective: sample images into a folder, or continue a folder that was stopped; the processes share the batches.
 
     Args:
-        pipeline: What `Sampler.prepare` returned.
-        sampler: How to sample.
-        folder: New, or begun by this function with the same settings; all processes see the same.
-        seed: Image i is drawn from (seed, i).
-        num_images: How many.
-        batch_size: Images sampled at once by a process; the same batches give the same bits. In half precision it is
-            one of the settings of the folder.
-        as_png: Write each image as a PNG too.
-        ranks: The processes.
+        pipeline: Returned by `Sampler.prepare`.
+        sampler: The sampler.
+        folder: New, or started with the same settings; on a file system that all processes see.
+        settings: Returned by `settings_of`.
+        num_images: Number of images.
+        batch_size: Images per batch of a process; the same batch size gives exactly the same images.
+        as_png: Also write each image as a PNG.
 
     Returns:
         uint8 (num_images, height, width, channels), memory-mapped.
 
     Raises:
-        ValueError: The folder holds something else or samples of other settings, or PNG has no such channels.
-        OSError: The disk does not take the images.
+        ValueError: The folder holds other files or samples of other settings, or a PNG cannot hold the channels.
+        OSError: The images cannot be written.
     """
-    shape, settings = image_shape(pipeline), settings_of(pipeline, sampler, seed, batch_size)
+    shape, seed = image_shape(pipeline), settings["seed"]
     check_channels(shape, as_png=as_png)
-    ranks.on_rank_0(lambda: _open(folder, settings))
-    # Of the others' views of the folder, some may already have further parts.
-    done = _done(folder, num_images, shape) if ranks.rank == 0 else np.zeros(0, bool)
-    missing = ~ranks.gather(done)
-    mine = batches(missing, batch_size)[ranks.rank :: ranks.num_processes]
+    distributed.on_rank_0(lambda: _create_folder(folder, settings))
+    # Rank 0 decides what is missing: other ranks may already see parts that were written since.
+    done = _find_done(folder, num_images, shape) if distributed.rank() == 0 else np.zeros(0, bool)
+    missing = ~distributed.gather_rows(done)
+    batches = split_into_batches(missing, batch_size)[distributed.rank() :: distributed.world_size()]
     pipeline.set_progress_bar_config(disable=True)
-    with tqdm(
-        total=sum(map(len, mine)), desc="Sampling", unit="img", disable=True if ranks.rank else None, leave=False
-    ) as bar:
-        for batch in mine:
+    is_hidden = True if distributed.rank() else None
+    with tqdm(total=sum(map(len, batches)), desc="Sampling", unit="img", disable=is_hidden, leave=False) as bar:
+        for batch in batches:
             images = sampler.sample(pipeline, seed, batch)
-            write_whole(folder / PARTS / f"{batch.start:08d}-{batch.stop:08d}.npy", partial(_save, images))
+            atomic_write(folder / PARTS / f"{batch.start:08d}-{batch.stop:08d}.npy", partial(_save_array, images))
             bar.update(len(batch))
-    ranks.gather(np.zeros(1))  # until all parts are there
-    ranks.on_rank_0(lambda: _join(folder, num_images, shape))
-    samples = _samples(folder)
+    distributed.barrier()
+    distributed.on_rank_0(lambda: _join_parts(folder, num_images, shape))
+    samples = _open_samples(folder)
     if as_png:
-        _write_pictures(folder / PICTURES, samples, ranks.part(num_images))
+        _write_png(folder / PICTURES, samples, distributed.rank_range(num_images))
     return samples[:num_images]
 
 
 def check_channels(shape: tuple[int, int, int], *, as_png: bool) -> None:
-    """Refuses pictures of images (height, width, channels) that no PNG can hold.
-
-    Raises:
-        ValueError: With what to do.
-    """
-    if as_png and shape[2] not in _CHANNELS_OF_PNG:
-        raise ValueError(f"a PNG has 1, 3 or 4 channels, but the images have {shape[2]}; keep samples.npy alone.")
+    """Raise ValueError if a PNG cannot hold images of shape (height, width, channels)."""
+    if as_png and shape[2] not in _PNG_CHANNELS:
+        raise ValueError(f"a PNG has 1, 3 or 4 channels, but the images have {shape[2]}; keep samples.npy only.")
 
 
-def check_folder(folder: Path, settings: dict[str, Any], *, undecided: Collection[str] = ()) -> None:
-    """Makes sure that a folder is new or empty, or was begun with the same settings; touches nothing.
+def check_folder(folder: Path, settings: dict[str, Any], *, unknown: Collection[str] = ()) -> None:
+    """Check that a sample folder is new or empty, or was started with the same settings; changes nothing.
 
     Args:
-        folder: For samples.
-        settings: What `settings_of` returns.
-        undecided: Settings that are not known yet and may be anything.
+        folder: The folder.
+        settings: Returned by `settings_of`.
+        unknown: Names of settings that are not final yet and are not compared.
 
     Raises:
-        ValueError: The folder holds something else or samples of other settings.
+        ValueError: The folder holds other files or samples of other settings.
     """
-    path = folder / SETTINGS
+    path = folder / SAMPLING_SETTINGS
     if not path.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} holds no samples, but something else; choose a new or an empty folder.")
+            raise ValueError(f"{folder} is not a folder of samples; choose a new or an empty folder.")
         return
-    try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
-        raise ValueError(f"{path} is damaged; remove {folder} to sample anew, or choose another folder.") from None
+    before = read_json(path, fix=f"remove {folder} to sample again, or choose another folder")
     for name in dict.fromkeys((*settings, *before)):
-        if name not in undecided and (old := before.get(name)) != (new := settings.get(name)):
+        if name not in unknown and (old := before.get(name)) != (new := settings.get(name)):
             raise ValueError(
-                f"{folder} holds samples of other settings ({name} was {_shown(old)}, is {_shown(new)}); restore that, "
-                "or choose another folder."
+                f"{folder} holds samples of other settings ({name} was {format_value(old, 20)}, is "
+                f"{format_value(new, 20)}); restore the setting, or choose another folder."
             )
 
 
-def _open(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder, or makes sure that what it holds was begun with the same settings."""
+def _create_folder(folder: Path, settings: dict[str, Any]) -> None:
     check_folder(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / SETTINGS).exists():
-        write_text(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    if not (folder / SAMPLING_SETTINGS).exists():
+        write_json(folder / SAMPLING_SETTINGS, settings)
     (folder / PARTS).mkdir(exist_ok=True)
 
 
-def _shown(value: object) -> str:
-    """Returns a setting as a person wants to see it: a hash by its beginning."""
-    text = json.dumps(value)
-    return text if len(text) <= 50 else f"{text[:13]}…"
-
-
-def _done(folder: Path, num_images: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Returns which images are there; a file that is damaged is removed."""
+def _find_done(folder: Path, num_images: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return which images are in the folder; remove damaged parts."""
     done = np.zeros(num_images, bool)
     if (folder / SAMPLES).exists():
-        done[: len(_samples(folder))] = True
-    for path, images in _parts(folder):
-        if _load(path, (len(images), *shape)) is not None:
-            done[images.start : images.stop] = True
+        done[: len(_open_samples(folder))] = True
+    for path, indices in _find_parts(folder):
+        try:
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
+            is_whole = images.dtype == np.uint8 and images.shape == (len(indices), *shape)
+        except (ValueError, OSError):
+            is_whole = False
+        if is_whole:
+            done[indices.start : indices.stop] = True
         else:
             path.unlink()
     return done
 
 
-def _parts(folder: Path) -> list[tuple[Path, range]]:
-    """Returns the files of batches, and which images they hold; of what a kill left half written, none."""
-    found = []
+def _find_parts(folder: Path) -> list[tuple[Path, range]]:
+    """Return the files of batches with the indices they hold; a temporary file of a killed process holds none."""
+    parts = []
     for path in sorted((folder / PARTS).iterdir()):
         match = _PART_NAME.fullmatch(path.name)
-        found.append((path, range(*map(int, match.groups())) if match else range(0)))
-    return found
+        parts.append((path, range(*map(int, match.groups())) if match else range(0)))
+    return parts
 
 
-def _load(path: Path, shape: tuple[int, ...]) -> Images | None:
-    """Maps the images of a file; None if it is damaged or of another shape."""
-    try:
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError):
-        return None
-    return images if images.dtype == np.uint8 and images.shape == shape else None
-
-
-def _samples(folder: Path) -> Images:
-    """Maps the finished images."""
+def _open_samples(folder: Path) -> Images:
+    """Map the finished images."""
     path = folder / SAMPLES
     try:
         samples: Images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}); remove it to sample anew. Of several machines, all need to see the same "
-            "folder."
+            f"{path} cannot be read ({error}); remove it to sample again. On several machines, the folder must be on a "
+            "shared file system."
         ) from None
     return samples
 
 
-def _save(images: Images, path: Path) -> None:
-    """Writes an array under exactly this name."""
+def _save_array(images: Images, path: Path) -> None:
+    """Write an array without the suffix that np.save appends to names."""
     with path.open("wb") as file:
         np.save(file, images)
 
 
-def _join(folder: Path, num_images: int, shape: tuple[int, ...]) -> None:
-    """Joins what is there into one file, and removes the parts that it holds whole."""
-    path, parts = folder / SAMPLES, _parts(folder)
-    old = _samples(folder) if path.exists() else np.zeros((0, *shape), np.uint8)
+def _join_parts(folder: Path, num_images: int, shape: tuple[int, ...]) -> None:
+    """Join all parts into samples.npy, and remove the parts that it holds completely."""
+    path, parts = folder / SAMPLES, _find_parts(folder)
+    old = _open_samples(folder) if path.exists() else np.zeros((0, *shape), np.uint8)
     if len(old) < num_images:
 
         def write(temporary: Path) -> None:
             joined = np.lib.format.open_memmap(temporary, "w+", np.uint8, (num_images, *shape))
             joined[: len(old)] = old
-            for part, images in parts:
-                stop = max(images.start, min(images.stop, num_images))
-                joined[images.start : stop] = np.load(part, allow_pickle=False)[: stop - images.start]
+            for part, indices in parts:
+                stop = max(indices.start, min(indices.stop, num_images))
+                joined[indices.start : stop] = np.load(part, allow_pickle=False)[: stop - indices.start]
             joined.flush()
 
-        write_whole(path, write)
-    for part, images in parts:
-        if images.stop <= num_images:
+        atomic_write(path, write)
+    for part, indices in parts:
+        if indices.stop <= num_images:
             part.unlink()
     if not any((folder / PARTS).iterdir()):
         (folder / PARTS).rmdir()
 
 
-def _write_pictures(folder: Path, samples: Images, indices: range) -> None:
-    """Writes those PNG files that are not there."""
+def _write_png(folder: Path, samples: Images, indices: range) -> None:
+    """Write the PNG files that do not exist yet."""
     folder.mkdir(exist_ok=True)
     for index in tqdm(indices, "Writing PNG", disable=None, leave=False):
         path = folder / f"{index:06d}.png"
         if not path.exists():
             pixels = samples[index]
             picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-            write_whole(path, partial(picture.save, format="PNG"))
+            atomic_write(path, partial(picture.save, format="PNG"))

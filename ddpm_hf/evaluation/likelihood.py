@@ -1,44 +1,108 @@
-"""The variational bound in bits per dimension, and the moments of the optimal reverse variance.
+"""Bits per dimension, and the second moments behind the optimal reverse variance.
 
-A trained network on a chain of timesteps, as a likelihood needs it: what it predicts, and each step's Gaussians.
-
-Bits per dimension: the variational bound on the negative log-likelihood, term by term (Eq. 5, Ho et al. 2020).
-
-The bound is that of the chain that ancestral sampling runs: the whole training chain, or any part of its timesteps,
-with the variance that the scheduler has, and with x_0 clipped if it clips. It is an upper bound on the bits that a code
-made of the model needs for each value of an 8-bit image.
-
-The second moments of a network's prediction of the noise, which make its reverse variances optimal.
+Bits per dimension are the variational bound on the negative log-likelihood, term by term (Eq. 5, Ho et al. 2020). The
+bound is that of the reverse process which ancestral sampling runs: all training timesteps or any subset of them, the
+variance of the scheduler, and x_0 clipped if the scheduler clips it. It is an upper bound on the bits per value that a
+code built from the model needs for 8-bit images.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ddpm_hf import distributed
 from ddpm_hf.data import ImageSet, normalize
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler, gaussian
 from ddpm_hf.diffusion.schedule import Transition
-from ddpm_hf.distributed import ALONE, Ranks
+from ddpm_hf.evaluation.features import FloatArray
+from ddpm_hf.evaluation.generate import eval_mode
+from ddpm_hf.evaluation.metrics import BITS_PER_DIM, Metric
 from ddpm_hf.rng import normal_by_position, numpy_generator
 
-SMALLEST_DECODER_VARIANCE = (0.1 / 255) ** 2
+MIN_DECODER_VARIANCE = (0.1 / 255) ** 2
 """An analytic variance may be estimated as 0; a tenth of a gray level is as good, and finite."""
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What a network says of x_t.
+class VariationalBound:
+    """The variational bound of a set of images, in bits per dimension.
 
     Args:
-        x_0: As the reverse process uses it, clipped if the scheduler clips.
-        eps: The noise, of the prediction that is not clipped.
-        variance: The half of the channels that tells the variance; None where it is fixed.
+        timesteps: Timesteps of the reverse process, descending; the arrays below have one entry per step.
+        prior: KL(q(x_T | x_0) || p(x_T)), mean over the images.
+        terms: Mean of L_t over the images it was computed for; the last entry is the decoder term L_0.
+        x_0_mse: Mean squared error of the predicted x_0, of values in [-1, 1].
+        eps_mse: Mean squared error of the predicted noise.
+        counts: Number of images that each term was computed for.
+        totals: The bound of each image, (images,).
+    """
+
+    timesteps: tuple[int, ...]
+    prior: float
+    terms: FloatArray
+    x_0_mse: FloatArray
+    eps_mse: FloatArray
+    counts: NDArray[np.int64]
+    totals: FloatArray
+
+    @property
+    def bits_per_dim(self) -> float:
+        """The bound: the mean over the images."""
+        return float(self.totals.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of `bits_per_dim` over the images; NaN for a single image."""
+        return float(self.totals.std(ddof=1) / math.sqrt(len(self.totals))) if len(self.totals) > 1 else math.nan
+
+    @property
+    def metric(self) -> Metric:
+        """The bound as a metric of evaluation.json."""
+        return Metric(
+            name=BITS_PER_DIM,
+            value=self.bits_per_dim,
+            standard_error=None if math.isnan(self.standard_error) else self.standard_error,
+            features=None,
+            num_samples=len(self.totals),
+            num_reference=0,
+        )
+
+    @property
+    def rate(self) -> FloatArray:
+        """Bits per dimension sent before the x_t of each step is known. Section 4.3, Ho et al. 2020.
+
+        Terms that were computed for no image are interpolated.
+        """
+        steps, is_known = np.arange(len(self.terms)), self.counts > 0
+        sent = np.concatenate([[0.0], np.cumsum(np.interp(steps, steps[is_known], self.terms[is_known])[:-1])])
+        return np.asarray(self.prior + sent)
+
+    @property
+    def distortion(self) -> FloatArray:
+        """Root mean squared error of the x_0 predicted at each step, on the scale 0 to 255. Fig. 5, Ho et al. 2020."""
+        return np.asarray(127.5 * np.sqrt(self.x_0_mse))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what evaluation.json holds of the bound: everything except the totals of single images."""
+        arrays = ("terms", "x_0_mse", "eps_mse", "counts", "rate", "distortion")
+        return {"timesteps": list(self.timesteps), "prior": self.prior} | {
+            name: getattr(self, name).tolist() for name in arrays
+        }
+
+
+class Prediction(NamedTuple):
+    """Output of a network at x_t.
+
+    Attributes:
+        x_0: The predicted x_0, clipped if the scheduler clips.
+        eps: The predicted noise, from the prediction before clipping.
+        variance: The variance channels; None if the variance is fixed.
     """
 
     x_0: torch.Tensor
@@ -46,73 +110,69 @@ class Prediction:
     variance: torch.Tensor | None
 
 
-class Chain:
-    """The reverse process of a pipeline on a list of timesteps, ancestral (eta = 1).
+class ReverseProcess:
+    """The ancestral (eta = 1) reverse process of a pipeline on a list of timesteps.
 
-    A self-conditioned network is called twice for each prediction, the second time with its own first one: then each
+    A self-conditioned network is called twice per prediction, the second time with its own first prediction: then each
     step depends on x_t alone, as a Markov chain must.
 
     Args:
-        pipeline: The network, with a GaussianDiffusionScheduler.
-        timesteps: Descending; None takes the whole training chain.
+        pipeline: The network with a GaussianDiffusionScheduler.
+        timesteps: Descending timesteps; None takes all training timesteps.
 
     Raises:
-        ValueError: The scheduler is another one, the timesteps do not fit it, or noise is predicted where the first of
-            them holds no signal.
+        ValueError: The scheduler is a different one, the timesteps are invalid, or the network predicts noise and the
+            first timestep has no signal.
     """
 
     def __init__(self, pipeline: GaussianDiffusionPipeline, timesteps: list[int] | None = None) -> None:
         scheduler = pipeline.scheduler
         if not isinstance(scheduler, GaussianDiffusionScheduler):
             raise ValueError(
-                f"the likelihood needs the chain of a GaussianDiffusionScheduler, not {type(scheduler).__name__}."
+                f"the likelihood needs the reverse process of a GaussianDiffusionScheduler, not of "
+                f"{type(scheduler).__name__}."
             )
         chosen = list(range(len(scheduler)))[::-1] if timesteps is None else timesteps
         scheduler.set_timesteps(timesteps=chosen)
+        self.pipeline = pipeline
         self.scheduler = scheduler
         self.transitions: list[Transition] = scheduler.noise_schedule.transitions(chosen)
         scheduler.check_signal(self.transitions[0])
         self.device: torch.device = pipeline.unet.device
         self.dtype = torch.promote_types(torch.float32, pipeline.unet.dtype)
-        self._unet = pipeline.unet
-        self._is_self_conditioned = bool(pipeline.config.get("self_conditioned"))
 
     def __len__(self) -> int:
         return len(self.transitions)
 
-    def noised(self, x_0: torch.Tensor, noise: torch.Tensor, step: Transition) -> torch.Tensor:
-        """x_t of q(x_t | x_0)."""
+    def q_sample(self, x_0: torch.Tensor, noise: torch.Tensor, step: Transition) -> torch.Tensor:
+        """Return x_t of q(x_t | x_0)."""
         return gaussian.q_sample(x_0, noise, math.sqrt(step.alpha_bar), math.sqrt(1 - step.alpha_bar))
 
     def predict(self, x_t: torch.Tensor, step: Transition, class_labels: torch.Tensor | None) -> Prediction:
-        """Calls the network on states (batch, channels, height, width) of one timestep."""
+        """Evaluate the network on states (batch, channels, height, width) of one timestep."""
+        if not self.pipeline.config.get("self_conditioned"):
+            return self._predict(x_t, x_t, step, class_labels)
         x_0 = torch.zeros_like(x_t)
-        if self._is_self_conditioned:
-            x_0 = self._predict(torch.cat([x_t, x_0], dim=1), x_t, step, class_labels).x_0
-            return self._predict(torch.cat([x_t, x_0], dim=1), x_t, step, class_labels)
-        return self._predict(x_t, x_t, step, class_labels)
+        x_0 = self._predict(torch.cat([x_t, x_0], dim=1), x_t, step, class_labels).x_0
+        return self._predict(torch.cat([x_t, x_0], dim=1), x_t, step, class_labels)
 
     def _predict(
         self, network_input: torch.Tensor, x_t: torch.Tensor, step: Transition, class_labels: torch.Tensor | None
     ) -> Prediction:
+        unet: Any = self.pipeline.unet
         timesteps = torch.full((len(x_t),), step.timestep, device=x_t.device)
-        output: Any = self._unet(
-            network_input.to(self._unet.dtype), timesteps, class_labels=class_labels, return_dict=False
-        )[0]
+        output = unet(network_input.to(unet.dtype), timesteps, class_labels=class_labels, return_dict=False)[0]
         prediction, variance = self.scheduler.split_variance(output.to(x_t.dtype), x_t)
-        kind, alpha, sigma = (
-            self.scheduler.config.prediction_type,
-            math.sqrt(step.alpha_bar),
-            math.sqrt(1 - step.alpha_bar),
-        )
-        x_0 = self.scheduler.clip(gaussian.predict_x_0(kind, prediction, x_t, alpha, sigma))
-        return Prediction(x_0, gaussian.predict_eps(kind, prediction, x_t, alpha, sigma), variance)
+        prediction_type = self.scheduler.config.prediction_type
+        alpha, sigma = math.sqrt(step.alpha_bar), math.sqrt(1 - step.alpha_bar)
+        x_0 = self.scheduler.clip(gaussian.predict_x_0(prediction_type, prediction, x_t, alpha, sigma))
+        return Prediction(x_0, gaussian.predict_eps(prediction_type, prediction, x_t, alpha, sigma), variance)
 
     def term(self, x_0: torch.Tensor, x_t: torch.Tensor, prediction: Prediction, row: int) -> torch.Tensor:
-        """One term of the bound in nats, element by element: L_{t-1}, or L_0 in the last step.
+        """Return one term of the bound in nats per value: L_{t-1}, or L_0 in the last step.
 
-        Eq. 5, 7 and 13, Ho et al. 2020, for any two timesteps. The prediction of x_0 is clipped as in sampling, whose
-        chain this is the bound of; that of training (training/objective.py) is not.
+        Eq. 5, 7 and 13, Ho et al. 2020, for any two timesteps. x_0 is clipped as in sampling; the training loss
+        (training/loss.py) does not clip it.
         """
         step = self.transitions[row]
         log_variance = self._log_variance(row, prediction.variance, x_t)
@@ -125,324 +185,220 @@ class Chain:
         return gaussian.normal_kl(true_mean, true_log_variance, mean, log_variance)
 
     def prior(self, x_0: torch.Tensor) -> torch.Tensor:
-        """KL(q(x_T | x_0) || N(0, 1)) in nats, element by element: what no network changes."""
+        """Return KL(q(x_T | x_0) || N(0, 1)) in nats per value; it does not depend on the network."""
         alpha_bar = torch.tensor(self.transitions[0].alpha_bar, dtype=x_0.dtype, device=x_0.device)
         return gaussian.normal_kl(
             alpha_bar.sqrt() * x_0, torch.log1p(-alpha_bar), torch.zeros_like(x_0), torch.zeros_like(x_0)
         )
 
     def _log_variance(self, row: int, learned: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """Log-variance of the reverse step; in the last one, whose posterior variance is 0, that of the step before.
+        """Return the log-variance of a reverse step.
 
-        An analytic variance needs no such replacement.
+        The posterior variance of the last step is 0; the one of the step before replaces it. An analytic variance needs
+        no replacement.
         """
-        step, kind = self.transitions[row], self.scheduler.variance_type
+        step = self.transitions[row]
         is_last = step.previous_timestep < 0
         small = self.transitions[row - 1].posterior_variance if is_last and row > 0 else step.posterior_variance
-        log_small, log_large = math.log(small or step.beta), math.log(step.beta)  # a chain of one step has none before
+        log_small, log_large = math.log(small or step.beta), math.log(step.beta)  # small is 0 if there is one step only
         if self.scheduler.analytic_variance:
             variance = self.scheduler.fixed_variance(step)
-            return torch.full_like(like, math.log(max(variance, SMALLEST_DECODER_VARIANCE) if is_last else variance))
+            return torch.full_like(like, math.log(max(variance, MIN_DECODER_VARIANCE) if is_last else variance))
         if learned is None and is_last:
             return torch.full_like(like, log_small)
-        log_variance = gaussian.reverse_log_variance(kind, learned, log_small, log_large)
+        log_variance = gaussian.reverse_log_variance(self.scheduler.variance_type, learned, log_small, log_large)
         return log_variance if isinstance(log_variance, torch.Tensor) else torch.full_like(like, log_variance)
 
+    def load(
+        self, images: ImageSet, positions: Sequence[int] | NDArray[np.int64]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return images in [-1, 1], and the labels of a class-conditional network, on the device of the network."""
+        pixels, labels = images.take(np.asarray(positions))
+        x_0 = normalize(torch.from_numpy(pixels).to(self.device)).to(self.dtype)
+        if not self.pipeline.num_classes or labels is None:
+            return x_0, None
+        return x_0, torch.from_numpy(labels).to(self.device)
 
-def check_labels(images: ImageSet, num_classes: int) -> None:
-    """Refuses images without the labels that a class-conditional network needs.
 
-    Raises:
-        ValueError: With what to do.
-    """
-    if num_classes and (images.labels is None or images.labels[images.rows].max() >= num_classes):
+def check_bound(process: ReverseProcess, images: ImageSet, num_terms: int | None) -> None:
+    """Raise ValueError if `variational_bound` cannot be computed; does not call the network."""
+    num_channels = process.pipeline.num_channels
+    if images.images.dtype != np.uint8:
+        raise ValueError(f"the images have {images.images.dtype} values; bits per dimension need 8-bit images.")
+    if len(images) == 0:
+        raise ValueError("there are no images to compute bits per dimension of.")
+    if images.image_shape[0] != num_channels:
         raise ValueError(
-            f"the network has {num_classes} classes, so each image needs a label from 0 to {num_classes - 1}; name "
-            "their column with data.label_column."
+            f"the images have {images.image_shape[0]} channels and the network {num_channels}; set data.num_channels."
+        )
+    _check_labels(process, images)
+    if num_terms is not None and not 2 <= num_terms <= len(process):
+        raise ValueError(
+            f"num_terms is {num_terms}; it must be between 2 and {len(process)}, the number of reverse steps."
         )
 
 
-def load_images(
-    images: ImageSet, positions: Sequence[int] | NDArray[np.int64], chain: Chain, *, with_labels: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns images of a set in [-1, 1] and, where the network needs them, labels, on the device of the network."""
-    pixels, labels = images.take(np.asarray(positions))
-    x_0 = normalize(torch.from_numpy(pixels).to(chain.device)).to(chain.dtype)
-    return x_0, torch.from_numpy(labels).to(chain.device) if with_labels and labels is not None else None
-
-
-def batches_of(images: range, batch_size: int) -> Iterator[range]:
-    """Yields the images in batches."""
-    for start in range(images.start, images.stop, batch_size):
-        yield range(start, min(start + batch_size, images.stop))
-
-
-Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class VariationalBound:
-    """The bound of some images, in bits per dimension.
-
-    Args:
-        timesteps: The chain, descending; the arrays below have one entry for each of its steps.
-        prior: KL(q(x_T | x_0) || p(x_T)), mean over the images.
-        terms: Mean of L_t over the images for which it was computed; the last entry is the decoder's, L_0.
-        x_0_mse: Mean square error of the predicted x_0, of values in [-1, 1].
-        eps_mse: Mean square error of the predicted noise.
-        counts: For how many images each term was computed.
-        totals: The whole bound of each image, (images,).
-    """
-
-    timesteps: tuple[int, ...]
-    prior: float
-    terms: Array
-    x_0_mse: Array
-    eps_mse: Array
-    counts: NDArray[np.int64]
-    totals: Array
-
-    @property
-    def bits_per_dim(self) -> float:
-        """The bound: the mean over the images."""
-        return float(self.totals.mean())
-
-    @property
-    def standard_error(self) -> float:
-        """Of `bits_per_dim`, from the spread over the images; NaN for a single one."""
-        return float(self.totals.std(ddof=1) / math.sqrt(len(self.totals))) if len(self.totals) > 1 else math.nan
-
-    @property
-    def rate(self) -> Array:
-        """Bits per dimension sent before each step's x_t is known, along the chain. Section 4.3, Ho et al. 2020.
-
-        Terms that were computed for no image are those between their neighbours, and not 0.
-        """
-        steps, is_known = np.arange(len(self.terms)), self.counts > 0
-        sent = np.concatenate([[0.0], np.cumsum(np.interp(steps, steps[is_known], self.terms[is_known])[:-1])])
-        return np.asarray(self.prior + sent)
-
-    @property
-    def distortion(self) -> Array:
-        """Root mean square error of x_0 as predicted from each step's x_t, on the scale of 0 to 255. Fig. 5, ibid."""
-        return np.asarray(127.5 * np.sqrt(self.x_0_mse))
+def _check_labels(process: ReverseProcess, images: ImageSet) -> None:
+    num_classes = process.pipeline.num_classes
+    if num_classes and (images.labels is None or images.labels[images.rows].max() >= num_classes):
+        raise ValueError(
+            f"the network has {num_classes} classes, so each image needs a label from 0 to {num_classes - 1}; set "
+            "data.label_column."
+        )
 
 
 @torch.no_grad()
 def variational_bound(
-    pipeline: GaussianDiffusionPipeline,
-    images: ImageSet,
-    *,
-    seed: int,
-    timesteps: list[int] | None = None,
-    num_terms: int | None = None,
-    batch_size: int = 64,
-    ranks: Ranks = ALONE,
+    process: ReverseProcess, images: ImageSet, *, seed: int, num_terms: int | None = None, batch_size: int = 64
 ) -> VariationalBound:
-    """Collective: computes the bound of every image of a set, streaming over them.
+    """Collective: compute the variational bound of each image; the processes share the images.
 
     Args:
-        pipeline: The network, in whatever mode and on whatever device it is, and the scheduler.
-        images: uint8 images in their own sizes' order; cropped in the centre, never mirrored.
+        process: The reverse process.
+        images: 8-bit images; cropped from the center, never mirrored.
         seed: The noise of image i at timestep t is a function of (seed, t, i).
-        timesteps: The chain, descending; None takes all that training had.
-        num_terms: None computes every term for every image. A number computes so many for each image, the decoder's and
-            others drawn evenly from the chain, and estimates the rest from them, without bias.
-        batch_size: Images of one forward.
-        ranks: The processes, which share the images.
+        num_terms: Terms to compute per image: the decoder term, and others drawn evenly from the reverse steps, which
+            estimate the bound without bias. None computes all terms.
+        batch_size: Images per batch.
 
     Raises:
-        ValueError: The images have more than 8 bits, the classes do not fit, or `num_terms` is not in 2 ... chain.
+        ValueError: The images do not have 8 bits or their labels and channels do not fit the network, or `num_terms` is
+            not between 2 and the number of steps.
     """
-    chain = check_bound(pipeline, images, timesteps, num_terms)
-    was_training = pipeline.unet.training
-    pipeline.unet.eval()
-    try:
-        sums, totals, priors = _sums(
-            chain, images, ranks.part(len(images)), num_terms, seed, batch_size, with_labels=pipeline.num_classes > 0
-        )
-    finally:
-        pipeline.unet.train(was_training)
-    sums, totals, priors = ranks.gather(sums[None]).sum(axis=0), ranks.gather(totals), ranks.gather(priors)
+    check_bound(process, images, num_terms)
+    num_steps, mine = len(process), distributed.rank_range(len(images))
+    sums = np.zeros((4, num_steps))  # bits, squared error of x_0, squared error of eps, number of images
+    totals, priors = np.zeros(len(mine)), np.zeros(len(mine))
+    bar = tqdm(total=len(mine) * (num_terms or num_steps), desc="Bits per dimension", disable=None, leave=False)
+    with eval_mode(process.pipeline.unet), bar:
+        for positions in _batches(mine, batch_size):
+            batch = slice(positions.start - mine.start, positions.stop - mine.start)
+            x_0, labels = process.load(images, positions)
+            priors[batch] = _bits(process.prior(x_0))
+            totals[batch] = priors[batch]
+            weights = term_weights(num_steps, num_terms, seed, positions)
+            for row in range(num_steps):
+                chosen = np.flatnonzero(weights[row])
+                if len(chosen):
+                    values = _term_and_errors(process, row, x_0, labels, positions, chosen, seed)
+                    totals[batch][chosen] += weights[row, chosen] * values[0]
+                    sums[:, row] += [*values.sum(axis=1), len(chosen)]
+                    bar.update(len(chosen))
+    sums = distributed.gather_rows(sums[None]).sum(axis=0)
+    totals, priors = distributed.gather_rows(totals), distributed.gather_rows(priors)
     counts = sums[3]
-    means = sums[:3] / np.maximum(counts, 1)
+    terms, x_0_mse, eps_mse = sums[:3] / np.maximum(counts, 1)
     return VariationalBound(
-        timesteps=tuple(step.timestep for step in chain.transitions),
+        timesteps=tuple(step.timestep for step in process.transitions),
         prior=float(priors.mean()),
-        terms=means[0],
-        x_0_mse=means[1],
-        eps_mse=means[2],
+        terms=terms,
+        x_0_mse=x_0_mse,
+        eps_mse=eps_mse,
         counts=counts.astype(np.int64),
         totals=totals,
     )
 
 
-def _sums(
-    chain: Chain,
-    images: ImageSet,
-    mine: range,
-    num_terms: int | None,
-    seed: int,
-    batch_size: int,
-    *,
-    with_labels: bool,
-) -> tuple[Array, Array, Array]:
-    """Goes through some images: sums of bits, of both square errors and of their number (4, steps); totals; priors."""
-    sums, totals, priors = np.zeros((4, len(chain))), np.zeros(len(mine)), np.zeros(len(mine))
-    bar = tqdm(total=len(mine) * (num_terms or len(chain)), desc="Bits per dimension", disable=None, leave=False)
-    with bar:
-        for positions in batches_of(mine, batch_size):
-            part = slice(positions.start - mine.start, positions.stop - mine.start)
-            x_0, labels = load_images(images, positions, chain, with_labels=with_labels)
-            priors[part] = _bits(chain.prior(x_0))
-            totals[part] = priors[part]
-            weights = _weights(len(chain), num_terms, seed, positions)
-            for row in range(len(chain)):
-                chosen = np.flatnonzero(weights[row])
-                if len(chosen):
-                    values = _terms(chain, row, x_0, labels, positions, chosen, seed)
-                    totals[part][chosen] += weights[row, chosen] * values[0]
-                    sums[:, row] += [*values.sum(axis=1), len(chosen)]
-                    bar.update(len(chosen))
-    return sums, totals, priors
+def term_weights(num_steps: int, num_terms: int | None, seed: int, positions: range) -> FloatArray:
+    """Return the weight of each term in the bound of each image, (steps, images); terms of weight 0 are not computed.
 
-
-def check_bound(
-    pipeline: GaussianDiffusionPipeline, images: ImageSet, timesteps: list[int] | None, num_terms: int | None
-) -> Chain:
-    """Refuses what has no bits per dimension, before the network is called, and returns the chain.
-
-    Args:
-        pipeline: This and the following are those of `variational_bound`.
-        images: Those whose bound is asked for.
-        timesteps: The chain.
-        num_terms: Terms for each image.
-
-    Raises:
-        ValueError: As `variational_bound`.
-    """
-    chain = Chain(pipeline, timesteps)
-    if images.images.dtype != np.uint8:
-        raise ValueError(f"the images have {images.images.dtype} values; bits per dimension are those of 8-bit images.")
-    if len(images) == 0:
-        raise ValueError("there are no images to compute bits per dimension of.")
-    if images.image_shape[0] != pipeline.num_channels:
-        raise ValueError(
-            f"the images have {images.image_shape[0]} channels and the network {pipeline.num_channels}; set "
-            "data.num_channels."
-        )
-    check_labels(images, pipeline.num_classes)
-    if num_terms is not None and not 2 <= num_terms <= len(chain):
-        raise ValueError(f"num_terms is {num_terms}; it must be between 2 and {len(chain)}, the steps of the chain.")
-    return chain
-
-
-def _weights(num_steps: int, num_terms: int | None, seed: int, positions: range) -> Array:
-    """Returns how much each term (steps, images) counts in the estimate of an image's bound; 0 is not computed.
-
-    Of the terms before the decoder's, which is always computed, each image has one in each of `num_terms` - 1 equal
-    parts of the chain.
+    The decoder term is always computed. Of the other terms, each image draws one from each of `num_terms` - 1 equal
+    parts of the reverse process, with the size of the part as its weight.
     """
     if num_terms is None or num_terms == num_steps:
         return np.ones((num_steps, len(positions)))
     weights = np.zeros((num_steps, len(positions)))
     weights[-1] = 1
     borders = np.linspace(0, num_steps - 1, num_terms).round().astype(int)
+    sizes = np.diff(borders)
     for column, position in enumerate(positions):
-        places = numpy_generator(seed, "bound_terms", position).random(num_terms - 1)
-        width = np.diff(borders)
-        weights[borders[:-1] + (places * width).astype(int), column] = width
+        offsets = numpy_generator(seed, "bound_terms", position).random(num_terms - 1)
+        weights[borders[:-1] + (offsets * sizes).astype(int), column] = sizes
     return weights
 
 
-def _terms(
-    chain: Chain,
+def _term_and_errors(
+    process: ReverseProcess,
     row: int,
     x_0: torch.Tensor,
     labels: torch.Tensor | None,
     positions: range,
     chosen: NDArray[np.int64],
     seed: int,
-) -> Array:
-    """Returns bits, square error of x_0 and square error of the noise, (3, images), of one step for some images."""
-    step = chain.transitions[row]
-    noise = normal_by_position(seed, "bound_noise", step.timestep, positions, x_0.shape[1:], chain.device)
-    index = torch.from_numpy(chosen).to(chain.device)
-    x_0, noise = x_0[index], noise.to(chain.dtype)[index]
-    x_t = chain.noised(x_0, noise, step)
-    prediction = chain.predict(x_t, step, None if labels is None else labels[index])
+) -> FloatArray:
+    """Return bits, squared error of x_0 and squared error of eps of one step, (3, chosen images)."""
+    step = process.transitions[row]
+    noise = normal_by_position(seed, "bound_noise", step.timestep, positions, x_0.shape[1:], process.device)
+    index = torch.from_numpy(chosen).to(process.device)
+    x_0, noise = x_0[index], noise.to(process.dtype)[index]
+    x_t = process.q_sample(x_0, noise, step)
+    prediction = process.predict(x_t, step, None if labels is None else labels[index])
     errors = [(prediction.x_0 - x_0) ** 2, (prediction.eps - noise) ** 2]
-    return np.stack([_bits(chain.term(x_0, x_t, prediction, row)), *map(_mean, errors)])
+    return np.stack([_bits(process.term(x_0, x_t, prediction, row)), *map(_mean, errors)])
 
 
-def _mean(values: torch.Tensor) -> Array:
-    """Returns the mean of each image, float64."""
+def _mean(values: torch.Tensor) -> FloatArray:
+    """Return the mean of each image, float64."""
     return values.flatten(1).mean(dim=1, dtype=torch.float64).cpu().numpy()
 
 
-def _bits(nats: torch.Tensor) -> Array:
-    """Returns the mean of each image in bits."""
+def _bits(nats: torch.Tensor) -> FloatArray:
+    """Return the mean of each image in bits."""
     return _mean(nats) / math.log(2)
+
+
+def check_second_moments(pipeline: GaussianDiffusionPipeline, images: ImageSet) -> ReverseProcess:
+    """Check that a pipeline can use second moments, without calling the network, and return its reverse process.
+
+    Raises:
+        ValueError: The scheduler or its variance does not support them, or the images lack the labels of the network.
+    """
+    process = ReverseProcess(pipeline)
+    _check_labels(process, images)
+    # The scheduler checks its variance type when moments are set.
+    type(process.scheduler).from_config(process.scheduler.config).eps_second_moments = torch.ones(len(process))
+    return process
 
 
 @torch.no_grad()
 def estimate_second_moments(
-    pipeline: GaussianDiffusionPipeline,
-    images: ImageSet,
-    *,
-    seed: int,
-    num_images: int,
-    batch_size: int = 64,
-    ranks: Ranks = ALONE,
+    pipeline: GaussianDiffusionPipeline, images: ImageSet, *, seed: int, num_images: int, batch_size: int = 64
 ) -> torch.Tensor:
-    """Collective: estimates Gamma_t = E |eps(x_t)|^2 / d at every timestep of training. Eq. 8, Bao et al. 2022.
+    """Collective: estimate Gamma_t = E |eps(x_t)|^2 / d at every training timestep. Eq. 8, Bao et al. 2022.
 
-    The images go round in an order that the seed draws, since many sets are sorted by class. Each timestep sees the
-    next `num_images` of them, so a small number sees different ones at each.
+    The processes share the timesteps, so the result does not depend on their number. Images are used in a random order,
+    because many data sets are sorted by class; each timestep uses the next `num_images` of them.
 
     Args:
         pipeline: The network and the scheduler.
-        images: Training images; held-out ones would tell of the data what the network was not trained on.
-        seed: Of the noise, and of the order of the images.
-        num_images: For each timestep.
-        batch_size: Images of one forward.
-        ranks: The processes, which share the timesteps: the bits are those of one process.
+        images: Training images: the network predicts the noise of validation images less well.
+        seed: Seed of the noise and of the order of the images.
+        num_images: Images per timestep.
+        batch_size: Images per forward pass.
 
     Returns:
         float64 (T,), for `scheduler.eps_second_moments`.
 
     Raises:
-        ValueError: As `check_second_moments`.
+        ValueError: See `check_second_moments`.
     """
-    chain = check_second_moments(pipeline, images)
-    rows = ranks.part(len(chain))
-    mine = np.zeros(len(rows))
+    process = check_second_moments(pipeline, images)
+    rows = distributed.rank_range(len(process))
+    moments = np.zeros(len(rows))
     order = numpy_generator(seed, "moments_images").permutation(len(images))
-    was_training = pipeline.unet.training
-    pipeline.unet.eval()
-    try:
-        for place, row in enumerate(tqdm(rows, "Second moments", disable=None, leave=False)):
-            step, total = chain.transitions[row], 0.0
-            for positions in batches_of(range(row * num_images, (row + 1) * num_images), batch_size):
-                turn = order[np.asarray(positions) % len(images)]
-                x_0, class_labels = load_images(images, turn, chain, with_labels=pipeline.num_classes > 0)
-                noise = normal_by_position(seed, "moments", 0, positions, x_0.shape[1:], chain.device).to(chain.dtype)
-                eps = chain.predict(chain.noised(x_0, noise, step), step, class_labels).eps
+    with eval_mode(pipeline.unet):
+        for index, row in enumerate(tqdm(rows, "Second moments", disable=None, leave=False)):
+            step, total = process.transitions[row], 0.0
+            for positions in _batches(range(row * num_images, (row + 1) * num_images), batch_size):
+                x_0, labels = process.load(images, order[np.asarray(positions) % len(images)])
+                noise = normal_by_position(seed, "moments", 0, positions, x_0.shape[1:], process.device)
+                noise = noise.to(process.dtype)
+                eps = process.predict(process.q_sample(x_0, noise, step), step, labels).eps
                 total += float((eps.double() ** 2).sum()) / math.prod(eps.shape[1:])
-            mine[place] = total / num_images
-    finally:
-        pipeline.unet.train(was_training)
-    return torch.from_numpy(ranks.gather(mine)[::-1].copy())  # the chain descends, from T-1 to 0
+            moments[index] = total / num_images
+    return torch.from_numpy(distributed.gather_rows(moments)[::-1].copy())  # transitions descend from T-1 to 0
 
 
-def check_second_moments(pipeline: GaussianDiffusionPipeline, images: ImageSet) -> Chain:
-    """Refuses a pipeline that has no use for second moments, before the network is called, and returns the chain.
-
-    Raises:
-        ValueError: The scheduler or its variance is another one, or the images lack the labels of the network.
-    """
-    chain = Chain(pipeline)
-    check_labels(images, pipeline.num_classes)
-    # The scheduler itself says whether it takes moments; to ask, any will do.
-    type(chain.scheduler).from_config(chain.scheduler.config).eps_second_moments = torch.ones(len(chain))
-    return chain
+def _batches(items: range, batch_size: int) -> Iterator[range]:
+    for start in range(items.start, items.stop, batch_size):
+        yield range(start, min(start + batch_size, items.stop))

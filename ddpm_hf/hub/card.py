@@ -57,7 +57,7 @@ _NATIVE_SCHEDULERS = ("GaussianDiffusionScheduler", "DDPMScheduler")
 # What the model-index records of a value beside the number itself.
 _DETAILS = (
     "num_samples", "num_reference", "features", "seed", "sampler", "num_inference_steps", "num_steps", "num_terms",
-    "variance", "images", "recognised_held_out",
+    "variance", "images",
 )  # fmt: skip
 _DETAILS_OF_SAMPLING = ("eta", "guidance_scale", "timestep_spacing", "dtype", "device")
 _COLORS = {1: "grayscale", 3: "RGB", 4: "RGBA"}
@@ -76,7 +76,7 @@ _LOSSES = {
 }
 _SETTINGS = {
     "Network preset": "model.preset",
-    "Initialization": "model.initialization",
+    "Weight initialization": "model.initialization",
     "Resolution": "data.resolution",
     "Random horizontal flip": "data.random_flip",
     "Loss weighting": "objective.weighting",
@@ -194,7 +194,7 @@ def _merged_head(front: str, new: Mapping[str, Any], *, keeps_license: bool) -> 
 def _with_key(text: str, key: str, value: Any) -> str:
     """Return YAML with another value of a top-level key; the lines of other keys, and their comments, stay."""
     written = "" if value is None else yaml_dump({key: value}, sort_keys=False)
-    lines = re.compile(rf"^{re.escape(key)}[ \t]*:.*\n(?:[ \t-].*\n)*", re.M)
+    lines = re.compile(rf"^['\"]?{re.escape(key)}['\"]?[ \t]*:.*\n(?:[ \t-].*\n)*", re.M)
     return lines.sub(lambda _: written, text, count=1) if lines.search(text) else text + written
 
 
@@ -524,7 +524,9 @@ def _eval_result(one: Result, facts: Facts) -> EvalResult:
     version = _entry(evaluation, "versions.ddpm_hf") or facts.measured("versions.ddpm_hf") or ""
     details = {"evaluator": f"ddpm_hf {version}".strip(), "standard_error": one.standard_error}
     details |= {name: one.row.get(name) for name in _DETAILS}
-    if one.metric not in (ACCURACY, BITS_PER_DIM):
+    if one.metric == ACCURACY:
+        details["accuracy_on_validation_images"] = one.row.get("recognised_held_out")
+    elif one.metric != BITS_PER_DIM:
         details |= {name: _entry(evaluation, f"sampling.{name}") for name in _DETAILS_OF_SAMPLING}
     source = _source(evaluation) or facts.data_source or "unknown"
     return EvalResult(
@@ -594,7 +596,7 @@ def render(facts: Facts, *, license: Code | None) -> str:
         of_images=[one for one in evaluated if one.metric == BITS_PER_DIM],
         hyperparameters=_hyperparameters(facts),
         command=Code(_command(facts)) if facts.evaluation else "",
-        score=_score(facts),
+        score=facts.measured("score"),
         versions=facts.measured("versions") or {},
         citations=Code(_citations(facts)),
     )
@@ -635,9 +637,15 @@ def _license_text(data: Mapping[str, Any]) -> Code | None:
 
 def _native_call(facts: Facts) -> str:
     """Return the arguments of a pipeline call that samples as the run's report did."""
-    words = [f"class_labels={_labels(facts)}" if facts.num_classes else f"batch_size={NUM_IMAGES}"]
-    names = ("num_inference_steps", "eta", "guidance_scale")
-    steps, eta, guidance = (facts.setting(f"evaluation.{name}") for name in names)
+    words = [f"batch_size={NUM_IMAGES}"]
+    if facts.num_classes:
+        names, labels = facts.class_names, list(range(min(facts.num_classes, NUM_IMAGES)))
+        first = names[: len(labels)]
+        are_readable = all(name.isprintable() and len(name) < 40 and not name.isdigit() for name in first)
+        use_names = len(set(names)) == len(names) == facts.num_classes and are_readable
+        words = [f"class_labels={json.dumps(first if use_names else labels, ensure_ascii=False)}"]
+    steps, eta = facts.setting("evaluation.num_inference_steps"), facts.setting("evaluation.eta")
+    guidance = facts.setting("evaluation.guidance_scale")
     if isinstance(steps, int) and 0 < steps <= facts.num_train_timesteps:
         words.append(f"num_inference_steps={steps}")
     if isinstance(eta, int | float) and facts.takes_eta:
@@ -647,15 +655,6 @@ def _native_call(facts: Facts) -> str:
     if facts.num_channels not in _COLORS:
         words.append('output_type="np"')
     return ", ".join(words)
-
-
-def _labels(facts: Facts) -> str:
-    """Return labels of the first classes: their names where these are unique and readable, otherwise numbers."""
-    count, names = min(facts.num_classes, NUM_IMAGES), facts.class_names
-    are_readable = all(name.isprintable() and len(name) < 40 and not name.isdigit() for name in names[:count])
-    if len(set(names)) == len(names) == facts.num_classes and are_readable:
-        return json.dumps(names[:count], ensure_ascii=False)
-    return json.dumps(list(range(count)))
 
 
 def _hyperparameters(facts: Facts) -> list[tuple[str, Any]]:
@@ -672,7 +671,8 @@ def _hyperparameters(facts: Facts) -> list[tuple[str, Any]]:
     if isinstance(seen, int):
         epochs = f" ({seen / count:.3g} epochs)" if isinstance(count, int) and count > 0 else ""
         rows.append(("Images seen", f"{seen:,}{epochs}"))
-    rows.append(("Final training loss", facts.measured("loss")))
+    if isinstance(loss := facts.measured("loss"), float):
+        rows.append(("Final training loss", f"{loss:.4g}"))
     if device := facts.measured("device"):
         count = facts.measured("num_processes")
         rows.append(("Hardware", f"{count} x {device}" if isinstance(count, int) and count > 1 else device))
@@ -681,28 +681,15 @@ def _hyperparameters(facts: Facts) -> list[tuple[str, Any]]:
     return [(label, value) for label, value in rows if value not in _OFF]
 
 
-def _score(facts: Facts) -> str | None:
-    """Return the last score that was measured during training."""
-    score = facts.measured("score")
-    if not isinstance(score, Mapping):
-        return None
-    known = {str(name).removeprefix("score_"): value for name, value in score.items()}
-    metric, value = known.get("metric"), known.get("score")
-    if metric is None or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    features = f" in the features of {known['features']}" if known.get("features") else ""
-    count = f" of {known['num_samples']:,} images" if isinstance(known.get("num_samples"), int) else ""
-    return f"{metric}{features}{count}: {value:.4g}"
-
-
 def _command(facts: Facts) -> str:
     """Return the command that measures the values of evaluation.json again."""
-    evaluation, data = facts.evaluation, facts.setting("data") or {}
-    sampling, measured = evaluation.get("sampling") or {}, evaluation.get("data") or {}
-    flags = {"data": _source(evaluation) or facts.data_source or "DATA", "data.split": measured.get("split")}
-    flags["data.subset"] = data.get("subset")
-    if measured.get("num_held_out_images"):
-        flags |= {f"data.{name}": data.get(name) or None for name in ("validation_split", "validation_fraction")}
+    sampling = facts.evaluation.get("sampling") or {}
+    flags: dict[str, Any] = {"data": _source(facts.evaluation) or facts.data_source or "DATA"}
+    flags["data.split"] = _entry(facts.evaluation, "data.split")
+    flags["data.subset"] = facts.setting("data.subset")
+    if _entry(facts.evaluation, "data.num_held_out_images"):
+        for name in ("data.validation_split", "data.validation_fraction"):
+            flags[name] = facts.setting(name) or None
         flags["split_seed"] = facts.setting("training.seed") or None
     evaluated = [one for one in facts.results if one.metric != ACCURACY]
     of_samples = [one for one in evaluated if one.metric != BITS_PER_DIM]
@@ -724,9 +711,7 @@ def _command(facts: Facts) -> str:
         flags["variance"] = "analytic"
     if sampling.get("dtype") in ("bfloat16", "float16"):
         flags["dtype"] = sampling["dtype"]
-    for one in evaluated:
-        if one.metric != BITS_PER_DIM:
-            continue
+    for one in [one for one in evaluated if one not in of_samples]:
         terms, steps = one.row.get("num_terms"), one.row.get("num_steps")
         flags |= {"num_images": one.num_images, "num_terms": "all" if terms == steps else terms}
         flags["likelihood_steps"] = steps if steps != facts.num_train_timesteps else None
@@ -738,14 +723,12 @@ def _command(facts: Facts) -> str:
 
 def _citations(facts: Facts) -> str:
     """Return BibTeX of the papers whose methods the model uses."""
-    scheduler, objective = facts.scheduler, facts.setting("objective") or {}
-    learned = scheduler.get("variance_type") in ("learned", "learned_range")
-    weighting = objective.get("weighting")
+    scheduler, weighting = facts.scheduler, facts.setting("objective.weighting")
     used = {
         "ho2020": True,
-        "nichol2021": learned
+        "nichol2021": scheduler.get("variance_type") in ("learned", "learned_range")
         or scheduler.get("beta_schedule") == "squaredcos_cap_v2"
-        or objective.get("timestep_sampling") == "loss_aware",
+        or facts.setting("objective.timestep_sampling") == "loss_aware",
         "song2021": facts.setting("evaluation.eta") == 0 and facts.takes_eta,
         "salimans2022": scheduler.get("prediction_type") == "v_prediction" or weighting in ("snr", "truncated_snr"),
         "hang2023": weighting == "min_snr",
@@ -753,7 +736,7 @@ def _citations(facts: Facts) -> str:
         "ho2022": facts.index.get("has_null_label"),
         "chen2023": facts.index.get("self_conditioned"),
         "lin2024": scheduler.get("rescale_betas_zero_snr"),
-        "li2024": objective.get("immiscible_noise"),
+        "li2024": facts.setting("objective.immiscible_noise"),
         "karras2024": facts.setting("training.posthoc_ema"),
         "bao2022": "scheduler/reverse_variance.json" in facts.files,
     }

@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -34,7 +34,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.evaluation.generate import Sampler, sample_film, sample_images
+from ddpm_hf.evaluation.generate import Sampler, sample_images, sample_trajectory
 from ddpm_hf.evaluation.verify import verify_contents, write_verification
 from ddpm_hf.files import (
     DENOISING_ANIMATION,
@@ -73,6 +73,11 @@ _OURS = (
     "evaluation.json", "recognition.json", "samples/samples.png", "samples/denoising.*", "samples/loss.png",
     "samples/evaluation.png",
 )  # fmt: skip
+# Code of version 0.1 that is removed if all of it is there; a single file of such a name may belong to the user.
+_CODE_0_1 = {
+    "denoising.py", "folder.py", "forward_process.py", "noise_schedule.py", "reverse_variance.py", "sampling.py",
+    "timesteps.py",
+}  # fmt: skip
 
 
 class HubRefused(ValueError):
@@ -250,9 +255,12 @@ def assemble(
             "with_real_images."
         )
 
+    step = card.read_record(pipeline_dir / TRAINING_SUMMARY).get("step")
     for path in (pipeline_dir / TRAINING_SUMMARY, pipeline_dir / EVALUATION, run / RECOGNITION):
         if path.is_file() and not path.is_symlink():
             content = _finite(card.read_record(path))
+            if content.get("step", step) != step:  # measured before training continued
+                continue
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             (target / path.name).write_text(text, encoding="utf-8")
     if (pipeline_dir / TRAINING_CONFIG).is_file():
@@ -289,7 +297,7 @@ def _draw_samples(pipeline: GaussianDiffusionPipeline, folder: Path) -> None:
     )
     prepared = sampler.prepare(pipeline)
     samples = sample_images(prepared, sampler, seed=0, indices=range(count), batch_size=BATCH_SIZE)
-    trajectory = sample_film(prepared, sampler, seed=0, num_images=count, batch_size=BATCH_SIZE)
+    trajectory = sample_trajectory(prepared, sampler, seed=0, num_images=count, batch_size=BATCH_SIZE)
     names = pipeline.config.get("class_names")
     draw_samples(
         folder,
@@ -462,7 +470,7 @@ def look_up(target: Target, repo_id: str) -> Remote:
 def upload(folder: Path, target: Target, remote: Remote, message: str) -> tuple[str, bool]:
     """Make a folder the content of a repository, in one commit on top of `remote`.
 
-    A missing repository or branch is created first. One that somebody else created or changed after `look_up` is not
+    A missing repository or branch is created first. One that was created or changed after `look_up` is not
     modified.
 
     Args:
@@ -502,13 +510,15 @@ def upload(folder: Path, target: Target, remote: Remote, message: str) -> tuple[
     return f"{home}/tree/{target.branch}" if target.branch else home, commit.oid != parent
 
 
-def _operations(folder: Path, existing: Iterable[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _operations(folder: Path, existing: Collection[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
     """Return the operations of the commit; the client leaves out files that have not changed."""
     files = _files(folder)
-    old = [name for name in existing if name not in files and any(fnmatchcase(name, pattern) for pattern in _OURS)]
+    old = {name for name in existing if any(fnmatchcase(name, pattern) for pattern in _OURS)}
+    if _CODE_0_1 <= set(existing):
+        old |= _CODE_0_1
     return [
         *(CommitOperationAdd(name, path) for name, path in files.items()),
-        *(CommitOperationDelete(name) for name in old),
+        *(CommitOperationDelete(name) for name in sorted(old - files.keys())),
     ]
 
 
@@ -545,7 +555,7 @@ def _answered(error: HfHubHTTPError, name: str, outcome: str) -> HubRefused | Hu
             "request."
         )
     if status in (409, 412):
-        return HubRefused(f"{name} was changed by somebody else at the same time ({reason}); push again.")
+        return HubRefused(f"{name} has changed in the meantime ({reason}); push again.")
     if status < 500 and status != 429:
         return HubRefused(f"the Hub refused the push to {name} ({reason}).")
     return HubFailed(f"the Hub had an error ({reason}); {outcome}. Push again later.")

@@ -28,7 +28,7 @@ def assert_run_continues(run: Path) -> None:
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_rank_that_dies_ends_the_other_and_the_last_checkpoint_goes_on(tmp_path: Path, killed: int) -> None:
+def test_a_rank_that_dies_ends_the_other_and_the_run_can_be_continued(tmp_path: Path, killed: int) -> None:
     """Without a launcher that would end the other rank."""
     with two_ranks(run_arguments(tmp_path / "run", training__num_steps=100_000), tmp_path) as ranks:
         wait_for_line(ranks[0], tmp_path / "log_0", "step 4/")
@@ -41,10 +41,10 @@ def test_a_rank_that_dies_ends_the_other_and_the_last_checkpoint_goes_on(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_launcher_that_is_told_to_stop_makes_both_ranks_save(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_to_the_launcher_makes_both_ranks_save(tmp_path: Path, number: signal.Signals) -> None:
     """torchrun passes SIGTERM and SIGINT on. SIGUSR1 ends it, which its ranks treat as SIGTERM.
 
-    `test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_bit_identically` is fast and has no launcher.
+    `test_a_signal_to_one_rank_stops_both_and_the_run_resumes_bit_identically` is fast and has no launcher.
     """
     run = tmp_path / "run"
     arguments = run_arguments(run, training__num_steps=100_000, training__checkpoint_every_steps=50_000)

@@ -1,4 +1,4 @@
-"""Two processes on the CPU, started by torchrun as a user would. What worker.py does shares one start."""
+"""Two processes on the CPU, started by torchrun as a user would. All scenarios of worker.py share one start."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ NUM_IMAGES = 24
 
 @pytest.fixture(scope="module")
 def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images that can be told apart; three steps make an epoch."""
+    """Distinct images; an epoch takes three steps."""
     folder = tmp_path_factory.mktemp("two")
     pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 8, 8), dtype=np.uint8)
     names = ClassLabel(names=list("0123456789"))
@@ -38,7 +38,7 @@ def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def begun_alone(few_images: Path) -> list[str]:
-    """The images of a run that one process began and stopped in the middle of its second epoch."""
+    """The images of a run that one process began and that stopped in the middle of its second epoch."""
     seen: list[str] = []
     changes = worker.COVERAGE | {"data__source": few_images}
     stop = worker.signalled(worker.signal.SIGTERM, 3, rank=0)
@@ -49,8 +49,8 @@ def begun_alone(few_images: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def played(few_images: Path, begun_alone: list[str]) -> subprocess.CompletedProcess[str]:
-    """All scenarios, played by two ranks."""
+def finished(few_images: Path, begun_alone: list[str]) -> subprocess.CompletedProcess[str]:
+    """The result of all scenarios on two ranks."""
     folder = few_images.parent
     tiny_unet(None).save_pretrained(folder / "unconditional")
     tiny_unet(10).save_pretrained(folder / "conditional")
@@ -60,13 +60,13 @@ def played(few_images: Path, begun_alone: list[str]) -> subprocess.CompletedProc
 
 
 @pytest.fixture(scope="module")
-def folder(few_images: Path, played: subprocess.CompletedProcess[str]) -> Path:
-    """Where the scenarios have left their runs."""
+def folder(few_images: Path, finished: subprocess.CompletedProcess[str]) -> Path:
+    """The folder with the runs of the scenarios."""
     return few_images.parent
 
 
 def reports_of(folder: Path, scenario: str) -> list[dict[str, Any]]:
-    """Returns what each rank saw."""
+    """Return the report of each rank."""
     return [json.loads((folder / f"{scenario}_{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
 
 
@@ -75,7 +75,7 @@ def reports_of(folder: Path, scenario: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Path]:
-    """The run of the scenario `curve` on one process: in one forward of 8, and in two of 4."""
+    """The run of the scenario `curve` on one process: one forward pass of 8 images, and two of 4."""
     runs = {"1x8": folder / "one", "4+4": folder / "accumulated"}
     worker.train(runs["1x8"], worker.CURVE)
     worker.train(runs["4+4"], worker.CURVE | {"training__micro_batch_size": 4})
@@ -84,7 +84,7 @@ def alone(folder: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("split", ["1x8", "4+4"])
 def test_one_loss_curve_from_one_process_and_from_two(folder: Path, alone: dict[str, Path], split: str) -> None:
-    """To 1e-5: only the order of float32 additions differs. The history of the losses is that of both ranks."""
+    """To 1e-5: only the order of float32 additions differs. The loss history has the losses of both ranks."""
     one, two = alone[split], folder / "curve"
     np.testing.assert_allclose(loss_columns(one), loss_columns(two), rtol=0, atol=1e-5)
     validation = [[row["validation_loss"] for row in metrics_of(run) if "validation_loss" in row] for run in (one, two)]
@@ -97,13 +97,13 @@ def test_one_loss_curve_from_one_process_and_from_two(folder: Path, alone: dict[
     assert len(list((two / "tensorboard").glob("events.*"))) == 1, "only one process writes to trackers"
 
 
-def test_ranks_hold_the_same_weights_and_averages(folder: Path) -> None:
+def test_ranks_hold_the_same_weights_and_ema(folder: Path) -> None:
     first, second = reports_of(folder, "curve")
     assert first == second
 
 
-def test_another_optimizer_and_stored_averages_are_those_of_one_process(folder: Path) -> None:
-    """To 1e-5: only the order of float32 additions differs. The learning rate is that of the step in both."""
+def test_another_optimizer_and_ema_snapshots_match_one_process(folder: Path) -> None:
+    """To 1e-5: only the order of float32 additions differs. The learning rate depends on the step alone."""
     runs = [folder / "other_optimizer_alone", folder / "other_optimizer"]
     worker.train(runs[0], worker.OTHER_OPTIMIZER | {"model__from_pretrained": folder / "conditional"})
     config = TrainingConfig(
@@ -126,16 +126,16 @@ def test_another_optimizer_and_stored_averages_are_those_of_one_process(folder: 
 # -------------------------------------------------------------------------------- another number of processes
 
 
-def test_a_run_goes_on_with_more_processes_and_with_fewer_and_leaves_no_image_out(
+def test_a_run_resumed_on_more_and_on_fewer_processes_uses_every_image_once(
     folder: Path,
     begun_alone: list[str],
-    played: subprocess.CompletedProcess[str],
+    finished: subprocess.CompletedProcess[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One process, then two, then one, each stopped in the middle of an epoch and of a line of metrics.
+    """One process, then two, then one, each stopped in the middle of an epoch and between two rows of metrics.
 
-    The images are exactly those of a run that one process did alone, in its order. Losses to 1e-5: only the order of
-    float32 additions differs.
+    The images are exactly those of an uninterrupted run on one process, in the same order. Losses to 1e-5: only the
+    order of float32 additions differs.
     """
     two, latest = reports_of(folder, "coverage"), find_latest(folder / "coverage" / "checkpoints")[0]
     assert [report["exit_code"] for report in two] == [143, 143]
@@ -144,7 +144,7 @@ def test_a_run_goes_on_with_more_processes_and_with_fewer_and_leaves_no_image_ou
     changes, seen, whole = worker.COVERAGE | {"data__source": folder / "few.parquet"}, list[str](), list[str]()
     worker.train(folder / "coverage", changes, worker.recording(seen))
     assert "The run was on 2 processes and is now on 1: it goes on with the same images" in caplog.text
-    assert played.stderr.count("The run was on 1 process and is now on 2: it goes on with the same images") == 1
+    assert finished.stderr.count("The run was on 1 process and is now on 2: it goes on with the same images") == 1
     worker.train(folder / "whole", changes, worker.recording(whole))
 
     shares = np.array([report["seen"] for report in two]).reshape(2, 4, 4)  # rank, step, image
@@ -159,8 +159,8 @@ def test_a_run_goes_on_with_more_processes_and_with_fewer_and_leaves_no_image_ou
 # ----------------------------------------------------------------------------------------------------- stopping
 
 
-def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_bit_identically(folder: Path) -> None:
-    """SIGINT to rank 0 in its second step, then SIGUSR1 to rank 1; the third step is saved, which was not due."""
+def test_a_signal_to_one_rank_stops_both_and_the_run_resumes_bit_identically(folder: Path) -> None:
+    """SIGINT to rank 0 in its second step, then SIGUSR1 to rank 1; step 3 is saved although no checkpoint is due."""
     expected = {"exit_codes": [130, 143, 0], "saved": "step_00000003"}
     assert reports_of(folder, "stopped") == [expected, expected]
     assert_same_run(folder / "never_stopped", folder / "stopped", 6)
@@ -169,20 +169,20 @@ def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_bit_identically(fol
 # ------------------------------------------------------------------------------------------------------- faults
 
 
-def test_what_is_not_finite_on_one_rank_is_skipped_on_both(folder: Path) -> None:
-    """NaN in an image of rank 1, then infinity in one of its gradients: 2 of 6 updates are left out everywhere."""
+def test_a_non_finite_value_of_one_rank_is_skipped_on_both(folder: Path) -> None:
+    """NaN in an image of rank 1, then infinity in one of its gradients: both ranks skip 2 of 6 updates."""
     first, second = reports_of(folder, "not_a_number")
     assert first == second
     weights = first["weights"]
     assert weights[2] == weights[1]
     assert weights[4] == weights[3]
-    assert len(set(weights)) == 4, "the other updates are done"
+    assert len(set(weights)) == 4, "the other updates are applied"
     assert (first["num_skipped"], first["num_ema_updates"], first["exit_code"]) == (2, 4, 0)
     losses = [row["loss"] for row in metrics_of(folder / "not_a_number")]
     assert [loss is None for loss in losses] == [False, False, True, False, True, False]
 
 
-def test_a_rank_that_is_late_holds_up_the_other_and_changes_nothing(folder: Path) -> None:
+def test_a_slow_rank_delays_the_other_and_changes_nothing(folder: Path) -> None:
     assert_same_run(folder / "curve", folder / "slow", 6)
 
 
@@ -194,10 +194,10 @@ def test_only_rank_0_touches_the_run_folder(folder: Path) -> None:
 
 
 def test_ranks_whose_weights_differ_are_stopped_before_they_save(folder: Path) -> None:
-    """One bit of one weight of one rank, or of its average, is enough."""
+    """A difference in one bit of one weight or EMA weight is enough."""
     first, second = reports_of(folder, "differing")
     assert first == second
-    weight, average, *values = first["said"]
+    weight, average, *values = first["messages"]
     assert weight.startswith("the 2 processes no longer have the same weights (conv_in.weight), so no checkpoint was")
     assert "(ema of conv_in.weight), so no checkpoint was written; the earlier ones are intact" in average
     assert values == [
@@ -209,34 +209,34 @@ def test_ranks_whose_weights_differ_are_stopped_before_they_save(folder: Path) -
         assert [path.name for path in (folder / "differing" / name / "checkpoints").iterdir()] == ["step_00000002"]
 
 
-def test_what_fails_on_one_rank_is_raised_on_both_and_the_smallest_memory_decides(folder: Path) -> None:
-    """24 images fit on rank 0, 3 on rank 1: both take 3, a divisor of 24. Then none fits on rank 1: both give up."""
+def test_an_error_of_one_rank_is_raised_on_both_and_the_smallest_memory_decides(folder: Path) -> None:
+    """24 images fit on rank 0, 3 on rank 1: both take 3, a divisor of 24. Then none fits on rank 1: both fail."""
     for report in reports_of(folder, "agreement"):
-        failure, size, gives_up, gathered, *_ = report["said"]
+        failure, size, out_of_memory, gathered, *_ = report["messages"]
         assert failure == "only rank 1 sees this"
         assert size == 3
-        assert gives_up.startswith("training.micro_batch_size auto: not even one image fits")
+        assert out_of_memory.startswith("training.micro_batch_size auto: not even one image fits")
         assert gathered == [[0, "ö"], [1, "ö"]]
         assert report["parts"] == [[200, 0], [0, 7]]
 
 
-def test_ranks_wait_longer_for_what_one_does_alone_than_in_a_step(folder: Path) -> None:
-    """In seconds: half an hour for a machine that has gone, half a day for decoding the data."""
-    assert [report["patience"] for report in reports_of(folder, "agreement")] == [[1800, 43200]] * 2
+def test_ranks_wait_longer_for_work_of_one_rank_than_in_a_step(folder: Path) -> None:
+    """In seconds: half an hour for a lost machine, half a day for decoding the data."""
+    assert [report["timeouts"] for report in reports_of(folder, "agreement")] == [[1800, 43200]] * 2
 
 
 def test_only_rank_0_reads_the_network_and_every_rank_has_it(folder: Path) -> None:
-    *_, network, refusal, _ = reports_of(folder, "agreement")[0]["said"]
+    *_, network, refusal, _ = reports_of(folder, "agreement")[0]["messages"]
     assert network == worker.digest(*tiny_unet(None).parameters())
     assert refusal.startswith(f"model.from_pretrained {folder / 'gone'}")
-    assert reports_of(folder, "agreement")[1]["said"][-3:-1] == [network, refusal]
+    assert reports_of(folder, "agreement")[1]["messages"][-3:-1] == [network, refusal]
 
 
 # ----------------------------------------------------------------------------------------------------- previews
 
 
 def test_a_preview_is_the_same_bit_by_bit_on_one_process_and_on_two(folder: Path) -> None:
-    """Images 0 to 7 and 16 to 19 are sampled by rank 0, the others by rank 1, in the forwards of one process."""
+    """Rank 0 samples images 0 to 7 and 16 to 19, rank 1 the others, in the same batches as one process."""
     assert worker.draw(folder / "alone.png", tiny_unet())
     assert (folder / "preview" / "grid.png").read_bytes() == (folder / "alone.png").read_bytes()
     first, second = reports_of(folder, "preview")
@@ -244,15 +244,15 @@ def test_a_preview_is_the_same_bit_by_bit_on_one_process_and_on_two(folder: Path
 
 
 def test_a_rank_without_memory_for_a_preview_costs_the_preview_alone(
-    folder: Path, played: subprocess.CompletedProcess[str]
+    folder: Path, finished: subprocess.CompletedProcess[str]
 ) -> None:
     assert [report["drawn"] for report in reports_of(folder, "preview")] == [[True, False], [False, False]]
     assert not (folder / "preview" / "none.png").exists()
-    assert played.stderr.count("No memory for the preview; training goes on. Lower preview.num_images.") == 1
+    assert finished.stderr.count("No memory for the preview; training goes on. Lower preview.num_images.") == 1
 
 
 def test_previews_of_a_run_are_those_of_one_process(folder: Path, alone: dict[str, Path]) -> None:
-    """To one level of 255: the weights are the same to rounding, and an image may round the other way."""
+    """To one level of 255: the weights agree up to rounding, so that a pixel may be rounded the other way."""
     for name in ("step_00000003.png", "step_00000006.png"):
         one, two = (
             np.asarray(Image.open(run / "previews" / name), np.int16) for run in (alone["1x8"], folder / "curve")
@@ -282,7 +282,7 @@ def test_a_users_mistake_is_printed_once_and_no_rank_hangs(tmp_path: Path) -> No
     assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
 
 
-def test_an_image_that_one_rank_alone_cannot_read_is_named_by_it_once(tmp_path: Path) -> None:
+def test_an_unreadable_image_of_one_rank_is_reported_once_by_that_rank(tmp_path: Path) -> None:
     """Each rank streams a file of its own; the bad image is in that of rank 1."""
     for number, bad in enumerate([b"", b"no image"]):
         files = [encode(np.zeros((8, 8), np.uint8)), bad or encode(np.ones((8, 8), np.uint8))] * 4
@@ -299,4 +299,4 @@ def test_an_image_that_one_rank_alone_cannot_read_is_named_by_it_once(tmp_path: 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused_with_numbers_that_work(folder: Path) -> None:
     for report in reports_of(folder, "agreement"):
-        assert report["said"][-1] == "training.train_batch_size 9 is not a multiple of 2 processes; use 8 or 10."
+        assert report["messages"][-1] == "training.train_batch_size 9 is not a multiple of 2 processes; use 8 or 10."

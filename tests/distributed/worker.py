@@ -1,7 +1,7 @@
-"""What two ranks do in one torchrun, so that the start is paid once: torchrun ... -m tests.distributed.worker FOLDER.
+"""All scenarios of two ranks in one torchrun, which is slow to start: torchrun ... -m tests.distributed.worker FOLDER.
 
-Each scenario leaves a run folder, and what each rank saw of it in report_RANK.json. Faults are put into a trainer from
-outside: the data, the weights, the clock and the signals are real.
+Each scenario leaves a run folder and a report per rank, SCENARIO_RANK.json. Faults are injected into the trainer from
+outside; the data, weights, clock and signals are real.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ CURVE: dict[str, object] = EVERYTHING_BUT_DROPOUT | {
     "preview__every_steps": 3,
     "preview__num_images": 20,
 }
-# 24 images make an epoch of three steps; lines of metrics straddle what comes below.
+# 24 images make an epoch of three steps; the stops fall between two rows of metrics.
 COVERAGE: dict[str, object] = {"training__num_steps": 12, "training__log_every_steps": 5}
 OTHER_OPTIMIZER: dict[str, object] = {
     "model__preset": None,
@@ -51,7 +51,7 @@ Report = dict[str, Any]
 
 
 def train(output_dir: Path, changes: dict[str, object], *faults: Fault) -> tuple[Trainer, int]:
-    """Trains one run with faults put into it; returns its trainer and the exit code."""
+    """Train one run with injected faults; return its trainer and exit code."""
     config, _ = load_config(run_arguments(output_dir, **changes), "test")
     trainer = Trainer(config)
     for fault in faults:
@@ -66,9 +66,9 @@ def train(output_dir: Path, changes: dict[str, object], *faults: Fault) -> tuple
 
 
 def before_step(step: int, action: Callable[[Trainer], None]) -> Fault:
-    """Returns a fault that does something before optimiser step `step`, counted from 0."""
+    """Return a fault that does something before optimizer step `step`, counted from 0."""
 
-    def put_in(trainer: Trainer) -> None:
+    def inject(trainer: Trainer) -> None:
         train_step = trainer._train_step
 
         def train_step_with_fault(current: int) -> None:
@@ -78,18 +78,18 @@ def before_step(step: int, action: Callable[[Trainer], None]) -> Fault:
 
         trainer._train_step = train_step_with_fault  # type: ignore[method-assign]
 
-    return put_in
+    return inject
 
 
 def signalled(number: signal.Signals, step: int, rank: int) -> Fault:
-    """Returns a fault: one rank receives a signal in a step."""
+    """Return a fault that sends a signal to one rank in a step."""
     return before_step(step, lambda _: os.kill(os.getpid(), number) if rank == RANK else None)
 
 
 def recording(seen: list[str]) -> Fault:
-    """Returns a fault, which is none: every image that this rank trains on is noted in order."""
+    """Return a hook that records every training image of this rank in order."""
 
-    def put_in(trainer: Trainer) -> None:
+    def inject(trainer: Trainer) -> None:
         samples = trainer.feed.samples
 
         def noted(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -99,18 +99,18 @@ def recording(seen: list[str]) -> Fault:
 
         trainer.feed.samples = noted  # type: ignore[method-assign]
 
-    return put_in
+    return inject
 
 
 def digest(*tensors: torch.Tensor) -> str:
-    """Returns what tells tensors from others."""
+    """Return a checksum of tensors."""
     return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 def follow_weights(hashes: list[str]) -> Fault:
-    """Returns a fault, which is none: the weights after every step are noted."""
+    """Return a hook that records a checksum of the weights after every step."""
 
-    def put_in(trainer: Trainer) -> None:
+    def inject(trainer: Trainer) -> None:
         train_step = trainer._train_step
 
         def noted(step: int) -> None:
@@ -119,26 +119,26 @@ def follow_weights(hashes: list[str]) -> Fault:
 
         trainer._train_step = noted  # type: ignore[method-assign]
 
-    return put_in
+    return inject
 
 
 # ------------------------------------------------------------------------------------------------------ scenarios
 
 
 def curve(folder: Path) -> Report:
-    """The run that one process is compared with."""
+    """The run that is compared with one process."""
     trainer, _ = train(folder, CURVE)
     return {"weights": digest(*trainer.unet.parameters()), "averages": digest(*trainer.ema.tensors())}
 
 
 def slow(folder: Path) -> Report:
-    """The same run with ranks that are late, in turn: with the data, and for everything that all do together."""
+    """The same run with one rank late at a time: with the data and before everything that the ranks do together."""
 
     def late(rank: int, seconds: float = 0.4) -> None:
         if rank == RANK:
             time.sleep(seconds)
 
-    def put_in(trainer: Trainer) -> None:
+    def inject(trainer: Trainer) -> None:
         for number, name in enumerate(("_log", "_validate", "_preview", "_save")):
             whole = getattr(trainer, name)
 
@@ -157,12 +157,12 @@ def slow(folder: Path) -> Report:
             written.append(f"{event} {arguments[0]}")
 
     sys.addaudithook(note)
-    train(folder, CURVE, put_in, before_step(1, lambda _: late(1)), before_step(2, lambda _: late(0)))
+    train(folder, CURVE, inject, before_step(1, lambda _: late(1)), before_step(2, lambda _: late(0)))
     return {"written": list(written)}
 
 
 def coverage(folder: Path) -> Report:
-    """Goes on with what one process has begun, until rank 1 alone is told to stop."""
+    """Continue the run that one process began, until rank 1 alone receives a signal."""
     source, seen = str(folder.parent / "few.parquet"), list[str]()
     changes = COVERAGE | {"data__source": source}
     _, exit_code = train(folder, changes, recording(seen), signalled(signal.SIGTERM, 6, rank=1))
@@ -170,7 +170,7 @@ def coverage(folder: Path) -> Report:
 
 
 def stopped(folder: Path) -> Report:
-    """Stopped through one rank, also in the last step, beside a run that never stopped; everything random is on."""
+    """A run that signals to one rank stop, also in the last step, and one that never stops; everything is random."""
     codes = [train(folder, EVERYTHING_RANDOM, signalled(signal.SIGINT, 1, rank=0))[1]]
     saved = max((folder / "checkpoints").iterdir()).name
     codes += [train(folder, EVERYTHING_RANDOM, signalled(signal.SIGUSR1, 5, rank=1))[1]]
@@ -179,7 +179,7 @@ def stopped(folder: Path) -> Report:
 
 
 def not_a_number(folder: Path) -> Report:
-    """One rank meets what is not finite: in its images in step 2, in a gradient in step 4."""
+    """Non-finite values on one rank: in its images in step 2, in a gradient in step 4."""
     hashes: list[str] = []
 
     def spoil_images(trainer: Trainer) -> None:
@@ -211,7 +211,7 @@ def not_a_number(folder: Path) -> Report:
 
 
 def differing(folder: Path) -> Report:
-    """One bit of one weight of rank 1, then of its average, becomes another after the first checkpoint."""
+    """One bit of one weight of rank 1, then of one EMA weight, is flipped after the first checkpoint."""
 
     def flip(trainer: Trainer, tensors: Callable[[], list[torch.Tensor]]) -> Fault:
         save = trainer._save
@@ -223,7 +223,7 @@ def differing(folder: Path) -> Report:
 
         trainer._save = save_flipped  # type: ignore[method-assign]
 
-    said = []
+    messages = []
     for name in ("weight", "average"):
         try:
             train(
@@ -234,22 +234,22 @@ def differing(folder: Path) -> Report:
                 ),
             )
         except ProcessesDiffer as error:
-            said.append(str(error))
+            messages.append(str(error))
     large = torch.zeros(1 << 20).repeat(2)
     large[-1] = float(RANK)
     swapped = torch.tensor([0.0, 1.0] if RANK else [1.0, 0.0])
     for tensors in ({"same": torch.ones(3), "large": large}, {"swapped": swapped}, {"same": torch.ones(0)}):
         try:
             distributed.check_same(tensors)
-            said.append("the same")
+            messages.append("the same")
         except ProcessesDiffer as error:
-            said.append(str(error).split(",")[0])
-    return {"said": said}
+            messages.append(str(error).split(",")[0])
+    return {"messages": messages}
 
 
 def agreement(folder: Path) -> Report:
-    """What fails on one rank, the smallest memory, arrays filled in part, and a network that only rank 0 can read."""
-    said = []
+    """An error on one rank, the smallest memory, partly filled arrays, and a network that only rank 0 can read."""
+    messages = []
 
     def fail_on_rank_1() -> None:
         if RANK == 1:
@@ -276,25 +276,25 @@ def agreement(folder: Path) -> Report:
         lambda: train(folder / "nine", {"training__train_batch_size": 9})[1],
     ):
         try:
-            said.append(action())
+            messages.append(action())
         except ConfigError as error:
-            said.append(str(error))
+            messages.append(str(error))
     part = torch.tensor([[200, 0], [0, 7]], dtype=torch.uint8)
     part[1 - RANK] = 0
     distributed.sum_arrays(part.numpy())
     groups = (dist.group.WORLD, distributed._cpu_group())
-    patience = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
-    return {"said": said, "parts": part.tolist(), "patience": patience}
+    timeouts = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    return {"messages": messages, "parts": part.tolist(), "timeouts": timeouts}
 
 
 def draw(path: Path, network: UNet2DModel) -> bool:
-    """Draws a preview of 20 images."""
+    """Save a preview of 20 images."""
     config = PreviewConfig(num_images=20, num_inference_steps=2, eta=1.0)
     return save_preview(path, network, GaussianDiffusionScheduler(), config, 0, None, has_null_label=False)
 
 
 def preview(folder: Path) -> Report:
-    """A grid of which each rank samples its part, and one for which rank 1 has no memory."""
+    """A grid of which each rank samples a part, and one for which rank 1 has no memory."""
     network, sizes = tiny_unet(), list[int]()
     network.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
     drawn = [draw(folder / "grid.png", network)]
@@ -310,7 +310,7 @@ def preview(folder: Path) -> Report:
 
 
 def other_optimizer(folder: Path) -> Report:
-    """A network of others, an optimiser that cannot skip by itself, and stored averages."""
+    """A pretrained network, an optimizer without found_inf, and EMA snapshots."""
     train(folder, OTHER_OPTIMIZER | {"model__from_pretrained": folder.parent / "conditional"})
     return {}
 
@@ -319,7 +319,7 @@ SCENARIOS = (agreement, preview, curve, slow, coverage, stopped, not_a_number, d
 
 
 def main() -> None:
-    """Plays all scenarios, one after the other."""
+    """Run all scenarios one after the other."""
     folder = Path(sys.argv[1])
     distributed.start(cpu=True)
     for scenario in SCENARIOS:

@@ -44,7 +44,7 @@ def leftovers(run: Path) -> list[str]:
     return [path.name for path in run.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
 
 
-def test_a_disk_that_fills_up_costs_only_what_it_does_not_take(
+def test_a_disk_that_fills_up_costs_only_the_new_checkpoints(
     whole_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -109,7 +109,7 @@ def test_a_run_whose_folder_was_removed_is_saved_in_a_new_one(
 
 
 @pytest.mark.parametrize("is_running", [True, False])
-def test_a_run_whose_folder_was_given_to_another_leaves_it_alone(
+def test_a_run_does_not_touch_its_folder_after_another_run_took_it_over(
     is_running: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, locks = tmp_path / "run", []
@@ -193,7 +193,7 @@ def may_mount() -> bool:
 def test_a_run_on_a_disk_of_a_few_megabytes(tmp_path: Path) -> None:
     """If the checkpoints fit, the run finishes; if not, the old ones stay whole and an error says so.
 
-    `test_a_disk_that_fills_up_costs_only_what_it_does_not_take` is fast and limits the size of files instead.
+    `test_a_disk_that_fills_up_costs_only_the_new_checkpoints` is fast and limits the size of files instead.
     """
     if not may_mount():
         pytest.skip("may not mount a disk")

@@ -52,7 +52,7 @@ def poison_a_gradient(step: int, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("poison", [poison_an_image, poison_a_gradient])
-def test_one_number_that_is_not_finite_costs_one_update(
+def test_one_non_finite_value_costs_one_update(
     poison: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Bit by bit: weights, EMA and moments after it are those before it; the step and its images are named."""

@@ -45,7 +45,7 @@ def signal_after(patch: pytest.MonkeyPatch, owner: Any, name: str, number: signa
     patch.setattr(owner, name, interrupted)
 
 
-def test_a_signal_outside_of_the_steps_ends_in_order_and_the_same_command_goes_on(
+def test_a_signal_before_or_after_the_steps_exits_cleanly_and_the_run_can_be_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """When the data are decoded, when the trackers close, while the pipeline is written, and in the report."""

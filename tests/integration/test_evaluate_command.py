@@ -16,8 +16,9 @@ from ddpm_hf.config import DataConfig, RunConfig, TrainingConfig
 from ddpm_hf.data import open_images
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.features import moments_of
+from ddpm_hf.evaluation.likelihood import ReverseProcess, variational_bound
 from ddpm_hf.evaluation.metrics import frechet_distance
-from ddpm_hf.evaluation.report import bits_per_dim, choose_images
+from ddpm_hf.evaluation.report import choose_images
 from tests.conftest import DIGITS, run_process, tiny_unet
 from tests.feature_networks import pooled
 
@@ -72,7 +73,7 @@ def test_bits_per_dimension_are_printed_and_written(
     }  # fmt: skip
     assert report["bound"]["timesteps"] == list(range(19, 0, -2))
     assert report["sampling"]["timestep_spacing"] == "trailing"
-    assert "bits_per_dim is given the class of each image, which costs up to 0.052 more to tell." in printed
+    assert "bits_per_dim is given the class of each image; encoding the class would add up to 0.052." in printed
     assert "of training images" not in printed
     assert report["schema_version"] == 1
     assert report["data"]["source"] == "digits.parquet"
@@ -112,7 +113,7 @@ def test_samples_for_the_picture_alone_cost_few_steps_and_stand_in_nobodys_way(
     assert evaluate(tmp_path / "long", *data, *BOUND) == 0
     report = json.loads((tmp_path / "long" / "evaluation.json").read_text())
     assert report["sampling"]["num_inference_steps"] == 50
-    assert "bits_per_dim is of training images, on which it may be lower" in capsys.readouterr().out
+    assert "bits_per_dim is of training images and may be lower than on others" in capsys.readouterr().out
     assert not (tmp_path / "long" / "evaluation_samples").exists()
 
 
@@ -132,9 +133,9 @@ def test_the_images_that_a_run_held_out_are_measured_and_no_part_of_the_referenc
     assert {metric["num_reference"] for metric in report["metrics"]} == {0, 1617}
     assert (report["data"]["validation_fraction"], report["data"]["split_seed"]) == (0.1, 5)
     _, held_out = open_images(config.data, with_labels=False).split(0.1, 5)
-    bound, _ = bits_per_dim(GaussianDiffusionPipeline.from_pretrained(saved), choose_images(held_out, 5, 0), seed=0,
-                            num_terms=3)  # fmt: skip
-    assert report["metrics"][-1]["value"] == pytest.approx(bound.value, rel=1e-6)
+    process = ReverseProcess(GaussianDiffusionPipeline.from_pretrained(saved))
+    bound = variational_bound(process, choose_images(held_out, 5, 0), seed=0, num_terms=3)
+    assert report["metrics"][-1]["value"] == pytest.approx(bound.bits_per_dim, rel=1e-6)
 
 
 def test_fidelity_sees_the_samples_and_the_training_images(
@@ -169,7 +170,7 @@ def test_fidelity_sees_the_samples_and_the_training_images(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--metrics", "fid", "--features", "tests.feature_networks:pooled"], "ask for frechet_distance"),
+        (["--metrics", "fid", "--features", "tests.feature_networks:pooled"], "use frechet_distance"),
         (["--metrics", "frechet_distance", "--features", "tests.feature_networks:nothing"], "cannot be imported"),
         (["--metrics", "frechet_distance", "--features", "tests.feature_networks:pooled", "--num_samples", "4"],
          "frechet_distance needs at least 5 images"),
@@ -193,7 +194,11 @@ IN_FEATURES = ["--metrics", "frechet_distance", "--features", "tests.feature_net
         ("fixed_small", [*ESTIMATE, *BOUND, "--num_inference_steps", "21"], "num_inference_steps 21 is not between"),
         ("fixed_small", [*ESTIMATE, *BOUND, "--likelihood_steps", "21"], "num_inference_steps 21 is not between"),
         ("fixed_small", [*ESTIMATE, *BOUND, "--guidance_scale", "2"], "no null label to guide against"),
-        ("fixed_small", [*ESTIMATE, *BOUND, "--variance", "analytic", "--samples_dir", "tests"], "something else"),
+        (
+            "fixed_small",
+            [*ESTIMATE, *BOUND, "--variance", "analytic", "--samples_dir", "tests"],
+            "is not a folder of samples",
+        ),
         ("fixed_small", [*IN_FEATURES, "--scheduler", "DPMSolverMultistepScheduler", "--eta", "0"], "has no eta"),
         ("learned_range", [*ESTIMATE, *BOUND], "the analytic one replaces a fixed one only"),
     ],
@@ -224,7 +229,7 @@ def test_everything_is_checked_before_the_network_is_called_and_a_folder_is_made
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--metrics", "fid,lpips"], "metrics has 'lpips', which is none; choose from fid, kid,"),
+        (["--metrics", "fid,lpips"], "metrics contains 'lpips', which is unknown; choose from fid, kid,"),
         ([*BOUND, "--data.resolution", "16"], "digits.parquet has images of 1x16x16 and the network makes 1x8x8"),
         ([*BOUND, "--data.num_channels", "3"], "has images of 3x8x8 and the network makes 1x8x8"),
         ([*BOUND, "--num_images", "1798"], "num_images is 1798, but there are 1797 images"),

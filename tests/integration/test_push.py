@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "pipeline" / "notes.txt").write_text("mine")
     (folder / "pipeline" / "optimizer.safetensors").write_text("mine")
-    (folder / "pipeline" / "pipeline.py").write_text("raise SystemExit('code of somebody else')\n")
+    (folder / "pipeline" / "pipeline.py").write_text("raise SystemExit('foreign code')\n")
     return folder
 
 
@@ -95,7 +95,7 @@ def test_a_push_publishes_the_files_of_the_list_and_loads_the_pipeline_once(
         "unet/diffusion_pytorch_model.fp16.safetensors", "samples/samples.png", "samples/denoising.png",
         "samples/denoising.gif", "samples/loss.png", "samples/schedule.png", "recognition.json",
     }  # fmt: skip
-    assert b"code of somebody else" not in files["pipeline.py"]
+    assert b"foreign code" not in files["pipeline.py"]
     assert str(run.parent).encode() not in hub.seen
     settings = yaml.safe_load(files["training_config.yaml"])
     assert (settings["data"]["source"], settings["training"]["output_dir"]) == ("birds", "birds")
@@ -166,6 +166,15 @@ def test_samples_are_drawn_if_there_are_none_and_links_are_not_followed(tmp_path
         "denoising.gif", "denoising.png", "samples.png", "schedule.png",
     ]  # fmt: skip
     assert not (tmp_path / "assembled" / "recognition.json").exists()
+
+
+def test_a_recognized_share_of_an_earlier_step_is_not_published(copied: Path, tmp_path: Path) -> None:
+    for step, is_published in ((4, False), (6, True)):
+        recognition = {"recognised": 0.9, "num_samples": 40, "step": step}
+        (copied / "recognition.json").write_text(json.dumps(recognition))
+        (copied / "pipeline" / "training_summary.json").write_text('{"step": 6}')
+        assemble(copied / "pipeline", tmp_path / str(step), run=copied)
+        assert (tmp_path / str(step) / "recognition.json").exists() == is_published
 
 
 def test_real_images_are_published_only_if_asked_for(
@@ -251,7 +260,7 @@ def test_a_pipeline_that_is_not_what_was_saved_is_not_published(
     ("damage", "sentence"),
     [
         (lambda run: shutil.rmtree(run / "pipeline"), "holds no pipeline"),
-        (lambda run: (run / "pipeline").rename(run / "checkpoints"), "not finished"),
+        (lambda run: (run / "pipeline").rename(run / "checkpoints"), "unfinished run"),
         (lambda run: shutil.rmtree(run), ""),
         (lambda run: (run / "pipeline" / "evaluation.json").write_text("{"), "evaluation.json is not valid JSON"),
         (lambda run: (run / "pipeline" / "evaluation.json").write_text("[]"), "evaluation.json must contain"),
@@ -399,7 +408,7 @@ def test_private_branch_and_pull_request_do_what_they_say(hub: LoopbackHub, text
 
 
 def test_files_of_an_earlier_push_are_removed_and_files_of_others_stay(hub: LoopbackHub, text_folder: Path) -> None:
-    theirs = {"LICENSE": b"mit", "demo.py": b"x", "samples/mine.png": b"x", "unet/README": b"x"}
+    theirs = {"LICENSE": b"mit", "demo.py": b"x", "samples/mine.png": b"x", "unet/README": b"x", "sampling.py": b"x"}
     ours = {
         "unet/diffusion_pytorch_model.fp16.safetensors": b"old", "samples/loss.png": b"old", "evaluation.json": b"{}",
         "recognition.json": b"{}",
@@ -407,12 +416,18 @@ def test_files_of_an_earlier_push_are_removed_and_files_of_others_stay(hub: Loop
     hub.repository("user/model").commit(theirs | ours)
     send(text_folder, Target(repo_id="user/model"))
     assert branch(hub, "user/model") == files_of(text_folder) | theirs
+    code = {path.name: path.read_bytes() for path in (REPOSITORY / "tests" / "fixtures" / "saved_0_1").rglob("*.py")}
+    hub.repositories["user/model"].commit(code | {"demo.py": b"x"})
+    (text_folder / "pipeline.py").write_text("new")
+    send(text_folder, Target(repo_id="user/model"))
+    left = {"editing.py", "gaussian.py", "images.py", "scheduler.py", "pipeline.py", "demo.py"}  # a push replaces these
+    assert {name for name in branch(hub, "user/model") if name.endswith(".py")} == left
 
 
 FAILURES = [
     ("/auth-check", 401, HubRefused, "the Hub does not accept your token"),
     ("/preupload/", 403, HubRefused, "you may not write to user/model"),
-    ("/commit/", 409, HubRefused, "was changed by somebody else at the same time"),
+    ("/commit/", 409, HubRefused, "has changed in the meantime"),
     ("/commit/", 500, HubFailed, "the Hub had an error"),
     ("objects/batch", 500, HubFailed, "the Hub had an error"),
     ("PUT ", 500, HubFailed, "the Hub had an error"),
@@ -458,7 +473,7 @@ def test_a_change_between_looking_and_pushing_is_not_overwritten(
     remote = look_up(target, "user/model")
     theirs = {"README.md": b"# Made in between\n"}
     hub.repository("user/model").commit(theirs, target.revision)
-    with pytest.raises(HubRefused, match="was changed by somebody else at the same time"):
+    with pytest.raises(HubRefused, match="has changed in the meantime"):
         upload(text_folder, target, remote, "a push")
     assert branch(hub, "user/model", target.revision) == theirs
 

@@ -1,4 +1,4 @@
-"""The oracle of all hostile inputs: what Python itself announces of programs, pickles and files."""
+"""The oracle of all hostile inputs: the audit events of Python for processes, pickles and files."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-# Events that mean that something ran, in whatever way.
+# Events of running a program or unpickling a class.
 RAN = {
     "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.system", "pickle.find_class",
     "pty.spawn", "subprocess.Popen",
@@ -19,7 +19,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 class Watch:
-    """What happens while a hostile input is read.
+    """Record forbidden events while a hostile input is read.
 
     Args:
         folder: The only place, beside the caches of the tests, where anything may be written.
@@ -30,7 +30,7 @@ class Watch:
         self.canary = folder / "canary"
         self.is_on = False
         self.found: list[str] = []
-        # PyTorch makes a folder of its own the first time that an optimiser is built.
+        # PyTorch makes this folder when the first optimizer is built.
         caches = [
             *(os.environ[name] for name in ("XDG_CACHE_HOME", "HF_HOME")),
             f"{tempfile.gettempdir()}/torchinductor_",
@@ -38,7 +38,7 @@ class Watch:
         self._allowed = [str(folder), *caches, os.devnull]
 
     def see(self, event: str, arguments: Sequence[Any]) -> None:
-        """Notes an event that should not be."""
+        """Record an event that must not happen."""
         if event in RAN:
             self.found.append(f"{event} {arguments}")
         paths = []
@@ -57,7 +57,7 @@ _is_hooked = False
 
 def _hook(event: str, arguments: Sequence[Any]) -> None:
     if _watch is not None and _watch.is_on:
-        _watch.is_on = False  # not of what the watch does itself
+        _watch.is_on = False  # for what the watch does itself
         try:
             _watch.see(event, arguments)
         finally:
@@ -66,12 +66,12 @@ def _hook(event: str, arguments: Sequence[Any]) -> None:
 
 @pytest.fixture
 def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
-    """Watches the test, and fails it if anything ran, the canary was made, or something was written outside.
+    """Fail the test if a program ran, the canary was made, or a file was written outside.
 
-    The test runs in an empty folder, so that a name without a folder would be written there and seen.
+    The test runs in an empty folder, where a file with a relative path would be found.
     """
     global _watch, _is_hooked
-    if not _is_hooked:  # Python keeps a hook for ever
+    if not _is_hooked:  # a hook cannot be removed
         sys.addaudithook(_hook)
         _is_hooked = True
     (tmp_path / "here").mkdir()
@@ -90,5 +90,5 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
 
 
 def _escaped() -> set[Path]:
-    """Returns what hostile inputs of the tests would write outside; others may have left some."""
+    """Return the files that the hostile inputs would write outside; earlier runs may have left some."""
     return set(Path(tempfile.gettempdir()).glob("ddpm_hf-escaped*"))

@@ -1,4 +1,4 @@
-"""Hostile things that run code when they are taken for what they are: each would make the canary."""
+"""Hostile inputs that run code when they are unpickled or imported: each would make the canary."""
 
 import pickle
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 
 class _Bomb:
-    """Makes a file when it is unpickled."""
+    """Make a file when unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self._canary = canary
@@ -21,12 +21,12 @@ def pickle_that_runs(canary: Path) -> bytes:
 
 
 def torch_file_that_runs(canary: Path, path: Path) -> None:
-    """Writes what torch.load(weights_only=False) would run."""
+    """Write a file whose code torch.load(weights_only=False) would run."""
     torch.save({"weights": _Bomb(canary)}, path)
 
 
 def module_that_runs(canary: Path) -> str:
-    """Returns the text of a module that runs when it is imported; it has every name that a loader may ask for."""
+    """Return a module that makes the canary when imported and defines every name that a loader may ask for."""
     return (
         f"open({str(canary)!r}, 'w').close()\n"
         "from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel\n"

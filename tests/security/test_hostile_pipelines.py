@@ -1,4 +1,4 @@
-"""A saved folder of somebody else's runs nothing and writes nothing, whichever way it is loaded without consent."""
+"""Loading an untrusted saved folder without consent runs no code and writes nothing, in any way of loading."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def index(**changes: object) -> Attack:
 
 
 def code_beside(*names: str, **changes: object) -> Attack:
-    """Puts code into files of the folder, and names them in the index."""
+    """Put code into files of the folder and name them in the index."""
 
     def attack(folder: Path, canary: Path) -> None:
         for name in names:
@@ -63,7 +63,7 @@ def pickle_called_safetensors(folder: Path, canary: Path) -> None:
 
 
 def shards(name: str) -> Attack:
-    """Splits the weights into one shard that is a pickle, under a name that leads anywhere."""
+    """Replace the weights by one shard that is a pickle, under any path."""
 
     def attack(folder: Path, canary: Path) -> None:
         keys = tiny_unet().state_dict()
@@ -78,7 +78,7 @@ def shards(name: str) -> Attack:
     return attack
 
 
-# What never loads, in whatever way.
+# Never loaded, in any way.
 REFUSED: dict[str, Attack] = {
     "a function as scheduler": index(scheduler=["os", "system"]),
     "a process as unet": index(unet=["subprocess", "Popen"]),
@@ -97,7 +97,7 @@ REFUSED: dict[str, Attack] = {
     "a shard at an absolute path": shards("OUTSIDE/shard.safetensors"),
     "a shard above the folder": shards("../shard.safetensors"),
 }
-# What says nothing that is asked for: it loads as if it were not there.
+# Not needed for loading, and therefore ignored.
 WITHOUT_EFFECT: dict[str, Attack] = {
     "code in the place of ours": code_beside("pipeline.py", "scheduler.py", "unet/unet.py", "__init__.py"),
     "code in the place of ours, asked for": code_beside(
@@ -139,8 +139,8 @@ def test_code_in_a_folder_is_not_run_without_consent(honest: Path, watch: Watch,
 
 
 @pytest.mark.parametrize("name", ["code in the place of ours", "code in the place of ours, asked for"])
-def test_diffusers_alone_does_not_run_it_either(honest: Path, watch: Watch, name: str) -> None:
-    """The way without ddpm_hf: a folder whose index asks for code is refused, one that only has it is not asked."""
+def test_diffusers_without_ddpm_hf_runs_no_code_either(honest: Path, watch: Watch, name: str) -> None:
+    """Without ddpm_hf: a folder whose index asks for code is refused, one that only contains code loads without it."""
     folder = hostile_copy(honest, WITHOUT_EFFECT[name], watch)
     if "asked for" in name:
         with pytest.raises(ValueError, match="trust_remote_code"):
@@ -149,11 +149,11 @@ def test_diffusers_alone_does_not_run_it_either(honest: Path, watch: Watch, name
         DiffusionPipeline.from_pretrained(folder)
 
 
-def test_the_canary_sings_with_consent(honest: Path, watch: Watch) -> None:
+def test_the_hostile_code_runs_with_consent(honest: Path, watch: Watch) -> None:
     """The attack is one: with trust_remote_code the same folder does run its code."""
     folder = hostile_copy(honest, WITHOUT_EFFECT["code in the place of ours"], watch)
     watch.is_on = False
-    with pytest.raises(Exception):  # noqa: B017 - what it raises when it has run is its own business
+    with pytest.raises(Exception):  # noqa: B017 - any error, after the code has run
         DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)(1)
     assert watch.canary.exists()
     watch.canary.unlink()
@@ -163,15 +163,15 @@ WEIGHTS_OF_OTHERS = [name for name in REFUSED if "pickle" in name or "shard" in 
 
 
 @pytest.mark.parametrize("name", WEIGHTS_OF_OTHERS)
-def test_a_network_to_go_on_from_is_never_a_pickle(honest: Path, watch: Watch, name: str) -> None:
+def test_pretrained_weights_are_never_a_pickle(honest: Path, watch: Watch, name: str) -> None:
     folder = hostile_copy(honest, REFUSED[name], watch)
     with pytest.raises(ConfigError, match=r"^model\.from_pretrained .*(has no weights|cannot be loaded)"):
         load_pretrained(ModelConfig(preset=None, from_pretrained=str(folder)))
 
 
 @pytest.mark.parametrize("name", [*WITHOUT_EFFECT, "a function as scheduler", "a module that nobody imported"])
-def test_a_network_to_go_on_from_is_read_without_what_its_folder_names(honest: Path, watch: Watch, name: str) -> None:
-    """Its parts are loaded as the classes that they must be, never as those that an index names."""
+def test_a_pretrained_network_is_read_without_the_classes_of_its_index(honest: Path, watch: Watch, name: str) -> None:
+    """Its parts are loaded as the expected classes, never as the classes that an index names."""
     folder = hostile_copy(honest, {**WITHOUT_EFFECT, **REFUSED}[name], watch)
     found = load_pretrained(ModelConfig(preset=None, from_pretrained=str(folder)))
     assert type(found.unet) is UNet2DModel
@@ -179,7 +179,7 @@ def test_a_network_to_go_on_from_is_read_without_what_its_folder_names(honest: P
     assert read_config_file(ModelConfig(preset=None, config_file=str(folder)))["block_out_channels"] == [8, 16]
 
 
-def test_a_process_of_absurd_length_is_refused_before_it_fills_the_memory(honest: Path, watch: Watch) -> None:
+def test_a_scheduler_with_too_many_timesteps_is_refused(honest: Path, watch: Watch) -> None:
     folder = hostile_copy(honest, lambda folder, canary: None, watch)
     edit(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=10**15)
     with pytest.raises(ConfigError, match=r"has a scheduler that is no DDPM's"):
@@ -190,7 +190,7 @@ def test_a_process_of_absurd_length_is_refused_before_it_fills_the_memory(honest
 
 
 def split_into_pickles(folder: Path, canary: Path) -> None:
-    """Splits the weights into one shard that is a pickle without any harm, which diffusers would read."""
+    """Replace the weights by one shard that is a harmless pickle, which diffusers would read."""
     weights = load_file(folder / "unet" / WEIGHTS)
     shards("shard.bin")(folder, canary)
     torch.save(weights, folder / "unet" / "shard.bin")
@@ -199,7 +199,7 @@ def split_into_pickles(folder: Path, canary: Path) -> None:
 SHARD = r"names 'shard\.bin', which is not a safetensors file"
 
 
-def test_shards_are_not_pickles_however_honest(honest: Path, watch: Watch) -> None:
+def test_shards_are_never_pickles(honest: Path, watch: Watch) -> None:
     folder = hostile_copy(honest, split_into_pickles, watch)
     for consent in ({}, {"use_safetensors": True}):
         with pytest.raises(ValueError, match=SHARD):
@@ -208,8 +208,8 @@ def test_shards_are_not_pickles_however_honest(honest: Path, watch: Watch) -> No
         load_pretrained(ModelConfig(preset=None, from_pretrained=str(folder / "unet")))
 
 
-def test_nor_are_those_of_a_repository(honest: Path, watch: Watch) -> None:
-    """The repository was downloaded before, as the Hub's cache keeps it."""
+def test_shards_of_a_cached_repository_are_never_pickles(honest: Path, watch: Watch) -> None:
+    """In the cache of the Hub."""
     folder = hostile_copy(honest, split_into_pickles, watch)
     repository = watch.folder / "models--someone--sharded"
     (repository / "refs").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A secret of the user reaches no file, no log, no tracker and no traceback; a setting that holds one is refused."""
+"""A secret of the user appears in no file, log, tracker or traceback; a setting that holds one is refused."""
 
 import dataclasses
 import logging
@@ -25,10 +25,10 @@ SECRETS = (TOKEN, KEY, PASSWORD)
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user who is logged in everywhere."""
+    """The variables of a user who is logged in everywhere."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the command line sets its own
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the command line replaces it
 
 
 def test_the_tokens_here_have_the_shape_of_real_ones() -> None:
@@ -36,7 +36,7 @@ def test_the_tokens_here_have_the_shape_of_real_ones() -> None:
 
 
 class Everything(logging.Handler):
-    """Keeps what any logger says, with its arguments and its traceback."""
+    """Keep every log record, with its arguments and traceback."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -46,7 +46,7 @@ class Everything(logging.Handler):
         self.lines.append(logging.Formatter().format(record) + repr(record.__dict__))
 
 
-def test_a_run_tells_no_secret_to_any_file_or_stream(
+def test_a_run_writes_no_secret_to_any_file_or_stream(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training, previews, TensorBoard, checkpoints, the pipeline, the report and its README, and a second start."""
@@ -88,7 +88,7 @@ def test_a_run_tells_no_secret_to_any_file_or_stream(
 
 
 class SummaryWriterOf:
-    """Stands for TensorBoard's method and keeps what it is given."""
+    """Replace TensorBoard's method and keep its arguments."""
 
     def __init__(self, payloads: list[str]) -> None:
         self._payloads = payloads
@@ -97,11 +97,15 @@ class SummaryWriterOf:
         self._payloads.append(f"{arguments} {settings}")
 
 
-@pytest.mark.parametrize("secret", [URL, TOKEN, KEY, f"https://{TOKEN}@host/x", "https://host/x.zip?token=abcdef"])
+SETTINGS = ["data.source", "data.revision", "model.from_pretrained", "model.config_file", "tracking.run_name"]
+OTHER_SECRETS = [TOKEN, KEY, f"https://{TOKEN}@host/x", "https://host/x.zip?token=abcdef"]
+
+
 @pytest.mark.parametrize(
-    "setting", ["data.source", "data.revision", "model.from_pretrained", "model.config_file", "tracking.run_name"]
+    ("setting", "secret"),
+    [*((setting, URL) for setting in SETTINGS), *(("data.source", each) for each in OTHER_SECRETS)],
 )
-def test_a_setting_with_a_secret_is_refused_without_telling_it(
+def test_a_setting_with_a_secret_is_refused_without_repeating_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], setting: str, secret: str
 ) -> None:
     arguments = [*run_arguments(tmp_path / "run"), f"--{setting}", secret]
@@ -127,7 +131,7 @@ def test_secrets_inside_lists_and_mappings_are_found_too() -> None:
             validate(dataclasses.replace(config, **{section: changed}))
 
 
-def test_a_trainer_made_in_python_refuses_them_too() -> None:
+def test_the_trainer_refuses_secrets_in_settings_too() -> None:
     with pytest.raises(ConfigError, match=r"^tracking\.project holds the value of HF_TOKEN"):
         Trainer(RunConfig(data=DataConfig(source="x"), tracking=TrackingConfig(project=TOKEN + "x")))
 
@@ -159,8 +163,8 @@ def test_mistakes_on_the_command_line_repeat_no_secret(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_traceback_tells_no_secret(capfd: pytest.CaptureFixture[str]) -> None:
-    """As Python prints the error of a bug, causes and all, once the command line has begun."""
+def test_a_traceback_contains_no_secret(capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a bug, including the exceptions that caused it, after the command line has started."""
     main.main(["data", "--help-me"])
     capfd.readouterr()
     try:
@@ -199,7 +203,7 @@ def test_there_is_no_setting_for_a_secret() -> None:
         (f"Bearer {TOKEN}", "Bearer $HF_TOKEN"),
     ],
 )
-def test_secrets_are_known_by_their_shape(text: str, shown: str) -> None:
+def test_secrets_are_recognized_by_their_format(text: str, shown: str) -> None:
     assert redact(text) == shown
 
 
@@ -210,10 +214,10 @@ def test_secrets_are_known_by_their_shape(text: str, shown: str) -> None:
         "3f786850e387550fdab836ed7e6dc881de23001b", "hf_hub/photos", "digits.parquet", "",
     ],
 )  # fmt: skip
-def test_what_is_no_secret_is_let_pass(text: str) -> None:
+def test_harmless_text_is_not_a_secret(text: str) -> None:
     assert find_secret(text) is None
 
 
-def test_a_short_value_of_the_environment_does_not_shred_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_environment_value_is_not_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "1")
     assert redact("step 1 of 10") == "step 1 of 10"

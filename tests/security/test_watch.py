@@ -1,4 +1,4 @@
-"""The oracle of the tests here sees what it is for."""
+"""The oracle of the security tests records forbidden events and allows the others."""
 
 import os
 import pickle
@@ -14,7 +14,7 @@ from tests.security.conftest import Watch
 
 OUTSIDE = Path(tempfile.gettempdir()) / f"ddpm_hf-watched-{os.getpid()}"
 
-DEEDS: dict[str, Callable[[], object]] = {
+ACTIONS: dict[str, Callable[[], object]] = {
     "open": lambda: OUTSIDE.write_text("x"),
     "os.rename": lambda: OUTSIDE.rename(f"{OUTSIDE}-2"),
     "os.remove": lambda: os.remove(f"{OUTSIDE}-2"),
@@ -26,14 +26,14 @@ DEEDS: dict[str, Callable[[], object]] = {
 }
 
 
-def test_the_watch_sees_what_it_is_for(watch: Watch) -> None:
-    for event, deed in DEEDS.items():
-        deed()
+def test_the_watch_records_forbidden_events(watch: Watch) -> None:
+    for event, action in ACTIONS.items():
+        action()
         assert any(line.startswith(event) for line in watch.found), event
         watch.found.clear()
 
 
-def test_the_watch_lets_pass_what_lies_inside(watch: Watch, tmp_path: Path) -> None:
+def test_the_watch_allows_files_inside_its_folder(watch: Watch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "file").read_text()
     (tmp_path / "file").unlink()

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ddpm_hf.cli import main
 from ddpm_hf.cli.common import find_folder
 from ddpm_hf.cli.sample import OutputFolder, fit, parse, read_images, to_mask
 from ddpm_hf.config import ConfigError
-from ddpm_hf.evaluation.generate import Film
 from tests.conftest import REPOSITORY
 
 GRAY = (8, 8, 1)
@@ -220,17 +218,6 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         folder.write("grid.png", fail)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_film_of_many_steps_keeps_states_evenly_spaced_and_the_last() -> None:
-    """To half a gray level, the rounding; the noise itself is not shown to a callback, and is missing here."""
-    film = Film(100)
-    for step in range(100):
-        film(None, step, None, {"sample": torch.full((2, 1, 8, 8), (step + 1) / 50 - 1)})
-    states = film.states()
-    assert states.shape == (39, 2, 8, 8, 1)
-    levels = [round(frame * 100 / 39) for frame in range(1, 40)]
-    np.testing.assert_allclose(states[:, 0, 0, 0, 0], [2.55 * level for level in levels], atol=0.51, rtol=0)
 
 
 # --------------------------------------------------------------------------------------------------------- given images

@@ -1,4 +1,4 @@
-"""Bits per dimension against integrals, sums and constants that were made without the code under test."""
+"""Bits per dimension and second moments equal integrals, sums and constants computed without the code under test."""
 
 import math
 from typing import Any
@@ -6,17 +6,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gaussian_pipeline import GaussianUnet, best_x_0, gaussian_images, gaussian_pipeline
 from scipy import integrate, stats
 
 from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.distributed import Ranks
-from ddpm_hf.evaluation.likelihood import Chain, _weights, estimate_second_moments, variational_bound
+from ddpm_hf.evaluation.likelihood import (
+    ReverseProcess,
+    VariationalBound,
+    estimate_second_moments,
+    term_weights,
+    variational_bound,
+)
 from ddpm_hf.rng import normal_by_position
 from ddpm_hf.training.loss import DenoisingLoss
 from tests.conftest import tiny_unet
+from tests.unit.evaluation.gaussian_pipeline import (
+    DEVIATION,
+    GaussianUnet,
+    best_x_0,
+    gaussian_images,
+    gaussian_pipeline,
+)
+from tests.unit.evaluation.ranks import Ranks
 
 SEED = 3
 ALPHA_BARS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -25,7 +37,7 @@ SHORT = [999, 700, 300, 40, 3, 0]
 
 
 def reverse_variance(kind: str, step: int, chain: list[int]) -> float:
-    """Section 3.2 of DDPM and Eq. 15 of improved DDPM on a chain; where the lower one is 0, that of the step before."""
+    """Section 3.2 of DDPM and Eq. 15 of improved DDPM; a posterior variance of 0 is replaced by the one before."""
     bars = [*(ALPHA_BARS[t] for t in chain), 1.0]
     beta = 1 - bars[step] / bars[step + 1]
     is_last = step == len(chain) - 1
@@ -83,7 +95,7 @@ def test_the_bound_of_a_gaussian_is_the_integral(kind: str, prediction_type: str
     """To 1e-6 of each term, in float64: what quadrature and the tables of the chain leave."""
     images = gaussian_images(4)
     pipeline = gaussian_pipeline(variance_type=kind, prediction_type=prediction_type)
-    bound = variational_bound(pipeline, images, seed=SEED, timesteps=SHORT, batch_size=3)
+    bound = variational_bound(ReverseProcess(pipeline, SHORT), images, seed=SEED, batch_size=3)
     priors, terms = [], []
     for image in range(4):
         for pixel in range(2):
@@ -104,14 +116,15 @@ def test_the_bound_of_a_gaussian_is_the_integral(kind: str, prediction_type: str
 
 
 @pytest.mark.parametrize("kind", VARIANCES)
-def test_training_and_evaluation_agree_on_a_chain_of_one_step(kind: str) -> None:
-    """There is no t = 1 whose variance could stand in at t = 0; 1e-5 is what float32 leaves in training."""
+def test_training_and_evaluation_agree_on_a_process_of_one_step(kind: str) -> None:
+    """There is no t = 1 whose variance could replace the one at t = 0; training has the precision of float32."""
     pipeline = gaussian_pipeline(num_train_timesteps=1, trained_betas=[0.3], variance_type=kind)
-    chain = Chain(pipeline)
+    process = ReverseProcess(pipeline)
+    step = process.transitions[0]
     x_0 = torch.tensor([-1.0, 2 * 100 / 255 - 1, 1.0]).view(1, 1, 1, 3)
     noise = torch.tensor([0.5, -1.0, 0.1]).view(1, 1, 1, 3)
-    x_t = chain.noised(x_0.double(), noise.double(), chain.transitions[0])
-    evaluated = chain.term(x_0.double(), x_t, chain.predict(x_t, chain.transitions[0], None), 0).mean() / math.log(2)
+    x_t = process.q_sample(x_0.double(), noise.double(), step)
+    evaluated = process.term(x_0.double(), x_t, process.predict(x_t, step, None), 0).mean() / math.log(2)
     trained = DenoisingLoss(pipeline.scheduler, ObjectiveConfig(loss="vlb"))(
         lambda sample, timestep, labels, *, return_dict: pipeline.unet(sample.double(), timestep),
         x_0, noise, torch.zeros(1, dtype=torch.int64),
@@ -121,51 +134,40 @@ def test_training_and_evaluation_agree_on_a_chain_of_one_step(kind: str) -> None
 
 def test_the_prior_costs_what_the_paper_says() -> None:
     """Section 4.1 of DDPM: about 1e-5 bits per dimension; 1.16e-5 where the mean of x_0^2 is 0.4."""
-    chain = Chain(gaussian_pipeline())
-    bits = chain.prior(torch.tensor([[[[0.4**0.5]]]], dtype=torch.float64)).item() / math.log(2)
+    process = ReverseProcess(gaussian_pipeline())
+    bits = process.prior(torch.tensor([[[[0.4**0.5]]]], dtype=torch.float64)).item() / math.log(2)
     assert bits == pytest.approx(1.16e-5, rel=5e-3)
 
 
 def test_rate_and_distortion_are_those_of_a_progressive_code() -> None:
     """The rate before x_t is the prior and the terms above it; the distortion is on the scale of gray levels."""
-    bound = variational_bound(gaussian_pipeline(), gaussian_images(6), seed=0, timesteps=SHORT)
+    bound = variational_bound(ReverseProcess(gaussian_pipeline(), SHORT), gaussian_images(6), seed=0)
     assert bound.rate[0] == bound.prior
     assert bound.rate[-1] + bound.terms[-1] == pytest.approx(bound.bits_per_dim, rel=1e-12)
     np.testing.assert_allclose(bound.distortion**2 / 127.5**2, bound.x_0_mse)
     assert bound.distortion[0] > bound.distortion[-1] > 0
 
 
-def test_the_errors_of_a_perfect_network_are_what_x_t_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_errors_of_a_perfect_network_are_the_posterior_variances(monkeypatch: pytest.MonkeyPatch) -> None:
     """Var(x_0 | x_t) of Gaussian data; four standard errors, sqrt(2 / n), of a mean of n squares."""
     monkeypatch.setattr(GaussianUnet, "OFFSET", 0.0)
     images = gaussian_images(300, (4, 4))
-    bound = variational_bound(gaussian_pipeline((4, 4)), images, seed=0, timesteps=SHORT)
+    bound = variational_bound(ReverseProcess(gaussian_pipeline((4, 4)), SHORT), images, seed=0)
     bars, scale = ALPHA_BARS[SHORT], (images.images / 127.5 - 1).std() ** 2
     left = scale * (1 - bars) / (bars * scale + 1 - bars)
     np.testing.assert_allclose(bound.x_0_mse, left, rtol=4 * math.sqrt(2 / 4800) + 0.05)
     np.testing.assert_allclose(bound.eps_mse, left * bars / (1 - bars), rtol=4 * math.sqrt(2 / 4800) + 0.05)
 
 
-def test_the_bound_depends_on_neither_batches_nor_processes() -> None:
+def test_the_bound_depends_on_neither_batches_nor_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """To 1e-12: the order of additions."""
-    pipeline, images = gaussian_pipeline(), gaussian_images(7)
-    whole = variational_bound(pipeline, images, seed=SEED, timesteps=SHORT, batch_size=7)
-    parts: dict[tuple[int, int], Any] = {}
-
-    def run(rank: int) -> Any:
-        calls = iter(range(3))
-
-        def gather(mine: np.ndarray) -> np.ndarray:
-            call = next(calls)
-            parts[rank, call] = mine
-            return np.concatenate([parts.get((r, call), mine[:0]) for r in range(2)])
-
-        return variational_bound(
-            pipeline, images, seed=SEED, timesteps=SHORT, batch_size=2, ranks=Ranks(rank, 2, gather)
-        )
-
-    run(0)
-    joined = run(1)
+    images = gaussian_images(7)
+    whole = variational_bound(ReverseProcess(gaussian_pipeline(), SHORT), images, seed=SEED, batch_size=7)
+    processes = [ReverseProcess(gaussian_pipeline(), SHORT) for _ in range(2)]
+    joined, other = Ranks(monkeypatch, 2).run(
+        lambda rank: variational_bound(processes[rank], images, seed=SEED, batch_size=2)
+    )
+    np.testing.assert_array_equal(joined.totals, other.totals)
     np.testing.assert_allclose(joined.totals, whole.totals, rtol=1e-12)
     np.testing.assert_allclose(joined.terms, whole.terms, rtol=1e-12)
     np.testing.assert_array_equal(joined.counts, [7] * len(SHORT))
@@ -174,7 +176,7 @@ def test_the_bound_depends_on_neither_batches_nor_processes() -> None:
 @pytest.mark.parametrize(("num_steps", "num_terms"), [(1000, 10), (50, 7), (6, 2), (6, 6)])
 def test_an_estimate_of_a_few_terms_counts_each_term_once_on_average(num_steps: int, num_terms: int) -> None:
     """The mean weight of a term is 1: four standard errors of the mean of 5,000 draws of a weight w with odds 1 / w."""
-    weights = _weights(num_steps, num_terms, 0, range(5_000))
+    weights = term_weights(num_steps, num_terms, 0, range(5_000))
     assert ((weights > 0).sum(axis=0) == num_terms).all()
     assert (weights.sum(axis=0) == num_steps).all()
     assert (weights[-1] == 1).all()
@@ -183,7 +185,7 @@ def test_an_estimate_of_a_few_terms_counts_each_term_once_on_average(num_steps: 
 
 
 def test_an_estimate_of_a_few_terms_costs_so_many_calls() -> None:
-    bound = variational_bound(gaussian_pipeline(), gaussian_images(9), seed=0, num_terms=4)
+    bound = variational_bound(ReverseProcess(gaussian_pipeline()), gaussian_images(9), seed=0, num_terms=4)
     assert bound.counts.sum() == 9 * 4
     assert bound.counts[-1] == 9
     assert len(bound.terms) == 1000
@@ -194,23 +196,23 @@ def test_the_bound_clips_what_sampling_clips(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(GaussianUnet, "OFFSET", 5.0)
     white = ImageSet(np.full((1, 1, 1, 2), 255, np.uint8), None, None, np.arange(1))
     costs = [
-        variational_bound(gaussian_pipeline(clip_sample=clip), white, seed=0, timesteps=SHORT).terms[:-1]
+        variational_bound(ReverseProcess(gaussian_pipeline(clip_sample=clip), SHORT), white, seed=0).terms[:-1]
         for clip in (True, False)
     ]
     assert (costs[0] < 1e-12).all()
     assert (costs[1] > 1e-3).all()
 
 
-def test_a_network_that_is_fed_back_its_prediction_is_called_with_it() -> None:
+def test_a_self_conditioned_network_is_called_with_its_prediction() -> None:
     pipeline = GaussianDiffusionPipeline(
         tiny_unet(self_conditioned=True), GaussianDiffusionScheduler(), self_conditioned=True
     )
     seen: list[torch.Tensor] = []
     pipeline.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    chain = Chain(pipeline, [500])
+    process = ReverseProcess(pipeline, [500])
     with torch.no_grad():
-        chain.predict(x_t, chain.transitions[0], None)
+        process.predict(x_t, process.transitions[0], None)
     first, second = seen
     assert (first[:, 1:] == 0).all()
     assert 0 < second[:, 1:].abs().max() <= 1
@@ -221,7 +223,7 @@ def test_the_mode_of_the_network_is_put_back_and_nothing_global_is_drawn() -> No
     pipeline = gaussian_pipeline()
     pipeline.unet.train()
     state = torch.get_rng_state()
-    variational_bound(pipeline, gaussian_images(3), seed=0, timesteps=[5, 0])
+    variational_bound(ReverseProcess(pipeline, [5, 0]), gaussian_images(3), seed=0)
     assert pipeline.unet.training
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -229,7 +231,7 @@ def test_the_mode_of_the_network_is_put_back_and_nothing_global_is_drawn() -> No
 @pytest.mark.parametrize(
     ("images", "options", "sentence"),
     [
-        (np.zeros((2, 1, 1, 2), np.uint16), {}, "the images have uint16 values; bits per dimension are those of 8-bit"),
+        (np.zeros((2, 1, 1, 2), np.uint16), {}, "the images have uint16 values; bits per dimension need 8-bit"),
         (np.zeros((0, 1, 1, 2), np.uint8), {}, "there are no images"),
         (np.zeros((2, 3, 1, 2), np.uint8), {}, "the images have 3 channels and the network 1"),
         (np.zeros((2, 1, 1, 2), np.uint8), {"num_terms": 1}, "num_terms is 1; it must be between 2 and 1000"),
@@ -237,22 +239,24 @@ def test_the_mode_of_the_network_is_put_back_and_nothing_global_is_drawn() -> No
     ],
 )
 def test_what_has_no_bits_per_dimension_is_refused(images: np.ndarray, options: dict[str, Any], sentence: str) -> None:
+    image_set = ImageSet(images, None, None, np.arange(len(images)))
+    timesteps, num_terms = options.get("timesteps"), options.get("num_terms")
     with pytest.raises(ValueError, match=sentence):
-        variational_bound(gaussian_pipeline(), ImageSet(images, None, None, np.arange(len(images))), seed=0, **options)
+        variational_bound(ReverseProcess(gaussian_pipeline(), timesteps), image_set, seed=0, num_terms=num_terms)
 
 
 def test_a_prediction_of_the_noise_is_refused_where_no_signal_is_left() -> None:
-    """By the bound and the estimate of the moments, in the words of sampling; a chain that begins later is fine."""
+    """By the bound and the estimate of the moments, with the message of sampling; a later start is fine."""
     scheduler = GaussianDiffusionScheduler(prediction_type="epsilon", rescale_betas_zero_snr=True)
     pipeline = GaussianDiffusionPipeline(tiny_unet(), scheduler)
     with pytest.raises(ValueError, match="x_999 holds no signal") as refusal:
         scheduler.step(torch.zeros(1, 1, 8, 8), 999, torch.zeros(1, 1, 8, 8))
     with pytest.raises(ValueError, match=r"x_999 holds no signal, .* use prediction_type v_prediction or") as refused:
-        variational_bound(pipeline, gaussian_images(2, (8, 8)), seed=0)
+        ReverseProcess(pipeline)
     assert str(refused.value) == str(refusal.value)
     with pytest.raises(ValueError, match="x_999 holds no signal"):
         estimate_second_moments(pipeline, gaussian_images(2, (8, 8)), seed=0, num_images=1)
-    assert len(Chain(pipeline, [998, 0])) == 2
+    assert len(ReverseProcess(pipeline, [998, 0])) == 2
 
 
 def test_a_network_with_classes_needs_labels() -> None:
@@ -260,6 +264,81 @@ def test_a_network_with_classes_needs_labels() -> None:
     images = np.zeros((2, 1, 8, 8), np.uint8)
     for labels in (None, np.array([0, 3])):
         with pytest.raises(ValueError, match="each image needs a label from 0 to 2"):
-            variational_bound(pipeline, ImageSet(images, labels, None, np.arange(2)), seed=0, timesteps=[0])
-    bound = variational_bound(pipeline, ImageSet(images, np.array([0, 2]), None, np.arange(2)), seed=0, timesteps=[0])
+            variational_bound(ReverseProcess(pipeline, [0]), ImageSet(images, labels, None, np.arange(2)), seed=0)
+    labeled = ImageSet(images, np.array([0, 2]), None, np.arange(2))
+    bound = variational_bound(ReverseProcess(pipeline, [0]), labeled, seed=0)
     assert len(bound.totals) == 2
+
+
+def a_bound(num_steps: int) -> VariationalBound:
+    counts = np.arange(num_steps) % 3
+    terms = np.linspace(1, 2, num_steps) * (counts > 0)
+    return VariationalBound(tuple(range(num_steps))[::-1], 0.5, terms, terms, terms, counts, np.ones(4))
+
+
+def test_a_term_that_was_not_computed_is_not_sent_for_free() -> None:
+    """The rate takes it from its neighbours: of terms that rise evenly it is that of all of them."""
+    bound = a_bound(7)
+    everything = np.linspace(1, 2, 7)
+    everything[0] = everything[1]  # before the first known one there is no neighbour
+    everything[6] = everything[5]
+    np.testing.assert_allclose(bound.rate, 0.5 + np.concatenate([[0], np.cumsum(everything[:-1])]))
+
+
+def test_moments_are_estimated() -> None:
+    """Four standard errors of a mean of n squares of normal values, and the rounding to 8 bits at t = 0."""
+    pipeline = gaussian_pipeline((4, 4), num_train_timesteps=40, beta_end=0.4)
+    object.__setattr__(pipeline.unet, "OFFSET", 0.0)
+    images = gaussian_images(64, (4, 4))
+    moments = estimate_second_moments(pipeline, images, seed=0, num_images=64, batch_size=10)
+    bars = pipeline.scheduler.noise_schedule.alphas_cumprod
+    spread = float((images.images / 127.5 - 1).var())
+    # The network takes DEVIATION^2 for the variance, the images have another: x_t has the one, its gain the other.
+    gain = bars * DEVIATION**2 / (bars * DEVIATION**2 + 1 - bars)
+    expected = (bars * spread + 1 - bars) * (1 - gain) ** 2 / (1 - bars)
+    torch.testing.assert_close(moments, expected, rtol=4 * math.sqrt(2 / 1024) + 0.02, atol=0)
+
+
+def test_each_timestep_sees_images_of_all_classes_of_a_set_sorted_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network says x_t, nearly x_0 here: 0 for the gray class, 1 for the white one, half of it for both.
+
+    20 of 40 images, drawn without replacement, hold 10 white ones with a standard deviation of 1.6: four are allowed.
+    """
+    pipeline = gaussian_pipeline((4, 4), num_train_timesteps=8, beta_start=1e-6, beta_end=1e-6)
+    monkeypatch.setattr(GaussianUnet, "forward", lambda _, sample, *__, **___: (sample,))
+    pixels = np.repeat([128, 255], 20).astype(np.uint8)[:, None, None, None] * np.ones((1, 1, 4, 4), np.uint8)
+    images = ImageSet(pixels, None, None, np.arange(40))
+    moments = estimate_second_moments(pipeline, images, seed=0, num_images=20)
+    torch.testing.assert_close(moments, torch.full_like(moments, 0.5), rtol=0, atol=4 * 1.6 / 20)
+
+
+def test_processes_share_the_timesteps_and_the_moments_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = gaussian_images(9, (4, 4))
+    seen: dict[int, int] = {}
+
+    def estimate(rank: int) -> torch.Tensor:
+        pipeline = gaussian_pipeline((4, 4), num_train_timesteps=7)
+        pipeline.unet.register_forward_pre_hook(
+            lambda _, inputs: seen.update({rank: seen.get(rank, 0) + len(inputs[0])})
+        )
+        return estimate_second_moments(pipeline, images, seed=0, num_images=5, batch_size=2)
+
+    alone = estimate(-1)
+    for moments in Ranks(monkeypatch, 3).run(estimate):
+        assert torch.equal(moments, alone)
+    assert seen == {-1: 35, 0: 10, 1: 10, 2: 15}
+
+
+def test_the_analytic_variance_lowers_the_bound_of_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the moments of the best prediction for N(m, DEVIATION^2): 1 - Var(eps | x_t)."""
+    moments = (1 - ALPHA_BARS) / (ALPHA_BARS * DEVIATION**2 + 1 - ALPHA_BARS)
+    monkeypatch.setattr(GaussianUnet, "OFFSET", 0.0)
+    images, chain = gaussian_images(50), list(range(0, 1000, 50))[::-1]
+    bits = {}
+    for kind in ("fixed_small", "fixed_large", "analytic"):
+        pipeline = gaussian_pipeline(variance_type="fixed_small" if kind == "analytic" else kind)
+        if kind == "analytic":
+            pipeline.scheduler.eps_second_moments = torch.from_numpy(moments)
+            pipeline.scheduler.analytic_variance = True
+        bits[kind] = variational_bound(ReverseProcess(pipeline, chain), images, seed=0).bits_per_dim
+    assert bits["analytic"] < min(bits["fixed_small"], bits["fixed_large"]) - 0.01

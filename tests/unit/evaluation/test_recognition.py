@@ -1,4 +1,4 @@
-"""Recognition tells good samples from bad ones on the real digits."""
+"""Recognition distinguishes good samples from bad ones on the real digits."""
 
 import builtins
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from ddpm_hf.evaluation.recognition import RecognitionReport, recognition_report
 
-NUM_TRAIN, NUM_HELD_OUT = 1200, 300
+NUM_TRAIN, NUM_VALIDATION = 1200, 300
 Digits = tuple[np.ndarray, np.ndarray]
 
 
@@ -25,18 +25,18 @@ def digits() -> Digits:
 
 def judge(digits: Digits, samples: np.ndarray, labels: np.ndarray) -> RecognitionReport:
     images, targets = digits
-    end = NUM_TRAIN + NUM_HELD_OUT
-    held_out = images[NUM_TRAIN:end], targets[NUM_TRAIN:end]
-    return recognition_report(images[:NUM_TRAIN], targets[:NUM_TRAIN], *held_out, samples, labels)
+    end = NUM_TRAIN + NUM_VALIDATION
+    validation = images[NUM_TRAIN:end], targets[NUM_TRAIN:end]
+    return recognition_report(images[:NUM_TRAIN], targets[:NUM_TRAIN], *validation, samples, labels)
 
 
 @pytest.fixture(scope="module")
 def unseen(digits: Digits) -> Digits:
-    """Real digits that stand in for perfect samples."""
-    return digits[0][NUM_TRAIN + NUM_HELD_OUT :], digits[1][NUM_TRAIN + NUM_HELD_OUT :]
+    """Real digits in place of perfect samples."""
+    return digits[0][NUM_TRAIN + NUM_VALIDATION :], digits[1][NUM_TRAIN + NUM_VALIDATION :]
 
 
-def test_real_images_are_recognised_and_resemble_held_out_ones(digits: Digits, unseen: Digits) -> None:
+def test_real_images_are_recognized_and_resemble_validation_images(digits: Digits, unseen: Digits) -> None:
     report = judge(digits, *unseen)
     assert report.num_samples == 297
     assert report.recognised > 0.97
@@ -48,8 +48,8 @@ def test_real_images_are_recognised_and_resemble_held_out_ones(digits: Digits, u
     assert report.sample_std == pytest.approx(report.train_std, rel=0.05)
 
 
-def test_the_recognised_fraction_counts_the_class_that_was_asked_for(digits: Digits, unseen: Digits) -> None:
-    """Asking for the next class of every third sample loses exactly those that were recognised before."""
+def test_the_recognized_fraction_counts_the_class_that_was_asked_for(digits: Digits, unseen: Digits) -> None:
+    """Asking for the next class of every third sample loses exactly the ones that were recognized before."""
     samples, labels = unseen
     before = judge(digits, samples, labels)
     is_wrong = np.arange(len(labels)) % 3 == 0
@@ -105,14 +105,14 @@ def test_distances_do_not_depend_on_how_many_are_computed_at_once(
 ) -> None:
     """Sums of squared bytes are whole numbers that float64 holds exactly."""
     whole = judge(digits, *unseen)
-    monkeypatch.setattr("ddpm_hf.evaluation.recognition.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("ddpm_hf.evaluation.recognition._DISTANCE_ROWS", 7)
     assert judge(digits, *unseen) == whole
 
 
-def test_the_report_reads_well_and_survives_json(digits: Digits, unseen: Digits) -> None:
+def test_the_report_has_short_lines_and_survives_json(digits: Digits, unseen: Digits) -> None:
     report = judge(digits, *unseen)
     lines = report.lines()
-    assert lines[0].startswith(f"recognised as the class asked for: {report.recognised:.1%} of 297 samples")
+    assert lines[0].startswith(f"recognized as the class asked for: {report.recognised:.1%} of 297 samples")
     assert len(lines) == 5
     assert max(len(line) for line in lines) <= 120
     assert json.loads(json.dumps(report.to_dict()))["recognised_per_class"]["0"] == report.recognised_per_class[0]
@@ -124,16 +124,16 @@ def test_the_report_reads_well_and_survives_json(digits: Digits, unseen: Digits)
         ({"samples": np.zeros((2, 8, 8), np.uint8)}, "sample images must be a non-empty uint8 array"),
         ({"samples": np.zeros((2, 8, 8, 1), np.float32)}, "got float32"),
         ({"samples": np.zeros((2, 4, 4, 1), np.uint8)}, r"sample images are \(4, 4, 1\), but the training images"),
-        ({"held_out_labels": np.zeros(3, np.int64)}, "held_out labels must be 4 integers"),
-        ({"sample_labels": np.zeros(2)}, "sample labels must be 2 integers, one an image; got float64"),
+        ({"validation_labels": np.zeros(3, np.int64)}, "validation labels must be 4 integers"),
+        ({"sample_labels": np.zeros(2)}, "sample labels must be 2 integers, one per image; got float64"),
         ({"sample_labels": np.array([0, 7])}, "Class 7 was sampled"),
-        ({"train_labels": np.zeros(4, np.int64)}, "all of one class"),
+        ({"train_labels": np.zeros(4, np.int64)}, "all training images have the same label"),
     ],
 )
-def test_input_that_does_not_fit_together_is_refused(change: dict[str, Any], words: str) -> None:
+def test_inconsistent_input_is_refused(change: dict[str, Any], words: str) -> None:
     images, labels = np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 0, 1])
     arguments: dict[str, Any] = {
-        "train_images": images, "train_labels": labels, "held_out_images": images, "held_out_labels": labels,
+        "train_images": images, "train_labels": labels, "validation_images": images, "validation_labels": labels,
         "samples": images[:2], "sample_labels": labels[:2],
     }  # fmt: skip
     with pytest.raises(ValueError, match=words):

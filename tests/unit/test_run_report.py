@@ -1,4 +1,4 @@
-"""A finished run can be read: pictures, numbers and lines that load the pipeline."""
+"""The report of a finished run: pictures, numbers and code that loads the pipeline."""
 
 import ast
 import json
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_hf.evaluation.generate import Sampler
 from ddpm_hf.evaluation.recognition import RecognitionReport
 from ddpm_hf.plots import denoising_strip, image_grid
-from ddpm_hf.run_report import SamplingSettings, loading_lines, write_report
+from ddpm_hf.run_report import loading_lines, write_report
 
 METRICS = [
     {"step": 10, "num_images": 640, "loss": 0.9},
@@ -53,6 +54,7 @@ def report_arguments(**changes: Any) -> dict[str, Any]:
         "title": "Digits",
         "command": "python train_ddpm.py --config configs/digits_8.yaml",
         "settings": {"noise schedule": "cosine", "loss": "mse | l1"},
+        "sampler": Sampler(num_inference_steps=50),
     }
     return arguments | changes
 
@@ -62,7 +64,7 @@ def pixels(source: Path | Image.Image) -> np.ndarray:
         return np.asarray(picture)
 
 
-def test_class_conditional_samples_stand_in_the_column_of_their_class(tmp_path: Path) -> None:
+def test_class_conditional_samples_are_in_the_column_of_their_class(tmp_path: Path) -> None:
     """The samples come in any order; every column holds the first ones of its class, in order."""
     order = np.random.default_rng(0).permutation(20)
     arguments = report_arguments(samples=images(20)[order], sample_labels=(np.arange(20) % 10)[order])
@@ -125,12 +127,12 @@ def test_readme_shows_every_picture_and_number(tmp_path: Path) -> None:
     assert json.loads(paths.recognition.read_text()) == json.loads(json.dumps(RECOGNITION.to_dict()))
 
 
-def test_nothing_is_shown_that_was_not_measured(tmp_path: Path) -> None:
+def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     paths = write_report(tmp_path, **report_arguments(metrics=[], recognition=None, settings={}))
     assert (paths.loss, paths.recognition) == (None, None)
     readme = paths.readme.read_text(encoding="utf-8")
     assert "loss.png" not in readme
-    assert "How good it is" not in readme
+    assert "## Quality" not in readme
     assert "setting" not in readme
     files = ["README.md", "denoising.gif", "denoising.png", "samples.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
@@ -144,16 +146,16 @@ def test_writing_a_report_again_gives_the_same_bytes_and_leaves_no_temporary_fil
     assert not [name for name in first if name.startswith(".")]
 
 
-def test_labels_and_names_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_inconsistent_labels_and_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="20 samples but labels of shape"):
         write_report(tmp_path, **report_arguments(sample_labels=np.zeros(3, np.int64)))
     with pytest.raises(ValueError, match="2 class_names, but a sample of class 9"):
         write_report(tmp_path, **report_arguments(class_names=["a", "b"]))
 
 
-def test_loading_lines_are_python_that_names_folder_classes_and_sampling() -> None:
-    sampling = SamplingSettings(num_inference_steps=50, eta=0.0)
-    lines = loading_lines(Path("outputs/digits/pipeline"), [str(label) for label in range(10)], sampling=sampling)
+def test_loading_lines_are_python_with_folder_classes_and_sampling_settings() -> None:
+    sampler = Sampler(num_inference_steps=50, eta=0.0)
+    lines = loading_lines(Path("outputs/digits/pipeline"), [str(label) for label in range(10)], sampler)
     ast.parse(lines)
     assert 'GaussianDiffusionPipeline.from_pretrained("outputs/digits/pipeline")' in lines
     assert "batch_size=10, class_labels=list(range(10)), num_inference_steps=50, eta=0.0)" in lines
@@ -161,7 +163,7 @@ def test_loading_lines_are_python_that_names_folder_classes_and_sampling() -> No
 
 
 def test_loading_lines_of_an_unconditional_pipeline_need_diffusers_only() -> None:
-    lines = loading_lines(Path('a "quoted" folder'))
+    lines = loading_lines(Path('a "quoted" folder'), None, Sampler())
     ast.parse(lines)
     assert lines.splitlines()[1] == "from diffusers import DiffusionPipeline"
     assert r'DiffusionPipeline.from_pretrained("a \"quoted\" folder")' in lines

@@ -1,9 +1,8 @@
-"""Image i is a function of (seed, i), and a killed evaluation goes on where it was."""
+"""Image i is a function of (seed, i), and a stopped evaluation continues."""
 
 import json
-import threading
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,18 @@ import torch
 from PIL import Image
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.diffusion.images import image_size
-from ddpm_hf.distributed import Ranks
-from ddpm_hf.evaluation.generate import Sampler, batches, fingerprint, sample_film, sample_images, sample_to_folder
+from ddpm_hf.evaluation.generate import (
+    Sampler,
+    call_with_trajectory,
+    fingerprint,
+    sample_images,
+    sample_to_folder,
+    sample_trajectory,
+    settings_of,
+    split_into_batches,
+)
 from tests.conftest import tiny_unet
+from tests.unit.evaluation.ranks import Ranks
 
 SAMPLER = Sampler(num_inference_steps=2, eta=1.0)
 CLASSES = {"0": "cat", "1": "dog", "2": "owl"}
@@ -32,51 +39,18 @@ def sample(folder: Path, num_images: int = 11, **options: Any) -> np.ndarray:
     """Samples into a folder, 4 images at a time."""
     sampler = options.pop("sampler", SAMPLER)
     pipeline = options.pop("pipeline", None) or make_pipeline(sampler)
-    settings: dict[str, Any] = {"seed": 0, "batch_size": 4} | options
-    return np.array(sample_to_folder(pipeline, sampler, folder, num_images=num_images, **settings))
+    batch_size = options.pop("batch_size", 4)
+    settings = settings_of(pipeline, sampler, options.pop("seed", 0), batch_size)
+    samples = sample_to_folder(
+        pipeline, sampler, folder, settings, num_images=num_images, batch_size=batch_size, **options
+    )
+    return np.array(samples)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     """11 images, sampled at once."""
     return sample(tmp_path_factory.mktemp("whole") / "samples")
-
-
-class Together:
-    """Processes as threads: gather and on_rank_0 wait for each other as those of a process group do."""
-
-    def __init__(self, num_processes: int) -> None:
-        self.num_processes = num_processes
-        self._barrier = threading.Barrier(num_processes, timeout=200)
-        self._parts: dict[int, Any] = {}
-
-    def run(self, work: Callable[[Ranks], Any]) -> list[Any]:
-        results: dict[int, Any] = {}
-
-        def one(rank: int) -> None:
-            results[rank] = work(self._ranks(rank))
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.num_processes)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return [results[rank] for rank in range(self.num_processes)]
-
-    def _ranks(self, rank: int) -> Ranks:
-        def gather(mine: np.ndarray) -> np.ndarray:
-            self._parts[rank] = mine
-            self._barrier.wait()
-            joined = np.concatenate([self._parts[other] for other in range(self.num_processes)])
-            self._barrier.wait()
-            return joined
-
-        def on_rank_0(work: Callable[[], Any]) -> Any:
-            result = work() if rank == 0 else None
-            self._barrier.wait()
-            return result
-
-        return Ranks(rank, self.num_processes, gather, on_rank_0)
 
 
 def test_an_image_is_the_same_in_any_batch(tmp_path: Path, whole: np.ndarray) -> None:
@@ -91,27 +65,27 @@ def test_an_image_is_the_same_in_any_batch(tmp_path: Path, whole: np.ndarray) ->
 
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_the_bits_do_not_depend_on_the_number_of_processes(
-    tmp_path: Path, whole: np.ndarray, num_processes: int
+    tmp_path: Path, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch, num_processes: int
 ) -> None:
-    """And each process samples its part alone: 2 steps of 11 images in all."""
+    """And each process samples only its part: 2 steps of 11 images in all."""
     sizes: list[int] = []
     # Made one after the other: a network draws its weights from the one generator that all threads share.
     pipelines = [make_pipeline() for _ in range(num_processes)]
 
-    def work(ranks: Ranks) -> np.ndarray:
-        pipeline = pipelines[ranks.rank]
+    def work(rank: int) -> np.ndarray:
+        pipeline = pipelines[rank]
         pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-        return sample(tmp_path / "samples", ranks=ranks, pipeline=pipeline)
+        return sample(tmp_path / "samples", pipeline=pipeline)
 
-    for samples in Together(num_processes).run(work):
+    for samples in Ranks(monkeypatch, num_processes).run(work):
         np.testing.assert_array_equal(samples, whole)
     assert sum(sizes) == 2 * 11
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["samples.npy", "settings.json"]
 
 
 @pytest.mark.parametrize("batches_done", [0, 1, 2])
-def test_a_killed_evaluation_goes_on_to_the_same_bits(tmp_path: Path, whole: np.ndarray, batches_done: int) -> None:
-    """What a kill leaves: whole batches, a file under its temporary name, and one that the disk has cut."""
+def test_a_killed_evaluation_continues_to_the_same_images(tmp_path: Path, whole: np.ndarray, batches_done: int) -> None:
+    """What a kill leaves: whole batches, a temporary file, and a truncated one."""
     pipeline, num_calls = make_pipeline(), 0
 
     def kill(*_: object) -> None:
@@ -173,7 +147,7 @@ def another_network() -> GaussianDiffusionPipeline:
         ({"sampler": Sampler(num_inference_steps=3, eta=1.0)}, r"\(num_inference_steps was 2, is 3\)"),
         ({"sampler": Sampler(num_inference_steps=2, eta=0.0)}, r"\(eta was 1.0, is 0.0\)"),
         ({"sampler": Sampler(num_inference_steps=2, eta=1.0, labels=(2,))}, r"\(labels was \[0, 1, 2\], is \[2\]\)"),
-        ({"pipeline": another_network}, r"\(pipeline was \"\w{12}…, is \"\w{12}…\)"),
+        ({"pipeline": another_network}, r"\(pipeline was \w{19}…, is \w{19}…\)"),
     ],
 )
 def test_samples_of_other_settings_are_refused(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
@@ -188,12 +162,12 @@ def test_samples_of_other_settings_are_refused(tmp_path: Path, options: dict[str
 
 def test_a_folder_of_something_else_is_untouched(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match="holds no samples, but something else"):
+    with pytest.raises(ValueError, match="is not a folder of samples"):
         sample(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     sample(tmp_path / "samples", 2)
     (tmp_path / "samples" / "settings.json").write_text("{")
-    with pytest.raises(ValueError, match=r"settings.json is damaged; remove"):
+    with pytest.raises(ValueError, match=r"settings.json is not valid JSON .*; remove .* to sample again"):
         sample(tmp_path / "samples", 2)
 
 
@@ -239,7 +213,7 @@ def test_any_scheduler_samples_by_its_name(sampler: Sampler, name: str) -> None:
         (Sampler(scheduler="DPMSolverMultistepScheduler", eta=1.0), "DPMSolverMultistepScheduler has no eta"),
         (Sampler(scheduler="DDIMScheduler", analytic_variance=True), "the scheduler is DDIMScheduler"),
         (Sampler(analytic_variance=True), "analytic_variance needs the second moments"),
-        (Sampler(labels=(3,)), r"labels are \[3\], but those of the network are 0 to 2"),
+        (Sampler(labels=(3,)), r"labels are \[3\], but the labels of the network are 0 to 2"),
         (Sampler(guidance_scale=2.0), "no null label to guide against"),
     ],
 )
@@ -269,12 +243,12 @@ def test_classes_come_in_turn_and_the_network_is_left_as_it_was() -> None:
     assert seen[-1] == [1, 1]
 
 
-def test_the_film_is_drawn_in_batches_from_noise_to_the_samples(whole: np.ndarray) -> None:
-    """To the bit, since the batches are those of the samples; of the noise, 4 of 6 values lie within [-1, 1]."""
+def test_the_trajectory_goes_from_noise_to_the_samples(whole: np.ndarray) -> None:
+    """Exactly, because the batches are those of the samples; two thirds of the noise lie within [-1, 1]."""
     pipeline = make_pipeline()
     sizes: list[int] = []
     pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    states = sample_film(pipeline, SAMPLER, seed=0, num_images=7, batch_size=4)
+    states = sample_trajectory(pipeline, SAMPLER, seed=0, num_images=7, batch_size=4)
     assert sizes == [4, 4, 3, 3]
     assert states.shape == (3, 7, 8, 8, 1)
     np.testing.assert_array_equal(states[-1, :4], whole[:4])
@@ -282,22 +256,45 @@ def test_the_film_is_drawn_in_batches_from_noise_to_the_samples(whole: np.ndarra
     assert 0.2 < np.isin(states[0], (0, 255)).mean() < 0.5
 
 
-def test_a_film_keeps_few_states_of_many_steps() -> None:
-    """Of 60 steps, 40 states in 8 bits, which a film of large images has room for."""
+def test_a_trajectory_keeps_few_states_of_many_steps() -> None:
+    """Of 60 steps, 40 states in 8 bits, so that those of large images fit into memory."""
     scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=60)
     pipeline = GaussianDiffusionPipeline(tiny_unet(), scheduler)
-    states = sample_film(pipeline, Sampler(), seed=0, num_images=1, batch_size=1)
+    states = sample_trajectory(pipeline, Sampler(), seed=0, num_images=1, batch_size=1)
     assert (states.shape, states.dtype) == ((40, 1, 8, 8, 1), np.uint8)
 
 
-def test_batches_lie_on_one_grid_whatever_is_left_out() -> None:
+class Fading:
+    """In place of a pipeline: 100 steps from black to white."""
+
+    def __init__(self) -> None:
+        self.unet, self.num_channels, self.device = tiny_unet(), 1, torch.device("cpu")
+        self.scheduler = SimpleNamespace(timesteps=range(100))
+
+    def __call__(self, *, callback_on_step_end: Any, **_: Any) -> Any:
+        for step in range(100):
+            sample = torch.full((2, 1, 8, 8), (step + 1) / 50 - 1)
+            callback_on_step_end(self, step, 99 - step, {"sample": sample})
+        return SimpleNamespace(images=None)
+
+
+def test_the_states_of_a_trajectory_are_evenly_spaced_and_end_with_the_last() -> None:
+    """To half a gray level, the rounding; the first state is the noise."""
+    pipeline: Any = Fading()
+    _, states = call_with_trajectory(pipeline, generator=[torch.Generator().manual_seed(seed) for seed in range(2)])
+    assert states.shape == (40, 2, 8, 8, 1)
+    levels = [round(frame * 100 / 39) for frame in range(1, 40)]
+    np.testing.assert_allclose(states[1:, 0, 0, 0, 0], [2.55 * level for level in levels], atol=0.51, rtol=0)
+
+
+def test_batches_stay_on_one_grid_if_indices_are_missing() -> None:
     wanted = np.ones(10, bool)
-    assert batches(wanted, 4) == [range(4), range(4, 8), range(8, 10)]
+    assert split_into_batches(wanted, 4) == [range(4), range(4, 8), range(8, 10)]
     wanted[:4] = False
-    assert batches(wanted, 4) == [range(4, 8), range(8, 10)]
+    assert split_into_batches(wanted, 4) == [range(4, 8), range(8, 10)]
     wanted[5] = False
-    assert batches(wanted, 4) == [range(4, 5), range(6, 8), range(8, 10)]
-    assert batches(~np.ones(3, bool), 4) == []
+    assert split_into_batches(wanted, 4) == [range(4, 5), range(6, 8), range(8, 10)]
+    assert split_into_batches(~np.ones(3, bool), 4) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -311,7 +308,7 @@ def test_in_half_precision_the_batch_size_is_one_of_the_settings(tmp_path: Path,
     assert len(sample(tmp_path / "samples", 3, pipeline=pipeline, batch_size=2)) == 3
 
 
-def test_settings_are_told_in_the_folder(tmp_path: Path) -> None:
+def test_the_settings_are_in_the_folder(tmp_path: Path) -> None:
     sample(tmp_path / "samples", 2)
     settings = json.loads((tmp_path / "samples" / "settings.json").read_text())
     assert settings | {"pipeline": ""} == {
@@ -320,13 +317,3 @@ def test_settings_are_told_in_the_folder(tmp_path: Path) -> None:
         "guidance_rescale": 0.0,
         "analytic_variance": False, "labels": [0, 1, 2], "dtype": "float32", "device": "cpu",
     }  # fmt: skip
-
-
-def test_the_size_of_images_is_a_side_or_height_and_width() -> None:
-    unet = tiny_unet()
-    assert image_size(unet) == (8, 8)
-    unet.register_to_config(sample_size=(8, 16))
-    assert image_size(unet) == (8, 16)
-    unet.register_to_config(sample_size=None)
-    with pytest.raises(ValueError, match="has no sample_size; pass start noise as sample, or set it in"):
-        image_size(unet)

@@ -1,27 +1,22 @@
-"""What an evaluation chooses, compares and tells."""
+"""evaluation.json, nearest images, and the score during training."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ddpm_hf.config import EvaluationConfig, RunConfig, TrainingConfig
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.features import Moments, moments_of
 from ddpm_hf.evaluation.generate import Sampler, sample_images
-from ddpm_hf.evaluation.likelihood import VariationalBound, variational_bound
-from ddpm_hf.evaluation.metrics import Metric, check_metrics, frechet_distance
+from ddpm_hf.evaluation.likelihood import ReverseProcess, variational_bound
+from ddpm_hf.evaluation.metrics import Metric, frechet_distance
 from ddpm_hf.evaluation.report import (
-    NUM_BINS,
     as_json,
-    binned,
     choose_images,
-    draw_evaluation,
     nearest_images,
     small_sample_score,
     table,
@@ -34,14 +29,6 @@ from tests.unit.evaluation.gaussian_pipeline import gaussian_images, gaussian_pi
 def random_images(count: int, shape: tuple[int, int, int] = (3, 4, 4), seed: int = 0) -> ImageSet:
     pixels = np.random.default_rng(seed).integers(0, 256, (count, *shape), np.uint8)
     return ImageSet(pixels, None, None, np.arange(count))
-
-
-def test_metrics_that_do_not_exist_are_named() -> None:
-    check_metrics(["fid", "bits_per_dim"])
-    with pytest.raises(ValueError, match="metrics has 'lpips', which is none; choose from fid, kid"):
-        check_metrics(["fid", "lpips"])
-    with pytest.raises(ValueError, match="metrics is empty"):
-        check_metrics([])
 
 
 def test_images_are_drawn_from_the_whole_set_by_the_seed() -> None:
@@ -59,7 +46,7 @@ def test_images_are_drawn_from_the_whole_set_by_the_seed() -> None:
 
 def test_the_nearest_image_is_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against all distances, in several parts; a copy is found at distance 0."""
-    monkeypatch.setattr("ddpm_hf.evaluation.report.IMAGES_AT_ONCE", 7)
+    monkeypatch.setattr("ddpm_hf.evaluation.report._NEIGHBOR_CHUNK_BYTES", 7 * 8 * 48)
     images = random_images(30)
     samples = random_images(5, seed=1).images.transpose(0, 2, 3, 1).copy()
     samples[2] = images.images[13].transpose(1, 2, 0)
@@ -70,42 +57,6 @@ def test_the_nearest_image_is_the_nearest(monkeypatch: pytest.MonkeyPatch) -> No
     np.testing.assert_allclose(distances, all_distances.min(axis=1), rtol=1e-12)
     assert (positions[2], distances[2]) == (13, 0)
     np.testing.assert_array_equal(found[2], samples[2])
-
-
-def a_bound(num_steps: int) -> VariationalBound:
-    counts = np.arange(num_steps) % 3
-    terms = np.linspace(1, 2, num_steps) * (counts > 0)
-    return VariationalBound(tuple(range(num_steps))[::-1], 0.5, terms, terms, terms, counts, np.ones(4))
-
-
-def test_means_of_neighbouring_steps_are_weighted_by_their_images() -> None:
-    bound = a_bound(1000)
-    means = binned(bound.terms, bound)
-    assert len(means) == NUM_BINS
-    assert means[0] == pytest.approx((bound.terms[:10] * bound.counts[:10]).sum() / bound.counts[:10].sum())
-    few = a_bound(6)
-    np.testing.assert_array_equal(binned(few.terms, few), few.terms[few.counts > 0])
-
-
-def test_a_term_that_was_not_computed_is_not_sent_for_free() -> None:
-    """The rate takes it from its neighbours: of terms that rise evenly it is that of all of them."""
-    bound = a_bound(7)
-    everything = np.linspace(1, 2, 7)
-    everything[0] = everything[1]  # before the first known one there is no neighbour
-    everything[6] = everything[5]
-    np.testing.assert_allclose(bound.rate, 0.5 + np.concatenate([[0], np.cumsum(everything[:-1])]))
-
-
-@pytest.mark.parametrize("with_bound", [True, False])
-def test_the_picture_shows_what_there_is(tmp_path: Path, with_bound: bool) -> None:
-    samples = random_images(64).images.transpose(0, 2, 3, 1).copy()
-    draw_evaluation(
-        tmp_path / "x.png", samples=samples, real=samples, neighbours=samples[:32], distances=np.full(32, 0.1),
-        bound=a_bound(50) if with_bound else None, title="test",
-    )  # fmt: skip
-    picture = np.asarray(Image.open(tmp_path / "x.png").convert("L"))
-    assert picture.shape == (1196 if with_bound else 598, 1690)
-    assert (picture < 128).mean() > 0.05
 
 
 def test_the_table_and_the_file_tell_all_of_a_metric() -> None:
@@ -128,13 +79,13 @@ def score_config(**changes: Any) -> RunConfig:
     return RunConfig(evaluation=EvaluationConfig(**evaluation | changes), training=TrainingConfig(seed=7))
 
 
-def test_the_score_of_held_out_images_is_their_bound() -> None:
-    held_out = gaussian_images(9)
+def test_the_score_of_validation_images_is_their_bound() -> None:
+    validation = gaussian_images(9)
     pipeline = gaussian_pipeline()
     pipeline.unet.train()
     config = score_config(score_metric="bits_per_dim", score_num_terms=4)
-    score = small_sample_score(pipeline, None, held_out, config)
-    bound = variational_bound(pipeline, choose_images(held_out, 6, 7), seed=7, num_terms=4)
+    score = small_sample_score(config)(pipeline, None, validation)
+    bound = variational_bound(ReverseProcess(pipeline), choose_images(validation, 6, 7), seed=7, num_terms=4)
     assert score.value == pytest.approx(bound.bits_per_dim, rel=1e-12)
     assert score.standard_error == pytest.approx(bound.standard_error, rel=1e-12)
     assert score.lower_is_better
@@ -149,7 +100,7 @@ def test_the_score_in_features_compares_samples_with_training_images() -> None:
     training, size = gaussian_images(9, (4, 4)), (4, 4)
     config = score_config(score_metric="frechet_distance", score_features="tests.feature_networks:pooled")
     pipeline = gaussian_pipeline(size)
-    score = small_sample_score(pipeline, training, training, config)
+    score = small_sample_score(config)(pipeline, training, training)
     sampler = Sampler(num_inference_steps=3, eta=config.evaluation.eta)
     samples = sample_images(sampler.prepare(pipeline), sampler, seed=7, indices=range(6), batch_size=100)
 
@@ -177,7 +128,7 @@ def test_scores_of_other_settings_are_of_another_kind() -> None:
     def kind(scheduler: GaussianDiffusionScheduler = scheduler, **changes: Any) -> str:
         pipeline.scheduler = scheduler
         config = score_config(**features | {"num_inference_steps": 1, "score_num_samples": 5} | changes)
-        return small_sample_score(pipeline, training, training, config).kind
+        return small_sample_score(config)(pipeline, training, training).kind
 
     spaced = GaussianDiffusionScheduler.create(num_train_timesteps=10, timestep_spacing="trailing")
     kinds = [
@@ -197,7 +148,7 @@ def test_bounds_of_other_numbers_of_terms_are_of_another_kind() -> None:
     def kind(**changes: int) -> str:
         config = score_config(**{"score_metric": "bits_per_dim", "score_num_terms": 4} | changes)
         pipeline = gaussian_pipeline(num_train_timesteps=20)
-        return small_sample_score(pipeline, None, gaussian_images(9), config).kind
+        return small_sample_score(config)(pipeline, None, gaussian_images(9)).kind
 
     assert kind() == "bits_per_dim, 6 images, 4 terms, seed 7"
     assert len({kind(), kind(score_num_terms=5), kind(score_num_samples=5)}) == 3

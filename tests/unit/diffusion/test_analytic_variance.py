@@ -4,21 +4,17 @@ import json
 import math
 import resource
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
-from gaussian_pipeline import DEVIATION, GaussianUnet, gaussian_images, gaussian_pipeline
 
-from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.gaussian import optimal_variance
 from ddpm_hf.diffusion.scheduler import SECOND_MOMENTS_FILE
-from ddpm_hf.distributed import Ranks
-from ddpm_hf.evaluation.likelihood import estimate_second_moments, variational_bound
 from tests.conftest import tiny_unet
+from tests.unit.evaluation.gaussian_pipeline import DEVIATION
 
 ALPHA_BARS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 MOMENTS = (1 - ALPHA_BARS) / (ALPHA_BARS * DEVIATION**2 + 1 - ALPHA_BARS)
@@ -54,62 +50,6 @@ def test_data_in_the_range_bound_the_variance(second_moment: float) -> None:
     assert step.alpha_bar == 0
     variance = optimal_variance(step, 1.0, second_moment)
     assert variance == pytest.approx(step.posterior_variance + step.alpha_bar_prev, rel=1e-9)
-
-
-def test_moments_are_estimated() -> None:
-    """Four standard errors of a mean of n squares of normal values, and the rounding to 8 bits at t = 0."""
-    pipeline = gaussian_pipeline((4, 4), num_train_timesteps=40, beta_end=0.4)
-    object.__setattr__(pipeline.unet, "OFFSET", 0.0)
-    images = gaussian_images(64, (4, 4))
-    moments = estimate_second_moments(pipeline, images, seed=0, num_images=64, batch_size=10)
-    bars = pipeline.scheduler.noise_schedule.alphas_cumprod
-    spread = float((images.images / 127.5 - 1).var())
-    # The network takes DEVIATION^2 for the variance, the images have another: x_t has the one, its gain the other.
-    gain = bars * DEVIATION**2 / (bars * DEVIATION**2 + 1 - bars)
-    expected = (bars * spread + 1 - bars) * (1 - gain) ** 2 / (1 - bars)
-    torch.testing.assert_close(moments, expected, rtol=4 * math.sqrt(2 / 1024) + 0.02, atol=0)
-
-
-def test_each_timestep_sees_images_of_all_classes_of_a_set_sorted_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network says x_t, nearly x_0 here: 0 for the gray class, 1 for the white one, half of it for both.
-
-    20 of 40 images, drawn without replacement, hold 10 white ones with a standard deviation of 1.6: four are allowed.
-    """
-    pipeline = gaussian_pipeline((4, 4), num_train_timesteps=8, beta_start=1e-6, beta_end=1e-6)
-    monkeypatch.setattr(GaussianUnet, "forward", lambda _, sample, *__, **___: (sample,))
-    pixels = np.repeat([128, 255], 20).astype(np.uint8)[:, None, None, None] * np.ones((1, 1, 4, 4), np.uint8)
-    images = ImageSet(pixels, None, None, np.arange(40))
-    moments = estimate_second_moments(pipeline, images, seed=0, num_images=20)
-    torch.testing.assert_close(moments, torch.full_like(moments, 0.5), rtol=0, atol=4 * 1.6 / 20)
-
-
-def test_processes_share_the_timesteps_and_the_bits_are_those_of_one() -> None:
-    pipeline, images = gaussian_pipeline((4, 4), num_train_timesteps=7), gaussian_images(9, (4, 4))
-    parts: list[np.ndarray] = []
-
-    def estimate(**ranks: Any) -> torch.Tensor:
-        return estimate_second_moments(pipeline, images, seed=0, num_images=5, batch_size=2, **ranks)
-
-    def gather(mine: np.ndarray) -> np.ndarray:
-        parts.append(mine)
-        return np.concatenate(parts)
-
-    joined = [estimate(ranks=Ranks(rank, 3, gather)) for rank in range(3)][-1]
-    assert [len(part) for part in parts] == [2, 2, 3]
-    assert torch.equal(joined, estimate())
-
-
-def test_the_analytic_variance_lowers_the_bound_of_a_short_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GaussianUnet, "OFFSET", 0.0)
-    images, chain = gaussian_images(50), list(range(0, 1000, 50))[::-1]
-    bits = {}
-    for kind in ("fixed_small", "fixed_large", "analytic"):
-        pipeline = gaussian_pipeline(variance_type="fixed_small" if kind == "analytic" else kind)
-        if kind == "analytic":
-            pipeline.scheduler.eps_second_moments = torch.from_numpy(MOMENTS)
-            pipeline.scheduler.analytic_variance = True
-        bits[kind] = variational_bound(pipeline, images, seed=0, timesteps=chain).bits_per_dim
-    assert bits["analytic"] < min(bits["fixed_small"], bits["fixed_large"]) - 0.01
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
