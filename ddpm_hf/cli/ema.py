@@ -29,13 +29,13 @@ def ema(arguments: Sequence[str]) -> int:
 
 def _rebuild(folder: Path, length: float, step: int | None, output: Path | None) -> int:
     """Writes the pipeline and says how exact it is."""
-    from ddpm_hf.training.posthoc_ema import rebuild
+    from ddpm_hf.training.posthoc_ema import reconstruct
 
     if output is None:
         output = folder / f"pipeline_ema_{length:.3f}{'' if step is None else f'_step_{step:08d}'}"
-    rebuilt = rebuild(folder, length, step, output)
+    result = reconstruct(folder, length, step, output)
     print(
-        f"{output}: average of length {length:g} at step {rebuilt.step}, made of {rebuilt.num_stored} stored ones "
-        f"(its profile is off by {rebuilt.relative_error:.2%})."
+        f"{output}: average of length {length:g} at step {result.step}, made of {result.num_stored} stored ones "
+        f"(its profile is off by {result.relative_error:.2%})."
     )
     return 0
