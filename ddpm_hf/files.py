@@ -32,6 +32,7 @@ TRAINER_STATE = "trainer_state.json"
 
 # A pipeline folder.
 MODEL_INDEX = "model_index.json"
+MODEL_CONFIG = "config.json"
 UNET_CONFIG = "unet/config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 TRAINING_CONFIG = "training_config.yaml"
