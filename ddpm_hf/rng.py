@@ -1,7 +1,7 @@
-"""The only place where a seed is made.
+"""Random number generators as functions of counters. No other module derives a seed.
 
-Everything random in a run is a function of (seed, stream, counters): the stream says what is drawn, the counters say
-for which step, epoch, position or rank. Nothing random is ever stored, and nothing depends on what was drawn before.
+Every random number of a run is a function of (seed, stream, counters): the stream names its use, and the counters are
+the step, epoch, position or rank. No generator state is stored, and no number depends on the ones drawn before it.
 """
 
 import hashlib
@@ -10,17 +10,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-# Noise is drawn for whole blocks of positions, so that a rank draws only the blocks that its own positions touch.
 NOISE_BLOCK_SIZE = 32
+"""Positions of the global batch that share a generator of noise. A rank draws only the blocks of its own positions."""
 
 
 def derive_seed(seed: int, stream: str, *counters: int) -> int:
-    """Derives an independent seed for one use of randomness.
+    """Derive an independent seed for one use of randomness.
 
     Args:
         seed: The seed of the run.
-        stream: What is drawn, for example "noise" or "timesteps".
-        *counters: Where it is drawn: step, epoch, position, rank.
+        stream: Name of the use, for example "noise" or "timesteps".
+        *counters: Step, epoch, position, rank.
 
     Returns:
         An integer in [0, 2**63), the same on every machine and in every version of Python, NumPy and torch.
@@ -30,35 +30,35 @@ def derive_seed(seed: int, stream: str, *counters: int) -> int:
 
 
 def numpy_generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
-    """Returns a NumPy generator at the start of one stream."""
+    """Return a NumPy generator at the start of a stream."""
     return np.random.Generator(np.random.Philox(derive_seed(seed, stream, *counters)))
 
 
 def torch_generator(device: torch.device | str, seed: int, stream: str, *counters: int) -> torch.Generator:
-    """Returns a torch generator on `device` at the start of one stream."""
+    """Return a torch generator on `device` at the start of a stream."""
     return torch.Generator(device=device).manual_seed(derive_seed(seed, stream, *counters))
 
 
 def seed_global_generators(seed: int, stream: str, *counters: int) -> None:
-    """Seeds torch's global generators of all devices, which only dropout and initialisation draw from."""
+    """Seed the global torch generators of all devices, which only dropout and initialization use."""
     torch.manual_seed(derive_seed(seed, stream, *counters))
 
 
 def normal_by_position(
     seed: int, stream: str, step: int, positions: range, shape: Sequence[int], device: torch.device | str
 ) -> torch.Tensor:
-    """Draws standard normal noise that belongs to positions of the global batch, whoever computes them.
+    """Draw standard normal noise for positions of the global batch, the same for every split of the batch over ranks.
 
     Args:
         seed: The seed of the run.
-        stream: What is drawn.
-        step: The optimiser step.
+        stream: Name of the use.
+        step: The optimizer step.
         positions: Consecutive positions in the global batch.
-        shape: The shape of one sample.
-        device: Where to draw; a CPU and a GPU draw different numbers.
+        shape: Shape of one sample.
+        device: Device of the noise; a CPU and a GPU draw different numbers.
 
     Returns:
-        float32 noise of shape (len(positions), *shape); row i is the same in every split of the batch.
+        float32 noise (len(positions), *shape).
     """
     first_block, end_block = positions.start // NOISE_BLOCK_SIZE, -(-positions.stop // NOISE_BLOCK_SIZE)
     blocks = torch.empty((end_block - first_block) * NOISE_BLOCK_SIZE, *shape, device=device)
@@ -71,10 +71,10 @@ def normal_by_position(
 def sampling_generators(
     seed: int, stream: str, indices: Sequence[int], device: torch.device | str
 ) -> list[torch.Generator]:
-    """Returns one generator an image, so that image i is the same in any batch and on any process."""
+    """Return one generator per image, so that image i does not depend on the batch or the process."""
     return [torch_generator(device, seed, stream, index) for index in indices]
 
 
 def plain_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """Returns generators as users make them: on the CPU, which draws the same numbers for every device."""
+    """Return CPU generators with the given seeds, as users create them for pipelines."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -127,8 +127,8 @@ class ImageStream:
         *,
         with_labels: bool,
         seed: int,
-        rank: int,
-        num_processes: int,
+        rank: int = 0,
+        num_processes: int = 1,
         device: torch.device,
     ) -> None:
         import datasets

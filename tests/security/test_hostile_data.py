@@ -1,6 +1,6 @@
-"""A data set of somebody else's runs nothing, writes nothing, reads nothing else and does not fill the memory.
+"""A hostile dataset runs no code, writes no files, reads no other files and does not exhaust the memory.
 
-Memory is what Python and NumPy ask for while the data set is opened, decoded and drawn.
+Memory is what Python and NumPy allocate while the dataset is opened, decoded and drawn.
 """
 
 import gzip
@@ -25,7 +25,7 @@ from tests.security.conftest import Watch
 from tests.security.hostile import module_that_runs, pickle_that_runs
 
 MIB = 2**20
-# More than honest tiny sets take, and less than any of the bombs would.
+# More than a tiny dataset needs, and less than any of the bombs.
 MOST_MEMORY = 64 * MIB
 SECRET = 77
 
@@ -37,7 +37,7 @@ def png(value: int = 1, side: int = 8) -> bytes:
 
 
 def announced(width: int, height: int) -> bytes:
-    """Returns a PNG of a few bytes that says to be large."""
+    """Return a PNG of a few bytes that declares a large size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -59,7 +59,7 @@ def folder_with_a_bomb(path: Path) -> Path:
 
 
 def zip_bomb(path: Path) -> Path:
-    """Two members, each of 128 MiB of zeros, packed a thousand times."""
+    """Two members of 128 MiB of zeros, compressed 1000 to 1."""
     with zipfile.ZipFile(path := path.with_suffix(".zip"), "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name in ("1.png", "2.png"):
             with archive.open(name, "w") as file:
@@ -96,7 +96,7 @@ def npz_of_petabytes(path: Path) -> Path:
 
 
 def npz_larger_than_the_memory(path: Path) -> Path:
-    """Its directory says that a member has a petabyte."""
+    """Its directory declares a member of a petabyte."""
     with zipfile.ZipFile(path := path.with_suffix(".npz"), "w") as archive:
         archive.writestr("images.npy", npy_header((2, 8, 8, 3)) + bytes(384))
         archive.filelist[0].file_size = 2**50
@@ -153,13 +153,13 @@ def table(name: str) -> Callable[[Path], Path]:
 
 @pytest.fixture(scope="module", autouse=True)
 def libraries() -> None:
-    """Imports what is needed before memory is measured, which makes imports slow."""
+    """Import libraries before memory is traced, which makes imports slow."""
     import datasets  # noqa: F401
 
     import ddpm_hf.training.trainer  # noqa: F401
 
 
-# Data set -> part of the sentence that it is refused with.
+# Dataset -> part of the error message.
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an image of 60000x60000": (folder_with_a_bomb, "none of the 1 images"),
     "a zip bomb": (zip_bomb, "can be read"),
@@ -184,7 +184,7 @@ BOMBS = list(REFUSED)[:7]
 
 
 def show(source: Path, folder: Path, *, is_measured: bool = False) -> tuple[int, int]:
-    """Runs `ddpm-hf data` and returns the exit code and the most memory that was asked for, which makes it slow."""
+    """Run `ddpm-hf data`; return the exit code and the peak memory, whose measurement is slow."""
     if is_measured:
         tracemalloc.start()
     try:
@@ -203,13 +203,13 @@ def test_hostile_data_are_refused_with_a_sentence(watch: Watch, capsys: pytest.C
     assert exit_code == 2, error
     assert any(one in error for one in sentence.split("|"))  # of `datasets` from 4.1 on, or ours
     assert "Traceback" not in error
-    # NumPy counts what it asks for in vain: a petabyte was refused by the system.
+    # NumPy counts failed allocations: the system refused a petabyte.
     assert memory < MOST_MEMORY or memory > 2**50
 
 
 @pytest.mark.parametrize("kind", [".zip", ".tar"])
 def test_members_are_never_written_whatever_their_names(watch: Watch, kind: str) -> None:
-    """Members above the archive, at absolute paths and behind links are images like others: read where they lie."""
+    """Members with absolute paths or paths outside of the archive are read inside of it."""
     names = ["1.png", "../../ddpm_hf-escaped.png", "/tmp/ddpm_hf-escaped.png"]
     source = watch.folder / f"data{kind}"
     if kind == ".zip":
@@ -230,7 +230,7 @@ def test_members_are_never_written_whatever_their_names(watch: Watch, kind: str)
 
 
 def test_files_beside_a_table_are_read(watch: Watch) -> None:
-    """Honest tables may name the files that lie beside them."""
+    """A table may refer to files beside it."""
     source = table("SET/images/1.png")(watch.folder / "data")
     (watch.folder / "data" / "images").mkdir()
     (watch.folder / "data" / "images" / "1.png").write_bytes(png(5))
@@ -238,7 +238,7 @@ def test_files_beside_a_table_are_read(watch: Watch) -> None:
 
 
 def test_code_beside_a_dataset_is_not_run(watch: Watch) -> None:
-    """`datasets` of old ran a script with the name of its folder."""
+    """Old versions of `datasets` ran a script with the name of its folder."""
     folder = watch.folder / "data"
     folder.mkdir()
     for name in ("data.py", "__init__.py", "dataset.py"):

@@ -30,7 +30,7 @@ from ddpm_hf.rng import (
     ],
 )
 def test_a_derived_seed_never_changes(arguments: tuple[int, str, int], expected: int) -> None:
-    """Any other value would break the continuation of every run there is."""
+    """Another value would change every run that is resumed."""
     assert derive_seed(*arguments) == expected
 
 
@@ -44,11 +44,11 @@ def test_derived_seeds_fit_every_generator_and_are_distinct() -> None:
     ]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert derive_seed(0, "noise", 1, 12) != derive_seed(0, "noise", 11, 2), "counters do not run into one another"
+    assert derive_seed(0, "noise", 1, 12) != derive_seed(0, "noise", 11, 2), "counters are separated"
 
 
 def test_neighboring_streams_are_independent() -> None:
-    """With 10,000 numbers the correlation has a standard deviation of 0.01; five of them is a chance of 1 in 10^6."""
+    """The standard deviation of a correlation of 10,000 numbers is 0.01; the limit is five of them."""
     draws = [torch.randn(10_000, generator=torch_generator("cpu", 0, "noise", step)) for step in range(4)]
     draws += [torch.from_numpy(numpy_generator(0, "noise", step).standard_normal(10_000)).float() for step in range(4)]
     correlations = torch.corrcoef(torch.stack(draws)) - torch.eye(8)
@@ -74,7 +74,7 @@ def test_global_generators_are_seeded_for_dropout() -> None:
     "cuts", [(0, 80), (0, 40, 80), (0, 1, 80), (0, 31, 32, 33, 80), (0, 10, 70, 80), tuple(range(0, 81, 5))]
 )
 def test_a_row_of_noise_is_the_same_in_every_split_of_the_batch(cuts: tuple[int, ...]) -> None:
-    """Some pieces begin or end inside a block, some span several."""
+    """Some parts begin or end inside a block, some span several."""
     whole = normal_by_position(7, "noise", 3, range(80), (2, 4, 4), "cpu")
     pieces = [
         normal_by_position(7, "noise", 3, range(start, stop), (2, 4, 4), "cpu")
@@ -99,13 +99,13 @@ def test_noise_differs_between_rows_steps_streams_and_seeds() -> None:
 
 
 def test_noise_is_standard_normal() -> None:
-    """131,072 numbers: mean and variance have standard deviations of 0.0028 and 0.0039; the limits are five of them."""
+    """Mean and variance of 131,072 numbers have standard deviations of 0.0028 and 0.0039; limits are five of them."""
     noise = normal_by_position(0, "noise", 0, range(512), (1, 16, 16), "cpu")
     assert abs(float(noise.mean())) < 0.014
     assert abs(float(noise.var()) - 1) < 0.02
     assert abs(float((noise.abs() < 1).float().mean()) - 0.6827) < 0.007
     of_rows = noise.flatten(1).mean(dim=1)
-    assert abs(float(of_rows.std()) - 1 / 16) < 0.01, "rows are independent of one another"
+    assert abs(float(of_rows.std()) - 1 / 16) < 0.01, "rows are independent"
 
 
 def test_drawing_noise_does_not_change_the_global_generator() -> None:

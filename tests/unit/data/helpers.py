@@ -1,4 +1,4 @@
-"""What the tests of data share: a few images, ways to store them, and the sentence that refuses them."""
+"""Helpers of the data tests: a few images, ways to store them, and the error message of a refused dataset."""
 
 import io
 import struct
@@ -27,7 +27,7 @@ DEEP_RGBA = RANDOM.integers(0, 65536, (6, 5, 4), dtype=np.uint16)
 
 
 def encode(image: Image.Image | np.ndarray, image_format: str = "PNG", **options: Any) -> bytes:
-    """Returns the file of an image."""
+    """Return an encoded image."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
@@ -35,7 +35,7 @@ def encode(image: Image.Image | np.ndarray, image_format: str = "PNG", **options
 
 
 def encode_deep(pixels: np.ndarray) -> bytes:
-    """Returns a PNG of 16 bits a channel, which Pillow cannot write for colours; rows are filtered as real files are.
+    """Return a PNG with 16 bits per channel, which Pillow cannot write for color. Its rows are filtered.
 
     The filters refer to the pixel on the left (1) and above (2), so a decoder that counts bytes wrongly shows.
     """
@@ -54,12 +54,12 @@ def encode_deep(pixels: np.ndarray) -> bytes:
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """Returns a part of a PNG."""
+    """Return a chunk of a PNG."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> Path:
-    """Writes a folder of files."""
+    """Write a folder of files."""
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -73,7 +73,7 @@ def write_parquet(
     label_feature: object = None,
     names: Sequence[str] | None = None,
 ) -> Path:
-    """Writes a data set as people publish it, from encoded images."""
+    """Write encoded images to a parquet file, as on the Hub."""
     cells = [None if data is None else {"bytes": data, "path": None} for data in images]
     columns: dict[str, list[object]] = {"image": cells}
     features: dict[str, object] = {"image": datasets.Image()}
@@ -88,12 +88,12 @@ def write_parquet(
 
 
 def open_source(source: Path | str, cache_dir: Path, *, with_labels: bool = False, **settings: Any) -> ImageSet:
-    """Opens a data set with settings of the data."""
+    """Open a dataset with datasettings."""
     return open_images(DataConfig(source=str(source), cache_dir=str(cache_dir), **settings), with_labels=with_labels)
 
 
 def open_one(folder: Path, data: bytes, **settings: Any) -> np.ndarray:
-    """Returns the pixels of the only image of a data set, channels last."""
+    """Return the decoded pixels of one encoded image, channels last."""
     images = open_source(write_files(folder / "one", {"only.png": data}), folder / "cache", **settings)
     assert len(images) == 1
     pixels, _ = images.take(images.positions)
@@ -101,7 +101,7 @@ def open_one(folder: Path, data: bytes, **settings: Any) -> np.ndarray:
 
 
 def refusal(source: Path | str, cache_dir: Path, *, with_labels: bool = False, **settings: Any) -> str:
-    """Returns the sentence with which a data set is refused."""
+    """Return the error message of a dataset that is refused."""
     with pytest.raises(DataError) as caught:
         open_source(source, cache_dir, with_labels=with_labels, **settings)
     assert "\n" not in str(caught.value)
@@ -109,12 +109,12 @@ def refusal(source: Path | str, cache_dir: Path, *, with_labels: bool = False, *
 
 
 def pixels_of(images: ImageSet) -> np.ndarray:
-    """Returns all pixels of a set, channels last."""
+    """Return all pixels of a set, channels last."""
     return images.take(images.positions)[0].transpose(0, 2, 3, 1)
 
 
 def numbered(count: int, size: int = 2, **fields: Any) -> ImageSet:
-    """Returns a data set whose image i is i everywhere and has the label i."""
+    """Return a set in which image i has the value and the label i."""
     images = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 1, size, size))
     return ImageSet(images, np.arange(count), None, np.arange(count), **fields)
 
@@ -123,7 +123,7 @@ SHAPES = [(4, 9), (7, 5), (6, 8), (4, 5)]
 
 
 def unequal(shapes: list[tuple[int, int]]) -> tuple[ImageSet, list[np.ndarray]]:
-    """Returns a set of random images of these sizes, to be cropped to 4x5, and the images."""
+    """Return a set of random images of these sizes, cropped to 4x5, and the images."""
     originals = [RANDOM.integers(0, 256, (3, *shape), dtype=np.uint8) for shape in shapes]
     starts = np.cumsum([0, *[image.size for image in originals]])[:-1]
     layout = np.array([[start, *shape] for start, shape in zip(starts, shapes, strict=True)])

@@ -1,4 +1,4 @@
-"""Images are decoded once, by one process, and nobody ever reads a cache that is not whole."""
+"""Images are decoded once, by one process, and no process reads an incomplete cache."""
 
 import builtins
 import errno
@@ -33,7 +33,7 @@ def cache_dir(tmp_path: Path) -> Path:
 
 
 def caches_in(cache_dir: Path) -> list[Path]:
-    """Returns the caches, and asserts that nothing else is left lying about."""
+    """Return the caches, and assert that there are no other files."""
     entries = list(cache_dir.iterdir())
     assert all(entry.is_dir() and len(entry.name) == 32 for entry in entries), entries
     return entries
@@ -54,7 +54,7 @@ def test_images_are_decoded_once(tmp_path: Path, cache_dir: Path) -> None:
 
 
 def test_a_cache_of_a_folder_that_cannot_be_written_to_is_used(tmp_path: Path, cache_dir: Path) -> None:
-    """A shared disk may be read-only, and whoever decoded the images may have gone."""
+    """A shared disk may be read-only."""
     folder = write_files(tmp_path / "x", {"a.png": encode(RGB)})
     open_source(folder, cache_dir)
     cache_dir.rename(tmp_path / "real")
@@ -101,8 +101,38 @@ def test_changed_images_are_decoded_again(tmp_path: Path, cache_dir: Path) -> No
             images = open_source(source, cache_dir)
             assert np.array_equal(pixels_of(images)[0], pixels), "the content counts, not the name"
             digests.add(images.digest)
-    assert len(digests) == 2, "and the same images are the same data wherever they lie"
+    assert len(digests) == 2, "the digest depends only on the content"
     assert len(caches_in(cache_dir)) == 4
+
+
+KEYS = {
+    "8f1294a76e42620f163ce7f8f3cc7e41": {},
+    "4225ae339154dc8087b97c5b8b6b14dd": {"resolution": 64, "crop": "random", "resize_to": 72},
+    "785d5a2bd16242d82cf5d757723b2749": {
+        "resolution": [6, 7],
+        "resize_filter": "box",
+        "crop_before_resize": [0, 0, 9, 9],
+        "num_channels": 4,
+    },
+    "246ea402b53e45154ade167f9c147fa3": {"num_channels": 3, "background": "white"},
+}
+
+
+@pytest.mark.parametrize(("key", "settings"), KEYS.items())
+def test_cache_keys_never_change(key: str, settings: dict[str, Any]) -> None:
+    """Otherwise the caches of earlier versions would be decoded again."""
+    labels = np.array([0, 1, 1], np.int64)
+    source = cache.Source("photos", "folder", "fingerprint", 3, lambda rows: [], labels, ("cat", "dog"))
+    assert cache.cache_key(source, DataConfig(**settings)) == key
+
+
+def test_digests_never_change(tmp_path: Path, cache_dir: Path) -> None:
+    """Otherwise runs of earlier versions would refuse to continue."""
+    gif = b"GIF89a\x01\0\x01\0\x80\0\0\xff\xff\xff\0\0\0,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
+    folder = write_files(tmp_path / "x", {"cat/1.gif": gif, "dog/2.gif": gif})
+    np.save(tmp_path / "x.npy", np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3))
+    assert open_source(folder, cache_dir).digest == "59c64d86973222384117518c9f904846"
+    assert open_source(tmp_path / "x.npy", cache_dir).digest == "707270bed69ce84e29b4699b8cca5098"
 
 
 def test_labels_are_part_of_the_digest(tmp_path: Path, cache_dir: Path) -> None:
@@ -114,7 +144,7 @@ def test_labels_are_part_of_the_digest(tmp_path: Path, cache_dir: Path) -> None:
 
 
 def test_a_class_that_only_another_split_has_is_known(tmp_path: Path, cache_dir: Path) -> None:
-    """All splits together name the classes, so they may change where no image of this split does."""
+    """The classes are those of all splits, so they may change without a change of this split."""
     files = {f"{split}/{name}/1.png": encode(RGB) for split in ("train", "test") for name in ("b", "c")}
     folder = write_files(tmp_path / "x", files)
     assert open_source(folder, cache_dir).class_names == ("b", "c")
@@ -135,17 +165,17 @@ def test_a_part_of_a_split_has_its_own_cache(tmp_path: Path, cache_dir: Path) ->
 # ----------------------------------------------------------------------------------------------- what is mended later
 
 
-def opened_twice(source: Path, cache_dir: Path, mend: Callable[[], object]) -> tuple[ImageSet, ImageSet]:
+def open_twice(source: Path, cache_dir: Path, repair: Callable[[], object]) -> tuple[ImageSet, ImageSet]:
     settings: dict[str, Any] = {"on_bad_image": "skip", "max_bad_fraction": 0.5}
     before = open_source(source, cache_dir, **settings)
-    mend()
+    repair()
     return before, open_source(source, cache_dir, **settings)
 
 
 def test_an_unreachable_image_is_read_when_it_is_reachable_again(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forbidden, or on a disk that was away: the file is the same one then, with the same time of change."""
+    """For example after a change of permissions: size and modification time stay the same."""
     folder = write_files(tmp_path / "x", {f"{number}.png": encode(RGB + np.uint8(number)) for number in range(4)})
     really_open = builtins.open
 
@@ -155,14 +185,14 @@ def test_an_unreachable_image_is_read_when_it_is_reachable_again(
         return really_open(file, *arguments, **options)
 
     monkeypatch.setattr(builtins, "open", refuse)  # root may read everything
-    before, after = opened_twice(folder, cache_dir, lambda: monkeypatch.setattr(builtins, "open", really_open))
+    before, after = open_twice(folder, cache_dir, lambda: monkeypatch.setattr(builtins, "open", really_open))
     assert [before.num_bad, after.num_bad] == [1, 0]
     assert np.array_equal(pixels_of(after)[1], RGB + np.uint8(1))
-    assert len(caches_in(cache_dir)) == 1, "in the place of the one that lacks it"
+    assert len(caches_in(cache_dir)) == 1, "the cache without the image is replaced"
 
 
 def table_of_files(folder: Path) -> Path:
-    """Writes a table that only names the images beside it."""
+    """Write a table that refers to the images beside it."""
     paths = [str(folder / f"{number}.png") for number in range(4)]
     write_files(folder, {Path(path).name: encode(RGB) for path in paths})
     cells = [{"bytes": None, "path": path} for path in paths]
@@ -174,13 +204,13 @@ def table_of_files(folder: Path) -> Path:
 def test_a_missing_file_of_a_table_is_read_when_it_is_back(tmp_path: Path, cache_dir: Path) -> None:
     table = table_of_files(tmp_path / "x")
     (tmp_path / "x" / "2.png").rename(tmp_path / "away.png")
-    before, after = opened_twice(table, cache_dir, lambda: (tmp_path / "away.png").rename(tmp_path / "x" / "2.png"))
+    before, after = open_twice(table, cache_dir, lambda: (tmp_path / "away.png").rename(tmp_path / "x" / "2.png"))
     assert [before.num_bad, after.num_bad] == [1, 0]
 
 
 def test_a_modified_file_of_a_table_is_read_again(tmp_path: Path, cache_dir: Path) -> None:
     table, changed = table_of_files(tmp_path / "x"), tmp_path / "x" / "0.png"
-    before, after = opened_twice(table, cache_dir, lambda: changed.write_bytes(encode(255 - RGB)))
+    before, after = open_twice(table, cache_dir, lambda: changed.write_bytes(encode(255 - RGB)))
     assert np.array_equal(pixels_of(before)[0], RGB)
     assert np.array_equal(pixels_of(after)[0], 255 - RGB)
 
@@ -264,7 +294,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_space_is_checked_before_anything_is_decoded(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the size of all images after the transform: 2 of 3x1000x1000, of which the disk says to have 5 MB."""
+    """The decoded images have 2 x 3 x 1000 x 1000 bytes."""
     folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "b.png": encode(RGB)})
     usage = shutil.disk_usage(tmp_path)._replace(free=5 * 2**20)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
@@ -278,7 +308,7 @@ def test_space_is_checked_before_anything_is_decoded(
 
 
 def test_a_full_disk_is_an_error_with_a_fix(tmp_path: Path, cache_dir: Path) -> None:
-    """A process that may write no more than 1000 bytes to a file; a mapped file would have killed it instead."""
+    """In a process that may write at most 1000 bytes to a file."""
     folder = write_files(tmp_path / "x", {f"{number}.png": encode(RGB) for number in range(40)})
 
     def attempt(messages: Any) -> None:
@@ -303,55 +333,54 @@ def test_a_full_disk_is_an_error_with_a_fix(tmp_path: Path, cache_dir: Path) -> 
 
 
 class Builder:
-    """A process that opens a data set, and says when it begins to decode and what it has read.
+    """A process that opens a dataset, and reports when it begins to decode and the sum of the pixels.
 
     Args:
-        source: The data set.
-        cache_dir: Where to decode it to.
-        host: Name of the machine that the process believes to be on.
-        is_slow: Whether it stops in the middle of decoding until `go_on`.
-        lease_seconds: How long a builder may be silent.
+        source: The dataset.
+        cache_dir: Folder of the caches.
+        host: The host name that the process uses.
+        is_paused: Whether it waits for `resume` before it decodes.
+        lease_seconds: Duration of a lease that is not renewed.
     """
 
     def __init__(
-        self, source: Path, cache_dir: Path, *, host: str = "here", is_slow: bool = False, lease_seconds: float = 60.0
+        self, source: Path, cache_dir: Path, *, host: str = "here", is_paused: bool = False, lease_seconds: float = 60.0
     ) -> None:
-        self.events: Any = FORK.Queue()
-        self._may_go_on = FORK.Event()
-        self._settings = source, cache_dir, host, is_slow, lease_seconds
+        self._events: Any = FORK.Queue()
+        self._may_continue = FORK.Event()
+        self._settings = source, cache_dir, host, is_paused, lease_seconds
         self.process: BaseProcess = FORK.Process(target=self._run, daemon=True)
         self.process.start()
 
     def _run(self) -> None:
-        source, cache_dir, host, is_slow, lease_seconds = self._settings
+        source, cache_dir, host, is_paused, lease_seconds = self._settings
         decode_all = cache.decode_all
 
-        def told(*arguments: Any) -> Any:
-            self.events.put("decoding")
-            if is_slow:
-                self._may_go_on.wait()
+        def report_and_decode(*arguments: Any) -> Any:
+            self._events.put("decoding")
+            if is_paused:
+                self._may_continue.wait()
             return decode_all(*arguments)
 
-        cache.decode_all = told
+        cache.decode_all = report_and_decode
         cache._LEASE_SECONDS = lease_seconds
-        # Often, so that a machine that is slow for some seconds is not taken for one that is gone.
+        # Renewed often, so that a slow machine does not lose its lease.
         cache.SoftFileLease = partial(cache.SoftFileLease, heartbeat_interval=0.2)
         socket.gethostname = lambda: host
-        self.events.put(int(pixels_of(open_source(source, cache_dir)).astype(int).sum()))
+        self._events.put(int(pixels_of(open_source(source, cache_dir)).astype(int).sum()))
 
     def next(self, timeout: float = 60) -> object:
-        """Returns what the process says next."""
-        return self.events.get(timeout=timeout)
+        """Return the next report."""
+        return self._events.get(timeout=timeout)
 
-    def is_silent(self, seconds: float) -> bool:
-        """Tells whether the process says nothing for some time."""
+    def has_no_report_for(self, seconds: float) -> bool:
         time.sleep(seconds)
-        return bool(self.events.empty())
+        return bool(self._events.empty())
 
-    def go_on(self) -> None:
-        self._may_go_on.set()
+    def resume(self) -> None:
+        self._may_continue.set()
 
-    def end(self) -> None:
+    def join(self) -> None:
         self.process.join(timeout=60)
         assert self.process.exitcode == 0
 
@@ -367,62 +396,70 @@ def sum_of(number: int = 100) -> int:
 
 def test_two_processes_that_start_together_decode_once(many_images: Path, cache_dir: Path) -> None:
     builders = [Builder(many_images, cache_dir) for _ in range(2)]
-    said = [[builder.next()] for builder in builders]
-    for builder, events in zip(builders, said, strict=True):
+    reports = [[builder.next()] for builder in builders]
+    for builder, events in zip(builders, reports, strict=True):
         if events == ["decoding"]:
             events.append(builder.next())
-        builder.end()
-    assert sorted(map(len, said)) == [1, 2], "one of them decodes"
-    assert [events[-1] for events in said] == [sum_of(), sum_of()]
+        builder.join()
+    assert sorted(map(len, reports)) == [1, 2], "only one of them decodes"
+    assert [events[-1] for events in reports] == [sum_of(), sum_of()]
     assert len(caches_in(cache_dir)) == 1
 
 
 def test_a_waiting_process_takes_over_from_a_killed_one(many_images: Path, cache_dir: Path) -> None:
-    killed = Builder(many_images, cache_dir, is_slow=True)
+    killed = Builder(many_images, cache_dir, is_paused=True)
     assert killed.next() == "decoding"
     waiting = Builder(many_images, cache_dir)
-    assert waiting.is_silent(1)
+    assert waiting.has_no_report_for(0.5)
     killed.process.kill()
     killed.process.join()
     assert [waiting.next(), waiting.next()] == ["decoding", sum_of()]
-    waiting.end()
-    assert len(caches_in(cache_dir)) == 1, "and clears away what the dead one left"
+    waiting.join()
+    assert len(caches_in(cache_dir)) == 1, "the files of the killed process are removed"
 
 
+def test_a_process_on_another_machine_loses_its_lease_when_it_is_suspended(many_images: Path, cache_dir: Path) -> None:
+    """Only its lease shows whether it is running. When it continues, it uses the cache of its successor."""
+    elsewhere = Builder(many_images, cache_dir, host="elsewhere", is_paused=True, lease_seconds=1)
+    assert elsewhere.next() == "decoding"
+    os.kill(elsewhere.process.pid or 0, signal.SIGSTOP)
+    waiting = Builder(many_images, cache_dir, lease_seconds=1)
+    assert [waiting.next(), waiting.next()] == ["decoding", sum_of()]
+    waiting.join()
+    before = [state_of(folder) for folder in cache_dir.iterdir() if len(folder.name) == 32]
+    os.kill(elsewhere.process.pid or 0, signal.SIGCONT)
+    elsewhere.resume()
+    assert elsewhere.next() == sum_of()
+    elsewhere.join()
+    assert [state_of(folder) for folder in caches_in(cache_dir)] == before
+
+
+@pytest.mark.slow
 def test_a_process_on_another_machine_is_waited_for_while_it_renews_its_lease(
     many_images: Path, cache_dir: Path
 ) -> None:
-    """Nobody can see from here whether its process lives, only that its lease is renewed; here, within 8 s.
-
-    A builder that is stopped for longer loses the lease; when it goes on it finds the cache of its successor.
-    """
-    elsewhere = Builder(many_images, cache_dir, host="elsewhere", is_slow=True, lease_seconds=8)
+    elsewhere = Builder(many_images, cache_dir, host="elsewhere", is_paused=True, lease_seconds=8)
     assert elsewhere.next() == "decoding"
     waiting = Builder(many_images, cache_dir, lease_seconds=8)
-    assert waiting.is_silent(12)
-    os.kill(elsewhere.process.pid or 0, signal.SIGSTOP)
-    assert [waiting.next(), waiting.next()] == ["decoding", sum_of()]
-    waiting.end()
-    before = [state_of(folder) for folder in cache_dir.iterdir() if len(folder.name) == 32]
-    os.kill(elsewhere.process.pid or 0, signal.SIGCONT)
-    elsewhere.go_on()
-    assert elsewhere.next() == sum_of()
-    elsewhere.end()
-    assert [state_of(folder) for folder in caches_in(cache_dir)] == before
+    assert waiting.has_no_report_for(12)
+    elsewhere.resume()
+    assert [elsewhere.next(), waiting.next()] == [sum_of(), sum_of()]
+    elsewhere.join()
+    waiting.join()
 
 
 def test_a_waiting_process_logs_what_it_waits_for(
     many_images: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other goes on only when that has been said."""
-    builder = Builder(many_images, cache_dir, is_slow=True)
+    """The builder continues only after the warning."""
+    builder = Builder(many_images, cache_dir, is_paused=True)
     assert builder.next() == "decoding"
-    said: list[str] = []
+    logged: list[str] = []
     monkeypatch.setattr(cache, "_WAIT_SECONDS_BEFORE_WARNING", 0.1)
-    monkeypatch.setattr(cache.logger, "warning", lambda text, *_: (said.append(text), builder.go_on()))
+    monkeypatch.setattr(cache.logger, "warning", lambda text, *_: (logged.append(text), builder.resume()))
     open_source(many_images, cache_dir)
-    assert said == ["Waiting for another process that is decoding the same images into %s."]
-    builder.end()
+    assert logged == ["Waiting for another process that is decoding the same images into %s."]
+    builder.join()
 
 
 # ------------------------------------------------------------------------------------------------------- bad images
@@ -434,7 +471,7 @@ def with_bad_images(folder: Path, bad: set[int], number: int = 10) -> Path:
 
 
 def test_a_bad_image_is_replaced_by_the_next_good_one(tmp_path: Path, cache_dir: Path) -> None:
-    """Also for the last one, and for several in a row; the number of images, and so the order, stays what it was."""
+    """Also the last one, and several in a row. The number of images does not change, so the order does not either."""
     folder = with_bad_images(tmp_path / "x", {0, 3, 4, 9})
     skipping = {"on_bad_image": "skip", "max_bad_fraction": 0.4}
     images = open_source(folder, cache_dir, **skipping)
@@ -473,11 +510,11 @@ def test_too_many_bad_images_are_refused(tmp_path: Path, cache_dir: Path, *, is_
     assert f"image 3 of {folder} (3.png) cannot be decoded" in refusal(folder, cache_dir, on_bad_image="error")
     message = refusal(folder, cache_dir, on_bad_image="skip")  # 1 % of 10 is none
     assert message.startswith("more than 0 of 10 images cannot be read, the limit set by data.max_bad_fraction 0.01")
-    assert "data.on_bad_image" not in message, "it is set to skip already"
+    assert "data.on_bad_image" not in message, "it is already skip"
 
 
 def test_the_fraction_of_bad_images_is_not_rounded_down() -> None:
-    """Though 0.29 * 100 is 28.999999999999996."""
+    """0.29 * 100 is 28.999999999999996."""
     source = cache.Source("x", "x", "x", 100, lambda rows: [])
     allowed = [cache.allowed_bad(source, DataConfig(on_bad_image="skip", max_bad_fraction=n / 100)) for n in range(100)]
     assert allowed == list(range(100))
@@ -491,13 +528,13 @@ def test_a_dataset_of_bad_images_is_refused(tmp_path: Path, cache_dir: Path) -> 
 
 
 def test_a_bad_image_is_replaced_from_its_own_set(tmp_path: Path, cache_dir: Path) -> None:
-    """A held-out image must never stand in for one that is trained on, nor the other way round."""
+    """A validation image never replaces a training image, or vice versa."""
     folder = with_bad_images(tmp_path / "x", {0, 3, 4, 9}, number=40)
     images = open_source(folder, cache_dir, on_bad_image="skip", max_bad_fraction=0.4)
-    training, held_out = images.split(0.5, seed=0)
-    shown = [set(pixels_of(part)[:, 0, 0, 0].tolist()) for part in (training, held_out)]
+    training, validation = images.split(0.5, seed=0)
+    shown = [set(pixels_of(part)[:, 0, 0, 0].tolist()) for part in (training, validation)]
     assert not shown[0] & shown[1]
-    assert training.num_bad + held_out.num_bad == 4
+    assert training.num_bad + validation.num_bad == 4
 
 
 def test_bad_images_among_different_sizes_are_replaced(tmp_path: Path, cache_dir: Path) -> None:

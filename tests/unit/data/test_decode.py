@@ -3,6 +3,7 @@
 import io
 import logging
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,33 +50,67 @@ def test_plain_images_keep_every_bit(tmp_path: Path, pixels: np.ndarray, image_f
 
 @pytest.mark.parametrize("pixels", [DEEP_GRAY[..., None], DEEP_RGB, DEEP_RGBA], ids=["L", "RGB", "RGBA"])
 def test_16_bits_keep_every_bit(tmp_path: Path, pixels: np.ndarray) -> None:
-    """Pillow gives 8 bits of colours that have 16."""
+    """Pillow reduces 16-bit color to 8 bits."""
     found = open_one(tmp_path, encode_deep(pixels.squeeze()))
     assert found.dtype == np.uint16
     assert np.array_equal(found, pixels)
 
 
-def tiff_of_16_bit_colours(pixels: np.ndarray, byte_order: str) -> bytes:
-    """Returns an uncompressed TIFF, which Pillow cannot write; `byte_order` is "<" (II) or ">" (MM)."""
+def write_16_bit_tiff(pixels: np.ndarray, byte_order: str, **tags: int) -> bytes:
+    """Return an uncompressed TIFF of 16-bit color, which Pillow cannot write; `byte_order` is "<" (II) or ">" (MM)."""
     height, width, channels = pixels.shape
     data = pixels.astype(f"{byte_order}u2").tobytes()
-    mark = np.dtype(f"{byte_order}u2"), np.dtype(f"{byte_order}u4")
-    short, long = (lambda value: np.array(value, mark[0]).tobytes()), (lambda value: np.array(value, mark[1]).tobytes())
-    bits_at = 8 + len(data)
-    directory_at = bits_at + 2 * channels
-    tags = [
-        (256, 3, 1, short([width, 0])), (257, 3, 1, short([height, 0])), (258, 3, channels, long(bits_at)),
-        (259, 3, 1, short([1, 0])), (262, 3, 1, short([2, 0])), (273, 4, 1, long(8)),
-        (277, 3, 1, short([channels, 0])), (278, 3, 1, short([height, 0])), (279, 4, 1, long(len(data))),
+
+    def short(*values: int) -> bytes:
+        return np.array(values, f"{byte_order}u2").tobytes()
+
+    def long(value: int) -> bytes:
+        return np.array(value, f"{byte_order}u4").tobytes()
+
+    bits_offset = 8 + len(data)
+    directory_offset = bits_offset + 2 * channels
+    numbers = {"orientation": 274, "planar_configuration": 284, "extra_samples": 338}
+    directory = [
+        (256, 3, 1, short(width, 0)), (257, 3, 1, short(height, 0)), (258, 3, channels, long(bits_offset)),
+        (259, 3, 1, short(1, 0)), (262, 3, 1, short(2, 0)), (273, 4, 1, long(8)),
+        (277, 3, 1, short(channels, 0)), (278, 3, 1, short(height, 0)), (279, 4, 1, long(len(data))),
+        *((numbers[name], 3, 1, short(value, 0)) for name, value in tags.items()),
     ]  # fmt: skip
-    head = (b"II" if byte_order == "<" else b"MM") + short(42) + long(directory_at)
-    entries = b"".join(short([number, kind]) + long(count) + value for number, kind, count, value in tags)
-    return head + data + short([16] * channels) + short(len(tags)) + entries + long(0)
+    head = (b"II" if byte_order == "<" else b"MM") + short(42) + long(directory_offset)
+    entries = b"".join(short(number, kind) + long(count) + value for number, kind, count, value in sorted(directory))
+    return head + data + short(*[16] * channels) + short(len(directory)) + entries + long(0)
 
 
 @pytest.mark.parametrize("byte_order", ["<", ">"])
 def test_16_bit_color_of_a_tiff_keeps_every_bit(tmp_path: Path, byte_order: str) -> None:
-    assert np.array_equal(open_one(tmp_path, tiff_of_16_bit_colours(DEEP_RGB, byte_order)), DEEP_RGB)
+    assert np.array_equal(open_one(tmp_path / "RGB", write_16_bit_tiff(DEEP_RGB, byte_order)), DEEP_RGB)
+    rgba = write_16_bit_tiff(DEEP_RGBA, byte_order, extra_samples=2)
+    assert np.array_equal(open_one(tmp_path / "RGBA", rgba), DEEP_RGBA)
+    rgbx = write_16_bit_tiff(DEEP_RGBA, byte_order, extra_samples=0)
+    assert np.array_equal(open_one(tmp_path / "RGBX", rgbx), DEEP_RGBA[..., :3])
+
+
+@pytest.mark.parametrize("tags", [{"extra_samples": 1}, {"extra_samples": 2, "planar_configuration": 2}], ids=str)
+def test_16_bit_color_in_an_unusual_layout_is_refused(tmp_path: Path, tags: dict[str, int]) -> None:
+    folder = write_files(tmp_path / "x", {"a.tif": write_16_bit_tiff(DEEP_RGBA, "<", **tags)})
+    assert "(a.tif) has 16-bit color in separate planes or with premultiplied alpha" in refusal(folder, tmp_path)
+
+
+def test_16_bit_color_without_opencv_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with data.on_bad_image skip: the images are not damaged."""
+    folder = write_files(tmp_path / "x", {"a.png": encode_deep(DEEP_RGB), "b.png": encode_deep(DEEP_GRAY)})
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    message = refusal(folder, tmp_path, on_bad_image="skip", max_bad_fraction=0.9)
+    assert message.startswith(f"image 0 of {folder} (a.png) has 16-bit color, which needs OpenCV")
+    assert 'pip install "ddpm_hf[deep-color]"' in message
+    assert np.array_equal(open_one(tmp_path / "gray", encode_deep(DEEP_GRAY))[..., 0], DEEP_GRAY)
+
+
+@pytest.mark.parametrize("num_missing", [20, 60])
+def test_truncated_16_bit_color_is_a_bad_image(tmp_path: Path, num_missing: int) -> None:
+    files = {"a.png": encode_deep(DEEP_RGB)[:-num_missing], "b.tif": write_16_bit_tiff(DEEP_RGB, "<")}
+    folder = write_files(tmp_path / "x", files)
+    assert f"image 0 of {folder} (a.png) cannot be decoded (" in refusal(folder, tmp_path)
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_adobe_deflate", "tiff_lzw"])
@@ -85,7 +120,7 @@ def test_16_bit_gray_of_a_tiff_keeps_every_bit(tmp_path: Path, compression: str)
 
 
 def test_8_bit_images_among_16_bit_ones_are_scaled_exactly(tmp_path: Path) -> None:
-    """255 is 65535 and 0 is 0, in all of them alike: 257 times the value."""
+    """255 becomes 65535: 257 times the value."""
     folder = write_files(tmp_path / "x", {"a.png": encode(GRAY), "b.png": encode_deep(DEEP_GRAY)})
     images = open_source(folder, tmp_path / "cache")
     assert np.array_equal(pixels_of(images)[..., 0], [GRAY.astype(np.uint16) * 257, DEEP_GRAY])
@@ -109,9 +144,9 @@ def test_a_palette_with_transparency_keeps_it(tmp_path: Path) -> None:
     assert np.array_equal(open_one(tmp_path, data), shown)
 
 
-@pytest.mark.parametrize(("image", "colour"), [(GRAY, int(GRAY[0, 0])), (RGB, tuple(RGB[0, 0].tolist()))])
-def test_a_transparent_color_is_transparent(tmp_path: Path, image: np.ndarray, colour: Any) -> None:
-    found = open_one(tmp_path, encode(image, transparency=colour))
+@pytest.mark.parametrize(("image", "color"), [(GRAY, int(GRAY[0, 0])), (RGB, tuple(RGB[0, 0].tolist()))])
+def test_a_transparent_color_is_transparent(tmp_path: Path, image: np.ndarray, color: Any) -> None:
+    found = open_one(tmp_path, encode(image, transparency=color))
     assert [found.shape, found[0, 0, 3], found[1, 1, 3]] == [(6, 5, 4), 0, 255]
 
 
@@ -132,9 +167,16 @@ def test_gray_with_transparency_becomes_rgba(tmp_path: Path) -> None:
     assert np.array_equal(found, gray_and_alpha[..., [0, 0, 0, 1]])
 
 
-ORIENTATIONS = {
-    2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 5: RGB.transpose(1, 0, 2), 6: np.rot90(RGB, -1), 8: np.rot90(RGB)
-}  # fmt: skip
+ORIENTATIONS = range(2, 9)
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Return an image as the EXIF orientation says it is shown."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
 def with_orientation(number: int, image_format: str = "PNG", **options: Any) -> bytes:
@@ -146,35 +188,41 @@ def with_orientation(number: int, image_format: str = "PNG", **options: Any) -> 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int, image_format: str) -> None:
-    """Once, also without data.resolution, where all images must have one size; JPEG keeps the shape, not the bits."""
+    """JPEG is lossy, so only the shape is compared."""
     options = {"lossless": True} if image_format == "WEBP" else {}
     pixels = open_one(tmp_path, with_orientation(orientation, image_format, **options))
-    assert pixels.shape == ORIENTATIONS[orientation].shape
-    assert image_format == "JPEG" or np.array_equal(pixels, ORIENTATIONS[orientation])
+    assert pixels.shape == upright(RGB, orientation).shape
+    assert image_format == "JPEG" or np.array_equal(pixels, upright(RGB, orientation))
 
 
-def test_the_exif_orientation_of_16_bit_color_is_applied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_the_exif_orientation_of_16_bit_color_is_applied(tmp_path: Path, orientation: int) -> None:
     plain = encode_deep(DEEP_RGB)
     exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = plain[:33] + chunk(b"eXIf", exif.tobytes()[6:]) + plain[33:]
-    assert np.array_equal(open_one(tmp_path, turned), np.rot90(DEEP_RGB, -1))
+    exif[0x0112] = orientation
+    expected = upright(DEEP_RGB, orientation)
+    for place in (33, len(plain) - 12):  # before and after the pixels
+        png = plain[:place] + chunk(b"eXIf", exif.tobytes()[6:]) + plain[place:]
+        if place == 33 or expected.shape == DEEP_RGB.shape:
+            assert np.array_equal(open_one(tmp_path / str(place), png), expected)
+    tiff = write_16_bit_tiff(DEEP_RGB, ">", orientation=orientation)
+    assert np.array_equal(open_one(tmp_path / "tiff", tiff), expected)
 
 
 def test_the_size_that_counts_is_the_upright_one(tmp_path: Path) -> None:
-    """The size that counts is the one that is shown: a 6x5 photo on its side is 5x6."""
-    upright = encode(np.ascontiguousarray(ORIENTATIONS[6]))
-    folder = write_files(tmp_path / "x", {"a.png": upright, "b.png": with_orientation(6)})
+    """A 6x5 photo with a rotated orientation is 5x6."""
+    turned = encode(np.ascontiguousarray(upright(RGB, 6)))
+    folder = write_files(tmp_path / "x", {"a.png": turned, "b.png": with_orientation(6)})
     assert len(open_source(folder, tmp_path / "cache")) == 2
 
 
 def test_exif_tags_behind_the_pixels_are_read(tmp_path: Path) -> None:
-    """A PNG may end with its tags, which are not read until it is decoded: by then the sizes are known to differ."""
+    """The tags of a PNG may follow its pixels, where the header does not show them."""
     plain = encode(RGB)
     exif = Image.Exif()
     exif[0x0112] = 6
     late = plain[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + plain[-12:]
-    assert np.array_equal(open_one(tmp_path, late, resolution=5), ORIENTATIONS[6][:, :5])
+    assert np.array_equal(open_one(tmp_path, late, resolution=5), upright(RGB, 6)[:, :5])
     folder = write_files(tmp_path / "x", {"a.png": plain, "b.png": late})
     assert "(b.png) has 6x5 pixels, but the first image has 5x6" in refusal(folder, tmp_path / "cache")
 
@@ -265,7 +313,7 @@ def test_the_channels_hold_every_image(tmp_path: Path, kinds: list[np.ndarray], 
 
 
 def test_a_few_transparent_images_are_refused(tmp_path: Path) -> None:
-    """One of them must not make a whole data set RGBA; if its alpha channel is empty it does not matter."""
+    """They do not make the dataset RGBA. Opaque alpha channels are dropped."""
     opaque = np.concatenate([RGB, np.full((6, 5, 1), 255, np.uint8)], axis=2)
     harmless = write_files(tmp_path / "x", {"a.png": encode(RGB), "b.png": encode(opaque)})
     assert open_source(harmless, tmp_path / "cache").image_shape == (3, 6, 5)
@@ -274,7 +322,7 @@ def test_a_few_transparent_images_are_refused(tmp_path: Path) -> None:
 
 
 def announced(side: int) -> bytes:
-    """Returns a PNG that says how large it is, and holds nothing."""
+    """Return a PNG with a size in its header, but without pixels."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
@@ -305,7 +353,7 @@ def test_a_bad_image_is_named_with_its_class_folder(tmp_path: Path, kind: str) -
     message = refusal(folder, tmp_path / "cache", resolution=5)
     assert message.startswith(f"image 1 of {folder} (cat/2.png) {reason}")
     assert message.endswith("; repair or remove it, or set data.on_bad_image to skip.")
-    assert not [entry for entry in (tmp_path / "cache").iterdir()], "no half of a data set is left"
+    assert not [entry for entry in (tmp_path / "cache").iterdir()], "no partial cache is left"
 
 
 def test_a_bad_image_of_a_table_is_named(tmp_path: Path) -> None:
@@ -319,14 +367,14 @@ def test_a_row_without_an_image_is_named(tmp_path: Path) -> None:
 
 
 def test_the_first_bad_image_is_named(tmp_path: Path) -> None:
-    """In the order in which they are noticed: what the header says comes before what decoding says."""
+    """In the order of the rows."""
     files = {"a.png": encode(RGB), "b.png": b"text", "c.png": b"text"}
     folder = write_files(tmp_path / "x", files)
     assert "(b.png) cannot be decoded" in refusal(folder, tmp_path / "cache")
 
 
 def test_a_small_value_range_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """12 bits in files of 16, as medical images often are; masks of 0 and 1; the network would see no contrast."""
+    """For example 12-bit images in 16-bit files."""
     caplog.set_level(logging.WARNING)
     open_one(tmp_path, encode_deep(DEEP_GRAY // 16))
     assert "use only the values" in caplog.text
@@ -343,7 +391,7 @@ WIDE = RANDOM.integers(0, 256, (8, 24, 3), dtype=np.uint8)
 
 
 def place(pixels: np.ndarray, **settings: object) -> np.ndarray:
-    """Returns what is stored of an image (height, width, channels)."""
+    """Return what is stored of an image (height, width, channels)."""
     return Geometry.of(DataConfig(**settings)).apply(pixels, "the image")  # type: ignore[arg-type]
 
 
@@ -369,7 +417,7 @@ def test_the_resolution_may_be_rectangular(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (9, 24), (31, 17)])
 @pytest.mark.parametrize("size", [(4, 4), (3, 7), (16, 16)])
 def test_the_shorter_side_is_resized_and_the_center_cropped(shape: tuple[int, int], size: tuple[int, int]) -> None:
-    """To the value, what Pillow's own ImageOps.fit does."""
+    """Exactly as ImageOps.fit of Pillow."""
     pixels = RANDOM.integers(0, 256, (*shape, 3), dtype=np.uint8)
     expected = ImageOps.fit(Image.fromarray(pixels), size[::-1], Image.Resampling.LANCZOS)
     assert np.array_equal(place(pixels, resolution=list(size)), np.asarray(expected))
@@ -381,13 +429,13 @@ def test_the_shorter_side_is_resized_and_the_center_cropped(shape: tuple[int, in
     ids=str,
 )
 def test_the_box_never_exceeds_the_image(settings: dict[str, Any]) -> None:
-    """For every side up to 3000, upright and lying: sides such as 49 and 98 are rounded up on the way."""
-    geometry = Geometry.of(DataConfig(**settings))
-    for side in range(1, 3001):
-        for width, height in ((side, 2 * side), (2 * side, side), (side, 135), (side, side)):
-            (left, top, right, bottom), _ = geometry._box_and_size(width, height, "the image")
-            assert 0 <= left < right <= width, (width, height)
-            assert 0 <= top < bottom <= height, (width, height)
+    """Pillow refuses a box outside of the image; sides such as 49 and 98 are rounded up on the way."""
+    geometry = Geometry.of(DataConfig(resize_filter="nearest", **settings))
+    canvas = np.zeros((3000, 3000, 1), np.uint8)
+    for side in [*range(1, 300), *range(300, 3001, 11)]:
+        for width, height in ((side, 135), (135, side), (side, side // 40 + 1), (side // 40 + 1, side)):
+            found = geometry.apply(canvas[:height, :width], f"{width}x{height}")
+            assert found.shape[:2] == geometry.size_after(width, height, "the image")
 
 
 def test_a_rounded_box_is_resized_like_its_neighbors() -> None:
@@ -403,12 +451,12 @@ def test_an_image_that_cannot_be_resized_is_named() -> None:
 
 
 def test_crops_without_resizing_keep_whole_pixels() -> None:
-    """An odd margin would otherwise shift the image by half a pixel, and blur it."""
+    """An odd margin would shift the image by half a pixel, and blur it."""
     assert np.array_equal(place(WIDE[:, :13], resolution=8), WIDE[:, 2:10])
 
 
 def test_downsampling_does_not_alias(tmp_path: Path) -> None:
-    """A checkerboard of single pixels is gray from afar; without antialiasing it stays black and white."""
+    """A checkerboard of single pixels becomes gray; without antialiasing it stays black and white."""
     board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
     for name in ("lanczos", "bicubic", "bilinear", "hamming", "box"):
         small = open_one(tmp_path / name, encode(board), resolution=8, resize_filter=name)
@@ -424,7 +472,7 @@ def test_filters_are_those_of_pillow(name: str) -> None:
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_16_bits_and_many_channels_are_resized_like_8_bits(channels: int) -> None:
-    """With 8 bits Pillow rounds after the horizontal and again after the vertical pass.
+    """With 8 bits, Pillow rounds after the horizontal and after the vertical pass.
 
     The second pass weighs the error of the first, up to 1/2, with Lanczos coefficients, whose absolute values add up to
     1.38 here, and adds another 1/2: 1.19 in all. Where the first pass leaves the range it is cut, with 8 bits alone, so
@@ -438,7 +486,7 @@ def test_16_bits_and_many_channels_are_resized_like_8_bits(channels: int) -> Non
 
 
 def test_resizing_keeps_16_bits() -> None:
-    """A ramp that lies within one value of 8 bits stays a ramp."""
+    """A ramp that 8 bits cannot represent stays a ramp."""
     ramp = np.arange(64, dtype=np.uint16).reshape(8, 8, 1)
     expected = np.rint(ramp.reshape(4, 2, 4, 2).mean((1, 3)))
     assert np.array_equal(place(ramp, resolution=4, resize_filter="box")[..., 0], expected)
@@ -446,7 +494,7 @@ def test_resizing_keeps_16_bits() -> None:
 
 @pytest.mark.parametrize("factor", [1, 257])
 def test_transparent_pixels_do_not_bleed_into_visible_ones(factor: int) -> None:
-    """A red image whose right half is transparent green: resized, every visible pixel is red."""
+    """In a red image with a transparent green half, every visible pixel stays red."""
     pixels = np.zeros((16, 16, 4), np.uint8 if factor == 1 else np.uint16)
     pixels[:, :8], pixels[:, 8:] = (255 * factor, 0, 0, 255 * factor), (0, 255 * factor, 0, 0)
     small = place(pixels, resolution=5) // factor
@@ -464,7 +512,7 @@ def test_a_crop_before_resizing_is_exact(first: int | list[int]) -> None:
 
 
 def test_resizing_sees_nothing_outside_of_the_first_crop() -> None:
-    """Filters look beyond the pixel they make; white all around must not brighten the edge."""
+    """White pixels outside do not brighten the edge."""
     pixels = np.full((20, 20, 3), 255, np.uint8)
     pixels[5:15, 5:15] = 0
     assert place(pixels, crop_before_resize=10, resolution=4).max() == 0
@@ -493,7 +541,7 @@ def test_resize_to_0_crops_the_center(tmp_path: Path) -> None:
 
 
 def test_a_larger_resize_to_keeps_a_smaller_part() -> None:
-    """Resized to 8 of which 4 are kept: the middle half of the image."""
+    """Resized to 8, cropped to 4: the middle half of the image."""
     found = place(WIDE[:, :8], resolution=4, resize_to=8)
     assert np.array_equal(found, WIDE[2:6, 2:6])
 
@@ -503,7 +551,7 @@ def test_a_larger_resize_to_keeps_a_smaller_part() -> None:
 
 @pytest.mark.parametrize(("dtype", "count"), [(torch.uint8, 256), (torch.uint16, 65536)])
 def test_normalize_maps_stored_pixels_exactly(dtype: torch.dtype, count: int) -> None:
-    """To the rounding of float32 at 1: both ends are exact, every value keeps its own place."""
+    """Both ends are exact, and the others are to the rounding of float32."""
     pixels = torch.arange(count, dtype=torch.int32).to(dtype).reshape(1, 1, 16, -1)
     values = normalize(pixels)
     assert values.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""A set of decoded images: what is taken from it, cut out of it, held out of it."""
+"""A set of decoded images: selection, crops, replacements and the validation split."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from tests.unit.data.helpers import SHAPES, numbered, pixels_of, unequal
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.95])
 def test_a_split_is_disjoint_complete_and_reproducible(fraction: float) -> None:
-    training, held_out = numbered(101).split(fraction, seed=3)
-    assert len(held_out) == round(101 * fraction)
-    assert sorted([*training.indices, *held_out.indices]) == list(range(101))
+    training, validation = numbered(101).split(fraction, seed=3)
+    assert len(validation) == round(101 * fraction)
+    assert sorted([*training.indices, *validation.indices]) == list(range(101))
     again, _ = numbered(101).split(fraction, seed=3)
     assert np.array_equal(training.indices, again.indices)
-    pixels, labels = held_out.take(held_out.positions)
+    pixels, labels = validation.take(validation.positions)
     assert labels is not None
     assert np.array_equal(pixels[:, 0, 0, 0], labels)
     if fraction:
@@ -28,10 +28,10 @@ def test_a_split_with_an_empty_set_is_refused(fraction: float) -> None:
 
 
 def test_a_set_of_bad_images_is_refused() -> None:
-    """One image is held out, and it happens to be the bad one."""
+    """The only validation image is a bad one."""
     images = numbered(10)
-    _, held_out = images.split(0.1, seed=0)
-    _, spoilt = numbered(10, bad_rows=held_out.indices).split(0.1, seed=0)
+    _, validation = images.split(0.1, seed=0)
+    _, spoilt = numbered(10, bad_rows=validation.indices).split(0.1, seed=0)
     with pytest.raises(DataError, match="none of the 1 images of the training or validation set can be read"):
         pixels_of(spoilt)
 
@@ -55,7 +55,7 @@ def test_without_corners_the_center_is_cropped() -> None:
 
 
 def test_crop_origins_are_uniform_and_inside() -> None:
-    """The largest float32 below 1 times 1001 places rounds to 1001, which would be outside, in float32."""
+    """In float32, the largest number below 1 times 1001 rounds to 1001, which would be outside."""
     images = ImageSet(np.zeros((1, 1, 1004, 4), np.uint8), None, None, np.zeros(4, np.int64), (4, 4))
     largest = np.nextafter(np.float32(1), np.float32(0))
     corners = np.array([[0, 0], [0.0009, 0], [0.001, 0], [largest, 0]], np.float32)

@@ -45,7 +45,7 @@ def test_the_embedded_digits_open_like_any_other_parquet(cache_dir: Path) -> Non
     assert images.class_names == tuple("0123456789")
     assert images.labels is not None
     assert np.bincount(images.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert isinstance(images.images, np.memmap), "decoded images stay on the disk"
+    assert isinstance(images.images, np.memmap), "decoded images are memory-mapped"
 
 
 def test_a_folder_of_images_opens_with_its_class_folders_as_labels(tmp_path: Path, cache_dir: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_folder_of_parquet_files_is_one_dataset(tmp_path: Path, cache_dir: Pat
 
 
 def test_a_label_without_a_class_name_is_refused(tmp_path: Path, cache_dir: Path) -> None:
-    """Nothing checks labels when a data set is published; the network has no embedding for this one."""
+    """A published ClassLabel column may contain labels out of range."""
     path = write_parquet(tmp_path / "x.parquet", [encode(GRAY)] * 2, [1, 7], datasets.Value("int64"))
     columns = pyarrow.parquet.read_table(path)
     features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
@@ -194,7 +194,7 @@ def test_a_label_above_int64_is_named(tmp_path: Path, cache_dir: Path) -> None:
 
 @pytest.fixture
 def hub_data_set() -> str:
-    """The id of a data set of the Hub that is in the cache of `datasets`, as after a first download."""
+    """Return the id of a Hub dataset in the cache of `datasets`, as after a download."""
     root = Path(datasets.config.HF_DATASETS_CACHE)
     target = root / "someone___digits" / "default" / "0.0.0"
     if not target.exists():
@@ -259,7 +259,7 @@ def test_arrow_opens_like_the_parquet_it_came_from(tmp_path: Path, cache_dir: Pa
 
 
 def test_parquet_files_belong_to_splits_by_their_names(tmp_path: Path, cache_dir: Path) -> None:
-    """As the Hub stores them: train and test lie in one folder and must not be mixed."""
+    """As on the Hub, where the splits are in one folder."""
     write_parquet(tmp_path / "x" / "train-00000-of-00001.parquet", [encode(RGB)] * 3)
     write_parquet(tmp_path / "x" / "test-00000-of-00001.parquet", [encode(255 - RGB)] * 2)
     assert len(open_source(tmp_path / "x", cache_dir)) == 3
@@ -279,7 +279,7 @@ def test_parquet_files_belong_to_splits_by_their_names(tmp_path: Path, cache_dir
 def test_tables_of_which_only_some_are_named_after_splits_are_refused(
     tmp_path: Path, cache_dir: Path, names: list[str], sentence: str
 ) -> None:
-    """Neither are rows left out in silence nor are those to be held out trained on."""
+    """No rows are silently ignored, and no test rows are used for training."""
     for name in names:
         write_parquet(tmp_path / "x" / f"{name}.parquet", [encode(RGB)] * 2)
     assert sentence.format(tmp_path / "x") in refusal(tmp_path / "x", cache_dir)
@@ -291,7 +291,7 @@ def test_the_name_of_the_dataset_folder_is_not_a_split(tmp_path: Path, cache_dir
 
 
 def test_a_folder_with_metadata_uses_the_metadata(tmp_path: Path, cache_dir: Path) -> None:
-    """The imagefolder of `datasets`: metadata.csv beside the images."""
+    """As `imagefolder` of `datasets`."""
     files = {"a.png": encode(RGB), "b.png": encode(255 - RGB), "metadata.csv": b"file_name,age\na.png,1\nb.png,0\n"}
     images = open_source(write_files(tmp_path / "x", files), cache_dir, with_labels=True, label_column="age")
     assert images.labels is not None
@@ -305,7 +305,7 @@ def test_metadata_without_file_names_are_named(tmp_path: Path, cache_dir: Path) 
 
 
 def test_a_table_among_images_is_refused(tmp_path: Path, cache_dir: Path) -> None:
-    """Neither takes the place of the other in silence."""
+    """Neither is silently preferred."""
     folder = write_files(tmp_path / "x", {"cat/1.png": encode(RGB), "dog/1.png": encode(RGB)})
     assert len(open_source(folder, cache_dir)) == 2
     write_table(folder / "cat" / "stats.parquet", {"size": [1, 2]})
@@ -345,7 +345,7 @@ FILES = {name: encode(image) for name, image in IMAGES.items()}
 
 
 def pack(path: Path, files: dict[str, bytes]) -> Path:
-    """Writes a zip, or a tar in the compression that the name says, in the order in which files are given."""
+    """Write a zip, or a tar with the compression of its suffix, in the order of `files`."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in files.items():
@@ -361,7 +361,7 @@ def pack(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def store(tmp_path: Path, name: str, files: dict[str, bytes]) -> Path:
-    """Writes files to a folder or an archive of that name."""
+    """Write files to a folder or an archive of that name."""
     return pack(tmp_path / name, files) if "." in name else write_files(tmp_path / name, files)
 
 
@@ -428,25 +428,25 @@ def test_other_files_are_ignored_files_and_named(tmp_path: Path, name: str, capl
 
 @pytest.mark.parametrize("name", KINDS[:3])
 def test_hidden_images_and_images_outside_of_the_archive_are_ignored(tmp_path: Path, name: str) -> None:
-    """Hidden ones, and those that would be unpacked elsewhere; a class may be called __background__."""
+    """A class may be called __background__."""
     files = FILES | {"__background__/1.png": b"1", ".dog/1.png": b"2", "cat/.3.png": b"3"}
     outside = {"../up/1.png": b"4"} if "." in name else {}
     source = source_of(store(tmp_path, name, files | outside))
     assert source.class_names == ("__background__", "cat", "dog")
-    told = {f"{file} (outside of the archive)" for file in outside}
-    assert set(source.ignored_files) == {".dog/1.png (hidden)", "cat/.3.png (hidden)"} | told
+    named = {f"{file} (outside of the archive)" for file in outside}
+    assert set(source.ignored_files) == {".dog/1.png (hidden)", "cat/.3.png (hidden)"} | named
 
 
 @pytest.mark.parametrize("name", KINDS[:3])
 def test_folders_named_after_splits_are_splits(tmp_path: Path, name: str) -> None:
-    """Not classes; and the classes are the same ones in each, even where one split lacks some."""
+    """They are not classes. All splits have the same classes, even if one of them lacks some."""
     files = {"train/cat/1.png": b"1", "train/dog/1.png": b"2", "train/dog/2.png": b"3", "val/dog/1.png": b"4"}
     path = store(tmp_path, name, {f"pets/{file}" if "." in name else file: data for file, data in files.items()})
-    training, held_out = source_of(path), source_of(path, "validation")
+    training, validation = source_of(path), source_of(path, "validation")
     assert [training.num_images, training.class_names] == [3, ("cat", "dog")]
-    assert [held_out.num_images, held_out.class_names] == [1, ("cat", "dog")]
-    assert held_out.labels is not None
-    assert held_out.labels.tolist() == [1]
+    assert [validation.num_images, validation.class_names] == [1, ("cat", "dog")]
+    assert validation.labels is not None
+    assert validation.labels.tolist() == [1]
     assert source_of(path, "val").num_images == 1
     assert source_of(path, "train[1:]").num_images == 2
     assert "has no split 'test'; its folders are train, val." in refusal(path, tmp_path / "cache", split="test")
@@ -472,7 +472,7 @@ def test_an_invalid_part_of_a_split_is_refused(tmp_path: Path, split: str) -> No
 
 @pytest.mark.parametrize("name", ["pets", "pets.tar", "x.npy", "x.npz", "saved", "x.parquet", "splits"])
 def test_parts_of_a_split_can_be_combined(tmp_path: Path, name: str) -> None:
-    """As `datasets` does it, whichever kind the data are of."""
+    """As in `datasets`, for every kind of source."""
     path, images = tmp_path / name, list(IMAGES.values())
     if name == "splits":
         write_files(path, {f"train/{file}": data for file, data in FILES.items()} | {"test/cat/9.png": encode(RGB)})
@@ -503,7 +503,7 @@ def test_an_invalid_part_of_a_saved_dataset_is_refused(tmp_path: Path, split: st
 
 
 def test_an_empty_part_of_a_split_is_refused(tmp_path: Path) -> None:
-    """The same sentence from every kind of data set that is cut here; nothing is said of other files."""
+    """With the same message for every kind of source."""
     folder = write_files(tmp_path / "pets", FILES)
     np.savez(tmp_path / "x.npz", images=np.zeros((4, 6, 5), np.uint8))
     datasets.Dataset.from_dict({"image": [0, 1, 2, 3]}).save_to_disk(tmp_path / "saved")
@@ -531,7 +531,7 @@ def test_links_are_followed_without_cycles(tmp_path: Path) -> None:
 
 
 def test_links_are_followed_in_the_order_of_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not that of the disk: of several ways to the same images the first by name is taken."""
+    """Not in the order on the disk: of several links to a folder, the first by name is followed."""
     folder = write_files(tmp_path / "pets", {"dogs/all/1.png": FILES["dog/1.png"]})
     (folder / "links").symlink_to(folder / "dogs" / "all")
     (folder / "all").symlink_to(folder / "dogs" / "all")
@@ -548,7 +548,7 @@ def test_links_are_followed_in_the_order_of_their_names(tmp_path: Path, monkeypa
 
 
 def test_hard_links_in_a_tar_are_read(tmp_path: Path) -> None:
-    """As tar itself packs files that lie in two folders at once; what symbolic links lead to is left out and named."""
+    """As tar stores a file with two names. Symbolic links are ignored."""
     folder = write_files(tmp_path / "pets", FILES)
     (folder / "bird").mkdir()
     os.link(folder / "cat" / "1.png", folder / "bird" / "1.png")
@@ -589,7 +589,7 @@ def test_a_dangling_link_is_a_bad_image(tmp_path: Path) -> None:
 
 
 def test_a_pipe_is_a_bad_image(tmp_path: Path) -> None:
-    """Reading a pipe would wait for ever."""
+    """Reading it would block."""
     folder = write_files(tmp_path / "pets", {"cat/1.png": FILES["cat/1.png"]})
     os.mkfifo(folder / "cat" / "2.png")
     assert "(cat/2.png) cannot be read (it is not a regular file)" in refusal(folder, tmp_path / "cache")
@@ -598,7 +598,7 @@ def test_a_pipe_is_a_bad_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.tar.gz"])
 @pytest.mark.parametrize("part", [0, 0.05, 1 / 3, 0.6])
 def test_a_truncated_archive_is_refused(tmp_path: Path, name: str, part: float) -> None:
-    """Also between two images, where a tar only lacks its end: a third of the tar are ten images of 1024 bytes."""
+    """Also between two images, where only the end of a tar is missing: a third of it is ten images of 1024 bytes."""
     path = pack(tmp_path / name, {f"{number}.png": encode(RGB) for number in range(20)})
     data = path.read_bytes()
     path.write_bytes(data[: int(part * len(data))])
@@ -607,7 +607,7 @@ def test_a_truncated_archive_is_refused(tmp_path: Path, name: str, part: float) 
 
 
 def test_a_damaged_member_of_a_zip_is_a_bad_image(tmp_path: Path) -> None:
-    """Its checksum is wrong, though a decoder might not notice."""
+    """Its checksum is wrong, which an image decoder may not notice."""
     path = pack(tmp_path / "x.zip", {"a.png": encode(RGB), "b.png": encode(RGB)})
     data = bytearray(path.read_bytes())
     data[data.rindex(b"IDAT") + 5] ^= 1
@@ -624,7 +624,7 @@ def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_huge_member_is_a_bad_image(tmp_path: Path) -> None:
-    """A zip says how large its members will be; this one says 3 GiB, and nobody tries."""
+    """The directory of the zip declares 3 GiB."""
     path = pack(tmp_path / "x.zip", {"a.png": encode(RGB)})
     data = bytearray(path.read_bytes())
     start = data.rindex(b"PK\x01\x02") + 24
@@ -685,7 +685,7 @@ def test_an_array_keeps_every_bit(tmp_path: Path, name: str, dtype: type, monkey
 @pytest.mark.parametrize("name", ["images.npy", "images.npz"])
 @pytest.mark.parametrize("settings", [{}, {"resolution": [6, 5]}, {"num_channels": 4}], ids=str)
 def test_an_array_in_the_other_byte_order_keeps_every_bit(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
-    """Its numbers have their bytes the other way round."""
+    """As written on a machine with the other byte order."""
     pixels = RANDOM.integers(0, 65536, (4, 6, 5, 3), dtype=np.uint16)
     path = save(tmp_path / name, pixels.astype(pixels.dtype.newbyteorder()))
     images = open_source(path, tmp_path / "cache", **settings)
@@ -766,7 +766,7 @@ def test_a_damaged_array_file_is_refused(tmp_path: Path, name: str, length: int)
 
 
 def test_a_compressed_array_with_a_damaged_byte_is_refused(tmp_path: Path) -> None:
-    """One behind another, since not every one is noticed in the same way: by the decompressor or by a checksum."""
+    """At several places, because some are detected by the decompressor and some by the checksum."""
     np.savez_compressed(tmp_path / "x.npz", images=np.arange(4096, dtype=np.uint8).reshape(4, 32, 32, 1) % 251)
     whole = (tmp_path / "x.npz").read_bytes()
     for place in range(60, 300, 12):
@@ -810,12 +810,12 @@ def test_an_array_is_preprocessed_like_any_other_images(
 @pytest.mark.parametrize("name", ["x.npy", "x.npz"])
 @pytest.mark.parametrize("settings", [{}, {"resolution": 4}], ids=str)
 def test_a_modified_array_has_another_digest(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
-    """Also where one value of one image of a thousand changed: a run must not go on with it, nor see what was there."""
+    """Also if its size stays the same and a single value of a thousand images changes."""
     pixels = RANDOM.integers(0, 256, (1000, 4, 4, 1), dtype=np.uint8)
     before = open_source(save(tmp_path / name, pixels), tmp_path / "cache", **settings)
     assert open_source(tmp_path / name, tmp_path / "cache", **settings).digest == before.digest
     elsewhere = open_source(save(tmp_path / f"again_{name}", pixels), tmp_path / "cache", **settings)
-    assert elsewhere.digest == before.digest, "what is in it counts, not where it lies"
+    assert elsewhere.digest == before.digest, "the digest depends only on the content"
     pixels[2, 3, 3] ^= 255
     (tmp_path / name).unlink()  # what is mapped into memory is not written to
     after = open_source(save(tmp_path / name, pixels), tmp_path / "cache", **settings)

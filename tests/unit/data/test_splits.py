@@ -1,6 +1,10 @@
 """The training and the validation set of a run: two splits or two parts of one, opened once."""
 
+import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -8,9 +12,9 @@ import pytest
 import torch
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data import DataError, ImageSet, open_sets
+from ddpm_hf.data import DataError, ImageSet, ImageStream, describe_sets, locations_of, open_sets, splits
 from tests.conftest import DIGITS
-from tests.unit.data.helpers import RGB, encode, open_source, pixels_of, write_files, write_parquet
+from tests.unit.data.helpers import RANDOM, RGB, encode, open_source, pixels_of, write_files, write_parquet
 
 
 @pytest.fixture
@@ -22,20 +26,18 @@ def digits_table() -> datasets.Dataset:
     return datasets.load_dataset("parquet", data_files=str(DIGITS), split="train[:20]")
 
 
-def open_both(source: Path, cache_dir: Path, **settings: object) -> tuple[ImageSet, ImageSet]:
-    config = DataConfig(source=str(source), cache_dir=str(cache_dir), **settings)  # type: ignore[arg-type]
-    training, held_out = open_sets(
-        config, with_labels=True, seed=0, rank=0, num_processes=1, device=torch.device("cpu")
-    )
+def open_both(source: Path, cache_dir: Path, **settings: Any) -> tuple[ImageSet, ImageSet]:
+    config = DataConfig(source=str(source), cache_dir=str(cache_dir), **settings)
+    training, validation = open_sets(config, with_labels=True, seed=0, device=torch.device("cpu"))
     assert isinstance(training, ImageSet)
-    return training, held_out
+    return training, validation
 
 
 def test_a_validation_split_is_opened_by_its_name(tmp_path: Path, cache_dir: Path) -> None:
-    training, held_out = open_both(DIGITS, cache_dir, split="train[:90%]", validation_split="train[90%:]")
-    assert (len(training), len(held_out)) == (1617, 180)
+    training, validation = open_both(DIGITS, cache_dir, split="train[:90%]", validation_split="train[90%:]")
+    assert (len(training), len(validation)) == (1617, 180)
     whole = pixels_of(open_source(DIGITS, cache_dir))
-    assert np.array_equal(np.concatenate([pixels_of(training), pixels_of(held_out)]), whole)
+    assert np.array_equal(np.concatenate([pixels_of(training), pixels_of(validation)]), whole)
 
 
 def test_a_validation_split_of_another_kind_is_refused(tmp_path: Path, cache_dir: Path) -> None:
@@ -53,9 +55,9 @@ def test_a_validation_split_may_lack_the_last_of_numbered_classes(tmp_path: Path
     labels = datasets.Value("int64")
     write_parquet(tmp_path / "x" / "train-0.parquet", [encode(RGB)] * 3, [0, 1, 2], labels)
     write_parquet(tmp_path / "x" / "test-0.parquet", [encode(RGB)] * 2, [1, 0], labels)
-    _, held_out = open_both(tmp_path / "x", cache_dir, validation_split="test")
-    assert held_out.labels is not None
-    assert held_out.labels.tolist() == [1, 0]
+    _, validation = open_both(tmp_path / "x", cache_dir, validation_split="test")
+    assert validation.labels is not None
+    assert validation.labels.tolist() == [1, 0]
 
 
 def test_ignored_files_are_logged_once(tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -69,7 +71,7 @@ def test_ignored_files_are_logged_once(tmp_path: Path, cache_dir: Path, caplog: 
 def test_a_validation_part_without_some_classes_is_a_warning(
     tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The end of a folder is the end of its last class; parts of mixed images have all of them."""
+    """The end of a folder is its last class."""
     files = {f"{name}/{number}.png": encode(RGB) for name in ("cat", "dog", "emu") for number in range(4)}
     folder = write_files(tmp_path / "x", files)
     open_both(folder, cache_dir, split="train[:80%]", validation_split="train[80%:]")
@@ -85,3 +87,120 @@ def test_a_single_training_image_is_refused(tmp_path: Path, cache_dir: Path) -> 
     folder = write_files(tmp_path / "x", {"cat/1.png": encode(RGB)})
     with pytest.raises(DataError, match=f"{folder} contains a single training image; at least two are required."):
         open_both(folder, cache_dir)
+
+
+def test_the_sets_are_described_in_one_line(tmp_path: Path, cache_dir: Path) -> None:
+    source = write_source(tmp_path, "folder")
+    settings = {"on_bad_image": "skip", "max_bad_fraction": 0.2, "validation_split": "val"}
+    assert describe_sets(*rank_0(source, cache_dir, **settings)) == (
+        "10 training and 10 validation images of 3x6x5 (1 unreadable image replaced)"
+    )
+    streamed = {"streaming": True, "resolution": 5, "num_channels": 3}
+    assert describe_sets(*rank_0(source, cache_dir, **streamed)) == (
+        "streamed training and 0 validation images of 3x5x5"
+    )
+
+
+# ----------------------------------------------------------------------------------- opened by rank 0, mapped by others
+
+
+def as_another_rank(
+    source: Path, cache_dir: Path, opened: tuple[ImageSet | ImageStream, ImageSet], **settings: Any
+) -> tuple[ImageSet | ImageStream, ImageSet]:
+    """Open the sets with the locations that rank 0 sends, which travel as JSON."""
+    config = DataConfig(source=str(source), cache_dir=str(cache_dir), **settings)
+    locations = json.loads(json.dumps(locations_of(*opened)))
+    return open_sets(
+        config, with_labels=False, seed=3, rank=1, num_processes=2, device=torch.device("cpu"), locations=locations
+    )
+
+
+def rank_0(source: Path, cache_dir: Path, **settings: Any) -> tuple[ImageSet | ImageStream, ImageSet]:
+    config = DataConfig(source=str(source), cache_dir=str(cache_dir), **settings)
+    return open_sets(config, with_labels=False, seed=3, num_processes=2, device=torch.device("cpu"))
+
+
+def write_source(folder: Path, kind: str) -> Path:
+    pixels = RANDOM.integers(0, 256, (10, 6, 5, 3), dtype=np.uint8)
+    if kind == "npy":
+        np.save(folder / "x.npy", pixels)
+        return folder / "x.npy"
+    files = {
+        f"{split}/{number}.png": encode(image) for split in ("train", "val") for number, image in enumerate(pixels)
+    }
+    return write_files(folder / "x", files | {"train/3.png": b"text"})
+
+
+def assert_same_set(found: ImageSet | ImageStream, expected: ImageSet | ImageStream) -> None:
+    assert isinstance(found, ImageSet)
+    assert isinstance(expected, ImageSet)
+    assert np.array_equal(pixels_of(found), pixels_of(expected))
+    assert [found.digest, found.class_names, found.image_shape] == [
+        expected.digest,
+        expected.class_names,
+        expected.image_shape,
+    ]
+    assert np.array_equal(found.indices, expected.indices)
+    assert found.num_bad == expected.num_bad
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("npy", {"validation_fraction": 0.3}),
+        ("npy", {"split": "train[2:9]", "resolution": 4, "resize_to": 0, "crop": "random"}),
+        ("folder", {"validation_split": "val"}),
+        ("folder", {"validation_fraction": 0.3, "resolution": 4}),
+    ],
+    ids=str,
+)
+def test_other_ranks_map_what_rank_0_opened(
+    tmp_path: Path, cache_dir: Path, kind: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without searching, hashing or decoding anything again."""
+    source = write_source(tmp_path, kind)
+    settings |= {"on_bad_image": "skip", "max_bad_fraction": 0.2}
+    opened = rank_0(source, cache_dir, **settings)
+    monkeypatch.setattr(splits, "find_source", lambda *_: pytest.fail("searched the dataset again"))
+    for found, expected in zip(as_another_rank(source, cache_dir, opened, **settings), opened, strict=True):
+        assert_same_set(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["npy", "folder"])
+def test_a_machine_with_its_own_copy_opens_it(tmp_path: Path, cache_dir: Path, kind: str) -> None:
+    """Another cache folder, or a file with another modification time, and the same content."""
+    source = write_source(tmp_path, kind)
+    opened = rank_0(source, cache_dir, on_bad_image="skip", max_bad_fraction=0.2)
+    shutil.rmtree(cache_dir, ignore_errors=True)
+    os.utime(source, (1, 1))
+    found = as_another_rank(source, tmp_path / "cache_2", opened, on_bad_image="skip", max_bad_fraction=0.2)
+    if kind == "npy":
+        assert_same_set(found[0], opened[0])
+    assert isinstance(found[0], ImageSet)
+    assert isinstance(opened[0], ImageSet)
+    assert found[0].digest == opened[0].digest
+
+
+@pytest.mark.parametrize("kind", ["npy", "folder"])
+def test_a_machine_with_other_images_is_refused(tmp_path: Path, cache_dir: Path, kind: str) -> None:
+    """A .npy file of the same size, or a folder of as many images."""
+    source = write_source(tmp_path, kind)
+    settings = {"on_bad_image": "skip", "max_bad_fraction": 0.2}
+    opened = rank_0(source, cache_dir, **settings)
+    shutil.rmtree(cache_dir, ignore_errors=True)
+    source.unlink() if kind == "npy" else shutil.rmtree(source)  # a mapped file must not be overwritten
+    write_source(tmp_path, kind)
+    with pytest.raises(DataError, match=f"{source} has other images or labels here than on rank 0"):
+        as_another_rank(source, cache_dir, opened, **settings)
+
+
+def test_ranks_of_a_stream_map_the_validation_split(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path, "folder")
+    settings = {"streaming": True, "resolution": 5, "num_channels": 3, "validation_split": "val"}
+    opened = rank_0(source, cache_dir, **settings)
+    monkeypatch.setattr(splits, "find_source", lambda *_: pytest.fail("searched the dataset again"))
+    stream, validation = as_another_rank(source, cache_dir, opened, **settings)
+    assert isinstance(stream, ImageStream)
+    assert_same_set(validation, opened[1])

@@ -1,4 +1,4 @@
-"""A streamed data set shows every image once an epoch, and goes on after a kill with the images it would have seen."""
+"""A stream shows every image once per epoch, and continues after an interruption with the same images."""
 
 import json
 from dataclasses import asdict, replace
@@ -12,11 +12,12 @@ import torch
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data import DataError, ImageSet, ImageStream, open_images, open_sets, summarize
+from tests.conftest import run_process
 from tests.unit.data.helpers import GRAY, encode, encode_deep, write_files, write_parquet
 
 
 def write_shards(folder: Path, sizes: list[int], bad: set[int] | None = None) -> Path:
-    """Writes parquet files of so many images each; image i is i everywhere and has the label i mod 2."""
+    """Write parquet files of these numbers of images. Image i has the value i and the label i mod 2."""
     start = 0
     for number, size in enumerate(sizes):
         rows = range(start, start + size)
@@ -31,16 +32,16 @@ def stream_of(source: Path, *, rank: int = 0, num_processes: int = 1, **settings
         source=str(source),
         **{"streaming": True, "resolution": 4, "num_channels": 1, "shuffle_buffer_size": 5} | settings,
     )
-    stream, held_out = open_sets(
+    stream, validation = open_sets(
         config, with_labels=True, seed=3, rank=rank, num_processes=num_processes, device=torch.device("cpu")
     )
     assert isinstance(stream, ImageStream)
-    assert isinstance(held_out, ImageSet)
+    assert isinstance(validation, ImageSet)
     return stream
 
 
 def take(stream: ImageStream, count: int) -> list[int]:
-    """Returns which images come next, after looking at their labels."""
+    """Return the numbers of the next images, after checking their labels."""
     pixels, labels = stream.samples(0, count)
     numbers = ((pixels[:, 0, 0, 0] + 1) * 127.5).round().int()
     assert labels is not None
@@ -66,7 +67,7 @@ def test_every_epoch_shows_every_image_once(shards: Path, batch: int) -> None:
 
 @pytest.mark.parametrize("num_processes", [2, 3, 4])
 def test_the_processes_share_the_images(shards: Path, num_processes: int) -> None:
-    """Whole files where four can be dealt out evenly, otherwise every third image of all of them."""
+    """Whole files if the four files divide evenly, otherwise every n-th row."""
     seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for rank in range(num_processes):
         stream = stream_of(shards, rank=rank, num_processes=num_processes)
@@ -81,7 +82,7 @@ def test_the_processes_share_the_images(shards: Path, num_processes: int) -> Non
 def test_a_resumed_stream_continues_with_the_same_images(
     shards: Path, stop: int, rank: int, num_processes: int
 ) -> None:
-    """Through JSON, as a checkpoint holds it: in the middle of a buffer, at its ends, at the end of an epoch."""
+    """Through JSON, as in a checkpoint: inside a buffer, at its ends, and at the end of an epoch."""
     stream = stream_of(shards, rank=rank, num_processes=num_processes, random_flip=True)
     take(stream, stop)
     state = json.dumps(asdict(stream.position))
@@ -93,12 +94,12 @@ def test_a_resumed_stream_continues_with_the_same_images(
 
 
 def test_a_resumed_stream_reads_one_buffer_again(shards: Path) -> None:
-    """The place where the reader takes up is that of the buffer: so an epoch of terabytes costs nothing."""
+    """Not the whole epoch."""
     stream = stream_of(shards)
     take(stream, 18)
     position = stream.position
     assert (position.number, position.buffer, position.used) == (18, 3, 3)
-    assert position.file > 0, "the files before are not opened again"
+    assert position.file > 0, "earlier files are not opened again"
 
 
 def test_streamed_images_are_augmented_in_every_epoch(tmp_path: Path) -> None:
@@ -107,9 +108,9 @@ def test_streamed_images_are_augmented_in_every_epoch(tmp_path: Path) -> None:
     stream = stream_of(tmp_path / "x", crop="random", random_flip=True, resize_to=0)
     pixels, _ = stream.samples(0, 200)
     steps = (pixels[:, 0, 0, 1] - pixels[:, 0, 0, 0]).sign()
-    assert 60 < int((steps > 0).sum()) < 140, "half of them rise, half fall; seven standard deviations"
+    assert 60 < int((steps > 0).sum()) < 140, "half of them rise; seven standard deviations"
     assert pixels.shape == (200, 1, 4, 4)
-    assert len(pixels[steps > 0][:, 0, 0, 0].unique()) == 5, "every place of the crop occurs"
+    assert len(pixels[steps > 0][:, 0, 0, 0].unique()) == 5, "every crop position occurs"
 
 
 def test_a_bad_image_stops_a_stream_or_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -204,7 +205,7 @@ LAYOUTS = {
 
 
 def write_layout(folder: Path, names: list[str]) -> Path:
-    """Writes four images, or tables of one image, for each name; a metadata.csv names those beside it."""
+    """Write four images, or four tables of one image, for each name; a metadata.csv lists the images beside it."""
     places = [name.format(place) for name in names if "{}" in name for place in range(4)]
     images = {name: encode(np.full((4, 4), number, np.uint8)) for number, name in enumerate(places)}
     write_files(folder, {name: data for name, data in images.items() if not name.endswith(".parquet")})
@@ -234,7 +235,7 @@ def test_a_stream_has_the_images_splits_and_classes_of_the_cache(tmp_path: Path,
         assert len(decoded) == (1 if split == "mine" else num_images)
         with_labels = decoded.class_names is not None and "metadata.csv" not in names[-1]  # numbers are not streamed
         streamed = replace(config, streaming=True)
-        stream = ImageStream(streamed, with_labels=with_labels, seed=0, rank=0, num_processes=1, device=cpu)
+        stream = ImageStream(streamed, with_labels=with_labels, seed=0, device=cpu)
         pixels, labels = stream.samples(0, len(decoded))
         assert (stream.position.epoch, stream.position.number) == (0, len(decoded))
         stored, numbers = decoded.take(decoded.positions)
@@ -271,10 +272,10 @@ def test_the_validation_split_of_a_stream_is_decoded_to_the_cache(tmp_path: Path
     write_parquet(folder / "test-0.parquet", [encode(GRAY)] * 3, [0, 1, 0])
     settings = {"streaming": True, "resolution": 4, "num_channels": 1, "cache_dir": str(tmp_path / "cache")}
     config = DataConfig(source=str(folder), validation_split="test", **settings)
-    stream, held_out = open_sets(config, with_labels=True, seed=0, rank=0, num_processes=1, device=torch.device("cpu"))
+    stream, validation = open_sets(config, with_labels=True, seed=0, device=torch.device("cpu"))
     assert isinstance(stream, ImageStream)
-    assert len(held_out) == 3
-    assert len(list((tmp_path / "cache").iterdir())) == 1, "only the three are decoded"
+    assert len(validation) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "only the validation images are decoded"
 
 
 def test_a_stream_can_be_summarized(shards: Path) -> None:
@@ -282,3 +283,17 @@ def test_a_stream_can_be_summarized(shards: Path) -> None:
     summary = summarize(config, with_labels=False, seed=0, num_samples=6)
     assert summary.samples.shape == (6, 4, 4, 1)
     assert "streamed: images are not counted or decoded in advance" in summary.lines[0]
+
+
+def test_a_process_with_an_open_stream_exits_with_0(shards: Path) -> None:
+    """A parquet reader that is open at exit would abort it with exit code 134."""
+    code = f"""
+import torch
+from ddpm_hf.config import DataConfig
+from ddpm_hf.data import ImageStream
+config = DataConfig(source={str(shards)!r}, streaming=True, resolution=4, num_channels=1, shuffle_buffer_size=5)
+stream = ImageStream(config, with_labels=True, seed=0, rank=0, num_processes=1, device=torch.device("cpu"))
+stream.samples(0, 3)
+"""
+    result = run_process(["-c", code])
+    assert result.returncode == 0, result.stderr

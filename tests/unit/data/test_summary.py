@@ -1,4 +1,4 @@
-"""`ddpm-hf data` shows what a run would read, and refuses what a run would refuse."""
+"""`ddpm-hf data` describes what training would read, and refuses what training would refuse."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.unit.data.helpers import RANDOM, RGB, encode, write_files
 
 
 def show(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str) -> tuple[int, str, str]:
-    """Returns the exit code and what was printed."""
+    """Return the exit code and the output."""
     code = main(["data", *arguments, "--data.cache_dir", str(tmp_path / "cache"), "--picture", str(tmp_path / "x.png")])
     output = capsys.readouterr()
     return code, output.out, output.err
@@ -68,7 +68,7 @@ def test_unusual_images_are_counted(
     ):
         assert line in output.splitlines()
     assert f"error: image 2 of {folder} (cat/4.png) is empty (0 bytes); repair or remove it, or set" in errors
-    assert "replaced" not in output + caplog.text, "nothing replaces an image in a set that is refused"
+    assert "replaced" not in output + caplog.text, "no image is replaced in a refused dataset"
     skipping = ("--data.on_bad_image", "skip", "--data.max_bad_fraction", "0.3")
     code, output, errors = show(capsys, tmp_path, str(folder), "--data.resolution", "4", *skipping)
     assert (code, errors) == (0, "")
@@ -87,7 +87,7 @@ def test_arrays_are_described_too(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 
 def test_the_samples_are_the_first_ones_of_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """In the order of training and mirrored as there: with one image in two halves, both kinds appear."""
+    """Flipped as in training: an image with a white half appears in both orientations."""
     half = np.zeros((8, 8), np.uint8)
     half[:, :4] = 255
     folder = write_files(tmp_path / "x", {"a.png": encode(half), "b.png": encode(half)})
@@ -100,13 +100,13 @@ def test_the_samples_are_the_first_ones_of_a_run(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("source", ["x.npy", "folder"])
 def test_the_samples_are_the_first_ones_of_a_run_with_validation(tmp_path: Path, source: str) -> None:
-    """In the same order, and none of those that the run will be judged on."""
+    """In the same order, and without validation images."""
     pixels = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.full((1, 4, 4, 1), 12, np.uint8)
     np.save(tmp_path / "x.npy", pixels)
     write_files(tmp_path / "folder", {f"{n:02}.png": encode(image[..., 0]) for n, image in enumerate(pixels)})
     config = DataConfig(source=str(tmp_path / source), validation_fraction=0.4, cache_dir=str(tmp_path / "cache"))
     cpu = torch.device("cpu")
-    training, _ = open_sets(config, with_labels=False, seed=3, rank=0, num_processes=1, device=cpu)
+    training, _ = open_sets(config, with_labels=False, seed=3, device=cpu)
     assert isinstance(training, ImageSet)
     samples, _ = ImageLoader(training, config, 3, cpu).samples(0, 30)
     shown = summarize(config, with_labels=False, seed=3, num_samples=30).samples
@@ -127,7 +127,7 @@ def test_data_that_training_would_refuse_are_refused(capsys: pytest.CaptureFixtu
 
 
 def test_missing_labels_are_reported_if_training_needs_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Also in a stream, whose samples are then drawn with their labels."""
+    """Also of a stream."""
     folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "cat/1.png": encode(RGB)})
     pixels = write_files(tmp_path / "flat", {"a.png": encode(RGB), "b.png": encode(RGB)})
     streamed = ("--data.streaming", "true", "--data.resolution", "4", "--data.num_channels", "3")
@@ -136,14 +136,14 @@ def test_missing_labels_are_reported_if_training_needs_them(capsys: pytest.Captu
         code, output, errors = show(capsys, tmp_path, str(source), "--model.class_conditional", "true")
         assert code == 2
         assert sentence in errors
-        assert "images    2" in output, "what was found is said all the same"
+        assert "images    2" in output, "the description is printed nevertheless"
     code, _, errors = show(capsys, tmp_path, str(pixels), *streamed, "--model.class_conditional", "true")
     assert code == 2
     assert "has no class names" in errors
 
 
 def test_a_source_must_not_be_given_twice(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """A recipe's source gives way to that of the command line, but nobody knows which of two flags is meant."""
+    """The command line overrides the source of a recipe, but two sources on the command line are an error."""
     (tmp_path / "recipe.yaml").write_text("data: {source: elsewhere}")
     assert show(capsys, tmp_path, str(DIGITS), "--config", str(tmp_path / "recipe.yaml"))[0] == 0
     for flag in (("--data.source", "elsewhere"), ("--data.source=elsewhere",)):
@@ -155,8 +155,8 @@ def test_a_source_must_not_be_given_twice(capsys: pytest.CaptureFixture[str], tm
 @pytest.mark.parametrize(
     ("picture", "sentence"),
     [
-        ("x.txt", "does not end like a picture that can be written; let it end in .png."),
-        ("missing/x.png", "cannot be written, since there is no folder"),
+        ("x.txt", "has no image format that can be written; use .png."),
+        ("missing/x.png", "cannot be written: there is no folder"),
         (".", "is a folder; add the name of a .png file."),
     ],
 )
@@ -179,7 +179,7 @@ def test_line_breaks_in_class_names_are_removed(capsys: pytest.CaptureFixture[st
 def test_single_files_and_images_are_counted_in_the_singular(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """One image that is bad, without a class, and one file left out; the rest is training images."""
+    """One bad image without a class, one ignored file, and two good images."""
     files = {"a.png": b"", "cat/1.png": encode(RGB), "cat/2.png": encode(RGB), "cat/x.txt": b""}
     folder = write_files(tmp_path / "x", files)
     skipping = ("--data.on_bad_image", "skip", "--data.max_bad_fraction", "0.5")
