@@ -111,8 +111,9 @@ def test_a_run_that_is_killed_at_random_moments_loses_nothing(tmp_path: Path) ->
     began = time.monotonic()
     victim.start(run_arguments(tmp_path / "other", **BUSY, training__num_steps=10), log).join()
     usual = time.monotonic() - began
-    step = 0
-    for _ in range(NUM_KILLS):
+    step = num_kills = 0
+    while num_kills < NUM_KILLS or step <= NUM_KILLS:  # on a slow machine more kills come before the first checkpoint
+        num_kills += 1
         process = victim.start(run_arguments(run, **BUSY, training__num_steps=MANY), log)
         time.sleep(random.uniform(0, 2 * usual))
         process.kill()
@@ -126,7 +127,6 @@ def test_a_run_that_is_killed_at_random_moments_loses_nothing(tmp_path: Path) ->
         process = victim.start(run_arguments(tmp_path / name, **BUSY, training__num_steps=num_steps), log)
         process.join()
         assert process.exitcode == 0, log.read_text()
-    assert step > NUM_KILLS, "otherwise most kills came before anything was done"
     assert_all_is_the_same(tmp_path / "whole", run, num_steps)
 
 
