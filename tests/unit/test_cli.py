@@ -318,7 +318,7 @@ def test_memory_that_there_is_not_is_one_sentence(capsys: pytest.CaptureFixture[
         raise MemoryError("Unable to allocate 2 TiB")
 
     assert main._exit_code(ask) == 1
-    assert capsys.readouterr().err == "error: out of memory (Unable to allocate 2 TiB); ask for less.\n"
+    assert capsys.readouterr().err == "error: out of memory (Unable to allocate 2 TiB); reduce the size of the task.\n"
 
 
 @pytest.mark.parametrize(

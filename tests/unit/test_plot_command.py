@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ddpm_hf.cli import main
-from ddpm_hf.cli.plot import Process, noised
+from ddpm_hf.cli.plot import Process, noise_image
 from ddpm_hf.config import DiffusionConfig, ObjectiveConfig, RunConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.diffusion.schedule import NoiseSchedule, make_betas
@@ -128,7 +128,7 @@ def test_an_image_is_noised_as_in_training() -> None:
     """Float32 may round a value that lies between two of 256 levels to the other one, so one level is allowed."""
     image = pixels_of(1, 6, 5, 3)
     process = Process(NoiseSchedule.from_betas(make_betas("linear", 20, 1e-3, 0.3)), "epsilon", None)
-    states = noised(image, process, [0, 7, 19], seed=3)
+    states = noise_image(image, process, [0, 7, 19], seed=3)
     assert (states.dtype, states.shape) == (np.uint8, (3, 6, 5, 3))
     generator = torch_generator("cpu", 3, "plot_noising")
     eps = torch.randn(1, 3, 6, 5, generator=generator).double().permute(0, 2, 3, 1)[0].numpy()
@@ -136,7 +136,7 @@ def test_an_image_is_noised_as_in_training() -> None:
         alpha_bar = process.schedule.alphas_cumprod[t].item()
         x_t = alpha_bar**0.5 * (image / 127.5 - 1) + (1 - alpha_bar) ** 0.5 * eps
         assert np.abs(np.clip(x_t, -1, 1) * 127.5 + 127.5 - state).max() <= 0.5 + 1e-4
-    assert (states != noised(image, process, [0, 7, 19], seed=4)).any()
+    assert (states != noise_image(image, process, [0, 7, 19], seed=4)).any()
 
 
 @pytest.mark.parametrize("gray", [False, True])
@@ -149,7 +149,7 @@ def test_the_strip_shows_the_image_as_a_run_reads_it(gray: bool, capsys: pytest.
     assert main.main([*arguments, "--resolution", "12"]) == 0
     image = np.repeat(pixels[..., None], 3, axis=2) if gray else pixels
     process = Process(NoiseSchedule.from_betas(make_betas("cosine", 100)), "epsilon", None)
-    states = noised(image[:, 2:14], process, [0, 9, 99], seed=0)
+    states = noise_image(image[:, 2:14], process, [0, 9, 99], seed=0)
     strip = forward_strip(states, [0, 9, 99], process.schedule.snr[[0, 9, 99]].tolist())
     with Image.open("noising.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture), np.asarray(strip))
@@ -268,35 +268,35 @@ def bad_inputs() -> None:
     ("arguments", "exit_code", "sentence"),
     [
         ("schedule nowhere", 2, "nowhere does not exist; give a YAML file, a run folder or a pipeline folder."),
-        ("schedule empty", 2, "empty holds no schedule: there is no scheduler/scheduler_config.json, "),
+        ("schedule empty", 2, "empty holds no schedule: it has no scheduler/scheduler_config.json, "),
         ("schedule typo.yaml", 2, "typo.yaml is not the configuration of a run: there is no setting diffusion.beta_sc"),
         ("schedule photo.png", 2, "photo.png is not the configuration of a run: "),
         ("schedule unet.json", 2, "unet.json is not the configuration of a scheduler with betas: it has no num_train_"),
-        ("schedule list.json", 2, "list.json must hold a JSON object, not a list."),
-        ("schedule torn.json", 2, "torn.json is not JSON ("),
+        ("schedule list.json", 2, "list.json must contain a JSON object, not list"),
+        ("schedule torn.json", 2, "torn.json is not valid JSON ("),
         ("schedule bad.json", 2, "'zigzag' is not one of linear, "),
         ("loss nowhere", 2, "nowhere does not exist; give the folder of a run, which holds metrics.jsonl."),
         ("loss empty", 2, "empty/metrics.jsonl does not exist; give the folder of a run"),
-        ("loss new", 2, "new/metrics.jsonl holds no whole line of metrics; "),
+        ("loss new", 2, "new/metrics.jsonl has no complete line of metrics; "),
         ("loss broken other", 2, "The metrics of other contain no finite loss, validation_loss or score"),
-        ("timesteps photo.png", 2, "photo.png is no folder; "),
-        ("timesteps other", 2, "other says nothing of the loss by timestep: "),
-        ("timesteps broken", 2, "broken/evaluation.json is not JSON ("),
+        ("timesteps photo.png", 2, "photo.png is not a folder; "),
+        ("timesteps other", 2, "other has no loss by timestep: "),
+        ("timesteps broken", 2, "broken/evaluation.json is not valid JSON ("),
         ("timesteps halved", 2, "bound must have timesteps, x_0_mse, eps_mse, terms, counts, one number per reverse"),
         ("schedule absurd.json", 2, "absurd.json is not the configuration of a scheduler with betas: "),
-        ("noising nowhere.png --config good.yaml", 2, "nowhere.png is no file; give that of an image."),
+        ("noising nowhere.png --config good.yaml", 2, "nowhere.png is not a file; give an image file."),
         ("noising text.png --config good.yaml", 2, "text.png cannot be decoded"),
         ("noising photo.png --config gray.yaml", 2, "photo.png is a color image, but gray (L) is expected"),
         ("noising clear.png --config good.yaml", 2, "clear.png has transparent pixels, but RGB is expected"),
-        ("noising deep.png --config good.yaml", 2, "deep.png has 16 bits a channel, and pictures have 8; "),
+        ("noising deep.png --config good.yaml", 2, "deep.png has 16 bits per channel, but PNG plots have 8; "),
         ("noising wide.png --config good.yaml", 2, "8 images of 9000 pixels are too wide; give --resolution."),
-        ("noising photo.png --config good.yaml --timesteps -1", 2, "--timesteps -1 is not one of the chain; give 0 to"),
-        ("noising photo.png --config good.yaml --timesteps 5 100", 2, "--timesteps 100 is not one of the chain; give"),
-        ("grid nowhere", 2, "nowhere is no folder; give a folder of images."),
+        ("noising photo.png --config good.yaml --timesteps -1", 2, "--timesteps -1 is out of range; give 0 to"),
+        ("noising photo.png --config good.yaml --timesteps 5 100", 2, "--timesteps 100 is out of range; give"),
+        ("grid nowhere", 2, "nowhere is not a folder; give a folder of images."),
         ("grid empty", 2, "empty contains no images"),
         ("grid sizes", 2, "has 8x9 pixels where the first has 8x8; give --resolution."),
-        ("loss broken --output loss.jpg", 2, "--output loss.jpg must end in .png, since that is what is written."),
-        ("loss broken --output folder.png", 2, "--output folder.png is a folder; name a file."),
+        ("loss broken --output loss.jpg", 2, "--output loss.jpg must end in .png, the format that is written."),
+        ("loss broken --output folder.png", 2, "--output folder.png is a folder; give a file name."),
         ("loss broken --output nowhere/x.png", 1, "--output: there is no folder nowhere"),
         ("loss broken --output photo.png/x.png", 1, "--output: there is no folder photo.png"),
     ],
@@ -331,7 +331,7 @@ def test_a_target_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[
         (["pie"], "invalid choice: 'pie'"),
         (["schedule"], "required: SOURCE"),
         (["noising", "photo.png"], "required: --config"),
-        (["grid", "photos", "--columns", "0"], "0 is no whole number of at least 1"),
+        (["grid", "photos", "--columns", "0"], "0 is not a whole number of at least 1"),
         (["loss", "run", "--out", "x.png"], "unrecognized arguments: --out x.png"),
     ],
 )
