@@ -24,13 +24,11 @@ def ema(arguments: Sequence[str]) -> int:
     parser.add_argument("--step", type=int, help="training step of stored EMAs; by default the last")
     parser.add_argument("--output", type=Path, help="new folder; by default pipeline_ema_LENGTH in the run folder")
     options = parser.parse_args(arguments)
-    return _rebuild(options.folder, options.length, options.step, options.output)
 
-
-def _rebuild(folder: Path, length: float, step: int | None, output: Path | None) -> int:
-    """Writes the pipeline and says how exact it is."""
     from ddpm_hf.training.posthoc_ema import reconstruct
 
+    folder, length, step = options.folder, options.length, options.step
+    output = options.output
     if output is None:
         output = folder / f"pipeline_ema_{length:.3f}{'' if step is None else f'_step_{step:08d}'}"
     result = reconstruct(folder, length, step, output)

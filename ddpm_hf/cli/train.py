@@ -36,7 +36,8 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
 
 def _train(arguments: Sequence[str] | None, prog: str) -> int:
     config, is_dry_run = load_config(arguments, prog)
-    if config.evaluation.recognition and importlib.util.find_spec("sklearn") is None:
+    needs_sklearn = config.evaluation.recognition and config.evaluation.num_samples
+    if needs_sklearn and importlib.util.find_spec("sklearn") is None:
         raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
 
     from diffusers.utils import logging as diffusers_logging

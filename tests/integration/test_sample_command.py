@@ -302,16 +302,16 @@ def test_messages_of_diffusers_are_dropped_after_an_error_and_kept_otherwise(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """diffusers logs a paragraph of its own about a repository that cannot be found."""
-    told = io.StringIO()
+    messages = io.StringIO()
     logger = logging.getLogger("diffusers")
-    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(told)])
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(messages)])
     assert "HF_HUB_OFFLINE is set" in error_of(capsys, "user/model", tmp_path / "a")
-    assert told.getvalue() == ""
+    assert messages.getvalue() == ""
     index = json.loads((plain / "model_index.json").read_text()) | {"unknown_setting": True}
     changed = Path(shutil.copytree(plain, tmp_path / "changed"))
     (changed / "model_index.json").write_text(json.dumps(index))
     draw(changed, tmp_path / "a", "--seeds", 1, "--num_inference_steps", 2)
-    assert "unknown_setting" in told.getvalue()
+    assert "unknown_setting" in messages.getvalue()
     assert len(logger.handlers) == 1
 
 
