@@ -367,7 +367,7 @@ def test_offline_mode_is_named_in_the_error(hub: LoopbackHub, monkeypatch: pytes
 )
 def test_a_malformed_value_is_refused(name: str, values: list[str]) -> None:
     for value in values:
-        with pytest.raises(HubRefused, match=r"is not a valid|license is"):
+        with pytest.raises(ValueError, match=r"Repo.id|is not a valid|license is"):
             Target(**{"repo_id": "user/model"} | {name: value})  # type: ignore[arg-type]
     with pytest.raises(HubRefused, match="a pull request has its own branch"):
         Target(repo_id="user/model", branch="next", as_pull_request=True)
