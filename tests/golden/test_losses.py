@@ -1,4 +1,4 @@
-"""The losses of twenty steps stay what they are: nobody changes what a seed stands for without noticing."""
+"""The losses of twenty steps are recorded, so that the meaning of a seed does not change unnoticed."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ RUNS = {
 
 
 def losses_of(tmp_path: Path) -> dict[str, list[float]]:
-    """Returns the loss of each step of each run."""
+    """Return the loss of each step of each run."""
     losses = {}
     for name, changes in RUNS.items():
         settings = changes | {"training__num_steps": 20, "training__checkpoint_every_steps": 20}
@@ -29,7 +29,7 @@ def losses_of(tmp_path: Path) -> dict[str, list[float]]:
 def test_the_losses_of_the_first_steps_are_the_ones_on_record(tmp_path: Path) -> None:
     """To 1e-3: processors and versions of PyTorch round differently, and twenty updates carry that on.
 
-    Another seed, order, flip, timestep or noise changes a loss by 1e-2 or more; where a change of these is meant,
+    Another seed, order, flip, timestep or noise changes a loss by 1e-2 or more; for an intended change,
     delete the file, run this test, and say so in the changelog.
     """
     losses = losses_of(tmp_path)
