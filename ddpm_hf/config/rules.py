@@ -316,12 +316,17 @@ def _warn_without_effect(config: RunConfig) -> None:
     for choice, names in unused.items():
         listed = ", ".join(f"{name} {format_value(_value_of(settings, name))}" for name in names)
         chosen = [_value_of(settings, one) for one in choice.split(" or ")]
-        needed = dict.fromkeys(format_value(value) for values in names.values() for value in values)
-        value = " or ".join(needed) or ("true" if chosen == [False] else "")
+        needed = [*dict.fromkeys(format_value(value) for values in names.values() for value in values)]
+        value = "true" if chosen[0] is False else join_or(needed)
         log_warning(
             f"{listed} {'has' if len(names) == 1 else 'have'} no effect with {choice} {format_value(chosen[0])}; "
             f"set {choice}{f' to {value}' if value else ''} to use {'it' if len(names) == 1 else 'them'}."
         )
+
+
+def join_or(words: list[str]) -> str:
+    """Return "a, b or c"."""
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _unused_rows(settings: Settings) -> Iterator[tuple[str, str, tuple[object, ...]]]:
