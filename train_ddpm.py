@@ -1,4 +1,4 @@
-"""Trains a DDPM: accelerate launch train_ddpm.py --config configs/digits_8.yaml."""
+"""Train a DDPM: accelerate launch train_ddpm.py --config configs/digits_8.yaml."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the editing methods do to real digits: a table of encoding errors and a picture, for docs/sampling.md.
+"""Apply the editing methods to real digits: a table of encoding errors and a picture, for docs/sampling.md.
 
 python benchmarks/editing.py outputs/digits/pipeline --picture docs/images/editing.png
 """
@@ -18,7 +18,7 @@ NUM_IMAGES = 10
 
 
 def main() -> None:
-    """Prints the table and writes the picture."""
+    """Print the table and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a pipeline trained by configs/digits_8.yaml")
     parser.add_argument("--picture", type=Path, default=Path("editing.png"))
@@ -31,11 +31,11 @@ def main() -> None:
     print(f"{NUM_IMAGES} digits, {len(pipe.scheduler)} timesteps, torch {torch.__version__}, {pipe.device}\n")
     print_errors(pipe, pixels, labels)
     draw(pipe, pixels, labels, arguments.picture)
-    print(f"\n{arguments.picture} is written.")
+    print(f"\nWrote {arguments.picture}.")
 
 
 def print_errors(pipe: GaussianDiffusionPipeline, pixels: np.ndarray, labels: list[int]) -> None:
-    """Prints how far an image is from what its code is decoded to."""
+    """Print the root mean squared error between images and their decoded encodings."""
     print("| spacing | steps | 1 call a step | 3 calls | 10 calls |\n|---|---|---|---|---|")
     for spacing in ("leading", "trailing"):
         for num_steps in (20, 50, 100):
@@ -49,7 +49,7 @@ def print_errors(pipe: GaussianDiffusionPipeline, pixels: np.ndarray, labels: li
 
 
 def draw(pipe: GaussianDiffusionPipeline, pixels: np.ndarray, labels: list[int], path: Path) -> None:
-    """Draws a row of digits and a row for each edit of them."""
+    """Draw a row of digits and one row per edit of them."""
 
     def options() -> dict[str, object]:
         generator = torch.Generator().manual_seed(0)

@@ -1,27 +1,27 @@
-"""What few steps cost, in bits and in pictures: python benchmarks/few_steps.py PIPELINE --data SOURCE.
+"""Measure the cost of few sampling steps: python benchmarks/few_steps.py PIPELINE --data SOURCE.
 
-Bits per dimension of held-out images under short chains with three variances of the reverse steps: the posterior's
-(fixed_small), beta (fixed_large), and the optimal one (Bao et al. 2022), whose second moments are estimated from the
-training images. Then samplers at equal numbers of network calls, by the Frechet distance to the training images in the
-pixels themselves: no network for features is needed for small images, and the number is no FID. Everything is done for
-several sampling seeds of the one network, and a standard error is that of their mean: it tells nothing of another
-training, and in the bits nothing of other images, since all seeds judge the same ones.
+First, bits per dimension of validation images for reverse processes of few steps with three variances: the posterior
+variance (fixed_small), beta (fixed_large), and the optimal variance (Bao et al. 2022), whose second moments are
+estimated from the training images. Second, samplers with equal numbers of network calls, by the Fréchet distance to the
+training images in pixels: small images need no feature network, and the number is not an FID. Everything is repeated
+for several sampling seeds of the one network. A standard error is that of the mean over these seeds; it does not cover
+other trainings, and for bits per dimension not other images, because all seeds use the same ones.
 
-A distance of few images is large whatever they are, so the same number of real images is measured beside the samples:
-held-out ones, which know nothing of the training images; training images drawn with replacement, as perfect samples of
-the training set would be; and without. Between samplers below the first of these the distance tells at most which one
-is nearer to the training images, which says nothing of quality.
+The distance of few images is large for any images, so the same number of real images is measured beside the samples:
+validation images; training images drawn with replacement, like perfect samples of the training set; and without. Below
+the first of these numbers, the distance between two samplers tells at most which one is nearer to the training images,
+not which one has better quality.
 """
 
 import argparse
 import copy
 import functools
+import itertools
 import math
 import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))  # the checkout is enough, it need not be installed
+sys.path.insert(0, str(REPOSITORY))  # works without installation
 RESULTS = Path(__file__).resolve().parent / "results"
 
 import diffusers
@@ -45,7 +45,7 @@ from ddpm_hf.rng import numpy_generator, sampling_generators
 from ddpm_hf.training.run_dir import device_name
 
 REAL_DRAWS = 20
-IMAGES_AT_ONCE = 45  # what a small network does fastest on one core
+BATCH_SIZE = 45  # fastest for a small network on one core
 
 SAMPLERS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "DDPM, fixed_small": (None, {"eta": 1.0}),
@@ -59,16 +59,16 @@ SAMPLERS: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 
 def pixels_of(images: ImageSet) -> NDArray[np.float64]:
-    """Returns the pixels of all images, (number, values), in [-1, 1]."""
+    """Return the pixels of all images, (number, values), in [-1, 1]."""
     pixels, _ = images.take(images.positions)
     return pixels.reshape(len(pixels), -1) / 127.5 - 1
 
 
-def real_lines(training: NDArray[np.float64], held_out: NDArray[np.float64], count: int) -> Iterator[str]:
-    """Yields the distances of real images, as many as there are samples, to the training images."""
+def real_lines(training: NDArray[np.float64], validation: NDArray[np.float64], count: int) -> Iterator[str]:
+    """Yield the distances of `count` real images to the training images."""
     reference = moments_of(training)
     for name, images, replace in (
-        ("held-out images", held_out, False),
+        ("validation images", validation, False),
         ("training images, drawn with replacement", training, True),
         ("training images, drawn without", training, False),
     ):
@@ -84,7 +84,7 @@ def real_lines(training: NDArray[np.float64], held_out: NDArray[np.float64], cou
 
 
 def sample(pipeline: GaussianDiffusionPipeline, sampler: str, steps: int, count: int, seed: int) -> NDArray[np.float64]:
-    """Returns the pixels of samples, the same start noise for every sampler."""
+    """Return the pixels of samples; every sampler starts from the same noise."""
     name, options = SAMPLERS[sampler]
     scheduler = copy.deepcopy(pipeline.scheduler)
     options = dict(options)
@@ -96,8 +96,8 @@ def sample(pipeline: GaussianDiffusionPipeline, sampler: str, steps: int, count:
     ours, pipeline.scheduler = pipeline.scheduler, scheduler
     parts = []
     try:
-        for start in range(0, count, IMAGES_AT_ONCE):
-            numbers = range(start, min(start + IMAGES_AT_ONCE, count))
+        for start in range(0, count, BATCH_SIZE):
+            numbers = range(start, min(start + BATCH_SIZE, count))
             part = pipeline(
                 batch_size=len(numbers),
                 num_inference_steps=steps,
@@ -114,7 +114,7 @@ def sample(pipeline: GaussianDiffusionPipeline, sampler: str, steps: int, count:
 
 
 def over_seeds(measure: Callable[[int], float], seeds: int) -> str:
-    """Returns mean and standard error."""
+    """Return mean and standard error."""
     values = [measure(seed) for seed in range(seeds)]
     error = statistics.stdev(values) / math.sqrt(seeds) if seeds > 1 else math.nan
     return f"{statistics.mean(values):>9.3f} ± {error:.3f}"
@@ -123,8 +123,8 @@ def over_seeds(measure: Callable[[int], float], seeds: int) -> str:
 def bits_table(
     pipeline: GaussianDiffusionPipeline, judged: ImageSet, moments: torch.Tensor, steps: list[int], seeds: int
 ) -> Iterator[str]:
-    """Yields the bits per dimension under short chains, a line for each variance of the reverse steps."""
-    yield f"bits per dimension of the same {len(judged)} held-out images, mean ± its standard error over {seeds} seeds"
+    """Yield bits per dimension for few reverse steps, one line per variance."""
+    yield f"bits per dimension of the same {len(judged)} validation images, mean ± standard error over {seeds} seeds"
     yield f"{'':<20}" + "".join(f"{f'{number} steps':>18}" for number in steps)
     for kind in ("fixed_small", "fixed_large", "analytic"):
         variant = copy.copy(pipeline.scheduler.config) | {
@@ -146,16 +146,16 @@ def bits_table(
 def distance_table(
     pipeline: GaussianDiffusionPipeline,
     training: ImageSet,
-    held_out: ImageSet,
+    validation: ImageSet,
     steps: list[int],
     seeds: int,
     num_samples: int,
 ) -> Iterator[str]:
-    """Yields the distance of samples to the training images, a line for each sampler."""
+    """Yield the distance of samples to the training images, one line per sampler."""
     real = pixels_of(training)
     reference = moments_of(real)
-    yield f"\nFrechet distance in pixels to all {len(training)} training images"
-    yield from real_lines(real, pixels_of(held_out), num_samples)
+    yield f"\nFréchet distance in pixels to all {len(training)} training images"
+    yield from real_lines(real, pixels_of(validation), num_samples)
     yield f"{num_samples} samples of one network, mean ± its standard error over {seeds} sampling seeds:"
     yield f"{'':<20}" + "".join(f"{f'{number} calls':>18}" for number in steps)
     for sampler in SAMPLERS:
@@ -168,7 +168,7 @@ def distance_table(
 
 
 def parse() -> argparse.Namespace:
-    """Reads the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--data", required=True, help="what the pipeline was trained on")
@@ -176,25 +176,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data_seed", type=int, default=0, help="training.seed of the training")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--num_samples", type=int, help="left out: as many as there are held-out images")
-    parser.add_argument("--num_images", type=int, default=100, help="held-out images for the bits")
-    parser.add_argument("--num_for_moments", type=int, default=8, help="training images a timestep")
+    parser.add_argument("--num_samples", type=int, help="by default as many as there are validation images")
+    parser.add_argument("--num_images", type=int, default=100, help="validation images for the bits")
+    parser.add_argument("--num_for_moments", type=int, default=8, help="training images per timestep")
     parser.add_argument("--name", default="few_steps", help="name of the result file")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Measures and writes the result file."""
+    """Measure, print and write the result file."""
     arguments = parse()
     pipeline = GaussianDiffusionPipeline.from_pretrained(arguments.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     size = np.broadcast_to(pipeline.unet.config.sample_size, 2).tolist()
     config = DataConfig(source=arguments.data, resolution=size, num_channels=pipeline.num_channels)
-    training, held_out = open_images(config, with_labels=pipeline.num_classes > 0).split(
+    training, validation = open_images(config, with_labels=pipeline.num_classes > 0).split(
         arguments.held_out, arguments.data_seed
     )
-    num_samples = arguments.num_samples or len(held_out)
-    judged = held_out.split(1 - arguments.num_images / len(held_out), 0)[0]
+    num_samples = arguments.num_samples or len(validation)
+    judged = validation.split(1 - arguments.num_images / len(validation), 0)[0]
     moments = estimate_second_moments(pipeline, training, seed=0, num_images=arguments.num_for_moments)
     steps, seeds = arguments.steps, arguments.seeds
     lines = [
@@ -203,9 +203,9 @@ def main() -> int:
     ]
     print("\n".join(lines), flush=True)
     pipeline.scheduler.eps_second_moments = moments
-    for line in chain(
+    for line in itertools.chain(
         bits_table(pipeline, judged, moments, steps, seeds),
-        distance_table(pipeline, training, held_out, steps, seeds, num_samples),
+        distance_table(pipeline, training, validation, steps, seeds, num_samples),
     ):
         lines.append(line)
         print(line, flush=True)

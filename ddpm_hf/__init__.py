@@ -1,6 +1,6 @@
 """DDPM training and sampling for Hugging Face diffusers.
 
-Public names are imported when they are first used, so that `import ddpm_hf` is quick and needs no torch.
+Public names are imported on first use, so that `import ddpm_hf` is quick and does not import torch.
 """
 
 from importlib import import_module
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
     from ddpm_hf.training.trainer import Trainer
 else:
-    _HOME_OF = {
+    _MODULE_OF = {
         "GaussianDiffusionPipeline": "ddpm_hf.diffusion",
         "GaussianDiffusionScheduler": "ddpm_hf.diffusion",
         "RunConfig": "ddpm_hf.config",
@@ -22,10 +22,9 @@ else:
     }
 
     def __getattr__(name):
-        """Imports a public name on first use."""
-        if name not in _HOME_OF:
+        if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_HOME_OF[name]), name)
+        return getattr(import_module(_MODULE_OF[name]), name)
 
 
 __all__ = [

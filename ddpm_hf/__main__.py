@@ -1,4 +1,4 @@
-"""`python -m ddpm_hf` is the command `ddpm-hf`."""
+"""`python -m ddpm_hf` runs `ddpm-hf`."""
 
 import sys
 

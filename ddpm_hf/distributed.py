@@ -15,7 +15,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import Any, Literal, TypeVar
@@ -303,33 +302,6 @@ def _checksum(tensor: torch.Tensor) -> torch.Tensor:
         chunk = bits[start : start + _CHECKSUM_CHUNK]
         total += (chunk * torch.arange(start + 1, start + 1 + len(chunk), device=tensor.device)).sum()
     return total
-
-
-def _alone(work: Callable[[], Result]) -> Result | None:
-    return work()
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The rank, the number of processes, and what they do together; one process by default."""
-
-    rank: int = 0
-    num_processes: int = 1
-    gather: Callable[[NDArray[Any]], NDArray[Any]] = lambda array: array
-    on_rank_0: Callable[[Callable[[], Any]], Any] = _alone
-
-    def part(self, num_items: int) -> range:
-        """Return the contiguous part of range(num_items) that belongs to this rank."""
-        first, stop = (num_items * (self.rank + side) // self.num_processes for side in (0, 1))
-        return range(first, stop)
-
-
-ALONE = Ranks()
-
-
-def started_ranks() -> Ranks:
-    """Return the processes that `start` joined."""
-    return Ranks(rank(), world_size(), gather_rows, on_rank_0)
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -214,12 +214,3 @@ def format_value(value: object, max_length: int = 50) -> str:
     """Return a setting as it is written in YAML or on the command line, shortened to `max_length` characters."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= max_length else f"{text[: max_length - 1]}…"
-
-
-# Former names, until every caller uses the new ones.
-write_whole = atomic_write
-
-
-def gib(num_bytes: int) -> str:
-    """Return a size in binary units."""
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

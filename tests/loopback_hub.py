@@ -62,6 +62,13 @@ class Repository:
         return self.commits[self.branches.get(revision) or self.tags.get(revision) or revision]
 
 
+@dataclass
+class Fault:
+    pattern: str
+    status: int | str
+    times: int
+
+
 class Upload(NamedTuple):
     """A commit of a client: its message and the files that it names."""
 
@@ -116,7 +123,7 @@ class LoopbackHub:
         self.uploaded: list[Upload] = []
         self._stored: dict[str, bytes] = {}
         self._received: list[bytes] = []
-        self._faults: list[dict[str, Any]] = []
+        self._faults: list[Fault] = []
         self._lock = threading.RLock()
         self._server = serve(self)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -142,7 +149,7 @@ class LoopbackHub:
             status: Status of the answer; "cut" closes the connection within the request, "lost" after carrying it out.
             times: How many requests fail; clients retry some.
         """
-        self._faults.append({"pattern": pattern, "status": status, "times": times})
+        self._faults.append(Fault(pattern, status, times))
 
     def end_failures(self) -> None:
         """Undo `fail`."""
@@ -154,19 +161,18 @@ class LoopbackHub:
 
     # Requests
 
-    def handle(self, method: str, path: str, headers: Mapping[str, str]) -> int | str | None:
+    def record(self, method: str, path: str, headers: Mapping[str, str]) -> int | str | None:
         """Record a request and return how it fails, or None."""
         asked = f"{method} {urlsplit(path).path}"
         shown = [f"{name}: {value}" for name, value in headers.items() if name.lower() != "authorization"]
         with self._lock:
             self.requests.append(asked)
             self._received += [text.encode() for text in (path, unquote(path), *shown)]
-            for fault in self._faults:
-                if fault["times"] > 0 and re.search(fault["pattern"], asked):
-                    fault["times"] -= 1
-                    status: int | str = fault["status"]
-                    return status
-        return None
+            fault = next((one for one in self._faults if one.times > 0 and re.search(one.pattern, asked)), None)
+            if fault is None:
+                return None
+            fault.times -= 1
+            return fault.status
 
     def answer(self, request: Request) -> Response:
         """Answer a request by its route."""
@@ -225,13 +231,8 @@ class LoopbackHub:
 
     def _tree(self, request: Request, name: str, revision: str) -> Response:
         repository, commit = self._open(request, name, revision)
-        entries = []
-        for path, content in sorted(repository.commits[commit].items()):
-            entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": git_id(content)}
-            if path.endswith(LARGE_FILES):
-                entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
-            entries.append(entry)
-        return as_json(entries)
+        files = repository.commits[commit].items()
+        return as_json([{"type": "file", "path": path, "size": len(file), "oid": git_id(file)} for path, file in files])
 
     def _resolve(self, request: Request, name: str, revision: str, path: str) -> Response:
         repository, commit = self._open(request, name, revision)
@@ -354,7 +355,7 @@ def serve(hub: LoopbackHub) -> ThreadingHTTPServer:
         disable_nagle_algorithm = True
 
         def handle_request(self) -> None:
-            failure = hub.handle(self.command, self.path, self.headers)
+            failure = hub.record(self.command, self.path, self.headers)
             if failure == "cut":
                 self.rfile.read(min(100, int(self.headers.get("Content-Length", 0))))
                 return self.close()

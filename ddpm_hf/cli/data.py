@@ -1,13 +1,15 @@
-"""`ddpm-hf data`: shows what a run would read."""
+"""`ddpm-hf data`: show what a run would read."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_hf.config import ConfigError, load_data_config
 
+NUM_SAMPLES, NUM_COLUMNS = 64, 8
+
 
 def data(arguments: Sequence[str]) -> int:
-    """Says what a run would read, draws its first samples, and returns the exit code."""
+    """Print a summary of the images, draw the first samples, and return the exit code."""
     config, picture = load_data_config(arguments)
     _check_picture(picture)
 
@@ -15,10 +17,10 @@ def data(arguments: Sequence[str]) -> int:
     from ddpm_hf.plots import image_grid
 
     summary = summarize(
-        config.data, with_labels=config.model.class_conditional, seed=config.training.seed, num_samples=64
+        config.data, with_labels=config.model.class_conditional, seed=config.training.seed, num_samples=NUM_SAMPLES
     )
     print("\n".join(summary.lines))
-    image_grid(summary.samples, 8).save(picture)
+    image_grid(summary.samples, NUM_COLUMNS).save(picture)
     print(f"{'picture':<10}the first {len(summary.samples)} samples of a run are in {picture}")
     if summary.problem is not None:
         raise DataError(summary.problem)
@@ -26,12 +28,12 @@ def data(arguments: Sequence[str]) -> int:
 
 
 def _check_picture(picture: Path) -> None:
-    """Refuses a place for the picture before anything is decoded for it."""
+    """Refuse a path that cannot be written, before images are decoded."""
     from PIL import Image
 
     if picture.is_dir():
         raise ConfigError(f"--picture {picture} is a folder; add the name of a .png file.")
     if Image.registered_extensions().get(picture.suffix.lower()) not in Image.SAVE:
-        raise ConfigError(f"--picture {picture} does not end like a picture that can be written; let it end in .png.")
+        raise ConfigError(f"--picture {picture} has no image format that can be written; use .png.")
     if not picture.parent.is_dir():
-        raise ConfigError(f"--picture {picture} cannot be written, since there is no folder {picture.parent}.")
+        raise ConfigError(f"--picture {picture} cannot be written: there is no folder {picture.parent}.")

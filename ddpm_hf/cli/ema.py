@@ -1,4 +1,4 @@
-"""`ddpm-hf ema`: makes a pipeline with an average of any length."""
+"""`ddpm-hf ema`: reconstruct an EMA of any length after training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,11 @@ from ddpm_hf.cli.flags import Parser
 
 
 def ema(arguments: Sequence[str]) -> int:
-    """Makes a pipeline with an average of any length out of those that a run stored, and returns the exit code."""
+    """Write a pipeline with the reconstructed EMA weights, and return the exit code."""
     parser = Parser(
         prog="ddpm-hf ema",
-        description="Make a pipeline with an average of any length, out of those that a run with training.posthoc_ema "
-        "stored (Karras et al. 2024).",
+        description="Save a pipeline with an EMA of any length, reconstructed from the EMAs that a run with\n"
+        "training.posthoc_ema stored (Karras et al. 2024).",
         epilog="example: ddpm-hf ema outputs/mnist --length 0.08",
     )
     parser.add_argument("folder", type=Path, help="folder of the run")
@@ -19,23 +19,21 @@ def ema(arguments: Sequence[str]) -> int:
         "--length",
         type=float,
         required=True,
-        help="length of the average relative to the training: 0.05 is short, 0.10 usual, 0.25 very long",
+        help="length of the EMA relative to the training: 0.05 is short, 0.10 usual, 0.25 very long",
     )
-    parser.add_argument("--step", type=int, help="step whose averages were stored; by default the last")
-    parser.add_argument("--output", type=Path, help="new folder; by default pipeline_ema_LENGTH in the run's folder")
+    parser.add_argument("--step", type=int, help="training step of stored EMAs; by default the last")
+    parser.add_argument("--output", type=Path, help="new folder; by default pipeline_ema_LENGTH in the run folder")
     options = parser.parse_args(arguments)
-    return _rebuild(options.folder, options.length, options.step, options.output)
 
+    from ddpm_hf.training.posthoc_ema import reconstruct
 
-def _rebuild(folder: Path, length: float, step: int | None, output: Path | None) -> int:
-    """Writes the pipeline and says how exact it is."""
-    from ddpm_hf.training.posthoc_ema import rebuild
-
+    folder, length, step = options.folder, options.length, options.step
+    output = options.output
     if output is None:
         output = folder / f"pipeline_ema_{length:.3f}{'' if step is None else f'_step_{step:08d}'}"
-    rebuilt = rebuild(folder, length, step, output)
+    result = reconstruct(folder, length, step, output)
     print(
-        f"{output}: average of length {length:g} at step {rebuilt.step}, made of {rebuilt.num_stored} stored ones "
-        f"(its profile is off by {rebuilt.relative_error:.2%})."
+        f"{output}: average of length {length:g} at step {result.step}, made of {result.num_stored} stored ones "
+        f"(its profile is off by {result.relative_error:.2%})."
     )
     return 0

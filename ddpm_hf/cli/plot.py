@@ -1,18 +1,24 @@
-"""What `ddpm-hf plot` draws, read from files: schedules, metrics, evaluations, images.
+"""`ddpm-hf plot`: plots of noise schedules, the forward process, runs and folders of images, read from files."""
 
-`ddpm-hf plot`: pictures of schedules, forward noising, runs and folders of images.
-"""
-
-import json
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ddpm_hf.cli.flags import Parser
 from ddpm_hf.cli.sample import overviews_in
 from ddpm_hf.config import ConfigError, DataConfig, RunConfig, read_config
+from ddpm_hf.files import (
+    EVALUATION,
+    METRICS,
+    PIPELINE_DIR,
+    RUN_CONFIG,
+    SCHEDULER_CONFIG,
+    TRAINING_CONFIG,
+    atomic_write,
+    read_json,
+)
 from ddpm_hf.redaction import reason_of
 
 if TYPE_CHECKING:
@@ -24,202 +30,13 @@ if TYPE_CHECKING:
     from ddpm_hf.plots import UInt8Array
 
 
-CONFIG, METRICS, EVALUATION = "config.yaml", "metrics.jsonl", "evaluation.json"
-SCHEDULER = "scheduler_config.json"
-# Names that say nothing of what is inside: the folder around them does.
-_FILE_NAMES = (CONFIG, METRICS, EVALUATION, SCHEDULER, "training_config.yaml")
-_FOLDER_NAMES = ("pipeline", "scheduler")
+Plot: TypeAlias = tuple[Callable[[Path], object], str]
+"""A function that writes the picture to a path, and a description of its content."""
 
-
-@dataclass(frozen=True)
-class Process:
-    """A forward process, and the configuration of the run that has it, if it was read from one."""
-
-    schedule: "NoiseSchedule"
-    prediction_type: str
-    config: RunConfig | None
-
-
-def name_of_each(paths: Sequence[Path]) -> list[str]:
-    """Returns what each input is called in a legend: its name, or as it was given where two have the same.
-
-    Raises:
-        ValueError: If one is given twice.
-    """
-    resolved = [path.resolve() for path in paths]
-    for index, path in enumerate(resolved):
-        if path in resolved[:index]:
-            raise ValueError(f"{paths[index]} is given twice; give it once.")
-    names = [_name(path) for path in resolved]
-    return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
-
-
-def _name(path: Path) -> str:
-    """Returns the name of a recipe or of a folder."""
-    if path.name in _FILE_NAMES:
-        path = path.parent
-    if path.name in _FOLDER_NAMES:
-        return f"{path.parent.name}/{path.name}"
-    return path.stem if path.suffix in (".yaml", ".yml", ".json") else path.name
-
-
-def read_process(path: Path) -> Process:
-    """Reads a forward process from a recipe, a run folder, a pipeline folder or a scheduler_config.json.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give a YAML file, a run folder or a pipeline folder.")
-    file = path
-    if path.is_dir():
-        candidates = (path / "scheduler" / SCHEDULER, path / SCHEDULER, path / CONFIG)
-        found = [candidate for candidate in candidates if candidate.is_file()]
-        if not found:
-            raise ValueError(f"{path} holds no schedule: there is no scheduler/{SCHEDULER}, {SCHEDULER} or {CONFIG}.")
-        file = found[0]
-    return _read_scheduler(file) if file.suffix == ".json" else _read_config(file)
-
-
-def _read_config(file: Path) -> Process:
-    """Reads the forward process of a run."""
-    from ddpm_hf.diffusion import GaussianDiffusionScheduler
-
-    try:
-        config = read_config(file)
-    except ConfigError as error:
-        raise ConfigError(f"{file} is not the configuration of a run: {error}") from None
-    settings = {name: getattr(config.diffusion, name) for name in config.diffusion.__dataclass_fields__}
-    scheduler = GaussianDiffusionScheduler.create(**settings)
-    return Process(scheduler.noise_schedule, scheduler.config["prediction_type"], config)
-
-
-def _read_scheduler(file: Path) -> Process:
-    """Reads the forward process of a saved pipeline, which may be that of any scheduler with betas."""
-    content = read_json(file)
-    missing = [name for name in ("num_train_timesteps", "beta_schedule") if name not in content]
-    if missing:
-        raise ValueError(f"{file} is not the configuration of a scheduler with betas: it has no {missing[0]}.")
-    from ddpm_hf.diffusion import GaussianDiffusionScheduler
-
-    try:
-        scheduler = GaussianDiffusionScheduler.from_config(content)
-    except Exception as error:  # whatever torch raises for tables of an absurd size
-        raise ValueError(f"{file} is not the configuration of a scheduler with betas: {reason_of(error)}.") from error
-    return Process(scheduler.noise_schedule, scheduler.config["prediction_type"], None)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        ValueError: If the file holds something else.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}.")
-    return content
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads the metrics of a run folder, or a metrics.jsonl; a last line that is being written is left out.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    from ddpm_hf.training.logging import MetricsLog
-
-    file = path / METRICS if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; give the folder of a run, which holds {METRICS}.")
-    rows = MetricsLog(file).rows()
-    if not rows:
-        raise ValueError(
-            f"{file} holds no whole line of metrics; wait for training.log_every_steps if the run has just begun, or "
-            "give another run."
-        )
-    return rows
-
-
-def read_image(file: Path, data: DataConfig) -> "UInt8Array":
-    """Reads an image as a run with these settings would, but cropped in the centre; uint8 (height, width, channels).
-
-    Raises:
-        ValueError: If it cannot be read, or has other channels than the settings ask for.
-    """
-    from ddpm_hf.data.decode import EncodedImage
-
-    if not file.is_file():
-        raise ValueError(f"{file} is no file; give that of an image.")
-    (image,) = _decode([EncodedImage(str(file), file)], data)
-    return image
-
-
-def read_folder(folder: Path, data: DataConfig, num_columns: int, num_rows: int) -> tuple["UInt8Array", list[str], str]:
-    """Reads the first images of a folder, or the first ones of each of its sub folders.
-
-    Of a folder that `ddpm-hf sample` drew, the grid, the strip and the animation are none of them.
-
-    Returns:
-        uint8 (number, height, width, channels) in the order of a grid; the label of each column, none without sub
-        folders; and what they are, in words.
-
-    Raises:
-        ValueError: If there are none, or they are not of one size.
-    """
-    import numpy as np
-
-    from ddpm_hf.data.sources import open_folder
-
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give a folder of images.")
-    source = open_folder(folder, "train")
-    if source.labels is None or source.class_names is None:
-        overviews = {folder / name for name in overviews_in(folder)}
-        cells = source.read(range(source.num_images))
-        pictures = [row for row, cell in enumerate(cells) if cell.data not in overviews]
-        order = pictures[: num_columns * num_rows]
-        names, words = [], f"{len(order)} of {len(pictures)} images"
-    else:
-        present = np.unique(source.labels[source.labels >= 0]).tolist()
-        of_each = [np.flatnonzero(source.labels == label) for label in present[:num_columns]]
-        num_rows = min(num_rows, *map(len, of_each)) if len(of_each) > 1 else min(num_rows, len(of_each[0]))
-        order = np.stack([rows[:num_rows] for rows in of_each], axis=1).reshape(-1).tolist()
-        names = [source.class_names[label] for label in present[:num_columns]]
-        words = f"{num_rows} images of each of {len(of_each)} of {len(present)} folders"
-    images = dict(zip(sorted(order), _decode(list(source.read(sorted(order))), data), strict=True))
-    return np.stack([images[row] for row in order]), names, words
-
-
-def _decode(cells: "Sequence[EncodedImage]", data: DataConfig) -> "list[UInt8Array]":
-    """Decodes images to 8 bits, with the channels that the settings ask for or that hold every one of them."""
-    import numpy as np
-
-    from ddpm_hf.data.decode import MODE_OF_CHANNELS, Geometry, OutputFormat, decode, read_header
-
-    headers = [read_header(cell) for cell in cells]
-    for cell, header in zip(cells, headers, strict=True):
-        if header.is_16_bit:
-            raise ValueError(f"{cell.name} has 16 bits a channel, and pictures have 8; convert it first.")
-    geometry = Geometry.of(replace(data, crop="center"))
-    channels_of_mode = {mode: channels for channels, mode in MODE_OF_CHANNELS.items()}
-    num_channels = data.num_channels or max(channels_of_mode[header.mode] for header in headers)
-    target = OutputFormat(num_channels, np.dtype(np.uint8), data.background, geometry)
-    images = [decode(cell, target).transpose(1, 2, 0) for cell in cells]
-    for cell, image in zip(cells, images, strict=True):
-        if image.shape != images[0].shape:
-            sizes = [f"{shape[1]}x{shape[0]}" for shape in (image.shape, images[0].shape)]
-            raise ValueError(f"{cell.name} has {sizes[0]} pixels where the first has {sizes[1]}; give --resolution.")
-    return images
-
-
-_Drawing = tuple[Callable[[Path], object], str]
-"""What writes the picture, and what is in it."""
-
-MOST_PIXELS_WIDE = 16_384
+MAX_WIDTH = 16_384  # of a picture, in pixels
+# These names say nothing about the content, so the folder around them is used in legends.
+_GENERIC_FILES = (RUN_CONFIG, METRICS, EVALUATION, SCHEDULER_CONFIG, TRAINING_CONFIG)
+_GENERIC_FOLDERS = (PIPELINE_DIR, "scheduler")
 
 _EXAMPLES = """examples:
   ddpm-hf plot schedule configs/cifar10_32.yaml configs/mnist_28.yaml
@@ -230,97 +47,167 @@ _EXAMPLES = """examples:
 
 
 def plot(arguments: Sequence[str]) -> int:
-    """Draws a picture, says where it is, and returns the exit code."""
+    """Draw a picture, print where it is, and return the exit code."""
     options = _parser().parse_args(arguments)
     output: Path = options.output
     if output.suffix.lower() != ".png":
-        raise ValueError(f"--output {output} must end in .png, since that is what is written.")
+        raise ValueError(f"--output {output} must end in .png, the format that is written.")
     if output.is_dir():
-        raise ValueError(f"--output {output} is a folder; name a file.")
+        raise ValueError(f"--output {output} is a folder; give a file name.")
     if not output.parent.is_dir():
         raise NotADirectoryError(f"--output: there is no folder {output.parent}")
-    write, words = options.draw(options)
-
-    from ddpm_hf.files import write_whole
-
-    write_whole(output, write)
-    print(f"{output}: {words}.")
+    write, content = options.draw(options)
+    atomic_write(output, write)
+    print(f"{output}: {content}.")
     return 0
 
 
 def _parser() -> ArgumentParser:
-    """Builds the command line."""
     parser = Parser(
-        prog="ddpm-hf plot",
-        description="Draw a picture as a PNG. Each kind has a --help of its own.",
-        epilog=_EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
+        prog="ddpm-hf plot", description="Draw a picture as PNG. Each kind has its own --help.", epilog=_EXAMPLES
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", title="kinds")
 
-    def add_kind(name: str, draw: Callable[[Namespace], Any], description: str) -> ArgumentParser:
+    def add_kind(name: str, draw: Callable[[Namespace], Plot], description: str) -> ArgumentParser:
         example = next(line for line in _EXAMPLES.splitlines() if f" plot {name} " in line).strip()
         kind = kinds.add_parser(name, help=description, description=description, epilog=f"example: {example}")
-        kind.add_argument("--output", type=Path, default=Path(f"{name}.png"), help="by default %(default)s, here")
+        kind.add_argument("--output", type=Path, default=Path(f"{name}.png"), help="(default: %(default)s)")
         kind.set_defaults(draw=draw)
         return kind
 
+    def add_resolution(kind: ArgumentParser, default: str) -> None:
+        text = f"resize the shorter side to this, and crop a centered square; by default {default}"
+        kind.add_argument("--resolution", type=_positive_int, help=text)
+
     source_of_schedule = "YAML of a run, run folder, pipeline folder or scheduler_config.json"
-    kind = add_kind("schedule", _schedule, "betas, alpha_bar, log SNR and loss weights of one or more schedules")
+    kind = add_kind("schedule", _plot_schedules, "betas, alpha_bar, log SNR and loss weights of noise schedules")
     kind.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help=source_of_schedule)
 
-    kind = add_kind("noising", _noising, "an image on its way to noise, with t and SNR")
-    kind.add_argument("image", type=Path, metavar="IMAGE", help="any image file")
+    kind = add_kind("noising", _plot_noising, "the forward process on an image, with t and SNR")
+    kind.add_argument("image", type=Path, metavar="IMAGE", help="image file")
     kind.add_argument("--config", type=Path, required=True, metavar="SOURCE", help=source_of_schedule)
-    kind.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="by default 8 over the whole chain")
-    _add_resolution(kind, "that of the configuration, or else the image's")
-    kind.add_argument("--seed", type=int, default=0, help="of the noise, which is the same at each t")
+    kind.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="by default 8, evenly spaced")
+    add_resolution(kind, "that of the configuration, or the size of the image")
+    kind.add_argument("--seed", type=int, default=0, help="seed of the noise, which is the same at each t")
 
-    kind = add_kind("loss", _loss, "losses and scores of one or more runs on one axis")
+    kind = add_kind("loss", _plot_losses, "losses and scores of one or more runs")
     kind.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a metrics.jsonl")
 
-    kind = add_kind("timesteps", _timesteps, "what a run, or an evaluation, says of the loss at different timesteps")
+    kind = add_kind("timesteps", _plot_timesteps, "loss by timestep of a run or an evaluation")
     kind.add_argument("run", type=Path, metavar="RUN", help="run folder, or a folder with an evaluation.json")
 
-    kind = add_kind("grid", _grid, "the images of a folder, a column for each of its sub folders")
+    kind = add_kind("grid", _plot_grid, "images of a folder, with a column for each subfolder")
     kind.add_argument("folder", type=Path, metavar="FOLDER", help="folder of images")
-    kind.add_argument("--columns", type=_at_least_1, default=10, help="at most this many (default: %(default)s)")
-    kind.add_argument("--rows", type=_at_least_1, default=8, help="at most this many (default: %(default)s)")
-    _add_resolution(kind, "that of the images")
+    kind.add_argument("--columns", type=_positive_int, default=10, help="largest number (default: %(default)s)")
+    kind.add_argument("--rows", type=_positive_int, default=8, help="largest number (default: %(default)s)")
+    add_resolution(kind, "the size of the images")
     return parser
 
 
-def _add_resolution(kind: ArgumentParser, default: str) -> None:
-    """Adds the size that images are brought to."""
-    kind.add_argument(
-        "--resolution",
-        type=_at_least_1,
-        help=f"resize the shorter side to this and cut out a square; by default {default}",
-    )
-
-
-def _at_least_1(text: str) -> int:
-    """Reads a whole number of at least 1."""
+def _positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text} is no whole number of at least 1")
+        raise ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
-def _schedule(options: Namespace) -> _Drawing:
-    """Draws schedules, and the weights of their losses if any run weights its loss."""
+def _with_resolution(data: DataConfig, resolution: int | None) -> DataConfig:
+    return data if resolution is None else replace(data, resolution=resolution)
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Return the name of each input for a legend, or its path if several have the same name.
+
+    Raises:
+        ValueError: An input is given twice.
+    """
+    resolved = [path.resolve() for path in paths]
+    for index, path in enumerate(resolved):
+        if path in resolved[:index]:
+            raise ValueError(f"{paths[index]} is given twice; give it once.")
+    names = [_name_of(path) for path in resolved]
+    return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
+
+
+def _name_of(path: Path) -> str:
+    if path.name in _GENERIC_FILES:
+        path = path.parent
+    if path.name in _GENERIC_FOLDERS:
+        return f"{path.parent.name}/{path.name}"
+    return path.stem if path.suffix in (".yaml", ".yml", ".json") else path.name
+
+
+# ---------------------------------------------------------------------------------- schedules and the forward process
+
+
+@dataclass(frozen=True)
+class Process:
+    """A forward process, and the configuration of its run if it was read from one."""
+
+    schedule: "NoiseSchedule"
+    prediction_type: str
+    config: RunConfig | None
+
+
+def read_process(path: Path) -> Process:
+    """Read a forward process from a YAML file, a run folder, a pipeline folder or a scheduler_config.json.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a YAML file, a run folder or a pipeline folder.")
+    file = path
+    if path.is_dir():
+        candidates = (path / "scheduler" / SCHEDULER_CONFIG, path / SCHEDULER_CONFIG, path / RUN_CONFIG)
+        found = [candidate for candidate in candidates if candidate.is_file()]
+        if not found:
+            raise ValueError(
+                f"{path} holds no schedule: it has no scheduler/{SCHEDULER_CONFIG}, {SCHEDULER_CONFIG} or {RUN_CONFIG}."
+            )
+        file = found[0]
+    return _read_scheduler(file) if file.suffix == ".json" else _read_config(file)
+
+
+def _read_config(file: Path) -> Process:
+    from ddpm_hf.diffusion import GaussianDiffusionScheduler
+
+    try:
+        config = read_config(file)
+    except ConfigError as error:
+        raise ConfigError(f"{file} is not the configuration of a run: {error}") from None
+    scheduler = GaussianDiffusionScheduler.create(**config.to_dict()["diffusion"])
+    return Process(scheduler.noise_schedule, scheduler.config["prediction_type"], config)
+
+
+def _read_scheduler(file: Path) -> Process:
+    """Read the forward process of any scheduler with betas."""
+    content = read_json(file)
+    for name in ("num_train_timesteps", "beta_schedule"):
+        if name not in content:
+            raise ValueError(f"{file} is not the configuration of a scheduler with betas: it has no {name}.")
+    from ddpm_hf.diffusion import GaussianDiffusionScheduler
+
+    try:
+        scheduler = GaussianDiffusionScheduler.from_config(content)
+    except Exception as error:  # torch raises several types for tables that are too large
+        raise ValueError(f"{file} is not the configuration of a scheduler with betas: {reason_of(error)}.") from error
+    return Process(scheduler.noise_schedule, scheduler.config["prediction_type"], None)
+
+
+def _plot_schedules(options: Namespace) -> Plot:
     from ddpm_hf.plots import schedule_plot
 
-    names = name_of_each(options.sources)
+    names = names_of(options.sources)
     processes = {name: read_process(path) for name, path in zip(names, options.sources, strict=True)}
     schedules = {name: process.schedule.alphas_cumprod.numpy() for name, process in processes.items()}
-    weights = {name: weight for name, process in processes.items() if (weight := _weights(process)) is not None}
+    weights = {name: weight for name, process in processes.items() if (weight := _loss_weight(process)) is not None}
     is_weighted = any((weight != 1).any() for weight in weights.values())
-    words = f"beta, alpha_bar{', log SNR and loss weight' if is_weighted else ' and log SNR'} of {', '.join(names)}"
-    return lambda path: schedule_plot(schedules, path, loss_weights=weights if is_weighted else None), words
+    panels = f"beta, alpha_bar{', log SNR and loss weight' if is_weighted else ' and log SNR'} of {', '.join(names)}"
+    return lambda path: schedule_plot(schedules, path, loss_weights=weights if is_weighted else None), panels
 
 
-def _weights(process: "Process") -> "NDArray[np.float64] | None":
-    """Returns the factor on the error at each timestep; None where no simple loss is known to be trained."""
+def _loss_weight(process: Process) -> "NDArray[np.float64] | None":
+    """Return the loss weight at each timestep; None if the objective is unknown, or the bound alone."""
     from ddpm_hf.training.loss import loss_weight
 
     if process.config is None or process.config.objective.loss == "vlb":
@@ -331,39 +218,33 @@ def _weights(process: "Process") -> "NDArray[np.float64] | None":
     return table
 
 
-def _noising(options: Namespace) -> _Drawing:
-    """Draws an image on its way to noise."""
+def _plot_noising(options: Namespace) -> Plot:
     from ddpm_hf.plots import forward_strip
 
     process = read_process(options.config)
     num_timesteps = len(process.schedule)
-    timesteps = options.timesteps or _evenly_spaced(num_timesteps, 8)
+    count = min(8, num_timesteps)
+    timesteps = options.timesteps or [round(index * (num_timesteps - 1) / max(count - 1, 1)) for index in range(count)]
     for t in timesteps:
         if not 0 <= t < num_timesteps:
-            raise ValueError(f"--timesteps {t} is not one of the chain; give 0 to {num_timesteps - 1}.")
+            raise ValueError(f"--timesteps {t} is out of range; give 0 to {num_timesteps - 1}.")
     data = process.config.data if process.config else DataConfig()
     image = read_image(options.image, _with_resolution(data, options.resolution))
-    if image.shape[1] * len(timesteps) > MOST_PIXELS_WIDE:
+    if image.shape[1] * len(timesteps) > MAX_WIDTH:
         raise ValueError(f"{len(timesteps)} images of {image.shape[1]} pixels are too wide; give --resolution.")
-    states = noised(image, process, timesteps, options.seed)
+    states = noise_image(image, process, timesteps, options.seed)
     snrs = process.schedule.snr[timesteps].tolist()
     return lambda path: forward_strip(states, timesteps, snrs).save(path, "PNG"), f"x_t at t = {timesteps}"
 
 
-def _evenly_spaced(length: int, count: int) -> list[int]:
-    """Returns `count` timesteps from 0 to the last one, fewer in a shorter chain."""
-    count = min(count, length)
-    return [round(index * (length - 1) / max(count - 1, 1)) for index in range(count)]
-
-
-def noised(image: "UInt8Array", process: "Process", timesteps: Sequence[int], seed: int) -> "UInt8Array":
-    """Noises an image in float32, with the same noise at each timestep.
+def noise_image(image: "UInt8Array", process: Process, timesteps: Sequence[int], seed: int) -> "UInt8Array":
+    """Add the same noise to an image at several timesteps, in float32.
 
     Args:
         image: uint8 (height, width, channels).
         process: The forward process.
-        timesteps: Where to.
-        seed: Of the noise.
+        timesteps: The timesteps.
+        seed: Seed of the noise.
 
     Returns:
         uint8 (len(timesteps), height, width, channels): x_t, clipped to [-1, 1].
@@ -383,49 +264,137 @@ def noised(image: "UInt8Array", process: "Process", timesteps: Sequence[int], se
     return states
 
 
-def _loss(options: Namespace) -> _Drawing:
-    """Draws the curves of runs."""
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the metrics of a run folder or a metrics.jsonl, without an incomplete last line.
+
+    Raises:
+        ValueError: There are none.
+    """
+    from ddpm_hf.training.logging import MetricsLog
+
+    file = path / METRICS if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; give the folder of a run, which holds {METRICS}.")
+    rows = MetricsLog(file).rows()
+    if not rows:
+        raise ValueError(
+            f"{file} has no complete line of metrics; wait for training.log_every_steps if the run has just started."
+        )
+    return rows
+
+
+def _plot_losses(options: Namespace) -> Plot:
     from ddpm_hf.plots import training_curves
 
-    names = name_of_each(options.runs)
+    names = names_of(options.runs)
     runs = {name: read_metrics(path) for name, path in zip(names, options.runs, strict=True)}
     return lambda path: training_curves(runs, path), f"losses of {', '.join(names)}"
 
 
-def _timesteps(options: Namespace) -> _Drawing:
-    """Draws the loss by quartile of the timesteps, and the errors and terms of an evaluated bound."""
+def _plot_timesteps(options: Namespace) -> Plot:
+    """Plot the loss by quartile of the timesteps, and the errors and terms of an evaluated bound."""
     from ddpm_hf.plots import timestep_curves
 
     run: Path = options.run
     if not run.is_dir():
-        raise ValueError(f"{run} is no folder; give that of a run, or one with an {EVALUATION}.")
+        raise ValueError(f"{run} is not a folder; give that of a run, or one with an {EVALUATION}.")
     rows = read_metrics(run) if (run / METRICS).exists() else []
-    evaluations = [path for path in (run / EVALUATION, run / "pipeline" / EVALUATION) if path.is_file()]
+    evaluations = [path for path in (run / EVALUATION, run / PIPELINE_DIR / EVALUATION) if path.is_file()]
     bounds = {path: bound for path in evaluations if (bound := read_json(path).get("bound")) is not None}
     path_of_bound = next(iter(bounds), None)
     found = [f"loss by quartile in {run / METRICS}"] if any("loss_q0" in row for row in rows) else []
     found += [f"error by timestep in {path_of_bound}"] if path_of_bound else []
     if not found:
         raise ValueError(
-            f"{run} says nothing of the loss by timestep: {METRICS} has no loss_q0, and there is no {EVALUATION} with "
-            "a bound; run `ddpm-hf evaluate` with --metrics bits_per_dim."
+            f"{run} has no loss by timestep: no loss_q0 in {METRICS}, and no {EVALUATION} with a bound; run `ddpm-hf "
+            "evaluate` with --metrics bits_per_dim."
         )
     bound = bounds[path_of_bound] if path_of_bound else None
     return lambda path: timestep_curves(path, metrics=rows, bound=bound), " and ".join(found)
 
 
-def _grid(options: Namespace) -> _Drawing:
-    """Draws the images of a folder."""
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def read_image(file: Path, data: DataConfig) -> "UInt8Array":
+    """Read an image with the data settings of a run, but a center crop; uint8 (height, width, channels).
+
+    Raises:
+        ValueError: It cannot be read, or does not have the channels of the settings.
+    """
+    from ddpm_hf.data.decode import EncodedImage
+
+    if not file.is_file():
+        raise ValueError(f"{file} is not a file; give an image file.")
+    (image,) = _decode([EncodedImage(str(file), file)], data)
+    return image
+
+
+def read_folder(folder: Path, data: DataConfig, num_columns: int, num_rows: int) -> tuple["UInt8Array", list[str], str]:
+    """Read the first images of a folder, or of each of its subfolders, without the overviews of `ddpm-hf sample`.
+
+    Returns:
+        uint8 (number, height, width, channels) in the order of a grid; column labels, none without subfolders; and a
+        description.
+
+    Raises:
+        ValueError: There are none, or they differ in size.
+    """
+    import numpy as np
+
+    from ddpm_hf.data.sources import open_folder
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give a folder of images.")
+    source = open_folder(folder, "train")
+    if source.labels is None or source.class_names is None:
+        overviews = {folder / name for name in overviews_in(folder)}
+        cells = source.read(range(source.num_images))
+        pictures = [row for row, cell in enumerate(cells) if cell.data not in overviews]
+        order = pictures[: num_columns * num_rows]
+        names, words = [], f"{len(order)} of {len(pictures)} images"
+    else:
+        present = np.unique(source.labels[source.labels >= 0]).tolist()
+        of_each = [np.flatnonzero(source.labels == label) for label in present[:num_columns]]
+        num_rows = min(num_rows, *map(len, of_each)) if len(of_each) > 1 else min(num_rows, len(of_each[0]))
+        order = np.stack([rows[:num_rows] for rows in of_each], axis=1).reshape(-1).tolist()
+        names = [source.class_names[label] for label in present[:num_columns]]
+        words = f"{num_rows} images of each of {len(of_each)} of {len(present)} folders"
+    images = dict(zip(sorted(order), _decode(list(source.read(sorted(order))), data), strict=True))
+    return np.stack([images[row] for row in order]), names, words
+
+
+def _decode(cells: "Sequence[EncodedImage]", data: DataConfig) -> "list[UInt8Array]":
+    """Decode images to 8 bits, with the channels of the settings, or the smallest number that fits all images."""
+    import numpy as np
+
+    from ddpm_hf.data.decode import MODE_OF_CHANNELS, Geometry, OutputFormat, decode, read_header
+
+    headers = [read_header(cell) for cell in cells]
+    for cell, header in zip(cells, headers, strict=True):
+        if header.is_16_bit:
+            raise ValueError(f"{cell.name} has 16 bits per channel, but PNG plots have 8; convert it first.")
+    geometry = Geometry.of(replace(data, crop="center"))
+    channels_of_mode = {mode: channels for channels, mode in MODE_OF_CHANNELS.items()}
+    num_channels = data.num_channels or max(channels_of_mode[header.mode] for header in headers)
+    target = OutputFormat(num_channels, np.dtype(np.uint8), data.background, geometry)
+    images = [decode(cell, target).transpose(1, 2, 0) for cell in cells]
+    for cell, image in zip(cells, images, strict=True):
+        if image.shape != images[0].shape:
+            sizes = [f"{shape[1]}x{shape[0]}" for shape in (image.shape, images[0].shape)]
+            raise ValueError(f"{cell.name} has {sizes[0]} pixels where the first has {sizes[1]}; give --resolution.")
+    return images
+
+
+def _plot_grid(options: Namespace) -> Plot:
     from ddpm_hf.plots import image_grid
 
     data = _with_resolution(DataConfig(), options.resolution)
-    images, labels, words = read_folder(options.folder, data, options.columns, options.rows)
+    images, labels, content = read_folder(options.folder, data, options.columns, options.rows)
     num_columns = len(labels) or min(options.columns, len(images))
-    if images.shape[2] * num_columns > MOST_PIXELS_WIDE:
+    if images.shape[2] * num_columns > MAX_WIDTH:
         raise ValueError(f"{num_columns} images of {images.shape[2]} pixels are too wide; give --resolution.")
-    return lambda path: image_grid(images, num_columns, column_labels=labels or None).save(path, "PNG"), words
-
-
-def _with_resolution(data: DataConfig, resolution: int | None) -> DataConfig:
-    """Returns the settings of the data with another resolution, if one is asked for."""
-    return data if resolution is None else replace(data, resolution=resolution)
+    return lambda path: image_grid(images, num_columns, column_labels=labels or None).save(path, "PNG"), content

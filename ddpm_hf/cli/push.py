@@ -1,7 +1,7 @@
 """`ddpm-hf push`: publish a trained pipeline on the Hugging Face Hub."""
 
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,6 @@ def parse(arguments: Sequence[str]) -> Namespace:
         description="Publish a trained pipeline on the Hugging Face Hub in one commit: weights as safetensors, code, "
         "and a model card with samples, settings and evaluation results.",
         epilog=_EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("folder", help="folder of a finished run or of a pipeline")

@@ -1,15 +1,18 @@
-"""`ddpm-hf train`: trains, samples, judges the samples and writes the report."""
+"""`ddpm-hf train`: train, sample, evaluate the samples and write the report."""
 
 import importlib.util
+import logging
 import shlex
+import shutil
 import sys
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_hf.cli.common import RankError, format_os_error, out_of_memory_advice, print_error, raise_on_signals
 from ddpm_hf.config import ConfigError, RunConfig, load_config
+from ddpm_hf.files import HUB_DIR
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,52 +20,58 @@ if TYPE_CHECKING:
 
     from ddpm_hf.data import ImageSet, ImageStream
     from ddpm_hf.hub.background import BackgroundPush
-    from ddpm_hf.training.trainer import Scorer, Trainer
+    from ddpm_hf.training.trainer import Publisher, Score, Scorer, Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
-    """Trains, and returns the exit code; training saves at a signal, and what comes before and after ends at it."""
+    """Train as the command line says and return the exit code.
+
+    During training a signal saves a checkpoint; before and after, it ends the command.
+    """
     with raise_on_signals():
         return _train(arguments, prog)
 
 
 def _train(arguments: Sequence[str] | None, prog: str) -> int:
-    """Builds a trainer, lets it train, writes the report, and returns the exit code."""
     config, is_dry_run = load_config(arguments, prog)
-    if config.evaluation.recognition and importlib.util.find_spec("sklearn") is None:
+    needs_sklearn = config.evaluation.recognition and config.evaluation.num_samples
+    if needs_sklearn and importlib.util.find_spec("sklearn") is None:
         raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
 
-    from diffusers.utils import logging
+    from diffusers.utils import logging as diffusers_logging
 
     from ddpm_hf.training.trainer import Trainer
 
-    logging.disable_progress_bar()  # for each part of a saved pipeline that is loaded
+    diffusers_logging.disable_progress_bar()  # diffusers shows one for each part of a pipeline
     program = f"python {prog}" if prog.endswith(".py") else prog
     command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     advice = "lower training.micro_batch_size, or evaluation.batch_size if it was while sampling the report"
-    with out_of_memory_advice(advice), _publisher(config) or nullcontext() as publisher:
-        trainer = Trainer(config, _scorer(config), publisher)
+    with out_of_memory_advice(advice), _background_push(config) or nullcontext() as push:
+        publisher = None if push is None else make_publisher(push, _hub_folder(config))
+        trainer = Trainer(config, _make_scorer(config), publisher)
         try:
-            exit_code = _run(trainer, publisher, command, is_dry_run=is_dry_run)
+            exit_code = _run(trainer, push, command, is_dry_run=is_dry_run)
         finally:
             trainer.folder.release()
-    trainer.leave_the_others()
+    trainer.shutdown()
     return exit_code
 
 
-def _run(trainer: "Trainer", publisher: "BackgroundPush | None", command: str, *, is_dry_run: bool) -> int:
-    """Collective: checks, trains, reports, publishes, and returns the exit code."""
+def _run(trainer: "Trainer", push: "BackgroundPush | None", command: str, *, is_dry_run: bool) -> int:
+    """Collective: check, train, report, publish, and return the exit code."""
     from ddpm_hf import distributed
     from ddpm_hf.training.trainer import describe
 
     _check_classes(trainer)
     _check_score(trainer)
-    if publisher is not None:
-        distributed.on_rank_0(publisher.check)
+    if push is not None:
+        distributed.on_rank_0(push.check)
     if trainer.is_main_process:
         print(f"{describe(trainer)}\n\n{trainer.config.to_yaml()}", flush=True)
     if is_dry_run:
-        trainer.saver.check()
+        trainer.checkpointer.check()
         if trainer.is_main_process:
             print("Everything fits together; without --dry_run this would train.")
         return 0
@@ -71,7 +80,7 @@ def _run(trainer: "Trainer", publisher: "BackgroundPush | None", command: str, *
         return exit_code
     if trainer.config.evaluation.num_samples:
         _report(trainer, command)
-    if publisher is not None and not publisher.finish(trainer.folder.path):
+    if push is not None and not push.finish(trainer.folder.path):
         print_error(
             f"the trained pipeline is not on the Hub; it is in {trainer.folder.pipeline}, and the same command tries "
             "again."
@@ -80,25 +89,56 @@ def _run(trainer: "Trainer", publisher: "BackgroundPush | None", command: str, *
     return 0
 
 
-def _publisher(config: RunConfig) -> "BackgroundPush | None":
-    """Returns what pushes the pipelines of the run, if they are to be pushed."""
+def _hub_folder(config: RunConfig) -> Path:
+    return Path(config.training.output_dir).expanduser() / HUB_DIR
+
+
+def _background_push(config: RunConfig) -> "BackgroundPush | None":
     if not config.hub.push_to_hub:
         return None
 
     from ddpm_hf.hub.background import BackgroundPush
 
-    return BackgroundPush(config.hub, Path(config.training.output_dir).expanduser() / "hub")
+    return BackgroundPush(config.hub, _hub_folder(config))
 
 
-def _scorer(config: RunConfig) -> "Scorer | None":
-    """Returns what measures the score of the run, if it is to have one."""
+def make_publisher(push: "BackgroundPush", hub_folder: Path) -> "Publisher":
+    """Return a publisher that starts a push, or prints a warning while the previous push is still running."""
+
+    def publish(step: int, write: Callable[[Path], None]) -> None:
+        if not push.is_free():
+            logger.warning("Step %d is not pushed to the Hub: the previous push is still running.", step)
+            return
+        folder = hub_folder / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write(folder)
+        push.start(folder, step)
+
+    return publish
+
+
+def _make_scorer(config: RunConfig) -> "Scorer | None":
+    """Return a scorer of evaluation.score_metric, or None without evaluation.score_every_steps."""
+    from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.evaluation.report import small_sample_score
+    from ddpm_hf.training.trainer import Score
 
-    return small_sample_score(config) if config.evaluation.score_every_steps else None
+    if not config.evaluation.score_every_steps:
+        return None
+    measure = small_sample_score(config)
+
+    def score(
+        pipeline: GaussianDiffusionPipeline, training: "ImageSet | ImageStream", validation: "ImageSet"
+    ) -> "Score":
+        found = measure(pipeline, training, validation)
+        return Score(found.value, found.kind, found.lower_is_better, found.row())
+
+    return score
 
 
 def _check_score(trainer: "Trainer") -> None:
-    """Collective: refuses, before training, a score that could not be measured."""
+    """Collective: raise before training if the score cannot be measured."""
     from ddpm_hf import distributed
     from ddpm_hf.evaluation.metrics import SAMPLE_METRICS, open_network_for
 
@@ -117,9 +157,10 @@ def _check_score(trainer: "Trainer") -> None:
 
 
 def _fit(trainer: "Trainer") -> int:
-    """Trains and returns the exit code; a bug is not taken for a mistake of the user.
+    """Train and return the exit code.
 
-    What all ranks raise together is told once; what one of them meets alone, in its images, it tells itself.
+    Errors that all ranks raise together are printed once; an error of one rank alone, such as an image that cannot be
+    read, is printed by that rank. Any other ValueError is a bug, not a mistake of the user.
     """
     from ddpm_hf.data import DataError
     from ddpm_hf.distributed import ProcessesDiffer, SharedOSError, TrainingStopped
@@ -148,7 +189,7 @@ def _fit(trainer: "Trainer") -> int:
 
 
 def _report(trainer: "Trainer", command: str) -> None:
-    """Writes the report; what goes wrong there is no bad input any more, and takes nothing away from the training."""
+    """Write the report; a ValueError is not a mistake of the user here, and does not affect the trained pipeline."""
     try:
         _write_report(trainer, command)
     except ValueError as error:
@@ -156,7 +197,7 @@ def _report(trainer: "Trainer", command: str) -> None:
 
 
 def _check_classes(trainer: "Trainer") -> None:
-    """Refuses, before training, a question about classes that the report could not answer."""
+    """Raise before training if the report could not evaluate the classes of its samples."""
     from ddpm_hf.evaluation.recognition import check_classes
 
     evaluation = trainer.config.evaluation
@@ -167,7 +208,7 @@ def _check_classes(trainer: "Trainer") -> None:
 
 
 def _write_report(trainer: "Trainer", command: str) -> None:
-    """Samples from the saved pipeline, judges the samples if asked, and writes pictures and README."""
+    """Sample from the saved pipeline, evaluate the samples if configured, and write pictures and README."""
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.evaluation.generate import Sampler, sample_images, sample_trajectory
     from ddpm_hf.evaluation.recognition import recognition_report
@@ -192,7 +233,8 @@ def _write_report(trainer: "Trainer", command: str) -> None:
     )
     recognition = None
     if evaluation.recognition and labels is not None:
-        recognition = recognition_report(*_as_arrays(trainer.images), *_as_arrays(trainer.held_out), samples, labels)
+        real = (*_as_arrays(trainer.images), *_as_arrays(trainer.validation_images))
+        recognition = recognition_report(*real, samples, labels)
     write_report(
         output_dir,
         samples=samples,
@@ -200,7 +242,7 @@ def _write_report(trainer: "Trainer", command: str) -> None:
         class_names=names,
         trajectory=trajectory,
         metrics=trainer.metrics.rows(),
-        step=trainer.state.global_step,
+        step=trainer.global_step,
         recognition=recognition,
         title=f"A DDPM trained on {Path(config.data.source).name}",
         command=command,
@@ -215,14 +257,14 @@ def _write_report(trainer: "Trainer", command: str) -> None:
 
 
 def _labels_in_turn(num_samples: int, num_classes: int) -> "NDArray[np.int64]":
-    """Returns labels that go through the classes in turn."""
+    """Return labels that cycle through the classes."""
     import numpy as np
 
     return np.arange(num_samples, dtype=np.int64) % num_classes
 
 
 def _as_arrays(images: "ImageSet | ImageStream") -> "tuple[NDArray[np.uint8], NDArray[np.int64]]":
-    """Returns all images of a set, 8 bits, channels last, and their labels."""
+    """Return all images of a set as uint8 (number, height, width, channels), and their labels."""
     from ddpm_hf.data import ImageSet, to_uint8
 
     assert isinstance(images, ImageSet)
@@ -232,7 +274,7 @@ def _as_arrays(images: "ImageSet | ImageStream") -> "tuple[NDArray[np.uint8], ND
 
 
 def _main_settings(config: RunConfig) -> dict[str, str]:
-    """Returns what a reader of the report wants to know first."""
+    """Return the settings at the top of the report."""
     diffusion, training = config.diffusion, config.training
     return {
         "data": f"{config.data.source} (split {config.data.split})",

@@ -1,25 +1,16 @@
-"""Micro batches of each global batch, timestep samplers and the micro-batch size.
+"""Micro batches of each global batch, timestep samplers, and the micro-batch size.
 
-Which timesteps a step trains at: uniform, in antithetic pairs, or where the loss is large.
-
-The first two are functions of (seed, step, position in the global batch). The third is a function of the losses before
-it as well; every rank keeps the same history of them, on the host, because what is drawn next depends on it: so the
-host waits for the losses of a step, a copy of `train_batch_size` numbers, before it prepares the next one.
-
-This rank's part of each global batch: images, and every random number that the objective needs.
-
-All of it is a function of (seed, step, position in the global batch), however the batch is split over ranks and micro
-batches; timesteps that follow the losses are a function of those too. What becomes of an image, flip and crop, is drawn
-for (seed, epoch, index), which follow from those. A stream is the exception: it gives each process the images it has
-next, so which these are depends on the number of processes.
-
-How many images one forward on one device takes: as told, or as many as fit.
+A micro batch holds images and every random number that the objective needs. All of it is a function of (seed, step,
+position in the global batch), however the batch is split over ranks and micro batches; flips and crops are functions of
+(seed, epoch, image index), which follow from these. There are two exceptions: loss-aware timesteps also depend on the
+losses before them, and a stream gives each process the images that it reads next.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,9 +21,9 @@ from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, RunConfig, TrainingConfig
 from ddpm_hf.data import ImageLoader, ImageStream
 from ddpm_hf.data.loader import to_device
-from ddpm_hf.rng import numpy_generator
+from ddpm_hf.rng import NOISE_BLOCK_SIZE, numpy_generator
 from ddpm_hf.training.logging import say
-from ddpm_hf.training.loss import DenoisingLoss, draw_noise, exchange_noise, whole_blocks
+from ddpm_hf.training.loss import DenoisingLoss, assign_noise, draw_noise
 
 # Nichol & Dhariwal 2021, section 3.3, and their code.
 HISTORY_LENGTH = 10
@@ -44,7 +35,7 @@ class TimestepDraw(NamedTuple):
 
     Attributes:
         timesteps: int64 (batch,) in [0, T).
-        importance: float32 (batch,) factors that make the mean loss that of uniform timesteps; None if all are 1.
+        importance: float32 (batch,) importance weights 1 / (T p_t); None for uniform timesteps.
     """
 
     timesteps: NDArray[np.int64]
@@ -52,12 +43,15 @@ class TimestepDraw(NamedTuple):
 
 
 class TimestepSampler:
-    """What draws the timesteps of a step, and may learn from its losses.
+    """Base class of timestep samplers.
 
     Args:
-        num_timesteps: Length T of the chain.
+        num_timesteps: Number of timesteps T.
         batch_size: Images of a global batch.
         seed: Seed of the run.
+
+    Attributes:
+        learns: Whether the sampler needs `record` after each step.
     """
 
     learns = False
@@ -66,34 +60,34 @@ class TimestepSampler:
         self._num_timesteps, self._batch_size, self._seed = num_timesteps, batch_size, seed
 
     def draw(self, step: int) -> TimestepDraw:
-        """Returns the timesteps of optimiser step `step`."""
+        """Return the timesteps of optimizer step `step`."""
         raise NotImplementedError
 
-    def record(self, losses: torch.Tensor) -> None:
-        """Learns from a global batch, if it `learns`: (batch, 2), timestep and loss of each sample, on any device."""
+    def record(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        """Learn from the losses (batch,) of a global batch at its timesteps, on any device."""
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Returns a copy of what was learned, for a checkpoint."""
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return a copy of what was learned."""
         return {}
 
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes up what `state` returned, from any device."""
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned, from any device."""
 
 
 class UniformTimesteps(TimestepSampler):
-    """Every timestep with the same probability."""
+    """Draw every timestep with the same probability."""
 
     def draw(self, step: int) -> TimestepDraw:
-        """Returns the timesteps of optimiser step `step`."""
+        """Return the timesteps of optimizer step `step`."""
         generator = numpy_generator(self._seed, "timesteps", step)
         return TimestepDraw(generator.integers(0, self._num_timesteps, size=self._batch_size), None)
 
 
 class AntitheticTimesteps(TimestepSampler):
-    """Neighbours in the batch have t and T-1-t (code of Song et al. 2021); the last of an odd number has no partner."""
+    """Draw neighbors in the batch as pairs t and T-1-t (code of Song et al. 2021)."""
 
     def draw(self, step: int) -> TimestepDraw:
-        """Returns the timesteps of optimiser step `step`."""
+        """Return the timesteps of optimizer step `step`."""
         num_pairs = (self._batch_size + 1) // 2
         first = numpy_generator(self._seed, "timesteps", step).integers(0, self._num_timesteps, size=num_pairs)
         pairs = np.stack([first, self._num_timesteps - 1 - first], axis=1)
@@ -101,9 +95,10 @@ class AntitheticTimesteps(TimestepSampler):
 
 
 class LossAwareTimesteps(TimestepSampler):
-    """Timesteps in proportion to the root mean square of their last losses. Eq. 18, Nichol & Dhariwal 2021.
+    """Draw timesteps in proportion to the root mean square of their last losses. Eq. 18, Nichol & Dhariwal 2021.
 
-    Uniform until every timestep has `HISTORY_LENGTH` losses.
+    Timesteps are uniform until each has `HISTORY_LENGTH` losses. Every rank keeps the same history on the host, so the
+    host waits for the losses of a step before it prepares the next one.
     """
 
     learns = True
@@ -125,30 +120,30 @@ class LossAwareTimesteps(TimestepSampler):
         return probabilities + UNIFORM_PROBABILITY * uniform
 
     def draw(self, step: int) -> TimestepDraw:
-        """Returns the timesteps of optimiser step `step` after the losses that were recorded so far."""
+        """Return the timesteps of optimizer step `step`, given the losses recorded so far."""
         p = self.probabilities
-        ticks = np.cumsum(p)
-        chance = numpy_generator(self._seed, "timesteps", step).random(self._batch_size)
-        timesteps = np.searchsorted(ticks / ticks[-1], chance, side="right")
+        cumulative = np.cumsum(p)
+        uniform = numpy_generator(self._seed, "timesteps", step).random(self._batch_size)
+        timesteps = np.searchsorted(cumulative / cumulative[-1], uniform, side="right")
         return TimestepDraw(timesteps, (1 / (self._num_timesteps * p[timesteps])).astype(np.float32))
 
-    def record(self, losses: torch.Tensor) -> None:
-        """Puts a global batch into the history but for losses that are not finite: (batch, 2), timestep and loss."""
-        rows = losses.cpu().double().numpy()
-        rows = rows[np.isfinite(rows[:, 1])]
-        rows = rows[np.argsort(rows[:, 0], kind="stable")]
-        t, values = rows[:, 0].astype(np.int64), rows[:, 1]
-        # A timestep that comes up several times fills as many slots; beyond a full round the later ones stay.
+    def record(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        """Add the losses of a global batch to the history; non-finite losses are ignored."""
+        t, values = timesteps.cpu().numpy(), losses.cpu().double().numpy()
+        order = np.argsort(t, kind="stable")
+        order = order[np.isfinite(values[order])]
+        t, values = t[order], values[order]
+        # A timestep that occurs k times fills k slots of its ring buffer, in the order of the batch.
         repetition = np.arange(len(t)) - np.searchsorted(t, t)
         self._losses[t, (self._num_losses[t] + repetition) % HISTORY_LENGTH] = values
         self._num_losses += np.bincount(t, minlength=self._num_timesteps)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Returns a copy of the history, for a checkpoint."""
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return a copy of the history."""
         return {"losses": torch.tensor(self._losses), "num_losses": torch.tensor(self._num_losses)}
 
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes up the history that `state` returned, from any device."""
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore the history that `state_dict` returned, from any device."""
         if {name: tensor.shape for name, tensor in state.items()} != {
             "losses": self._losses.shape,
             "num_losses": self._num_losses.shape,
@@ -159,7 +154,7 @@ class LossAwareTimesteps(TimestepSampler):
 
 
 def build_timestep_sampler(config: RunConfig) -> TimestepSampler:
-    """Returns the sampler that `objective.timestep_sampling` names, at the start of a run."""
+    """Return the sampler of objective.timestep_sampling."""
     kinds = {"uniform": UniformTimesteps, "antithetic": AntitheticTimesteps, "loss_aware": LossAwareTimesteps}
     kind = kinds[config.objective.timestep_sampling]
     return kind(config.diffusion.num_train_timesteps, config.training.train_batch_size, config.training.seed)
@@ -170,17 +165,17 @@ _NUM_NAMED_IMAGES = 32
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward of one rank needs.
+    """The inputs of one forward pass on one rank.
 
     Args:
         x_0: float32 images in [-1, 1], (batch, channels, height, width).
         noise: float32 noise of the same shape.
         timesteps: int64 (batch,).
-        importance: float32 (batch,), factors on the losses where timesteps are not uniform; None where they are.
+        importance: float32 (batch,), importance weights of the losses; None for uniform timesteps.
         class_labels: int64 (batch,), or None for an unconditional network.
-        dropped: bool (batch,), whose label becomes the null label; None without label dropout.
-        feeds_back: Whether a self-conditioned network sees its own prediction; the same for the whole step.
-        is_last: Whether the optimiser update follows.
+        dropped: bool (batch,), which labels become the null label; None without label dropout.
+        use_self_cond: Whether a self-conditioned network sees its own prediction; the same for the whole step.
+        is_last: Whether the optimizer update follows.
     """
 
     x_0: torch.Tensor
@@ -189,32 +184,27 @@ class MicroBatch:
     importance: torch.Tensor | None
     class_labels: torch.Tensor | None
     dropped: torch.Tensor | None
-    feeds_back: bool
+    use_self_cond: bool
     is_last: bool
-
-    @property
-    def loss_arguments(self) -> tuple[Any, ...]:
-        """What the loss takes after the network."""
-        return self.x_0, self.noise, self.timesteps, self.class_labels, self.dropped, self.feeds_back
 
 
 class BatchSource:
-    """Gives one rank its micro batches, in an order that is a closed form of the step.
+    """Give one rank its micro batches.
 
     Args:
         config: The configuration of the run.
-        feed: The samples of the run, or this rank's stream of images.
-        rank: Which process this is.
-        num_processes: How many there are; they share the global batch in equal, consecutive parts.
-        micro_batch_size: Images of one forward.
-        device: Where the batches are needed.
-        timestep_sampler: What draws the timesteps.
+        loader: The samples of the run, or the stream of this rank.
+        rank: Index of this process.
+        num_processes: Number of processes; each takes an equal, consecutive part of the global batch.
+        micro_batch_size: Images of one forward pass.
+        device: Device of the batches.
+        timestep_sampler: Draws the timesteps.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        feed: ImageLoader | ImageStream,
+        loader: ImageLoader | ImageStream,
         *,
         rank: int,
         num_processes: int,
@@ -223,63 +213,84 @@ class BatchSource:
         timestep_sampler: TimestepSampler,
     ) -> None:
         self._config = config
-        self._feed = feed
+        self._loader = loader
         self._micro_batch_size = micro_batch_size
         self._device = device
         self._timestep_sampler = timestep_sampler
-        share = config.training.train_batch_size // num_processes
-        self._positions = range(rank * share, (rank + 1) * share)
+        per_rank = config.training.train_batch_size // num_processes
+        self._positions = range(rank * per_rank, (rank + 1) * per_rank)
 
     def __len__(self) -> int:
-        """Returns the number of images of this rank in a step."""
+        """Return the number of images of this rank in a step."""
         return len(self._positions)
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """Yields this rank's micro batches of optimiser step `step`, on the device."""
-        config, seed, size = self._config, self._config.training.seed, self._config.training.train_batch_size
-        objective, first = config.objective, step * size
+        """Yield the micro batches of this rank in optimizer step `step`, on the device."""
+        objective, seed = self._config.objective, self._config.training.seed
+        batch_size = self._config.training.train_batch_size
         timesteps, importance = self._timestep_sampler.draw(step)
-        dropped = numpy_generator(seed, "class_dropout", step).random(size) < objective.class_dropout
-        feeds_back = numpy_generator(seed, "self_conditioning", step).random() < objective.self_conditioning
+        dropped = numpy_generator(seed, "class_dropout", step).random(batch_size) < objective.class_dropout
+        use_self_cond = numpy_generator(seed, "self_conditioning", step).random() < objective.self_conditioning
+        load = functools.partial(self._load, step)
+        if objective.immiscible_noise:
+            load = functools.partial(self._load_blocks, functools.lru_cache(maxsize=1)(load))
         for start in range(self._positions.start, self._positions.stop, self._micro_batch_size):
             positions = range(start, start + self._micro_batch_size)
             part = slice(positions.start, positions.stop)
-            # Noise is exchanged among the images of a block, so all of them are needed, also where the batch cuts it.
-            drawn = whole_blocks(positions, size) if objective.immiscible_noise else positions
-            x_0, labels = self._feed.samples(first + drawn.start, first + drawn.stop)
-            noise = draw_noise(objective, seed, step, drawn, x_0.shape[1:], self._device)
-            if objective.immiscible_noise:
-                noise = exchange_noise(x_0, noise)
-            mine = slice(positions.start - drawn.start, positions.stop - drawn.start)
+            x_0, noise, labels = load(positions)
             yield MicroBatch(
-                x_0=x_0[mine],
-                noise=noise[mine],
+                x_0=x_0,
+                noise=noise,
                 timesteps=to_device(timesteps[part], self._device),
                 importance=None if importance is None else to_device(importance[part], self._device),
-                class_labels=labels[mine] if config.model.class_conditional and labels is not None else None,
+                class_labels=labels if self._config.model.class_conditional else None,
                 dropped=to_device(dropped[part], self._device) if objective.class_dropout > 0 else None,
-                feeds_back=feeds_back,
+                use_self_cond=use_self_cond,
                 is_last=positions.stop == self._positions.stop,
             )
 
-    def images_of(self, step: int) -> str:
-        """Returns a sentence that names the images of a step, of all ranks; nothing where they have no numbers."""
-        if not isinstance(self._feed, ImageLoader):
+    def _load(self, step: int, positions: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return images, noise and labels of some positions of the global batch."""
+        objective, training = self._config.objective, self._config.training
+        first = step * training.train_batch_size
+        x_0, labels = self._loader.samples(first + positions.start, first + positions.stop)
+        noise = draw_noise(objective, training.seed, step, positions, x_0.shape[1:], self._device)
+        if objective.immiscible_noise:
+            noise = assign_noise(x_0, noise)
+        return x_0, noise, labels
+
+    def _load_blocks(
+        self, load: Callable[[range], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], positions: range
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return what `load` returns, loading whole noise blocks: noise is assigned among all images of a block.
+
+        `load` remembers the last block, in which the next micro batch may begin.
+        """
+        batch_size, parts = self._config.training.train_batch_size, []
+        for start in range(positions.start // NOISE_BLOCK_SIZE * NOISE_BLOCK_SIZE, positions.stop, NOISE_BLOCK_SIZE):
+            block = range(start, min(start + NOISE_BLOCK_SIZE, batch_size))
+            part = slice(max(positions.start - start, 0), positions.stop - start)
+            parts.append([None if tensor is None else tensor[part] for tensor in load(block)])
+        x_0, noise, labels = (
+            [tensor for tensor in column if tensor is not None] for column in zip(*parts, strict=True)
+        )
+        return torch.cat(x_0), torch.cat(noise), torch.cat(labels) if labels else None
+
+    def describe_images(self, step: int) -> str:
+        """Return a sentence that names the images of a step on all ranks; empty for a stream."""
+        if not isinstance(self._loader, ImageLoader):
             return ""
         size = self._config.training.train_batch_size
-        numbers = self._feed.numbers(step * size, (step + 1) * size).tolist()
+        numbers = self._loader.numbers(step * size, (step + 1) * size).tolist()
         more = ", ..." if size > _NUM_NAMED_IMAGES else ""
         return f" Its images were {', '.join(map(str, numbers[:_NUM_NAMED_IMAGES]))}{more}."
 
 
-AutocastContext: TypeAlias = AbstractContextManager[Any]
-
-
 def largest_micro_batch_size(config: TrainingConfig, num_processes: int) -> int:
-    """Returns the images of one forward on one device; for "auto" the share of a process, which may prove too large.
+    """Return training.micro_batch_size, or the per-rank batch if it is null or "auto".
 
     Raises:
-        ConfigError: If the global batch cannot be divided among the processes.
+        ConfigError: The global batch cannot be divided among the processes.
     """
     micro = config.micro_batch_size if isinstance(config.micro_batch_size, int) else None
     unit = num_processes * (micro or 1)
@@ -293,20 +304,47 @@ def largest_micro_batch_size(config: TrainingConfig, num_processes: int) -> int:
     return micro or config.train_batch_size // num_processes
 
 
-def largest_that_fits(share: int, attempt: Callable[[int], None]) -> int:
-    """Halves the share of a process until it fits into the memory.
+def resolve_micro_batch_size(
+    config: TrainingConfig, largest: int, stored: int | None, probe: Callable[[int], None] | None
+) -> int:
+    """Collective: return the images of one forward pass, and print the value of "auto".
 
     Args:
-        share: Images of a process in a step; every size that is tried divides it.
-        attempt: Uses the memory that a micro batch of some size needs, or raises torch.OutOfMemoryError.
+        config: The configuration of the run.
+        largest: The result of `largest_micro_batch_size`.
+        stored: The value of "auto" when the run began; used again as long as it divides the per-rank batch.
+        probe: Use the memory that a micro batch of some size needs, or raise torch.OutOfMemoryError; None if memory
+            cannot be probed.
+
+    Returns:
+        The size, the same on all ranks.
 
     Raises:
-        ConfigError: If not even one image fits.
+        ConfigError: Not even one image fits on one of the ranks.
     """
-    size = share
+    if config.micro_batch_size != "auto":
+        return largest
+    if stored is not None and largest % stored == 0:
+        size, reason = stored, "as when the run began"
+    elif probe is None:
+        size, reason = largest, "the whole per-rank batch, since only the memory of a CUDA GPU can be probed"
+    else:
+        fitting = distributed.on_every_rank(lambda: largest_that_fits(largest, probe))
+        size, reason = int(distributed.reduce(fitting, "min")), f"the largest part of {largest} that fits into memory"
+    distributed.on_rank_0(lambda: say(f"training.micro_batch_size auto: {size} images, {reason}."))
+    return size
+
+
+def largest_that_fits(batch_size: int, probe: Callable[[int], None]) -> int:
+    """Halve a per-rank batch until it fits into memory; every size that is tried divides it.
+
+    Raises:
+        ConfigError: Not even one image fits.
+    """
+    size = batch_size
     while True:
         try:
-            attempt(size)
+            probe(size)
             return size
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
@@ -315,62 +353,29 @@ def largest_that_fits(share: int, attempt: Callable[[int], None]) -> int:
                 f"training.micro_batch_size auto: not even one image fits ({reason}); use a smaller network or a "
                 "smaller data.resolution."
             )
-        size = max(divisor for divisor in range(1, size // 2 + 1) if share % divisor == 0)
+        size = max(divisor for divisor in range(1, size // 2 + 1) if batch_size % divisor == 0)
 
 
-def settle(config: TrainingConfig, share: int, stored: int | None, attempt: Callable[[int], None] | None) -> int:
-    """Collective: decides how many images one forward takes in this run, and says so if that was left open.
-
-    Args:
-        config: The configuration of the run.
-        share: What `largest_micro_batch_size` returned.
-        stored: What "auto" stood for when the run began; it stays so where it still divides the share.
-        attempt: As in `largest_that_fits`; None where memory cannot be probed.
-
-    Returns:
-        The size, which is the same on all ranks.
-
-    Raises:
-        ConfigError: On every rank, if not even one image fits on one of them.
-    """
-    if config.micro_batch_size != "auto":
-        return share
-    if stored is not None and share % stored == 0:
-        size, reason = stored, "as when the run began"
-    elif attempt is None:
-        size, reason = share, "the whole share, since only the memory of a CUDA GPU can be probed"
-    else:
-        fitting = distributed.on_every_rank(lambda: largest_that_fits(share, attempt))
-        size, reason = int(distributed.reduce(fitting, "min")), f"of {share}: that fits"
-    distributed.on_rank_0(lambda: say(f"training.micro_batch_size auto: {size} images, {reason}."))
-    return size
-
-
-def step_on_gpu(
-    unet: UNet2DModel, loss: DenoisingLoss, image_shape: tuple[int, int, int], autocast: Callable[[], AutocastContext]
-) -> Callable[[int], None] | None:
-    """Returns the attempt of a network on a CUDA GPU; None elsewhere, where running out of memory is no exception."""
-    return forward_and_backward(unet, loss, image_shape, autocast) if unet.device.type == "cuda" else None
-
-
-def forward_and_backward(
-    unet: UNet2DModel, loss: DenoisingLoss, image_shape: tuple[int, int, int], autocast: Callable[[], AutocastContext]
+def make_memory_probe(
+    unet: UNet2DModel,
+    loss: DenoisingLoss,
+    image_shape: tuple[int, int, int],
+    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Callable[[int], None]:
-    """Returns an attempt that holds what a step does: activations, gradients and the two moments of AdamW.
+    """Return a probe that uses the memory of a training step: activations, gradients and the two moments of AdamW.
 
-    It leaves no gradient behind. Call it before the network is wrapped for several processes, whose buckets then take
-    the place of the gradients.
+    Call the probe before the network is wrapped in DDP, whose buckets later take the place of the gradients.
 
     Args:
         unet: The network, on its device.
         loss: The objective of the run.
-        image_shape: Channels, height and width.
-        autocast: Makes the context of the run's precision.
+        image_shape: (channels, height, width).
+        autocast: Return the autocast context of the run.
     """
 
-    def attempt(size: int) -> None:
+    def probe(size: int) -> None:
         if unet.device.type == "cuda":
-            torch.cuda.empty_cache()  # what a larger attempt left
+            torch.cuda.empty_cache()
         labels = None if unet.class_embedding is None else torch.zeros(size, dtype=torch.int64, device=unet.device)
         x_0 = torch.zeros(size, *image_shape, device=unet.device)
         timesteps = torch.zeros(size, dtype=torch.int64, device=unet.device)
@@ -383,4 +388,4 @@ def forward_and_backward(
             unet.zero_grad(set_to_none=True)
             del moments
 
-    return attempt
+    return probe

@@ -1,13 +1,8 @@
-"""EMA of the weights, and power-function EMA profiles.
-
-Averages with a power-function profile, and how a few of them make another one. Equations only, in float64.
+"""EMA of the weights, and EMAs with power-function profiles.
 
 Legend: t, the number of weights averaged so far; gamma, the exponent of a profile; sigma_rel, the standard deviation of
-a profile relative to t, which is how the length of such an average is told.
-
-Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3 and appendix C.
-
-Exponential moving averages of the weights.
+a profile relative to t, which measures the length of an EMA. Karras et al. 2024, "Analyzing and Improving the Training
+Dynamics of Diffusion Models", section 3 and appendix C. Profiles are computed in float64.
 """
 
 import math
@@ -23,24 +18,24 @@ from torch import nn
 
 from ddpm_hf.config import TrainingConfig
 
-LONGEST = 12.0**-0.5
-"""sigma_rel of the plain mean of all weights; longer averages would prefer the oldest."""
+MAX_SIGMA_REL = 12.0**-0.5
+"""sigma_rel of the plain mean of all weights; longer EMAs would weigh the oldest most."""
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """Returns the exponent whose profile has a relative deviation, 0 < sigma_rel < LONGEST.
+    """Return the exponent of the profile with 0 < sigma_rel < MAX_SIGMA_REL.
 
-    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), a cubic equation with one root above 0.
+    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), a cubic equation with one positive root.
     """
     inverse = sigma_rel**-2
     roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
     return float(roots.real.max())
 
 
-def decay_at(num_updates: int, gamma: float) -> float:
-    """Returns the decay of the update that follows `num_updates` earlier ones: beta(t) = (1 - 1/t)^(gamma + 1).
+def power_decay_at(num_updates: int, gamma: float) -> float:
+    """Return the decay of the update after `num_updates` earlier ones: beta(t) = (1 - 1/t)^(gamma + 1).
 
-    The first update takes the weights as they are. After t updates the weights of update s count
+    The first update copies the weights. After t updates the weights of update s count
     (s^(gamma + 1) - (s - 1)^(gamma + 1)) / t^(gamma + 1), exactly the integral of the profile over ]s - 1, s].
     """
     return float((num_updates / (num_updates + 1)) ** (gamma + 1))
@@ -49,9 +44,9 @@ def decay_at(num_updates: int, gamma: float) -> float:
 def profile_product(
     t: NDArray[np.float64], gamma: NDArray[np.float64], other_t: NDArray[np.float64], other_gamma: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Returns the inner product of two profiles p(s) = (gamma + 1) s^gamma / t^(gamma + 1) on [0, t].
+    """Return the inner products of profiles p(s) = (gamma + 1) s^gamma / t^(gamma + 1) on [0, t].
 
-    The integral of their product over [0, min] is elementary. Arguments broadcast.
+    The integral over [0, min(t, other_t)] has a closed form. Arguments broadcast.
     """
     early, late = np.minimum(t, other_t), np.maximum(t, other_t)
     gamma_of_late = np.where(t > other_t, gamma, other_gamma)
@@ -62,22 +57,22 @@ def profile_product(
 def combine(
     t: NDArray[np.float64], gamma: NDArray[np.float64], target_t: float, target_gamma: float
 ) -> tuple[NDArray[np.float64], float]:
-    """Makes a profile out of stored ones, as near as the squared distance can be with weights that sum to 1.
+    """Find the combination of stored profiles nearest to a target, with coefficients that sum to 1.
 
-    What never changed comes back as it was. The nearest of all sums would scale every parameter.
+    The constraint keeps parameters that never changed as they are; without it all parameters would be scaled.
 
     Args:
-        t: When each average was stored, (number,).
-        gamma: Its exponent, (number,). No two may agree in both.
-        target_t: Until when the wanted average goes.
-        target_gamma: Its exponent.
+        t: Number of updates when each EMA was stored, (number,).
+        gamma: Their exponents, (number,). No two pairs (t, gamma) may be equal.
+        target_t: Number of updates of the target.
+        target_gamma: Exponent of the target.
 
     Returns:
-        What each stored average counts, (number,), and the distance that is left, relative to the wanted profile.
+        The coefficients, (number,), and the remaining L2 distance relative to the norm of the target profile.
     """
     products = profile_product(t[:, None], gamma[:, None], t[None], gamma[None])
     wanted = profile_product(t, gamma, np.float64(target_t), np.float64(target_gamma))
-    # Profiles grow narrow near 0: with all of length 1 the system is as well conditioned as it can be.
+    # Early profiles are narrow and high: normalizing all to length 1 gives the best condition number.
     length = np.sqrt(np.diag(products))
     sides = np.stack([wanted, np.ones_like(wanted)], axis=1) / length[:, None]
     nearest, shift = (np.linalg.solve(products / np.outer(length, length), sides) / length[:, None]).T
@@ -87,46 +82,45 @@ def combine(
     return weights, math.sqrt(max(0.0, float(distance)) / whole)
 
 
-MAIN = "ema"
-"""The average that is sampled and saved."""
+EMA_NAME = "ema"
+"""The EMA that is sampled and saved; also its folder in a checkpoint."""
 
-POSTHOC_LENGTHS = (0.05, 0.10)
-"""sigma_rel of the two averages that others are made of after training, as in Karras et al. 2024."""
+POSTHOC_SIGMA_RELS = (0.05, 0.10)
+"""Lengths of the two EMAs from which others are reconstructed after training, as in Karras et al. 2024."""
 
-DecayLaw: TypeAlias = Callable[[int], float]
-"""Number of earlier updates -> weight of the past in the next one; 1 leaves the average as it is."""
+DecaySchedule: TypeAlias = Callable[[int], float]
+"""Number of earlier updates -> decay of the next one; 1 leaves the EMA unchanged."""
 
 
-def decay_laws(config: TrainingConfig) -> dict[str, DecayLaw]:
-    """Returns the averages of a run: MAIN, and with `posthoc_ema` one more for each of POSTHOC_LENGTHS."""
-    laws: dict[str, DecayLaw] = {MAIN: partial(main_decay_at, config=config)}
+def decay_schedules(config: TrainingConfig) -> dict[str, DecaySchedule]:
+    """Return the EMAs of a run by name: EMA_NAME, and with `posthoc_ema` one for each of POSTHOC_SIGMA_RELS."""
+    schedules: dict[str, DecaySchedule] = {EMA_NAME: partial(decay_at, config=config)}
     if config.posthoc_ema:
-        for length in POSTHOC_LENGTHS:
-            laws[posthoc_name(length)] = partial(decay_at, gamma=gamma_of(length))
-    return laws
+        for sigma_rel in POSTHOC_SIGMA_RELS:
+            schedules[posthoc_name(sigma_rel)] = partial(power_decay_at, gamma=gamma_of(sigma_rel))
+    return schedules
 
 
-def posthoc_name(length: float) -> str:
-    """Returns what an average of POSTHOC_LENGTHS is called in checkpoints."""
-    return f"ema_sigma_{length:.3f}"
+def posthoc_name(sigma_rel: float) -> str:
+    """Return the name in checkpoints of an EMA of POSTHOC_SIGMA_RELS."""
+    return f"ema_sigma_{sigma_rel:.3f}"
 
 
-def main_decay_at(num_updates: int, config: TrainingConfig) -> float:
-    """Returns the decay of the update that follows `num_updates` earlier ones.
+def decay_at(num_updates: int, config: TrainingConfig) -> float:
+    """Return the decay of the update after `num_updates` earlier ones.
 
-    With an interval of k every k-th update forgets as much as k single ones, and those between leave the average alone.
+    With `ema_every_steps` k every k-th update has the product of k decays, and the updates between have decay 1.
     """
     interval = config.ema_every_steps
     if (num_updates + 1) % interval:
         return 1.0
-    return math.prod(_decay_of_a_step(number, config) for number in range(num_updates + 1 - interval, num_updates + 1))
+    return math.prod(_decay_of_step(number, config) for number in range(num_updates + 1 - interval, num_updates + 1))
 
 
-def _decay_of_a_step(num_updates: int, config: TrainingConfig) -> float:
-    """Returns the decay of one step; 0 makes the average a copy of the weights."""
+def _decay_of_step(num_updates: int, config: TrainingConfig) -> float:
     n = num_updates - config.ema_start_step
     if n < 0:
-        return 0.0
+        return 0.0  # the EMA is a copy of the weights
     match config.ema_warmup:
         case "ramp":
             return min(config.ema_decay, (1 + n) / (10 + n))
@@ -137,67 +131,72 @@ def _decay_of_a_step(num_updates: int, config: TrainingConfig) -> float:
 
 
 class EMA:
-    """Keeps float32 averages of a network's parameters on their device, one for each law.
+    """Keep float32 exponential moving averages of a model's parameters on their device, one for each decay schedule.
 
     Args:
-        model: The network to follow; every average starts at its weights.
-        laws: Name -> how the average forgets; see `decay_laws`.
+        model: The model to follow; each EMA starts at its weights.
+        schedules: Name -> decay schedule; see `decay_schedules`.
+
+    Attributes:
+        num_updates: Updates so far; skipped optimizer steps are not counted.
     """
 
-    def __init__(self, model: nn.Module, laws: Mapping[str, DecayLaw]) -> None:
+    def __init__(self, model: nn.Module, schedules: Mapping[str, DecaySchedule]) -> None:
         self.num_updates = 0
-        self._laws = dict(laws)
+        self._schedules = dict(schedules)
+        self._parameters: list[torch.Tensor] = list(model.parameters())
         self._averages = {
-            name: [parameter.detach().to(torch.float32, copy=True) for parameter in model.parameters()] for name in laws
+            name: [parameter.detach().to(torch.float32, copy=True) for parameter in self._parameters]
+            for name in schedules
         }
 
     @property
     def names(self) -> list[str]:
-        """The names of the averages."""
-        return list(self._laws)
+        """The names of the EMAs."""
+        return list(self._schedules)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Moves the averages towards the network's weights: m <- decay * m + (1 - decay) * w."""
-        weights = [parameter.detach() for parameter in model.parameters()]
-        for name, law in self._laws.items():
-            if (decay := law(self.num_updates)) < 1:
-                torch._foreach_lerp_(self._averages[name], weights, 1.0 - decay)
+    def update(self) -> None:
+        """Update each EMA: m <- decay * m + (1 - decay) * w."""
+        for name, schedule in self._schedules.items():
+            if (decay := schedule(self.num_updates)) < 1:
+                torch._foreach_lerp_(self._averages[name], self._parameters, 1.0 - decay)
         self.num_updates += 1
 
     @contextmanager
-    def swapped_in(self, model: nn.Module, name: str = MAIN) -> Iterator[None]:
-        """Puts an average into the network for a while; the weights come back even after an error."""
-        self._swap(model, name)
+    def swapped_in(self, name: str = EMA_NAME) -> Iterator[None]:
+        """Exchange the weights of the model and an EMA inside the context; both are restored even after an error."""
+        self._swap(name)
         try:
             yield
         finally:
-            self._swap(model, name)
+            self._swap(name)
 
     @torch.no_grad()
-    def _swap(self, model: nn.Module, name: str) -> None:
-        """Exchanges averages and weights in place, so that graphs and wrappers keep their storage."""
-        for average, parameter in zip(self._averages[name], model.parameters(), strict=True):
+    def _swap(self, name: str) -> None:
+        # In place, so that DDP and compiled graphs keep their storage.
+        for average, parameter in zip(self._averages[name], self._parameters, strict=True):
             weight = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(weight)
 
-    @torch.no_grad()
-    def load(self, averaged: nn.Module, num_updates: int, name: str = MAIN) -> None:
-        """Takes an average from a network that holds it, as a checkpoint does."""
-        for average, parameter in zip(self._averages[name], averaged.parameters(), strict=True):
-            average.copy_(parameter)
-        self.num_updates = num_updates
-
     def tensors(self, *names: str) -> list[torch.Tensor]:
-        """Returns the averages, all or some, each in the order of the network's parameters."""
-        return [tensor for name in names or self._laws for tensor in self._averages[name]]
+        """Return the tensors of some EMAs, or of all, each in the order of the model's parameters."""
+        return [tensor for name in names or self._schedules for tensor in self._averages[name]]
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of updates, named as in trainer_state.json; a checkpoint holds the tensors as networks."""
+        return {"num_ema_updates": self.num_updates}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restore the number of updates."""
+        self.num_updates = state["num_ema_updates"]
 
 
 _NUM_SNAPSHOTS = 40
 
 
-def is_due(step: int, config: TrainingConfig) -> bool:
-    """Says whether the averages are to be stored after `step` optimiser updates."""
+def is_snapshot_due(step: int, config: TrainingConfig) -> bool:
+    """Return whether the EMAs of `posthoc_ema` are stored after `step` optimizer updates."""
     every_steps = config.posthoc_ema_every_steps or max(1, config.num_steps // _NUM_SNAPSHOTS)
     return config.posthoc_ema and (step % every_steps == 0 or step == config.num_steps)

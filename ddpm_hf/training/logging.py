@@ -1,16 +1,7 @@
-"""Metrics, trackers and the progress bar.
+"""metrics.jsonl, trackers and the progress bar.
 
-What a person sees of a run: a progress bar, or lines where there is no terminal.
-
-What the metrics say of the loss: its mean, and its mean in each quartile of the timesteps.
-
-All sums stay on the device; the host reads them when a line of metrics is due, in one copy.
-
-What a run measures of itself: sums on the device, read by the host once a log interval, and the time they took.
-
-Where metrics go: metrics.jsonl for programs, always, and the trackers that were asked for.
-
-metrics.jsonl has one line of JSON a log interval, whole after any kill, cut back to the checkpoint on resume.
+metrics.jsonl holds one JSON object per log interval. Every line is complete after a kill, and a resume truncates the
+file to the checkpoint. Trackers receive copies of these lines.
 """
 
 import importlib.util
@@ -30,17 +21,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpm_hf.config import ConfigError, TrackingConfig
-from ddpm_hf.files import write_text
+from ddpm_hf.files import TRACKERS, write_text
 from ddpm_hf.redaction import redact
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """A progress bar on rank 0's terminal; without a terminal, lines. Use it as a context manager.
+    """Show a progress bar on the terminal of rank 0, or print lines without a terminal. A context manager.
 
     Args:
-        first_step: Steps that were done before.
+        first_step: Steps done before.
         num_steps: Steps of the whole run.
-        is_main_process: Whether this process speaks.
+        is_main_process: Whether this process prints.
     """
 
     def __init__(self, first_step: int, num_steps: int, *, is_main_process: bool) -> None:
@@ -61,16 +54,16 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Leaves the bar as it is; lines come below it from here on."""
+        """Leave the bar as it is; later lines are printed below it."""
         self._bar.close()
 
     def update(self) -> None:
-        """Counts one step."""
+        """Count one step."""
         self._bar.update()
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Says on the bar what training waits for."""
+        """Show inside the context what training waits for."""
         self._bar.set_description_str(what)
         try:
             yield
@@ -78,7 +71,7 @@ class Progress:
             self._bar.set_description_str("Training")
 
     def show(self, row: Mapping[str, Any], train_batch_size: int) -> None:
-        """Shows where the run is, from a line of metrics."""
+        """Show a log line."""
         step, loss, speed = row["step"], row["loss"], max(row["images_per_second"], 0.01)
         shown = f"loss {loss:.4f}" if loss is not None else "loss not finite"
         self._bar.set_postfix_str(f"{shown}, {speed:.0f} images/s")
@@ -88,17 +81,12 @@ class Progress:
 
 
 def say(message: str) -> None:
-    """Prints a line, above the progress bar where there is one."""
+    """Print a line, above the progress bar if there is one."""
     tqdm.write(message)
 
 
-logger = logging.getLogger(__name__)
-
-_RUN_ID = re.compile(r"[0-9a-f]{8}")
-
-
 class MetricsLog:
-    """Appends to and reads metrics.jsonl.
+    """Append to and read metrics.jsonl.
 
     Args:
         path: The file; it need not exist.
@@ -108,7 +96,7 @@ class MetricsLog:
         self._path = path
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
-        """Writes one line, at once readable by others; on a full disk training goes on without it."""
+        """Append one line, readable by other processes at once; on a full disk print a warning instead."""
         size = None
         try:
             with self._path.open("a", encoding="utf-8") as file:
@@ -121,14 +109,14 @@ class MetricsLog:
                     os.truncate(self._path, size)  # the next line must not begin in the middle of this one
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns all whole lines; a last line that a kill tore is left out."""
+        """Return all complete lines."""
         if not self._path.exists():
             return []
-        rows = (_row(line) for line in self._path.read_bytes().splitlines())
+        rows = (_parse(line) for line in self._path.read_bytes().splitlines())
         return [row for row in rows if row is not None]
 
     def last(self, name: str) -> dict[str, Any] | None:
-        """Returns the last line with a column, None if there is none; looked for from the end."""
+        """Return the last line with a value in a column, or None. Only the end of the file is read."""
         if not self._path.exists() or not self._path.stat().st_size:
             return None
         with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -136,14 +124,14 @@ class MetricsLog:
             while (found := content.rfind(f'"{name}": '.encode(), 0, end)) >= 0:
                 start = content.rfind(b"\n", 0, found) + 1
                 stop = content.find(b"\n", found)
-                row = _row(content[start : stop if stop >= 0 else len(content)])
+                row = _parse(content[start : stop if stop >= 0 else len(content)])
                 if row is not None and row.get(name) is not None:
                     return row
                 end = start
         return None
 
     def cut_after(self, step: int) -> None:
-        """Forgets what came after a step, since the run is about to do it again; what came before is not even read."""
+        """Remove the lines of later steps, which the run is about to repeat. Only the end of the file is read."""
         try:
             file = open(self._path, "r+b", opener=_open_no_link)
         except FileNotFoundError:
@@ -153,18 +141,18 @@ class MetricsLog:
             if not file.seek(0, os.SEEK_END):
                 return
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                end = _end_of(step, content)
-                is_ended = end == 0 or content[end - 1 : end] == b"\n"
+                end = _end_of_step(step, content)
+                is_terminated = end == 0 or content[end - 1 : end] == b"\n"
             file.truncate(end)
-            if not is_ended:
+            if not is_terminated:
                 file.seek(end)
                 file.write(b"\n")
             file.flush()
             os.fsync(file.fileno())
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-    """Returns what a line says, or None for one that a kill or a power cut tore, or that says nothing of a step."""
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the content of a line, or None if it is incomplete or has no step."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -172,12 +160,12 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def _end_of(step: int, content: mmap.mmap) -> int:
-    """Returns where the last whole line of a step ends, or of an earlier one; looked for from the end."""
+def _end_of_step(step: int, content: mmap.mmap) -> int:
+    """Return the offset after the last complete line of a step or an earlier one."""
     end = len(content)
     while end:
         start = content.rfind(b"\n", 0, end - 1) + 1
-        row = _row(content[start:end])
+        row = _parse(content[start:end])
         if row is not None and row["step"] <= step:
             return end
         end = start
@@ -185,20 +173,18 @@ def _end_of(step: int, content: mmap.mmap) -> int:
 
 
 def _open_no_link(path: str, flags: int) -> int:
-    """Opens a file, but not one that a link leads to."""
     return os.open(path, flags | os.O_NOFOLLOW)
 
 
 class Trackers:
-    """TensorBoard, W&B and Trackio beside metrics.jsonl, through Accelerate; only rank 0 starts any.
+    """Log to TensorBoard, W&B and Trackio through Accelerate, from rank 0 only. A context manager around training.
 
-    A tracker that cannot be started is refused before the first step. One that fails later is left out from there on:
-    it must not stop training. Use it as a context manager around training, which finishes what was started.
+    A tracker that fails to start is an error before the first step. One that fails later is dropped with a warning.
 
     Args:
-        config: Which trackers, and under which names.
-        output_dir: The run folder, which holds the files of TensorBoard and W&B, and `trackers.json` with the id under
-            which a run that is continued is found again.
+        config: The trackers, the project and the name of the run.
+        output_dir: The run folder. It holds the files of TensorBoard and W&B, and trackers.json with the id under which
+            a resumed run is continued in the trackers.
     """
 
     def __init__(self, config: TrackingConfig, output_dir: Path) -> None:
@@ -214,31 +200,31 @@ class Trackers:
         self._running = {}
 
     def check(self) -> None:
-        """Finds out what is missing, without a word to a server.
+        """Check that all trackers are installed and logged in, without a network request.
 
         Raises:
-            ConfigError: If a tracker is not installed, or nobody is logged in.
+            ConfigError: A tracker is not installed, or there is no login.
         """
         for name in self._config.trackers:
             spec = importlib.util.find_spec(name)
-            # A folder of that name in the working directory, as W&B leaves them, is found too, but has no origin.
+            # A folder of that name in the working directory, as W&B creates them, is found too, but has no origin.
             if spec is None or spec.origin is None:
                 raise ConfigError(
                     f'tracking.trackers names {name}, which is not installed; pip install "ddpm_hf[trackers]", or '
-                    "leave it out."
+                    f"remove {name} from tracking.trackers."
                 )
         if "wandb" in self._config.trackers:
             self._check_login()
 
     def start(self, step: int, settings: dict[str, dict[str, object]]) -> None:
-        """Starts or continues the trackers of this run.
+        """Start or continue the trackers of this run.
 
         Args:
             step: Steps done before.
-            settings: The resolved configuration, which the trackers keep.
+            settings: The resolved configuration, which the trackers store.
 
         Raises:
-            ConfigError: If one cannot be started.
+            ConfigError: A tracker fails to start.
         """
         run_id = self._run_id() if self._config.trackers else ""
         for name in dict.fromkeys(self._config.trackers):
@@ -246,54 +232,53 @@ class Trackers:
                 self._running[name] = self._start(name, run_id, step, settings)
             except Exception as error:
                 raise ConfigError(
-                    f"tracking.trackers: {name} cannot be started ({_without_secrets(error)}); mend that, or leave it "
-                    "out."
+                    f"tracking.trackers: {name} failed to start ({_without_secrets(error)}); fix it, or remove {name} "
+                    "from tracking.trackers."
                 ) from error
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Passes a line of metrics on."""
+        """Log a line of metrics."""
         values = {key: value for key, value in row.items() if key != "step"}
         self._with_each(lambda name, tracker: _log_values(name, tracker, row["step"], values))
 
     def log_preview(self, step: int, path: Path) -> None:
-        """Shows a preview grid."""
+        """Log a preview grid."""
         self._with_each(lambda name, tracker: _log_image(name, tracker, step, path))
 
     def _start(self, name: str, run_id: str, step: int, settings: dict[str, dict[str, object]]) -> Any:
-        """Starts one tracker and gives it the settings."""
         from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
         project, run_name = self._config.project, self._config.run_name or self._output_dir.resolve().name
         match name:
             case "tensorboard":
-                # What was written after the checkpoint is about to be written again.
+                # Steps after the checkpoint are about to be written again.
                 tracker = TensorBoardTracker(name, self._output_dir, purge_step=step + 1 if step else None)
             case "wandb":
                 tracker = WandBTracker(project, name=run_name, id=run_id, resume="allow", dir=self._output_dir)
             case _:
-                # A Space that Trackio makes would be public otherwise.
+                # private=True because a Space that Trackio creates would be public otherwise.
                 tracker = TrackioTracker(project, name=f"{run_name}-{run_id}", resume="allow", private=True)
         tracker.start()
         if name == "wandb":
             tracker.tracker.define_metric("*", step_metric="step")
         if name != "tensorboard":
             tracker.store_init_configuration(settings)
-        elif step == 0:  # it would add a second set, not replace the first
+        elif step == 0:  # TensorBoard would add a second set of hyperparameters
             tracker.store_init_configuration(_flat(settings))
         return tracker
 
     def _run_id(self) -> str:
-        """Returns the id of this run in all trackers, made when it is first needed."""
-        path = self._output_dir / "trackers.json"
+        """Return the id of this run in all trackers; create it if there is none."""
+        path = self._output_dir / TRACKERS
         if not path.exists():
             write_text(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
         run_id = str(json.loads(path.read_text(encoding="utf-8"))["id"])
-        if _RUN_ID.fullmatch(run_id) is None:  # it becomes part of the names of folders
-            raise ConfigError(f"{path} holds no id of a run; remove it to start a new one in the trackers.")
+        if re.fullmatch("[0-9a-f]{8}", run_id) is None:  # it becomes part of folder names
+            raise ConfigError(f"{path} does not hold a run id; remove it to start a new run in the trackers.")
         return run_id
 
     def _check_login(self) -> None:
-        """Raises ConfigError if W&B would ask for a key."""
+        """Raise ConfigError if W&B would prompt for a key."""
         import wandb
 
         if wandb.setup().settings.mode in ("offline", "disabled"):
@@ -301,32 +286,29 @@ class Trackers:
         try:
             is_logged_in = wandb.login(prompt=False, verify=False)
         except wandb.Error as error:
-            raise ConfigError(f"tracking.trackers: wandb refuses its key ({_without_secrets(error)}).") from None
+            raise ConfigError(f"tracking.trackers: wandb rejects its key ({_without_secrets(error)}).") from None
         if not is_logged_in:
             raise ConfigError(
-                "tracking.trackers names wandb, but nobody is logged in; run `wandb login`, set WANDB_API_KEY, or set "
+                "tracking.trackers names wandb, but there is no login; run `wandb login`, set WANDB_API_KEY, or set "
                 "WANDB_MODE to offline."
             )
 
     def _with_each(self, action: Callable[[str, Any], object]) -> None:
-        """Does something with every tracker; whatever goes wrong there costs the tracker and not the run."""
+        """Call an action for each tracker; drop the trackers that raise."""
         for name, tracker in list(self._running.items()):
             try:
                 action(name, tracker)
             except Exception as error:
                 del self._running[name]
                 logger.warning(
-                    "The tracker %s failed (%s) and gets nothing more; training and metrics.jsonl go on.",
+                    "The tracker %s failed (%s) and is dropped; training and metrics.jsonl continue.",
                     name,
                     _without_secrets(error),
                 )
 
 
 def _log_values(name: str, tracker: Any, step: int, values: Mapping[str, object]) -> None:
-    """Gives values to a tracker in its own way.
-
-    W&B drops what comes with a step that it has seen, as after a resume; there the step is one of the values.
-    """
+    """Log values at a step; W&B gets the step as a value, because it drops steps that it has seen before a resume."""
     if name == "wandb":
         tracker.log({"step": step, **values})
     else:
@@ -334,7 +316,6 @@ def _log_values(name: str, tracker: Any, step: int, values: Mapping[str, object]
 
 
 def _log_image(name: str, tracker: Any, step: int, path: Path) -> None:
-    """Gives a picture to a tracker in its own way."""
     match name:
         case "tensorboard":
             with Image.open(path) as picture:
@@ -350,7 +331,7 @@ def _log_image(name: str, tracker: Any, step: int, path: Path) -> None:
 
 
 def _flat(settings: dict[str, dict[str, object]]) -> dict[str, object]:
-    """Returns settings as TensorBoard takes them: one level, numbers, truth values and text."""
+    """Return settings as TensorBoard takes them: one level of numbers, booleans and strings."""
     return {
         f"{section}/{name}": value if isinstance(value, int | float | str) else json.dumps(value)
         for section, values in settings.items()
@@ -359,5 +340,5 @@ def _flat(settings: dict[str, dict[str, object]]) -> dict[str, object]:
 
 
 def _without_secrets(error: Exception) -> str:
-    """Returns what an error says in one line, without keys and tokens."""
+    """Return the message of an error in one line, with secrets removed."""
     return " ".join(redact(str(error) or type(error).__name__).split())

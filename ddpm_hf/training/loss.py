@@ -1,25 +1,14 @@
-"""The training objective: weighting, noise, and the loss of each sample.
+"""The training objective: loss weighting, noise, and the loss of each sample.
 
-How much a timestep counts: factors on the mean square error of a prediction, as functions of the SNR.
+Noising, target, distance and bound are computed in float32; only the network runs under autocast.
 
-Legend: snr is alpha_bar_t / (1 - alpha_bar_t). The weightings of x_0 are written for the other predictions with
-||eps - eps'||^2 = snr ||x_0 - x_0'||^2 and ||v - v'||^2 = (snr + 1) ||x_0 - x_0'||^2 (Salimans & Ho 2022, section 4).
-Where the SNR is 0 (betas with zero terminal SNR) these weights are 1, as in the code of Hang et al. 2023: 0 would leave
-the first step of sampling untrained.
-
-The noise of a batch: standard normal, offset by a constant over each channel, exchanged among the images.
-
-All of it is a function of (seed, step, position in the global batch) and, where it is exchanged, of the images of a
-block of positions, however the batch is split.
-
-The training loss as a callable object: noising, target, distance and bound, in float32 outside autocast.
-
-Legend: as in diffusion/gaussian.py; T is the length of the chain, t = 0 ... T-1, and L_t the term of the variational
-bound at t (Ho et al. 2020, Eq. 5, counts it as t+1).
+Legend: as in diffusion/gaussian.py; T = num_train_timesteps, t = 0 ... T-1; L_t, the term of the variational bound at t
+(Ho et al. 2020, Eq. 5, counts it as t+1); snr = alpha_bar_t / (1 - alpha_bar_t).
 """
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +17,16 @@ from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler, gaussian
 from ddpm_hf.rng import NOISE_BLOCK_SIZE, normal_by_position
 
+Denoiser: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
+"""A network called as UNet2DModel is: (sample, timestep, class_labels, return_dict=False) -> (prediction,)."""
+
+
+# The weightings below are defined on the mean square error of x_0 and rewritten for the other predictions with
+# ||eps - eps'||^2 = snr ||x_0 - x_0'||^2 and ||v - v'||^2 = (snr + 1) ||x_0 - x_0'||^2 (Salimans & Ho 2022, section 4).
+
 
 def snr_weight(snr: torch.Tensor, prediction_type: str) -> torch.Tensor:
-    """Weight snr on x_0, which is weight 1 on epsilon. Section 4, Salimans & Ho 2022."""
+    """Return weight snr on x_0, which is weight 1 on epsilon. Section 4, Salimans & Ho 2022."""
     match prediction_type:
         case "epsilon":
             weight = torch.ones_like(snr)
@@ -42,17 +38,13 @@ def snr_weight(snr: torch.Tensor, prediction_type: str) -> torch.Tensor:
 
 
 def truncated_snr_weight(snr: torch.Tensor, prediction_type: str) -> torch.Tensor:
-    """Weight max(snr, 1) on x_0. Section 4, Salimans & Ho 2022.
+    """Return weight max(snr, 1) on x_0. Section 4, Salimans & Ho 2022.
 
-    Raises:
-        ValueError: Epsilon is predicted, on which the weight would grow like 1 / snr towards pure noise.
+    On epsilon it grows like 1 / snr towards pure noise, so config/rules.py does not allow that combination.
     """
     match prediction_type:
         case "epsilon":
-            raise ValueError(
-                "weighting truncated_snr grows beyond all bounds towards pure noise with prediction_type epsilon; "
-                "predict v_prediction or sample, or take min_snr."
-            )
+            weight = snr.clamp(min=1) / snr
         case "sample":
             weight = snr.clamp(min=1)
         case _:
@@ -61,7 +53,7 @@ def truncated_snr_weight(snr: torch.Tensor, prediction_type: str) -> torch.Tenso
 
 
 def min_snr_weight(snr: torch.Tensor, prediction_type: str, gamma: float) -> torch.Tensor:
-    """Weight min(snr, gamma) on x_0. Hang et al. 2023."""
+    """Return weight min(snr, gamma) on x_0. Hang et al. 2023."""
     match prediction_type:
         case "epsilon":
             weight = snr.clamp(max=gamma) / snr
@@ -73,20 +65,17 @@ def min_snr_weight(snr: torch.Tensor, prediction_type: str, gamma: float) -> tor
 
 
 def p2_weight(snr: torch.Tensor, gamma: float, k: float) -> torch.Tensor:
-    """Weight (k + snr)^-gamma on whatever is predicted. Choi et al. 2022 for epsilon, their code for the others."""
+    """Return weight (k + snr)^-gamma on any prediction. Choi et al. 2022 for epsilon, their code for the others."""
     return (k + snr) ** -gamma
 
 
 def loss_weight(config: ObjectiveConfig, prediction_type: str, snr: torch.Tensor) -> torch.Tensor | None:
-    """Returns the factor on the loss of each sample, or None where there is none.
+    """Return the factor on the loss of each sample, or None for weighting "none".
 
     Args:
-        config: Which weighting.
-        prediction_type: What the network predicts: epsilon, sample or v_prediction.
-        snr: Signal-to-noise ratio of each sample, (batch,).
-
-    Raises:
-        ValueError: The weighting is truncated_snr, and epsilon is predicted.
+        config: The weighting and its constants.
+        prediction_type: "epsilon", "sample" or "v_prediction".
+        snr: Signal-to-noise ratios, any shape.
     """
     match config.weighting:
         case "none":
@@ -102,25 +91,29 @@ def loss_weight(config: ObjectiveConfig, prediction_type: str, snr: torch.Tensor
 
 
 def _one_without_signal(weight: torch.Tensor, snr: torch.Tensor) -> torch.Tensor:
-    """Replaces the weights where the SNR is 0, NaN and infinity included, by 1."""
+    """Replace weights at an SNR of 0 (zero terminal SNR), NaN and infinity included, by 1 as in the code of Hang et al.
+
+    A weight of 0 would leave the first step of sampling untrained.
+    """
     return torch.where(snr == 0, 1.0, weight)
 
 
 def draw_noise(
     config: ObjectiveConfig, seed: int, step: int, positions: range, shape: torch.Size, device: torch.device
 ) -> torch.Tensor:
-    """Draws the noise of some positions of the global batch.
+    """Draw the noise of some positions of the global batch.
 
     Args:
-        config: How strong the offset is.
+        config: Strength s of the offset noise (objective.offset_noise).
         seed: Seed of the run.
-        step: The optimiser step.
+        step: The optimizer step.
         positions: Consecutive positions in the global batch.
-        shape: Channels, height and width of an image.
-        device: Where to draw.
+        shape: (channels, height, width) of an image.
+        device: Device to draw on.
 
     Returns:
-        float32 (len(positions), *shape), standard normal or, with an offset s, of variance 1 + s^2.
+        float32 (len(positions), *shape), standard normal; with an offset of variance 1 + s^2, where the offset is one
+        number per image and channel.
     """
     noise = normal_by_position(seed, "noise", step, positions, shape, device)
     if config.offset_noise > 0:
@@ -129,55 +122,32 @@ def draw_noise(
     return noise
 
 
-def whole_blocks(positions: range, batch_size: int) -> range:
-    """Returns the positions of all blocks of the global batch that some positions touch."""
-    start = positions.start // NOISE_BLOCK_SIZE * NOISE_BLOCK_SIZE
-    stop = -(-positions.stop // NOISE_BLOCK_SIZE) * NOISE_BLOCK_SIZE
-    return range(start, min(stop, batch_size))
+def assign_noise(x_0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Permute noise within each block of NOISE_BLOCK_SIZE images to minimize the sum of distances (Li et al. 2024).
 
-
-def exchange_noise(x_0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Gives each image noise near to it: in each block the assignment with the least sum of distances (Li et al. 2024).
-
-    The assignment is found on the host, which waits for the images and the noise.
+    The assignment is computed on the host, which waits for both tensors.
 
     Args:
-        x_0: Images (batch, channels, height, width), from the beginning of a block on.
+        x_0: Images (batch, channels, height, width); the first is the first of a block.
         noise: Noise of the same shape.
-
-    Returns:
-        The noise in another order.
     """
     from scipy.optimize import linear_sum_assignment
 
-    exchanged = []
+    assigned = []
     for images, block in zip(x_0.split(NOISE_BLOCK_SIZE), noise.split(NOISE_BLOCK_SIZE), strict=True):
         distances = torch.cdist(images.flatten(1), block.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
         _, columns = linear_sum_assignment(distances.cpu().numpy())
-        exchanged.append(block[torch.from_numpy(columns).to(block.device)])
-    return torch.cat(exchanged)
-
-
-class Denoiser(Protocol):
-    """A network (x_t, t, class_labels) -> (prediction,), as UNet2DModel is with return_dict=False."""
-
-    def __call__(
-        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, *, return_dict: bool
-    ) -> tuple[torch.Tensor, ...]:
-        """Predicts epsilon, x_0 or v for each sample, and a variance in a second half of the channels if it learns it.
-
-        A self-conditioned network takes a prediction of x_0 as a second half of the channels of `sample`.
-        """
-        ...
+        assigned.append(block[torch.from_numpy(columns).to(block.device)])
+    return torch.cat(assigned)
 
 
 class DenoisingLoss:
-    """L_simple and its relatives, the variational bound, and their sum.
+    """L_simple and its variants, the variational bound, and their sum.
 
     Args:
         scheduler: The forward process, the prediction type and the variance of the reverse process.
-        config: Which loss, how weighted, and whether the network is self-conditioned.
-        null_label: The label that stands for "no label"; None for a network without one.
+        config: The loss, its weighting, and whether the network is self-conditioned.
+        null_label: The label that means "no class"; None for a network without one.
     """
 
     def __init__(
@@ -198,18 +168,18 @@ class DenoisingLoss:
         timesteps: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         dropped: torch.Tensor | None = None,
-        feeds_back: bool = False,
+        use_self_cond: bool = False,
     ) -> torch.Tensor:
-        """Returns the loss of each sample.
+        """Return the loss of each sample.
 
         Args:
-            model: The network; it alone may run under autocast.
+            model: The network.
             x_0: float32 images in [-1, 1], (batch, channels, height, width).
             noise: float32 noise of the same shape, standard normal for the bound.
             timesteps: int64 (batch,) in [0, T).
             class_labels: int64 (batch,), or None for an unconditional network.
-            dropped: bool (batch,), samples whose label is replaced by the null label.
-            feeds_back: Whether a self-conditioned network sees its own prediction of x_0 instead of zeros.
+            dropped: bool (batch,), which labels to replace by the null label; None for none.
+            use_self_cond: Whether a self-conditioned network sees its own prediction of x_0 instead of zeros.
 
         Returns:
             float32 losses (batch,), each a mean over the pixels; those of the bound in bits per dimension, times T.
@@ -218,19 +188,42 @@ class DenoisingLoss:
             assert self._null_label is not None, "only a network with a null label has labels to drop"
             class_labels = class_labels.masked_fill(dropped, self._null_label)
         x_t = self._scheduler.add_noise(x_0, noise, timesteps)
-        output = self._predict(model, x_t, timesteps, class_labels, feeds_back)
+        output = self._predict(model, x_t, timesteps, class_labels, use_self_cond)
         prediction, variance = self._scheduler.split_variance(output, x_t)
         if self._config.loss == "vlb":
             return self._bound(prediction, variance, x_0, x_t, timesteps)
         l_simple = self._simple(prediction, self._target(x_0, noise, timesteps), timesteps)
         if self._config.loss != "hybrid":
             return l_simple
-        # L_hybrid = L_simple + lambda L_vlb, which shall not reach the mean. Eq. 16, Nichol & Dhariwal 2021.
+        # L_hybrid = L_simple + lambda L_vlb, whose gradient does not reach the mean. Eq. 16, Nichol & Dhariwal 2021.
         l_vlb = self._bound(prediction.detach(), variance, x_0, x_t, timesteps)
         return l_simple + self._config.vlb_weight * l_vlb
 
+    def _predict(
+        self,
+        model: Denoiser,
+        x_t: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        use_self_cond: bool,
+    ) -> torch.Tensor:
+        """Evaluate the network, twice with self-conditioning. Algorithm 1, Chen et al. 2022."""
+
+        def evaluate(sample: torch.Tensor) -> torch.Tensor:
+            return model(sample, timesteps, class_labels, return_dict=False)[0].to(torch.float32)
+
+        if self._config.self_conditioning == 0:
+            return evaluate(x_t)
+        x_0 = torch.zeros_like(x_t)
+        if use_self_cond:
+            with torch.no_grad():
+                output = evaluate(torch.cat([x_t, x_0], dim=1))
+                # Clipped as in sampling.
+                x_0 = self._scheduler.clip(self._scheduler.predict_original_sample(output, timesteps, x_t))
+        return evaluate(torch.cat([x_t, x_0], dim=1))
+
     def _target(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Returns what the network should have predicted. v: Appendix D, Salimans & Ho 2022."""
+        """Return the target of the prediction. v: Appendix D, Salimans & Ho 2022."""
         match self._scheduler.config.prediction_type:
             case "epsilon":
                 return noise
@@ -240,7 +233,7 @@ class DenoisingLoss:
                 return self._scheduler.get_velocity(x_0, noise, timesteps)
 
     def _simple(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """L_simple (Eq. 14, Ho et al. 2020) or another distance, weighted; (batch,)."""
+        """Return L_simple (Eq. 14, Ho et al. 2020) or another distance, weighted; (batch,)."""
         match self._config.loss:
             case "l1":
                 distance = F.l1_loss(prediction, target, reduction="none")
@@ -252,29 +245,6 @@ class DenoisingLoss:
         weight = loss_weight(self._config, self._scheduler.config.prediction_type, self._scheduler.snr(timesteps))
         return loss if weight is None else weight * loss
 
-    def _predict(
-        self,
-        model: Denoiser,
-        x_t: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        feeds_back: bool,
-    ) -> torch.Tensor:
-        """Calls the network, twice where its own prediction is fed back to it. Chen et al. 2022, Algorithm 1."""
-
-        def output_of(sample: torch.Tensor) -> torch.Tensor:
-            return model(sample, timesteps, class_labels, return_dict=False)[0].to(torch.float32)
-
-        if self._config.self_conditioning == 0:
-            return output_of(x_t)
-        x_0 = torch.zeros_like(x_t)
-        if feeds_back:
-            with torch.no_grad():
-                output = output_of(torch.cat([x_t, x_0], dim=1))
-                # As sampling feeds it back.
-                x_0 = self._scheduler.clip(self._scheduler.predict_original_sample(output, timesteps, x_t))
-        return output_of(torch.cat([x_t, x_0], dim=1))
-
     def _bound(
         self,
         prediction: torch.Tensor,
@@ -283,14 +253,14 @@ class DenoisingLoss:
         x_t: torch.Tensor,
         timesteps: torch.Tensor,
     ) -> torch.Tensor:
-        """T L_t in bits per dimension, (batch,): its mean over t is the bound, but for the prior term.
+        """Return T L_t in bits per dimension, (batch,): its mean over t is the bound without the prior term.
 
-        The prediction of x_0 is not clipped, which would leave the network no gradient there; evaluation/chain.py clips
-        it as sampling does.
+        The prediction of x_0 is not clipped, because clipped values have no gradient; evaluation/likelihood.py clips it
+        as sampling does.
         """
         scheduler = self._scheduler
         is_first = (timesteps == 0).view(-1, 1, 1, 1)
-        # q(x_{t-1} | x_t, x_0). Eq. 6 and 7, Ho et al. 2020; its variance is 0 at t = 0, where that of t = 1 stands in.
+        # q(x_{t-1} | x_t, x_0), whose variance at t = 0 is replaced by that of t = 1. Eq. 6 and 7, Ho et al. 2020.
         true = scheduler.posterior(x_0, x_t, timesteps)
         alpha = scheduler.gather("sqrt_alphas_cumprod", timesteps, x_t)
         sigma = scheduler.gather("sqrt_one_minus_alphas_cumprod", timesteps, x_t)
@@ -298,7 +268,7 @@ class DenoisingLoss:
         mean = scheduler.posterior(predicted_x_0, x_t, timesteps).mean
         log_beta = scheduler.gather("log_betas", timesteps, x_t)
         log_variance = gaussian.reverse_log_variance(scheduler.variance_type, variance, true.log_variance, log_beta)
-        if variance is None:  # at t = 0 always the small one, as in their code, which makes the data more probable
+        if variance is None:  # at t = 0 always the small one, as in the code of Ho et al.: the data are more probable
             log_variance = torch.where(is_first, true.log_variance, log_variance)
         # L_{t-1} and L_0. Eq. 5 and 13, Ho et al. 2020.
         divergence = gaussian.normal_kl(true.mean, true.log_variance, mean, log_variance)

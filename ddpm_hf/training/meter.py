@@ -1,10 +1,13 @@
-"""What a run measures: time, memory, and losses by quartile of the timesteps, summed on the device."""
+"""Measurements of a run: time, memory, and losses by quartile of the timesteps.
+
+Losses are summed on the device; the host reads the sums once per log interval.
+"""
 
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,53 +15,55 @@ import torch
 from accelerate import Accelerator
 
 _NUM_QUARTILES = 4
-_LOSSES, _NUMBERS = slice(2, 2 + _NUM_QUARTILES), slice(2 + _NUM_QUARTILES, 2 + 2 * _NUM_QUARTILES)
+# Columns of the sums: two over all samples, then losses and sample counts of each quartile.
+_LOSSES, _COUNTS = slice(2, 2 + _NUM_QUARTILES), slice(2 + _NUM_QUARTILES, 2 + 2 * _NUM_QUARTILES)
 
 
 class LossMeter:
-    """Sums up this rank's losses since the last line of metrics; a skipped update leaves no trace in them.
-
-    `sums` holds the mean losses of the updates, their number, and for each quartile of the timesteps the losses and the
-    number of samples, both times the samples' importance.
+    """Sum the losses of this rank since the last log line; skipped updates are not counted.
 
     Args:
-        num_timesteps: Length T of the chain.
-        share: Images of this rank in a step.
-        device: Where the losses are.
+        num_timesteps: Number of timesteps T.
+        batch_size: Images of this rank in a step.
+        device: Device of the losses.
+
+    Attributes:
+        sums: float32 (10,): the mean losses of the updates, the number of updates, and for each quartile of the
+            timesteps the losses and the number of samples, both times the importance weights.
     """
 
-    def __init__(self, num_timesteps: int, share: int, device: torch.device) -> None:
-        self._num_timesteps, self._share = num_timesteps, share
+    def __init__(self, num_timesteps: int, batch_size: int, device: torch.device) -> None:
+        self._num_timesteps, self._batch_size = num_timesteps, batch_size
         self._quartiles = torch.arange(_NUM_QUARTILES, device=device)[:, None]
-        self.sums = torch.zeros(_NUMBERS.stop, device=device)
+        self.sums = torch.zeros(_COUNTS.stop, device=device)
         self._step_sums = torch.zeros_like(self.sums)
 
     def add(self, losses: torch.Tensor, timesteps: torch.Tensor, importance: torch.Tensor | None) -> None:
-        """Counts the losses of one forward.
+        """Add the losses of one forward pass.
 
         Args:
-            losses: (batch,), not yet multiplied by their importance, without a graph.
+            losses: (batch,), detached, without importance weights.
             timesteps: int64 (batch,).
-            importance: float32 (batch,), or None if it is 1 for all.
+            importance: float32 (batch,), or None for weights of 1.
         """
         factors = torch.ones_like(losses) if importance is None else importance
         weighted = factors * losses
         is_in = self._quartiles == timesteps * _NUM_QUARTILES // self._num_timesteps
-        self._step_sums[0] += weighted.sum() / self._share
+        self._step_sums[0] += weighted.sum() / self._batch_size
         self._step_sums[_LOSSES] += (is_in * weighted).sum(dim=1)
-        self._step_sums[_NUMBERS] += (is_in * factors).sum(dim=1)
+        self._step_sums[_COUNTS] += (is_in * factors).sum(dim=1)
 
     def end_step(self, is_nonfinite: torch.Tensor) -> None:
-        """Counts the step, unless its update is skipped, and makes room for the next one."""
+        """Count the step unless its update is skipped."""
         self._step_sums[1] += 1
         self.sums += torch.where(is_nonfinite, 0.0, self._step_sums)
         self._step_sums.zero_()
 
     def load(self, sums_of_ranks: Sequence[Sequence[float]], rank: int, num_processes: int) -> None:
-        """Goes on from the sums of a checkpoint; where there were more or fewer ranks, each takes its part.
+        """Restore the sums of a checkpoint; an empty list means zeros.
 
-        Of samples that is an equal part of all, of updates, which every rank counts, the mean. Without ranks there is
-        nothing to go on from.
+        With another number of ranks each takes an equal part of the samples and the mean of the updates, which every
+        rank counts.
         """
         if not sums_of_ranks:
             self.sums.zero_()
@@ -69,44 +74,45 @@ class LossMeter:
         else:
             mine = sums.sum(dim=0) / num_processes
             mine[: _LOSSES.start] = sums[:, : _LOSSES.start].mean(dim=0)
-        self.sums[: len(mine)] = mine  # those of a checkpoint that knew no quartiles are two
+        self.sums[: len(mine)] = mine  # early checkpoints hold two sums, without quartiles
 
     @staticmethod
     def columns(sums: Sequence[float]) -> dict[str, float | None]:
-        """Returns the columns of a line of metrics from the sums over all ranks; null where there was nothing."""
-        totals, numbers = [sums[0], *sums[_LOSSES]], [sums[1], *sums[_NUMBERS]]
+        """Return the columns of a log line from the sums over all ranks; None where nothing was counted."""
+        totals, counts = [sums[0], *sums[_LOSSES]], [sums[1], *sums[_COUNTS]]
         names = ["loss", *(f"loss_q{quartile}" for quartile in range(_NUM_QUARTILES))]
-        means = [total / number if number else None for total, number in zip(totals, numbers, strict=True)]
+        means = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
         return dict(zip(names, means, strict=True))
 
 
 def finite_or_none(value: float) -> float | None:
-    """Returns a number that JSON can hold."""
+    """Return a number, or None if JSON cannot hold it."""
     return value if math.isfinite(value) else None
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Returns the most memory that this process has held, in MiB: its tensors on a CUDA device, all of it on others."""
+    """Return the peak memory of this process in MiB: its tensors on a CUDA device, resident memory otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")  # ru_maxrss is, on Linux, also what the process had that started this one
+    # On Linux ru_maxrss includes the memory of the process that started this one; VmHWM does not.
+    status = Path("/proc/self/status")
     for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB elsewhere
 
 
 class Meter:
-    """Makes the lines of metrics, and tells how fast training is.
+    """Make the log lines and measure the speed of training.
 
     Args:
-        accelerator: Where the sums live, and with whom they are added up.
-        train_batch_size: Images of a step, over all processes.
-        num_timesteps: Length T of the chain.
+        accelerator: Device and processes.
+        train_batch_size: Images of a step on all processes.
+        num_timesteps: Number of timesteps T.
 
     Attributes:
-        losses: This rank's losses since the last line.
+        losses: The losses of this rank since the last log line.
     """
 
     def __init__(self, accelerator: Accelerator, train_batch_size: int, num_timesteps: int) -> None:
@@ -115,24 +121,24 @@ class Meter:
         self.losses = LossMeter(num_timesteps, train_batch_size // accelerator.num_processes, accelerator.device)
 
     def start(self, step: int, seconds: float = 0.0) -> None:
-        """Starts the clock at a step, to which training has taken so many seconds."""
+        """Start the clock at a step that training reached after `seconds`."""
         self._logged_step, self._logged_at, self._seconds = step, time.monotonic(), seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out the time of what is not training, so that images/s are those of training alone."""
+        """Exclude the time spent in the context from the speed of training."""
         paused_at = time.monotonic()
         yield
         self._logged_at += time.monotonic() - paused_at
 
     def take(self, step: int) -> dict[str, float | int | None]:
-        """Collective: ends an interval and begins the next.
+        """Collective: end a log interval and start the next.
 
         Args:
-            step: Updates done.
+            step: Optimizer updates so far.
 
         Returns:
-            The beginning of a line of metrics; the losses are means since the line before, None where there were none.
+            Columns of a log line; losses are means since the previous line, None if there were none.
         """
         sums = self._accelerator.reduce(self.losses.sums.clone(), reduction="sum").tolist()
         now = time.monotonic()
@@ -150,11 +156,10 @@ class Meter:
             "peak_memory_mib": round(peak_memory_mib(self._accelerator.device), 1),
         }
 
-    def gather(self) -> list[list[float]]:
-        """Collective: returns the sums of every rank, for a checkpoint between two lines."""
-        sums: list[list[float]] = self._accelerator.gather(self.losses.sums[None]).tolist()
-        return sums
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        """Collective: return the sums of every rank, named as in trainer_state.json."""
+        return {"loss_sums": self._accelerator.gather(self.losses.sums[None]).tolist()}
 
-    def restore(self, sums: list[list[float]]) -> None:
-        """Takes up what `gather` returned, on as many processes or on others."""
-        self.losses.load(sums, self._accelerator.process_index, self._accelerator.num_processes)
+    def load_state_dict(self, state: Mapping[str, list[list[float]]]) -> None:
+        """Restore the sums, on any number of processes."""
+        self.losses.load(state["loss_sums"], self._accelerator.process_index, self._accelerator.num_processes)

@@ -1,4 +1,4 @@
-"""Post-hoc EMA: weights with an EMA of any length, made after training from stored snapshots.
+"""Post-hoc EMA: reconstruct an EMA of any length after training from stored snapshots (Karras et al. 2024, section 3).
 
 outputs/run/ema_snapshots/step_00020000/
     ema_sigma_0.050.safetensors  ema_sigma_0.100.safetensors    float32, named like the parameters
@@ -22,25 +22,25 @@ from safetensors.torch import save_file
 from ddpm_hf.config import ConfigError
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.evaluation.verify import write_verification
-from ddpm_hf.files import replace_folder
+from ddpm_hf.files import RUN_CONFIG, TRAINING_CONFIG, replace_folder, write_json
 from ddpm_hf.training import checkpoint
-from ddpm_hf.training.ema import EMA, LONGEST, POSTHOC_LENGTHS, combine, gamma_of, posthoc_name
+from ddpm_hf.training.ema import EMA, MAX_SIGMA_REL, POSTHOC_SIGMA_RELS, combine, gamma_of, posthoc_name
+from ddpm_hf.training.run_dir import EMA_SNAPSHOTS_DIR
 
 logger = logging.getLogger(__name__)
 
-SNAPSHOTS = "ema_snapshots"
-# With 40 pairs the profiles of lengths from 0.02 to 0.25 are off by 3 % at most, those from 0.04 to 0.15 by 0.2 %.
-_LARGEST_ERROR = 0.1
+# With 40 snapshots the error of profiles of length 0.02 to 0.25 is at most 3 %, of length 0.04 to 0.15 at most 0.2 %.
+_MAX_ERROR = 0.1
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One stored average.
+class StoredEMA:
+    """One EMA of a snapshot.
 
     Args:
         path: Its file.
-        step: Optimiser updates done when it was stored.
-        num_updates: Weights averaged until then; skipped updates gave none.
+        step: Optimizer updates when it was stored.
+        num_updates: EMA updates when it was stored; skipped optimizer updates are not counted.
         sigma_rel: Its length.
     """
 
@@ -51,14 +51,14 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Rebuilt:
-    """What `rebuild` made.
+class Reconstruction:
+    """The result of `reconstruct`.
 
     Args:
-        step: The optimiser step whose average it is.
+        step: The optimizer step of the EMA.
         sigma_rel: Its length.
-        num_stored: Stored averages that it was made of.
-        relative_error: Distance of its profile from the wanted one, relative to that.
+        num_stored: Number of stored EMAs that it was combined from.
+        relative_error: L2 distance of its profile from the exact one, relative to the norm of that.
     """
 
     step: int
@@ -68,12 +68,12 @@ class Rebuilt:
 
 
 def store(root: Path, step: int, ema: EMA, pipeline: GaussianDiffusionPipeline) -> None:
-    """Stores the averages of a step; where the disk is full, training goes on without.
+    """Store a snapshot; on a full disk print a warning instead.
 
     Args:
-        root: The folder of all stored averages.
-        step: Optimiser updates done.
-        ema: The averages.
+        root: The folder of all snapshots.
+        step: Optimizer updates so far.
+        ema: The EMAs.
         pipeline: The pipeline they belong to.
     """
     if ema.num_updates == 0:
@@ -84,102 +84,102 @@ def store(root: Path, step: int, ema: EMA, pipeline: GaussianDiffusionPipeline) 
         pipeline.unet.save_config(folder / "unet")
         pipeline.scheduler.save_config(folder / "scheduler")
         pipeline.save_config(folder)
-        for length in POSTHOC_LENGTHS:
-            name = posthoc_name(length)
-            # One entry, since safetensors writes several in any order, and a resumed run repeats every bit.
-            metadata = {"average": json.dumps({"num_updates": ema.num_updates, "sigma_rel": length})}
+        for sigma_rel in POSTHOC_SIGMA_RELS:
+            name = posthoc_name(sigma_rel)
+            # One entry: safetensors writes several in any order, and a resumed run must repeat every bit.
+            metadata = {"average": json.dumps({"num_updates": ema.num_updates, "sigma_rel": sigma_rel})}
             save_file(dict(zip(names, ema.tensors(name), strict=True)), folder / f"{name}.safetensors", metadata)
 
     try:
         checkpoint.write_checkpoint(root, step, write)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        logger.warning("The averages of step %d could not be stored (%s); training goes on.", step, reason)
+        logger.warning("The EMA snapshot of step %d could not be stored (%s); training continues.", step, reason)
 
 
-def rebuild(run: Path, length: float, step: int | None, output: Path) -> Rebuilt:
-    """Writes a pipeline whose weights are an average of any length.
+def reconstruct(run: Path, sigma_rel: float, step: int | None, output: Path) -> Reconstruction:
+    """Write a pipeline whose weights are an EMA of any length.
 
     Args:
         run: The folder of a run with training.posthoc_ema.
-        length: sigma_rel of the average: the standard deviation of its profile, relative to the training until `step`.
-        step: A step whose averages were stored; None takes the last.
+        sigma_rel: Length of the EMA: the standard deviation of its profile, relative to the training until `step`.
+        step: A step with a snapshot; None for the last.
         output: The new folder.
 
-    Returns:
-        What was made, and how exactly.
-
     Raises:
-        ConfigError: If the averages are missing or cannot make this length.
+        ConfigError: Snapshots are missing, or cannot be combined to this length.
     """
-    if not 0 < length < LONGEST:
-        raise ConfigError(f"--length is {length:g}, but must be between 0 and {LONGEST:.3f}, the mean of all weights.")
+    if not 0 < sigma_rel < MAX_SIGMA_REL:
+        raise ConfigError(
+            f"--length is {sigma_rel:g}, but must be between 0 and {MAX_SIGMA_REL:.3f}, the mean of all weights."
+        )
     if output.exists():
-        raise ConfigError(f"--output {output} is already there; remove it, or choose another folder.")
+        raise ConfigError(f"--output {output} already exists; remove it, or choose another folder.")
     stored = _find(run)
     steps = sorted({each.step for each in stored})
     if step is None:
         step = steps[-1]
     if step not in steps:
         shown = ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:3], "...", *steps[-3:]]))
-        raise ConfigError(f"--step is {step}, but averages were stored after {shown}; choose one of these.")
-    # Steps without an update in between stored the same average twice.
+        raise ConfigError(f"--step is {step}, but there are snapshots of steps {shown}; choose one of these.")
+    # Two snapshots without an update between them are equal.
     distinct = {(each.num_updates, each.sigma_rel): each for each in stored if each.step <= step}
     chosen = list(distinct.values())
-    weights, error = _combine(chosen, length)
-    if error > _LARGEST_ERROR:
-        possible = [other for other in np.arange(0.005, LONGEST, 0.005) if _combine(chosen, other)[1] <= _LARGEST_ERROR]
+    weights, error = _combine(chosen, sigma_rel)
+    if error > _MAX_ERROR:
+        candidates = np.arange(0.005, MAX_SIGMA_REL, 0.005)
+        possible = [other for other in candidates if _combine(chosen, other)[1] <= _MAX_ERROR]
         raise ConfigError(
-            f"--length {length:g} cannot be made of the {len(chosen)} averages stored until step {step} (its profile "
-            f"would be off by {error:.0%}); "
+            f"--length {sigma_rel:g} cannot be combined from the {len(chosen)} EMAs stored until step {step} (its "
+            f"profile would be off by {error:.0%}); "
             + (f"choose {possible[0]:.3f} to {possible[-1]:.3f}" if possible else "choose a later --step")
-            + ", or store them more often (training.posthoc_ema_every_steps)."
+            + ", or lower training.posthoc_ema_every_steps."
         )
-    rebuilt = Rebuilt(step, length, len(chosen), error)
-    if (run / "config.yaml").is_symlink():
-        raise ConfigError(f"{run / 'config.yaml'} is a link, and what it leads to would go into the new folder.")
-    pipeline = _pipeline(chosen[-1].path.parent, _sum(chosen, weights))
+    result = Reconstruction(step, sigma_rel, len(chosen), error)
+    if (run / RUN_CONFIG).is_symlink():
+        raise ConfigError(f"{run / RUN_CONFIG} is a link; replace it by the file, which is copied to --output.")
+    pipeline = _pipeline(chosen[-1].path.parent, _weighted_sum(chosen, weights))
 
     def write(folder: Path) -> None:
         pipeline.save_pretrained(folder)
         write_verification(folder)
-        shutil.copyfile(run / "config.yaml", folder / "training_config.yaml")
-        (folder / "posthoc_ema.json").write_text(json.dumps(asdict(rebuilt), indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(run / RUN_CONFIG, folder / TRAINING_CONFIG)
+        write_json(folder / "posthoc_ema.json", asdict(result))
 
     replace_folder(output, write)
-    return rebuilt
+    return result
 
 
-def _find(run: Path) -> list[Stored]:
-    """Returns all stored averages in the order of their steps; damaged ones are named and left out."""
-    found: list[Stored] = []
-    for folder in sorted((run / SNAPSHOTS).glob("step_*")):
+def _find(run: Path) -> list[StoredEMA]:
+    """Return all stored EMAs in the order of their steps; warn about damaged ones."""
+    found: list[StoredEMA] = []
+    for folder in sorted((run / EMA_SNAPSHOTS_DIR).glob("step_*")):
         try:
             step = checkpoint.verify_checkpoint(folder).step
         except checkpoint.CheckpointError as error:
-            logger.warning("%s is left out: %s.", folder, error)
+            logger.warning("%s is ignored: %s.", folder, error)
             continue
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
                     average = json.loads(file.metadata()["average"])
-                found.append(Stored(path, step, **average))
+                found.append(StoredEMA(path, step, **average))
             except (SafetensorError, KeyError, TypeError, ValueError) as error:
-                logger.warning("%s is left out: it holds no average (%s).", path, error)
+                logger.warning("%s is ignored: it is not a stored EMA (%s).", path, error)
     if not found:
-        raise ConfigError(f"{run} holds no {SNAPSHOTS}; give the folder of a run with training.posthoc_ema.")
+        raise ConfigError(f"{run} has no {EMA_SNAPSHOTS_DIR}; give the folder of a run with training.posthoc_ema.")
     return found
 
 
-def _combine(stored: list[Stored], length: float) -> tuple[NDArray[np.float64], float]:
-    """Returns what each stored average counts in one of another length at the last step, and the error."""
+def _combine(stored: list[StoredEMA], sigma_rel: float) -> tuple[NDArray[np.float64], float]:
+    """Return the coefficients of stored EMAs for another length at the last step, and the error."""
     t = np.array([float(each.num_updates) for each in stored])
     gamma = np.array([gamma_of(each.sigma_rel) for each in stored])
-    return combine(t, gamma, float(t.max()), gamma_of(length))
+    return combine(t, gamma, float(t.max()), gamma_of(sigma_rel))
 
 
-def _sum(stored: list[Stored], weights: NDArray[np.float64]) -> dict[str, torch.Tensor]:
-    """Adds stored averages up in float64."""
+def _weighted_sum(stored: list[StoredEMA], weights: NDArray[np.float64]) -> dict[str, torch.Tensor]:
+    """Return the weighted sum of stored EMAs, in float64."""
     total: dict[str, torch.Tensor] = {}
     for each, weight in zip(stored, weights.tolist(), strict=True):
         with safe_open(each.path, framework="pt") as file:
@@ -190,7 +190,7 @@ def _sum(stored: list[Stored], weights: NDArray[np.float64]) -> dict[str, torch.
 
 
 def _pipeline(folder: Path, parameters: dict[str, torch.Tensor]) -> GaussianDiffusionPipeline:
-    """Puts parameters into the pipeline that a folder of stored averages describes."""
+    """Return the pipeline of a snapshot with these parameters."""
     unet = UNet2DModel.from_config(UNet2DModel.load_config(folder / "unet"))
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
@@ -198,5 +198,5 @@ def _pipeline(folder: Path, parameters: dict[str, torch.Tensor]) -> GaussianDiff
     try:
         pipeline: GaussianDiffusionPipeline = GaussianDiffusionPipeline.from_pretrained(folder, unet=unet)
     except Exception as error:  # diffusers raises many types for an index that names something else
-        raise ConfigError(f"{folder} holds no pipeline ({' '.join(str(error).split())[:200]}).") from error
+        raise ConfigError(f"{folder} is not a pipeline ({' '.join(str(error).split())[:200]}).") from error
     return pipeline

@@ -1,27 +1,27 @@
-"""The run folder: ownership, lock and record.
-
-The folder of one run: whose it is, what lies where, and that nothing of anybody else's is overwritten.
+"""The run folder: ownership, lock, and the record of a run in a saved pipeline.
 
 outputs/digits/
     config.yaml      the resolved configuration; its first line marks the folder as a run
     checkpoints/     see checkpoint.py
     ema_snapshots/   see posthoc_ema.py; with training.posthoc_ema
-    metrics.jsonl    one line a log interval
-    trackers.json    the id of the run in its trackers, where it has some
+    metrics.jsonl    one line per log interval
+    trackers.json    id of the run in its trackers
     previews/        sample grids during training
-    hub/             what is being pushed while training lasts; with hub.push_to_hub
+    hub/             what is pushed during training; with hub.push_to_hub
     pipeline/        the trained pipeline, for DiffusionPipeline.from_pretrained
-
-training_summary.json: what a saved pipeline says of its training, for a model card.
+    evaluations/     evaluations of earlier pipelines of the run
 """
 
 import errno
 import fcntl
+import filecmp
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Sized
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +32,53 @@ from diffusers import UNet2DModel
 from ddpm_hf import __version__
 from ddpm_hf.config import ConfigError, RunConfig
 from ddpm_hf.data import ImageSet, ImageStream
-from ddpm_hf.files import write_text
+from ddpm_hf.files import (
+    CHECKPOINTS_DIR,
+    EVALUATION,
+    EVALUATION_PICTURE,
+    HUB_DIR,
+    METRICS,
+    MODEL_INDEX,
+    PIPELINE_DIR,
+    PREVIEWS_DIR,
+    RUN_CONFIG,
+    SCHEDULER_CONFIG,
+    TRAINING_SUMMARY,
+    atomic_write,
+    read_json,
+    write_text,
+)
 from ddpm_hf.training.logging import MetricsLog
 
-_NUM_ATTEMPTS = 10
+logger = logging.getLogger(__name__)
+
+EMA_SNAPSHOTS_DIR = "ema_snapshots"
+_LOCK = ".lock"
+_NUM_LOCK_ATTEMPTS = 10
+_MARK = "# A run of ddpm_hf. `ddpm-hf train --config` of this file repeats it.\n"
+# Files of ours in a folder where no run was started: the lock, and a configuration that a kill left half written.
+_NOT_CONTENT = (_LOCK, f".{RUN_CONFIG}.writing")
 
 
 class RunLock:
-    """Holds a run folder for one process; the system lets go of it when the process ends, however that happens."""
+    """Lock a run folder for one process; the system releases the lock when the process ends.
+
+    Raises:
+        ValueError: Another process holds the lock.
+        OSError: The lock file cannot be opened, or is a link.
+    """
 
     def __init__(self, output_dir: Path) -> None:
-        self._path = output_dir / ".lock"
-        for _ in range(_NUM_ATTEMPTS):
-            self._take()
+        self._path = output_dir / _LOCK
+        for _ in range(_NUM_LOCK_ATTEMPTS):
+            self._acquire()
             if self.is_held():
                 return
-            # A process that leaves removes the file of a folder it wrote nothing to. It did so after we had opened the
-            # file, so that we hold one that nobody else will ever see.
+            # Another process removed the file after we had opened it, so nobody else will see the file that we locked.
             self.release()
-        raise OSError(errno.ESTALE, "its lock file is another one whenever it is looked at", str(self._path))
+        raise OSError(errno.ESTALE, "its lock file keeps being replaced", str(self._path))
 
-    def _take(self) -> None:
-        """Opens and locks the file, which must not be a link to somebody else's."""
+    def _acquire(self) -> None:
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,22 +90,15 @@ class RunLock:
             ) from None
 
     def is_held(self) -> bool:
-        """Tells whether the folder still has the file that was locked, so that others are kept out."""
+        """Return whether the locked file is still the lock file of the folder."""
         try:
             return os.path.samestat(os.fstat(self._descriptor), self._path.stat(follow_symlinks=False))
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def release(self) -> None:
-        """Lets go of the folder."""
+        """Release the lock."""
         os.close(self._descriptor)
-
-
-logger = logging.getLogger(__name__)
-
-_MARK = "# A run of ddpm_hf. `ddpm-hf train --config` of this file repeats it.\n"
-# Ours, but no sign that a run was begun: the lock, and a configuration that a kill left half written.
-_TRACES = (".lock", ".config.yaml.writing")
 
 
 class RunFolder:
@@ -92,27 +110,29 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.ema_snapshots = path / "ema_snapshots"
-        self.pipeline = path / "pipeline"
+        self.config = path / RUN_CONFIG
+        self.checkpoints = path / CHECKPOINTS_DIR
+        self.ema_snapshots = path / EMA_SNAPSHOTS_DIR
+        self.metrics = path / METRICS
+        self.pipeline = path / PIPELINE_DIR
         self.evaluations = path / "evaluations"
-        self.previews = path / "previews"
-        self.hub = path / "hub"
+        self.previews = path / PREVIEWS_DIR
+        self.hub = path / HUB_DIR
         self._lock: RunLock | None = None
-        self._config = ""
-        self._made: list[Path] = []
+        self._config_text = ""
+        self._created: list[Path] = []
 
-    def check(self, resume: str) -> None:
-        """Makes the folder, makes sure that it is ours or empty, and holds it for this process.
+    def acquire(self, resume: str) -> None:
+        """Create the folder, check that it is empty or a run, and lock it.
 
         Args:
             resume: "auto" accepts a folder that holds a run, "none" does not.
 
         Raises:
-            ValueError: If it cannot be written, is in use, or holds something else.
+            ValueError: The folder cannot be written, is in use, or holds something else.
         """
         try:
-            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            self._created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             content = self._content()
             if content and not self._is_run():
@@ -131,64 +151,56 @@ class RunFolder:
                 f"training.output_dir {self.path} cannot be written ({error.strerror or error}); choose another folder."
             ) from None
 
-    def hold(self) -> None:
-        """Makes sure, before a checkpoint is written, that the folder is there and belongs to this process.
+    def ensure_held(self) -> None:
+        """Check before a checkpoint is written that the folder still belongs to this process.
 
-        One that was removed in the middle of a run is made again, so that what the process knows is not lost.
+        A folder that was removed during training is created again.
 
         Raises:
-            ValueError: If another process or something else has taken its place.
-            OSError: If it cannot be made again.
+            ValueError: Another process or other files have taken its place.
+            OSError: It cannot be created.
         """
         if self._lock is None or self._lock.is_held():
             return
-        config_path = self.path / "config.yaml"
-        is_other = self.path.exists() and bool(self._content())
-        if is_other and not (config_path.is_file() and config_path.read_text(encoding="utf-8") == self._config):
+        has_content = self.path.exists() and bool(self._content())
+        if has_content and not (self.config.is_file() and self.config.read_text(encoding="utf-8") == self._config_text):
             raise ConfigError(
-                f"training.output_dir {self.path} was removed while training, and holds something else now "
-                f"({sorted(self._content())[0]}); training stops, so that this is left alone."
+                f"training.output_dir {self.path} was removed during training and now holds something else "
+                f"({sorted(self._content())[0]}), which is left untouched; start again in another folder."
             )
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             lock = RunLock(self.path)
         except ValueError as error:
-            raise ConfigError(f"training.output_dir was removed while training, and now {error}") from None
-        logger.warning("training.output_dir %s was removed while training; it is made again.", self.path)
+            raise ConfigError(f"training.output_dir was removed during training, and now {error}") from None
+        logger.warning("training.output_dir %s was removed during training; it is created again.", self.path)
         self._lock.release()
         self._lock = lock
-        write_text(config_path, self._config)
+        write_text(self.config, self._config_text)
 
     def release(self) -> None:
-        """Lets other processes use the folder; folders that nothing was written to go away again."""
+        """Release the lock; remove folders that this process created and wrote nothing to."""
         if self._lock is None:
             return
         if self._lock.is_held() and not self._content():
-            for name in _TRACES:
+            for name in _NOT_CONTENT:
                 (self.path / name).unlink(missing_ok=True)
         self._lock.release()
         self._lock = None
-        for folder in self._made:
-            with suppress(OSError):  # it is in use, or gone
+        for folder in self._created:
+            with suppress(OSError):  # not empty, or gone
                 folder.rmdir()
 
     def write_config(self, content: str) -> None:
-        """Writes the resolved configuration, which also marks the folder as a run."""
-        self._config = _MARK + content
-        write_text(self.path / "config.yaml", self._config)
+        """Write the resolved configuration, which marks the folder as a run."""
+        self._config_text = _MARK + content
+        write_text(self.config, self._config_text)
 
     def _is_run(self) -> bool:
-        """Tells whether the folder was begun by `write_config`."""
-        config_path = self.path / "config.yaml"
-        return config_path.is_file() and config_path.read_bytes().startswith(_MARK.encode())
+        return self.config.is_file() and self.config.read_bytes().startswith(_MARK.encode())
 
     def _content(self) -> list[str]:
-        """Returns what is in the folder beside traces of a start."""
-        return [entry.name for entry in self.path.iterdir() if entry.name not in _TRACES]
-
-
-FILE_NAME = "training_summary.json"
-_SCORE = "score"
+        return [entry.name for entry in self.path.iterdir() if entry.name not in _NOT_CONTENT]
 
 
 def summarize(
@@ -200,21 +212,22 @@ def summarize(
     num_processes: int,
     metrics: MetricsLog,
 ) -> dict[str, Any]:
-    """Returns how long a network was trained on what.
+    """Return the content of training_summary.json, which a model card shows.
 
     Args:
         config: The configuration of the run.
-        step: Optimiser updates done.
+        step: Optimizer updates so far.
         images: The training images.
-        unet: The network, on the device that it is trained on.
-        num_processes: How many train it together.
-        metrics: Its lines of metrics.
+        unet: The network, on its training device.
+        num_processes: Number of processes.
+        metrics: The log lines of the run.
 
     Returns:
-        Values that JSON can hold. The seconds are those of training itself, without validation, previews and saving.
+        JSON values. The seconds are those of training, without validation, previews and saving.
     """
     source = config.data.source
-    timed, learned, scored = (metrics.last(name) or {} for name in ("seconds", "loss", _SCORE))
+    timed, learned, scored = (metrics.last(name) or {} for name in ("seconds", "loss", "score"))
+    has_null_label = config.objective.class_dropout > 0
     return {
         "step": step,
         "num_steps": config.training.num_steps,
@@ -224,24 +237,19 @@ def summarize(
         "num_processes": num_processes,
         "num_parameters": sum(parameter.numel() for parameter in unet.parameters()),
         "data": {
-            # Of a path the name is enough: where it lies is no matter of whoever reads a model card.
+            # Only the name of a local path: readers of a model card need not know where it is.
             "source": Path(source).name if Path(source).expanduser().exists() else source,
             "num_images": len(images) if isinstance(images, Sized) else None,
-            "num_classes": unet.config.num_class_embeds and unet.config.num_class_embeds - _has_null_label(config),
+            "num_classes": unet.config.num_class_embeds and unet.config.num_class_embeds - has_null_label,
         },
         "loss": learned.get("loss"),
-        "score": {name: value for name, value in scored.items() if name.startswith(_SCORE)} or None,
+        "score": {name: value for name, value in scored.items() if name.startswith("score")} or None,
         "versions": {"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }
 
 
-def _has_null_label(config: RunConfig) -> bool:
-    """Whether one of the network's labels means "no class"."""
-    return config.objective.class_dropout > 0
-
-
 def device_name(device: torch.device) -> str:
-    """Returns what a device is called by those who sell it."""
+    """Return the product name of a GPU or of the CPU."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:
@@ -249,3 +257,42 @@ def device_name(device: torch.device) -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def carry_over_additions(old: Path, new: Path, evaluations: Path) -> None:
+    """Keep files that were added to a saved pipeline, such as evaluations, when the run saves its pipeline again.
+
+    If network and scheduler are the same to the bit, all additional files are hard-linked or copied. Otherwise they are
+    about another model: evaluation.json and evaluation.png go to `evaluations`, named by the step.
+
+    Args:
+        old: The pipeline that is about to be replaced; it need not exist.
+        new: The complete new pipeline.
+        evaluations: Folder of evaluations of earlier pipelines.
+    """
+    patterns = (MODEL_INDEX, f"scheduler/{SCHEDULER_CONFIG}", "unet/*")
+    model = [path.relative_to(new) for pattern in patterns for path in new.glob(pattern) if path.is_file()]
+    if all((old / name).is_file() and filecmp.cmp(old / name, new / name, shallow=False) for name in model):
+        shutil.copytree(old, new, copy_function=_link_if_missing, dirs_exist_ok=True, ignore=_links)
+        return
+    for path in (old / EVALUATION, old / EVALUATION_PICTURE):
+        if path.is_file():
+            try:
+                name = f"step_{read_json(old / TRAINING_SUMMARY)['step']:08d}"
+            except (OSError, ValueError, KeyError, TypeError):
+                name = "step_unknown"
+            evaluations.mkdir(exist_ok=True)
+            atomic_write(evaluations / f"{name}{path.suffix}", partial(shutil.copyfile, path))
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(folder, name).is_symlink()]
+
+
+def _link_if_missing(source: str, target: str) -> None:
+    if os.path.exists(target):
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -143,8 +143,8 @@ def test_a_run_resumed_on_more_and_on_fewer_processes_uses_every_image_once(
     assert latest.step == 8, "the ranks agree on a stop one step after the signal"
     changes, seen, whole = worker.COVERAGE | {"data__source": folder / "few.parquet"}, list[str](), list[str]()
     worker.train(folder / "coverage", changes, worker.recording(seen))
-    assert "The run was on 2 processes and is now on 1: it goes on with the same images" in caplog.text
-    assert finished.stderr.count("The run was on 1 process and is now on 2: it goes on with the same images") == 1
+    assert "The run used 2 processes and now uses 1. It continues with the same images" in caplog.text
+    assert finished.stderr.count("The run used 1 process and now uses 2. It continues with the same images") == 1
     worker.train(folder / "whole", changes, worker.recording(whole))
 
     shares = np.array([report["seen"] for report in two]).reshape(2, 4, 4)  # rank, step, image
@@ -248,7 +248,7 @@ def test_a_rank_without_memory_for_a_preview_costs_the_preview_alone(
 ) -> None:
     assert [report["drawn"] for report in reports_of(folder, "preview")] == [[True, False], [False, False]]
     assert not (folder / "preview" / "none.png").exists()
-    assert finished.stderr.count("No memory for the preview; training goes on. Lower preview.num_images.") == 1
+    assert finished.stderr.count("No memory for the preview; training continues. Lower preview.num_images.") == 1
 
 
 def test_previews_of_a_run_are_those_of_one_process(folder: Path, alone: dict[str, Path]) -> None:

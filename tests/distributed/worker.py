@@ -22,8 +22,8 @@ from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, ModelConfig, PreviewConfig, RunConfig, TrainingConfig, load_config
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.distributed import ProcessesDiffer, TrainingStopped
-from ddpm_hf.training.batches import settle
-from ddpm_hf.training.trainer import Trainer, make_network, save_preview
+from ddpm_hf.training.batches import resolve_micro_batch_size
+from ddpm_hf.training.trainer import Trainer, build_network, save_preview
 from tests.conftest import run_arguments, tiny_unet
 from tests.runs import EVERYTHING_BUT_DROPOUT, EVERYTHING_RANDOM
 
@@ -90,14 +90,14 @@ def recording(seen: list[str]) -> Fault:
     """Return a hook that records every training image of this rank in order."""
 
     def inject(trainer: Trainer) -> None:
-        samples = trainer.feed.samples
+        samples = trainer.loader.samples
 
         def noted(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
             x_0, labels = samples(start, stop)
             seen.extend(digest(image) for image in x_0)
             return x_0, labels
 
-        trainer.feed.samples = noted  # type: ignore[method-assign]
+        trainer.loader.samples = noted  # type: ignore[method-assign]
 
     return inject
 
@@ -143,7 +143,7 @@ def slow(folder: Path) -> Report:
             whole = getattr(trainer, name)
 
             def delayed(*, whole: Callable[..., None] = whole, number: int = number, **arguments: bool) -> None:
-                late((number + trainer.state.global_step) % 2)
+                late((number + trainer.global_step) % 2)
                 whole(**arguments)
 
             setattr(trainer, name, delayed)
@@ -183,7 +183,7 @@ def not_a_number(folder: Path) -> Report:
     hashes: list[str] = []
 
     def spoil_images(trainer: Trainer) -> None:
-        samples = trainer.feed.samples
+        samples = trainer.loader.samples
 
         def spoilt(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
             x_0, labels = samples(start, stop)
@@ -191,7 +191,7 @@ def not_a_number(folder: Path) -> Report:
                 x_0[0, 0, 0, 0] = float("nan")
             return x_0, labels
 
-        trainer.feed.samples = spoilt  # type: ignore[method-assign]
+        trainer.loader.samples = spoilt  # type: ignore[method-assign]
 
     def spoil_gradient(trainer: Trainer) -> None:
         if RANK == 1:
@@ -205,7 +205,7 @@ def not_a_number(folder: Path) -> Report:
         "num_skipped": trainer.guard.num_skipped,
         "num_ema_updates": trainer.ema.num_updates,
         "averages": digest(*trainer.ema.tensors()),
-        "history": digest(*trainer.timestep_sampler.state().values()),
+        "history": digest(*trainer.timestep_sampler.state_dict().values()),
         "exit_code": exit_code,
     }
 
@@ -217,7 +217,7 @@ def differing(folder: Path) -> Report:
         save = trainer._save
 
         def save_flipped(**arguments: Any) -> None:
-            if trainer.state.global_step == 4 and RANK == 1:
+            if trainer.global_step == 4 and RANK == 1:
                 tensors()[0].detach().view(torch.int32).flatten()[-1] ^= 1
             save(**arguments)
 
@@ -263,13 +263,13 @@ def agreement(folder: Path) -> Report:
         source = path if RANK == 0 else "/a/disk/that/only/rank/0/has"
         config = RunConfig(model=ModelConfig(preset=None, from_pretrained=source))
         scheduler, device = GaussianDiffusionScheduler.create(), torch.device("cpu")
-        return digest(*make_network(config, (1, 8, 8), None, scheduler, Path("/nowhere"), device).parameters())
+        return digest(*build_network(config, (1, 8, 8), None, scheduler, Path("/nowhere"), device).parameters())
 
     config = TrainingConfig(micro_batch_size="auto")
     for action in (
         lambda: distributed.on_every_rank(fail_on_rank_1),
-        lambda: settle(config, 24, None, attempt),
-        lambda: settle(config, 24, None, lambda size: attempt(size + 3)),
+        lambda: resolve_micro_batch_size(config, 24, None, attempt),
+        lambda: resolve_micro_batch_size(config, 24, None, lambda size: attempt(size + 3)),
         lambda: distributed.gather_json([RANK, "ö"]),
         lambda: network(str(folder.parent / "unconditional")),
         lambda: network(str(folder.parent / "gone")),

@@ -61,7 +61,7 @@ def test_a_disk_that_fills_up_costs_only_the_new_checkpoints(
         finally:
             limit.__exit__(None, None, None)
     assert "checkpoint of step 4 could not be written (" in caplog.text
-    assert "training goes on, the older checkpoints are intact" in caplog.text
+    assert "training continues, the older checkpoints are intact" in caplog.text
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "checkpoint of step 6 could not be written (" in line
     assert f"make room in {run} and run the same command again" in line
@@ -87,7 +87,7 @@ def test_a_disk_that_can_no_longer_be_written_does_not_stop_training(
     with monkeypatch.context() as patch:
         at_step(3, lambda: patch.setattr(os, "mkdir", refuse), patch)
         assert train(arguments) == 1
-    assert "checkpoint of step 4 could not be written (Read-only file system); training goes on" in caplog.text
+    assert "checkpoint of step 4 could not be written (Read-only file system); training continues" in caplog.text
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000002"]
     assert train(arguments) == 0
     assert_same_run(whole_run, run, 6)
@@ -101,7 +101,7 @@ def test_a_run_whose_folder_was_removed_is_saved_in_a_new_one(
     with monkeypatch.context() as patch:
         at_step(3, lambda: shutil.rmtree(run), patch)
         assert train(run_arguments(run, **EVERYTHING_RANDOM)) == 0
-    assert f"training.output_dir {run} was removed while training; it is made again." in caplog.text
+    assert f"training.output_dir {run} was removed during training; it is created again." in caplog.text
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
     assert train(run_arguments(run, **EVERYTHING_RANDOM)) == 0
     expected, found = (tensors_of(path / "checkpoints" / "step_00000006") for path in (whole_run, run))
@@ -124,7 +124,9 @@ def test_a_run_does_not_touch_its_folder_after_another_run_took_it_over(
 
     at_step(3, take_its_place, monkeypatch)
     assert train(run_arguments(run, training__log_every_steps=100)) == 2
-    expected = "another process is training in" if is_running else "holds something else now (theirs); training stops"
+    expected = (
+        "another process is training in" if is_running else "now holds something else (theirs), which is left untouched"
+    )
     assert expected in capsys.readouterr().err
     assert {path.name for path in run.iterdir()} == ({".lock"} if is_running else {"theirs"})
     for lock in locks:
@@ -163,13 +165,13 @@ def test_a_disk_without_room_for_checkpoints_is_refused_before_training(
     # Two more EMAs in a checkpoint of four tensors a weight, and a pair of them after each of six steps.
     assert with_free(6.6 * size, other, "--dry_run", training__posthoc_ema=True) == 0
     assert with_free(5.4 * size, other, "--dry_run", training__posthoc_ema=True) == 2
-    assert "for two checkpoints and 6 pairs of averages (training.posthoc_ema); make room" in capsys.readouterr().err
+    assert "for two checkpoints and 6 EMA snapshots (training.posthoc_ema); make room" in capsys.readouterr().err
 
 
 SMALL_DISK = """
 import os, subprocess, sys
 from pathlib import Path
-from ddpm_hf.cli import train
+from ddpm_hf.cli.main import train
 from ddpm_hf.training.checkpoint import find_latest
 from tests.conftest import run_arguments
 disk, num_kept = Path(sys.argv[1]), sys.argv[2]

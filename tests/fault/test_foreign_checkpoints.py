@@ -61,7 +61,10 @@ def loss_history_of_other_timesteps(folder: Path) -> None:
 FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a counter of a newer version": (change_json("trainer_state.json", new_counter=1), "new_counter"),
     "weights of another network": (weights_of_another_network, "size mismatch"),
-    "moments of another network": (moments_of_another_network, "there is no exp_avg for conv_out.bias"),
+    "moments of another network": (
+        moments_of_another_network,
+        "exp_avg of conv_out.bias is missing or has the wrong shape",
+    ),
     "a loss history of other timesteps": (loss_history_of_other_timesteps, "last losses of 2 timesteps"),
     "no EMA": (lambda folder: shutil.rmtree(folder / "ema"), "step_00000002"),
     "no configuration": (lambda folder: (folder / "config.yaml").unlink(), "configuration"),

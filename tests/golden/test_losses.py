@@ -35,6 +35,6 @@ def test_the_losses_of_the_first_steps_are_the_ones_on_record(tmp_path: Path) ->
     losses = losses_of(tmp_path)
     if not GOLDEN.exists():
         GOLDEN.write_text(json.dumps(losses, indent=1) + "\n", encoding="utf-8")
-        raise AssertionError(f"{GOLDEN} is written anew; look at the difference and run the test again.")
+        raise AssertionError(f"{GOLDEN} was rewritten; review the difference and run the test again.")
     for name, expected in json.loads(GOLDEN.read_text(encoding="utf-8")).items():
         np.testing.assert_allclose(losses[name], expected, rtol=1e-3, err_msg=name)

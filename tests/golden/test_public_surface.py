@@ -4,8 +4,9 @@ from pathlib import Path
 
 import ddpm_hf
 from ddpm_hf.config import RunConfig, TrainingConfig
-from ddpm_hf.training.checkpoint import TrainerState, write_checkpoint, write_snapshot
-from ddpm_hf.training.ema import EMA, decay_laws
+from ddpm_hf.training.batches import UniformTimesteps
+from ddpm_hf.training.checkpoint import write_checkpoint, write_snapshot
+from ddpm_hf.training.ema import EMA, decay_schedules
 from ddpm_hf.training.optim import build_optimizer
 from tests.conftest import tiny_unet
 
@@ -30,9 +31,10 @@ def test_the_public_names_are_golden() -> None:
 def test_the_files_of_a_checkpoint_are_golden(tmp_path: Path) -> None:
     unet = tiny_unet()
     config = TrainingConfig(posthoc_ema=True)
-    ema, optimizer = EMA(unet, decay_laws(config)), build_optimizer(unet.parameters(), config)
+    ema, optimizer = EMA(unet, decay_schedules(config)), build_optimizer(unet.parameters(), config)
+    sampler = UniformTimesteps(10, 8, seed=0)
     path = write_checkpoint(
-        tmp_path, 1, lambda folder: write_snapshot(folder, unet, ema, optimizer, TrainerState(), "")
+        tmp_path, 1, lambda folder: write_snapshot(folder, unet, ema, optimizer, sampler, {}, "")
     ).path
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
     assert files == lines_of("checkpoint_files.txt")

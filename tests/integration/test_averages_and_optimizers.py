@@ -12,7 +12,7 @@ from ddpm_hf import GaussianDiffusionPipeline
 from ddpm_hf.cli.main import main, train
 from ddpm_hf.config import TrainingConfig
 from ddpm_hf.training import ema, posthoc_ema
-from ddpm_hf.training.ema import decay_laws
+from ddpm_hf.training.ema import decay_schedules
 from ddpm_hf.training.optim import learning_rate_at
 from tests.conftest import run_arguments
 from tests.integration.test_training import (
@@ -102,9 +102,9 @@ def test_an_average_made_afterwards_is_the_one_that_was_followed_all_along(
 
     def with_a_third(config: TrainingConfig) -> dict[str, Any]:
         gamma = ema.gamma_of(0.075)
-        return decay_laws(config) | {"ema_third": lambda number: ema.decay_at(number, gamma)}
+        return decay_schedules(config) | {"ema_third": lambda number: ema.power_decay_at(number, gamma)}
 
-    monkeypatch.setattr("ddpm_hf.training.ema.decay_laws", with_a_third)
+    monkeypatch.setattr("ddpm_hf.training.trainer.decay_schedules", with_a_third)
     run = tmp_path / "run"
     changes: dict[str, Any] = {"training__posthoc_ema": True, "training__posthoc_ema_every_steps": 6}
     changes |= {"training__num_steps": 120, "training__checkpoint_every_steps": 120, "training__learning_rate": 5e-3}

@@ -1,4 +1,4 @@
-"""`ddpm-hf evaluate` as its user runs it, on a tiny pipeline and the embedded digits."""
+"""`ddpm-hf evaluate` on a tiny pipeline and the digits."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from PIL import Image
+from torch.distributed import TCPStore
 
 from ddpm_hf.cli import main
 from ddpm_hf.config import DataConfig, RunConfig, TrainingConfig
@@ -19,7 +20,8 @@ from ddpm_hf.evaluation.features import moments_of
 from ddpm_hf.evaluation.likelihood import ReverseProcess, variational_bound
 from ddpm_hf.evaluation.metrics import frechet_distance
 from ddpm_hf.evaluation.report import choose_images
-from tests.conftest import DIGITS, run_process, tiny_unet
+from tests import forked
+from tests.conftest import DIGITS, tiny_unet
 from tests.feature_networks import pooled
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -32,7 +34,7 @@ BOUND = ["--metrics", "bits_per_dim", "--num_images", "5", "--num_terms", "3"]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a class-conditional pipeline with a chain of 20 steps."""
+    """The folder of a class-conditional pipeline with 20 timesteps."""
     folder = tmp_path_factory.mktemp("run") / "pipeline"
     scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=20, variance_type="fixed_small")
     GaussianDiffusionPipeline(tiny_unet(num_class_embeds=10), scheduler, class_names=DIGIT_NAMES).save_pretrained(
@@ -45,8 +47,8 @@ def evaluate(*arguments: object) -> int:
     return main.main(["evaluate", *map(str, arguments)])
 
 
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs an evaluation with a mistake in it and returns the sentence it is answered with."""
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run an invalid command and return its error message."""
     capsys.readouterr()
     assert evaluate(*arguments) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -56,7 +58,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_bits_per_dimension_are_printed_and_written(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path
 ) -> None:
-    """Of the run folder, with held-out images, the analytic variance and a chain of 10 steps, spaced as the samples."""
+    """From the run folder, with a validation set, the analytic variance and 10 timesteps, spaced as for sampling."""
     shorter = ["--likelihood_steps", "10", "--timestep_spacing", "trailing"]
     held_out = ["--data.validation_fraction", "0.1", "--estimate_variance", "2", "--variance", "analytic"]
     assert evaluate(saved.parent, *QUICK, *BOUND, *held_out, *shorter, "--output", tmp_path) == 0
@@ -90,7 +92,7 @@ def test_bits_per_dimension_are_printed_and_written(
     moments.unlink()
 
 
-def test_the_variance_of_a_folder_without_subfolders_lies_beside_its_scheduler(tmp_path: Path, saved: Path) -> None:
+def test_in_a_folder_without_subfolders_the_variance_is_saved_beside_the_scheduler(tmp_path: Path, saved: Path) -> None:
     """As google/ddpm-* repositories are laid out."""
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -102,10 +104,10 @@ def test_the_variance_of_a_folder_without_subfolders_lies_beside_its_scheduler(t
     assert GaussianDiffusionPipeline.from_pretrained(flat).scheduler.eps_second_moments.shape == (20,)
 
 
-def test_samples_for_the_picture_alone_cost_few_steps_and_stand_in_nobodys_way(
+def test_samples_for_the_picture_alone_take_few_steps_in_a_folder_of_their_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of 60 steps in training, 50 for the picture; the folder of a later metric's samples is another one."""
+    """50 of 60 steps; metrics sample into another folder."""
     unet = tiny_unet(num_class_embeds=10)
     scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=60)
     GaussianDiffusionPipeline(unet, scheduler, class_names=DIGIT_NAMES).save_pretrained(tmp_path / "long")
@@ -117,10 +119,10 @@ def test_samples_for_the_picture_alone_cost_few_steps_and_stand_in_nobodys_way(
     assert not (tmp_path / "long" / "evaluation_samples").exists()
 
 
-def test_the_images_that_a_run_held_out_are_measured_and_no_part_of_the_reference(
+def test_the_validation_set_of_the_run_is_measured_and_not_part_of_the_reference(
     tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a flag: training_config.yaml in the folder says which."""
+    """Without a flag, from training_config.yaml in the folder."""
     shutil.copytree(saved, tmp_path / "run" / "pipeline")
     config = RunConfig(data=DataConfig(source=str(DIGITS), validation_fraction=0.1), training=TrainingConfig(seed=5))
     (tmp_path / "run" / "pipeline" / "training_config.yaml").write_text(config.to_yaml())
@@ -138,10 +140,10 @@ def test_the_images_that_a_run_held_out_are_measured_and_no_part_of_the_referenc
     assert report["metrics"][-1]["value"] == pytest.approx(bound.bits_per_dim, rel=1e-6)
 
 
-def test_fidelity_sees_the_samples_and_the_training_images(
+def test_fidelity_compares_samples_with_training_images(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path
 ) -> None:
-    """Nothing but the result is printed, since stderr is no terminal here."""
+    """Nothing is printed on stderr, which is not a terminal here."""
     features = "tests.feature_networks:pooled"
     options = ["--metrics", "frechet_distance", "--features", features, "--seed", "3", "--format", "png"]
     options += ["--labels", "eight,three"]
@@ -163,7 +165,7 @@ def test_fidelity_sees_the_samples_and_the_training_images(
     assert printed.err == ""
     assert json.loads((tmp_path / "evaluation_samples" / "settings.json").read_text())["labels"] == [8, 3]
     options[options.index("3")] = "4"
-    changed = complaint(capsys, saved, *QUICK, *options, "--output", tmp_path)
+    changed = error_of(capsys, saved, *QUICK, *options, "--output", tmp_path)
     assert "holds samples of other settings (seed was 3, is 4)" in changed
 
 
@@ -176,10 +178,10 @@ def test_fidelity_sees_the_samples_and_the_training_images(
          "frechet_distance needs at least 5 images"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_measured_is_told_before_anything_is_sampled(
+def test_metrics_that_cannot_be_measured_are_refused_before_sampling(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path, options: list[str], sentence: str
 ) -> None:
-    assert sentence in complaint(capsys, saved, *QUICK, *options, "--output", tmp_path)
+    assert sentence in error_of(capsys, saved, *QUICK, *options, "--output", tmp_path)
     assert not (tmp_path / "evaluation_samples").exists()
 
 
@@ -203,7 +205,7 @@ IN_FEATURES = ["--metrics", "frechet_distance", "--features", "tests.feature_net
         ("learned_range", [*ESTIMATE, *BOUND], "the analytic one replaces a fixed one only"),
     ],
 )
-def test_everything_is_checked_before_the_network_is_called_and_a_folder_is_made(
+def test_everything_is_checked_before_the_network_runs_and_a_folder_is_created(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     saved: Path,
@@ -212,14 +214,14 @@ def test_everything_is_checked_before_the_network_is_called_and_a_folder_is_made
     options: list[str],
     sentence: str,
 ) -> None:
-    """A folder of samples that a refused command left would refuse the corrected one."""
+    """A folder of samples from a refused command would make the corrected one fail."""
     config = saved / "scheduler" / "scheduler_config.json"
     original = config.read_text()
     config.write_text(json.dumps(json.loads(original) | {"variance_type": variance_type}))
     monkeypatch.setattr(UNet2DModel, "forward", lambda *_, **__: pytest.fail("the network was called"))
     before = sorted(saved.rglob("*"))
     try:
-        assert sentence in complaint(capsys, saved, *QUICK, *options, "--output", tmp_path / "out")
+        assert sentence in error_of(capsys, saved, *QUICK, *options, "--output", tmp_path / "out")
     finally:
         config.write_text(original)
     assert sorted(saved.rglob("*")) == before
@@ -241,13 +243,13 @@ def test_everything_is_checked_before_the_network_is_called_and_a_folder_is_made
         ([*BOUND, "--data.split", "test"], "test"),
     ],
 )
-def test_a_mistake_is_answered_with_one_sentence(
+def test_invalid_input_is_refused_in_one_sentence(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path, arguments: list[str], sentence: str
 ) -> None:
-    assert sentence in complaint(capsys, saved, *QUICK, *arguments, "--output", tmp_path)
+    assert sentence in error_of(capsys, saved, *QUICK, *arguments, "--output", tmp_path)
 
 
-def test_memory_that_runs_out_on_a_cpu_is_answered_with_the_batch_size(
+def test_out_of_memory_names_the_batch_size(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -266,24 +268,32 @@ def test_a_conditional_network_needs_labels_for_its_bound(
 ) -> None:
     np.save(tmp_path / "x.npy", np.zeros((4, 8, 8), np.uint8))
     arguments = [*QUICK, *BOUND, "--data", tmp_path / "x.npy", "--output", tmp_path / "out"]
-    assert "has no labels, but the network is class-conditional" in complaint(capsys, saved, *arguments)
+    assert "has no labels, but the network is class-conditional" in error_of(capsys, saved, *arguments)
 
 
 def test_a_folder_without_a_pipeline_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert f"{tmp_path} holds no pipeline (model_index.json)" in complaint(capsys, tmp_path, *QUICK)
-    assert "is not a local folder; give --output" in complaint(capsys, "user/model", *QUICK)
+    assert f"{tmp_path} holds no pipeline (model_index.json)" in error_of(capsys, tmp_path, *QUICK)
+    assert "is not a local folder; give --output" in error_of(capsys, "user/model", *QUICK)
 
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path: Path, saved: Path) -> None:
-    """The samples to the bit; the bound to 1e-12, the order of additions."""
-    arguments = ["-m", "ddpm_hf", "evaluate", str(saved), *QUICK, *BOUND, "--batch_size", "3", "--output"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    alone = run_process([*arguments, str(tmp_path / "one")])
-    together = run_process([*launcher, *arguments, str(tmp_path / "two")])
-    assert (alone.returncode, together.returncode) == (0, 0), alone.stderr + together.stderr
-    assert together.stdout.endswith(alone.stdout.replace("/one", "/two"))  # gloo may have greeted before
-    assert together.stdout.count("Everything is in") == 1, "only rank 0 speaks"
+    """The samples exactly; the bound to 1e-12, the order of additions."""
+    arguments = ["evaluate", str(saved), *QUICK, *BOUND, "--batch_size", "3", "--output"]
+    alone = forked.run_command(*arguments, tmp_path / "one")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    world["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    logs = [tmp_path / f"log_{rank}" for rank in (0, 1)]
+    ranks = [
+        forked.start(main.main, [*arguments, str(tmp_path / "two")], log=log, RANK=rank, LOCAL_RANK=rank, **world)
+        for rank, log in zip("01", logs, strict=True)
+    ]
+    for process in ranks:
+        process.join()
+    assert [alone.returncode, *(process.exitcode for process in ranks)] == [0, 0, 0], alone.stderr
+    assert logs[0].read_text().endswith(alone.stdout.replace("/one", "/two"))  # gloo may print a line before
+    assert "Everything is in" not in logs[1].read_text()
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert one["metrics"][0]["value"] == pytest.approx(two["metrics"][0]["value"], rel=1e-12)
     assert one["sampling"] == two["sampling"]

@@ -1,29 +1,31 @@
-"""`ddpm-hf sample` as its user runs it, on tiny pipelines."""
+"""`ddpm-hf sample` on tiny pipelines."""
 
 import io
 import json
 import logging
+import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import PIPE, Popen
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from PIL import Image
 
 from ddpm_hf import files
 from ddpm_hf.cli import main
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.plots import denoising_strip, image_grid
-from tests.conftest import REPOSITORY, process_environment, run_process
-from tests.loopback_hub import LoopbackHub, files_of
+from tests import forked
+from tests.integration.conftest import logged_in
+from tests.loopback_hub import files_of
 from tests.saved_folders import save_early_folder
 from tests.unit.diffusion.oracles import tiny_unet
 
@@ -31,7 +33,7 @@ ANIMALS = {"0": "cat", "1": "dog", "2": "sea lion, young"}
 
 
 def save(folder: Path, class_names: dict[str, str] | None = None, **unet: Any) -> Path:
-    """Saves a pipeline with a chain of 12 steps."""
+    """Save a pipeline with 12 timesteps."""
     scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=12)
     labels = {"num_class_embeds": len(class_names) + 1} if class_names else {}
     GaussianDiffusionPipeline(
@@ -42,7 +44,7 @@ def save(folder: Path, class_names: dict[str, str] | None = None, **unet: Any) -
 
 @pytest.fixture(scope="module")
 def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder whose pipeline knows three classes and none."""
+    """A run folder with a pipeline of three classes and the null label."""
     return save(tmp_path_factory.mktemp("run") / "pipeline", ANIMALS).parent
 
 
@@ -64,8 +66,8 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def draw(model: Path, output: Path, *flags: object, quiet: pytest.CaptureFixture[str] | None = None) -> Path:
-    """Runs the command and returns its folder."""
+def draw(model: object, output: Path, *flags: object, quiet: pytest.CaptureFixture[str] | None = None) -> Path:
+    """Run the command and return its folder."""
     assert main.main(["sample", str(model), "--output", str(output), *map(str, flags)]) == 0
     if quiet is not None:
         assert quiet.readouterr().err == ""
@@ -73,8 +75,8 @@ def draw(model: Path, output: Path, *flags: object, quiet: pytest.CaptureFixture
     return output
 
 
-def complaint(capsys: pytest.CaptureFixture[str], model: object, output: Path, *flags: object, code: int = 2) -> str:
-    """Runs the command with a mistake in it and returns the sentence it is answered with."""
+def error_of(capsys: pytest.CaptureFixture[str], model: object, output: Path, *flags: object, code: int = 2) -> str:
+    """Run an invalid command and return its error message."""
     capsys.readouterr()
     assert main.main(["sample", str(model), "--output", str(output), *map(str, flags)]) == code
     error = capsys.readouterr().err
@@ -90,10 +92,10 @@ def pixels(path: Path) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------- seeds, labels
 
 
-def test_the_picture_of_a_seed_is_the_one_that_python_gives(
+def test_a_seed_gives_the_image_that_python_gives(
     animals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exactly; nothing but the result is printed, since stderr is no terminal here."""
+    """Exactly. Nothing is printed on stderr, which is not a terminal here."""
     steps = ("--num_inference_steps", 6, "--eta", 0.5, "--timestep_spacing", "trailing")
     guidance = ("--labels", "dog", "--guidance_scale", 2, "--guidance_rescale", 0.5)
     output = draw(animals, tmp_path / "a", "--seeds", 7, *steps, *guidance, quiet=capsys)
@@ -104,8 +106,8 @@ def test_the_picture_of_a_seed_is_the_one_that_python_gives(
     np.testing.assert_array_equal(pixels(output / "seed_000007_dog.png"), np.asarray(image))
 
 
-def test_one_seed_gives_one_picture_whatever_the_batch_the_number_or_the_order(animals: Path, tmp_path: Path) -> None:
-    """Up to one gray level: sums in a network depend on the size of a batch in their last digits."""
+def test_a_seed_gives_one_image_in_any_batch_number_and_order(animals: Path, tmp_path: Path) -> None:
+    """To one gray level: rounding in the network depends on the batch size."""
     steps = ("--num_inference_steps", 4)
     whole = draw(animals, tmp_path / "whole", "--num_images", 7, "--batch_size", 3, *steps)
     names = {path.name for path in whole.glob("seed_*.png")}
@@ -131,7 +133,7 @@ def test_one_seed_gives_one_picture_whatever_the_batch_the_number_or_the_order(a
         ("3", ["no_class"] * 4),
     ],
 )
-def test_labels_are_names_or_numbers_and_go_round_by_the_seed(
+def test_labels_are_names_or_numbers_chosen_by_the_seed(
     animals: Path, tmp_path: Path, labels: str, classes: list[str]
 ) -> None:
     output = draw(animals, tmp_path / "a", "--num_images", 4, "--labels", labels, "--num_inference_steps", 1)
@@ -142,9 +144,7 @@ def test_labels_are_names_or_numbers_and_go_round_by_the_seed(
     assert [image["label"] for image in images] == [numbers[name] for name in classes]
 
 
-def test_labels_that_no_seed_falls_on_are_named(
-    animals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_labels_without_a_seed_are_named(animals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(animals, tmp_path / "a", "--seeds", "0,2", "--labels", "cat,dog", "--num_inference_steps", 1)
     assert "note: no seed has label dog; seed s has label s modulo 2" in capsys.readouterr().out
 
@@ -152,8 +152,8 @@ def test_labels_that_no_seed_falls_on_are_named(
 # ---------------------------------------------------------------------------------------------------------- overviews
 
 
-def test_the_grid_has_the_classes_above_its_columns(animals: Path, tmp_path: Path) -> None:
-    """Seeds 0, 1, 3, 4, 6 of two labels: two columns for each, and a white place where an image is missing."""
+def test_the_grid_has_columns_of_classes(animals: Path, tmp_path: Path) -> None:
+    """Seeds 0, 1, 3, 4, 6 of two labels: two columns each, with white cells for missing images."""
     output = draw(animals, tmp_path / "a", "--seeds", "6,0,1,3,4", "--labels", "dog,cat", "--num_inference_steps", 1)
     dog, cat = (
         [pixels(output / f"seed_{seed:06d}_{name}.png") for seed in seeds]
@@ -165,8 +165,8 @@ def test_the_grid_has_the_classes_above_its_columns(animals: Path, tmp_path: Pat
     np.testing.assert_array_equal(pixels(output / "grid.png"), np.asarray(expected))
 
 
-def test_the_way_from_noise_is_that_of_the_pictures_and_moves_none(plain: Path, tmp_path: Path) -> None:
-    """The whole way has 13 states, so that none is left out before the strip chooses; batches are joined."""
+def test_strip_and_animation_show_the_trajectory_of_the_images_and_change_none(plain: Path, tmp_path: Path) -> None:
+    """The trajectory has 13 states, so all are kept before the strip chooses; batches are joined."""
     without = draw(plain, tmp_path / "without", "--num_images", 4, "--batch_size", 3)
     output = draw(plain, tmp_path / "with", "--num_images", 4, "--batch_size", 3, "--strip", "--animation")
     for path in without.glob("*.png"):
@@ -196,7 +196,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_variants_of_images_are_those_of_denoise_from(animals: Path, given: Path, tmp_path: Path) -> None:
+def test_images_are_edited_as_by_denoise_from(animals: Path, given: Path, tmp_path: Path) -> None:
     flags = ("--image", given / "a.png", given / "b.png", "--strength", 0.5, "--labels", "cat", "--seeds", "4,2")
     output = draw(animals, tmp_path / "a", *flags)
     start = [Image.open(given / f"{name}.png") for name in ("a", "a", "b", "b")]
@@ -211,7 +211,7 @@ def test_variants_of_images_are_those_of_denoise_from(animals: Path, given: Path
     np.testing.assert_array_equal(pixels(output / "grid.png"), np.asarray(expected))
 
 
-def test_filled_images_are_those_of_inpaint(animals: Path, given: Path, tmp_path: Path) -> None:
+def test_masked_images_are_edited_as_by_inpaint(animals: Path, given: Path, tmp_path: Path) -> None:
     flags = ("--image", given / "a.png", "--mask", given / "mask.png", "--labels", "dog", "--seeds", 3)
     output = draw(animals, tmp_path / "a", *flags, "--num_resamples", 2, "--jump_length", 3)
     image, mask = Image.open(given / "a.png"), Image.open(given / "mask.png")
@@ -229,7 +229,7 @@ def test_filled_images_are_those_of_inpaint(animals: Path, given: Path, tmp_path
 # ------------------------------------------------------------------------------------------- settings, other channels
 
 
-def test_settings_say_all_that_the_pictures_depend_on(plain: Path, tmp_path: Path) -> None:
+def test_settings_record_all_that_the_images_depend_on(plain: Path, tmp_path: Path) -> None:
     scheduler = ("--scheduler", "UniPCMultistepScheduler", "--num_inference_steps", 3, "--dtype", "bfloat16")
     output = draw(plain, tmp_path / "a", "--seeds", "8,5", *scheduler, "--device", "cpu")
     settings = json.loads((output / "settings.json").read_text())
@@ -284,7 +284,7 @@ def test_images_of_any_channels_are_written(
         ("user/model", "", "is neither a local folder nor in the cache, and HF_HUB_OFFLINE is set"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_is_written(
+def test_invalid_input_is_refused_before_anything_is_written(
     request: pytest.FixtureRequest,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -294,34 +294,34 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     sentence: str,
 ) -> None:
     folder = model if "/" in model else request.getfixturevalue(model)
-    assert sentence in complaint(capsys, folder, tmp_path / "a", *flags.replace("given", str(given)).split())
+    assert sentence in error_of(capsys, folder, tmp_path / "a", *flags.replace("given", str(given)).split())
     assert not (tmp_path / "a").exists()
 
 
-def test_what_diffusers_says_of_a_model_that_does_not_load_is_not_told_beside_the_sentence(
+def test_messages_of_diffusers_are_dropped_after_an_error_and_kept_otherwise(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has a paragraph of its own about a repository that cannot be had; what it says of one that loads stays."""
-    told = io.StringIO()
+    """diffusers logs a paragraph of its own about a repository that cannot be found."""
+    messages = io.StringIO()
     logger = logging.getLogger("diffusers")
-    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(told)])
-    assert "HF_HUB_OFFLINE is set" in complaint(capsys, "user/model", tmp_path / "a")
-    assert told.getvalue() == ""
-    index = json.loads((plain / "model_index.json").read_text()) | {"of_another_time": True}
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(messages)])
+    assert "HF_HUB_OFFLINE is set" in error_of(capsys, "user/model", tmp_path / "a")
+    assert messages.getvalue() == ""
+    index = json.loads((plain / "model_index.json").read_text()) | {"unknown_setting": True}
     changed = Path(shutil.copytree(plain, tmp_path / "changed"))
     (changed / "model_index.json").write_text(json.dumps(index))
     draw(changed, tmp_path / "a", "--seeds", 1, "--num_inference_steps", 2)
-    assert "of_another_time" in told.getvalue()
+    assert "unknown_setting" in messages.getvalue()
     assert len(logger.handlers) == 1
 
 
 def test_only_pickles_and_broken_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_early_folder(tmp_path / "pickled", pickled=True)
-    assert "has no weights in the safetensors format" in complaint(capsys, tmp_path / "pickled", tmp_path / "a")
+    assert "has no weights in the safetensors format" in error_of(capsys, tmp_path / "pickled", tmp_path / "a")
     broken = save(tmp_path / "broken")
     (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"short")
-    assert f"{broken} holds no pipeline that can be loaded: " in complaint(capsys, broken, tmp_path / "a")
-    assert "holds no pipeline (model_index.json)" in complaint(capsys, tmp_path, tmp_path / "a")
+    assert f"{broken} holds no pipeline that can be loaded: " in error_of(capsys, broken, tmp_path / "a")
+    assert "holds no pipeline (model_index.json)" in error_of(capsys, tmp_path, tmp_path / "a")
 
 
 def test_a_stock_folder_of_an_early_release_is_sampled(tmp_path: Path) -> None:
@@ -334,14 +334,14 @@ def test_a_target_that_cannot_be_written_is_exit_code_1(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    assert "file/a" in complaint(capsys, plain, tmp_path / "file" / "a", "--seeds", 1, code=1)
+    assert "file/a" in error_of(capsys, plain, tmp_path / "file" / "a", "--seeds", 1, code=1)
 
 
 # ------------------------------------------------------------------------------------------------- memory, interruption
 
 
 def failing_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, count: int, error: BaseException) -> None:
-    """Lets a function of a library fail from some call on."""
+    """Make a function of a library fail after some calls."""
     original: Callable[..., Any] = getattr(owner, name)
     calls = iter(range(count))
 
@@ -361,25 +361,27 @@ def failing_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, count:
         MemoryError(),
     ],
 )
-def test_memory_that_runs_out_is_answered_with_the_batch_size(
+def test_out_of_memory_names_the_batch_size(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     failing_after(monkeypatch, UNet2DModel, "forward", 0, error)
-    sentence = complaint(capsys, plain, tmp_path / "a", "--seeds", 1, "--batch_size", 9, code=1)
+    sentence = error_of(capsys, plain, tmp_path / "a", "--seeds", 1, "--batch_size", 9, code=1)
     assert sentence.startswith("out of memory (")
     assert sentence.endswith("; lower --batch_size, which is 9.")
 
 
-def test_a_bug_is_not_taken_for_a_lack_of_memory(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_runtime_error_is_not_out_of_memory(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failing_after(monkeypatch, UNet2DModel, "forward", 0, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         main.main(["sample", str(plain), "--output", str(tmp_path / "a"), "--seeds", "1"])
 
 
-def test_an_interrupt_while_a_picture_is_on_its_way_to_the_disk_counts_it(
+def test_an_interrupt_during_the_sync_of_an_image_counts_it(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is there under its name, and only the folder has yet to be synced."""
+    """The file has its final name, and only its folder is not synced yet."""
     sync = files.sync
 
     def interrupted(path: Path) -> None:
@@ -389,18 +391,18 @@ def test_an_interrupt_while_a_picture_is_on_its_way_to_the_disk_counts_it(
 
     monkeypatch.setattr(files, "sync", interrupted)
     flags = ("--num_images", 3, "--batch_size", 3, "--num_inference_steps", 1)
-    sentence = complaint(capsys, plain, tmp_path / "a", *flags, code=130)
+    sentence = error_of(capsys, plain, tmp_path / "a", *flags, code=130)
     assert sentence == f"interrupted; 2 of 3 images are in {tmp_path / 'a'}."
 
 
 def test_an_interrupted_call_leaves_whole_files_and_says_how_many(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The interrupt comes in the second batch; the next call may overwrite what the first one left."""
+    """The interrupt arrives in the second batch; --overwrite replaces the files of the interrupted call."""
     with monkeypatch.context() as patch:
         failing_after(patch, UNet2DModel, "forward", 3, KeyboardInterrupt())
         flags = ("--num_images", 5, "--batch_size", 2, "--num_inference_steps", 2)
-        sentence = complaint(capsys, plain, tmp_path / "a", *flags, code=130)
+        sentence = error_of(capsys, plain, tmp_path / "a", *flags, code=130)
     assert sentence == f"interrupted; 2 of 5 images are in {tmp_path / 'a'}."
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         "seed_000000.png", "seed_000001.png", "settings.json",
@@ -412,39 +414,35 @@ def test_an_interrupted_call_leaves_whole_files_and_says_how_many(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_ctrl_c_ends_the_process_with_130(plain: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ddpm_hf", "sample", str(plain), "--output", str(tmp_path / "a")]
-    flags = ["--num_images", "100000", "--batch_size", "1"]
-    process = Popen([*command, *flags], cwd=REPOSITORY, env=process_environment(), stderr=PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "a" / "seed_000003.png").exists():
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate()
-    assert process.returncode == 130
-    written = list((tmp_path / "a").glob("*.png"))
-    assert error == f"error: interrupted; {len(written)} of 100000 images are in {tmp_path / 'a'}.\n"
+def test_ctrl_c_ends_the_process_with_130_and_whole_files(plain: Path, tmp_path: Path) -> None:
+    output, log = tmp_path / "a", tmp_path / "log"
+    command = ["sample", str(plain), "--output", str(output), "--num_images", "100000", "--batch_size", "1"]
+    process = forked.start(main.main, command, log=log)
+    while process.is_alive() and not (output / "seed_000003.png").exists():
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    written = list(output.glob("*.png"))
+    assert Path(f"{log}.err").read_text() == f"error: interrupted; {len(written)} of 100000 images are in {output}.\n"
     for path in written:
         assert pixels(path).shape == (8, 8, 3)
-    assert not list((tmp_path / "a").glob(".*"))
+    assert not list(output.glob(".*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- Hub
 
-CALLS = """
-import sys
-from ddpm_hf.cli import main as cli
-for line in sys.argv[1:]:
-    print(f"> {cli.main(['sample', *line.split()])}", file=sys.stderr, flush=True)
-"""
 
-
-@pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_repositories_of_a_hub_are_sampled_and_their_refusals_are_sentences(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_hub_repositories_are_sampled_also_from_the_cache_and_refused_in_one_sentence(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     save_early_folder(tmp_path / "pickled", pickled=True)
-    with LoopbackHub() as hub:
+    flags = ("--revision", "v1", "--seeds", 1, "--num_inference_steps", 2)
+    with logged_in() as hub:
+        monkeypatch.delenv("HF_TOKEN")
         repository = hub.repository("user/model")
         repository.tags["v1"] = first = repository.commit(files_of(plain))
         repository.commit(files_of(plain) | {"README.md": b"# New\n"})
@@ -452,36 +450,28 @@ def test_repositories_of_a_hub_are_sampled_and_their_refusals_are_sentences(
         hub.repository("user/private").private = True
         hub.repository("user/data").commit({"README.md": b"# Data\n"})
         hub.repository("user/pickled").commit(files_of(tmp_path / "pickled"))
-        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        few = "--seeds 1 --num_inference_steps 2"
-        lines = [
-            f"user/model --revision v1 {few} --output {tmp_path / 'a'}",
-            *(f"user/{name} --output {tmp_path / 'b'}" for name in ("nothing", "private", "data", "pickled")),
-            f"user/model --revision v2 --output {tmp_path / 'b'}",
-        ]
-        done = run_process(["-c", CALLS, *lines])
-    offline = run_process(["-c", CALLS, f"user/model --revision v1 {few} --output {tmp_path / 'c'}", lines[1]])
-    found = [line for line in done.stderr.splitlines() if line.startswith(("> ", "error: "))]
-    cannot_read = "is neither a local folder nor a repository that you can read"
-    for line, start in zip(found, [
-        "> 0",
-        f"error: user/nothing {cannot_read}", "> 2",
-        f"error: user/private {cannot_read}", "> 2",
-        "error: user/data is a repository without a pipeline", "> 2",
-        "error: user/pickled has no weights in the safetensors format", "> 2",
-        "error: user/model has no revision v2", "> 2",
-    ], strict=True):  # fmt: skip
-        assert line.startswith(start), done.stderr
-    assert "Couldn't connect" not in done.stderr
-    assert json.loads((tmp_path / "a" / "settings.json").read_text())["commit"] == first
+        draw("user/model", tmp_path / "a", *flags)
+        cannot_read = "is neither a local folder nor a repository that you can read"
+        for name, more, sentence in (
+            ("user/nothing", (), cannot_read),
+            ("user/private", (), cannot_read),
+            ("user/data", (), "is a repository without a pipeline"),
+            ("user/pickled", (), "has no weights in the safetensors format"),
+            ("user/model", ("--revision", "v2"), "has no revision v2"),
+        ):
+            assert error_of(capsys, name, tmp_path / "b", *more).startswith(f"{name} {sentence}")
+        endpoint = hub.endpoint
     assert not (tmp_path / "b").exists()
-    # The Hub is gone: what is in the cache is still sampled.
-    found = [line for line in offline.stderr.splitlines() if line.startswith(("> ", "error: "))]
-    assert found[0] == "> 0", offline.stderr
-    assert "Hub cannot be reached" in found[1]
-    names = [path.name for path in (tmp_path / "a").glob("*.png")]
-    assert sorted(names) == ["grid.png", "seed_000001.png"]
+    assert json.loads((tmp_path / "a" / "settings.json").read_text())["commit"] == first
+    with monkeypatch.context() as patch:  # the Hub is gone
+        for name, value in (("ENDPOINT", endpoint), ("HF_HUB_OFFLINE", False)):
+            patch.setattr(constants, name, value)
+        _http.close_session()
+        draw("user/model", tmp_path / "c", *flags)
+        assert "Hub cannot be reached" in error_of(capsys, "user/nothing", tmp_path / "b")
+    _http.close_session()
+    assert "HF_HUB_OFFLINE is set" in error_of(capsys, "user/nothing", tmp_path / "b")
+    names = sorted(path.name for path in (tmp_path / "a").glob("*.png"))
+    assert names == ["grid.png", "seed_000001.png"]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()

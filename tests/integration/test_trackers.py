@@ -35,7 +35,7 @@ def test_wandb_without_a_login_is_refused_before_training(home: Path, tmp_path: 
     result = run_process([*arguments(tmp_path / "run", ["wandb"]), "--dry_run"])
     assert result.returncode == 2, result.stderr
     assert result.stderr.splitlines()[-1] == (
-        "error: tracking.trackers names wandb, but nobody is logged in; run `wandb login`, set WANDB_API_KEY, or set "
+        "error: tracking.trackers names wandb, but there is no login; run `wandb login`, set WANDB_API_KEY, or set "
         "WANDB_MODE to offline."
     )
     assert not (tmp_path / "run").exists()

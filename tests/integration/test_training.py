@@ -340,7 +340,7 @@ def test_the_loss_is_weighted_by_importance_in_the_metrics_and_in_the_gradient(
         load_file(tmp_path / "run" / "checkpoints" / f"step_0000000{step}" / "objective.safetensors") for step in (5, 6)
     )
     sampler = LossAwareTimesteps(2, 8, seed=0)
-    sampler.load_state(before)
+    sampler.load_state_dict(before)
     timesteps, importance = sampler.draw(5)
     assert importance is not None
     assert len(set(importance.tolist())) == 2
@@ -374,7 +374,7 @@ def test_validation_measures_the_ema_weights_and_does_not_change_training(tmp_pa
         weights = load_file(tmp_path / "run/checkpoints/step_00000006/ema/diffusion_pytorch_model.safetensors")
         trainer.unet.load_state_dict(weights)
         alone = {"rank": 0, "num_processes": 1, "batch_size": 90}
-        expected = validation_loss(trainer.unet, trainer.loss, trainer.held_out, config, **alone)
+        expected = validation_loss(trainer.unet, trainer.loss, trainer.validation_images, config, **alone)
     finally:
         trainer.folder.release()
     assert measured[6] == pytest.approx(expected, abs=1e-6)

@@ -1,9 +1,8 @@
-"""`ddpm-hf plot` draws what the files say: each picture is, byte for byte, that of the library's own tables."""
+"""`ddpm-hf plot` draws the content of files: each picture equals, byte for byte, one drawn from the tables."""
 
 import dataclasses
 import io
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from ddpm_hf.cli import main
-from ddpm_hf.cli.plot import Process, noised
+from ddpm_hf.cli.plot import Process, noise_image
 from ddpm_hf.config import DiffusionConfig, ObjectiveConfig, RunConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.diffusion.schedule import NoiseSchedule, make_betas
@@ -32,12 +31,12 @@ BOUND = {"timesteps": [2, 1, 0], "x_0_mse": [0.3, 0.2, 0.1], "eps_mse": [0.1, 0.
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has no --output goes into the working directory."""
+    """Without --output, pictures are written to the working directory."""
     monkeypatch.chdir(tmp_path)
 
 
 def png(draw: Any) -> bytes:
-    """Returns what a function that takes a path writes."""
+    """Return the bytes that a function writes to a path."""
     path = Path("expected.png")
     draw(path)
     content = path.read_bytes()
@@ -52,7 +51,7 @@ def write_run(folder: Path, rows: list[dict[str, Any]] = ROWS, tail: str = "") -
 
 
 def write_config(path: Path, **diffusion: object) -> Path:
-    """Writes the configuration of a run of 100 timesteps."""
+    """Write the configuration of a run with 100 timesteps."""
     config = RunConfig(diffusion=DiffusionConfig(num_train_timesteps=100, **diffusion))
     data = dataclasses.replace(config.data, source="images", num_channels=3)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +76,7 @@ def alphas_cumprod(name: str, num_timesteps: int, start: float = 1e-4, end: floa
 # ---------------------------------------------------------------------------------------------------------- schedules
 
 
-def test_schedules_come_from_recipes_runs_and_pipelines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_schedules_are_read_from_recipes_runs_and_pipelines(capsys: pytest.CaptureFixture[str]) -> None:
     write_config(Path("run/config.yaml"), beta_schedule="linear", beta_start=1e-3, beta_end=0.3)
     GaussianDiffusionScheduler.create(beta_schedule="jsd", num_train_timesteps=30, prediction_type="v").save_pretrained(
         "made/pipeline/scheduler"
@@ -112,7 +111,7 @@ def test_loss_weights_are_those_of_the_objective() -> None:
     assert ObjectiveConfig().min_snr_gamma == 5.0
 
 
-def test_inputs_of_one_name_are_told_apart_by_their_paths(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inputs_of_the_same_name_are_labeled_by_path(capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ("a", "b"):
         write_run(Path(folder, "run"))
     assert main.main(["plot", "loss", "a/run", "b/run/metrics.jsonl"]) == 0
@@ -128,7 +127,7 @@ def test_an_image_is_noised_as_in_training() -> None:
     """Float32 may round a value that lies between two of 256 levels to the other one, so one level is allowed."""
     image = pixels_of(1, 6, 5, 3)
     process = Process(NoiseSchedule.from_betas(make_betas("linear", 20, 1e-3, 0.3)), "epsilon", None)
-    states = noised(image, process, [0, 7, 19], seed=3)
+    states = noise_image(image, process, [0, 7, 19], seed=3)
     assert (states.dtype, states.shape) == (np.uint8, (3, 6, 5, 3))
     generator = torch_generator("cpu", 3, "plot_noising")
     eps = torch.randn(1, 3, 6, 5, generator=generator).double().permute(0, 2, 3, 1)[0].numpy()
@@ -136,12 +135,12 @@ def test_an_image_is_noised_as_in_training() -> None:
         alpha_bar = process.schedule.alphas_cumprod[t].item()
         x_t = alpha_bar**0.5 * (image / 127.5 - 1) + (1 - alpha_bar) ** 0.5 * eps
         assert np.abs(np.clip(x_t, -1, 1) * 127.5 + 127.5 - state).max() <= 0.5 + 1e-4
-    assert (states != noised(image, process, [0, 7, 19], seed=4)).any()
+    assert (states != noise_image(image, process, [0, 7, 19], seed=4)).any()
 
 
 @pytest.mark.parametrize("gray", [False, True])
-def test_the_strip_shows_the_image_as_a_run_reads_it(gray: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """A gray image is read with the three channels that the configuration asks for, and cropped in the centre."""
+def test_the_image_is_read_as_in_a_run(gray: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """A gray image is read with the three channels that the configuration asks for, and cropped in the center."""
     config = write_config(Path("run/config.yaml"), beta_schedule="cosine")
     pixels = pixels_of(2, 12, 16) if gray else pixels_of(2, 12, 16, 3)
     write_image(Path("photo.png"), pixels)
@@ -149,14 +148,14 @@ def test_the_strip_shows_the_image_as_a_run_reads_it(gray: bool, capsys: pytest.
     assert main.main([*arguments, "--resolution", "12"]) == 0
     image = np.repeat(pixels[..., None], 3, axis=2) if gray else pixels
     process = Process(NoiseSchedule.from_betas(make_betas("cosine", 100)), "epsilon", None)
-    states = noised(image[:, 2:14], process, [0, 9, 99], seed=0)
+    states = noise_image(image[:, 2:14], process, [0, 9, 99], seed=0)
     strip = forward_strip(states, [0, 9, 99], process.schedule.snr[[0, 9, 99]].tolist())
     with Image.open("noising.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture), np.asarray(strip))
     assert capsys.readouterr().out == "noising.png: x_t at t = [0, 9, 99].\n"
 
 
-def test_eight_timesteps_over_the_whole_chain_are_shown_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_eight_evenly_spaced_timesteps_are_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     write_image(Path("photo.png"), pixels_of(3, 8, 8, 3))
     for num_timesteps, expected in ((1000, [0, 143, 285, 428, 571, 714, 856, 999]), (3, [0, 1, 2]), (1, [0])):
         GaussianDiffusionScheduler(num_timesteps).save_pretrained("scheduler")
@@ -167,7 +166,7 @@ def test_eight_timesteps_over_the_whole_chain_are_shown_by_default(capsys: pytes
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_curves_are_those_of_the_metrics_whatever_was_written_last(capsys: pytest.CaptureFixture[str]) -> None:
+def test_curves_leave_out_an_incomplete_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     write_run(Path("runs/one"), tail='{"step": 310, "lo')
     write_run(Path("runs/two"), [{"step": 5, "loss": 0.7}, {"step": 6, "validation_loss": 0.8}])
     assert main.main(["plot", "loss", "runs/one", "runs/two", "--output", "runs/curves.PNG"]) == 0
@@ -177,7 +176,7 @@ def test_curves_are_those_of_the_metrics_whatever_was_written_last(capsys: pytes
 
 
 @pytest.mark.parametrize("where", ["run", "run/pipeline"])
-def test_losses_by_timestep_come_from_the_metrics_and_an_evaluation(where: str) -> None:
+def test_losses_by_timestep_are_read_from_metrics_and_evaluation(where: str) -> None:
     write_run(Path("run"))
     assert main.main(["plot", "timesteps", "run"]) == 0
     assert Path("timesteps.png").read_bytes() == png(lambda path: timestep_curves(path, metrics=ROWS))
@@ -193,7 +192,7 @@ def test_losses_by_timestep_come_from_the_metrics_and_an_evaluation(where: str) 
 # -------------------------------------------------------------------------------------------------------------- grids
 
 
-def test_a_grid_has_a_labelled_column_for_each_sub_folder(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_grid_has_a_labeled_column_for_each_subfolder(capsys: pytest.CaptureFixture[str]) -> None:
     images = {name: [pixels_of(index, 4, 4, 3) for index in indices] for name, indices in
               {"cat": (1, 2, 3), "dog": (4, 5), "emu": (6, 7)}.items()}  # fmt: skip
     for name, of_class in images.items():
@@ -207,10 +206,10 @@ def test_a_grid_has_a_labelled_column_for_each_sub_folder(capsys: pytest.Capture
     assert capsys.readouterr().out == "grid.png: 2 images of each of 2 of 3 folders.\n"
 
 
-def test_a_grid_of_what_sample_drew_shows_the_pictures_without_the_overviews(
+def test_a_grid_of_samples_leaves_out_the_overviews(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One that something else wrote is a folder like any other."""
+    """The settings.json of another program does not count."""
     for name, color in {"grid.png": 9, "seed_000001.png": 1, "seed_000002.png": 2}.items():
         write_image(Path("drawn", name), pixels_of(color, 4, 4, 3))
     settings = {"files": ["seed_000001.png", "seed_000002.png", "grid.png"]}
@@ -221,7 +220,7 @@ def test_a_grid_of_what_sample_drew_shows_the_pictures_without_the_overviews(
 
 
 def test_a_grid_of_a_flat_folder_shows_its_first_images(capsys: pytest.CaptureFixture[str]) -> None:
-    """Gray and colour mix as in training: all get the channels that hold every one of them."""
+    """Gray and color images get the same number of channels, as in training."""
     write_image(Path("photos/a.png"), pixels_of(1, 4, 4))
     write_image(Path("photos/b.png"), pixels_of(2, 4, 4, 3))
     write_image(Path("photos/c.png"), pixels_of(3, 4, 4, 3))
@@ -232,12 +231,12 @@ def test_a_grid_of_a_flat_folder_shows_its_first_images(capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "grid.png: 2 of 3 images.\n"
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------------- invalid input
 
 
 @pytest.fixture
 def bad_inputs() -> None:
-    """Lays out one of each thing that cannot be drawn."""
+    """Write one of each invalid input."""
     write_config(Path("good.yaml"))
     Path("typo.yaml").write_text("data: {source: x}\ndiffusion: {beta_scedule: linear}\n")
     Path("unet.json").write_text('{"_class_name": "UNet2DModel"}')
@@ -268,40 +267,40 @@ def bad_inputs() -> None:
     ("arguments", "exit_code", "sentence"),
     [
         ("schedule nowhere", 2, "nowhere does not exist; give a YAML file, a run folder or a pipeline folder."),
-        ("schedule empty", 2, "empty holds no schedule: there is no scheduler/scheduler_config.json, "),
+        ("schedule empty", 2, "empty holds no schedule: it has no scheduler/scheduler_config.json, "),
         ("schedule typo.yaml", 2, "typo.yaml is not the configuration of a run: there is no setting diffusion.beta_sc"),
         ("schedule photo.png", 2, "photo.png is not the configuration of a run: "),
         ("schedule unet.json", 2, "unet.json is not the configuration of a scheduler with betas: it has no num_train_"),
-        ("schedule list.json", 2, "list.json must hold a JSON object, not a list."),
-        ("schedule torn.json", 2, "torn.json is not JSON ("),
+        ("schedule list.json", 2, "list.json must contain a JSON object, not list"),
+        ("schedule torn.json", 2, "torn.json is not valid JSON ("),
         ("schedule bad.json", 2, "'zigzag' is not one of linear, "),
         ("loss nowhere", 2, "nowhere does not exist; give the folder of a run, which holds metrics.jsonl."),
         ("loss empty", 2, "empty/metrics.jsonl does not exist; give the folder of a run"),
-        ("loss new", 2, "new/metrics.jsonl holds no whole line of metrics; "),
+        ("loss new", 2, "new/metrics.jsonl has no complete line of metrics; "),
         ("loss broken other", 2, "The metrics of other contain no finite loss, validation_loss or score"),
-        ("timesteps photo.png", 2, "photo.png is no folder; "),
-        ("timesteps other", 2, "other says nothing of the loss by timestep: "),
-        ("timesteps broken", 2, "broken/evaluation.json is not JSON ("),
+        ("timesteps photo.png", 2, "photo.png is not a folder; "),
+        ("timesteps other", 2, "other has no loss by timestep: "),
+        ("timesteps broken", 2, "broken/evaluation.json is not valid JSON ("),
         ("timesteps halved", 2, "bound must have timesteps, x_0_mse, eps_mse, terms, counts, one number per reverse"),
         ("schedule absurd.json", 2, "absurd.json is not the configuration of a scheduler with betas: "),
-        ("noising nowhere.png --config good.yaml", 2, "nowhere.png is no file; give that of an image."),
+        ("noising nowhere.png --config good.yaml", 2, "nowhere.png is not a file; give an image file."),
         ("noising text.png --config good.yaml", 2, "text.png cannot be decoded"),
         ("noising photo.png --config gray.yaml", 2, "photo.png is a color image, but gray (L) is expected"),
         ("noising clear.png --config good.yaml", 2, "clear.png has transparent pixels, but RGB is expected"),
-        ("noising deep.png --config good.yaml", 2, "deep.png has 16 bits a channel, and pictures have 8; "),
+        ("noising deep.png --config good.yaml", 2, "deep.png has 16 bits per channel, but PNG plots have 8; "),
         ("noising wide.png --config good.yaml", 2, "8 images of 9000 pixels are too wide; give --resolution."),
-        ("noising photo.png --config good.yaml --timesteps -1", 2, "--timesteps -1 is not one of the chain; give 0 to"),
-        ("noising photo.png --config good.yaml --timesteps 5 100", 2, "--timesteps 100 is not one of the chain; give"),
-        ("grid nowhere", 2, "nowhere is no folder; give a folder of images."),
+        ("noising photo.png --config good.yaml --timesteps -1", 2, "--timesteps -1 is out of range; give 0 to"),
+        ("noising photo.png --config good.yaml --timesteps 5 100", 2, "--timesteps 100 is out of range; give"),
+        ("grid nowhere", 2, "nowhere is not a folder; give a folder of images."),
         ("grid empty", 2, "empty contains no images"),
         ("grid sizes", 2, "has 8x9 pixels where the first has 8x8; give --resolution."),
-        ("loss broken --output loss.jpg", 2, "--output loss.jpg must end in .png, since that is what is written."),
-        ("loss broken --output folder.png", 2, "--output folder.png is a folder; name a file."),
+        ("loss broken --output loss.jpg", 2, "--output loss.jpg must end in .png, the format that is written."),
+        ("loss broken --output folder.png", 2, "--output folder.png is a folder; give a file name."),
         ("loss broken --output nowhere/x.png", 1, "--output: there is no folder nowhere"),
         ("loss broken --output photo.png/x.png", 1, "--output: there is no folder photo.png"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_drawn_is_told_in_one_sentence_and_nothing_is_written(
+def test_invalid_input_is_refused_in_one_sentence_and_nothing_is_written(
     capsys: pytest.CaptureFixture[str], arguments: str, exit_code: int, sentence: str
 ) -> None:
     Path(f"{arguments.split()[0]}.png").write_text("an earlier picture")
@@ -315,8 +314,8 @@ def test_what_cannot_be_drawn_is_told_in_one_sentence_and_nothing_is_written(
     assert {path: path.read_bytes() if path.is_file() else b"" for path in Path().rglob("*")} == before
 
 
-def test_a_target_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    """A name too long for the file system stands for every reason that only writing finds out."""
+def test_an_output_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name too long for the file system is only found when writing."""
     write_run(Path("run"))
     assert main.main(["plot", "loss", "run", "--output", f"{'x' * 250}.png"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -331,11 +330,11 @@ def test_a_target_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[
         (["pie"], "invalid choice: 'pie'"),
         (["schedule"], "required: SOURCE"),
         (["noising", "photo.png"], "required: --config"),
-        (["grid", "photos", "--columns", "0"], "0 is no whole number of at least 1"),
+        (["grid", "photos", "--columns", "0"], "0 is not a whole number of at least 1"),
         (["loss", "run", "--out", "x.png"], "unrecognized arguments: --out x.png"),
     ],
 )
-def test_a_command_line_that_makes_no_sense_is_refused(
+def test_an_invalid_command_line_is_refused_with_the_usage(
     capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -345,7 +344,7 @@ def test_a_command_line_that_makes_no_sense_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["", "schedule", "noising", "loss", "timesteps", "grid"])
-def test_help_has_an_example_that_the_parser_takes(capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_help_has_valid_examples(capsys: pytest.CaptureFixture[str], kind: str) -> None:
     from ddpm_hf.cli.plot import _parser
 
     with pytest.raises(SystemExit) as caught:
@@ -356,25 +355,6 @@ def test_help_has_an_example_that_the_parser_takes(capsys: pytest.CaptureFixture
     assert len(examples) == (1 if kind else 5)
     for example in examples:
         assert kind in _parser().parse_args(example.split()).kind
-
-
-def test_commands_and_code_of_the_document_run() -> None:
-    text = (REPOSITORY / "docs" / "plots.md").read_text(encoding="utf-8")
-    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
-    assert len(commands) == 5
-    Path("configs").symlink_to(REPOSITORY / "configs")
-    write_run(Path("outputs/run1"))
-    write_run(Path("outputs/run2"))
-    write_image(Path("photo.jpg"), pixels_of(1, 80, 70, 3))
-    write_image(Path("photos/cat/1.png"), pixels_of(1, 80, 70, 3))
-    for command in commands:
-        program, *arguments = command.split()
-        assert (program, main.main(arguments)) == ("ddpm-hf", 0)
-        assert Path(f"{arguments[1]}.png").exists()
-    Path("schedule.png").unlink()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    exec(code, {})  # noqa: S102
-    assert Path("schedule.png").exists()
 
 
 def test_help_and_curves_of_runs_need_no_torch() -> None:

@@ -39,7 +39,7 @@ RECOGNITION = RecognitionReport(
 
 
 def images(count: int, side: int = 4, channels: int = 1) -> np.ndarray:
-    """Images of one value each, so that a tile says which image it is."""
+    """Images of one value each, so that a tile identifies its image."""
     return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, side, side, channels)).copy()
 
 

@@ -155,8 +155,8 @@ def test_a_source_must_not_be_given_twice(capsys: pytest.CaptureFixture[str], tm
 @pytest.mark.parametrize(
     ("picture", "sentence"),
     [
-        ("x.txt", "does not end like a picture that can be written; let it end in .png."),
-        ("missing/x.png", "cannot be written, since there is no folder"),
+        ("x.txt", "has no image format that can be written; use .png."),
+        ("missing/x.png", "cannot be written: there is no folder"),
         (".", "is a folder; add the name of a .png file."),
     ],
 )

@@ -1,4 +1,4 @@
-"""The analytic variance is that of the true reverse step where this is known; its file travels with the pipeline."""
+"""The analytic variance equals that of the true reverse step of Gaussian data; its file is part of the pipeline."""
 
 import json
 import math
@@ -23,7 +23,7 @@ MOMENTS = (1 - ALPHA_BARS) / (ALPHA_BARS * DEVIATION**2 + 1 - ALPHA_BARS)
 
 @pytest.mark.parametrize("pair", [(999, 998), (999, 500), (500, 499), (500, 3), (40, 0), (1, 0)])
 def test_the_variance_is_that_of_the_true_reverse_step(pair: tuple[int, int]) -> None:
-    """q(x_s | x_t) of Gaussian data by conditioning their joint Gaussian; to 1e-9, the cancellation in it."""
+    """q(x_s | x_t) of Gaussian data by conditioning their joint Gaussian, to the 1e-9 that cancellation leaves."""
     t, s = pair
     now, then = ALPHA_BARS[t], ALPHA_BARS[s]
     variance_s, variance_t = (bar * DEVIATION**2 + 1 - bar for bar in (then, now))
@@ -33,8 +33,8 @@ def test_the_variance_is_that_of_the_true_reverse_step(pair: tuple[int, int]) ->
     assert optimal_variance(step, 1.0, MOMENTS[t]) == pytest.approx(variance_s - covariance**2 / variance_t, rel=1e-9)
 
 
-def test_a_chain_without_eta_adds_only_what_is_not_known_of_x_0() -> None:
-    """Eq. 8 of Bao et al. with lambda = 0, written as they do."""
+def test_at_eta_0_only_the_variance_of_x_0_is_added() -> None:
+    """Eq. 8 of Bao et al. with lambda = 0, in their notation."""
     step = GaussianDiffusionScheduler().noise_schedule.transitions([500, 300])[0]
     alpha = step.alpha_bar / step.alpha_bar_prev
     factor = math.sqrt((1 - step.alpha_bar) / alpha) - math.sqrt(1 - step.alpha_bar_prev)
@@ -44,7 +44,7 @@ def test_a_chain_without_eta_adds_only_what_is_not_known_of_x_0() -> None:
 
 @pytest.mark.parametrize("second_moment", [0.0, 0.9])
 def test_data_in_the_range_bound_the_variance(second_moment: float) -> None:
-    """Without signal nothing is known of x_0, whose variance is at most 1; the ratio would be infinite."""
+    """Without signal, x_0 is unknown and its variance is at most 1; the ratio of the formula would be infinite."""
     scheduler = GaussianDiffusionScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     step = scheduler.noise_schedule.transitions([999, 300])[0]
     assert step.alpha_bar == 0
@@ -73,7 +73,7 @@ def test_a_step_adds_the_analytic_variance(eta: float) -> None:
 
 
 def added_noise(scheduler: GaussianDiffusionScheduler, t: int, eta: float) -> float:
-    """Standard deviation that a step adds to a mean of 0, by the noise that it draws."""
+    """Return the standard deviation of the noise that a step adds to a mean of 0."""
     zeros = torch.zeros(1, 1, 64, 64, dtype=torch.float64)
     added = scheduler.step(zeros, t, zeros, torch.Generator().manual_seed(0), eta=eta).prev_sample
     unit = torch.randn(zeros.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -82,18 +82,18 @@ def added_noise(scheduler: GaussianDiffusionScheduler, t: int, eta: float) -> fl
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_step_to_the_last_timestep_adds_no_visible_analytic_noise(eta: float) -> None:
-    """At most a gray level on average (Bao et al.), or what x_0 of this schedule holds: 0.01."""
+    """At most a gray level on average (Bao et al.), or the 0.01 of noise in x_0 of this schedule."""
     scheduler = GaussianDiffusionScheduler(clip_sample=False, timestep_spacing="linspace")
     scheduler.eps_second_moments = torch.zeros(1000)
     scheduler.analytic_variance = True
     scheduler.set_timesteps(timesteps=[999, 40, 0])
     first, second, _ = scheduler.noise_schedule.transitions([999, 40, 0])
-    assert optimal_variance(second, eta, 0.0) > 0.05**2, "there is something to cut"
+    assert optimal_variance(second, eta, 0.0) > 0.05**2, "the variance before clipping is larger"
     assert added_noise(scheduler, 40, eta) == pytest.approx(0.01, rel=1e-9)
     assert float(scheduler._get_variance(40)) == pytest.approx(1e-4, rel=1e-6)
-    uncut = optimal_variance(first, eta, 0.0)
-    assert uncut > 1 - first.alpha_bar_prev
-    assert added_noise(scheduler, 999, eta) == pytest.approx(math.sqrt(uncut), rel=1e-9)
+    unclipped = optimal_variance(first, eta, 0.0)
+    assert unclipped > 1 - first.alpha_bar_prev
+    assert added_noise(scheduler, 999, eta) == pytest.approx(math.sqrt(unclipped), rel=1e-9)
     scheduler = GaussianDiffusionScheduler.create(beta_schedule="cosine", clip_sample=False)
     scheduler.eps_second_moments = torch.zeros(1000)
     scheduler.analytic_variance = True
@@ -102,7 +102,7 @@ def test_the_step_to_the_last_timestep_adds_no_visible_analytic_noise(eta: float
 
 
 def test_noise_that_the_last_step_removes_is_added() -> None:
-    """A list that ends at 200, as `trailing` does: without its noise x_200 would not be what the network knows."""
+    """Timesteps that end at 200, as with `trailing`: without noise, x_200 would differ from the training data."""
     scheduler = GaussianDiffusionScheduler(clip_sample=False)
     scheduler.eps_second_moments = torch.from_numpy(MOMENTS)
     scheduler.analytic_variance = True
@@ -111,8 +111,8 @@ def test_noise_that_the_last_step_removes_is_added() -> None:
     assert added_noise(scheduler, 400, 1.0) == pytest.approx(math.sqrt(optimal_variance(step, 1.0, MOMENTS[400])))
 
 
-def test_only_analytic_noise_is_cut_and_only_in_samples() -> None:
-    """The bound is over a chain without the cut; the fixed variances are those of the papers in every step."""
+def test_only_analytic_noise_is_clipped_and_only_in_samples() -> None:
+    """The bound uses the variance before clipping; the fixed variances are those of the papers in every step."""
     scheduler = GaussianDiffusionScheduler(clip_sample=False)
     scheduler.eps_second_moments = torch.zeros(1000)
     scheduler.set_timesteps(timesteps=[300, 0])
@@ -126,13 +126,13 @@ def test_only_analytic_noise_is_cut_and_only_in_samples() -> None:
     assert scheduler.fixed_variance(step) == optimal_variance(step, 1.0, 0.0)
 
 
-def test_the_moments_travel_with_the_pipeline_and_stock_loads_it_as_before(tmp_path: Path) -> None:
+def test_the_moments_are_saved_with_the_pipeline_and_stock_ignores_them(tmp_path: Path) -> None:
     pipeline = GaussianDiffusionPipeline(tiny_unet(), GaussianDiffusionScheduler())
     pipeline.scheduler.eps_second_moments = torch.from_numpy(MOMENTS)
     pipeline.save_pretrained(tmp_path)
     loaded = GaussianDiffusionPipeline.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.scheduler.eps_second_moments, torch.from_numpy(MOMENTS), rtol=0, atol=0)
-    assert not loaded.scheduler.analytic_variance, "it is asked for, not found"
+    assert not loaded.scheduler.analytic_variance, "it is used only on request"
     stock = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(stock.scheduler) is DDPMScheduler
     assert stock.scheduler.config.variance_type == "fixed_small"
@@ -141,7 +141,7 @@ def test_the_moments_travel_with_the_pipeline_and_stock_loads_it_as_before(tmp_p
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    """A limit on the size of files stands for a full disk, and for a kill in between."""
+    """A limit on the size of files replaces a full disk."""
     scheduler = GaussianDiffusionScheduler()
     scheduler.eps_second_moments = torch.from_numpy(MOMENTS)
     scheduler.save_second_moments(tmp_path)
@@ -175,7 +175,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path, content: bytes, se
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small_log", "fixed_large", "fixed_large_log"])
-def test_the_analytic_variance_is_the_same_whatever_fixed_one_it_replaces(variance_type: str) -> None:
+def test_the_analytic_variance_does_not_depend_on_the_fixed_variance(variance_type: str) -> None:
     variances = []
     for kind in ("fixed_small", variance_type):
         scheduler = GaussianDiffusionScheduler(variance_type=kind)

@@ -147,6 +147,15 @@ def test_learned_range_interpolates_between_its_bounds() -> None:
     torch.testing.assert_close(noisy, mean + 0.5 * torch.exp(log_variance / 2) * noise)
 
 
+def test_the_log_variance_follows_the_variance_type() -> None:
+    for variance_type in ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"):
+        expected = -3.0 if "large" in variance_type else -9.0
+        assert gaussian.reverse_log_variance(variance_type, None, -9.0, -3.0) == expected
+    output = torch.tensor([-1.0, 0.0, 1.0])
+    assert torch.equal(gaussian.reverse_log_variance("learned", output, -9.0, -3.0), output)
+    assert gaussian.reverse_log_variance("learned_range", output, -9.0, -3.0).tolist() == [-9.0, -6.0, -3.0]
+
+
 def test_dynamic_threshold_scales_each_sample_by_its_own_quantile() -> None:
     """A sample inside [-1, 1] is left alone; one outside is clipped to and divided by its quantile, at most 2."""
     inside, outside = torch.linspace(-0.5, 0.5, 101), torch.linspace(-4, 4, 101)

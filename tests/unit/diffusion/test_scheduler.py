@@ -399,6 +399,7 @@ def test_public_tables_are_float32_and_stay_where_they_are() -> None:
     for name in ("betas", "alphas", "alphas_cumprod"):
         assert getattr(scheduler, name).dtype == torch.float32
     assert torch.equal(scheduler.alphas_cumprod, scheduler.noise_schedule.alphas_cumprod.float())
+    assert torch.equal(scheduler.alphas, (1 - scheduler.noise_schedule.betas).float())
 
 
 def test_tables_first_used_in_inference_mode_can_be_used_in_training() -> None:

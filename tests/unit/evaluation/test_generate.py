@@ -29,14 +29,14 @@ CLASSES = {"0": "cat", "1": "dog", "2": "owl"}
 
 
 def make_pipeline(sampler: Sampler = SAMPLER, **options: Any) -> GaussianDiffusionPipeline:
-    """Returns a class-conditional pipeline of 3 classes, ready for a sampler."""
+    """Return a class-conditional pipeline of 3 classes, prepared by a sampler."""
     scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=20, **options)
     pipeline = GaussianDiffusionPipeline(tiny_unet(num_class_embeds=3), scheduler, class_names=CLASSES)
     return sampler.prepare(pipeline)
 
 
 def sample(folder: Path, num_images: int = 11, **options: Any) -> np.ndarray:
-    """Samples into a folder, 4 images at a time."""
+    """Sample into a folder, 4 images per batch."""
     sampler = options.pop("sampler", SAMPLER)
     pipeline = options.pop("pipeline", None) or make_pipeline(sampler)
     batch_size = options.pop("batch_size", 4)
@@ -69,7 +69,7 @@ def test_the_bits_do_not_depend_on_the_number_of_processes(
 ) -> None:
     """And each process samples only its part: 2 steps of 11 images in all."""
     sizes: list[int] = []
-    # Made one after the other: a network draws its weights from the one generator that all threads share.
+    # Built one after the other: the weights come from the global generator, which all threads share.
     pipelines = [make_pipeline() for _ in range(num_processes)]
 
     def work(rank: int) -> np.ndarray:

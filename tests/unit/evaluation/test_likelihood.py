@@ -36,11 +36,11 @@ VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 SHORT = [999, 700, 300, 40, 3, 0]
 
 
-def reverse_variance(kind: str, step: int, chain: list[int]) -> float:
+def reverse_variance(kind: str, step: int, timesteps: list[int]) -> float:
     """Section 3.2 of DDPM and Eq. 15 of improved DDPM; a posterior variance of 0 is replaced by the one before."""
-    bars = [*(ALPHA_BARS[t] for t in chain), 1.0]
+    bars = [*(ALPHA_BARS[t] for t in timesteps), 1.0]
     beta = 1 - bars[step] / bars[step + 1]
-    is_last = step == len(chain) - 1
+    is_last = step == len(timesteps) - 1
     row = step - 1 if is_last else step
     small = (1 - bars[row + 1]) / (1 - bars[row]) * (1 - bars[row] / bars[row + 1])
     if kind == "learned":
@@ -50,22 +50,24 @@ def reverse_variance(kind: str, step: int, chain: list[int]) -> float:
     return beta if kind == "fixed_large" and not is_last else small
 
 
-def bits_by_integration(x_0: float, noise: dict[int, float], kind: str, chain: list[int]) -> tuple[float, list[float]]:
+def bits_by_integration(
+    x_0: float, noise: dict[int, float], kind: str, timesteps: list[int]
+) -> tuple[float, list[float]]:
     """Eq. 5 of DDPM for one pixel, every divergence and probability by quadrature."""
-    final = ALPHA_BARS[chain[0]]
+    final = ALPHA_BARS[timesteps[0]]
     prior = divergence(math.sqrt(final) * x_0, 1 - final, 0.0, 1.0)
     terms = []
-    for step, t in enumerate(chain):
-        now, then = ALPHA_BARS[t], ALPHA_BARS[chain[step + 1]] if step + 1 < len(chain) else 1.0
+    for step, t in enumerate(timesteps):
+        now, then = ALPHA_BARS[t], ALPHA_BARS[timesteps[step + 1]] if step + 1 < len(timesteps) else 1.0
         x_t = math.sqrt(now) * x_0 + math.sqrt(1 - now) * noise[t]
         guess = float(best_x_0(x_t, now)) + GaussianUnet.OFFSET
         beta = 1 - now / then
-        variance = reverse_variance(kind, step, chain)
+        variance = reverse_variance(kind, step, timesteps)
 
         def mean(x: float, x_t: float = x_t, now: float = now, then: float = then, beta: float = beta) -> float:
             return (math.sqrt(then) * beta * x + math.sqrt(1 - beta) * (1 - then) * x_t) / (1 - now)
 
-        if step + 1 < len(chain):
+        if step + 1 < len(timesteps):
             terms.append(divergence(mean(x_0), (1 - then) / (1 - now) * beta, mean(guess), variance))
         else:
             low, high = (-math.inf if x_0 == -1 else x_0 - 1 / 255), (math.inf if x_0 == 1 else x_0 + 1 / 255)
@@ -92,7 +94,7 @@ def divergence(mean: float, variance: float, other_mean: float, other_variance: 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("kind", VARIANCES)
 def test_the_bound_of_a_gaussian_is_the_integral(kind: str, prediction_type: str) -> None:
-    """To 1e-6 of each term, in float64: what quadrature and the tables of the chain leave."""
+    """To 1e-6 of each term, in float64: the precision of the quadrature and the tables."""
     images = gaussian_images(4)
     pipeline = gaussian_pipeline(variance_type=kind, prediction_type=prediction_type)
     bound = variational_bound(ReverseProcess(pipeline, SHORT), images, seed=SEED, batch_size=3)
@@ -184,7 +186,7 @@ def test_an_estimate_of_a_few_terms_counts_each_term_once_on_average(num_steps: 
     np.testing.assert_allclose(weights.mean(axis=1), 1, atol=4 * math.sqrt((width - 1) / 5_000) + 1e-12)
 
 
-def test_an_estimate_of_a_few_terms_costs_so_many_calls() -> None:
+def test_an_estimate_of_a_few_terms_evaluates_only_these() -> None:
     bound = variational_bound(ReverseProcess(gaussian_pipeline()), gaussian_images(9), seed=0, num_terms=4)
     assert bound.counts.sum() == 9 * 4
     assert bound.counts[-1] == 9
@@ -219,7 +221,7 @@ def test_a_self_conditioned_network_is_called_with_its_prediction() -> None:
     torch.testing.assert_close(first[:, :1], second[:, :1])
 
 
-def test_the_mode_of_the_network_is_put_back_and_nothing_global_is_drawn() -> None:
+def test_the_mode_of_the_network_is_restored_and_no_global_noise_is_drawn() -> None:
     pipeline = gaussian_pipeline()
     pipeline.unet.train()
     state = torch.get_rng_state()
@@ -238,14 +240,16 @@ def test_the_mode_of_the_network_is_put_back_and_nothing_global_is_drawn() -> No
         (np.zeros((2, 1, 1, 2), np.uint8), {"timesteps": [0, 5]}, "timesteps must be strictly descending"),
     ],
 )
-def test_what_has_no_bits_per_dimension_is_refused(images: np.ndarray, options: dict[str, Any], sentence: str) -> None:
+def test_images_without_bits_per_dimension_are_refused(
+    images: np.ndarray, options: dict[str, Any], sentence: str
+) -> None:
     image_set = ImageSet(images, None, None, np.arange(len(images)))
     timesteps, num_terms = options.get("timesteps"), options.get("num_terms")
     with pytest.raises(ValueError, match=sentence):
         variational_bound(ReverseProcess(gaussian_pipeline(), timesteps), image_set, seed=0, num_terms=num_terms)
 
 
-def test_a_prediction_of_the_noise_is_refused_where_no_signal_is_left() -> None:
+def test_noise_prediction_without_signal_is_refused() -> None:
     """By the bound and the estimate of the moments, with the message of sampling; a later start is fine."""
     scheduler = GaussianDiffusionScheduler(prediction_type="epsilon", rescale_betas_zero_snr=True)
     pipeline = GaussianDiffusionPipeline(tiny_unet(), scheduler)
@@ -276,11 +280,11 @@ def a_bound(num_steps: int) -> VariationalBound:
     return VariationalBound(tuple(range(num_steps))[::-1], 0.5, terms, terms, terms, counts, np.ones(4))
 
 
-def test_a_term_that_was_not_computed_is_not_sent_for_free() -> None:
-    """The rate takes it from its neighbours: of terms that rise evenly it is that of all of them."""
+def test_the_rate_interpolates_terms_that_were_not_computed() -> None:
+    """The rate interpolates it: for terms that rise evenly, it is the rate of all terms."""
     bound = a_bound(7)
     everything = np.linspace(1, 2, 7)
-    everything[0] = everything[1]  # before the first known one there is no neighbour
+    everything[0] = everything[1]  # before the first known term, the first one is used
     everything[6] = everything[5]
     np.testing.assert_allclose(bound.rate, 0.5 + np.concatenate([[0], np.cumsum(everything[:-1])]))
 
@@ -299,8 +303,8 @@ def test_moments_are_estimated() -> None:
     torch.testing.assert_close(moments, expected, rtol=4 * math.sqrt(2 / 1024) + 0.02, atol=0)
 
 
-def test_each_timestep_sees_images_of_all_classes_of_a_set_sorted_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network says x_t, nearly x_0 here: 0 for the gray class, 1 for the white one, half of it for both.
+def test_each_timestep_uses_images_of_all_classes_of_a_sorted_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network returns x_t, nearly x_0 here: 0 for the gray class, 1 for the white class, 1/2 on average.
 
     20 of 40 images, drawn without replacement, hold 10 white ones with a standard deviation of 1.6: four are allowed.
     """
@@ -333,12 +337,12 @@ def test_the_analytic_variance_lowers_the_bound_of_few_steps(monkeypatch: pytest
     """With the moments of the best prediction for N(m, DEVIATION^2): 1 - Var(eps | x_t)."""
     moments = (1 - ALPHA_BARS) / (ALPHA_BARS * DEVIATION**2 + 1 - ALPHA_BARS)
     monkeypatch.setattr(GaussianUnet, "OFFSET", 0.0)
-    images, chain = gaussian_images(50), list(range(0, 1000, 50))[::-1]
+    images, timesteps = gaussian_images(50), list(range(0, 1000, 50))[::-1]
     bits = {}
     for kind in ("fixed_small", "fixed_large", "analytic"):
         pipeline = gaussian_pipeline(variance_type="fixed_small" if kind == "analytic" else kind)
         if kind == "analytic":
             pipeline.scheduler.eps_second_moments = torch.from_numpy(moments)
             pipeline.scheduler.analytic_variance = True
-        bits[kind] = variational_bound(ReverseProcess(pipeline, chain), images, seed=0).bits_per_dim
+        bits[kind] = variational_bound(ReverseProcess(pipeline, timesteps), images, seed=0).bits_per_dim
     assert bits["analytic"] < min(bits["fixed_small"], bits["fixed_large"]) - 0.01

@@ -59,7 +59,7 @@ def test_the_nearest_image_is_the_nearest(monkeypatch: pytest.MonkeyPatch) -> No
     np.testing.assert_array_equal(found[2], samples[2])
 
 
-def test_the_table_and_the_file_tell_all_of_a_metric() -> None:
+def test_the_table_and_evaluation_json_contain_a_metric() -> None:
     fid = Metric(name="fid", value=3.17, standard_error=None, features="inception", num_samples=50_000, num_reference=7)
     assert table([fid]).splitlines() == [
         "metric  value   standard error  images  compared with  features",
@@ -119,7 +119,7 @@ def test_the_score_in_features_compares_samples_with_training_images() -> None:
 
 
 def test_scores_of_other_settings_are_of_another_kind() -> None:
-    """And those that a score does not depend on leave it the same."""
+    """Settings that do not affect a score do not change its kind."""
     training = gaussian_images(9, (8, 8))
     scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=10, prediction_type="sample")
     pipeline = GaussianDiffusionPipeline(tiny_unet(num_class_embeds=3), scheduler, has_null_label=True)

@@ -200,7 +200,7 @@ def test_another_setting_is_another_pipeline_also_where_the_numbers_are_the_same
 
 
 def test_settings_that_are_left_to_their_defaults_are_the_same(labeled_copy: Path) -> None:
-    """As an older or a newer diffusers writes them, in another order; also where the record knows a setting less."""
+    """As another version of diffusers writes them, in another order; also if verification.json lacks a setting."""
     record = json.loads((labeled_copy / VERIFICATION).read_text())
     assert record["settings"]["the network"].pop("downsample_type") == "conv"
     (labeled_copy / VERIFICATION).write_text(json.dumps(record))

@@ -1,4 +1,4 @@
-"""Optimisers that keep their state in unusual places; tests name them by import path."""
+"""Optimizers that keep their state in unusual places; tests name them by import path."""
 
 from typing import Any, ClassVar
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Counting(torch.optim.SGD):
-    """SGD that slows down by a count of its own, not in a tensor: for each parameter and for all."""
+    """SGD that slows down by counts that are not tensors: one for each parameter and one for the group."""
 
     def __init__(self, params: Any, lr: float = 0.1, slowness: float = 0.5) -> None:
         super().__init__(params, lr=lr, momentum=0.9)
@@ -26,7 +26,7 @@ class Counting(torch.optim.SGD):
 
 
 class KeepingLists(torch.optim.SGD):
-    """Remembers gradients in a list."""
+    """Keep gradients in a list."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for parameter in self.param_groups[0]["params"]:
@@ -35,7 +35,7 @@ class KeepingLists(torch.optim.SGD):
 
 
 class Hiding(torch.optim.SGD):
-    """Counts where no state_dict looks."""
+    """Count outside of the state_dict."""
 
     num_steps = 0
 
@@ -47,7 +47,7 @@ class Hiding(torch.optim.SGD):
 
 
 class KeepingHalf(torch.optim.SGD):
-    """Keeps whole numbers, which torch turns into those of the parameter when it loads them."""
+    """Keep integers, which torch converts to the dtype of the parameter on load."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step()
@@ -56,7 +56,7 @@ class KeepingHalf(torch.optim.SGD):
 
 
 class Watching(torch.optim.SGD):
-    """SGD that writes down the learning rate of each of its steps, and the first number of its gradient."""
+    """SGD that records the learning rate of each step and the first value of its gradient."""
 
     seen: ClassVar[list[tuple[float, float]]] = []
 
@@ -67,4 +67,4 @@ class Watching(torch.optim.SGD):
 
 
 def not_a_class() -> None:
-    """Something that can be imported and is no optimiser."""
+    """Something that can be imported and is not an optimizer."""

@@ -1,23 +1,49 @@
-"""What a step trains on does not depend on how its batch is split over processes and forwards."""
+"""A step does not depend on how its batch is split; timestep samplers keep the expected loss; the micro-batch size."""
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ddpm_hf.config import DataConfig, DiffusionConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
+from ddpm_hf.config import (
+    ConfigError,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from ddpm_hf.data import ImageLoader, ImageSet, SampleOrder, normalize
+from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.rng import normal_by_position
-from ddpm_hf.training.batches import BatchSource, MicroBatch, build_timestep_sampler
+from ddpm_hf.training.batches import (
+    HISTORY_LENGTH,
+    AntitheticTimesteps,
+    BatchSource,
+    LossAwareTimesteps,
+    MicroBatch,
+    TimestepSampler,
+    UniformTimesteps,
+    build_timestep_sampler,
+    largest_micro_batch_size,
+    largest_that_fits,
+    make_memory_probe,
+    resolve_micro_batch_size,
+)
+from ddpm_hf.training.loss import DenoisingLoss
+from tests.conftest import tiny_unet
 
 NUM_IMAGES = 100
 
 
 @pytest.fixture(scope="module")
 def images() -> ImageSet:
-    """Images that can be told apart, and whose mirror images can be told from them."""
+    """Distinct images that differ from their mirror images."""
     pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 1, 4, 4), dtype=np.uint8)
     pixels[:, 0, 0, 0] = np.arange(NUM_IMAGES)
     return ImageSet(pixels, np.arange(NUM_IMAGES) % 10, tuple("0123456789"), np.arange(NUM_IMAGES))
@@ -34,9 +60,14 @@ def config_of(batch: int = 48, **changes: Any) -> RunConfig:
 
 
 def source_of(
-    images: ImageSet, config: RunConfig, rank: int = 0, num_processes: int = 1, micro_batch_size: int | None = None
+    images: ImageSet,
+    config: RunConfig,
+    rank: int = 0,
+    num_processes: int = 1,
+    micro_batch_size: int | None = None,
+    timestep_sampler: TimestepSampler | None = None,
 ) -> BatchSource:
-    """Returns the batches of one process, of its whole share unless told otherwise."""
+    """Return the batches of one process; by default one micro batch per step."""
     return BatchSource(
         config,
         ImageLoader(images, config.data, config.training.seed, torch.device("cpu")),
@@ -44,21 +75,21 @@ def source_of(
         num_processes=num_processes,
         micro_batch_size=micro_batch_size or config.training.train_batch_size // num_processes,
         device=torch.device("cpu"),
-        timestep_sampler=build_timestep_sampler(config),
+        timestep_sampler=timestep_sampler or build_timestep_sampler(config),
     )
 
 
 def step_of(
     images: ImageSet, config: RunConfig, step: int, num_processes: int = 1, micro_batch_size: int | None = None
 ) -> list[list[MicroBatch]]:
-    """Returns the micro batches of every process."""
+    """Return the micro batches of every process."""
     sources = [source_of(images, config, rank, num_processes, micro_batch_size) for rank in range(num_processes)]
     assert {len(source) for source in sources} == {config.training.train_batch_size // num_processes}
     return [list(source.micro_batches(step)) for source in sources]
 
 
 def joined(parts: list[list[MicroBatch]]) -> dict[str, torch.Tensor]:
-    """Puts a global batch together."""
+    """Concatenate a global batch."""
     batches = [batch for part in parts for batch in part]
     names = ("x_0", "noise", "timesteps", "class_labels", "dropped")
     return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
@@ -76,9 +107,7 @@ EVERYTHING = ObjectiveConfig(
 
 @pytest.mark.parametrize("objective", [config_of().objective, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("batch", [48, 96])
-@pytest.mark.parametrize(
-    ("num_processes", "micro_batch_size"), [(1, 24), (1, 1), (2, None), (3, 4), (4, 12), (8, 3), (48, None)]
-)
+@pytest.mark.parametrize(("num_processes", "micro_batch_size"), [(1, 24), (1, 1), (3, 4), (4, 12), (48, None)])
 def test_every_split_of_the_batch_is_the_same_batch(
     images: ImageSet, batch: int, num_processes: int, micro_batch_size: int | None, objective: ObjectiveConfig
 ) -> None:
@@ -90,7 +119,31 @@ def test_every_split_of_the_batch_is_the_same_batch(
         assert {name for name in whole if not torch.equal(whole[name], split[name])} == set()
 
 
-def test_a_batch_is_what_its_parts_say(images: ImageSet) -> None:
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 12, 48])
+def test_immiscible_noise_loads_each_image_once_per_step(images: ImageSet, micro_batch_size: int) -> None:
+    """Noise is assigned among all images of a block of 32; a rank loads the blocks that its positions touch."""
+    loaded: list[int] = []
+
+    class CountingLoader(ImageLoader):
+        def samples(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+            loaded.extend(range(start, stop))
+            return super().samples(start, stop)
+
+    config = config_of(96, objective=EVERYTHING)
+    source = BatchSource(
+        config,
+        CountingLoader(images, config.data, 5, torch.device("cpu")),
+        rank=0,
+        num_processes=2,
+        micro_batch_size=micro_batch_size,
+        device=torch.device("cpu"),
+        timestep_sampler=build_timestep_sampler(config),
+    )
+    assert len(list(source.micro_batches(1))) == 48 // micro_batch_size
+    assert loaded == list(range(96, 96 + 64))
+
+
+def test_a_batch_has_the_documented_content(images: ImageSet) -> None:
     config = config_of()
     step, size = 3, config.training.train_batch_size
     batch = joined(step_of(images, config, step))
@@ -106,7 +159,7 @@ def test_a_batch_is_what_its_parts_say(images: ImageSet) -> None:
     assert batch["dropped"].dtype == torch.bool
 
 
-def test_a_step_is_the_same_whenever_it_is_asked_for(images: ImageSet) -> None:
+def test_a_step_is_the_same_in_any_order(images: ImageSet) -> None:
     source = source_of(images, config_of())
     first = joined([list(source.micro_batches(7))])
     for step in (0, 500, 2):
@@ -115,7 +168,7 @@ def test_a_step_is_the_same_whenever_it_is_asked_for(images: ImageSet) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_steps_and_seeds_draw_other_numbers(images: ImageSet) -> None:
+def test_other_steps_and_seeds_have_other_content(images: ImageSet) -> None:
     base = joined(step_of(images, config_of(), 0))
     reseeded = dataclasses.replace(config_of().training, seed=6)
     for other in (
@@ -125,7 +178,7 @@ def test_steps_and_seeds_draw_other_numbers(images: ImageSet) -> None:
         assert all(not torch.equal(base[name], other[name]) for name in base)
 
 
-def test_timesteps_flips_and_drops_have_the_chances_they_should(images: ImageSet) -> None:
+def test_timesteps_flips_and_drops_have_their_probabilities(images: ImageSet) -> None:
     """48,000 draws: five standard deviations are 0.0114 for a half, 0.0099 for a quarter, 6.6 for the mean timestep."""
     config = config_of(4800)
     batches = [joined(step_of(images, config, step)) for step in range(10)]
@@ -159,7 +212,7 @@ def test_images_on_the_device_make_the_same_batches(images: ImageSet) -> None:
 
 
 def test_flips_do_not_depend_on_the_batch_size(images: ImageSet) -> None:
-    """They belong to the image and the epoch: 12 steps of 16 show what 4 steps of 48 do."""
+    """They belong to image and epoch: 12 steps of 16 are 4 steps of 48."""
     shown = [
         torch.cat([joined(step_of(images, config_of(batch), step))["x_0"] for step in range(192 // batch)])
         for batch in (16, 48)
@@ -174,7 +227,7 @@ def test_only_the_last_micro_batch_updates(images: ImageSet, micro_batch_size: i
         assert {len(batch.x_0) for batch in part} == {micro_batch_size}
 
 
-def test_what_is_not_asked_for_is_not_drawn(images: ImageSet) -> None:
+def test_an_unconditional_run_has_no_labels_drops_or_flips(images: ImageSet) -> None:
     config = config_of(data=DataConfig(source="x"), model=ModelConfig(), objective=ObjectiveConfig())
     ((batch,),) = step_of(images, config, 0)
     assert batch.class_labels is None
@@ -183,29 +236,30 @@ def test_what_is_not_asked_for_is_not_drawn(images: ImageSet) -> None:
     assert torch.equal(batch.x_0, normalize(torch.from_numpy(images.images[rows])))
 
 
-def test_timesteps_stay_inside_a_short_chain(images: ImageSet) -> None:
+def test_timesteps_stay_below_num_train_timesteps(images: ImageSet) -> None:
     config = config_of(480, diffusion=DiffusionConfig(num_train_timesteps=3))
     assert set(joined(step_of(images, config, 0))["timesteps"].tolist()) == {0, 1, 2}
 
 
-def test_one_coin_of_self_conditioning_is_for_the_whole_step_on_every_process(images: ImageSet) -> None:
+def test_self_conditioning_is_decided_once_per_step_for_all_processes(images: ImageSet) -> None:
     """400 tosses: five standard deviations are 0.11 for a chance of 0.3."""
     config = config_of(8, objective=ObjectiveConfig(self_conditioning=0.3))
     tosses = []
     for step in range(400):
-        (toss,) = {batch.feeds_back for part in step_of(images, config, step, 2, 2) for batch in part}
+        (toss,) = {batch.use_self_cond for part in step_of(images, config, step, 2, 2) for batch in part}
         tosses.append(toss)
     assert abs(sum(tosses) / 400 - 0.3) < 0.11
     never, always = (config_of(8, objective=ObjectiveConfig(self_conditioning=chance)) for chance in (0.0, 1.0))
-    assert not any(step_of(images, never, step)[0][0].feeds_back for step in range(20))
-    assert all(step_of(images, always, step)[0][0].feeds_back for step in range(20))
+    assert not any(step_of(images, never, step)[0][0].use_self_cond for step in range(20))
+    assert all(step_of(images, always, step)[0][0].use_self_cond for step in range(20))
 
 
 def test_importance_comes_with_the_timesteps_it_belongs_to(images: ImageSet) -> None:
     config = config_of(48, diffusion=DiffusionConfig(num_train_timesteps=4), objective=LOSS_AWARE)
-    source = source_of(images, config, 1, 2, 4)
-    rows = torch.arange(400) % 4
-    source._timestep_sampler.record(torch.stack([rows, 1.0 + rows], dim=1))
+    sampler = build_timestep_sampler(config)
+    timesteps = torch.arange(400) % 4
+    sampler.record(timesteps, 1.0 + timesteps)
+    source = source_of(images, config, 1, 2, 4, sampler)
     probabilities = (torch.tensor([1.0, 2, 3, 4]) / 10 * 0.999 + 0.001 / 4).float()
     batches = list(source.micro_batches(3))
     assert len(batches) == 6
@@ -215,3 +269,276 @@ def test_importance_comes_with_the_timesteps_it_belongs_to(images: ImageSet) -> 
     assert len(torch.cat([batch.timesteps for batch in batches]).unique()) == 4
     ((plain,),) = step_of(images, config_of(), 0)
     assert plain.importance is None
+
+
+# ---------------------------------------------------------------------------------------------------- timestep samplers
+
+
+def rows(timesteps: object, losses: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a trainer records: timestep and loss of each sample."""
+    return torch.as_tensor(timesteps), torch.as_tensor(losses, dtype=torch.float32)
+
+
+def warmed_up(losses: list[float], batch_size: int = 8, seed: int = 0) -> LossAwareTimesteps:
+    """Return a sampler with a full history."""
+    sampler = LossAwareTimesteps(len(losses), batch_size, seed)
+    for _ in range(HISTORY_LENGTH):
+        sampler.record(*rows(range(len(losses)), losses))
+    return sampler
+
+
+@pytest.mark.parametrize("batch_size", [8, 9])
+def test_antithetic_neighbors_are_t_and_its_mirror(batch_size: int) -> None:
+    timesteps, importance = AntitheticTimesteps(1000, batch_size, 0).draw(3)
+    assert importance is None
+    assert len(timesteps) == batch_size
+    assert (timesteps[0:8:2] + timesteps[1:8:2] == 999).all()
+    assert timesteps.dtype == np.int64
+
+
+@pytest.mark.parametrize("kind", [UniformTimesteps, AntitheticTimesteps, LossAwareTimesteps])
+def test_every_timestep_is_drawn_as_often_as_the_others(kind: type[UniformTimesteps]) -> None:
+    """40,000 draws of 10 timesteps: five standard deviations of a count are 7.5 %, in pairs too."""
+    sampler = kind(10, 4000, 0)
+    counts = np.bincount(np.concatenate([sampler.draw(step).timesteps for step in range(10)]), minlength=10)
+    assert len(counts) == 10
+    np.testing.assert_allclose(counts, 4000, rtol=0.075)
+
+
+@pytest.mark.parametrize("kind", [UniformTimesteps, AntitheticTimesteps, LossAwareTimesteps])
+def test_a_draw_is_a_function_of_step_and_seed(
+    kind: type[UniformTimesteps],
+) -> None:
+    sampler = kind(1000, 64, 5)
+    first = sampler.draw(7).timesteps
+    sampler.draw(8)
+    assert np.array_equal(sampler.draw(7).timesteps, first)
+    assert not np.array_equal(sampler.draw(8).timesteps, first)
+    assert not np.array_equal(kind(1000, 64, 6).draw(7).timesteps, first)
+
+
+def test_loss_aware_is_uniform_until_every_timestep_has_its_ten_losses() -> None:
+    sampler = LossAwareTimesteps(4, 8, 0)
+    for _ in range(HISTORY_LENGTH - 1):
+        sampler.record(*rows([0, 1, 2, 3], [9.0, 1.0, 1.0, 1.0]))
+    sampler.record(*rows([0, 1, 2], [9.0, 1.0, 1.0]))
+    assert sampler.probabilities.tolist() == [0.25] * 4
+    assert sampler.draw(0).importance is not None
+    assert (sampler.draw(0).importance == 1).all()
+    sampler.record(*rows([3], [1.0]))
+    assert sampler.probabilities[0] == pytest.approx(0.999 * 0.75 + 0.00025)
+
+
+def test_loss_aware_probabilities_are_the_root_mean_squares_of_the_last_ten_losses() -> None:
+    """Eq. 18, Nichol & Dhariwal 2021, mixed with 0.001 of uniform; against a list of losses, in float64."""
+    generator = np.random.default_rng(0)
+    sampler, history = LossAwareTimesteps(5, 16, 0), [[] for _ in range(5)]  # type: ignore[var-annotated]
+    for _ in range(30):
+        timesteps = generator.integers(0, 5, size=16)
+        losses = generator.gamma(1.0, 1.0 + timesteps).astype(np.float32)
+        sampler.record(*rows(timesteps, losses))
+        for t, loss in zip(timesteps, losses, strict=True):
+            history[t].append(float(loss))
+    root_mean_squares = np.array([np.sqrt(np.mean(np.square(losses[-10:]))) for losses in history])
+    expected = 0.999 * root_mean_squares / root_mean_squares.sum() + 0.001 / 5
+    np.testing.assert_allclose(sampler.probabilities, expected, rtol=1e-12)
+    assert sampler.probabilities.sum() == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_timestep_that_fills_its_history_at_once_keeps_the_last_losses() -> None:
+    sampler = LossAwareTimesteps(2, 26, 0)
+    sampler.record(*rows([0] * 13 + [1] * 13, [*range(13), *[1.0] * 13]))
+    expected = np.sqrt(np.mean(np.square(np.arange(3.0, 13.0))))
+    assert sampler.probabilities[0] == pytest.approx(0.999 * expected / (expected + 1) + 0.0005)
+
+
+def test_importance_keeps_the_mean_loss_that_uniform_timesteps_have() -> None:
+    """200,000 draws with seed 0; the losses times their importance have a standard deviation of about 0.02."""
+    losses = np.array([0.01, 5.0, 1.0, 0.3, 0.02, 0.7])
+    sampler = warmed_up(losses.tolist(), batch_size=200_000)
+    timesteps, importance = sampler.draw(0)
+    assert importance is not None
+    weighted = losses[timesteps] * importance
+    standard_error = weighted.std() / np.sqrt(len(weighted))
+    assert standard_error < 1e-4, "large losses are drawn often"
+    assert abs(weighted.mean() - losses.mean()) < 4 * standard_error + 1e-6
+    assert (np.bincount(timesteps, minlength=6) > 0).all()
+    assert abs(losses[timesteps].mean() - losses.mean()) > 1.0, "without the importance it would be another loss"
+
+
+def test_non_finite_losses_are_ignored() -> None:
+    sampler = warmed_up([1.0, 2.0, 3.0])
+    before = sampler.probabilities
+    sampler.record(*rows([0, 1, 2, 2], [float("nan"), float("inf"), -float("inf"), 3.0]))
+    assert np.array_equal(sampler.probabilities, before)
+
+
+def test_timesteps_with_zero_loss_are_still_drawn() -> None:
+    assert warmed_up([0.0, 0.0]).probabilities.tolist() == [0.5, 0.5]
+    assert warmed_up([0.0, 1.0]).probabilities[0] == pytest.approx(0.0005)
+
+
+def test_a_restored_history_continues_bit_identically() -> None:
+    generator = np.random.default_rng(0)
+    sampler, restored = LossAwareTimesteps(7, 32, 0), LossAwareTimesteps(7, 32, 0)
+    batches = [(generator.integers(0, 7, size=32), generator.random(32)) for _ in range(12)]
+    for timesteps, losses in batches[:6]:
+        sampler.record(*rows(timesteps, losses))
+    state = sampler.state_dict()
+    restored.load_state_dict(state)
+    for step, (timesteps, losses) in enumerate(batches[6:]):
+        for each in (sampler, restored):
+            each.record(*rows(timesteps, losses))
+        one, other = sampler.draw(step), restored.draw(step)
+        assert np.array_equal(one.timesteps, other.timesteps)
+        assert np.array_equal(one.importance, other.importance)  # type: ignore[arg-type]
+    fresh = LossAwareTimesteps(7, 32, 0)
+    fresh.load_state_dict(state)
+    assert not np.array_equal(fresh.probabilities, restored.probabilities), "a state is a copy"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "learns"),
+    [
+        ("uniform", UniformTimesteps, False),
+        ("antithetic", AntitheticTimesteps, False),
+        ("loss_aware", LossAwareTimesteps, True),
+    ],
+)
+def test_the_configuration_names_the_sampler(name: str, kind: type[UniformTimesteps], learns: bool) -> None:
+    config = RunConfig(
+        objective=ObjectiveConfig(timestep_sampling=name),  # type: ignore[arg-type]
+        diffusion=DiffusionConfig(num_train_timesteps=50),
+        training=TrainingConfig(train_batch_size=40, seed=3),
+    )
+    sampler = build_timestep_sampler(config)
+    assert type(sampler) is kind
+    assert sampler.learns is learns
+    assert bool(sampler.state_dict()) is learns
+    assert np.array_equal(sampler.draw(5).timesteps, kind(50, 40, 3).draw(5).timesteps)
+
+
+# ----------------------------------------------------------------------------------------------------- micro-batch size
+
+AUTO = TrainingConfig(micro_batch_size="auto")
+
+
+def memory_for(num_images: int, tried: list[int]) -> Callable[[int], None]:
+    """Return a probe of a device that runs out of memory above some size."""
+
+    def probe(size: int) -> None:
+        tried.append(size)
+        if size > num_images:
+            raise torch.OutOfMemoryError(f"CUDA out of memory: {size} images.\nMore lines.")
+
+    return probe
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "num_processes", "expected"),
+    [(64, None, 1, 64), (64, None, 4, 16), (64, 8, 1, 8), (64, 8, 4, 8), (64, "auto", 4, 16), (1, None, 1, 1)],
+)
+def test_a_micro_batch_is_the_per_rank_batch_by_default(
+    batch: int, micro: Any, num_processes: int, expected: int
+) -> None:
+    config = TrainingConfig(train_batch_size=batch, micro_batch_size=micro)
+    assert largest_micro_batch_size(config, num_processes) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "num_processes", "sentence"),
+    [
+        (100, 16, 3, "train_batch_size 100 is not a multiple of 3 processes x micro_batch_size 16; use 96 or 144."),
+        (64, None, 3, "train_batch_size 64 is not a multiple of 3 processes; use 63 or 66."),
+        (64, "auto", 3, "train_batch_size 64 is not a multiple of 3 processes; use 63 or 66."),
+        (2, None, 4, "train_batch_size 2 is not a multiple of 4 processes; use 4."),
+        (64, 64, 2, "train_batch_size 64 is not a multiple of 2 processes x micro_batch_size 64; use 128."),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_names_the_nearest_ones(
+    batch: int, micro: Any, num_processes: int, sentence: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        largest_micro_batch_size(TrainingConfig(train_batch_size=batch, micro_batch_size=micro), num_processes)
+    assert str(caught.value) == f"training.{sentence}"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "room", "expected"),
+    [
+        (128, 999, [128]),
+        (128, 100, [128, 64]),
+        (128, 1, [128, 64, 32, 16, 8, 4, 2, 1]),
+        (6, 2, [6, 3, 1]),
+        (15, 7, [15, 5]),
+        (7, 3, [7, 1]),
+        (1, 1, [1]),
+    ],
+)
+def test_the_per_rank_batch_is_halved_until_it_fits_and_every_size_divides_it(
+    batch_size: int, room: int, expected: list[int]
+) -> None:
+    tried: list[int] = []
+    assert largest_that_fits(batch_size, memory_for(room, tried)) == expected[-1]
+    assert tried == expected
+    assert all(batch_size % size == 0 for size in tried)
+
+
+def test_a_network_that_is_too_large_for_one_image_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        largest_that_fits(4, memory_for(0, []))
+    sentence = "training.micro_batch_size auto: not even one image fits (CUDA out of memory: 1 images.); use a smaller"
+    assert str(caught.value).startswith(sentence)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    def fail(size: int) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        largest_that_fits(4, fail)
+
+
+@pytest.mark.parametrize(
+    ("stored", "room", "expected", "told"),
+    [
+        (None, 20, 16, "auto: 16 images, the largest part of 64 that fits into memory."),
+        (
+            None,
+            None,
+            64,
+            "auto: 64 images, the whole per-rank batch, since only the memory of a CUDA GPU can be probed.",
+        ),
+        (8, 20, 8, "auto: 8 images, as when the run began."),
+        (8, None, 8, "auto: 8 images, as when the run began."),
+        (48, 20, 16, "auto: 16 images, the largest part of 64 that fits into memory."),
+    ],
+)
+def test_the_value_of_auto_is_printed_and_kept(
+    capsys: pytest.CaptureFixture[str], stored: int | None, room: int | None, expected: int, told: str
+) -> None:
+    """A resumed run uses it again unless it no longer divides the per-rank batch."""
+    probe = None if room is None else memory_for(room, [])
+    assert resolve_micro_batch_size(AUTO, 64, stored, probe) == expected
+    assert capsys.readouterr().out == f"training.micro_batch_size {told}\n"
+
+
+def test_a_size_that_was_given_is_not_probed(capsys: pytest.CaptureFixture[str]) -> None:
+    tried: list[int] = []
+    assert resolve_micro_batch_size(TrainingConfig(micro_batch_size=8), 8, 4, memory_for(1, tried)) == 8
+    assert resolve_micro_batch_size(TrainingConfig(), 64, 4, memory_for(1, tried)) == 64
+    assert tried == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("num_classes", [None, 10])
+def test_a_probe_is_a_step_that_changes_nothing(num_classes: int | None) -> None:
+    unet = tiny_unet(num_classes)
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    gradients: list[torch.Tensor] = []
+    unet.conv_in.weight.register_post_accumulate_grad_hook(lambda weight: gradients.append(weight.grad.clone()))
+    probe = make_memory_probe(unet, DenoisingLoss(GaussianDiffusionScheduler()), (1, 8, 8), nullcontext)
+    probe(3)
+    assert len(gradients) == 1
+    assert all(parameter.grad is None for parameter in unet.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, whatever happens while it is written; one that was changed since is never used."""
+"""A checkpoint is complete or absent, whatever happens while it is written; one that was changed is never used."""
 
 import errno
 import json
@@ -10,36 +10,40 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
 
-from ddpm_hf.config import TrainingConfig
-from ddpm_hf.files import replace_folder, write_text
+from ddpm_hf.config import ConfigError, DataConfig, TrainingConfig
+from ddpm_hf.data import ImageSet, ImageStream
+from ddpm_hf.files import MANIFEST, replace_folder, write_text
+from ddpm_hf.training.batches import LossAwareTimesteps, UniformTimesteps
 from ddpm_hf.training.checkpoint import (
-    MANIFEST,
     Checkpoint,
     CheckpointError,
-    TrainerState,
+    DataState,
     find_latest,
-    load_optimizer,
     prune,
-    put_aside,
     read_snapshot,
+    remove_after,
     remove_unfinished,
+    set_aside,
     verify_checkpoint,
     write_checkpoint,
     write_snapshot,
 )
-from ddpm_hf.training.ema import EMA, decay_laws
-from ddpm_hf.training.optim import build_optimizer
+from ddpm_hf.training.ema import EMA, decay_schedules
+from ddpm_hf.training.optim import build_optimizer, load_optimizer_state
 from tests.conftest import tiny_unet
+from tests.unit.data.helpers import encode, write_parquet
 
 FILES = {"unet/weights": b"w" * 5000, "unet/config.json": b"{}", "state.json": b"{}"}
 
 
 def content(mark: str = "") -> Callable[[Path], None]:
-    """Returns a writer of a few files in folders."""
+    """Return a function that writes a few files into a folder."""
 
     def write(folder: Path) -> None:
         for name, data in FILES.items():
@@ -53,24 +57,32 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-# ------------------------------------------------------------------------------------------- whole or not at all
+def write_steps(root: Path, *steps: int) -> list[Path]:
+    return [write_checkpoint(root, step, content(str(step))).path for step in steps]
 
-# Python announces under these names what it does to a file system; syncing has none.
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------- complete or absent
+
+# Audit events of changes to the file system. fsync has none.
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+HOWS = ["kill", "full disk"]
 
 
 def run_until(action: Callable[[], object], stop_at: int, how: str) -> bool:
-    """Runs an action in a child process and lets it fail at its n-th change to the file system.
+    """Run an action in a child process and fail at its n-th change to the file system.
 
     Args:
         action: What to run.
-        stop_at: Which change fails; syncing a file or folder counts as one, and a file that could not be written is
-            there but empty.
-        how: "kill" ends the process before the change, "full disk" raises once in its place.
+        stop_at: Which change fails; an fsync counts as one, and a file that could not be written exists, but is empty.
+        how: "kill" ends the process before the change, "full disk" raises once instead of it.
 
     Returns:
-        Whether the action came to its end without reaching the change.
+        Whether the action finished without reaching the change.
     """
     child = os.fork()
     if child == 0:
@@ -80,7 +92,6 @@ def run_until(action: Callable[[], object], stop_at: int, how: str) -> bool:
 
 
 def _run_and_exit(action: Callable[[], object], stop_at: int, how: str) -> None:
-    """The child's part of `run_until`: never returns."""
     count = 0
 
     def change(begin: Callable[[], object] = lambda: None) -> None:
@@ -110,39 +121,34 @@ def _run_and_exit(action: Callable[[], object], stop_at: int, how: str) -> None:
     os._exit(0 if count < stop_at else 1)
 
 
-HOWS = ["kill", "full disk"]
-
-
 @pytest.mark.parametrize("how", HOWS)
 def test_an_older_checkpoint_survives_whatever_stops_the_writing_of_the_next(tmp_path: Path, how: str) -> None:
     root = tmp_path / "checkpoints"
-    write_checkpoint(root, 2, content("old"))
-    old = tree(root / "step_00000002")
+    old = tree(write_checkpoint(root, 2, content("old")).path)
     for stop_at in range(1, 1000):
         is_done = run_until(lambda: write_checkpoint(root, 4, content("new")), stop_at, how)
-        latest, skipped = find_latest(root)
+        latest, damaged = find_latest(root)
+        assert not damaged, f"change {stop_at} left half a checkpoint behind"
         assert latest is not None
-        assert not skipped, f"change {stop_at} left half a checkpoint behind"
         assert latest.step in (2, 4)
         assert tree(root / "step_00000002") == old
         if is_done:
             break
         again = write_checkpoint(root, 4, content("new"))
         assert find_latest(root) == (again, [])
-        assert sorted(entry.name for entry in root.iterdir()) == ["step_00000002", "step_00000004"]
+        assert names_in(root) == ["step_00000002", "step_00000004"]
         shutil.rmtree(again.path)
     assert is_done
-    assert stop_at > 10, "there is much to fail at"
+    assert stop_at > 10
     assert latest.step == 4
 
 
 @pytest.mark.parametrize("how", HOWS)
 def test_a_checkpoint_survives_whatever_stops_a_second_writing_of_the_same_step(tmp_path: Path, how: str) -> None:
-    """A signal in the step that has just saved makes the run save once more."""
-    write_checkpoint(tmp_path, 2, content())
-    before = tree(tmp_path / "step_00000002")
+    """A signal in a step that has just saved makes the run save again."""
+    before = tree(write_checkpoint(tmp_path, 2, content("first")).path)
     for stop_at in range(1, 1000):
-        is_done = run_until(lambda: write_checkpoint(tmp_path, 2, content()), stop_at, how)
+        is_done = run_until(lambda: write_checkpoint(tmp_path, 2, content("second")), stop_at, how)
         assert find_latest(tmp_path) == (Checkpoint(tmp_path / "step_00000002", 2), [])
         if is_done:
             break
@@ -151,13 +157,12 @@ def test_a_checkpoint_survives_whatever_stops_a_second_writing_of_the_same_step(
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, how: str) -> None:
-    """A kill between the two renames leaves no folder, but the next call begins by putting the old one back."""
+def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path: Path, how: str) -> None:
+    """A kill between the two renames leaves no folder, but the next call first restores the old one."""
     path, expected = tmp_path / "pipeline", {}
-    for mark in ("old", "new"):
+    for mark in ("new", "old"):
         replace_folder(path, content(mark))
         expected[mark] = tree(path)
-    replace_folder(path, content("old"))
 
     def fail(_: Path) -> None:
         raise RuntimeError("nothing to write")
@@ -167,7 +172,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, how: str) -> N
         with pytest.raises(RuntimeError, match="nothing to write"):
             replace_folder(path, fail)
         assert tree(path) in expected.values(), f"change {stop_at} lost both"
-        assert [entry.name for entry in tmp_path.iterdir()] == ["pipeline"]
+        assert names_in(tmp_path) == ["pipeline"]
         if is_done:
             break
         replace_folder(path, content("old"))
@@ -176,7 +181,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, how: str) -> N
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, how: str) -> None:
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path, how: str) -> None:
     path = tmp_path / "config.yaml"
     write_text(path, "old")
     for stop_at in range(1, 100):
@@ -185,52 +190,30 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, how: str) -> Non
         if is_done:
             break
         write_text(path, "old")
-        assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
+        assert names_in(tmp_path) == ["config.yaml"]
     assert is_done
     assert path.read_text() == "new"
 
 
-def test_a_file_that_cannot_be_replaced_leaves_nothing_half_written(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    write_text(path, "old")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write_text(path, "new" * 1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("config.yaml", "old")]
-
-
 def test_a_file_is_never_written_through_a_link(tmp_path: Path) -> None:
-    """Somebody else's folder may hold one at the place of the file that is written first."""
+    """Neither through one at its own place nor through one at that of its temporary file."""
     (tmp_path / "run").mkdir()
     (tmp_path / "precious").write_text("precious")
     for name in ("config.yaml", ".config.yaml.writing"):
         (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
     write_text(tmp_path / "run" / "config.yaml", "new")
     assert (tmp_path / "precious").read_text() == "precious"
-    assert [(entry.name, entry.read_text()) for entry in (tmp_path / "run").iterdir()] == [("config.yaml", "new")]
+    assert tree(tmp_path / "run") == {"config.yaml": b"new"}
 
 
 def test_everything_is_synced_before_the_rename_that_makes_it_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a power cut the name must not be there without the content, nor the content without the name."""
+    """After a power failure the name must not exist without the content, nor the content without the name."""
     log: list[object] = []
     sync, rename = os.fsync, Path.rename
-
-    def logged_sync(descriptor: int) -> None:
-        log.append(os.fstat(descriptor).st_ino)
-        sync(descriptor)
-
-    def logged_rename(path: Path, target: Path) -> Path:
-        log.append("rename")
-        return rename(path, target)
-
-    monkeypatch.setattr(os, "fsync", logged_sync)
-    monkeypatch.setattr(Path, "rename", logged_rename)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (log.append(os.fstat(descriptor).st_ino), sync(descriptor)))
+    monkeypatch.setattr(Path, "rename", lambda path, target: (log.append("rename"), rename(path, target))[1])
     root = tmp_path / "checkpoints"
     path = write_checkpoint(root, 2, content()).path
     renamed_at = log.index("rename")
@@ -242,9 +225,9 @@ def test_everything_is_synced_before_the_rename_that_makes_it_count(
     assert tmp_path.stat().st_ino in log, "the folder of all checkpoints is new, too"
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_files_are_as_readable_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
-    """safetensors makes files of mode 0600 whatever the umask."""
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    """safetensors creates files of mode 0600 whatever the umask."""
 
     def write(folder: Path) -> None:
         content()(folder)
@@ -256,21 +239,21 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path: Path, umask: int, mod
     try:
         path = write_checkpoint(tmp_path, 2, write).path
     finally:
-        assert os.umask(before) == umask, "the umask is as it was"
+        assert os.umask(before) == umask, "the umask is unchanged"
     assert {file.stat().st_mode & 0o777 for file in path.rglob("*") if file.is_file()} == {mode}
 
 
-def test_a_failed_write_leaves_nothing_and_says_why(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     def write(folder: Path) -> None:
         content()(folder)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left on device"):
         write_checkpoint(tmp_path, 2, write)
-    assert list(tmp_path.iterdir()) == []
+    assert names_in(tmp_path) == []
 
 
-def test_a_damaged_checkpoint_of_the_same_step_is_put_aside_and_written_again(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_of_the_same_step_is_set_aside_and_written_again(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 2, content("old")).path
     (path / "state.json").unlink()
     write_checkpoint(tmp_path, 2, content("new"))
@@ -279,7 +262,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_put_aside_and_written_again(tm
     assert (tmp_path / "damaged-step_00000002" / "unet" / "weights").exists()
 
 
-# --------------------------------------------------------------------------------------------------------- verify
+# ---------------------------------------------------------------------------------------------------------- verify
 
 
 def flip_a_bit(path: Path) -> None:
@@ -288,163 +271,125 @@ def flip_a_bit(path: Path) -> None:
     (path / "unet" / "weights").write_bytes(data)
 
 
-def change_manifest(**changes: object) -> Callable[[Path], None]:
+def change_manifest(**changes: object) -> Callable[[Path], object]:
+    return lambda path: (path / MANIFEST).write_text(json.dumps(json.loads((path / MANIFEST).read_text()) | changes))
+
+
+def replace_by_link(name: str) -> Callable[[Path], object]:
     def change(path: Path) -> None:
-        manifest = json.loads((path / MANIFEST).read_text())
-        (path / MANIFEST).write_text(json.dumps(manifest | changes))
+        (path / name).rename(path.parent / "elsewhere")
+        (path / name).symlink_to(path.parent / "elsewhere")
 
     return change
 
 
-def link_a_file(path: Path) -> None:
-    (path / "unet" / "weights").rename(path.parent / "elsewhere")
-    (path / "unet" / "weights").symlink_to(path.parent / "elsewhere")
+def link_to_itself(path: Path) -> None:
+    path.rename(path.parent / "elsewhere")
+    path.symlink_to(path.parent / "elsewhere")
 
 
-def link_a_folder(path: Path) -> None:
-    (path / "unet").rename(path.parent / "elsewhere")
-    (path / "unet").symlink_to(path.parent / "elsewhere")
-
-
+UNREADABLE = f"{MANIFEST} is missing or unreadable"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda path: os.truncate(path / "unet" / "weights", 4999), "unet/weights is damaged"),
-    "emptied": (lambda path: os.truncate(path / "state.json", 0), "state.json is damaged"),
     "a flipped bit": (flip_a_bit, "unet/weights is damaged"),
     "a missing file": (lambda path: (path / "unet" / "config.json").unlink(), "unet/config.json is missing"),
-    "a missing folder": (lambda path: shutil.rmtree(path / "unet"), "unet/config.json is missing"),
-    "a foreign file": (lambda path: (path / "unet" / "x.pkl").write_bytes(b""), "unet/x.pkl does not belong to it"),
-    "a linked file": (link_a_file, "unet/weights is a link"),
-    "a linked folder": (link_a_folder, "unet is a link"),
-    "no manifest": (lambda path: (path / MANIFEST).unlink(), f"{MANIFEST} is missing or unreadable"),
-    "half a manifest": (lambda path: os.truncate(path / MANIFEST, 100), f"{MANIFEST} is missing or unreadable"),
-    "a list as manifest": (lambda path: (path / MANIFEST).write_text("[]"), f"{MANIFEST} is missing or unreadable"),
-    "binary manifest": (lambda path: (path / MANIFEST).write_bytes(b"\xff"), f"{MANIFEST} is missing or unreadable"),
-    "a deep manifest": (
-        lambda path: (path / MANIFEST).write_text("[" * 100_000),
-        f"{MANIFEST} is missing or unreadable",
-    ),
-    "strange files": (change_manifest(files="abc"), f"{MANIFEST} is missing or unreadable"),
-    "strange step": (change_manifest(step="two"), f"{MANIFEST} is missing or unreadable"),
-    "other size": (change_manifest(files={}), "does not belong to it"),
+    "an additional file": (lambda path: (path / "unet" / "x.pkl").write_bytes(b""), "unet/x.pkl does not belong to it"),
+    "a linked file": (replace_by_link("unet/weights"), "unet/weights is a link"),
+    "a linked folder": (replace_by_link("unet"), "unet is a link"),
+    "no manifest": (lambda path: (path / MANIFEST).unlink(), UNREADABLE),
+    "half a manifest": (lambda path: os.truncate(path / MANIFEST, 100), UNREADABLE),
+    "a list as manifest": (lambda path: (path / MANIFEST).write_text("[]"), UNREADABLE),
+    "a binary manifest": (lambda path: (path / MANIFEST).write_bytes(b"\xff"), UNREADABLE),
+    "a deeply nested manifest": (lambda path: (path / MANIFEST).write_text("[" * 100_000), UNREADABLE),
+    "files of another type": (change_manifest(files="abc"), UNREADABLE),
+    "a step of another type": (change_manifest(step="two"), UNREADABLE),
+    "no files in the manifest": (change_manifest(files={}), "does not belong to it"),
     "another schema": (change_manifest(schema_version=99), "written by another version (schema 99, this is 1)"),
-    "everything gone": (lambda path: [shutil.rmtree(path), path.mkdir()], f"{MANIFEST} is missing or unreadable"),
+    "another step": (lambda path: path.rename(path.with_name("step_00000005")), f"renamed: {MANIFEST} says step 2"),
+    "another name": (lambda path: path.rename(path.with_name("best")), "is not named like a checkpoint"),
+    "a link to the checkpoint": (link_to_itself, "step_00000002 is a link"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_checkpoint_that_is_not_what_was_written_is_refused(tmp_path: Path, damage: str) -> None:
-    path = write_checkpoint(tmp_path, 2, content()).path
+    path = write_checkpoint(tmp_path / "root", 2, content()).path
     assert verify_checkpoint(path) == Checkpoint(path, 2)
-    do_damage, reason = DAMAGE[damage]
-    do_damage(path)
+    change, reason = DAMAGE[damage]
+    result = change(path)
     with pytest.raises(CheckpointError) as caught:
-        verify_checkpoint(path)
+        verify_checkpoint(result if isinstance(result, Path) else path)
     assert reason in str(caught.value)
 
 
-def fail_to_read(name: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes one file of one checkpoint unreadable, as a bad sector or a foreign owner does."""
-    open_path = Path.open
-
-    def open_or_fail(path: Path, *arguments: Any, **settings: Any) -> Any:
-        if str(path).endswith(name):
-            raise OSError(number, os.strerror(number), str(path))
-        return open_path(path, *arguments, **settings)
-
-    monkeypatch.setattr(Path, "open", open_or_fail)
-
-
-def test_a_checkpoint_on_a_bad_sector_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, _ = write_steps(tmp_path, 2, 4)
-    fail_to_read("step_00000004/unet/weights", errno.EIO, monkeypatch)
-    latest, skipped = find_latest(tmp_path)
-    assert latest == Checkpoint(one, 2)
-    assert skipped == ["step_00000004: unet/weights cannot be read (Input/output error)"]
-
-
-def test_a_checkpoint_that_this_user_may_not_read_is_not_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Steps would be lost for want of a chmod."""
-    write_steps(tmp_path, 2, 4)
-    fail_to_read("step_00000004/state.json", errno.EACCES, monkeypatch)
-    with pytest.raises(PermissionError, match=r"step_00000004/state\.json"):
-        find_latest(tmp_path)
-
-
-def fail_to_list(name: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes one folder impossible to list; pathlib takes such a one for an empty one."""
-    scandir = os.scandir
-
-    def scandir_or_fail(path: Any = ".") -> Any:
-        if str(path).endswith(name):
-            raise OSError(number, os.strerror(number), str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", scandir_or_fail)
-
-
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
-def test_checkpoints_that_cannot_be_listed_are_not_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """Training would start over, and take their metrics with it."""
-    write_steps(tmp_path / "checkpoints", 2, 4)
-    fail_to_list("checkpoints", number, monkeypatch)
-    with pytest.raises(OSError, match=os.strerror(number)):
-        find_latest(tmp_path / "checkpoints")
-
-
-def test_a_part_of_a_checkpoint_that_cannot_be_listed_is_not_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a chmod mends is not given up; a bad sector is."""
-    one, _ = write_steps(tmp_path, 2, 4)
-    with monkeypatch.context() as patch:
-        fail_to_list("step_00000004/unet", errno.EACCES, patch)
-        with pytest.raises(PermissionError, match="step_00000004/unet"):
-            find_latest(tmp_path)
-    fail_to_list("step_00000004/unet", errno.EIO, monkeypatch)
-    latest, skipped = find_latest(tmp_path)
-    assert latest == Checkpoint(one, 2)
-    assert skipped == ["step_00000004: its files cannot be listed (Input/output error)"]
-
-
-def test_checkpoints_on_a_disk_that_is_not_there_are_not_none(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").symlink_to(tmp_path / "not mounted")
-    with pytest.raises(CheckpointError, match="is a link that leads nowhere; mount the disk"):
-        find_latest(tmp_path / "checkpoints")
-
-
-def test_a_checkpoint_is_not_lost_where_old_ones_cannot_be_looked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_steps(tmp_path / "checkpoints", 2, 4)
-    fail_to_list("checkpoints", errno.EIO, monkeypatch)
-    prune(tmp_path / "checkpoints", num_kept=1)
-    assert "could not be looked for: [Errno 5] Input/output error" in caplog.text
-
-
-def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
-    """Its weights would be taken for those of another step, and the data of the steps between for seen."""
-    path = write_checkpoint(tmp_path, 2, content()).path
-    with pytest.raises(CheckpointError, match=r"it was renamed: manifest\.json says step 2"):
-        verify_checkpoint(path.rename(tmp_path / "step_00000005"))
-    with pytest.raises(CheckpointError, match="is not named like a checkpoint"):
-        verify_checkpoint((tmp_path / "step_00000005").rename(tmp_path / "best"))
-
-
-def test_a_checkpoint_is_its_files_wherever_the_folder_lies(tmp_path: Path) -> None:
+def test_a_checkpoint_may_be_moved_to_another_folder(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "here", 123_456_789, content()).path
     shutil.copytree(path, tmp_path / "there" / path.name)
     assert verify_checkpoint(tmp_path / "there" / path.name).step == 123_456_789
 
 
-# ---------------------------------------------------------------------------------------- find, put aside, prune
+def fail_at(owner: Any, function: str, ending: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a function fail for paths with an ending, as on a bad sector or without permission."""
+    original = getattr(owner, function)
+
+    def call_or_fail(path: Any, *arguments: Any, **settings: Any) -> Any:
+        if str(path).endswith(ending):
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path, *arguments, **settings)
+
+    monkeypatch.setattr(owner, function, call_or_fail)
 
 
-def write_steps(root: Path, *steps: int) -> list[Path]:
-    return [write_checkpoint(root, step, content(str(step))).path for step in steps]
+@pytest.mark.parametrize(
+    ("owner", "function", "ending", "reason"),
+    [
+        (Path, "open", "step_00000004/unet/weights", "unet/weights cannot be read (Input/output error)"),
+        (os, "scandir", "step_00000004/unet", "its files cannot be listed (Input/output error)"),
+    ],
+)
+def test_a_checkpoint_on_a_bad_sector_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, function: str, ending: str, reason: str
+) -> None:
+    one, _ = write_steps(tmp_path, 2, 4)
+    fail_at(owner, function, ending, errno.EIO, monkeypatch)
+    assert find_latest(tmp_path) == (Checkpoint(one, 2), [f"step_00000004: {reason}"])
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "ending"),
+    [(Path, "open", "state.json"), (Path, "open", MANIFEST), (os, "scandir", "step_00000004/unet")],
+)
+def test_a_checkpoint_without_permission_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, function: str, ending: str
+) -> None:
+    """It is not skipped: a chmod would save its steps."""
+    write_steps(tmp_path, 2, 4)
+    fail_at(owner, function, ending, errno.EACCES, monkeypatch)
+    with pytest.raises(PermissionError, match=ending):
+        find_latest(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------ find, set aside, prune
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_checkpoints_that_cannot_be_listed_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """Training would start from zero otherwise. After a save, they only cannot be pruned."""
+    root = tmp_path / "checkpoints"
+    write_steps(root, 2, 4)
+    fail_at(os, "scandir", "checkpoints", number, monkeypatch)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        find_latest(root)
+    prune(root, num_kept=1)
+    assert os.strerror(number) in caplog.text
+
+
+def test_checkpoints_on_a_disk_that_is_not_mounted_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(CheckpointError, match="mount the disk"):
+        find_latest(tmp_path / "checkpoints")
 
 
 def test_the_newest_checkpoint_is_found_by_its_number(tmp_path: Path) -> None:
@@ -452,7 +397,7 @@ def test_the_newest_checkpoint_is_found_by_its_number(tmp_path: Path) -> None:
     assert find_latest(tmp_path) == (Checkpoint(newest, 100_000_000), [])
 
 
-def test_where_there_is_no_checkpoint_none_is_found(tmp_path: Path) -> None:
+def test_other_folders_are_not_checkpoints(tmp_path: Path) -> None:
     assert find_latest(tmp_path / "missing") == (None, [])
     for name in ("best", "step_1", "step_0000000x", ".writing-step_00000004", "damaged-step_00000004", "last.ckpt"):
         (tmp_path / name).mkdir()
@@ -460,38 +405,29 @@ def test_where_there_is_no_checkpoint_none_is_found(tmp_path: Path) -> None:
     assert find_latest(tmp_path) == (None, [])
 
 
-def test_damaged_newer_checkpoints_are_passed_over_and_named(tmp_path: Path) -> None:
-    one, two, three = write_steps(tmp_path, 2, 4, 6)
+def test_damaged_newer_checkpoints_are_named_and_older_ones_not_read(tmp_path: Path) -> None:
+    oldest, valid, two, three = write_steps(tmp_path, 1, 2, 4, 6)
     flip_a_bit(three)
     (two / "state.json").unlink()
-    latest, skipped = find_latest(tmp_path)
-    assert latest == Checkpoint(one, 2)
-    assert [line.partition(":")[0] for line in skipped] == ["step_00000006", "step_00000004"]
-    assert "unet/weights is damaged" in skipped[0]
-    assert "state.json is missing" in skipped[1]
-
-
-def test_a_damaged_older_checkpoint_is_not_looked_at(tmp_path: Path) -> None:
-    old, new = write_steps(tmp_path, 2, 4)
-    flip_a_bit(old)
-    assert find_latest(tmp_path) == (Checkpoint(new, 4), [])
+    flip_a_bit(oldest)
+    latest, damaged = find_latest(tmp_path)
+    assert latest == Checkpoint(valid, 2)
+    assert [line.partition(":")[0] for line in damaged] == ["step_00000006", "step_00000004"]
+    assert "unet/weights is damaged" in damaged[0]
+    assert "state.json is missing" in damaged[1]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_zero(tmp_path: Path) -> None:
     for path in write_steps(tmp_path, 2, 4):
         flip_a_bit(path)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=r"step_00000004: unet/weights is.*; step_00000002: unet/weights is"):
         find_latest(tmp_path)
-    message = str(caught.value)
-    assert "step_00000004: unet/weights is damaged" in message
-    assert "step_00000002: unet/weights is damaged" in message
-    assert "restore one, or start anew in another training.output_dir" in message
 
 
-def test_a_checkpoint_put_aside_is_kept_and_not_found_again(tmp_path: Path) -> None:
+def test_a_checkpoint_set_aside_is_kept_and_not_found_again(tmp_path: Path) -> None:
     one, two = write_steps(tmp_path, 2, 4)
     (tmp_path / "damaged-step_00000004").mkdir()
-    target = put_aside(two)
+    target = set_aside(two)
     assert tree(target)
     assert not two.exists()
     assert find_latest(tmp_path) == (Checkpoint(one, 2), [])
@@ -507,7 +443,7 @@ def test_pruning_keeps_the_newest(tmp_path: Path, num_kept: int) -> None:
 
 
 def test_pruning_keeps_the_best(tmp_path: Path) -> None:
-    """Beside the newest, and also where it is one of them."""
+    """In addition to the newest, or as one of them."""
     paths = write_steps(tmp_path, 2, 4, 6, 8)
     prune(tmp_path, 2, best_step=4)
     assert [path for path in paths if path.exists()] == paths[1:]
@@ -518,54 +454,62 @@ def test_pruning_keeps_the_best(tmp_path: Path) -> None:
 def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old, *_ = write_steps(tmp_path, 2, 4, 6)
+    old, *_, newest = write_steps(tmp_path, 2, 4, 6)
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "rmdir", refuse)
     prune(tmp_path, 2)
-    assert f"The old checkpoint {old} could not be removed" in caplog.text
-    latest, _ = find_latest(tmp_path)
-    assert latest is not None
-    assert latest.step == 6
+    assert str(old) in caplog.text
+    assert find_latest(tmp_path) == (Checkpoint(newest, 6), [])
 
 
-def test_what_a_kill_left_behind_is_removed(tmp_path: Path) -> None:
-    (path,) = write_steps(tmp_path, 2)
-    (tmp_path / ".writing-step_00000004").mkdir()
-    content()(tmp_path / ".writing-step_00000004")
+def test_later_and_unfinished_folders_are_removed(tmp_path: Path) -> None:
+    write_steps(tmp_path, 2, 4, 6)
+    (tmp_path / ".writing-step_00000008").mkdir()
+    content()(tmp_path / ".writing-step_00000008")
     remove_unfinished(tmp_path)
-    assert list(tmp_path.iterdir()) == [path]
+    remove_after(tmp_path, 4)
+    assert names_in(tmp_path) == ["step_00000002", "step_00000004"]
     remove_unfinished(tmp_path / "missing")
+    remove_after(tmp_path / "missing", 5)
 
 
-# ------------------------------------------------------------------------------------------------------- snapshot
+# --------------------------------------------------------------------------------------------------------- content
+
+NAMES = [name for name, _ in tiny_unet(10).named_parameters()]
+SAMPLER = UniformTimesteps(10, 8, seed=0)
+Run = tuple[UNet2DModel, EMA, torch.optim.Optimizer]
 
 
-def trained(seed: int) -> tuple[UNet2DModel, EMA, torch.optim.Optimizer]:
-    """Returns a tiny network after two updates, its average and its optimiser."""
+def trained(seed: int, num_updates: int = 2) -> Run:
+    """Return a tiny network after a few updates, its EMAs and its optimizer."""
     unet = tiny_unet(10)
     config = TrainingConfig(learning_rate=0.1, ema_decay=0.9, ema_warmup="none", posthoc_ema=True)
-    ema = EMA(unet, decay_laws(config))
+    ema = EMA(unet, decay_schedules(config))
     optimizer = build_optimizer(unet.parameters(), config)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(2):
-        for parameter in unet.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
-        ema.update(unet)
+    for _ in range(num_updates):
+        update((unet, ema, optimizer), generator)
     return unet, ema, optimizer
 
 
-def everything(unet: UNet2DModel, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def update(run: Run, generator: torch.Generator) -> None:
+    unet, ema, optimizer = run
+    for parameter in unet.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    ema.update()
+
+
+def everything(run: Run) -> dict[str, torch.Tensor]:
+    unet, ema, optimizer = run
     tensors = dict(unet.named_parameters())
-    names = list(tensors)
-    for average in ema.names:
-        tensors |= {f"{names[number]} {average}": tensor for number, tensor in enumerate(ema.tensors(average))}
+    for name in ema.names:
+        tensors |= {f"{NAMES[number]} {name}": tensor for number, tensor in enumerate(ema.tensors(name))}
     for number, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"{names[number]} {name}": moment for name, moment in moments.items()}
-    assert len(tensors) == 7 * len(names)
+        tensors |= {f"{NAMES[number]} {name}": moment for name, moment in moments.items()}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -574,49 +518,53 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def test_a_snapshot_gives_every_bit_back(tmp_path: Path) -> None:
-    run = trained(0)
-    state = TrainerState(
-        global_step=7, num_ema_updates=2, num_skipped=5, num_consecutive_skipped=1, loss_sums=[[0.1, 3.0]]
-    )
-    expected = everything(*run)
-    write_snapshot(tmp_path, *run, state, "training: {}\n")
-    assert_equal(everything(*run), expected)
-
-    unet, ema, optimizer = trained(1)
-    found, tensors = read_snapshot(tmp_path, unet, ema)
-    load_optimizer(optimizer, unet, tensors)
-    assert found == state
-    assert ema.num_updates == 2
-    assert_equal(everything(unet, ema, optimizer), expected)
+def restore(folder: Path, run: Run) -> dict[str, Any]:
+    unet, ema, optimizer = run
+    snapshot = read_snapshot(folder, unet, ema)
+    load_optimizer_state(optimizer, NAMES, snapshot.optimizer, snapshot.state["optimizer"])
+    ema.load_state_dict(snapshot.state)
+    return snapshot.state
 
 
-def test_a_run_goes_on_from_a_snapshot_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    """Bit for bit: the optimiser's step count and moments are what its next update depends on."""
-
-    def one_more_update(unet: UNet2DModel, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-        for parameter in unet.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        ema.update(unet)
-        return everything(unet, ema, optimizer)
-
-    run = trained(0)
-    write_snapshot(tmp_path, *run, TrainerState(num_ema_updates=2), "")
-    unet, ema, optimizer = trained(1)
-    load_optimizer(optimizer, unet, read_snapshot(tmp_path, unet, ema)[1])
-    assert_equal(one_more_update(unet, ema, optimizer), one_more_update(*run))
+def test_a_snapshot_restores_every_bit_and_training_continues_bit_identically(tmp_path: Path) -> None:
+    """Weights, EMAs, moments and step counts; the next update depends on all of them."""
+    run, state = trained(0), {"global_step": 7, "num_ema_updates": 2, "loss_sums": [[0.1, 3.0]]}
+    expected = everything(run)
+    assert len(expected) == 7 * len(NAMES)
+    write_snapshot(tmp_path, *run, SAMPLER, state, "training: {}\n")
+    assert_equal(everything(run), expected)
+    restored = trained(1)
+    assert restore(tmp_path, restored) == state | {"optimizer": {}}
+    assert restored[1].num_updates == 2
+    assert_equal(everything(restored), expected)
+    for each in (run, restored):
+        update(each, torch.Generator().manual_seed(2))
+    assert_equal(everything(restored), everything(run))
+    assert (tmp_path / "config.yaml").read_text() == "training: {}\n"
 
 
 def test_an_optimizer_that_never_stepped_is_restored_as_such(tmp_path: Path) -> None:
-    """Every update so far may have been skipped."""
-    unet = tiny_unet(10)
-    config = TrainingConfig(posthoc_ema=True)
-    ema, optimizer = EMA(unet, decay_laws(config)), build_optimizer(unet.parameters(), config)
-    write_snapshot(tmp_path, unet, ema, optimizer, TrainerState(), "")
-    other_unet, other_ema, other_optimizer = trained(0)
-    load_optimizer(other_optimizer, other_unet, read_snapshot(tmp_path, other_unet, other_ema)[1])
-    assert other_optimizer.state_dict()["state"] == {}
+    """All updates so far may have been skipped."""
+    write_snapshot(tmp_path, *trained(0, num_updates=0), SAMPLER, {"num_ema_updates": 0}, "")
+    restored = trained(0)
+    restore(tmp_path, restored)
+    assert restored[2].state_dict()["state"] == {}
+
+
+def test_the_history_of_a_timestep_sampler_is_stored(tmp_path: Path) -> None:
+    sampler = LossAwareTimesteps(4, 8, seed=0)
+    sampler.record(torch.tensor([0, 3, 3]), torch.tensor([1.0, 2.0, 3.0]))
+    unet, ema, optimizer = trained(0)
+    write_snapshot(tmp_path, unet, ema, optimizer, sampler, {}, "")
+    assert_equal(read_snapshot(tmp_path, unet, ema).learned, sampler.state_dict())
+
+
+@pytest.mark.parametrize(("name", "value"), [("global_step", "x"), ("num_skipped", -1), ("num_images", 0.5)])
+def test_counts_must_be_non_negative_integers(tmp_path: Path, name: str, value: object) -> None:
+    run = trained(0)
+    write_snapshot(tmp_path, *run, SAMPLER, {name: value}, "")
+    with pytest.raises(ValueError, match=f"{name} is {value!r}"):
+        read_snapshot(tmp_path, run[0], run[1])
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_tensor_is_an_os_error(tmp_path: Path) -> None:
@@ -626,22 +574,80 @@ def test_a_disk_that_is_full_in_the_middle_of_a_tensor_is_an_os_error(tmp_path: 
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            write_checkpoint(tmp_path, 2, lambda folder: write_snapshot(folder, *run, TrainerState(), ""))
+            write_checkpoint(tmp_path, 2, lambda folder: write_snapshot(folder, *run, SAMPLER, {}, ""))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list(tmp_path.iterdir()) == []
+    assert names_in(tmp_path) == []
 
 
-def test_nothing_in_a_snapshot_is_a_pickle(tmp_path: Path) -> None:
-    write_snapshot(tmp_path, *trained(0), TrainerState(), "")
+def test_no_file_is_a_pickle_and_diffusers_alone_loads_the_networks(tmp_path: Path) -> None:
+    unet, ema, optimizer = trained(0)
+    write_snapshot(tmp_path, unet, ema, optimizer, SAMPLER, {}, "")
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors", ".json", ".yaml"}
     for path in tmp_path.rglob("*.safetensors"):
         assert path.read_bytes()[8:9] == b"{", "a safetensors file begins with the length of its JSON header"
-
-
-def test_the_networks_of_a_snapshot_load_with_diffusers_alone(tmp_path: Path) -> None:
-    unet, ema, optimizer = trained(0)
-    write_snapshot(tmp_path, unet, ema, optimizer, TrainerState(), "")
     for folder, expected in (("unet", list(unet.parameters())), *((name, ema.tensors(name)) for name in ema.names)):
         loaded = UNet2DModel.from_pretrained(tmp_path, subfolder=folder, use_safetensors=True)
         assert all(torch.equal(one, other) for one, other in zip(loaded.parameters(), expected, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def image_set(num_images: int = 4, digest: str = "abc") -> ImageSet:
+    return ImageSet(np.zeros((num_images, 1, 2, 2), np.uint8), None, None, np.arange(num_images), digest=digest)
+
+
+def data_state(images: ImageSet | ImageStream) -> DataState:
+    return DataState(images, "photos", Path("run"))
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> ImageStream:
+    """A stream of twelve images for one process."""
+    images = [encode(np.full((4, 4), number, np.uint8)) for number in range(12)]
+    path = write_parquet(tmp_path / "x.parquet", images, [0] * 12, datasets.ClassLabel(names=["cat"]))
+    config = DataConfig(source=str(path), streaming=True, resolution=4, num_channels=1, shuffle_buffer_size=4)
+    return ImageStream(config, with_labels=False, seed=0, rank=0, num_processes=1, device=torch.device("cpu"))
+
+
+def test_a_run_continues_with_the_same_data_only() -> None:
+    """A checkpoint without a digest is compared by the number of images."""
+    state = data_state(image_set()).state_dict() | {"loss_sums": []}
+    assert state == {"num_images": 4, "data_digest": "abc", "streams": [], "loss_sums": []}
+    for stored in (state, state | {"data_digest": ""}):
+        data_state(image_set()).load_state_dict(stored)
+        with pytest.raises(ConfigError, match="photos has 5 training images, but the run in run started with 4"):
+            data_state(image_set(5)).load_state_dict(stored)
+    with pytest.raises(ConfigError, match="photos has different images or labels"):
+        data_state(image_set(digest="xyz")).load_state_dict(state)
+
+
+def test_a_stream_continues_at_its_position(stream: ImageStream) -> None:
+    stream.samples(0, 14)
+    state = data_state(stream).state_dict()
+    assert (state["num_images"], state["data_digest"]) == (0, "")
+    expected, _ = stream.samples(14, 20)
+    data_state(stream).load_state_dict(state)
+    assert torch.equal(stream.samples(14, 20)[0], expected)
+
+
+def test_a_stream_of_another_number_of_processes_restarts_its_epoch(
+    stream: ImageStream, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The earliest epoch of all processes."""
+    stream.samples(0, 12)
+    expected, _ = stream.samples(12, 18)
+    data_state(stream).load_state_dict({"streams": [{"epoch": 2, "number": 3}, {"epoch": 1, "number": 5}]})
+    assert torch.equal(stream.samples(0, 6)[0], expected)
+    assert "by 2 processes and is now read by 1. It restarts epoch 1," in caplog.text
+
+
+@pytest.mark.parametrize(("before", "is_warned"), [(0, False), (1, False), (2, True)])
+def test_another_number_of_processes_is_a_warning(
+    caplog: pytest.LogCaptureFixture, before: int, is_warned: bool
+) -> None:
+    state = data_state(image_set()).state_dict() | {"loss_sums": [[0.0, 0.0]] * before}
+    data_state(image_set()).load_state_dict(state)
+    assert ("The run used 2 processes and now uses 1." in caplog.text) is is_warned
+    assert len(caplog.records) == is_warned

@@ -13,8 +13,9 @@ from ddpm_hf.cli.main import main
 from ddpm_hf.config import ConfigError, TrainingConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.training.checkpoint import remove_after
-from ddpm_hf.training.ema import EMA, decay_laws, is_due
-from ddpm_hf.training.posthoc_ema import SNAPSHOTS, rebuild, store
+from ddpm_hf.training.ema import EMA, decay_schedules, is_snapshot_due
+from ddpm_hf.training.posthoc_ema import reconstruct, store
+from ddpm_hf.training.run_dir import EMA_SNAPSHOTS_DIR
 from tests.conftest import tiny_unet
 
 CONFIG = TrainingConfig(posthoc_ema=True, num_steps=20)
@@ -24,7 +25,7 @@ CLASS_NAMES = {str(number): f"digit {number}" for number in range(10)}
 def train(run: Path, steps: int = 20, every: int = 2) -> EMA:
     """Walks a tiny network at random and stores its averages; returns them as they are at the end."""
     unet = tiny_unet(10)
-    ema = EMA(unet, decay_laws(CONFIG))
+    ema = EMA(unet, decay_schedules(CONFIG))
     scheduler = GaussianDiffusionScheduler.create(beta_schedule="cosine", prediction_type="v")
     pipeline = GaussianDiffusionPipeline(unet, scheduler, class_names=CLASS_NAMES)
     run.mkdir(exist_ok=True)
@@ -34,9 +35,9 @@ def train(run: Path, steps: int = 20, every: int = 2) -> EMA:
         with torch.no_grad():
             for parameter in unet.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator))
-        ema.update(unet)
+        ema.update()
         if step % every == 0:
-            store(run / SNAPSHOTS, step, ema, pipeline)
+            store(run / EMA_SNAPSHOTS_DIR, step, ema, pipeline)
     return ema
 
 
@@ -56,7 +57,7 @@ def test_a_length_that_was_stored_comes_back_as_it_was(
 ) -> None:
     """1e-6 of weights of order 5: what rounding leaves of a system of 20 equations."""
     run, ema = finished
-    rebuilt = rebuild(run, length, None, tmp_path / "made")
+    rebuilt = reconstruct(run, length, None, tmp_path / "made")
     assert (rebuilt.step, rebuilt.num_stored) == (20, 20)
     assert rebuilt.relative_error < 1e-6
     for found, expected in zip(parameters(tmp_path / "made"), ema.tensors(f"ema_sigma_{length:.3f}"), strict=True):
@@ -64,7 +65,7 @@ def test_a_length_that_was_stored_comes_back_as_it_was(
 
 
 def test_an_earlier_step_is_made_of_what_was_stored_until_then(finished: tuple[Path, EMA], tmp_path: Path) -> None:
-    rebuilt = rebuild(finished[0], 0.1, 12, tmp_path / "made")
+    rebuilt = reconstruct(finished[0], 0.1, 12, tmp_path / "made")
     assert (rebuilt.step, rebuilt.num_stored) == (12, 12)
     again = train(tmp_path / "shorter", steps=12)
     for found, expected in zip(parameters(tmp_path / "made"), again.tensors("ema_sigma_0.100"), strict=True):
@@ -72,7 +73,7 @@ def test_an_earlier_step_is_made_of_what_was_stored_until_then(finished: tuple[P
 
 
 def test_the_folder_is_a_complete_pipeline_in_every_way(finished: tuple[Path, EMA], tmp_path: Path) -> None:
-    rebuild(finished[0], 0.08, None, tmp_path / "made")
+    reconstruct(finished[0], 0.08, None, tmp_path / "made")
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "made")) is DDPMPipeline
     pipeline = GaussianDiffusionPipeline.from_pretrained(tmp_path / "made")
     assert pipeline.config["class_names"] == CLASS_NAMES
@@ -95,7 +96,7 @@ def test_the_command_makes_the_pipeline_and_says_how_exact_it_is(
     assert main(["ema", str(run), "--length", "0.1", "--step", "10"]) == 0
     assert (run / "pipeline_ema_0.100_step_00000010" / "model_index.json").is_file()
     assert main(["ema", str(run), "--length", "0.08"]) == 2
-    assert "pipeline_ema_0.080 is already there; remove it" in capsys.readouterr().err
+    assert "pipeline_ema_0.080 already exists; remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -104,41 +105,41 @@ def test_the_command_makes_the_pipeline_and_says_how_exact_it_is(
         (0.3, None, "--length is 0.3, but must be between 0 and 0.289, the mean of all weights."),
         (0.0, None, "--length is 0, but must be between 0 and 0.289"),
         (-0.1, None, "--length is -0.1, but must be between 0 and 0.289"),
-        (0.01, None, "--length 0.01 cannot be made of the 20 averages stored until step 20"),
-        (0.08, 7, "--step is 7, but averages were stored after 2, 4, 6, ..., 16, 18, 20; choose one of these."),
+        (0.01, None, "--length 0.01 cannot be combined from the 20 EMAs stored until step 20"),
+        (0.08, 7, "--step is 7, but there are snapshots of steps 2, 4, 6, ..., 16, 18, 20; choose one of these."),
     ],
 )
 def test_what_cannot_be_made_is_refused(
     finished: tuple[Path, EMA], tmp_path: Path, length: float, step: int | None, sentence: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        rebuild(finished[0], length, step, tmp_path / "made")
+        reconstruct(finished[0], length, step, tmp_path / "made")
     assert sentence in str(caught.value)
     assert not (tmp_path / "made").exists()
 
 
 def test_a_length_that_cannot_be_made_comes_with_some_that_can(finished: tuple[Path, EMA], tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        rebuild(finished[0], 0.02, None, tmp_path / "made")
+        reconstruct(finished[0], 0.02, None, tmp_path / "made")
     shortest, _, longest = str(caught.value).split("choose ")[1].split(",")[0].partition(" to ")
     for number, length in enumerate((float(shortest), float(longest))):
-        assert rebuild(finished[0], length, None, tmp_path / str(number)).relative_error <= 0.1
+        assert reconstruct(finished[0], length, None, tmp_path / str(number)).relative_error <= 0.1
 
 
 def test_a_folder_without_averages_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no ema_snapshots; give the folder of a run with training"):
-        rebuild(tmp_path, 0.1, None, tmp_path / "made")
+    with pytest.raises(ConfigError, match="has no ema_snapshots; give the folder of a run with training"):
+        reconstruct(tmp_path, 0.1, None, tmp_path / "made")
 
 
 def test_a_damaged_average_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ema = train(tmp_path / "run")
-    path = tmp_path / "run" / SNAPSHOTS / "step_00000010" / "ema_sigma_0.050.safetensors"
+    path = tmp_path / "run" / EMA_SNAPSHOTS_DIR / "step_00000010" / "ema_sigma_0.050.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        rebuilt = rebuild(tmp_path / "run", 0.1, None, tmp_path / "made")
-    assert "step_00000010 is left out: ema_sigma_0.050.safetensors is damaged" in caplog.text
+        rebuilt = reconstruct(tmp_path / "run", 0.1, None, tmp_path / "made")
+    assert "step_00000010 is ignored: ema_sigma_0.050.safetensors is damaged" in caplog.text
     assert rebuilt.num_stored == 18
     for found, expected in zip(parameters(tmp_path / "made"), ema.tensors("ema_sigma_0.100"), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -149,14 +150,16 @@ def test_steps_without_an_update_between_them_count_once(tmp_path: Path) -> None
     ema = train(tmp_path / "run")
     unet = tiny_unet(10)
     pipeline = GaussianDiffusionPipeline(unet, GaussianDiffusionScheduler.create(), class_names=CLASS_NAMES)
-    store(tmp_path / "run" / SNAPSHOTS, 22, ema, pipeline)
-    rebuilt = rebuild(tmp_path / "run", 0.1, None, tmp_path / "made")
+    store(tmp_path / "run" / EMA_SNAPSHOTS_DIR, 22, ema, pipeline)
+    rebuilt = reconstruct(tmp_path / "run", 0.1, None, tmp_path / "made")
     assert (rebuilt.step, rebuilt.num_stored) == (22, 20)
 
 
 def test_before_the_first_update_there_is_nothing_to_store(tmp_path: Path) -> None:
     unet = tiny_unet(10)
-    store(tmp_path, 1, EMA(unet, decay_laws(CONFIG)), GaussianDiffusionPipeline(unet, GaussianDiffusionScheduler()))
+    store(
+        tmp_path, 1, EMA(unet, decay_schedules(CONFIG)), GaussianDiffusionPipeline(unet, GaussianDiffusionScheduler())
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,14 +173,14 @@ def test_a_full_disk_costs_the_averages_of_a_step_and_not_the_run(
         train(tmp_path / "run", steps=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "The averages of step 2 could not be stored (" in caplog.text
-    assert list((tmp_path / "run" / SNAPSHOTS).iterdir()) == []
+    assert "The EMA snapshot of step 2 could not be stored (" in caplog.text
+    assert list((tmp_path / "run" / EMA_SNAPSHOTS_DIR).iterdir()) == []
 
 
 def test_later_averages_are_removed_and_earlier_ones_kept(tmp_path: Path) -> None:
     train(tmp_path / "run", steps=8)
-    remove_after(tmp_path / "run" / SNAPSHOTS, 5)
-    names = [path.name for path in sorted((tmp_path / "run" / SNAPSHOTS).iterdir())]
+    remove_after(tmp_path / "run" / EMA_SNAPSHOTS_DIR, 5)
+    names = [path.name for path in sorted((tmp_path / "run" / EMA_SNAPSHOTS_DIR).iterdir())]
     assert names == ["step_00000002", "step_00000004"]
     remove_after(tmp_path / "nowhere", 5)
 
@@ -194,5 +197,5 @@ def test_later_averages_are_removed_and_earlier_ones_kept(tmp_path: Path) -> Non
 )
 def test_the_averages_are_stored_at_intervals_and_at_the_end(settings: dict[str, int], expected: list[int]) -> None:
     config = TrainingConfig(posthoc_ema=True, **settings)  # type: ignore[arg-type]
-    assert [step for step in range(1, config.num_steps + 1) if is_due(step, config)] == expected
-    assert not any(is_due(step, TrainingConfig(num_steps=5)) for step in range(1, 6))
+    assert [step for step in range(1, config.num_steps + 1) if is_snapshot_due(step, config)] == expected
+    assert not any(is_snapshot_due(step, TrainingConfig(num_steps=5)) for step in range(1, 6))

@@ -1,4 +1,4 @@
-"""metrics.jsonl is whole after any kill and goes back to the checkpoint on resume; trackers never stop a run.
+"""metrics.jsonl is complete after any kill and is truncated on resume; trackers never stop a run; the progress bar.
 
 W&B and Trackio need processes of their own: integration/test_trackers.py.
 """
@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from ddpm_hf.config import ConfigError, TrackingConfig
-from ddpm_hf.training.logging import MetricsLog, Trackers
+from ddpm_hf.training.logging import MetricsLog, Progress, Trackers
 
 ROWS = [{"step": step, "loss": 1 / step, "grad_norm": None} for step in range(1, 6)]
 
@@ -43,7 +43,7 @@ def test_rows_come_back_as_they_were(log: MetricsLog, path: Path) -> None:
 
 
 def test_the_last_line_with_a_column_is_found(path: Path) -> None:
-    """Whatever lines without it, without a value or torn come after it."""
+    """Lines without it, without a value, or torn may follow."""
     path.unlink(missing_ok=True)
     log = MetricsLog(path)
     assert log.last("loss") is None
@@ -101,7 +101,7 @@ def test_a_first_start_makes_an_empty_log(path: Path) -> None:
 def test_a_line_that_the_disk_does_not_take_does_not_tear_the_next(
     log: MetricsLog, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Full in the middle of a line, and again free before the next."""
+    """Full in the middle of a line, and free again before the next."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
     try:
@@ -115,7 +115,7 @@ def test_a_line_that_the_disk_does_not_take_does_not_tear_the_next(
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 9, b"\xff\xfe\n", b"17\n", b"{}\n", b"\n"])
-def test_what_a_power_cut_left_at_the_end_is_no_line(log: MetricsLog, path: Path, tail: bytes) -> None:
+def test_what_a_power_failure_left_at_the_end_is_not_a_line(log: MetricsLog, path: Path, tail: bytes) -> None:
     with path.open("ab") as file:
         file.write(tail)
     assert log.rows() == ROWS
@@ -124,7 +124,7 @@ def test_what_a_power_cut_left_at_the_end_is_no_line(log: MetricsLog, path: Path
     assert path.read_text().splitlines()[-2:] == [json.dumps(ROWS[-1]), '{"step": 6}']
 
 
-def test_a_line_without_its_end_is_kept_and_ended(log: MetricsLog, path: Path) -> None:
+def test_a_last_line_without_newline_is_kept_and_terminated(log: MetricsLog, path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     log.cut_after(5)
     log.append({"step": 6})
@@ -147,8 +147,8 @@ def test_only_the_end_of_a_long_log_is_read(path: Path, monkeypatch: pytest.Monk
     assert path.read_text().endswith('{"step": 9996}\n{"step": 9997}\n')
 
 
-def test_a_log_is_never_a_file_that_a_link_leads_to(tmp_path: Path, path: Path) -> None:
-    """It is cut in place, and what stands in somebody else's file may not look like metrics."""
+def test_a_log_is_never_cut_through_a_link(tmp_path: Path, path: Path) -> None:
+    """It is cut in place, and the content of another file may not look like metrics."""
     (tmp_path / "precious").write_text("precious")
     path.symlink_to(tmp_path / "precious")
     with pytest.raises(OSError, match="symbolic link"):
@@ -162,7 +162,7 @@ SETTINGS = {"training": {"num_steps": 6, "learning_rate": 1e-3, "max_grad_norm":
 
 
 def tensorboard_run(output_dir: Path, first_step: int, num_steps: int) -> None:
-    """Logs some steps of a run, with the step as the loss."""
+    """Log some steps of a run, with the step as the loss."""
     with Trackers(TrackingConfig(trackers=["tensorboard"]), output_dir) as trackers:
         trackers.check()
         trackers.start(first_step, SETTINGS)
@@ -200,8 +200,7 @@ def test_tensorboard_gets_metrics_settings_and_previews(tmp_path: Path) -> None:
 def test_tensorboard_shows_a_continued_run_as_one(tmp_path: Path) -> None:
     """Steps 3 and 4 were logged and lost; the curve has each step once."""
     tensorboard_run(tmp_path, 0, 4)
-    # Within a second TensorBoard orders the files of one process by a count as text, "10" before "9"; no run is
-    # continued that fast.
+    # TensorBoard orders the files of one second by a count as text, "10" before "9"; no run is resumed that fast.
     time.sleep(1)
     tensorboard_run(tmp_path, 2, 5)
     events = read_tensorboard(tmp_path)
@@ -210,10 +209,10 @@ def test_tensorboard_shows_a_continued_run_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_a_tracker_that_fails_is_left_out_and_training_goes_on(
+def test_a_tracker_that_fails_is_dropped_and_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Here TensorBoard's writer fails as it would on a full disk, with a key in the message that must not be told."""
+    """TensorBoard's writer fails as on a full disk, with a key in the message, which must not be printed."""
     monkeypatch.setenv("SOME_API_KEY", "canary-0123456789")
     num_calls = 0
 
@@ -229,20 +228,20 @@ def test_a_tracker_that_fails_is_left_out_and_training_goes_on(
             trackers.log({"step": step, "loss": 1.0})
     assert num_calls == 1
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert "tensorboard failed (no room for $SOME_API_KEY) and gets nothing more; training and metrics.jsonl" in warning
+    assert "tensorboard failed (no room for $SOME_API_KEY) and is dropped; training and metrics.jsonl" in warning
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_a_tracker_that_cannot_be_started_is_refused(tmp_path: Path) -> None:
+def test_a_tracker_that_fails_to_start_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
-    with pytest.raises(ConfigError, match=r"tracking.trackers: tensorboard cannot be started \(.*\); mend that, or"):
+    with pytest.raises(ConfigError, match=r"tracking.trackers: tensorboard failed to start \(.*\); fix it, or"):
         Trackers(TrackingConfig(trackers=["tensorboard"]), tmp_path).start(0, SETTINGS)
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of that name in the working directory, which W&B leaves there, is no installation."""
+    """A folder of that name in the working directory, which W&B creates, is not an installation."""
     monkeypatch.setitem(sys.modules, "trackio", None)
-    sentence = r'names trackio, which is not installed; pip install "ddpm_hf\[trackers\]", or leave it out\.'
+    sentence = r'names trackio, which is not installed; pip install "ddpm_hf\[trackers\]", or remove trackio from'
     with pytest.raises(ConfigError, match=sentence):
         Trackers(TrackingConfig(trackers=["tensorboard", "trackio"]), tmp_path).check()
     (tmp_path / "nowhere").mkdir()
@@ -258,3 +257,26 @@ def test_without_trackers_nothing_is_written_or_imported(tmp_path: Path) -> None
         trackers.log({"step": 1, "loss": 1.0})
         trackers.log_preview(1, tmp_path / "grid.png")
     assert list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------------------------- progress
+
+
+def test_the_bar_shows_what_training_waits_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True, raising=False)
+    with Progress(2, 9, is_main_process=True) as progress:
+        capsys.readouterr()
+        with progress.doing("Drawing a preview"):
+            assert "Drawing a preview" in capsys.readouterr().err
+        assert "Training" in capsys.readouterr().err
+        with pytest.raises(OSError), progress.doing("Saving"):
+            raise OSError
+        assert capsys.readouterr().err.rstrip().split("\r")[-1].startswith("Training")
+
+
+def test_without_a_terminal_nothing_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(0, 9, is_main_process=True) as progress, progress.doing("Drawing a preview"):
+        progress.update()
+    assert capsys.readouterr().err == ""
