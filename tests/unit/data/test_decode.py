@@ -394,7 +394,7 @@ WIDE = RANDOM.integers(0, 256, (8, 24, 3), dtype=np.uint8)
 
 
 def place(pixels: np.ndarray, **settings: object) -> np.ndarray:
-    """Return what is stored of an image (height, width, channels)."""
+    """Return the preprocessed image (height, width, channels)."""
     return Geometry.of(DataConfig(**settings)).apply(pixels, "the image")  # type: ignore[arg-type]
 
 
