@@ -13,7 +13,7 @@ from PIL import Image
 from ddpm_hf.cli.main import train
 from ddpm_hf.data import cache
 from tests.conftest import DIGITS, run_arguments
-from tests.integration.test_training import (
+from tests.runs import (
     EVERYTHING_RANDOM,
     assert_same_run,
     metrics_of,
