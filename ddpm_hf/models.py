@@ -1,15 +1,10 @@
-"""UNet2DModel presets, initialization and pretrained weights.
+"""UNet2DModel presets, the initialization of the paper, and pretrained networks; no layers of our own.
 
-UNet2DModel presets and the paper's initialisation; no layers of our own.
-
-Networks of others: reads the configuration or the weights of a UNet2DModel from a folder or the Hub.
-
-A folder is that of a pipeline (model_index.json, unet/, scheduler/), one with the same files side by side, as the
-google/ddpm-* repositories are, or that of a UNet2DModel alone (config.json and weights).
+A pretrained network is loaded from a local folder or the Hub: a pipeline (model_index.json, unet/, scheduler/), the
+same files side by side as in the google/ddpm-* repositories, or a UNet2DModel alone (config.json and weights).
 """
 
 import inspect
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +18,14 @@ from torch import nn
 from ddpm_hf.config import ConfigError, ModelConfig, UNetOverride
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.diffusion.saved_folder import check_shards
+from ddpm_hf.files import MODEL_CONFIG, MODEL_INDEX, SCHEDULER_CONFIG, read_json
 from ddpm_hf.redaction import reason_of
 
 logger = logging.getLogger(__name__)
 
 
 def _levels(block_out_channels: list[int], attention_levels: set[int]) -> dict[str, UNetOverride]:
-    """Names the blocks of a U-Net, one a level from full resolution downwards, with attention at some of the levels."""
+    """Return the blocks of a U-Net, one per level from full resolution down, with attention at some levels."""
     has_attention = [level in attention_levels for level in range(len(block_out_channels))]
     return {
         "block_out_channels": block_out_channels,
@@ -38,8 +34,8 @@ def _levels(block_out_channels: list[int], attention_levels: set[int]) -> dict[s
     }
 
 
-# What every network of Ho et al. 2020 shares. One attention head of full width, sine before cosine, TF's "SAME"
-# padding: none of it changes the parameter count, all of it changes the function.
+# Shared by all networks of Ho et al. 2020. One attention head of full width, sine before cosine and the "SAME" padding
+# of TensorFlow do not change the number of parameters, but change the function.
 _PAPER: dict[str, UNetOverride] = {
     "act_fn": "silu",
     "attention_head_dim": None,
@@ -54,10 +50,10 @@ _PAPER: dict[str, UNetOverride] = {
     "norm_num_groups": 32,
 }
 
-# What every network of Nichol & Dhariwal 2021 shares: the timestep scales and shifts the norm, cosine before sine,
-# symmetric padding, three residual blocks a level. With scale_shift UNet2DModel leaves out the norm of the middle
-# attention unless it is told its groups. Heads have 64 channels, which are the four of the CIFAR-10 network; wider
-# levels have more heads, as in Dhariwal & Nichol 2021, since UNet2DModel has one width for all heads.
+# Shared by all networks of Nichol & Dhariwal 2021: the timestep scales and shifts the norm, cosine before sine,
+# symmetric padding, three residual blocks per level. With scale_shift UNet2DModel omits the norm of the middle
+# attention unless attn_norm_num_groups is set. Heads have 64 channels, which makes the four heads of the CIFAR-10
+# network; wider levels have more heads, as in Dhariwal & Nichol 2021, because UNet2DModel has one width for all heads.
 _IMPROVED: dict[str, UNetOverride] = {
     **_PAPER,
     "attention_head_dim": 64,
@@ -70,7 +66,7 @@ _IMPROVED: dict[str, UNetOverride] = {
     "resnet_time_scale_shift": "scale_shift",
 }
 
-# Numbers of parameters are those for RGB images, or gray digits, without classes.
+# Numbers of parameters are for RGB images, or grayscale digits, without classes.
 PRESETS: dict[str, dict[str, UNetOverride]] = {
     # Ho et al. 2020, appendix B, CIFAR-10: 35,746,307 parameters, attention at 16x16.
     "ddpm_32": {**_PAPER, **_levels([128, 256, 256, 256], {1}), "dropout": 0.1},
@@ -82,15 +78,15 @@ PRESETS: dict[str, dict[str, UNetOverride]] = {
     "improved_32": {**_IMPROVED, **_levels([128, 256, 256, 256], {1, 2}), "dropout": 0.3},
     # Nichol & Dhariwal 2021, ImageNet: 121,060,483 parameters, attention at 16x16 and 8x8.
     "improved_64": {**_IMPROVED, **_levels([128, 256, 384, 512], {2, 3})},
-    # The paper's design for 8x8 digits on a laptop: 0.7 M parameters, attention at 4x4.
+    # The design of the paper for 8x8 digits on a laptop: 0.7 M parameters, attention at 4x4.
     "digits_8": {**_PAPER, **_levels([32, 64], {1}), "layers_per_block": 1, "norm_num_groups": 8},
-    # The same for 28x28 digits, which halve only twice: 3.7 M parameters, attention at 14x14.
+    # The same for 28x28 digits, which can be halved only twice: 3.7 M parameters, attention at 14x14.
     "mnist_28": {**_PAPER, **_levels([32, 64, 128], {1}), "norm_num_groups": 8},
     # The same for a few thousand photographs of 64x64: 20.8 M parameters, attention at 16x16.
     "flowers_64": {**_PAPER, **_levels([64, 128, 192, 256], {2}), "dropout": 0.1},
 }
 
-# Decided by the data, the diffusion process and model.class_conditional.
+# Set by the data, the diffusion process and model.class_conditional.
 _DERIVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type", "num_train_timesteps")
 _SETTINGS = frozenset(inspect.signature(UNet2DModel.__init__).parameters) - {"self"}
 
@@ -104,29 +100,29 @@ def build_unet(
     self_conditioned: bool = False,
     learned_variance: bool = False,
 ) -> UNet2DModel:
-    """Builds and initialises the network from torch's global generator.
+    """Build and initialize the network, using torch's global generator.
 
     Args:
-        config: Where the network comes from and what replaces parts of it.
-        image_shape: Channels, height and width of the images.
-        num_class_embeds: Number of labels the network knows, the null label included; None for an unconditional one.
-        file_config: The config.json that stands in the place of the preset; what the data decide in it is replaced.
-        self_conditioned: Whether a prediction of x_0 comes in beside x_t, which doubles in_channels.
-        learned_variance: Whether a variance goes out beside the prediction, which doubles out_channels.
+        config: The preset, and settings that replace parts of it.
+        image_shape: (channels, height, width).
+        num_class_embeds: Number of labels including the null label; None for an unconditional network.
+        file_config: A config.json to use instead of the preset; settings decided by the data are replaced.
+        self_conditioned: Whether the network also takes a prediction of x_0, which doubles in_channels.
+        learned_variance: Whether the network also predicts a variance, which doubles out_channels.
 
     Returns:
         The network in training mode, float32, on the CPU.
 
     Raises:
-        ConfigError: If an override is unknown or the network cannot be built for these images.
+        ConfigError: An override is unknown, or the network cannot be built for these images.
     """
     channels, height, width = image_shape
     _check_overrides(config.overrides)
     settings: dict[str, Any] = {**_base(config, file_config), **config.overrides}
     if settings.get("time_embedding_type") == "fourier":
         raise ConfigError(
-            f"{_source(config)} divides by the timestep (time_embedding_type fourier), but timesteps start at 0; use "
-            "positional."
+            f"{_source(config)} has time_embedding_type fourier, which divides by the timestep, but timesteps start at "
+            "0; use positional."
         )
     blocks = settings["block_out_channels"]
     factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else 1
@@ -142,7 +138,7 @@ def build_unet(
         "num_class_embeds": num_class_embeds,
     }
     try:
-        _rehearse(settings, image_shape)
+        _check_forward(settings, image_shape)
         unet = UNet2DModel(**settings)
     except Exception as error:  # diffusers raises many types for settings that do not fit together
         reason = " ".join(str(error).split())
@@ -158,7 +154,7 @@ def build_unet(
 
 
 def _source(config: ModelConfig) -> str:
-    """Says which setting decides the network."""
+    """Return the setting that decides the network, for messages."""
     for name in ("config_file", "from_pretrained"):
         if (value := getattr(config, name)) is not None:
             return f"model.{name} {value}"
@@ -166,20 +162,20 @@ def _source(config: ModelConfig) -> str:
 
 
 def _base(config: ModelConfig, file_config: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Returns the arguments of UNet2DModel in a preset, or in a config.json with the defaults of diffusers."""
+    """Return the arguments of UNet2DModel in a preset, or in a config.json completed by the defaults of diffusers."""
     if file_config is None:
-        assert config.preset is not None, "rules.py asks for one"
+        assert config.preset is not None, "config/rules.py requires a preset"
         return PRESETS[config.preset]
     defaults = {name: parameter.default for name, parameter in inspect.signature(UNet2DModel).parameters.items()}
     known = {name: value for name, value in file_config.items() if not name.startswith("_")}
     if unknown := sorted(known.keys() - _SETTINGS):
-        logger.warning("%s has settings that UNet2DModel does not know: %s", _source(config), ", ".join(unknown))
+        logger.warning("%s has settings that UNet2DModel does not have: %s", _source(config), ", ".join(unknown))
     settings = {name: known.get(name, default) for name, default in defaults.items() if name not in _DERIVED}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
-def _rehearse(settings: dict[str, Any], image_shape: tuple[int, int, int]) -> None:
-    """Sends shapes without numbers through the network: some settings fail only there."""
+def _check_forward(settings: dict[str, Any], image_shape: tuple[int, int, int]) -> None:
+    """Run one forward pass on the meta device; some invalid settings fail only there."""
     with torch.device("meta"):
         images = torch.empty(1, settings["in_channels"], *image_shape[1:])
         zeros = torch.zeros(1, dtype=torch.int64)
@@ -190,7 +186,6 @@ def _rehearse(settings: dict[str, Any], image_shape: tuple[int, int, int]) -> No
 
 
 def _check_overrides(overrides: Mapping[str, UNetOverride]) -> None:
-    """Refuses names that UNet2DModel does not know or that are decided elsewhere."""
     known = _SETTINGS - set(_DERIVED)
     for name in overrides:
         if name in _DERIVED:
@@ -202,43 +197,39 @@ def _check_overrides(overrides: Mapping[str, UNetOverride]) -> None:
 
 
 def _checkpoint_gradients(unet: UNet2DModel) -> None:
-    """Lets the blocks of a network compute their activations anew in the backward pass.
-
-    Raises:
-        ConfigError: If some block cannot; diffusers would say nothing.
-    """
+    """Enable gradient checkpointing; raise ConfigError for blocks where diffusers would ignore it."""
     blocks = [block for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) if block is not None]
-    deaf = sorted({type(block).__name__ for block in blocks if not hasattr(block, "gradient_checkpointing")})
-    if deaf:
+    unsupported = sorted({type(block).__name__ for block in blocks if not hasattr(block, "gradient_checkpointing")})
+    if unsupported:
         raise ConfigError(
-            f"model.gradient_checkpointing does nothing for {' and '.join(deaf)}; choose other blocks or leave it out."
+            f"model.gradient_checkpointing is not supported by {' and '.join(unsupported)}; set it to false, or choose "
+            "other blocks."
         )
     unet.enable_gradient_checkpointing()
 
 
 @torch.no_grad()
 def initialize_as_paper(unet: UNet2DModel) -> None:
-    """Initialises as the paper's code does (Ho et al. 2020).
+    """Initialize as in the code of Ho et al. 2020.
 
-    Glorot-uniform weights and zero biases everywhere, except that the last layer of each residual block, each
-    attention's output and the network's output start at scale 1e-10: a fresh network outputs 0, and the epsilon loss
-    starts at 1.000.
+    Weights are Glorot-uniform and biases zero. The last layer of each residual block, the output of each attention and
+    the output of the network have scale 1e-10: a fresh network outputs 0, and the epsilon loss starts at 1.000.
     """
     for name, module in unet.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             is_output = name.endswith(("conv2", "to_out.0", "conv_out"))
-            # The paper's code scales the variance, so the standard deviation by the square root.
+            # The code of the paper scales the variance, so the standard deviation by the square root.
             nn.init.xavier_uniform_(module.weight, gain=1e-10**0.5 if is_output else 1.0)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
 
-_CONFIG_FILES = ("config.json", "unet/config.json")
+_CONFIG_FILES = (MODEL_CONFIG, f"unet/{MODEL_CONFIG}")
+_SCHEDULER_FILES = (f"scheduler/{SCHEDULER_CONFIG}", SCHEDULER_CONFIG)
 _FILES = (
     *_CONFIG_FILES,
-    "model_index.json",
-    "scheduler_config.json",
-    "scheduler/scheduler_config.json",
+    *_SCHEDULER_FILES,
+    MODEL_INDEX,
     "diffusion_pytorch_model*.safetensors*",
     "unet/diffusion_pytorch_model*.safetensors*",
 )
@@ -246,14 +237,14 @@ _FILES = (
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A network that was trained before, and what its folder says of it.
+    """A pretrained network and what its folder says about it.
 
     Args:
         name: The setting and its value, for messages.
         unet: The network.
-        scheduler: The forward process it was trained for; None if the folder does not tell.
-        class_names: Names of its classes; None if the folder does not tell.
-        has_null_label: Whether its last label means "no class"; None if the folder does not tell.
+        scheduler: The forward process it was trained for; None if unknown.
+        class_names: Names of its classes; None if unknown.
+        has_null_label: Whether its last label means "no class"; None if unknown.
     """
 
     name: str
@@ -264,34 +255,35 @@ class Pretrained:
 
 
 def read_config_file(model: ModelConfig) -> dict[str, Any]:
-    """Reads the configuration of the UNet2DModel that model.config_file names.
+    """Read the configuration of the UNet2DModel in model.config_file.
 
     Raises:
-        ConfigError: If there is none, or it cannot be read.
+        ConfigError: It does not exist or cannot be read.
     """
     assert model.config_file is not None
     name = f"model.config_file {model.config_file}"
     path = Path(model.config_file).expanduser()
     if not path.is_file():
-        path = _unet_folder(_folder(name, model.config_file, model.revision, _CONFIG_FILES), name) / "config.json"
+        folder = _find_folder(name, model.config_file, model.revision, _CONFIG_FILES)
+        path = _unet_folder(folder, name) / MODEL_CONFIG
     return _read_unet_config(path, name)
 
 
 def load_pretrained(model: ModelConfig) -> Pretrained:
-    """Loads the network of model.from_pretrained; its weights must be safetensors.
+    """Load the network of model.from_pretrained, whose weights must be safetensors.
 
     Raises:
-        ConfigError: If the folder or repository has none, or they cannot be read.
+        ConfigError: The folder or repository has no network, or it cannot be read.
     """
     assert model.from_pretrained is not None
     name = f"model.from_pretrained {model.from_pretrained}"
-    folder = _folder(name, model.from_pretrained, model.revision, _FILES)
+    folder = _find_folder(name, model.from_pretrained, model.revision, _FILES)
     unet_folder = _unet_folder(folder, name)
-    _read_unet_config(unet_folder / "config.json", name)
+    _read_unet_config(unet_folder / MODEL_CONFIG, name)
     if not any(unet_folder.glob("diffusion_pytorch_model*.safetensors*")):
         raise ConfigError(
             f"{name} has no weights in the safetensors format. If you trust it, load it once with "
-            "UNet2DModel.from_pretrained(..., use_safetensors=False), save it anew and give that folder."
+            "UNet2DModel.from_pretrained(..., use_safetensors=False), save it again and give that folder."
         )
     try:
         check_shards(unet_folder)
@@ -300,11 +292,11 @@ def load_pretrained(model: ModelConfig) -> Pretrained:
         raise ConfigError(f"{name} cannot be loaded ({reason_of(error)}).") from error
     if missing := loaded["missing_keys"]:
         raise ConfigError(f"{name} lacks weights of its own network ({', '.join(sorted(missing)[:3])}, ...).")
-    index = _read_json(folder / "model_index.json", name) if (folder / "model_index.json").is_file() else None
+    index = _read_json(folder / MODEL_INDEX, name) if (folder / MODEL_INDEX).is_file() else None
     return Pretrained(
         name=name,
         unet=unet,
-        scheduler=_scheduler(folder, name),
+        scheduler=_read_scheduler(folder, name),
         class_names=index.get("class_names") if index else None,
         has_null_label=bool(index.get("has_null_label")) if index else None,
     )
@@ -317,20 +309,19 @@ def take_weights(
     class_names: dict[str, str] | None,
     has_null_label: bool,
 ) -> None:
-    """Copies the weights of a pretrained network into the network of a run.
-
-    What the weights cannot serve is refused; what a run may change on purpose is named in a warning.
+    """Copy the weights of a pretrained network into the network of a run; warn about differences that may be intended.
 
     Raises:
-        ConfigError: If the networks differ in shape, labels or in what they predict.
+        ConfigError: The networks differ in shape, labels or prediction type.
     """
     _check_channels(unet, pretrained)
     _check_labels(unet, pretrained, has_null_label)
     if pretrained.class_names is not None and class_names is not None and pretrained.class_names != class_names:
-        logger.warning("%s was trained on classes of other names; its labels now mean those of the data.",
-                       pretrained.name)  # fmt: skip
+        logger.warning(
+            "%s was trained on classes with other names; its labels now mean those of the data.", pretrained.name
+        )
     theirs, ours = pretrained.unet.config["sample_size"], unet.config["sample_size"]
-    if theirs is not None and _pair(theirs) != _pair(ours):
+    if theirs is not None and _size(theirs) != _size(ours):
         logger.warning(
             "%s was made for images of %s; it is now trained on %s.", pretrained.name, _size(theirs), _size(ours)
         )
@@ -339,29 +330,28 @@ def take_weights(
         unet.load_state_dict(pretrained.unet.state_dict())
     except RuntimeError as error:
         raise ConfigError(
-            f"{pretrained.name} has weights of another shape than model.overrides ask for ({reason_of(error)}); leave "
-            "out those that change the shape."
+            f"{pretrained.name} has weights of other shapes than model.overrides ask for ({reason_of(error)}); remove "
+            "the overrides that change shapes."
         ) from None
 
 
 def _check_channels(unet: UNet2DModel, pretrained: Pretrained) -> None:
-    """Refuses a network for other images or with another output."""
-    for setting, what in (("in_channels", "takes"), ("out_channels", "returns")):
+    for setting, verb in (("in_channels", "takes"), ("out_channels", "returns")):
         theirs, ours = pretrained.unet.config[setting], unet.config[setting]
         if theirs != ours:
             raise ConfigError(
-                f"{pretrained.name} {what} {theirs} channels, but this run needs {ours}; set data.num_channels to what "
-                "it was trained on, or choose another network."
+                f"{pretrained.name} {verb} {theirs} channels, but this run needs {ours}; set data.num_channels to that "
+                "of its training data, or choose another network."
             )
 
 
 def _check_labels(unet: UNet2DModel, pretrained: Pretrained, has_null_label: bool) -> None:
-    """Refuses a network that knows another number of labels, or to which the last one means something else."""
+    """Raise ConfigError for another number of labels, or another meaning of the last one."""
     theirs, ours = pretrained.unet.config["num_class_embeds"], unet.config["num_class_embeds"]
-    knows = "is unconditional" if theirs is None else f"knows {theirs} labels"
+    has = "is unconditional" if theirs is None else f"has {theirs} labels"
     needs = "none" if ours is None else f"{ours} (the null label included)" if has_null_label else f"{ours}"
     if theirs is not None and pretrained.has_null_label:
-        knows += ", the last of them the null label"
+        has += ", the last of them the null label"
     if theirs == ours and (theirs is None or pretrained.has_null_label in (None, has_null_label)):
         return
     if theirs is None:
@@ -372,14 +362,14 @@ def _check_labels(unet: UNet2DModel, pretrained: Pretrained, has_null_label: boo
         fix = f"set objective.class_dropout {'above 0, for example to 0.1' if pretrained.has_null_label else 'to 0'}"
     else:
         fix = "train on data with as many classes"
-    raise ConfigError(f"{pretrained.name} {knows}, but this run needs {needs}; {fix}, or choose another network.")
+    raise ConfigError(f"{pretrained.name} {has}, but this run needs {needs}; {fix}, or choose another network.")
 
 
 def _check_process(pretrained: Pretrained, scheduler: GaussianDiffusionScheduler) -> None:
-    """Refuses another prediction, which would start from nothing; names another schedule, which may be on purpose."""
+    """Raise ConfigError for another prediction type; warn about another noise schedule, which may be intended."""
     if pretrained.scheduler is None:
         logger.warning(
-            "%s does not say what its network predicts; it is taken for %s.",
+            "%s has no scheduler; its prediction type is assumed to be %s.",
             pretrained.name,
             scheduler.config["prediction_type"],
         )
@@ -400,68 +390,62 @@ def _check_process(pretrained: Pretrained, scheduler: GaussianDiffusionScheduler
         )
     elif not torch.allclose(before, after, rtol=1e-4, atol=1e-6):
         logger.warning(
-            "%s was trained with another noise schedule (%s) than diffusion asks for (%s).",
+            "%s was trained with another noise schedule (%s) than that of diffusion (%s).",
             pretrained.name,
             *(_schedule(each) for each in (pretrained.scheduler, scheduler)),
         )
 
 
 def _schedule(scheduler: GaussianDiffusionScheduler) -> str:
-    """Says in a few words which schedule it is."""
-    kind = scheduler.config["beta_schedule"] if scheduler.config["trained_betas"] is None else "betas of its own"
+    kind = scheduler.config["beta_schedule"] if scheduler.config["trained_betas"] is None else "trained_betas"
     return f"{kind}, alpha_bar_T {float(scheduler.noise_schedule.alphas_cumprod[-1]):.2e}"
 
 
-def _scheduler(folder: Path, name: str) -> GaussianDiffusionScheduler | None:
-    """Returns the forward process that a folder describes, whichever scheduler of diffusers it names."""
-    for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
+def _read_scheduler(folder: Path, name: str) -> GaussianDiffusionScheduler | None:
+    """Return the forward process of a folder, whichever scheduler of diffusers it names."""
+    for path in (folder / file for file in _SCHEDULER_FILES):
         if path.is_file():
             try:
                 scheduler: GaussianDiffusionScheduler = GaussianDiffusionScheduler.from_config(_read_json(path, name))
-            except Exception as error:  # whatever torch raises for tables of an absurd size
-                raise ConfigError(f"{name} has a scheduler that is no DDPM's ({reason_of(error)}).") from error
+            except Exception as error:  # torch raises many types for tables of an absurd size
+                raise ConfigError(f"{name} has a scheduler that is not a DDPM's ({reason_of(error)}).") from error
             return scheduler
     return None
 
 
-def _folder(name: str, source: str, revision: str | None, files: Sequence[str]) -> Path:
-    """Returns a local folder, downloaded from the Hub where it is not one.
-
-    Raises:
-        ConfigError: If there is none, here or there.
-    """
+def _find_folder(name: str, source: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Return a local folder, or download it from the Hub."""
     path = Path(source).expanduser()
     if path.exists():
         if revision is not None:
-            raise ConfigError(f"model.revision {revision} applies to the Hub, but {source} is here; leave it out.")
+            raise ConfigError(f"model.revision {revision} applies to the Hub, but {source} is a local path; remove it.")
         if path.is_dir():
             return path
         raise ConfigError(f"{name} is a file; give the folder of a pipeline or of a UNet2DModel.")
     if source.startswith((".", "~", "/")) or source.count("/") > 1 or path.suffix == ".json":
-        raise ConfigError(f"{name} does not exist; check the path (here is {Path.cwd()}).")
+        raise ConfigError(f"{name} does not exist; check the path (the working directory is {Path.cwd()}).")
 
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
-    except Exception as error:  # the Hub's own errors, those of the network, and those of the disk
+    except Exception as error:  # errors of the Hub, the network and the disk
         raise ConfigError(
-            f"{name} is no folder here and cannot be had from the Hub ({reason_of(error)}); check the name, the "
-            "network and, for a private repository, that you are logged in."
+            f"{name} is not a local folder and cannot be downloaded from the Hub ({reason_of(error)}); check the name, "
+            "the network and, for a private repository, your login."
         ) from error
 
 
 def _unet_folder(folder: Path, name: str) -> Path:
-    """Returns where config.json and weights of the network lie."""
+    """Return the folder with config.json and weights of the network."""
     for candidate in (folder / "unet", folder):
-        if (candidate / "config.json").is_file():
+        if (candidate / MODEL_CONFIG).is_file():
             return candidate
     hint = f"; did you mean {folder / 'pipeline'}?" if (folder / "pipeline").is_dir() else "."
     raise ConfigError(f"{name} has neither unet/config.json nor config.json of a UNet2DModel{hint}")
 
 
 def _read_unet_config(path: Path, name: str) -> dict[str, Any]:
-    """Reads a config.json that must be that of a UNet2DModel."""
     config = _read_json(path, name)
     if (kind := config.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise ConfigError(f"{name} is a {kind}; give a UNet2DModel.")
@@ -469,21 +453,12 @@ def _read_unet_config(path: Path, name: str) -> dict[str, Any]:
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
-    """Reads a file of JSON that must hold a mapping."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: {path.name} cannot be read ({reason_of(error)}).") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{name}: {path.name} holds no settings.")
-    return content
-
-
-def _pair(size: int | Sequence[int]) -> list[int]:
-    """Returns height and width."""
-    return [size, size] if isinstance(size, int) else list(size)
+        raise ConfigError(f"{name}: {reason_of(error)}.") from None
 
 
 def _size(size: int | Sequence[int]) -> str:
-    """Says a size as height x width."""
-    return "x".join(map(str, _pair(size)))
+    height, width = [size, size] if isinstance(size, int) else size
+    return f"{height}x{width}"

@@ -269,6 +269,12 @@ def test_relative_links_and_anchors_resolve(path: Path) -> None:
     assert broken == []
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_the_files_that_a_document_names_exist(path: Path) -> None:
+    named = re.findall(r"`(?:python )?((?:\.ci|benchmarks|configs|ddpm_hf|docs|tests)/[\w/.*]+)", text_of(path))
+    assert [name for name in named if not list(REPOSITORY.glob(name))] == []
+
+
 def test_the_generated_reference_is_up_to_date() -> None:
     generated = runpy.run_path(str(REPOSITORY / "docs" / "make_training.py"))["document"]()
     assert generated == text_of(REPOSITORY / "docs" / "settings.md"), "run python docs/make_training.py"

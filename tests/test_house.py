@@ -1,7 +1,7 @@
-"""The house rules that no other test would notice: who imports whom, where randomness comes from, what nobody calls.
+"""The rules of the source code: which package imports which, where random numbers come from, which calls are forbidden.
 
-Everything is read from the source, so that a rule holds also for code that no test runs. docs/architecture.md has the
-rules in words.
+Everything is read from the source, so that the rules also hold for code that no test runs. docs/architecture.md states
+the imports in words.
 """
 
 import ast
@@ -246,7 +246,7 @@ def test_everything_random_takes_a_generator_and_seeds_are_made_in_rng() -> None
     assert strays == []
 
 
-def test_no_program_reads_a_pickle_or_runs_what_it_reads() -> None:
+def test_no_program_unpickles_or_executes_its_input() -> None:
     found = {
         name: dangers(tree, ALLOWED.get(name, set()))
         for name, tree in ((path.relative_to(REPOSITORY).as_posix(), tree) for path, tree in TREES.items())
@@ -254,7 +254,7 @@ def test_no_program_reads_a_pickle_or_runs_what_it_reads() -> None:
     assert {name: calls for name, calls in found.items() if calls} == {}
 
 
-def test_what_is_allowed_is_still_needed() -> None:
+def test_every_exception_to_the_rules_is_still_needed() -> None:
     for name, allowed in ALLOWED.items():
         assert allowed <= set(dangers(TREES[REPOSITORY / name], set())), name
 

@@ -9,6 +9,7 @@ import typing
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from docstring_parser import parse as parse_docstring
@@ -105,15 +106,19 @@ def _argument_options(hint: Any, field: "dataclasses.Field[Any]") -> dict[str, A
     """Return the arguments of `add_argument` for a field."""
     parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     kind = next(part for part in parts if part is not type(None))
+    is_list = any(typing.get_origin(part) is list for part in parts)
     if (parse := field.metadata.get("parse")) is not None:
-        return {"type": parse, "metavar": field.name.rpartition("_")[2].upper()}
+        return {"type": parse, "metavar": "LIST" if is_list else "N"}
     if kind is bool:
         return {"action": "store_true"}
     if typing.get_origin(kind) is Literal:
         return {"choices": typing.get_args(kind)}
-    if typing.get_origin(kind) is list:
+    if is_list:
         return {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "FILE"}
-    return {"type": kind}
+    if field.metadata.get("is_positional"):
+        return {"type": kind}
+    last_word = field.name.rpartition("_")[2].upper()
+    return {"type": kind, "metavar": {int: "N", float: "X", Path: "PATH"}.get(kind, last_word)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -343,13 +343,13 @@ def read_images(paths: Sequence[Path]) -> list[ImageArray]:
 
 
 def _read_picture(path: Path) -> ImageArray:
-    from ddpm_hf.data.decode import EncodedImage, Geometry, OutputFormat, decode, read_header
+    from ddpm_hf.data.decode import MODE_OF_CHANNELS, EncodedImage, Geometry, OutputFormat, decode, read_header
 
-    cell = EncodedImage(str(path), path.expanduser())
-    header = read_header(cell)
+    image = EncodedImage(str(path), path.expanduser())
+    header = read_header(image)
+    num_channels = next(number for number, mode in MODE_OF_CHANNELS.items() if mode == header.mode)
     dtype = np.dtype(np.uint16 if header.is_16_bit else np.uint8)
-    geometry = Geometry.of(DataConfig(resolution=None))
-    pixels = decode(cell, OutputFormat({"L": 1, "RGB": 3, "RGBA": 4}[header.mode], dtype, None, geometry))
+    pixels = decode(image, OutputFormat(num_channels, dtype, None, Geometry.of(DataConfig())))
     return _to_unit_range(pixels.transpose(1, 2, 0))
 
 

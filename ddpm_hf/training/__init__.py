@@ -1,1 +1,1 @@
-"""Training: the objective, the optimiser, the average, the checkpoints and the loop that joins them."""
+"""Training: loss, batches, optimizer, EMA, checkpoints, and the loop that uses them."""

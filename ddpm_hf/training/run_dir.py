@@ -225,7 +225,6 @@ def summarize(
     Returns:
         JSON values. The seconds are those of training, without validation, previews and saving.
     """
-    source = config.data.source
     timed, learned, scored = (metrics.last(name) or {} for name in ("seconds", "loss", "score"))
     has_null_label = config.objective.class_dropout > 0
     return {
@@ -236,9 +235,9 @@ def summarize(
         "device": device_name(unet.device),
         "num_processes": num_processes,
         "num_parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "base_model": _name_or_id(config.model.from_pretrained) if config.model.from_pretrained else None,
         "data": {
-            # Only the name of a local path: readers of a model card need not know where it is.
-            "source": Path(source).name if Path(source).expanduser().exists() else source,
+            "source": _name_or_id(config.data.source),
             "num_images": len(images) if isinstance(images, Sized) else None,
             "num_classes": unet.config.num_class_embeds and unet.config.num_class_embeds - has_null_label,
         },
@@ -246,6 +245,11 @@ def summarize(
         "score": {name: value for name, value in scored.items() if name.startswith("score")} or None,
         "versions": {"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }
+
+
+def _name_or_id(source: str) -> str:
+    """Return only the name of a local path, since readers of a model card need not know where it is; else a Hub id."""
+    return Path(source).name if Path(source).expanduser().exists() else source
 
 
 def device_name(device: torch.device) -> str:

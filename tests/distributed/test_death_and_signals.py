@@ -15,7 +15,7 @@ from tests.distributed.test_two_processes import TORCHRUN
 from tests.forked import wait_for_line
 from tests.runs import metrics_of
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.distributed
 
 
 def assert_run_continues(run: Path) -> None:

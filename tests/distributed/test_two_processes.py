@@ -21,7 +21,7 @@ from tests.distributed.ranks import two_ranks
 from tests.runs import assert_same_run, loss_columns, metrics_of, tensors_of
 from tests.unit.data.helpers import encode, write_parquet
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.distributed
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_ddpm.py")
 NUM_IMAGES = 24
 

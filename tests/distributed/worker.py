@@ -134,7 +134,7 @@ def curve(folder: Path) -> Report:
 def slow(folder: Path) -> Report:
     """The same run with one rank late at a time: with the data and before everything that the ranks do together."""
 
-    def late(rank: int, seconds: float = 0.4) -> None:
+    def late(rank: int, seconds: float = 0.2) -> None:
         if rank == RANK:
             time.sleep(seconds)
 

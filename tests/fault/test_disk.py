@@ -204,7 +204,7 @@ def test_a_run_on_a_disk_of_a_few_megabytes(tmp_path: Path) -> None:
         command = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", SMALL_DISK]
         result = subprocess.run(
             [*command, str(tmp_path / f"{num_kept}"), str(num_kept)],
-            cwd=REPOSITORY, env=process_environment(), capture_output=True, text=True, timeout=240,
+            cwd=REPOSITORY, env=process_environment(), capture_output=True, text=True,
         )  # fmt: skip
         assert result.returncode == exit_code, result.stderr
         assert ("No space left on device" in result.stderr) is bool(exit_code)

@@ -25,7 +25,6 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1",
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "train_ddpm.py"]
 
 
-@pytest.mark.timeout(900)
 def test_train_kill_resume_sample_load(tmp_path: Path) -> None:
     """Everything a user does, through `accelerate launch`, with SIGKILL in the middle.
 
@@ -45,7 +44,7 @@ def test_train_kill_resume_sample_load(tmp_path: Path) -> None:
     for line in process.stdout:
         if line.startswith("step 5/"):
             os.killpg(process.pid, signal.SIGKILL)  # all at once: the launcher must not be able to react
-    process.wait(timeout=60)
+    process.wait()
     process.stdout.close()
     latest, _ = find_latest(run / "checkpoints")
     assert latest is not None
@@ -100,7 +99,7 @@ def assert_all_is_the_same(whole: Path, run: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + 60 * NUM_KILLS)
+@pytest.mark.timeout(900 + 60 * NUM_KILLS)
 def test_a_run_that_is_killed_at_random_moments_loses_nothing(tmp_path: Path) -> None:
     """SIGKILL from outside at any time from the start of the process, DDPM_HF_NUM_KILLS times in one folder.
 
@@ -112,8 +111,9 @@ def test_a_run_that_is_killed_at_random_moments_loses_nothing(tmp_path: Path) ->
     began = time.monotonic()
     victim.start(run_arguments(tmp_path / "other", **BUSY, training__num_steps=10), log).join()
     usual = time.monotonic() - began
-    step = 0
-    for _ in range(NUM_KILLS):
+    step = num_kills = 0
+    while num_kills < NUM_KILLS or step <= NUM_KILLS:  # on a slow machine more kills come before the first checkpoint
+        num_kills += 1
         process = victim.start(run_arguments(run, **BUSY, training__num_steps=MANY), log)
         time.sleep(random.uniform(0, 2 * usual))
         process.kill()
@@ -127,12 +127,11 @@ def test_a_run_that_is_killed_at_random_moments_loses_nothing(tmp_path: Path) ->
         process = victim.start(run_arguments(tmp_path / name, **BUSY, training__num_steps=num_steps), log)
         process.join()
         assert process.exitcode == 0, log.read_text()
-    assert step > NUM_KILLS, "otherwise most kills came before anything was done"
     assert_all_is_the_same(tmp_path / "whole", run, num_steps)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + 60 * NUM_KILLS)
+@pytest.mark.timeout(900 + 60 * NUM_KILLS)
 def test_a_run_that_is_killed_at_any_change_to_the_disk_loses_nothing(tmp_path: Path) -> None:
     """Before DDPM_HF_NUM_KILLS of all openings, syncs, renames and removals of files, drawn with DDPM_HF_KILL_SEED."""
     print(f"DDPM_HF_NUM_KILLS={NUM_KILLS} DDPM_HF_KILL_SEED={SEED}")

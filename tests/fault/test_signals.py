@@ -11,7 +11,7 @@ import torch.distributed as dist
 import ddpm_hf.cli.train as command
 from ddpm_hf import distributed
 from ddpm_hf.cli.main import train
-from ddpm_hf.training import checkpoint, trainer
+from ddpm_hf.training import trainer
 from tests.conftest import run_arguments
 from tests.runs import at_step
 
@@ -54,7 +54,7 @@ def test_a_signal_before_or_after_the_steps_exits_cleanly_and_the_run_can_be_con
     for owner, name, number in (
         (trainer, "open_splits", signal.SIGUSR1),
         (trainer.Trackers, "__exit__", signal.SIGTERM),
-        (checkpoint, "write_verification", signal.SIGTERM),
+        (trainer, "write_verification", signal.SIGTERM),
         (command, "_write_report", signal.SIGINT),
         (command, "_write_report", signal.SIGUSR1),
     ):

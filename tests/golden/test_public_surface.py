@@ -1,8 +1,12 @@
-"""What users and their files depend on. A change here is a visible difference, and a line in CHANGELOG.md."""
+"""Names and formats that users depend on. A change here is visible to them, and belongs in CHANGELOG.md."""
 
+import re
 from pathlib import Path
 
+import pytest
+
 import ddpm_hf
+from ddpm_hf.cli.main import main
 from ddpm_hf.config import RunConfig, TrainingConfig
 from ddpm_hf.training.batches import UniformTimesteps
 from ddpm_hf.training.checkpoint import write_checkpoint, write_snapshot
@@ -18,8 +22,21 @@ def lines_of(name: str) -> list[str]:
 
 
 def test_the_schema_and_the_defaults_of_a_run_are_golden() -> None:
-    """A changed default changes every run that leaves it out."""
+    """A changed default changes every run that does not set it."""
     assert RunConfig().to_yaml().splitlines() == lines_of("config_schema.yaml")
+
+
+def test_the_flags_of_the_commands_are_golden(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of `train` and `data` are the settings of a run."""
+    expected = lines_of("cli_flags.txt")
+    found = []
+    for command in dict.fromkeys(line.rpartition(" ")[0] for line in expected):
+        with pytest.raises(SystemExit):
+            main([*command.split(), "--help"])
+        found += [
+            f"{command} {flag}" for flag in sorted(set(re.findall(r"^  (--[\w.]+)", capsys.readouterr().out, re.M)))
+        ]
+    assert found == expected
 
 
 def test_the_public_names_are_golden() -> None:

@@ -116,13 +116,13 @@ def test_a_file_gives_the_network_and_no_weights(base: Path, tmp_path: Path, mon
     ("changes", "sentence"),
     [
         ({"diffusion__prediction_type": "epsilon"}, "predicts v_prediction, but diffusion.prediction_type is epsilon"),
-        ({"model__class_conditional": False}, "knows 10 labels, but this run needs none; set model.class_conditional"),
+        ({"model__class_conditional": False}, "has 10 labels, but this run needs none; set model.class_conditional"),
         ({"objective__class_dropout": 0.1}, "needs 11 (the null label included); set objective.class_dropout to 0"),
         ({"data__num_channels": 3}, "takes 1 channels, but this run needs 3; set data.num_channels"),
         ({"data__resolution": 9}, "halves images 1 times, but 9x9 is not a multiple of 2; set data.resolution"),
-        ({"model__overrides": {"block_out_channels": [8, 24]}}, "weights of another shape than model.overrides ask"),
+        ({"model__overrides": {"block_out_channels": [8, 24]}}, "weights of other shapes than model.overrides ask"),
         ({"model__from_pretrained": "/nowhere/at/all"}, "model.from_pretrained /nowhere/at/all does not exist; check"),
-        ({"model__from_pretrained": "nobody/nothing"}, "is no folder here and cannot be had from the Hub ("),
+        ({"model__from_pretrained": "nobody/nothing"}, "is not a local folder and cannot be downloaded from the Hub ("),
     ],
 )
 def test_a_network_that_does_not_fit_is_refused_before_the_first_step(

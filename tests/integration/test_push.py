@@ -292,7 +292,7 @@ def test_a_push_that_is_stopped_leaves_nothing_behind(
 
     def assemble_and_stop(*arguments: Any, **settings: Any) -> None:
         assemble(*arguments, **settings)
-        assert list(tmp_path.glob("ddpm-hf-push-*/*"))
+        assert list(tmp_path.glob("ddpm-hf-push-*/*/repository"))  # in the folder of cli.common.temporary_folder
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(hub_push, "assemble", assemble_and_stop)

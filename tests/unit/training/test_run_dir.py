@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from diffusers import UNet2DModel
 
-from ddpm_hf.config import ConfigError, DataConfig, ObjectiveConfig, RunConfig, TrainingConfig
+from ddpm_hf.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from ddpm_hf.training.logging import MetricsLog
 from ddpm_hf.training.run_dir import RunFolder, RunLock, carry_over_additions, summarize
 from tests.conftest import tiny_unet
@@ -299,9 +299,12 @@ def log(tmp_path: Path) -> MetricsLog:
     return MetricsLog(tmp_path / "metrics.jsonl")
 
 
-def summary(source: str, metrics: MetricsLog, unet: UNet2DModel | None = None, **objective: float) -> Any:
+def summary(
+    source: str, metrics: MetricsLog, unet: UNet2DModel | None = None, base_model: str | None = None, **objective: float
+) -> Any:
     config = RunConfig(
         data=DataConfig(source=source),
+        model=ModelConfig(from_pretrained=base_model),
         objective=ObjectiveConfig(**objective),
         training=TrainingConfig(num_steps=100, train_batch_size=8),
     )
@@ -345,6 +348,13 @@ def test_of_a_path_only_the_name_is_told(log: MetricsLog, tmp_path: Path) -> Non
     source.mkdir()
     assert summary(str(source), log)["data"] == {"source": "holiday", "num_images": 3, "num_classes": None}
     assert summary("user/images", log)["data"]["source"] == "user/images"
+
+
+def test_a_base_model_is_its_hub_id_or_the_name_of_its_folder(log: MetricsLog, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    assert summary("x/y", log)["base_model"] is None
+    assert summary("x/y", log, base_model="google/ddpm-cifar10-32")["base_model"] == "google/ddpm-cifar10-32"
+    assert summary("x/y", log, base_model=str(tmp_path / "old"))["base_model"] == "old"
 
 
 # ------------------------------------------------------------------------------------------- additions to a pipeline
