@@ -7,7 +7,7 @@ import numpy as np
 
 from ddpm_hf.cli.main import train
 from tests.conftest import run_arguments
-from tests.integration.test_training import EVERYTHING_RANDOM, metrics_of
+from tests.runs import EVERYTHING_RANDOM, metrics_of
 
 GOLDEN = Path(__file__).parent / "losses.json"
 RUNS = {

@@ -15,7 +15,7 @@ from ddpm_hf.training import ema, posthoc_ema
 from ddpm_hf.training.ema import decay_schedules
 from ddpm_hf.training.optim import learning_rate_at
 from tests.conftest import run_arguments
-from tests.integration.test_training import (
+from tests.runs import (
     EVERYTHING_RANDOM,
     assert_same_run,
     metrics_of,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ddpm_hf.cli.main import ema, train, verify
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from tests.conftest import DIGITS
-from tests.integration.test_training import metrics_of
+from tests.runs import metrics_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

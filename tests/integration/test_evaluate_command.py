@@ -21,7 +21,7 @@ from ddpm_hf.evaluation.likelihood import ReverseProcess, variational_bound
 from ddpm_hf.evaluation.metrics import frechet_distance
 from ddpm_hf.evaluation.report import choose_images
 from tests import forked
-from tests.conftest import DIGITS, tiny_unet
+from tests.conftest import DIGITS, REPOSITORY, tiny_unet
 from tests.feature_networks import pooled
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -198,7 +198,7 @@ IN_FEATURES = ["--metrics", "frechet_distance", "--features", "tests.feature_net
         ("fixed_small", [*ESTIMATE, *BOUND, "--guidance_scale", "2"], "no null label to guide against"),
         (
             "fixed_small",
-            [*ESTIMATE, *BOUND, "--variance", "analytic", "--samples_dir", "tests"],
+            [*ESTIMATE, *BOUND, "--variance", "analytic", "--samples_dir", str(REPOSITORY / "tests")],
             "is not a folder of samples",
         ),
         ("fixed_small", [*IN_FEATURES, "--scheduler", "DPMSolverMultistepScheduler", "--eta", "0"], "has no eta"),

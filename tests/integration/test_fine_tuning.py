@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf.cli.main import train
 from tests.conftest import run_arguments
-from tests.integration.test_training import assert_same_run, metrics_of, stop_with_signal_after, tensors_of
+from tests.runs import assert_same_run, metrics_of, stop_with_signal_after, tensors_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -32,7 +32,6 @@ from tests.runs import (
     files_of,
     loss_columns,
     metrics_of,
-    poison_loss_at,  # noqa: F401
     stop_with_signal_after,
     tensors_of,
 )

@@ -374,3 +374,13 @@ def test_a_self_conditioned_network_supports_editing_but_not_encoding() -> None:
     assert pipe.inpaint(images(), torch.ones(SIZE, SIZE), 2, 1, **options).images.shape == (2, 3, SIZE, SIZE)
     with pytest.raises(ValueError, match="cannot invert a self-conditioned network"):
         pipe.encode(images(), num_inference_steps=3)
+
+
+def test_an_offloaded_network_is_released_at_the_end_of_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, released = pipeline(), []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: released.append(True))
+    options: dict[str, Any] = {"num_inference_steps": 2}
+    pipe(1, **options)
+    pipe.inpaint(images(1), torch.ones(SIZE, SIZE), 1, **options)
+    pipe.encode(images(1), 1, **options)
+    assert len(released) == 3
