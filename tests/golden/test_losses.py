@@ -1,4 +1,4 @@
-"""The losses of twenty steps are recorded, so that the meaning of a seed does not change unnoticed."""
+"""The losses of the first twenty steps equal the recorded ones: no change of the random numbers goes unnoticed."""
 
 import json
 from pathlib import Path
@@ -27,10 +27,10 @@ def losses_of(tmp_path: Path) -> dict[str, list[float]]:
 
 
 def test_the_losses_of_the_first_steps_are_the_ones_on_record(tmp_path: Path) -> None:
-    """To 1e-3: processors and versions of PyTorch round differently, and twenty updates carry that on.
+    """To 1e-3: processors and versions of PyTorch round differently, which twenty updates amplify.
 
-    Another seed, order, flip, timestep or noise changes a loss by 1e-2 or more; for an intended change,
-    delete the file, run this test, and say so in the changelog.
+    Another seed, order, flip, timestep or noise changes a loss by 1e-2 or more. If such a change is intended, delete
+    the file, run this test, and add a line to the changelog.
     """
     losses = losses_of(tmp_path)
     if not GOLDEN.exists():
