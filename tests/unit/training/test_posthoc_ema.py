@@ -80,8 +80,8 @@ def test_the_folder_is_a_complete_pipeline_in_every_way(finished: tuple[Path, EM
     assert pipeline.scheduler.config["prediction_type"] == "v_prediction"
     assert (tmp_path / "made" / "pipeline.py").is_file()
     assert (tmp_path / "made" / "training_config.yaml").read_text() == "training: {}\n"
-    told = json.loads((tmp_path / "made" / "posthoc_ema.json").read_text())
-    assert (told["step"], told["sigma_rel"], told["num_stored"]) == (20, 0.08, 20)
+    content = json.loads((tmp_path / "made" / "posthoc_ema.json").read_text())
+    assert (content["step"], content["sigma_rel"], content["num_stored"]) == (20, 0.08, 20)
 
 
 def test_the_command_makes_the_pipeline_and_says_how_exact_it_is(

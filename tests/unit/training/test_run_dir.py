@@ -233,7 +233,7 @@ def test_another_process_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_lock_is_taken_on_the_file_that_others_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that leaves removes the file just after we opened it: the file we lock is then nobody's."""
+    """A process that exits removes the file just after we opened it, so that we lock a file without a name."""
     leaving, lock_file = RunLock(tmp_path), fcntl.flock
 
     def leave_then_lock(descriptor: int, operation: int) -> None:
