@@ -1,11 +1,11 @@
-"""How fast images are read, beside the loader of diffusers' train_unconditional.py: python benchmarks/data.py.
+"""Measure data loading, compared with the loader of diffusers' train_unconditional.py: python benchmarks/data.py.
 
-That loader is set_transform of `datasets` with torchvision transforms (resize, crop, flip, to float, normalise) behind
-a torch DataLoader; it is put together here from the same public parts. Ours reads what was decoded before. Both give
-float32 batches in [-1, 1], flipped at random, on the GPU if there is one. Everything is measured in one process, in
-rounds whose order is reversed every time; a ratio is the median over the rounds, with its range. Without torchvision
-the peer is left out, which is said. The 32x32 images are those of --data or of the environment variable DDPM_HF_CIFAR10
-(a CIFAR-10 parquet file), or made up; the 256x256 JPEGs are always made up.
+That loader is set_transform of `datasets` with torchvision transforms (resize, crop, flip, to float, normalize) in a
+torch DataLoader; it is assembled here from the same public parts. Our loader reads decoded images from the cache. Both
+return float32 batches in [-1, 1], flipped at random, on the GPU if there is one. Everything runs in one process, in
+rounds of alternating order; a ratio is the median over the rounds, with its range. Without torchvision, only our loader
+is measured. The 32x32 images are those of --data or of the environment variable DDPM_HF_CIFAR10 (a CIFAR-10 parquet
+file), or synthetic; the 256x256 JPEGs are always synthetic.
 """
 
 import argparse
@@ -41,21 +41,21 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Case:
-    """One way of reading a data set.
+    """One way to load a dataset.
 
     Args:
-        name: What it is called in the table.
-        batches: Draws so many batches.
-        seconds: Of each round, an image.
+        name: Its name in the table.
+        load: Load a number of batches.
+        seconds: Seconds per image in each round.
     """
 
     name: str
-    batches: Callable[[int], None]
+    load: Callable[[int], None]
     seconds: list[float]
 
 
 def make_images(path: Path, size: int, count: int) -> Path:
-    """Writes a parquet file of made-up pictures: PNG at 32x32, JPEG above."""
+    """Write a parquet file of synthetic images: PNG at 32x32, JPEG above."""
     import datasets
 
     random = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def make_images(path: Path, size: int, count: int) -> Path:
 
 
 def peer_batches(source: Path, size: int, batch: int, num_workers: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Yields batches as train_unconditional.py does."""
+    """Yield batches as train_unconditional.py does."""
     import datasets
     from torchvision import transforms
 
@@ -106,33 +106,33 @@ def peer_batches(source: Path, size: int, batch: int, num_workers: int, device: 
             yield batch_of["input"].to(device)
 
 
-def our_batches(feed: ImageLoader | ImageStream, batch: int) -> Iterator[torch.Tensor]:
-    """Yields batches as training does."""
+def our_batches(loader: ImageLoader | ImageStream, batch: int) -> Iterator[torch.Tensor]:
+    """Yield batches as training does."""
     for start in itertools.count(0, batch):
-        yield feed.samples(start, start + batch)[0]
+        yield loader.samples(start, start + batch)[0]
 
 
 def stored_batches(images: ImageSet, batch: int) -> Iterator[np.ndarray[Any, Any]]:
-    """Yields batches as they are stored: what the host does if a GPU flips and normalises."""
+    """Yield batches as they are stored: the work of the host if a GPU flips and normalizes."""
     order = SampleOrder(len(images), 0)
     for start in itertools.count(0, batch):
         yield images.take(order.positions(start, start + batch))[0]
 
 
-def drawing(batches: Iterator[Any], device: torch.device) -> Callable[[int], None]:
-    """Returns what draws so many batches and waits until the device has them."""
+def loading(batches: Iterator[Any], device: torch.device) -> Callable[[int], None]:
+    """Return a function that loads a number of batches and waits for the device."""
 
-    def draw(count: int) -> None:
+    def load(count: int) -> None:
         for _ in itertools.islice(batches, count):
             pass
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return draw
+    return load
 
 
 def cases_of(source: Path, size: int, batch: int, cache_dir: Path, device: torch.device) -> list[Case]:
-    """Returns every way of reading one data set."""
+    """Return all ways to load one dataset."""
     config = DataConfig(source=str(source), cache_dir=str(cache_dir), resolution=size, num_channels=3, random_flip=True)
     images = open_images(config, with_labels=False)
     cases: dict[str, Iterator[Any]] = {}
@@ -149,34 +149,34 @@ def cases_of(source: Path, size: int, batch: int, cache_dir: Path, device: torch
     cases["ours, kept on the device"] = our_batches(resident, batch)
     cases["ours, as stored (not flipped, no floats)"] = stored_batches(images, batch)
     cropped = replace(config, resize_to=size * 9 // 8, crop="random")
-    feed = ImageLoader(open_images(cropped, with_labels=False), cropped, 0, device)
-    cases["ours, random crops of 9/8 the size"] = our_batches(feed, batch)
+    loader = ImageLoader(open_images(cropped, with_labels=False), cropped, 0, device)
+    cases["ours, random crops of 9/8 the size"] = our_batches(loader, batch)
     streamed = replace(config, streaming=True)
-    stream, _ = open_sets(streamed, with_labels=False, seed=0, rank=0, num_processes=1, device=device)
+    stream, _ = open_sets(streamed, with_labels=False, seed=0, device=device)
     assert isinstance(stream, ImageStream)
     cases["ours, streamed (decoded while reading)"] = our_batches(stream, batch)
-    return [Case(name, drawing(batches, device), []) for name, batches in cases.items()]
+    return [Case(name, loading(batches, device), []) for name, batches in cases.items()]
 
 
 def measure(cases: list[Case], batch: int, num_rounds: int, seconds: float) -> None:
-    """Times all cases in rounds, each long enough to take about so many seconds."""
+    """Time all cases in rounds of about `seconds` per case."""
     counts = {}
     for case in cases:
-        case.batches(2)  # caches, worker processes, the shuffle buffer
+        case.load(2)  # caches, worker processes, the shuffle buffer
         started = time.perf_counter()
-        case.batches(2)
+        case.load(2)
         counts[case.name] = max(2, round(2 * seconds / (time.perf_counter() - started)))
     for number in range(num_rounds):
         for case in cases if number % 2 == 0 else reversed(cases):
             count = counts[case.name]
-            time.sleep(0.5)  # workers of the case before may still be busy with batches that nobody will ask for
+            time.sleep(0.5)  # workers of the previous case may still be prefetching
             started = time.perf_counter()
-            case.batches(count)
+            case.load(count)
             case.seconds.append((time.perf_counter() - started) / (count * batch))
 
 
 def table_of(cases: list[Case], goal: float) -> Iterator[str]:
-    """Yields a line a case: images a second, and how many times as fast as the first one in the same round."""
+    """Yield one line per case: images per second, and the speed relative to the first case of the same round."""
     base = cases[0]
     yield f"{'':<42}{'images/s':>12}   times {base.name}"
     for case in cases:
@@ -190,7 +190,7 @@ def table_of(cases: list[Case], goal: float) -> Iterator[str]:
 
 
 def once(name: str, work: Callable[[], Any], count: int | None = None) -> str:
-    """Times something that happens once."""
+    """Time a single call."""
     started = time.perf_counter()
     work()
     seconds = time.perf_counter() - started
@@ -199,7 +199,7 @@ def once(name: str, work: Callable[[], Any], count: int | None = None) -> str:
 
 
 def report(size: int, source: Path, arguments: argparse.Namespace, device: torch.device, goal: float) -> Iterator[str]:
-    """Yields the lines of one data set."""
+    """Yield the report of one dataset."""
     import pyarrow.parquet
 
     count = pyarrow.parquet.ParquetFile(source).metadata.num_rows
@@ -211,24 +211,26 @@ def report(size: int, source: Path, arguments: argparse.Namespace, device: torch
         yield once("open the cache", lambda: open_images(config, with_labels=False))
         images = open_images(config, with_labels=False)
         first = 1_000_000 * batch
-        feed = ImageLoader(images, DataConfig(random_flip=True), 0, CPU)
-        yield once("first batch of step 1,000,000", lambda: feed.samples(first, first + batch))
-        yield once("its second batch", lambda: feed.samples(first + batch, first + 2 * batch))
+        loader = ImageLoader(images, DataConfig(random_flip=True), 0, CPU)
+        yield once("first batch of step 1,000,000", lambda: loader.samples(first, first + batch))
+        yield once("its second batch", lambda: loader.samples(first + batch, first + 2 * batch))
         cases = cases_of(source, size, batch, Path(folder), device)
         measure(cases, batch, arguments.rounds, arguments.seconds)
         yield from table_of(cases, goal)
 
 
 def main() -> int:
-    """Measures and writes the result file."""
+    """Measure, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="CIFAR-10 as parquet")
-    parser.add_argument("--batch", type=int, default=128, help="images of a batch at 32x32; a quarter of it at 256x256")
+    parser.add_argument("--batch", type=int, default=128, help="batch size at 32x32; a quarter of it at 256x256")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each case in each round")
-    parser.add_argument("--num_32", type=int, default=50_000, help="made-up images of 32x32, without --data")
-    parser.add_argument("--num_256", type=int, default=1500, help="made-up images of 256x256")
-    parser.add_argument("--work_dir", help="folder for made-up images and caches; the system's by default")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per case and round")
+    parser.add_argument("--num_32", type=int, default=50_000, help="synthetic images of 32x32, without --data")
+    parser.add_argument("--num_256", type=int, default=1500, help="synthetic images of 256x256")
+    parser.add_argument(
+        "--work_dir", help="folder for synthetic images and caches (default: the temporary folder of the system)"
+    )
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = device_name(device)
@@ -238,7 +240,7 @@ def main() -> int:
         f"{torch.get_num_threads()} threads, {platform.platform()}",
     ]
     if importlib.util.find_spec("torchvision") is None:
-        lines.append("torchvision is not installed: the peer is left out, and no ratio to it is given.")
+        lines.append("torchvision is not installed: train_unconditional.py is not measured.")
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
         given = arguments.data or os.environ.get("DDPM_HF_CIFAR10")

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in one command: python benchmarks/gpu_check.py.
+"""Checks that need a GPU, in one command: python benchmarks/gpu_check.py.
 
 Each check prints PASS or FAIL and what it saw; the results go to benchmarks/results/gpu_check_<device>.json with the
 device named. The images are those of --data or of the environment variable DDPM_HF_CIFAR10 (a CIFAR-10 parquet or .npy
@@ -46,7 +46,7 @@ class Context:
 
 
 def train(context: Context, name: str, *flags: str, expected_code: int = 0) -> tuple[Path, str]:
-    """Trains in a process of its own and returns the run folder and what was printed."""
+    """Train in a process of its own and return the run folder and what was printed."""
     output_dir = context.work_dir / name
     command = [sys.executable, "train_ddpm.py", "--config", "configs/cifar10_32.yaml"]
     command += ["--data.source", str(context.data), "--training.output_dir", str(output_dir)]
@@ -59,12 +59,12 @@ def train(context: Context, name: str, *flags: str, expected_code: int = 0) -> t
 
 
 def metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl."""
+    """Read metrics.jsonl."""
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def small_run(precision: str, *flags: str) -> list[str]:
-    """Returns the flags of a run of a few seconds."""
+    """Return the flags of a run of a few seconds."""
     settings = {
         "model.overrides": json.dumps(SMALL_NET),
         "training.mixed_precision": precision,
@@ -87,7 +87,7 @@ def check_precision(context: Context, precision: str) -> str:
 
 
 def check_resume(context: Context, precision: str) -> str:
-    """A run that is stopped and continued has the bits of one that was not, the gradient scaler included."""
+    """A stopped and resumed run is bit-identical to one that was not, including the gradient scaler."""
     from safetensors.torch import load_file
 
     whole, _ = train(context, f"whole_{precision}", *small_run(precision))
@@ -215,7 +215,7 @@ CHECKS: dict[str, Callable[[Context], str]] = {
 
 
 def prepare_data(argument: str | None, work_dir: Path) -> tuple[Path, str]:
-    """Returns the images to train on and what they are."""
+    """Return the images to train on and what they are."""
     given = argument or os.environ.get("DDPM_HF_CIFAR10")
     if given:
         return Path(given).resolve(), Path(given).name
@@ -226,7 +226,7 @@ def prepare_data(argument: str | None, work_dir: Path) -> tuple[Path, str]:
 
 
 def main() -> int:
-    """Runs all checks and writes the result file; returns 0 if all passed, 1 if one failed, 2 without a GPU."""
+    """Run all checks and write the result file; return 0 if all passed, 1 if one failed, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="CIFAR-10 as parquet or .npy")
     parser.add_argument("--num_steps", type=int, default=500, help="steps of the 35.7 M network")

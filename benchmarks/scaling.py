@@ -1,4 +1,4 @@
-"""How much two processes on one machine do of what twice one would: python benchmarks/scaling.py.
+"""Scaling efficiency of two processes on one machine: python benchmarks/scaling.py.
 
 Training steps of the digits network, on one process of one thread and on two of one thread each, for the same batch on
 each process (weak scaling) and for the same batch in all (strong scaling). Each case is a torchrun of its own that
@@ -28,7 +28,7 @@ WARM_UP_STEPS = 10
 
 @dataclass
 class Case:
-    """One way of training.
+    """One case.
 
     Args:
         name: What it is called in the table.
@@ -44,12 +44,12 @@ class Case:
 
     @property
     def images_per_second(self) -> list[float]:
-        """Of all processes together, one value a round."""
+        """Images per second of all processes together, one value per round."""
         return [self.num_processes * self.batch / seconds for seconds in self.seconds]
 
 
 def train_and_time(folder: Path, batch: int, num_steps: int) -> None:
-    """Trains on this rank of a torchrun; rank 0 leaves the median time of a step, and the number of parameters."""
+    """Train on this rank of a torchrun; rank 0 writes the median time of a step and the number of parameters."""
     from ddpm_hf.config import load_config
     from ddpm_hf.training.trainer import Trainer
 
@@ -87,7 +87,7 @@ def train_and_time(folder: Path, batch: int, num_steps: int) -> None:
 
 
 def measure(case: Case, num_steps: int) -> int:
-    """Trains once, adds the time of a step to the case, and returns the number of parameters."""
+    """Train once, add the time of a step to the case, and return the number of parameters."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(case.num_processes), __file__]
@@ -102,14 +102,14 @@ def measure(case: Case, num_steps: int) -> int:
 
 
 def ratio(case: Case, base: Case) -> str:
-    """Returns how many times the images a second of another case, round by round: median and range."""
+    """Return median and range over the rounds of the ratio of images per second to another case."""
     pairs = zip(case.images_per_second, base.images_per_second, strict=True)
     ratios = sorted(mine / other for mine, other in pairs)
     return f"{statistics.median(ratios):5.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 def table_of(cases: list[Case], base: Case) -> list[str]:
-    """Returns a line a case."""
+    """Return one line per case."""
     lines = [f"{'':<40}{'ms/step':>9}{'images/s':>10}   times one process (2.00 is all of two)"]
     for case in cases:
         milliseconds = 1000 * statistics.median(case.seconds)
@@ -119,7 +119,7 @@ def table_of(cases: list[Case], base: Case) -> list[str]:
 
 
 def main() -> int:
-    """Measures all cases and writes benchmarks/results/scaling_<machine>.txt."""
+    """Measure all cases and write benchmarks/results/scaling_<machine>.txt."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=64, help="images of a step on one process")
     parser.add_argument("--steps", type=int, default=60, help="timed steps of a case in a round")

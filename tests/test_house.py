@@ -43,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }  # fmt: skip
 # Imported inside functions, so that a command starts quickly and runs without what it does not use.
 LAZY_LIBRARIES = {
-    "datasets", "matplotlib", "scipy", "sklearn", "tensorboard", "torch_fidelity", "trackio", "transformers", "wandb",
+    "cv2", "datasets", "matplotlib", "scipy", "sklearn", "tensorboard", "torch_fidelity", "trackio", "transformers",
+    "wandb",
 }  # fmt: skip
 # The core travels with every saved pipeline to machines that have no more than this.
 CORE_LIBRARIES = {"torch", "diffusers", "numpy", "PIL", "typing_extensions", "huggingface_hub"}

@@ -175,7 +175,7 @@ def _read_config(file: Path) -> Process:
         config = read_config(file)
     except ConfigError as error:
         raise ConfigError(f"{file} is not the configuration of a run: {error}") from None
-    scheduler = GaussianDiffusionScheduler.create(**config.to_dict()["diffusion"])
+    scheduler = GaussianDiffusionScheduler.create(**config.diffusion.scheduler_options())
     return Process(scheduler.noise_schedule, scheduler.config["prediction_type"], config)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from ddpm_hf.config.rules import ConfigError, validate
+from ddpm_hf.config.rules import ConfigError, join_or, validate
 from ddpm_hf.config.schema import RunConfig
 from ddpm_hf.files import read_yaml, yaml_problem
 
@@ -169,8 +169,7 @@ def _unknown(key: str) -> str:
 
 def describe_type(hint: object) -> str:
     """Return the values that a setting accepts, in words."""
-    *words, last = _words(hint)
-    return f"{', '.join(words)} or {last}" if words else last
+    return join_or(_words(hint))
 
 
 def _words(hint: object) -> list[str]:

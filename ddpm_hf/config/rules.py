@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
-from ddpm_hf.config.schema import DIFFUSION_ALIASES, DataConfig, HubConfig, ModelConfig, RunConfig
+from ddpm_hf.config.schema import BETA_RANGES, DIFFUSION_ALIASES, DataConfig, HubConfig, ModelConfig, RunConfig
 from ddpm_hf.files import format_value
 from ddpm_hf.redaction import find_secret
 
@@ -17,7 +17,6 @@ logger = logging.getLogger(__name__)
 Settings: TypeAlias = Mapping[str, Mapping[str, object]]
 """The type of `RunConfig.to_dict()`."""
 
-_BETA_RANGES = ("linear", "scaled_linear", "sigmoid", "warmup10", "warmup50")
 _ADAM = ("adamw", "adam")
 _SAMPLE_METRICS = ("fid", "kid", "inception_score", "frechet_distance", "kernel_distance", "precision", "recall")
 # Minimum number of samples: one more than the 2048 Inception features; a hundred per split of the Inception Score.
@@ -33,9 +32,9 @@ _USED_ONLY_WITH: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("data.shuffle_buffer_size", "data.streaming", ()),
     ("model.revision", "model.from_pretrained or model.config_file", ()),
     ("model.initialization", "model.from_pretrained", (None,)),
-    ("diffusion.beta_start", "diffusion.beta_schedule", _BETA_RANGES),
-    ("diffusion.beta_end", "diffusion.beta_schedule", (*_BETA_RANGES, "const")),
-    ("diffusion.scale_betas_to_timesteps", "diffusion.beta_schedule", (*_BETA_RANGES, "const")),
+    ("diffusion.beta_start", "diffusion.beta_schedule", BETA_RANGES[:-1]),
+    ("diffusion.beta_end", "diffusion.beta_schedule", BETA_RANGES),
+    ("diffusion.scale_betas_to_timesteps", "diffusion.beta_schedule", BETA_RANGES),
     ("objective.huber_delta", "objective.loss", ("huber",)),
     ("objective.vlb_weight", "objective.loss", ("hybrid",)),
     ("objective.min_snr_gamma", "objective.weighting", ("min_snr",)),
@@ -317,12 +316,17 @@ def _warn_without_effect(config: RunConfig) -> None:
     for choice, names in unused.items():
         listed = ", ".join(f"{name} {format_value(_value_of(settings, name))}" for name in names)
         chosen = [_value_of(settings, one) for one in choice.split(" or ")]
-        needed = dict.fromkeys(format_value(value) for values in names.values() for value in values)
-        value = " or ".join(needed) or ("true" if chosen == [False] else "")
+        needed = [*dict.fromkeys(format_value(value) for values in names.values() for value in values)]
+        value = "true" if chosen[0] is False else join_or(needed)
         log_warning(
             f"{listed} {'has' if len(names) == 1 else 'have'} no effect with {choice} {format_value(chosen[0])}; "
             f"set {choice}{f' to {value}' if value else ''} to use {'it' if len(names) == 1 else 'them'}."
         )
+
+
+def join_or(words: list[str]) -> str:
+    """Return "a, b or c"."""
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _unused_rows(settings: Settings) -> Iterator[tuple[str, str, tuple[object, ...]]]:

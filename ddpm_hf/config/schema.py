@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import yaml
 
@@ -72,6 +72,8 @@ class HubConfig:
 
 UNetOverride: TypeAlias = int | float | bool | str | list[int] | list[str] | None
 OptimizerOption: TypeAlias = int | float | bool | str | list[float] | None
+BETA_RANGES = ("linear", "scaled_linear", "sigmoid", "warmup10", "warmup50", "const")
+"""The values of diffusion.beta_schedule that use beta_end, and except for const beta_start."""
 # Aliases of values, stored under the names of diffusers.
 DIFFUSION_ALIASES: dict[str, dict[str, str]] = {
     "beta_schedule": {"cosine": "squaredcos_cap_v2", "quad": "scaled_linear"},
@@ -208,6 +210,13 @@ class DiffusionConfig:
         for name, aliases in DIFFUSION_ALIASES.items():
             value = getattr(self, name)
             object.__setattr__(self, name, aliases.get(value, value))
+
+    def scheduler_options(self) -> dict[str, Any]:
+        """Return the arguments of `GaussianDiffusionScheduler.create`, which refuses a setting without effect."""
+        options = dataclasses.asdict(self)
+        return options | {
+            "scale_betas_to_timesteps": self.scale_betas_to_timesteps and self.beta_schedule in BETA_RANGES
+        }
 
     @property
     def learns_variance(self) -> bool:

@@ -48,7 +48,7 @@ from ddpm_hf.data.decode import (
     read_header,
 )
 from ddpm_hf.data.image_set import ImageSet, UnequalImages
-from ddpm_hf.data.sources import Source
+from ddpm_hf.data.sources import Source, log_ignored_files
 from ddpm_hf.files import format_bytes, format_count, write_text
 
 logger = logging.getLogger(__name__)
@@ -290,14 +290,6 @@ def _log_warnings(
             "not intended.",
             source.name, decoded.lowest, decoded.highest, full_range,
         )  # fmt: skip
-
-
-def log_ignored_files(source: Source) -> None:
-    """Warn about files that are not read as images."""
-    logger.warning(
-        "%s ignored in %s (not an image, hidden, or a link). The first: %s",
-        format_count(len(source.ignored_files), "file"), source.name, source.ignored_files[0],
-    )  # fmt: skip
 
 
 @dataclass

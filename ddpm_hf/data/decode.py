@@ -285,10 +285,10 @@ def _decode_16_bit_color(image: EncodedImage, opened: Image.Image) -> Pixels:
             f"{image.name} has 16-bit color in separate planes or with premultiplied alpha; convert it to interleaved "
             "RGB or RGBA."
         )
-    opened.load()  # detects damage, and reads EXIF tags behind the pixels
+    opened.load()  # raises with a reason if the file is damaged; OpenCV only writes it to stderr
     pixels: NDArray[np.uint16] | None = cv2.imdecode(np.frombuffer(image.read(), np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3 or pixels.shape[2] < num_channels:
-        raise BadImage(f"{image.name} cannot be decoded (OpenCV does not support its kind of 16-bit color).")
+        raise BadImage(f"{image.name} cannot be decoded (for OpenCV, it is damaged or unsupported).")
     pixels = pixels[..., [2, 1, 0, 3][:num_channels]]  # from BGR
     # OpenCV applies the orientation of a TIFF, but not that of a PNG.
     orientation = _orientation(opened) if opened.format == "PNG" else 1

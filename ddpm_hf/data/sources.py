@@ -7,6 +7,7 @@ that changes with the data. Only a .npy file that needs no preprocessing is open
 import glob
 import hashlib
 import json
+import logging
 import lzma
 import os
 import re
@@ -31,6 +32,8 @@ from ddpm_hf.files import format_count
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
+
+logger = logging.getLogger(__name__)
 
 NO_LABEL = -1
 """Label of an image without one, as in `datasets`."""
@@ -119,6 +122,14 @@ def _check_unset(config: DataConfig, settings: tuple[str, ...], where: str) -> N
     for setting in settings:
         if getattr(config, setting) is not None:
             raise DataError(f"data.{setting} does not apply to {where}; remove the setting.")
+
+
+def log_ignored_files(source: Source) -> None:
+    """Warn about files that are not read as images."""
+    logger.warning(
+        "%s ignored in %s (not an image, hidden, or a link). The first: %s",
+        format_count(len(source.ignored_files), "file"), source.name, source.ignored_files[0],
+    )  # fmt: skip
 
 
 def file_identity(path: Path) -> tuple[int, int]:

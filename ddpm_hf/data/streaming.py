@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data.cache import log_ignored_files
 from ddpm_hf.data.decode import (
     BadImage,
     DataError,
@@ -46,6 +45,7 @@ from ddpm_hf.data.sources import (
     find_columns,
     is_table,
     load_table,
+    log_ignored_files,
     open_folder,
     walk,
 )

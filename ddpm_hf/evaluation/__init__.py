@@ -1,1 +1,1 @@
-"""How good samples are."""
+"""Quality of samples, likelihoods, and verification of saved pipelines."""

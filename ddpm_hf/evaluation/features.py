@@ -129,7 +129,7 @@ def open_features(features: str, weights: Path | None, device: torch.device) -> 
     """
     kind, _, rest = features.partition(":")
     if features == "inception":
-        return open_inception(weights, device)
+        return _open_inception(weights, device)
     if weights is not None:
         raise ValueError(f"weights {weights} applies to features inception only; leave it out for {features}.")
     if kind in _TRANSFORMERS_KINDS and rest:
@@ -171,7 +171,7 @@ class InceptionFeatures(nn.Module):
         return logits
 
 
-def open_inception(weights: Path | None, device: torch.device) -> FeatureNetwork:
+def _open_inception(weights: Path | None, device: torch.device) -> FeatureNetwork:
     """Open the Inception network of FID.
 
     Args:

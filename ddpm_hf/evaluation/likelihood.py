@@ -26,7 +26,7 @@ from ddpm_hf.evaluation.metrics import BITS_PER_DIM, Metric
 from ddpm_hf.rng import normal_by_position, numpy_generator
 
 MIN_DECODER_VARIANCE = (0.1 / 255) ** 2
-"""An analytic variance may be estimated as 0; a tenth of a gray level is as good, and finite."""
+"""An analytic variance may be estimated as 0; a deviation of a twentieth of a gray level is as good, and finite."""
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def measure_fidelity(
     values: dict[str, tuple[float, float | None]] = {}  # value and standard error
     # Features before moments, so that the moments are computed from these features.
     if wanted & _KERNEL:
-        values["kid"] = values["kernel_distance"] = _kernel_distance(sample_features, statistics.features(), seed)
+        values["kid"] = values["kernel_distance"] = kernel_distance(sample_features, statistics.features(), seed)
     if wanted & {"precision", "recall"}:
         precision, recall = precision_and_recall(sample_features, statistics.features(), network.device)
         values["precision"], values["recall"] = (precision, None), (recall, None)
@@ -183,7 +183,7 @@ def measure_fidelity(
         distance = frechet_distance(moments_of(sample_features), statistics.moments())
         values["fid"] = values["frechet_distance"] = distance, None
     if "inception_score" in wanted:
-        values["inception_score"] = _inception_score(network, sample_features, seed)
+        values["inception_score"] = inception_score(network, sample_features, seed)
     return [
         Metric(
             name=_full_name(metric, network.name),
@@ -300,7 +300,7 @@ def _square_root(moments: Moments) -> FloatArray:
     return root
 
 
-def _kernel_distance(samples: Features, reference: Features, seed: int) -> tuple[float, float]:
+def kernel_distance(samples: Features, reference: Features, seed: int) -> tuple[float, float]:
     """Return the squared MMD with the cubic kernel (Binkowski et al. 2018) and its standard error.
 
     The value is the mean over random subsets, which scatters around the estimate from all pairs; that estimate scatters
@@ -395,7 +395,7 @@ def precision_and_recall(samples: Features, reference: Features, device: torch.d
     return result["precision"], result["recall"]
 
 
-def _inception_score(network: FeatureNetwork, samples: Features, seed: int) -> tuple[float, float]:
+def inception_score(network: FeatureNetwork, samples: Features, seed: int) -> tuple[float, float]:
     """Return exp E KL(p(y|x) || p(y)), mean over ten splits of the samples, and its error. Salimans et al. 2016."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 

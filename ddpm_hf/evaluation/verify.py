@@ -110,7 +110,7 @@ def verify(folder: Path, *, run_code: bool = False) -> list[Finding]:
 
     Args:
         folder: A saved pipeline with verification.json.
-        run_code: Run the code in the folder even if it is not code of ddpm_hf.
+        run_code: Run the code in the folder even if it is neither that of the installed ddpm_hf nor that of 0.1.
 
     Raises:
         ValueError: verification.json is missing, damaged or of another version.
@@ -141,7 +141,7 @@ def verify(folder: Path, *, run_code: bool = False) -> list[Finding]:
         with _without_local_code():
             findings.append(_compare_outputs(way, load, expected))
     else:
-        problem = "the code is not that of ddpm_hf; read it, then pass --trust_remote_code to run it"
+        problem = "it differs from the code of ddpm_hf; read it, then pass --trust_remote_code to run it"
         findings.append(Finding(way, problem, is_open=True))
     return findings
 
@@ -378,7 +378,7 @@ def _without_local_code() -> Iterator[None]:
 
 
 def _is_own_code(folder: Path) -> bool:
-    """Tell whether the code in the folder is that of ddpm_hf, byte by byte, and the index names no other code."""
+    """Tell whether a folder has the code of the installed ddpm_hf or of 0.1, and its index names no other code."""
     installed = Path(ddpm_hf.diffusion.__file__).parent
     known = {_code_digest(installed, PORTABLE_FILES), _CODE_OF_0_1}
     index = read_json(folder / MODEL_INDEX)

@@ -111,9 +111,10 @@ class Trainer:
 
     def __init__(self, config: RunConfig, scorer: Scorer | None = None, publisher: Publisher | None = None) -> None:
         refuse_secrets(config)
+        push_every_steps = config.hub.push_every_steps if config.hub.push_to_hub else 0
         for name, every_steps, argument, given in (
             ("evaluation.score_every_steps", config.evaluation.score_every_steps, "scorer", scorer),
-            ("hub.push_every_steps", config.hub.push_every_steps, "publisher", publisher),
+            ("hub.push_every_steps", push_every_steps, "publisher", publisher),
         ):
             if every_steps and given is None:
                 raise ConfigError(
@@ -328,7 +329,7 @@ class Trainer:
         must_store_ema = is_snapshot_due(step, config.training)
         must_save = is_due(config.training.checkpoint_every_steps)
         # The finished pipeline is published by the command, after the report.
-        must_publish = is_due(config.hub.push_every_steps, also_last=False) and not is_last
+        must_publish = config.hub.push_to_hub and is_due(config.hub.push_every_steps, also_last=False) and not is_last
         if not any((must_log, must_validate, must_score, must_preview, must_store_ema, must_save, must_publish)):
             return
 
@@ -556,7 +557,7 @@ def build_scheduler(diffusion: DiffusionConfig) -> GaussianDiffusionScheduler:
         ConfigError: The settings are invalid, or x_0 cannot be recovered at the last timestep.
     """
     try:
-        scheduler: GaussianDiffusionScheduler = GaussianDiffusionScheduler.create(**dataclasses.asdict(diffusion))
+        scheduler: GaussianDiffusionScheduler = GaussianDiffusionScheduler.create(**diffusion.scheduler_options())
     except ValueError as error:
         raise ConfigError(f"diffusion: {error}") from error
     has_no_signal = scheduler.noise_schedule.alphas_cumprod[-1] < SMALLEST_ALPHA_BAR

@@ -1,4 +1,4 @@
-"""The losses of twenty steps stay what they are: nobody changes what a seed stands for without noticing."""
+"""The losses of the first twenty steps equal the recorded ones: no change of the random numbers goes unnoticed."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ RUNS = {
 
 
 def losses_of(tmp_path: Path) -> dict[str, list[float]]:
-    """Returns the loss of each step of each run."""
+    """Return the loss of each step of each run."""
     losses = {}
     for name, changes in RUNS.items():
         settings = changes | {"training__num_steps": 20, "training__checkpoint_every_steps": 20}
@@ -27,10 +27,10 @@ def losses_of(tmp_path: Path) -> dict[str, list[float]]:
 
 
 def test_the_losses_of_the_first_steps_are_the_ones_on_record(tmp_path: Path) -> None:
-    """To 1e-3: processors and versions of PyTorch round differently, and twenty updates carry that on.
+    """To 1e-3: processors and versions of PyTorch round differently, which twenty updates amplify.
 
-    Another seed, order, flip, timestep or noise changes a loss by 1e-2 or more; where a change of these is meant,
-    delete the file, run this test, and say so in the changelog.
+    Another seed, order, flip, timestep or noise changes a loss by 1e-2 or more. If such a change is intended, delete
+    the file, run this test, and add a line to the changelog.
     """
     losses = losses_of(tmp_path)
     if not GOLDEN.exists():

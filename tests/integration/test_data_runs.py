@@ -95,10 +95,9 @@ def test_a_run_does_not_continue_on_changed_images(tmp_path: Path, capsys: pytes
     before = tensors_of(tmp_path / "run" / "checkpoints" / "step_00000006")
     (source / "5.png").write_bytes(encode(255 - images[5]))
     assert train(run_arguments(tmp_path / "run", **changes, training__num_steps=8)) == 2
-    assert (
-        f"{source} has other images or labels than before, but the run in {tmp_path / 'run'} began with those; restore "
-        "the data, or choose another training.output_dir." in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert str(source) in error
+    assert "restore the data, or choose another training.output_dir" in error
     (source / "5.png").write_bytes(encode(images[5]))
     assert train(run_arguments(tmp_path / "run", **changes, training__num_steps=8)) == 0
     assert before.keys() == tensors_of(tmp_path / "run" / "checkpoints" / "step_00000008").keys()

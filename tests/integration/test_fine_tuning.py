@@ -1,4 +1,4 @@
-"""Runs that begin with a network from elsewhere, and how they go on."""
+"""Runs that start from a pretrained network."""
 
 import json
 import shutil
@@ -19,14 +19,14 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run that others go on from."""
+    """A tiny run that others start from. Read only."""
     run = tmp_path_factory.mktemp("runs") / "base"
     assert train(run_arguments(run, training__num_steps=30, training__checkpoint_every_steps=30)) == 0
     return run
 
 
 def fine_tuning(run: Path, source: Path, **changes: object) -> list[str]:
-    """Returns the command line of a run that begins with a network from `source`, and keeps all its checkpoints."""
+    """Return the command line of a run that starts from a network in `source` and keeps all its checkpoints."""
     settings: dict[str, object] = {
         "model__preset": None,
         "model__overrides": {},
@@ -46,8 +46,8 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return float(sum((one[name] - other[name]).square().sum() for name in one).sqrt())  # type: ignore[union-attr]
 
 
-def test_a_run_goes_on_from_the_pipeline_of_another(base: Path, tmp_path: Path) -> None:
-    """One step away from the averaged weights that the pipeline holds, network and average, and with its loss."""
+def test_a_run_starts_from_the_pipeline_of_another(base: Path, tmp_path: Path) -> None:
+    """After one step, network and EMA are one update away from the EMA weights of the pipeline."""
     assert train(fine_tuning(tmp_path / "run", base / "pipeline")) == 0
     start = weights(base / "pipeline" / "unet")
     assert all(
@@ -69,8 +69,8 @@ def test_the_network_of_the_folder_decides_and_overrides_change_it(base: Path, t
     assert after["block_out_channels"] == before["block_out_channels"] == [8, 16]
 
 
-def test_stock_folders_and_networks_alone_begin_the_same_run(base: Path, tmp_path: Path) -> None:
-    """Bit for bit: what lies around the weights changes nothing."""
+def test_stock_folders_and_networks_alone_start_the_same_run(base: Path, tmp_path: Path) -> None:
+    """Bit for bit: other files in the folder change nothing."""
     unet = DDPMPipeline.from_pretrained(base / "pipeline").unet
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "stock")
@@ -81,10 +81,10 @@ def test_stock_folders_and_networks_alone_begin_the_same_run(base: Path, tmp_pat
     assert_same_run(tmp_path / "runs" / "1", tmp_path / "runs" / "3", 3)
 
 
-def test_the_checkpoint_wins_over_the_folder_which_is_not_read_again(
+def test_a_resumed_run_does_not_read_the_pretrained_folder_again(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit the run that was not stopped, although the folder is gone."""
+    """Bit for bit the run that was not stopped, although the folder was removed."""
     shutil.copytree(base / "pipeline", tmp_path / "source")
     arguments = fine_tuning(tmp_path / "run", tmp_path / "source", model__overrides={"dropout": 0.1})
     whole = fine_tuning(tmp_path / "whole", tmp_path / "source", model__overrides={"dropout": 0.1})
@@ -98,8 +98,10 @@ def test_the_checkpoint_wins_over_the_folder_which_is_not_read_again(
     assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
 
 
-def test_a_file_gives_the_network_and_no_weights(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same run as with the overrides of a preset that say the same; on resume the file may be gone."""
+def test_a_config_file_decides_the_network_and_not_the_weights(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same run as with equal overrides of a preset; on resume the file may be missing."""
     source = tmp_path / "config.json"
     shutil.copy(base / "pipeline" / "unet" / "config.json", source)
     changes: dict[str, Any] = {"model__preset": None, "model__overrides": {}, "model__config_file": source}
@@ -134,7 +136,7 @@ def test_a_network_that_does_not_fit_is_refused_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_network_for_other_sizes_goes_on_at_this_one(
+def test_a_network_for_another_size_is_trained_on_this_one(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert train(fine_tuning(tmp_path / "run", base / "pipeline", data__resolution=16, training__num_steps=1)) == 0

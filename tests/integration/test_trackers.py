@@ -1,4 +1,4 @@
-"""W&B without a network and Trackio on this disk, in processes of their own as a user would start them."""
+"""W&B offline and Trackio on the local disk, in processes of their own."""
 
 import json
 import os
@@ -14,7 +14,7 @@ KEY = "canary7890123456789012345678901234567890"
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user who has logged in nowhere."""
+    """A user without any login."""
     home = tmp_path / "home"
     home.mkdir()
     for name in [name for name in os.environ if name.startswith(("WANDB_", "TRACKIO_"))]:
@@ -42,7 +42,7 @@ def test_wandb_without_a_login_is_refused_before_training(home: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_wandb_offline_gets_one_run_however_often_it_is_continued_and_keeps_no_key(
+def test_wandb_offline_continues_one_run_and_stores_no_key(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
@@ -55,14 +55,14 @@ def test_wandb_offline_gets_one_run_however_often_it_is_continued_and_keeps_no_k
     run_id = json.loads((run / "trackers.json").read_text())["id"]
     folders = sorted((run / "wandb").glob(f"offline-run-*-{run_id}"))
     assert len(folders) == 2
-    # In the file that W&B will upload, keys and values are text, and a byte before each says how long it is.
+    # In the file that W&B uploads, keys and values are text, each after a byte with its length.
     contents = [path.read_bytes() for folder in folders for path in folder.glob("run-*.wandb")]
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in metrics:
         content = contents[row["step"] > 4]
         assert json.dumps(row["loss"]).encode() in content
         assert b"images_per_second" in content
-        # The step comes as a value: W&B would drop a row with a step of its own count that it has seen.
+        # The step is a value: W&B would drop a row with a step of its own that it has seen.
         assert b"\x04step\x82\x01\x01" + json.dumps(row["step"]).encode() in content
     assert len(list((run / "wandb").rglob("media/images/preview_*.png"))) == 3
     written = [path for folder in (run, home) for path in folder.rglob("*") if path.is_file()]
@@ -71,7 +71,7 @@ def test_wandb_offline_gets_one_run_however_often_it_is_continued_and_keeps_no_k
 
 
 @pytest.mark.slow
-def test_trackio_gets_one_run_however_often_it_is_continued(home: Path, tmp_path: Path) -> None:
+def test_trackio_continues_one_run(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     run = tmp_path / "run"
     for num_steps in (4, 6):

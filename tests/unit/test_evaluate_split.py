@@ -12,7 +12,7 @@ FRACTION = {"source": "digits.parquet", "validation_fraction": 0.15}
 
 
 def folder_of(folder: Path, seed: int = 3, **data: Any) -> Path:
-    """Returns a folder with the configuration of a run on these data, as training writes it."""
+    """Write the configuration of a run on this data into a folder, as training does, and return the folder."""
     config = RunConfig(data=DataConfig(**data), training=TrainingConfig(seed=seed))
     (folder / "training_config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     return folder

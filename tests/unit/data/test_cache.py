@@ -162,7 +162,7 @@ def test_a_part_of_a_split_has_its_own_cache(tmp_path: Path, cache_dir: Path) ->
         assert np.array_equal(pixels_of(images)[0, ..., 0], GRAY + np.uint8(first))
 
 
-# ----------------------------------------------------------------------------------------------- what is mended later
+# ------------------------------------------------------------------------------------------------------ repaired images
 
 
 def open_twice(source: Path, cache_dir: Path, repair: Callable[[], object]) -> tuple[ImageSet, ImageSet]:
@@ -215,7 +215,7 @@ def test_a_modified_file_of_a_table_is_read_again(tmp_path: Path, cache_dir: Pat
     assert np.array_equal(pixels_of(after)[0], 255 - RGB)
 
 
-# ------------------------------------------------------------------------------------------------- what is not whole
+# ---------------------------------------------------------------------------------------------------- incomplete caches
 
 
 def damage(folder: Path, kind: str) -> None:

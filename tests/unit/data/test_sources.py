@@ -817,7 +817,7 @@ def test_a_modified_array_has_another_digest(tmp_path: Path, name: str, settings
     elsewhere = open_source(save(tmp_path / f"again_{name}", pixels), tmp_path / "cache", **settings)
     assert elsewhere.digest == before.digest, "the digest depends only on the content"
     pixels[2, 3, 3] ^= 255
-    (tmp_path / name).unlink()  # what is mapped into memory is not written to
+    (tmp_path / name).unlink()  # a memory-mapped file must not be overwritten
     after = open_source(save(tmp_path / name, pixels), tmp_path / "cache", **settings)
     assert np.array_equal(pixels_of(after), pixels)
     assert after.digest != before.digest

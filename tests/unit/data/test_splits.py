@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,18 @@ def test_a_machine_with_other_images_is_refused(tmp_path: Path, cache_dir: Path,
     write_source(tmp_path, kind)
     with pytest.raises(DataError, match=f"{source} has other images or labels here than on rank 0"):
         as_another_rank(source, cache_dir, opened, **settings)
+
+
+def test_a_cache_with_other_images_is_refused(tmp_path: Path, cache_dir: Path) -> None:
+    """Files with the same names, sizes and times on two machines have the same cache key."""
+    source = write_source(tmp_path, "folder")
+    settings = {"on_bad_image": "skip", "max_bad_fraction": 0.2}
+    training, validation = rank_0(source, cache_dir, **settings)
+    assert isinstance(training, ImageSet)
+    assert training.location is not None
+    of_another_machine = replace(training, location=training.location | {"digest": "0" * 32})
+    with pytest.raises(DataError, match=f"{source} has other images or labels here than on rank 0"):
+        as_another_rank(source, cache_dir, (of_another_machine, validation), **settings)
 
 
 def test_ranks_of_a_stream_map_the_validation_split(

@@ -12,6 +12,7 @@ from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.likelihood import (
+    Prediction,
     ReverseProcess,
     VariationalBound,
     estimate_second_moments,
@@ -331,6 +332,24 @@ def test_processes_share_the_timesteps_and_the_moments_are_those_of_one(monkeypa
     for moments in Ranks(monkeypatch, 3).run(estimate):
         assert torch.equal(moments, alone)
     assert seen == {-1: 35, 0: 10, 1: 10, 2: 15}
+
+
+def test_an_analytic_decoder_variance_of_zero_is_a_twentieth_of_a_gray_level() -> None:
+    """A second moment of 1 means that x_0 is known exactly; the decoder term is then that of an exact prediction."""
+    pipeline = gaussian_pipeline(variance_type="fixed_small")
+    pipeline.scheduler.eps_second_moments = torch.ones(1000)
+    pipeline.scheduler.analytic_variance = True
+    process = ReverseProcess(pipeline, SHORT)
+    last = len(process) - 1
+    assert pipeline.scheduler.fixed_variance(process.transitions[last]) == 0
+    x_0 = torch.full((1, 1, 1, 2), 2 * 100 / 255 - 1, dtype=torch.float64)
+    exact, at_the_edge, outside = (
+        process.term(x_0, x_0, Prediction(x_0 + offset / 127.5, x_0, None), last).mean().item()
+        for offset in (0, 0.5, 0.7)
+    )
+    assert exact == pytest.approx(0, abs=1e-5)
+    assert at_the_edge == pytest.approx(math.log(2), rel=1e-3)
+    assert outside == pytest.approx(-stats.norm.logsf(0.2 / 0.05), rel=1e-3)
 
 
 def test_the_analytic_variance_lowers_the_bound_of_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:

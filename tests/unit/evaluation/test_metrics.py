@@ -308,6 +308,29 @@ def test_the_estimated_variance_of_a_kernel_distance_is_that_over_data_sets(n: i
     assert 0.79 * spread < estimate < (1.21 if shift else 1.4) * spread
 
 
+def test_the_variance_of_a_kernel_distance_is_that_of_centered_kernel_matrices() -> None:
+    """The interactions are what is left of the kernel matrices after centering, here element by element."""
+    x, y = (values.astype(np.float64) for values in normal_features(3, 6, 9, 1.0))
+    xx, yy, xy = ((a @ b.T / 3 + 1.0) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    means, variances = [], []
+    for k in (xx, yy):
+        n = len(k)
+        off = ~np.eye(n, dtype=bool)
+        rows = (k * off).sum(axis=1)
+        centered = k - rows[:, None] / (n - 2) - rows / (n - 2) + rows.sum() / ((n - 1) * (n - 2))
+        means.append(rows / (n - 1))
+        variances.append((centered[off] ** 2).sum() / (n * (n - 3)))
+    centered = xy - xy.mean(axis=1, keepdims=True) - xy.mean(axis=0) + xy.mean()
+    (c_xx, c_yy), c_xy = variances, (centered**2).sum() / (5 * 8)
+    var_x = np.var(means[0] - xy.mean(axis=1), ddof=1) - c_xx / 6 - c_xy / 9
+    var_y = np.var(means[1] - xy.mean(axis=0), ddof=1) - c_yy / 9 - c_xy / 6
+    expected = 4 * var_x / 6 + 4 * var_y / 9 + 2 * c_xx / 36 + 2 * c_yy / 81 + 4 * c_xy / 54
+    assert var_x > 0
+    assert var_y > 0
+    estimate = kernel_distance_variance(x.astype(np.float32), y.astype(np.float32))
+    assert estimate == pytest.approx(expected, rel=1e-4)
+
+
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the rounding of a product in float32."""
     x, y = normal_features(0, 50, 70, 0.5)

@@ -500,7 +500,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "room", "expected", "told"),
+    ("stored", "room", "expected", "printed"),
     [
         (None, 20, 16, "auto: 16 images, the largest part of 64 that fits into memory."),
         (
@@ -515,12 +515,12 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     ],
 )
 def test_the_value_of_auto_is_printed_and_kept(
-    capsys: pytest.CaptureFixture[str], stored: int | None, room: int | None, expected: int, told: str
+    capsys: pytest.CaptureFixture[str], stored: int | None, room: int | None, expected: int, printed: str
 ) -> None:
     """A resumed run uses it again unless it no longer divides the per-rank batch."""
     probe = None if room is None else memory_for(room, [])
     assert resolve_micro_batch_size(AUTO, 64, stored, probe) == expected
-    assert capsys.readouterr().out == f"training.micro_batch_size {told}\n"
+    assert capsys.readouterr().out == f"training.micro_batch_size {printed}\n"
 
 
 def test_a_size_that_was_given_is_not_probed(capsys: pytest.CaptureFixture[str]) -> None:
