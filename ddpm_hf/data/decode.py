@@ -467,8 +467,6 @@ def _resize(
 
 # ------------------------------------------------------------------------------------------------------ value range
 
-_HALF_RANGE = {torch.uint8: 127.5, torch.uint16: 32767.5}
-
 
 def normalize(images: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
     """Scale stored pixels to [-1, 1], on any device.
@@ -480,7 +478,7 @@ def normalize(images: torch.Tensor, mirrored: torch.Tensor | None = None) -> tor
     Returns:
         float32 of the same shape: 0 becomes -1, and 255 (65535 for uint16) becomes 1.
     """
-    half_range = _HALF_RANGE[images.dtype]
+    half_range = torch.iinfo(images.dtype).max / 2
     if mirrored is not None:
         bits = as_bits(images)
         images = torch.where(mirrored[:, None, None, None], bits.flip(-1), bits).view(images.dtype)

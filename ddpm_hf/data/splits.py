@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data.cache import allowed_bad, map_cache, open_cache
+from ddpm_hf.data.cache import map_cache, open_cache
 from ddpm_hf.data.decode import DataError
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.sources import MAX_CLASSES, NO_LABEL, Source, find_source, map_array
@@ -50,7 +50,7 @@ def open_images(
         source = replace(source, ignored_files=())  # logged for the training split only
     if with_labels:
         _check_labels(source, config.source)
-    images = source if isinstance(source, ImageSet) else open_cache(source, config, max_bad=allowed_bad(source, config))
+    images = source if isinstance(source, ImageSet) else open_cache(source, config)
     if location is not None and images.digest != location["digest"]:
         raise DataError(f"{config.source} has other images or labels here than on rank 0; copy the same data to both.")
     return images

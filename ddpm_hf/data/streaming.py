@@ -39,15 +39,11 @@ from ddpm_hf.data.sources import (
     NO_LABEL,
     Source,
     as_encoded_image,
-    check_column_settings,
-    check_hub_settings,
     class_names_of,
     find_columns,
-    is_table,
+    find_folder,
     load_table,
     log_ignored_files,
-    open_folder,
-    walk,
 )
 from ddpm_hf.rng import numpy_generator
 
@@ -186,14 +182,10 @@ class ImageStream:
         Raises:
             DataError: An image is unreadable or has no label, or too many images are unreadable.
         """
-        pixels: list[Pixels] = []
-        labels: list[int] = []
-        is_mirrored: list[bool] = []
-        while missing := stop - start - len(pixels):
-            for image, label, flip in self._next(missing):
-                pixels.append(image)
-                labels.append(label)
-                is_mirrored.append(flip)
+        taken: list[tuple[Pixels, int, bool]] = []
+        while missing := stop - start - len(taken):
+            taken += self._next(missing)
+        pixels, labels, is_mirrored = zip(*taken, strict=True)
         mirrored = to_device(np.asarray(is_mirrored), self._device) if self._config.random_flip else None
         images = normalize(to_device(np.stack(pixels), self._device), mirrored)
         return images, None if self._label_column is None else to_device(np.asarray(labels), self._device)
@@ -296,19 +288,13 @@ class ImageStream:
 
 def _open(config: DataConfig, rank: int) -> "IterableDataset":
     """Open the rows of the training split, the same ones that would be decoded without streaming."""
-    path = Path(config.source).expanduser()
-    if path.exists():
-        check_hub_settings(config, path)
-    if path.is_dir():
-        files = list(walk(path))
-        if not is_table(path, files):
-            check_column_settings(config, path)
-            folder = open_folder(path, config.split, files)
-            if folder.ignored_files and rank == 0:
-                log_ignored_files(folder)
-            return _stream_of_folder(folder)
-    stream: IterableDataset = load_table(config, config.split, is_streaming=True)
-    return stream
+    folder = find_folder(config, config.split)
+    if folder is None:
+        stream: IterableDataset = load_table(config, config.split, is_streaming=True)
+        return stream
+    if folder.ignored_files and rank == 0:
+        log_ignored_files(folder)
+    return _stream_of_folder(folder)
 
 
 def _stream_of_folder(folder: Source) -> "IterableDataset":
