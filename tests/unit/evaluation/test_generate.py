@@ -188,6 +188,15 @@ def test_the_fingerprint_is_that_of_what_the_samples_depend_on(tmp_path: Path) -
     assert len({known, *map(fingerprint, others)}) == 6
 
 
+def test_the_analytic_variance_uses_the_second_moments_of_the_pipeline() -> None:
+    pipeline = make_pipeline()
+    pipeline.scheduler.eps_second_moments = torch.linspace(0.5, 0.9, 20)
+    prepared = Sampler(analytic_variance=True).prepare(pipeline)
+    assert torch.equal(prepared.scheduler.eps_second_moments, pipeline.scheduler.eps_second_moments)
+    assert prepared.scheduler.analytic_variance
+    assert not pipeline.scheduler.analytic_variance
+
+
 @pytest.mark.parametrize(
     ("sampler", "name"),
     [

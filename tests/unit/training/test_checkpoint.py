@@ -533,7 +533,7 @@ def test_a_snapshot_restores_every_bit_and_training_continues_bit_identically(tm
     assert len(expected) == 7 * len(NAMES)
     write_snapshot(tmp_path, *run, SAMPLER, state, "training: {}\n")
     assert_equal(everything(run), expected)
-    restored = trained(1)
+    restored = trained(1, num_updates=3)
     assert restore(tmp_path, restored) == state | {"optimizer": {}}
     assert restored[1].num_updates == 2
     assert_equal(everything(restored), expected)

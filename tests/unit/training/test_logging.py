@@ -36,7 +36,7 @@ def log(path: Path) -> MetricsLog:
     return log
 
 
-def test_rows_come_back_as_they_were(log: MetricsLog, path: Path) -> None:
+def test_rows_are_read_as_they_were_written(log: MetricsLog, path: Path) -> None:
     assert log.rows() == ROWS
     assert MetricsLog(path).rows() == ROWS
     assert path.read_text().count("\n") == len(ROWS)
@@ -93,12 +93,12 @@ def test_a_resumed_run_writes_each_step_once(log: MetricsLog, path: Path, step: 
     assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_first_start_makes_an_empty_log(path: Path) -> None:
+def test_a_first_start_creates_an_empty_log(path: Path) -> None:
     MetricsLog(path).cut_after(0)
     assert path.read_text() == ""
 
 
-def test_a_line_that_the_disk_does_not_take_does_not_tear_the_next(
+def test_a_line_that_cannot_be_written_does_not_damage_the_next(
     log: MetricsLog, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Full in the middle of a line, and free again before the next."""
@@ -197,7 +197,7 @@ def test_tensorboard_gets_metrics_settings_and_previews(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_tensorboard_shows_a_continued_run_as_one(tmp_path: Path) -> None:
+def test_tensorboard_shows_a_resumed_run_as_one(tmp_path: Path) -> None:
     """Steps 3 and 4 were logged and lost; the curve has each step once."""
     tensorboard_run(tmp_path, 0, 4)
     # TensorBoard orders the files of one second by a count as text, "10" before "9"; no run is resumed that fast.

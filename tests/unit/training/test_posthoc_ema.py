@@ -1,4 +1,4 @@
-"""Averages that were stored now and then make a pipeline with one of any length, or say why not."""
+"""Stored EMA snapshots are combined to an EMA of any length, or an error says why not."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ CLASS_NAMES = {str(number): f"digit {number}" for number in range(10)}
 
 
 def train(run: Path, steps: int = 20, every: int = 2) -> EMA:
-    """Walks a tiny network at random and stores its averages; returns them as they are at the end."""
+    """Train a tiny network by a random walk, store snapshots, and return its EMAs."""
     unet = tiny_unet(10)
     ema = EMA(unet, decay_schedules(CONFIG))
     scheduler = GaussianDiffusionScheduler.create(beta_schedule="cosine", prediction_type="v")
@@ -52,10 +52,8 @@ def parameters(folder: Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("length", [0.05, 0.10])
-def test_a_length_that_was_stored_comes_back_as_it_was(
-    finished: tuple[Path, EMA], tmp_path: Path, length: float
-) -> None:
-    """1e-6 of weights of order 5: what rounding leaves of a system of 20 equations."""
+def test_a_stored_length_is_reconstructed(finished: tuple[Path, EMA], tmp_path: Path, length: float) -> None:
+    """To 1e-6 of weights of order 5, the rounding of a system of 20 equations."""
     run, ema = finished
     rebuilt = reconstruct(run, length, None, tmp_path / "made")
     assert (rebuilt.step, rebuilt.num_stored) == (20, 20)
@@ -64,7 +62,7 @@ def test_a_length_that_was_stored_comes_back_as_it_was(
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_an_earlier_step_is_made_of_what_was_stored_until_then(finished: tuple[Path, EMA], tmp_path: Path) -> None:
+def test_an_earlier_step_is_reconstructed_from_earlier_snapshots(finished: tuple[Path, EMA], tmp_path: Path) -> None:
     rebuilt = reconstruct(finished[0], 0.1, 12, tmp_path / "made")
     assert (rebuilt.step, rebuilt.num_stored) == (12, 12)
     again = train(tmp_path / "shorter", steps=12)
@@ -72,7 +70,7 @@ def test_an_earlier_step_is_made_of_what_was_stored_until_then(finished: tuple[P
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_folder_is_a_complete_pipeline_in_every_way(finished: tuple[Path, EMA], tmp_path: Path) -> None:
+def test_the_result_is_a_complete_pipeline(finished: tuple[Path, EMA], tmp_path: Path) -> None:
     reconstruct(finished[0], 0.08, None, tmp_path / "made")
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "made")) is DDPMPipeline
     pipeline = GaussianDiffusionPipeline.from_pretrained(tmp_path / "made")
@@ -84,7 +82,7 @@ def test_the_folder_is_a_complete_pipeline_in_every_way(finished: tuple[Path, EM
     assert (content["step"], content["sigma_rel"], content["num_stored"]) == (20, 0.08, 20)
 
 
-def test_the_command_makes_the_pipeline_and_says_how_exact_it_is(
+def test_the_command_writes_the_pipeline_and_prints_the_error_of_the_profile(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -109,7 +107,7 @@ def test_the_command_makes_the_pipeline_and_says_how_exact_it_is(
         (0.08, 7, "--step is 7, but there are snapshots of steps 2, 4, 6, ..., 16, 18, 20; choose one of these."),
     ],
 )
-def test_what_cannot_be_made_is_refused(
+def test_invalid_lengths_and_steps_are_refused(
     finished: tuple[Path, EMA], tmp_path: Path, length: float, step: int | None, sentence: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -118,7 +116,7 @@ def test_what_cannot_be_made_is_refused(
     assert not (tmp_path / "made").exists()
 
 
-def test_a_length_that_cannot_be_made_comes_with_some_that_can(finished: tuple[Path, EMA], tmp_path: Path) -> None:
+def test_a_length_that_cannot_be_combined_names_the_range_that_can(finished: tuple[Path, EMA], tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         reconstruct(finished[0], 0.02, None, tmp_path / "made")
     shortest, _, longest = str(caught.value).split("choose ")[1].split(",")[0].partition(" to ")
@@ -126,12 +124,12 @@ def test_a_length_that_cannot_be_made_comes_with_some_that_can(finished: tuple[P
         assert reconstruct(finished[0], length, None, tmp_path / str(number)).relative_error <= 0.1
 
 
-def test_a_folder_without_averages_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_snapshots_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no ema_snapshots; give the folder of a run with training"):
         reconstruct(tmp_path, 0.1, None, tmp_path / "made")
 
 
-def test_a_damaged_average_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_snapshot_is_named_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ema = train(tmp_path / "run")
     path = tmp_path / "run" / EMA_SNAPSHOTS_DIR / "step_00000010" / "ema_sigma_0.050.safetensors"
     content = bytearray(path.read_bytes())
@@ -145,8 +143,8 @@ def test_a_damaged_average_is_named_and_left_out(tmp_path: Path, caplog: pytest.
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_steps_without_an_update_between_them_count_once(tmp_path: Path) -> None:
-    """Two equal averages would leave the equations without an answer."""
+def test_snapshots_without_an_update_between_them_count_once(tmp_path: Path) -> None:
+    """Two equal EMAs would make the system singular."""
     ema = train(tmp_path / "run")
     unet = tiny_unet(10)
     pipeline = GaussianDiffusionPipeline(unet, GaussianDiffusionScheduler.create(), class_names=CLASS_NAMES)
@@ -163,9 +161,7 @@ def test_before_the_first_update_there_is_nothing_to_store(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_costs_the_averages_of_a_step_and_not_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_disk_costs_a_snapshot_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A limit on the size of files stands for the full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
@@ -177,7 +173,7 @@ def test_a_full_disk_costs_the_averages_of_a_step_and_not_the_run(
     assert list((tmp_path / "run" / EMA_SNAPSHOTS_DIR).iterdir()) == []
 
 
-def test_later_averages_are_removed_and_earlier_ones_kept(tmp_path: Path) -> None:
+def test_later_snapshots_are_removed_and_earlier_ones_kept(tmp_path: Path) -> None:
     train(tmp_path / "run", steps=8)
     remove_after(tmp_path / "run" / EMA_SNAPSHOTS_DIR, 5)
     names = [path.name for path in sorted((tmp_path / "run" / EMA_SNAPSHOTS_DIR).iterdir())]
@@ -195,7 +191,7 @@ def test_later_averages_are_removed_and_earlier_ones_kept(tmp_path: Path) -> Non
         ({"num_steps": 5}, [1, 2, 3, 4, 5]),
     ],
 )
-def test_the_averages_are_stored_at_intervals_and_at_the_end(settings: dict[str, int], expected: list[int]) -> None:
+def test_snapshots_are_stored_at_intervals_and_at_the_end(settings: dict[str, int], expected: list[int]) -> None:
     config = TrainingConfig(posthoc_ema=True, **settings)  # type: ignore[arg-type]
     assert [step for step in range(1, config.num_steps + 1) if is_snapshot_due(step, config)] == expected
     assert not any(is_snapshot_due(step, TrainingConfig(num_steps=5)) for step in range(1, 6))

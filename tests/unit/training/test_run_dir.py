@@ -26,21 +26,21 @@ def refusal(path: Path, resume: str = "auto") -> str:
 
 
 def begin(path: Path) -> RunFolder:
-    """Return the folder of a run that has begun."""
+    """Return the folder of a started run."""
     folder = RunFolder(path)
     folder.acquire("auto")
     folder.write_config("training: {}\n")
     return folder
 
 
-def test_a_new_or_an_empty_folder_is_taken(tmp_path: Path) -> None:
+def test_a_new_or_empty_folder_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "new", tmp_path / "deep" / "er"):
         begin(path).release()
         assert (path / "config.yaml").read_text().endswith("\ntraining: {}\n")
 
 
-def test_a_run_is_continued_unless_that_was_not_wanted(tmp_path: Path) -> None:
+def test_a_run_is_continued_unless_resume_is_none(tmp_path: Path) -> None:
     begin(tmp_path / "run").release()
     again = RunFolder(tmp_path / "run")
     again.acquire("auto")
@@ -86,14 +86,14 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["run", "deep/er/run"])
-def test_a_folder_that_nothing_was_written_to_goes_away_again(tmp_path: Path, place: str) -> None:
+def test_a_folder_that_nothing_was_written_to_is_removed(tmp_path: Path, place: str) -> None:
     folder = RunFolder(tmp_path / place)
     folder.acquire("auto")
     folder.release()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_folder_that_was_there_before_stays(tmp_path: Path) -> None:
+def test_an_empty_folder_that_existed_before_is_kept(tmp_path: Path) -> None:
     """It may be a mounted disk."""
     (tmp_path / "run").mkdir()
     folder = RunFolder(tmp_path / "run")
@@ -103,7 +103,7 @@ def test_an_empty_folder_that_was_there_before_stays(tmp_path: Path) -> None:
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_folder_beside_others_leaves_them_alone(tmp_path: Path) -> None:
+def test_other_folders_in_the_same_parent_are_kept(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "outputs" / "one")
     folder.acquire("auto")
     (tmp_path / "outputs" / "two").mkdir()
@@ -112,18 +112,18 @@ def test_a_folder_beside_others_leaves_them_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("leftover", [".lock", ".config.yaml.writing"])
-def test_a_start_that_was_killed_is_no_obstacle(tmp_path: Path, leftover: str) -> None:
+def test_files_of_a_killed_start_are_ignored(tmp_path: Path, leftover: str) -> None:
     (tmp_path / leftover).write_text("half")
     begin(tmp_path).release()
     assert (tmp_path / "config.yaml").exists()
 
 
-def test_a_folder_that_was_never_taken_has_nothing_to_release(tmp_path: Path) -> None:
+def test_release_without_acquire_does_nothing(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run").release()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_was_removed_in_the_middle_is_made_again_and_still_held(
+def test_a_folder_that_was_removed_during_training_is_created_and_locked_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = begin(tmp_path / "run")
@@ -137,7 +137,7 @@ def test_a_folder_that_was_removed_in_the_middle_is_made_again_and_still_held(
     begin(tmp_path / "run").release()
 
 
-def test_a_lock_that_was_removed_is_taken_again(tmp_path: Path) -> None:
+def test_a_removed_lock_file_is_locked_again(tmp_path: Path) -> None:
     folder = begin(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / ".lock").unlink()
@@ -147,7 +147,7 @@ def test_a_lock_that_was_removed_is_taken_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["theirs", "config.yaml"])
-def test_a_folder_whose_place_was_taken_is_left_alone(tmp_path: Path, name: str) -> None:
+def test_a_folder_replaced_by_other_files_is_not_touched(tmp_path: Path, name: str) -> None:
     folder = begin(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").mkdir()
@@ -158,7 +158,7 @@ def test_a_folder_whose_place_was_taken_is_left_alone(tmp_path: Path, name: str)
     assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [(name, "precious")]
 
 
-def test_a_folder_whose_place_another_run_has_taken_is_left_to_it(tmp_path: Path) -> None:
+def test_a_folder_replaced_by_another_run_is_not_touched(tmp_path: Path) -> None:
     folder = begin(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").mkdir()
@@ -209,7 +209,7 @@ def test_a_run_folder_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
     again.release()
 
 
-def test_a_process_that_ends_lets_go_of_its_folder(tmp_path: Path) -> None:
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     def die() -> None:
         lock = RunLock(tmp_path)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -250,7 +250,7 @@ def test_a_lock_is_taken_on_the_file_that_others_see(tmp_path: Path, monkeypatch
     lock.release()
 
 
-def test_a_lock_knows_when_its_folder_is_gone_or_another(tmp_path: Path) -> None:
+def test_a_lock_is_not_held_if_its_file_was_removed_or_replaced(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     lock = RunLock(run)
@@ -268,7 +268,7 @@ def test_a_lock_knows_when_its_folder_is_gone_or_another(tmp_path: Path) -> None
     other.release()
 
 
-def test_a_lock_is_never_a_file_that_a_link_leads_to(tmp_path: Path) -> None:
+def test_a_lock_never_follows_a_link(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
@@ -331,19 +331,19 @@ def test_counts_and_times_are_those_of_the_metrics(log: MetricsLog) -> None:
     assert content["device"]
 
 
-def test_a_run_without_a_line_of_metrics_says_so(log: MetricsLog) -> None:
+def test_without_metrics_the_values_are_null(log: MetricsLog) -> None:
     content = summary("user/images", log)
     assert (content["seconds"], content["loss"], content["score"]) == (None, None, None)
 
 
 @pytest.mark.parametrize(("dropout", "num_classes"), [(0.0, 4), (0.1, 3)])
-def test_the_null_label_is_no_class(log: MetricsLog, dropout: float, num_classes: int) -> None:
+def test_the_null_label_is_not_counted_as_a_class(log: MetricsLog, dropout: float, num_classes: int) -> None:
     assert (
         summary("x/y", log, tiny_unet(num_class_embeds=4), class_dropout=dropout)["data"]["num_classes"] == num_classes
     )
 
 
-def test_of_a_path_only_the_name_is_told(log: MetricsLog, tmp_path: Path) -> None:
+def test_only_the_name_of_a_local_path_is_recorded(log: MetricsLog, tmp_path: Path) -> None:
     source = tmp_path / "holiday"
     source.mkdir()
     assert summary(str(source), log)["data"] == {"source": "holiday", "num_images": 3, "num_classes": None}
