@@ -43,6 +43,7 @@ from ddpm_hf.data.decode import (
     OutputFormat,
     Pixels,
     UnreachableImage,
+    bad_image_error,
     decode,
     num_threads,
     read_header,
@@ -226,10 +227,11 @@ def _decode_into(building: Path, source: Source, config: DataConfig, bad: "BadIm
     output = statistics.output_format(config)
     sizes = statistics.sizes_after(output.geometry)
     shape = (output.num_channels, *next(iter(sizes))) if len(sizes) == 1 else None
-    num_values = output.num_channels * sum(height * width * count for (height, width), count in sizes.items())
+    num_pixels = sum(height * width * count for (height, width), count in sizes.items())
     if shape:
-        num_values = math.prod(shape) * source.num_images  # unreadable images are stored as zeros
-    num_bytes, free = num_values * output.dtype.itemsize, shutil.disk_usage(building).free
+        num_pixels = math.prod(shape[1:]) * source.num_images  # unreadable images are stored as zeros
+    num_bytes = num_pixels * output.num_channels * output.dtype.itemsize
+    free = shutil.disk_usage(building).free
     if num_bytes > free:
         raise DataError(
             f"the {source.num_images:,} decoded images need {format_bytes(num_bytes)}, but {building.parent} has "
@@ -322,7 +324,7 @@ class BadImages:
             return
         first = self.reasons[min(self.reasons)]
         if self.fraction is None:
-            raise DataError(f"{first.removesuffix('.')}; repair or remove it, or set data.on_bad_image to skip.")
+            raise bad_image_error(first)
         if len(self.reasons) == self.num_images:
             raise DataError(f"none of the {self.num_images} images can be read; the first: {first}")
         enough = math.ceil(len(self.reasons) / self.num_images * 10_000) / 10_000

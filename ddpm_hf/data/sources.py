@@ -192,6 +192,12 @@ def _labels_and_classes(
     return np.asarray(labels).astype(np.int64), class_names
 
 
+def label_error(image: str, label: int | None, num_classes: int) -> DataError:
+    """Return the error for an image without a label, or with one that is no class."""
+    found = "no label" if label in (None, NO_LABEL) else f"label {label}"
+    return DataError(f"{image} has {found}; every image needs one from 0 to {num_classes - 1}.")
+
+
 # ---------------------------------------------------------------------------------------------- folders and archives
 
 IMAGE_SUFFIXES = (
@@ -211,17 +217,11 @@ _TAR_HEADERS_WITH_CONTENT = (
 
 @dataclass(frozen=True)
 class _File:
-    """A file in a folder or an archive.
-
-    Args:
-        name: Path inside of it, with forward slashes.
-        identity: Numbers that change when the file does; part of the fingerprint.
-        handle: Its path or archive member.
-    """
+    """A file in a folder or an archive, named by its path inside of it, with forward slashes."""
 
     name: str
-    identity: Sequence[int]
-    handle: Any
+    identity: Sequence[int]  # changes when the file does; part of the fingerprint
+    handle: Any  # its path or archive member
 
     @property
     def folders(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from ddpm_hf.config import DataConfig
 from ddpm_hf.data.cache import map_cache, open_cache
 from ddpm_hf.data.decode import DataError
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.sources import MAX_CLASSES, NO_LABEL, Source, find_source, map_array
+from ddpm_hf.data.sources import MAX_CLASSES, Source, find_source, label_error, map_array
 from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.files import format_count
 
@@ -131,9 +131,8 @@ def _check_labels(source: Source | ImageSet, name: str) -> None:
     is_bad = (source.labels < 0) | (source.labels >= num_classes)
     if is_bad.any():
         row = int(np.argmax(is_bad))
-        found = "no label" if source.labels[row] == NO_LABEL else f"label {source.labels[row]}"
         image = next(iter(source.read([row]))).name if isinstance(source, Source) else f"image {row} of {name}"
-        raise DataError(f"{image} has {found}; every image needs one from 0 to {num_classes - 1}.")
+        raise label_error(image, int(source.labels[row]), num_classes)
 
 
 def _check_same_kind(

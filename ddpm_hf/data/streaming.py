@@ -29,6 +29,7 @@ from ddpm_hf.data.decode import (
     Geometry,
     OutputFormat,
     Pixels,
+    bad_image_error,
     decode,
     normalize,
     num_threads,
@@ -36,12 +37,12 @@ from ddpm_hf.data.decode import (
 )
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.data.sources import (
-    NO_LABEL,
     Source,
     as_encoded_image,
     class_names_of,
     find_columns,
     find_folder,
+    label_error,
     load_table,
     log_ignored_files,
 )
@@ -85,21 +86,13 @@ class StreamPosition:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a streamed file.
-
-    Args:
-        columns: Its content.
-        name: How messages refer to it.
-        reader: The `datasets` reader that it comes from, as long as no further row is read.
-        file: Index of the file in the order of the epoch.
-        num_read: Number of rows of the file that this process has read, this one included.
-    """
+    """A row of a streamed file."""
 
     columns: dict[str, Any]
     name: str
-    reader: "IterableDataset"
-    file: int
-    num_read: int
+    reader: "IterableDataset"  # its state is that after this row until another row is read
+    file: int  # index in the order of the epoch
+    num_read: int  # rows of the file that this process has read, this one included
 
 
 class ImageStream:
@@ -226,15 +219,14 @@ class ImageStream:
             return 0
         label = row.columns[self._label_column]
         if label is None or not 0 <= label < len(self.class_names):
-            found = "no label" if label in (None, NO_LABEL) else f"label {label}"
-            raise DataError(f"{image.name} has {found}; every image needs one from 0 to {len(self.class_names) - 1}.")
+            raise label_error(image.name, label, len(self.class_names))
         return int(label)
 
     def _count_bad(self, error: BadImage) -> None:
         """Skip an unreadable image, or raise a DataError if the settings do not allow it."""
         self.position.num_bad += 1
         if self._config.on_bad_image == "error":
-            raise DataError(f"{str(error)[:-1]}; repair or remove it, or set data.on_bad_image to skip.") from error
+            raise bad_image_error(str(error)) from error
         logger.warning("Skipped an unreadable image: %s", error)
         limit = max(self._config.max_bad_fraction * self.position.num_used, _NUM_BAD_ALWAYS_ALLOWED)
         if self.position.num_bad > limit:

@@ -150,7 +150,6 @@ def test_a_class_that_only_another_split_has_is_known(tmp_path: Path, cache_dir:
     assert open_source(folder, cache_dir).class_names == ("b", "c")
     write_files(folder, {"test/a/1.png": encode(RGB)})
     images = open_source(folder, cache_dir, with_labels=True)
-    assert images.labels is not None
     assert [images.class_names, images.labels.tolist()] == [("a", "b", "c"), [1, 2]]
 
 
@@ -252,7 +251,6 @@ def test_an_incomplete_cache_is_rebuilt(tmp_path: Path, cache_dir: Path, kind: s
     DAMAGE[kind](folder)
     again = open_source(path, cache_dir, with_labels=True)
     assert np.array_equal(pixels_of(again), expected)
-    assert again.labels is not None
     assert again.labels.tolist() == [0, 1, 0] * 3
     assert caches_in(cache_dir) == [folder]
 
@@ -476,7 +474,6 @@ def test_a_replacement_keeps_its_label(tmp_path: Path, cache_dir: Path) -> None:
     files = {"cat/1.png": encode(RGB), "cat/2.png": b"text", "dog/1.png": encode(255 - RGB)}
     images = open_source(write_files(tmp_path / "x", files), cache_dir, on_bad_image="skip", max_bad_fraction=0.5)
     pixels, labels = images.take(np.array([1]))
-    assert labels is not None
     assert labels.tolist() == [1]
     assert np.array_equal(pixels[0].transpose(1, 2, 0), 255 - RGB)
 

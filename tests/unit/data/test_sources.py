@@ -41,7 +41,6 @@ def test_the_embedded_digits_open_like_any_other_parquet(cache_dir: Path) -> Non
     assert len(images) == 1797
     assert images.image_shape == (1, 8, 8)
     assert images.class_names == tuple("0123456789")
-    assert images.labels is not None
     assert np.bincount(images.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert isinstance(images.images, np.memmap), "decoded images are memory-mapped"
 
@@ -72,7 +71,6 @@ def test_integer_labels_are_named_by_their_numbers(tmp_path: Path, cache_dir: Pa
     path = write_parquet(tmp_path / "x.parquet", [encode(GRAY)] * 3, [2, 0, 2], datasets.Value("int32"))
     images = open_source(path, cache_dir, with_labels=True)
     assert images.class_names == ("0", "1", "2")
-    assert images.labels is not None
     assert images.labels.dtype == np.int64
 
 
@@ -269,7 +267,6 @@ def test_a_folder_with_metadata_uses_the_metadata(tmp_path: Path, cache_dir: Pat
     """As `imagefolder` of `datasets`."""
     files = {"a.png": encode(RGB), "b.png": encode(255 - RGB), "metadata.csv": b"file_name,age\na.png,1\nb.png,0\n"}
     images = open_source(write_files(tmp_path / "x", files), cache_dir, with_labels=True, label_column="age")
-    assert images.labels is not None
     assert [images.labels.tolist(), images.class_names] == [[1, 0], ("0", "1")]
     assert np.array_equal(pixels_of(images), [RGB, 255 - RGB])
 
@@ -351,7 +348,6 @@ def test_class_folders_are_labels_in_every_archive(tmp_path: Path, name: str, ro
     path = store(tmp_path, name, {root + file: data for file, data in FILES.items()})
     images = open_source(path, tmp_path / "cache", with_labels=True)
     assert images.class_names == ("cat", "dog")
-    assert images.labels is not None
     assert images.labels.tolist() == [0, 0, 0, 1]
     assert np.array_equal(pixels_of(images), list(IMAGES.values()))
 
@@ -375,7 +371,6 @@ def test_folders_and_zips_are_sorted_by_name(tmp_path: Path, name: str) -> None:
 def test_a_tar_keeps_its_order(tmp_path: Path) -> None:
     turned = dict(reversed(FILES.items()))
     images = open_source(pack(tmp_path / "x.tar.gz", turned), tmp_path / "cache", with_labels=True)
-    assert images.labels is not None
     assert images.labels.tolist() == [1, 0, 0, 0]
     assert np.array_equal(pixels_of(images), list(IMAGES.values())[::-1])
 
@@ -421,7 +416,6 @@ def test_folders_named_after_splits_are_splits(tmp_path: Path, name: str) -> Non
     training, validation = source_of(path), source_of(path, "validation")
     assert [training.num_images, training.class_names] == [3, ("cat", "dog")]
     assert [validation.num_images, validation.class_names] == [1, ("cat", "dog")]
-    assert validation.labels is not None
     assert validation.labels.tolist() == [1]
     assert source_of(path, "val").num_images == 1
     assert source_of(path, "train[1:]").num_images == 2
@@ -538,7 +532,6 @@ def test_hard_links_in_a_tar_are_read(tmp_path: Path) -> None:
     assert [source.num_images, source.class_names] == [5, ("bird", "cat", "dog")]
     assert source.ignored_files == ("dog/2.png (a link or a device)",)
     images = open_source(tmp_path / "x.tar.gz", tmp_path / "cache")
-    assert images.labels is not None
     (bird,) = np.flatnonzero(images.labels == 0)
     assert np.array_equal(pixels_of(images)[bird], IMAGES["cat/1.png"])
 
@@ -697,7 +690,6 @@ def test_images_without_a_channel_axis_are_gray(tmp_path: Path) -> None:
 def test_labels_of_an_npz_are_numbered_classes(tmp_path: Path) -> None:
     path = save(tmp_path / "x.npz", PIXELS, labels=np.array([0, 1, 1, 2], dtype=np.uint8))
     images = open_source(path, tmp_path / "cache", with_labels=True, split="train[:3]")
-    assert images.labels is not None
     assert [images.class_names, images.labels.tolist()] == [("0", "1", "2"), [0, 1, 1]]
     assert "has no labels" in refusal(save(tmp_path / "y.npz", PIXELS), tmp_path / "cache", with_labels=True)
 

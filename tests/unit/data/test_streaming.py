@@ -44,7 +44,6 @@ def take(stream: ImageStream, count: int) -> list[int]:
     """Return the numbers of the next images, after checking their labels."""
     pixels, labels = stream.samples(0, count)
     numbers = ((pixels[:, 0, 0, 0] + 1) * 127.5).round().int()
-    assert labels is not None
     assert torch.equal(labels, numbers.long() % 2)
     return [int(number) for number in numbers]
 
@@ -244,8 +243,6 @@ def test_a_stream_has_the_images_splits_and_classes_of_the_cache(tmp_path: Path,
         if not with_labels:
             assert sorted(shown) == sorted(stored[:, 0, 0, 0].tolist())
             continue
-        assert labels is not None
-        assert numbers is not None
         assert stream.class_names == decoded.class_names
         expected = zip(stored[:, 0, 0, 0].tolist(), numbers.tolist(), strict=True)
         assert sorted(zip(shown, labels.tolist(), strict=True)) == sorted(expected)
