@@ -33,7 +33,7 @@ def ema(arguments: Sequence[str]) -> int:
         output = folder / f"pipeline_ema_{length:.3f}{'' if step is None else f'_step_{step:08d}'}"
     result = reconstruct(folder, length, step, output)
     print(
-        f"{output}: average of length {length:g} at step {result.step}, made of {result.num_stored} stored ones "
-        f"(its profile is off by {result.relative_error:.2%})."
+        f"{output}: EMA of length {length:g} at step {result.step}, reconstructed from {result.num_stored} stored EMAs "
+        f"(error of the profile {result.relative_error:.2%})."
     )
     return 0

@@ -339,6 +339,7 @@ def _evaluate(flags: EvaluateFlags) -> None:
             settings=settings,
             data=_describe_data(work),
             bound_settings=_describe_bound(work, bound),
+            flags=given_flags(work.flags),
         )
         write_text(work.output / EVALUATION, content)
         _draw(work, samples, bound)
@@ -486,10 +487,28 @@ def _estimate_variance(work: _Work) -> None:
     distributed.on_rank_0(lambda: scheduler.save_second_moments(folder))
 
 
+def given_flags(flags: EvaluateFlags) -> list[str]:
+    """Return the flags that differ from their defaults, without the model and with the data by name only."""
+    flags = replace(flags, data=_data_name(flags))
+    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
+    defaults = {field.name: field.default for field in dataclasses.fields(flags)}
+    words = []
+    for name, value in values.items():
+        if value == defaults[name] or name in ("folder", "revision", "data_cache_dir") or isinstance(value, Path):
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list) else value
+        words.append(f"--{name.replace('data_', 'data.')}" + ("" if value is True else f"={text}"))
+    return words
+
+
+def _data_name(flags: EvaluateFlags) -> str:
+    return Path(flags.data).name if Path(flags.data).exists() else flags.data
+
+
 def _describe_data(work: _Work) -> dict[str, Any]:
     flags = work.flags
     return {
-        "source": Path(flags.data).name if Path(flags.data).exists() else flags.data,
+        "source": _data_name(flags),
         "split": flags.data_split,
         "fingerprint": work.training.digest or None,
         "num_training_images": len(work.training),

@@ -40,6 +40,7 @@ def as_json(
     settings: dict[str, Any],
     data: dict[str, Any],
     bound_settings: dict[str, Any],
+    flags: Sequence[str] = (),
 ) -> str:
     """Return the content of evaluation.json.
 
@@ -49,6 +50,7 @@ def as_json(
         settings: Everything the samples depend on; see `generate.settings_of`.
         data: Source, fingerprint and number of the images.
         bound_settings: How bits per dimension were computed.
+        flags: Command-line flags of the evaluation, without local paths.
     """
     sampling = {"seed": settings["seed"], "sampler": settings["scheduler"]}
     sampling["num_inference_steps"] = settings["num_inference_steps"]
@@ -61,6 +63,7 @@ def as_json(
         "metrics": rows,
         "data": data,
         "sampling": {name: value for name, value in settings.items() if name != "schema_version"},
+        "flags": list(flags),
         "bound": None if bound is None else bound.to_dict(),
         "versions": {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
     }

@@ -6,7 +6,6 @@ names them, so an interrupted push publishes nothing.
 """
 
 import json
-import math
 import re
 import shutil
 import tempfile
@@ -24,7 +23,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -63,7 +61,8 @@ SCHEDULE_PICTURE = "schedule.png"
 NUM_SAMPLES, NUM_STEPS, BATCH_SIZE = 16, 50, 8
 MAX_CLASSES, NUM_SAMPLES_PER_CLASS = 10, 4
 
-_BRANCH = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*")
+# Plain characters only, and no name that git refuses.
+_BRANCH = re.compile(r"(?!HEAD\Z)(?!.*\.\.)(?!.*\.(?:lock)?(?:/|\Z))\w[\w.-]*(?:/\w[\w.-]*)*")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # Raised when there is no answer: of httpx in huggingface_hub 1, of httpx2 in 2.
 _HTTPError: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
@@ -100,7 +99,7 @@ class Target:
         license: License identifier for the card, such as "mit"; None keeps the one in the card.
 
     Raises:
-        HubRefused: A value is malformed, or a branch is combined with a pull request.
+        ValueError: A value is malformed, or a branch is combined with a pull request.
     """
 
     repo_id: str
@@ -110,16 +109,10 @@ class Target:
     license: str | None = None
 
     def __post_init__(self) -> None:
-        try:
-            validate_repo_id(self.repo_id)
-        except HFValidationError:
-            raise HubRefused(
-                f'{self.repo_id!r} is not a valid repository id; use "user/name" with letters, digits, "-", "_" and '
-                '".", at most 96 characters.'
-            ) from None
+        validate_repo_id(self.repo_id)
         if self.branch is not None and self.as_pull_request:
             raise HubRefused("a pull request has its own branch; remove the branch or the pull request.")
-        if self.branch is not None and not _is_branch(self.branch):
+        if self.branch is not None and not _BRANCH.fullmatch(self.branch):
             raise HubRefused(
                 f"{self.branch!r} is not a valid branch name; use letters, digits, -, _, . and /, without .., HEAD, or "
                 "a part that ends in . or .lock."
@@ -134,12 +127,6 @@ class Target:
     def revision(self) -> str:
         """The branch."""
         return self.branch or constants.DEFAULT_REVISION
-
-
-def _is_branch(name: str) -> bool:
-    """Tell whether git accepts a branch name, of plain characters only."""
-    is_plain = _BRANCH.fullmatch(name) is not None and ".." not in name and name != "HEAD"
-    return is_plain and not any(part.endswith((".", ".lock")) for part in name.split("/"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +177,7 @@ def push(
     run = Path(folder).expanduser()
     pipeline_dir = run if (run / MODEL_INDEX).is_file() else run / PIPELINE_DIR
     repo_id = target.repo_id if dry_run else check_access(target)
-    card.read_facts(pipeline_dir, repo_id)  # broken records are refused before any work
+    card.Facts(pipeline_dir, repo_id)  # broken records are refused before any work
     with tempfile.TemporaryDirectory(prefix=PREFIX, dir=workspace) as temporary:
         assembled = Path(temporary) / "repository"
         assemble(pipeline_dir, assembled, run=run, fp16=fp16, with_real_images=with_real_images)
@@ -258,13 +245,14 @@ def assemble(
     step = card.read_record(pipeline_dir / TRAINING_SUMMARY).get("step")
     for path in (pipeline_dir / TRAINING_SUMMARY, pipeline_dir / EVALUATION, run / RECOGNITION):
         if path.is_file() and not path.is_symlink():
-            content = _finite(card.read_record(path))
+            content = card.read_record(path)
             if content.get("step", step) != step:  # measured before training continued
                 continue
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             (target / path.name).write_text(text, encoding="utf-8")
-    if (pipeline_dir / TRAINING_CONFIG).is_file():
-        (target / TRAINING_CONFIG).write_text(_public_settings(pipeline_dir), encoding="utf-8")
+    if settings := card.public_settings(pipeline_dir):
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        (target / TRAINING_CONFIG).write_text(text, encoding="utf-8")
 
     if fp16:
         pipeline.unet.half()
@@ -319,44 +307,6 @@ def _copy_picture(path: Path, folder: Path) -> bool:
         raise ValueError(f"{path} is not a valid PNG or GIF ({reason_of(error)}); remove it and push again.") from error
     shutil.copyfile(path, folder / path.name)
     return True
-
-
-def _finite(value: Any) -> Any:
-    """Return a value with None instead of NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _public_settings(pipeline_dir: Path) -> str:
-    """Return training_config.yaml with names instead of paths.
-
-    `owner/name` is taken for a Hub id only if training_summary.json or a setting for Hub repositories says so; the
-    folders of this machine do not matter.
-    """
-    path = pipeline_dir / TRAINING_CONFIG
-    settings = card.read_record(path)
-    if not all(isinstance(section, dict) for section in settings.values()):
-        raise ValueError(f"{path} is not a training configuration; remove it and push again.")
-    data, model = settings.get("data", {}), settings.get("model", {})
-    summary = card.read_record(pipeline_dir / TRAINING_SUMMARY)
-    source = data.get("source")
-    base_model = model.get("from_pretrained")
-    is_known = {
-        "output_dir": False,
-        "cache_dir": False,
-        "source": source == (summary.get("data") or {}).get("source")
-        or bool(data.get("revision") or data.get("subset")),
-        "config_file": bool(model.get("revision")),
-        "from_pretrained": base_model == summary.get("base_model") or bool(model.get("revision")),
-    }
-    for section in settings.values():
-        for name in is_known.keys() & section.keys():
-            if isinstance(section[name], str):
-                section[name] = card.public_name(section[name], is_known=is_known[name])
-    return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 # Access
@@ -533,32 +483,28 @@ def _hub_errors(name: str, outcome: str = "nothing was published") -> Iterator[N
         raise HubFailed("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it.") from None
     except RevisionNotFoundError as error:
         raise HubRefused(f"{name} has no such branch ({_reason(error)}).") from error
-    except HfHubHTTPError as error:
-        raise _answered(error, name, outcome) from error
     except (_HTTPError, OSError, RuntimeError) as error:
-        if isinstance(error.__cause__, HfHubHTTPError):  # the client wraps errors of uploads
-            raise _answered(error.__cause__, name, outcome) from error
-        raise HubFailed(
-            f"the Hub could not be reached ({_reason(error.__cause__ or error)}); {outcome}. Check the network and "
-            f"{constants.ENDPOINT}, and push again."
-        ) from error
-
-
-def _answered(error: HfHubHTTPError, name: str, outcome: str) -> HubRefused | HubFailed:
-    """Return the exception for an error status."""
-    status, reason = error.response.status_code, _reason(error)
-    if status == 401:
-        return HubRefused(f"the Hub does not accept your token ({reason}); run hf auth login or set HF_TOKEN again.")
-    if status in (403, 404):
-        return HubRefused(
-            f"you may not write to {name} ({reason}); use a token with write access, ask the owner, or open a pull "
-            "request."
-        )
-    if status in (409, 412):
-        return HubRefused(f"{name} has changed in the meantime ({reason}); push again.")
-    if status < 500 and status != 429:
-        return HubRefused(f"the Hub refused the push to {name} ({reason}).")
-    return HubFailed(f"the Hub had an error ({reason}); {outcome}. Push again later.")
+        answer = error if isinstance(error, HfHubHTTPError) else error.__cause__  # the client wraps errors of uploads
+        if not isinstance(answer, HfHubHTTPError):
+            raise HubFailed(
+                f"the Hub could not be reached ({_reason(answer or error)}); {outcome}. Check the network and "
+                f"{constants.ENDPOINT}, and push again."
+            ) from error
+        status, reason = answer.response.status_code, _reason(answer)
+        if status >= 500 or status == 429:
+            raise HubFailed(f"the Hub had an error ({reason}); {outcome}. Push again later.") from error
+        if status == 401:
+            sentence = f"the Hub does not accept your token ({reason}); run hf auth login or set HF_TOKEN again."
+        elif status in (403, 404):
+            sentence = (
+                f"you may not write to {name} ({reason}); use a token with write access, ask the owner, or open a "
+                "pull request."
+            )
+        elif status in (409, 412):
+            sentence = f"{name} has changed in the meantime ({reason}); push again."
+        else:
+            sentence = f"the Hub refused the push to {name} ({reason})."
+        raise HubRefused(sentence) from error
 
 
 def _reason(error: BaseException) -> str:

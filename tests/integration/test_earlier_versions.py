@@ -1,8 +1,4 @@
-"""Run folders and saved folders of version 0.1 keep working.
-
-tests/fixtures holds a run of 0.1 that stopped after step 3 of 6 (`run_0_1`), the pipeline that 0.1 saved after step 6
-(`saved_0_1`) and the metrics it had written by then (`metrics_0_1.jsonl`).
-"""
+"""Run folders and saved folders of version 0.1 keep working."""
 
 import shutil
 from pathlib import Path
@@ -13,10 +9,10 @@ from safetensors.torch import load_file
 
 from ddpm_hf.cli.main import ema, train, verify
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from tests import version_0_1
 from tests.conftest import DIGITS
 from tests.runs import metrics_of
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -24,7 +20,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 def continued_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the run of 0.1, continued to step 6."""
     folder = tmp_path_factory.mktemp("earlier")
-    shutil.copytree(FIXTURES / "run_0_1", folder / "run")
+    shutil.copytree(version_0_1.RUN, folder / "run")
     (folder / "data").mkdir()
     shutil.copy(DIGITS, folder / "data")
     with pytest.MonkeyPatch.context() as patch:
@@ -35,13 +31,13 @@ def continued_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_of_0_1_continues_as_0_1_continued_it(continued_run: Path) -> None:
     """To 1e-5, since processors round differently; on the processor that made the fixture the two are identical."""
-    expected = load_file(FIXTURES / "saved_0_1" / WEIGHTS)
+    expected = load_file(version_0_1.SAVED / WEIGHTS)
     actual = load_file(continued_run / "pipeline" / WEIGHTS)
     assert actual.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(actual[name], weight, rtol=1e-5, atol=1e-6, msg=name)
     (continued_run / "expected").mkdir(exist_ok=True)
-    shutil.copy(FIXTURES / "metrics_0_1.jsonl", continued_run / "expected" / "metrics.jsonl")
+    shutil.copy(version_0_1.METRICS, continued_run / "expected" / "metrics.jsonl")
     for row, expected_row in zip(metrics_of(continued_run), metrics_of(continued_run / "expected"), strict=True):
         assert row.keys() == expected_row.keys()
         for name, value in expected_row.items():
@@ -54,5 +50,5 @@ def test_the_stored_averages_of_0_1_can_be_combined(continued_run: Path, tmp_pat
 
 
 def test_a_saved_folder_of_0_1_verifies(tmp_path: Path) -> None:
-    folder = shutil.copytree(FIXTURES / "saved_0_1", tmp_path / "pipeline")
+    folder = shutil.copytree(version_0_1.SAVED, tmp_path / "pipeline")
     assert verify([str(folder)]) == 0

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from tests import version_0_1
 from tests.load_and_sample import Outcome, Task, carry_out, carry_out_elsewhere, draws_in_float32, sample
 from tests.loopback_hub import files_of
 from tests.saved_folders import (
@@ -25,7 +26,6 @@ from tests.saved_folders import (
 )
 
 DYNAMIC, INSTALLED = "diffusers_modules.local", "ddpm_hf.diffusion"
-SAVED_BY_0_1 = Path(__file__).parents[1] / "fixtures" / "saved_0_1"
 NATIVE_WAYS = pytest.mark.parametrize("way", [2, 3])
 
 
@@ -62,7 +62,7 @@ def save_folders(folder: Path) -> dict[str, torch.Tensor]:
     both.save_pretrained(folder / "both")
     both.to(torch.float16).save_pretrained(folder / "both", variant="fp16")
     save_folder_of_a_later_version(folder / "plain", folder / "later")
-    shutil.copytree(SAVED_BY_0_1, folder / "0.1")
+    shutil.copytree(version_0_1.SAVED, folder / "0.1")
     make_pipeline("plain").to(torch.float16).save_pretrained(folder / "half", variant="fp16")
     save_early_folder(folder / "early")
     save_early_folder(folder / "pickled", pickled=True)

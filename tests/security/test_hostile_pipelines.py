@@ -82,7 +82,7 @@ def shards(name: str) -> Attack:
 REFUSED: dict[str, Attack] = {
     "a function as scheduler": index(scheduler=["os", "system"]),
     "a process as unet": index(unet=["subprocess", "Popen"]),
-    "a module that nobody imported": index(scheduler=["antigravity", "fly"]),
+    "a module that is not imported": index(scheduler=["antigravity", "fly"]),
     "a private function as unet": index(unet=["builtins", "exec"]),
     "code of a component beside it": code_beside("unet/hostile.py", unet=["hostile", "Hostile"]),
     "code of a scheduler beside it": code_beside("scheduler/hostile.py", scheduler=["hostile", "Hostile"]),
@@ -169,7 +169,7 @@ def test_pretrained_weights_are_never_a_pickle(honest: Path, watch: Watch, name:
         load_pretrained(ModelConfig(preset=None, from_pretrained=str(folder)))
 
 
-@pytest.mark.parametrize("name", [*WITHOUT_EFFECT, "a function as scheduler", "a module that nobody imported"])
+@pytest.mark.parametrize("name", [*WITHOUT_EFFECT, "a function as scheduler", "a module that is not imported"])
 def test_a_pretrained_network_is_read_without_the_classes_of_its_index(honest: Path, watch: Watch, name: str) -> None:
     """Its parts are loaded as the expected classes, never as the classes that an index names."""
     folder = hostile_copy(honest, {**WITHOUT_EFFECT, **REFUSED}[name], watch)

@@ -22,6 +22,7 @@ from ddpm_hf.config import (
     read_config_dict,
     validate,
 )
+from tests import version_0_1
 from tests.conftest import REPOSITORY
 
 SOURCE = ("--data.source", "images.parquet")
@@ -212,8 +213,7 @@ def test_every_recipe_and_run_of_0_1_is_valid_also_without_previews_and_report(
 ) -> None:
     off = ["--preview.every_steps", "0", "--evaluation.num_samples", "0"]
     recipes = sorted((REPOSITORY / "configs").glob("*.yaml"))
-    runs = sorted((REPOSITORY / "tests" / "fixtures").rglob("config.yaml"))
-    runs += sorted((REPOSITORY / "tests" / "fixtures").rglob("training_config.yaml"))
+    runs = [*version_0_1.RUN.rglob("config.yaml"), version_0_1.SAVED / "training_config.yaml"]
     assert len(recipes) > 5 and runs
     for path in (*recipes, *runs):
         config, _ = load_config(["--config", str(path)])

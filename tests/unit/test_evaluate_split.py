@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ddpm_hf.cli.evaluate import EvaluateFlags, parse, use_validation_set_of_run
+from ddpm_hf.cli.evaluate import EvaluateFlags, given_flags, parse, use_validation_set_of_run
 from ddpm_hf.config import ConfigError, DataConfig, RunConfig, TrainingConfig
 
 FRACTION = {"source": "digits.parquet", "validation_fraction": 0.15}
@@ -99,3 +99,18 @@ def test_an_invalid_configuration_is_refused(tmp_path: Path, content: str) -> No
 def test_settings_that_the_version_of_the_run_lacked_have_their_defaults(tmp_path: Path) -> None:
     (tmp_path / "training_config.yaml").write_text("data: {source: digits.parquet, validation_fraction: 0.1}\n")
     assert split_of(read(tmp_path)[0]) == (None, 0.1, 0)
+
+
+def test_the_flags_in_evaluation_json_repeat_the_evaluation_and_hold_no_local_path(tmp_path: Path) -> None:
+    data = tmp_path / "my digits.parquet"
+    data.touch()
+    local = ["--output", str(tmp_path), "--weights", str(data), "--data.cache_dir", str(tmp_path)]
+    shared = [
+        "--data.subset", "a b", "--data.crop_before_resize", "1,2,3,4", "--data.validation_fraction", "0.15",
+        "--split_seed", "3", "--metrics", "fid,bits_per_dim", "--features", "inception", "--num_samples", "50",
+        "--num_terms", "all", "--labels=-x,1", "--seed", "9", "--scheduler", "DDIMScheduler", "--eta", "0.5",
+        "--num_inference_steps", "4", "--guidance_scale", "2", "--dtype", "bfloat16", "--cpu",
+    ]  # fmt: skip
+    words = given_flags(parse([str(tmp_path), "--data", str(data), *local, *shared]))
+    assert str(tmp_path) not in " ".join(words)
+    assert parse(["user/model", *words]) == parse(["user/model", "--data", data.name, *shared])

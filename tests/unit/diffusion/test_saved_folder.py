@@ -17,8 +17,8 @@ from oracles import seeded, tiny_unet
 import ddpm_hf.diffusion
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.saved_folder import PORTABLE_FILES
+from tests import version_0_1
 
-SAVED_BY_0_1 = Path(__file__).parents[2] / "fixtures" / "saved_0_1"
 CORE = Path(inspect.getfile(ddpm_hf.diffusion)).parent
 LIST_FORM = ["pipeline", "GaussianDiffusionPipeline"]
 
@@ -226,7 +226,7 @@ def test_the_files_import_nothing_of_the_package_and_not_each_other_in_a_circle(
 
 
 def test_saving_removes_the_code_of_version_0_1_and_nothing_else(tmp_path: Path) -> None:
-    shutil.copytree(SAVED_BY_0_1, tmp_path / "folder")
+    shutil.copytree(version_0_1.SAVED, tmp_path / "folder")
     (tmp_path / "folder" / "sampling.py").write_text("print('mine')\n")
     save(tmp_path / "folder")
     assert {path.name for path in (tmp_path / "folder").glob("*.py")} == {*PORTABLE_FILES, "sampling.py"}

@@ -16,7 +16,8 @@ from ddpm_hf.cli.main import main
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.verify import Finding, verify, write_verification
 from ddpm_hf.files import VERIFICATION
-from tests.conftest import REPOSITORY, tiny_unet
+from tests import version_0_1
+from tests.conftest import tiny_unet
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 WAYS = ("with ddpm_hf", "with diffusers alone", "with the code in the folder")
@@ -76,7 +77,7 @@ def test_the_pipeline_of_any_process_is_the_same_in_each_way(tmp_path: Path, set
 
 def test_a_folder_of_0_1_is_the_same_in_each_way_with_its_own_code(tmp_path: Path) -> None:
     """Its twelve Python files are known; with one byte changed they run only with consent."""
-    folder = Path(shutil.copytree(REPOSITORY / "tests" / "fixtures" / "saved_0_1", tmp_path / "pipeline"))
+    folder = Path(shutil.copytree(version_0_1.SAVED, tmp_path / "pipeline"))
     findings = {finding.way: finding for finding in verify(folder)}
     assert not any(finding.is_bad or finding.is_open for finding in findings.values())
     assert findings["with the code in the folder"].difference is not None

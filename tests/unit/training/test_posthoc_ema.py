@@ -90,7 +90,7 @@ def test_the_command_writes_the_pipeline_and_prints_the_error_of_the_profile(
     assert main(["ema", str(run), "--length", "0.08"]) == 0
     assert (run / "pipeline_ema_0.080" / "model_index.json").is_file()
     said = capsys.readouterr().out
-    assert "average of length 0.08 at step 20, made of 20 stored ones (its profile is off by 0." in said
+    assert "EMA of length 0.08 at step 20, reconstructed from 20 stored EMAs (error of the profile 0." in said
     assert main(["ema", str(run), "--length", "0.1", "--step", "10"]) == 0
     assert (run / "pipeline_ema_0.100_step_00000010" / "model_index.json").is_file()
     assert main(["ema", str(run), "--length", "0.08"]) == 2
