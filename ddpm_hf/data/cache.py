@@ -20,7 +20,7 @@ import secrets
 import shutil
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -43,6 +43,7 @@ from ddpm_hf.data.decode import (
     OutputFormat,
     Pixels,
     UnreachableImage,
+    bad_image_error,
     decode,
     num_threads,
     read_header,
@@ -65,18 +66,19 @@ _WAIT_SECONDS_BEFORE_WARNING = 2.0
 _NUM_SIZES_KEPT = 20
 
 
-def open_cache(source: Source, config: DataConfig, *, max_bad: int) -> ImageSet:
+def open_cache(source: Source, config: DataConfig, *, max_bad: int | None = None) -> ImageSet:
     """Open the decoded images of a source; decode them first if necessary.
 
     Args:
         source: The encoded images.
         config: The preprocessing settings.
-        max_bad: Number of images that may be unreadable, see `allowed_bad`.
+        max_bad: Number of images that may be unreadable; None takes `allowed_bad`.
 
     Raises:
         DataError: Too many images are unreadable, an image does not fit the others, or the cache cannot be written.
     """
     folder = cache_root(config) / cache_key(source, config)
+    max_bad = allowed_bad(source, config) if max_bad is None else max_bad
     bad = BadImages(max_bad, source.num_images, config.max_bad_fraction if config.on_bad_image == "skip" else None)
     meta = _read_valid_meta(folder, source)
     if meta is None:
@@ -214,16 +216,22 @@ def _build(source: Source, config: DataConfig, folder: Path, bad: "BadImages") -
 
 def _decode_into(building: Path, source: Source, config: DataConfig, bad: "BadImages") -> dict[str, Any]:
     """Decode all images into a folder and return the metadata."""
-    statistics = read_headers(source, bad)
+    statistics = HeaderStatistics()
+    for row, name, header in _map_images(source, read_header, "Reading image headers"):
+        if isinstance(header, BadImage):
+            bad.add(row, header)
+        else:
+            statistics.add(header, name)
     if not statistics.sizes:
         raise DataError(f"none of the {source.num_images} images of {source.name} can be read.")
     output = statistics.output_format(config)
     sizes = statistics.sizes_after(output.geometry)
     shape = (output.num_channels, *next(iter(sizes))) if len(sizes) == 1 else None
-    num_values = output.num_channels * sum(height * width * count for (height, width), count in sizes.items())
+    num_pixels = sum(height * width * count for (height, width), count in sizes.items())
     if shape:
-        num_values = math.prod(shape) * source.num_images  # unreadable images are stored as zeros
-    num_bytes, free = num_values * output.dtype.itemsize, shutil.disk_usage(building).free
+        num_pixels = math.prod(shape[1:]) * source.num_images  # unreadable images are stored as zeros
+    num_bytes = num_pixels * output.num_channels * output.dtype.itemsize
+    free = shutil.disk_usage(building).free
     if num_bytes > free:
         raise DataError(
             f"the {source.num_images:,} decoded images need {format_bytes(num_bytes)}, but {building.parent} has "
@@ -238,40 +246,6 @@ def _decode_into(building: Path, source: Source, config: DataConfig, bad: "BadIm
         np.save(building / "layout.npy", decoded.layout)
     if source.labels is not None:
         np.save(building / "labels.npy", source.labels)
-    _log_warnings(source, config, statistics, bad, decoded, output)
-    crop_size = output.geometry.size if output.geometry.is_random_crop else None
-    return {
-        "source": source.name,
-        "kind": source.kind,
-        "num_images": source.num_images,
-        "dtype": output.dtype.name,
-        "num_channels": output.num_channels,
-        "shape": shape,
-        "crop_size": crop_size if shape is None or shape[1:] != crop_size else None,
-        "class_names": source.class_names,
-        "digest": decoded.digest,
-        "pixel_range": [decoded.lowest, decoded.highest],
-        "modes": dict(statistics.modes.most_common()),
-        "sizes": [[*size, count] for size, count in statistics.sizes.most_common(_NUM_SIZES_KEPT)],
-        "num_sizes": len(statistics.sizes),
-        "smallest": [min(width for width, _ in statistics.sizes), min(height for _, height in statistics.sizes)],
-        "largest": [max(width for width, _ in statistics.sizes), max(height for _, height in statistics.sizes)],
-        "num_animated": statistics.num_animated,
-        "bad": {str(row): reason for row, reason in sorted(bad.reasons.items())},
-        "unreachable": sorted(bad.unreachable),
-        "files": {path.name: path.stat().st_size for path in sorted(building.iterdir())},
-    }
-
-
-def _log_warnings(
-    source: Source,
-    config: DataConfig,
-    statistics: "HeaderStatistics",
-    bad: "BadImages",
-    decoded: "Decoded",
-    output: OutputFormat,
-) -> None:
-    """Log what users should know about their data, once, when it is decoded."""
     if bad.reasons and config.on_bad_image == "skip" and len(bad.reasons) <= allowed_bad(source, config):
         logger.warning(
             "%d of %d images cannot be read; each is replaced by the next good one. The first: %s",
@@ -290,6 +264,29 @@ def _log_warnings(
             "not intended.",
             source.name, decoded.lowest, decoded.highest, full_range,
         )  # fmt: skip
+    widths, heights = zip(*statistics.sizes, strict=True)
+    crop_size = output.geometry.size if output.geometry.is_random_crop else None
+    return {
+        "source": source.name,
+        "kind": source.kind,
+        "num_images": source.num_images,
+        "dtype": output.dtype.name,
+        "num_channels": output.num_channels,
+        "shape": shape,
+        "crop_size": crop_size if shape is None or shape[1:] != crop_size else None,
+        "class_names": source.class_names,
+        "digest": decoded.digest,
+        "pixel_range": [decoded.lowest, decoded.highest],
+        "modes": dict(statistics.modes.most_common()),
+        "sizes": [[*size, count] for size, count in statistics.sizes.most_common(_NUM_SIZES_KEPT)],
+        "num_sizes": len(statistics.sizes),
+        "smallest": [min(widths), min(heights)],
+        "largest": [max(widths), max(heights)],
+        "num_animated": statistics.num_animated,
+        "bad": {str(row): reason for row, reason in sorted(bad.reasons.items())},
+        "unreachable": sorted(bad.unreachable),
+        "files": {path.name: path.stat().st_size for path in sorted(building.iterdir())},
+    }
 
 
 @dataclass
@@ -327,7 +324,7 @@ class BadImages:
             return
         first = self.reasons[min(self.reasons)]
         if self.fraction is None:
-            raise DataError(f"{first.removesuffix('.')}; repair or remove it, or set data.on_bad_image to skip.")
+            raise bad_image_error(first)
         if len(self.reasons) == self.num_images:
             raise DataError(f"none of the {self.num_images} images can be read; the first: {first}")
         enough = math.ceil(len(self.reasons) / self.num_images * 10_000) / 10_000
@@ -402,21 +399,6 @@ def _different_size(name: str, size: tuple[int, int], first: tuple[int, int]) ->
     )
 
 
-def read_headers(source: Source, bad: BadImages) -> HeaderStatistics:
-    """Read the headers of all images.
-
-    Raises:
-        DataError: Too many images are unreadable.
-    """
-    statistics = HeaderStatistics()
-    for row, name, header in _map_images(source, read_header, "Reading image headers", skip=set()):
-        if isinstance(header, BadImage):
-            bad.add(row, header)
-        else:
-            statistics.add(header, name)
-    return statistics
-
-
 @dataclass
 class Decoded:
     """Properties of a decoded dataset.
@@ -452,15 +434,14 @@ def decode_all(
     """
 
     def decode_and_digest(image: EncodedImage) -> tuple[Pixels, bytes]:
-        data = image.read()
-        loaded = image if isinstance(image.data, np.ndarray) else EncodedImage(image.name, data)
-        return decode(loaded, output), hashlib.blake2b(data, digest_size=16).digest()
+        image = image.in_memory()
+        return decode(image, output), hashlib.blake2b(image.read(), digest_size=16).digest()
 
     digest = hashlib.blake2b(digest_size=16)
     layout = np.zeros((source.num_images, 3), np.int64)
     offset, lowest, highest = 0, np.iinfo(output.dtype).max, 0
     gap = bytes(math.prod(shape) * output.dtype.itemsize) if shape else b""
-    for row, name, result in _map_images(source, decode_and_digest, "Decoding images", skip=set(bad.reasons)):
+    for row, name, result in _map_images(source, decode_and_digest, "Decoding images", bad.reasons):
         layout[row, 0] = offset
         if isinstance(result, BadImage):
             if row not in bad.reasons:
@@ -486,20 +467,18 @@ _MAX_IMAGES_PER_TASK, _MAX_BYTES_PER_TASK = 8, 64 * 1024
 
 
 def _map_images(
-    source: Source, function: Callable[[EncodedImage], Result], description: str, skip: set[int]
+    source: Source, function: Callable[[EncodedImage], Result], description: str, skip: Container[int] = ()
 ) -> Iterator[tuple[int, str, Result | BadImage]]:
     """Apply a function to all images with threads; yield row, name and result in order, for a bad image its error."""
 
-    def apply(image: EncodedImage) -> Result | BadImage:
+    def apply(row: int, image: EncodedImage) -> Result | BadImage:
         try:
-            return function(image)
+            return function(EncodedImage(image.name, None) if row in skip else image)
         except BadImage as error:
             return error
 
     def run(task: list[tuple[int, EncodedImage]]) -> list[tuple[int, str, Result | BadImage]]:
-        return [
-            (row, image.name, apply(EncodedImage(image.name, None) if row in skip else image)) for row, image in task
-        ]
+        return [(row, image.name, apply(row, image)) for row, image in task]
 
     bar = tqdm(total=source.num_images, desc=description, unit="img", disable=None, leave=False)
     # Pillow warns about damaged tags, which are harmless, and about large images, which raise an error here.

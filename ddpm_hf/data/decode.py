@@ -32,6 +32,11 @@ class BadImage(DataError):
     """An image that cannot be decoded with any settings; `data.on_bad_image` decides what happens."""
 
 
+def bad_image_error(message: str) -> DataError:
+    """Return the error for a `BadImage` with this message if `data.on_bad_image` is error."""
+    return DataError(f"{message.removesuffix('.')}; repair or remove it, or set data.on_bad_image to skip.")
+
+
 class UnreachableImage(BadImage):
     """An image that the operating system could not read. It may become readable without being modified."""
 
@@ -153,20 +158,18 @@ def read_header(image: EncodedImage) -> Header:
         return Header(str(image.data.dtype), mode, image.data.dtype == np.uint16, width, height, 1)
     with _open(image) as opened:
         has_16_bit_color = _has_16_bit_color(opened)
-        is_16_bit = has_16_bit_color or opened.mode in _GRAY_16_BIT_MODES
         width, height = opened.size
         # The EXIF tags of a PNG may follow its pixels, and then only `decode` sees them. Pillow has already applied
         # the orientation to the size of a TIFF.
         has_exif = "exif" in opened.info if opened.format == "PNG" else opened.format != "TIFF"
         if has_exif and _orientation(opened) in _ORIENTATIONS_THAT_SWAP_SIDES:
             width, height = height, width
-        mode = "L" if opened.mode in _GRAY_16_BIT_MODES else _canonical_mode(opened)
         # A photo may contain a thumbnail as a second frame (MPO), which is not an animation.
         has_frames = opened.format in ("GIF", "WEBP", "PNG", "TIFF", "AVIF")
         return Header(
             stored_mode=f"{opened.mode};16" if has_16_bit_color else opened.mode,
-            mode=mode,
-            is_16_bit=is_16_bit,
+            mode=_canonical_mode(opened),
+            is_16_bit=has_16_bit_color or opened.mode in _GRAY_16_BIT_MODES,
             width=width,
             height=height,
             num_frames=int(getattr(opened, "n_frames", 1)) if has_frames else 1,
@@ -194,13 +197,8 @@ def decode(image: EncodedImage, output: OutputFormat) -> Pixels:
 @contextmanager
 def _open(image: EncodedImage) -> Iterator[Image.Image]:
     """Open an image file with Pillow; errors in the `with` block become errors that name the image."""
-    source: io.BytesIO | Path
-    if isinstance(image.data, Path):
-        source = image.data
-        if not source.is_file() or source.stat().st_size == 0:
-            image.read()  # raises
-    else:
-        source = io.BytesIO(image.read())
+    path = image.data if isinstance(image.data, Path) and image.data.is_file() and image.num_bytes else None
+    source = path or io.BytesIO(image.read())
     try:
         with Image.open(source, formats=_FORMATS) as opened:
             limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns up to twice as many
@@ -228,6 +226,8 @@ def _open(image: EncodedImage) -> Iterator[Image.Image]:
 
 
 def _canonical_mode(opened: Image.Image) -> str:
+    if opened.mode in _GRAY_16_BIT_MODES:
+        return "L"
     return "RGBA" if opened.has_transparency_data else _CANONICAL_MODE[opened.mode]
 
 
@@ -245,7 +245,7 @@ def _decode_file(image: EncodedImage) -> Pixels:
         if _has_16_bit_color(opened):
             return _decode_16_bit_color(image, opened)
         is_16_bit = opened.mode in _GRAY_16_BIT_MODES
-        mode = "L" if is_16_bit else _canonical_mode(opened)
+        mode = _canonical_mode(opened)
         opened.load()  # also reads EXIF tags behind the pixels
         upright = ImageOps.exif_transpose(opened) if _orientation(opened) in range(2, 9) else opened
         if is_16_bit:
@@ -260,13 +260,10 @@ def _has_16_bit_color(opened: Image.Image) -> bool:
         return False
     if opened.format == "TIFF":
         return 16 in opened.tag_v2.get(_TIFF_BITS_PER_SAMPLE, ())  # type: ignore[attr-defined]
-    codings = [tile.args if isinstance(tile.args, str) else (tile.args or [""])[0] for tile in _tiles(opened)]
+    # The parts that Pillow would decode, each with its coding, such as "RGB;16B" (16 bits, big-endian).
+    tiles = getattr(opened, "tile", [])
+    codings = [tile.args if isinstance(tile.args, str) else (tile.args or [""])[0] for tile in tiles]
     return any(_COLOR_16_BIT_CODING.fullmatch(str(coding)) for coding in codings)
-
-
-def _tiles(opened: Image.Image) -> list[Any]:
-    """Return the parts that Pillow would decode, each with its coding, such as "RGB;16B" (16 bits, big-endian)."""
-    return list(getattr(opened, "tile", []))
 
 
 def _decode_16_bit_color(image: EncodedImage, opened: Image.Image) -> Pixels:
@@ -279,7 +276,7 @@ def _decode_16_bit_color(image: EncodedImage, opened: Image.Image) -> Pixels:
             'pip install "ddpm_hf[deep-color]", or convert the images to 8 bits.'
         ) from None
     num_channels = 4 if opened.has_transparency_data else 3
-    is_premultiplied = any("RGBa" in str(tile.args) for tile in _tiles(opened))
+    is_premultiplied = any("RGBa" in str(tile.args) for tile in getattr(opened, "tile", []))
     if opened.format == "TIFF" and (is_premultiplied or opened.tag_v2.get(_TIFF_PLANAR_CONFIGURATION) == 2):  # type: ignore[attr-defined]
         raise BadImage(
             f"{image.name} has 16-bit color in separate planes or with premultiplied alpha; convert it to interleaved "
@@ -359,8 +356,8 @@ class Geometry:
     def of(cls, config: DataConfig) -> "Geometry":
         """Return the geometry of a configuration."""
         resolution, first_crop = config.resolution, config.crop_before_resize
-        height_and_width = [resolution, resolution] if isinstance(resolution, int) else resolution
-        size = None if height_and_width is None else (height_and_width[0], height_and_width[1])
+        sides = [resolution, resolution] if isinstance(resolution, int) else resolution
+        size = (sides[0], sides[1]) if sides else None
         scale: float | None = 1.0
         if config.resize_to == 0:
             scale = None
@@ -467,8 +464,6 @@ def _resize(
 
 # ------------------------------------------------------------------------------------------------------ value range
 
-_HALF_RANGE = {torch.uint8: 127.5, torch.uint16: 32767.5}
-
 
 def normalize(images: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
     """Scale stored pixels to [-1, 1], on any device.
@@ -480,7 +475,7 @@ def normalize(images: torch.Tensor, mirrored: torch.Tensor | None = None) -> tor
     Returns:
         float32 of the same shape: 0 becomes -1, and 255 (65535 for uint16) becomes 1.
     """
-    half_range = _HALF_RANGE[images.dtype]
+    half_range = torch.iinfo(images.dtype).max / 2
     if mirrored is not None:
         bits = as_bits(images)
         images = torch.where(mirrored[:, None, None, None], bits.flip(-1), bits).view(images.dtype)

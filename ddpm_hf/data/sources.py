@@ -31,7 +31,7 @@ from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.files import format_count
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features, IterableDataset
+    from datasets import Dataset, Features
 
 logger = logging.getLogger(__name__)
 
@@ -81,40 +81,43 @@ def find_source(config: DataConfig, split: str) -> Source | ImageSet:
     Raises:
         DataError: There is no such dataset or split, or a setting does not apply to it.
     """
+    folder = find_folder(config, split)
+    if folder is not None:
+        return folder
     path = Path(config.source).expanduser()
     name = path.name.lower()
-    if not path.exists():
-        return _open_table(config, split)
-    check_hub_settings(config, path)
-    if name.endswith((".parquet", ".arrow")):
+    if path.is_dir() or not path.exists() or name.endswith(_TABLE_SUFFIXES):
         return _open_table(config, split)
     if name.endswith((".npz", ".npy")):
         return _open_array(path, config, split)
-    if path.is_dir():
-        files = list(walk(path))
-        if is_table(path, files):
-            return _open_table(config, split)
-        check_column_settings(config, path)
-        return open_folder(path, split, files)
-    if name.endswith(ZIP_SUFFIXES):
-        check_column_settings(config, path)
-        return open_zip(path, split)
-    if name.endswith(TAR_SUFFIXES):
-        check_column_settings(config, path)
-        return open_tar(path, split)
-    raise DataError(
-        f"data.source {path} has an unsupported type ({path.suffix or 'no suffix'}); use a folder or a .parquet, "
-        ".arrow, .zip, .tar, .npz or .npy file."
-    )
+    if not name.endswith((*ZIP_SUFFIXES, *TAR_SUFFIXES)):
+        raise DataError(
+            f"data.source {path} has an unsupported type ({path.suffix or 'no suffix'}); use a folder or a .parquet, "
+            ".arrow, .zip, .tar, .npz or .npy file."
+        )
+    _check_no_columns(config, path)
+    return open_zip(path, split) if name.endswith(ZIP_SUFFIXES) else open_tar(path, split)
 
 
-def check_hub_settings(config: DataConfig, path: Path) -> None:
-    """Raise a DataError if settings of Hub datasets are set for a local one."""
-    _check_unset(config, ("subset", "revision"), f"{path}, which is not a Hub dataset")
+def find_folder(config: DataConfig, split: str) -> Source | None:
+    """Find the images of a local folder; return None for a folder with tables and for any other source.
+
+    Raises:
+        DataError: There is no such split, or a setting does not apply to local datasets or to folders.
+    """
+    path = Path(config.source).expanduser()
+    if path.exists():
+        _check_unset(config, ("subset", "revision"), f"{path}, which is not a Hub dataset")
+    if not path.is_dir():
+        return None
+    files = list(_walk(path))
+    if _is_table(path, files):
+        return None
+    _check_no_columns(config, path)
+    return open_folder(path, split, files)
 
 
-def check_column_settings(config: DataConfig, path: Path) -> None:
-    """Raise a DataError if columns are named for images without any."""
+def _check_no_columns(config: DataConfig, path: Path) -> None:
     _check_unset(config, ("image_column", "label_column"), f"{path}, which has class folders instead of columns")
 
 
@@ -144,30 +147,17 @@ def file_identity(path: Path) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------- splits and labels
 
 
-def name_of_split(split: str, source: str) -> str:
-    """Return the split that a part such as "train[:90%]", or a sum of parts, belongs to.
-
-    Raises:
-        DataError: The parts belong to several splits.
-    """
+def _name_of_split(split: str, source: str) -> str:
+    """Return the split that a part such as "train[:90%]", or a sum of parts, belongs to."""
     names = list(dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+")))
     if len(names) > 1:
         raise DataError(f"split {split!r} of {source} combines {' and '.join(names)}; use parts of one split.")
     return names[0]
 
 
-def rows_of_split(split: str, source: str, num_images: int) -> Sequence[int]:
-    """Return the rows of a part such as "train[:90%]" or "train[:3]+train[5:9]", in the syntax of `datasets`.
-
-    Args:
-        split: Parts of one split.
-        source: Name of the dataset, for messages.
-        num_images: Number of images in the whole split.
-
-    Raises:
-        DataError: The syntax is invalid, or the part is empty.
-    """
-    name = name_of_split(split, source)
+def _rows_of_split(split: str, source: str, num_images: int) -> Sequence[int]:
+    """Return the rows of a part such as "train[:90%]" or "train[:3]+train[5:9]" of a split with `num_images` images."""
+    name = _name_of_split(split, source)
     if split == name:
         return range(num_images)
     import datasets
@@ -183,20 +173,29 @@ def rows_of_split(split: str, source: str, num_images: int) -> Sequence[int]:
     return rows
 
 
-def _as_labels(labels: Sequence[int] | NDArray[np.integer], source: str) -> NDArray[np.int64] | None:
-    """Return labels as int64, or None if no image has one."""
+def _labels_and_classes(
+    labels: Sequence[int] | NDArray[np.integer], source: str, class_names: tuple[str, ...] | None = None
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Return labels as int64, and the names of their classes; None twice if no image has a label.
+
+    Classes without names are named by their numbers, unless the numbers are too large for classes.
+    """
     highest = int(max(labels))
     if highest > np.iinfo(np.int64).max:
         raise DataError(
             f"{source} has label {highest}, which is too large for a class; choose another data.label_column."
         )
-    return np.asarray(labels).astype(np.int64) if highest >= 0 else None
+    if highest < 0:
+        return None, None
+    if class_names is None and highest < MAX_CLASSES:
+        class_names = tuple(map(str, range(highest + 1)))
+    return np.asarray(labels).astype(np.int64), class_names
 
 
-def _numbered_classes(labels: NDArray[np.int64]) -> tuple[str, ...] | None:
-    """Name classes by their numbers; return None if the numbers are too large for classes."""
-    count = int(labels.max()) + 1
-    return tuple(map(str, range(count))) if count <= MAX_CLASSES else None
+def label_error(image: str, label: int | None, num_classes: int) -> DataError:
+    """Return the error for an image without a label, or with one that is no class."""
+    found = "no label" if label in (None, NO_LABEL) else f"label {label}"
+    return DataError(f"{image} has {found}; every image needs one from 0 to {num_classes - 1}.")
 
 
 # ---------------------------------------------------------------------------------------------- folders and archives
@@ -218,17 +217,16 @@ _TAR_HEADERS_WITH_CONTENT = (
 
 @dataclass(frozen=True)
 class _File:
-    """A file in a folder or an archive.
-
-    Args:
-        name: Path inside of it, with forward slashes.
-        identity: Numbers that change when the file does; part of the fingerprint.
-        handle: What is needed to read it.
-    """
+    """A file in a folder or an archive, named by its path inside of it, with forward slashes."""
 
     name: str
-    identity: Sequence[int]
-    handle: Path | zipfile.ZipInfo | tarfile.TarInfo
+    identity: Sequence[int]  # changes when the file does; part of the fingerprint
+    handle: Any  # its path or archive member
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders that contain it, outermost first."""
+        return PurePosixPath(self.name).parts[:-1]
 
 
 def open_folder(path: Path, split: str, files: Iterable[Path] | None = None) -> Source:
@@ -244,14 +242,10 @@ def open_folder(path: Path, split: str, files: Iterable[Path] | None = None) -> 
     """
     found = [
         _File(file.relative_to(path).as_posix(), file_identity(file), file)
-        for file in (walk(path) if files is None else files)
+        for file in (_walk(path) if files is None else files)
     ]
-
-    def read(name: str, file: _File) -> EncodedImage:
-        assert isinstance(file.handle, Path)
-        return EncodedImage(name, file.handle)
-
-    return _source_of_files(path, "folder", sorted(found, key=lambda file: file.name), split, read)
+    found.sort(key=lambda file: file.name)
+    return _source_of_files(path, "folder", found, split, lambda name, file: EncodedImage(name, file.handle))
 
 
 def open_zip(path: Path, split: str) -> Source:
@@ -270,17 +264,14 @@ def open_zip(path: Path, split: str) -> Source:
     if any(member.flag_bits & 1 for _, member in members):
         raise DataError(f"{path} is encrypted; unpack it and set data.source to the folder.")
     files = [_File(name, (member.file_size, member.CRC), member) for name, member in members]
+    files.sort(key=lambda file: file.name)
 
     def read(name: str, file: _File) -> EncodedImage:
-        assert isinstance(file.handle, zipfile.ZipInfo)
-        if _is_bomb(file.handle.file_size, file.handle.file_size, file.handle.compress_size):
-            return EncodedImage(name, None, f"it would unpack to {file.handle.file_size:,} bytes")
-        try:
-            return EncodedImage(name, archive.read(file.handle))
-        except Exception as error:  # decompressors raise many types for damaged archives
-            return EncodedImage(name, None, f"{type(error).__name__}: {error}")
+        member: zipfile.ZipInfo = file.handle
+        sizes = member.file_size, member.file_size, member.compress_size
+        return _read_member(name, *sizes, lambda: archive.read(member))
 
-    return _source_of_files(path, "zip", sorted(files, key=lambda file: file.name), split, read)
+    return _source_of_files(path, "zip", files, split, read)
 
 
 class _TarMember(tarfile.TarInfo):
@@ -325,36 +316,38 @@ def open_tar(path: Path, split: str) -> Source:
             others.append(f"{name} (a link or a device)")
 
     def read(name: str, file: _File) -> EncodedImage:
-        assert isinstance(file.handle, tarfile.TarInfo)
-        if _is_bomb(file.handle.size, unpacked_size, archive_size):
-            return EncodedImage(name, None, f"it would unpack to {file.handle.size:,} bytes")
-        try:
+        def read_content() -> bytes | None:
             content = archive.extractfile(file.handle)
-            return EncodedImage(name, content.read() if content else None)
-        except Exception as error:  # decompressors raise many types for damaged archives
-            return EncodedImage(name, None, f"{type(error).__name__}: {error}")
+            return content.read() if content else None
+
+        return _read_member(name, file.handle.size, unpacked_size, archive_size, read_content)
 
     return _source_of_files(path, "tar", files, split, read, others)
 
 
-def _is_bomb(size: int, unpacked_size: int, packed_size: int) -> bool:
-    """Return whether a member is too large for an image, or suspiciously well compressed.
+def _read_member(
+    name: str, size: int, unpacked_size: int, packed_size: int, read: Callable[[], bytes | None]
+) -> EncodedImage:
+    """Read a member of an archive, unless it is too large for an image or suspiciously well compressed.
 
     Args:
+        name: How messages refer to it.
         size: Bytes of the member.
         unpacked_size: Bytes of everything that is compressed together with it.
         packed_size: Bytes of the same after compression.
+        read: Decompress the member.
     """
     is_well_compressed = size > _HARMLESS_SIZE and unpacked_size > _MAX_COMPRESSION_RATIO * packed_size
-    return size > _MAX_MEMBER_SIZE or is_well_compressed
+    if size > _MAX_MEMBER_SIZE or is_well_compressed:
+        return EncodedImage(name, None, f"it would unpack to {size:,} bytes")
+    try:
+        return EncodedImage(name, read())
+    except Exception as error:  # decompressors raise many types for damaged archives
+        return EncodedImage(name, None, f"{type(error).__name__}: {error}")
 
 
-def walk(root: Path) -> Iterator[Path]:
-    """Yield every file below a folder. Links to folders are followed, but each folder is visited once.
-
-    Raises:
-        DataError: A folder cannot be read.
-    """
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield every file below a folder. Links to folders are followed, but each folder is visited once."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}).")
@@ -369,7 +362,7 @@ def walk(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names)
 
 
-def why_ignored(name: str) -> str | None:
+def _why_ignored(name: str) -> str | None:
     """Return None for an image, "" for files that operating systems create, and for others the name with a reason."""
     parts = PurePosixPath(name).parts
     is_image = name.lower().endswith(IMAGE_SUFFIXES)
@@ -391,16 +384,16 @@ def _source_of_files(
     others: Sequence[str] = (),
 ) -> Source:
     """Return the source of a folder or an archive; `others` names the members that are not files."""
-    reasons = [why_ignored(file.name) for file in files]
+    reasons = [_why_ignored(file.name) for file in files]
     images = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
     ignored = (*filter(None, reasons), *others)
-    depth = 0 if kind == "folder" else _depth_of_root([file.name for file in images])
-    inside, depth = _select_split(images, depth, name_of_split(split, str(path)), path)
+    depth = 0 if kind == "folder" else _depth_of_root(images)
+    inside, depth = _select_split(images, depth, _name_of_split(split, str(path)), path)
     if not inside:
         found = f"only {format_count(len(ignored), 'other file')}, such as {ignored[0]}" if ignored else "it is empty"
         raise DataError(f"{path} contains no images (split {split!r}): {found}. Images end in .png, .jpg and so on.")
-    chosen = [inside[row] for row in rows_of_split(split, str(path), len(inside))]
-    labels, class_names = _class_folders([file.name for file in chosen], [file.name for file in images], depth)
+    chosen = [inside[row] for row in _rows_of_split(split, str(path), len(inside))]
+    labels, class_names = _class_folders(chosen, images, depth)
     identities = [[file.name, *file.identity] for file in chosen]
     return Source(
         name=str(path),
@@ -414,9 +407,9 @@ def _source_of_files(
     )
 
 
-def _depth_of_root(names: Sequence[str]) -> int:
+def _depth_of_root(files: list[_File]) -> int:
     """Return how many folders enclose all files of an archive, not counting the last one if it may be a class."""
-    folders = {PurePosixPath(name).parts[:-1] for name in names}
+    folders = {file.folders for file in files}
     depth = 0
     while len({folder[depth : depth + 1] for folder in folders}) == 1 and all(len(f) > depth for f in folders):
         depth += 1
@@ -425,7 +418,7 @@ def _depth_of_root(names: Sequence[str]) -> int:
 
 def _select_split(images: list[_File], depth: int, wanted: str, path: Path) -> tuple[list[_File], int]:
     """Return the files of a split and the depth of its folder, if all top-level folders are named after splits."""
-    tops = {PurePosixPath(file.name).parts[depth] for file in images if len(PurePosixPath(file.name).parts) > depth + 1}
+    tops = {name for file in images for name in file.folders[depth : depth + 1]}
     split_of_name = {name: split for split, names in SPLIT_NAMES.items() for name in names}
     if not tops or any(name.lower() not in split_of_name for name in tops):
         if wanted != "train":
@@ -434,8 +427,7 @@ def _select_split(images: list[_File], depth: int, wanted: str, path: Path) -> t
     chosen = {name for name in tops if wanted == name or split_of_name[name.lower()] == wanted}
     if not chosen:
         raise DataError(f"{path} has no split {wanted!r}; its folders are {', '.join(sorted(tops))}.")
-    inside = [file for file in images if PurePosixPath(file.name).parts[depth] in chosen]
-    return inside, depth + 1
+    return [file for file in images if chosen.intersection(file.folders[depth : depth + 1])], depth + 1
 
 
 def _no_such_split(path: Path, wanted: str) -> DataError:
@@ -443,20 +435,15 @@ def _no_such_split(path: Path, wanted: str) -> DataError:
 
 
 def _class_folders(
-    names: Sequence[str], all_names: Sequence[str], depth: int
+    files: list[_File], files_of_all_splits: list[_File], depth: int
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Label files by their folder at `depth`. The classes are those of all splits (`all_names`)."""
-
-    def class_of(name: str) -> str | None:
-        parts = PurePosixPath(name).parts
-        return parts[depth] if len(parts) > depth + 1 else None
-
-    class_names = tuple(sorted({name for name in map(class_of, all_names) if name is not None}))
+    """Label files by their folder at `depth`, a class if any split has it."""
+    class_names = sorted({name for file in files_of_all_splits for name in file.folders[depth : depth + 1]})
     if not class_names:
         return None, None
-    numbers = {name: number for number, name in enumerate(class_names)}
-    found = [class_of(name) for name in names]
-    return np.asarray([NO_LABEL if name is None else numbers[name] for name in found], np.int64), class_names
+    numbers: dict[tuple[str, ...], int] = {(name,): number for number, name in enumerate(class_names)}
+    labels = [numbers.get(file.folders[depth : depth + 1], NO_LABEL) for file in files]
+    return np.asarray(labels, np.int64), tuple(class_names)
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -466,7 +453,7 @@ _METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 _SAVED_TO_DISK_NAMES = ("state.json", "dataset_dict.json")
 
 
-def is_table(folder: Path, files: Iterable[Path]) -> bool:
+def _is_table(folder: Path, files: Iterable[Path]) -> bool:
     """Return whether a folder, with these files below it, contains tables rather than only images."""
     return any(
         file.suffix in _TABLE_SUFFIXES or file.name in _METADATA_NAMES or file.name == "dataset_dict.json"
@@ -478,29 +465,28 @@ def _visible_other_files(folder: Path, files: Iterable[Path]) -> Iterator[Path]:
     """Yield the files that are neither images nor hidden."""
     for file in files:
         name = file.relative_to(folder).as_posix()
-        if why_ignored(name) == name:
+        if _why_ignored(name) == name:
             yield file
 
 
 def _open_table(config: DataConfig, split: str) -> Source:
     """Find the images and labels of a dataset with rows and columns."""
+    import datasets
+
     dataset = load_table(config, split)
     if len(dataset) == 0:
         raise DataError(f"split {split!r} of {config.source} contains no images.")
     image_column, label_column = find_columns(dataset.features, config)
-    encoded = encoded_images(dataset, image_column)
+    encoded = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     labels, class_names = None, None
     if label_column is not None:
         # A missing label matters only to a class-conditional network.
         values = [NO_LABEL if label is None else label for label in dataset[label_column]]
-        labels = _as_labels(values, config.source)
-    if label_column is not None and labels is not None:
-        class_names = class_names_of(dataset.features, label_column) or _numbered_classes(labels)
+        labels, class_names = _labels_and_classes(values, config.source, class_names_of(dataset.features, label_column))
 
     def read(rows: Sequence[int]) -> list[EncodedImage]:
-        values = encoded[list(rows)][image_column]
-        names = [f"image {row} of {config.source}" for row in rows]
-        return [as_encoded_image(name, config, value) for name, value in zip(names, values, strict=True)]
+        values = zip(rows, encoded[list(rows)][image_column], strict=True)
+        return [as_encoded_image(f"image {row} of {config.source}", config, value) for row, value in values]
 
     return Source(
         name=config.source,
@@ -560,14 +546,14 @@ def _load_saved(path: Path, split: str) -> "Dataset":
     import datasets
 
     saved = datasets.load_from_disk(os.fspath(path))
-    name = name_of_split(split, str(path))
+    name = _name_of_split(split, str(path))
     if isinstance(saved, datasets.DatasetDict):
         if name not in saved:
             raise DataError(f"{path} has no split {name!r}; it has {', '.join(saved)}.")
         saved = saved[name]
     elif name != "train":
-        raise DataError(f"{path} has no split {name!r}, only 'train'.")
-    return saved if split == name else saved.select(rows_of_split(split, str(path), len(saved)))
+        raise _no_such_split(path, name)
+    return saved if split == name else saved.select(_rows_of_split(split, str(path), len(saved)))
 
 
 def _tables_of_saved(path: Path) -> dict[str, Any]:
@@ -575,11 +561,10 @@ def _tables_of_saved(path: Path) -> dict[str, Any]:
     names = path / "dataset_dict.json"
     splits = json.loads(names.read_text())["splits"] if names.is_file() else None
     folders = {"train": path} if splits is None else {split: path / split for split in splits}
-    states = {split: json.loads((folder / "state.json").read_text()) for split, folder in folders.items()}
-    files = {
-        split: [_without_patterns(folders[split] / file["filename"]) for file in state["_data_files"]]
-        for split, state in states.items()
-    }
+    files = {}
+    for split, folder in folders.items():
+        state = json.loads((folder / "state.json").read_text())
+        files[split] = [_without_patterns(folder / file["filename"]) for file in state["_data_files"]]
     return {"path": "arrow", "data_files": files}
 
 
@@ -604,13 +589,13 @@ def _without_patterns(path: Path) -> str:
 
 def _tables_of_folder(folder: Path) -> dict[str, Any]:
     """Return the arguments of `load_dataset` for the tables in a folder."""
-    files = list(walk(folder))
+    files = list(_walk(folder))
     tables = sorted(_visible_other_files(folder, files))
     for suffix in _TABLE_SUFFIXES:
         if chosen := [file for file in tables if file.suffix == suffix]:
             for file in files:
                 name = file.relative_to(folder)
-                if why_ignored(name.as_posix()) is None and file.is_file():
+                if _why_ignored(name.as_posix()) is None and file.is_file():
                     raise DataError(
                         f"{folder} contains images such as {name} and the table {chosen[0].relative_to(folder)}; set "
                         "data.source to the table, or move one of them out of the folder."
@@ -636,20 +621,19 @@ def _tables_by_split(tables: list[Path], folder: Path) -> dict[str, list[str]]:
         return next(filter(None, map(split_in, table.relative_to(folder).parts[:-1])), None)
 
     for split_of in (by_number, by_folders, lambda table: split_in(table.name)):
-        found = {table: split_of(table) for table in tables}
-        without = [table for table, split in found.items() if split is None]
-        if len(without) == len(tables):
+        splits: dict[str | None, list[Path]] = {}
+        for table in tables:
+            splits.setdefault(split_of(table), []).append(table)
+        without = splits.pop(None, [])
+        if not splits:
             continue
         if without:
-            named = next(table for table, split in found.items() if split is not None)
+            split, (named, *_) = next(iter(splits.items()))
             raise DataError(
-                f"the name of {named.relative_to(folder)} in {folder} says split {found[named]!r}, but "
+                f"the name of {named.relative_to(folder)} in {folder} says split {split!r}, but "
                 f"{without[0].relative_to(folder)} names no split; name all tables after splits, or none of them."
             )
-        splits: dict[str, list[str]] = {}
-        for table, split in found.items():
-            splits.setdefault(str(split), []).append(_without_patterns(table))
-        return splits
+        return {str(split): list(map(_without_patterns, group)) for split, group in splits.items()}
     return {"train": list(map(_without_patterns, tables))}
 
 
@@ -706,13 +690,6 @@ def class_names_of(features: "Features", label_column: str) -> tuple[str, ...] |
     return tuple(names) if names else None
 
 
-def encoded_images(dataset: "Dataset | IterableDataset", image_column: str) -> Any:
-    """Return the image column of a dataset without decoding."""
-    import datasets
-
-    return dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-
-
 def as_encoded_image(name: str, config: DataConfig, value: dict[str, Any] | None) -> EncodedImage:
     """Return the image of a row with its file name, if it has one.
 
@@ -745,7 +722,6 @@ def _allowed_folders(config: DataConfig) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------------ arrays
 
-_ARRAY_LAYOUT = "(number, height, width, channels) with 1, 3 or 4 channels, or data.num_channels of them"
 _BYTES_PER_DIGEST = 2**24
 
 
@@ -753,19 +729,29 @@ def _open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source
     """Open uint8 or uint16 images (number, height, width, channels) from .npy, or with labels from .npz."""
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
-        arrays = {"images": content} if isinstance(content, np.ndarray) else _unpack(content)
+        if isinstance(content, np.ndarray):
+            arrays = {"images": content}
+        else:
+            size = sum(member.file_size for member in content.zip.infolist())
+            if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+                raise MemoryError(f"it would unpack to {size:,} bytes, more than this machine has memory")
+            arrays = dict(content)
     except Exception as error:  # NumPy and its decompressors raise many types for damaged files
         raise DataError(f"{path} cannot be read as a NumPy array ({' '.join(str(error).split())}).") from None
-    images, labels = _find_images(arrays, path, config), _find_labels(arrays, path, config)
+    images = _find_images(arrays, path, config)
+    if config.label_column is not None and config.label_column not in arrays:
+        raise DataError(
+            f"data.label_column {config.label_column!r} is not an array of {path}, which contains {', '.join(arrays)}."
+        )
+    labels = arrays.get(config.label_column or "labels")
     if len(images) == 0:
         raise DataError(f"{path} contains no images.")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise DataError(f"{path}: labels are {labels.dtype} {labels.shape}, but {len(images)} integers are expected.")
-    if (wanted := name_of_split(split, str(path))) != "train":
+    if (wanted := _name_of_split(split, str(path))) != "train":
         raise _no_such_split(path, wanted)
-    rows = rows_of_split(split, str(path), len(images))
-    labels = None if labels is None else _as_labels(labels, str(path))
-    class_names = None if labels is None else _numbered_classes(labels)
+    rows = _rows_of_split(split, str(path), len(images))
+    labels, class_names = (None, None) if labels is None else _labels_and_classes(labels, str(path))
     labels = None if labels is None else labels[rows]
     if path.suffix == ".npy" and isinstance(rows, range) and not _needs_preprocessing(images, config):
         geometry = Geometry.of(config)
@@ -813,14 +799,6 @@ def _image_set_of_array(images: NDArray[np.integer], location: dict[str, Any]) -
     )
 
 
-def _unpack(archive: Any) -> dict[str, NDArray[Any]]:
-    """Read the arrays of a .npz file, unless they are larger than the memory of this machine."""
-    size = sum(member.file_size for member in archive.zip.infolist())
-    if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise MemoryError(f"it would unpack to {size:,} bytes, more than this machine has memory")
-    return dict(archive)
-
-
 def _find_images(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig) -> NDArray[np.integer]:
     """Return the images with a channel axis."""
     name = config.image_column
@@ -838,16 +816,11 @@ def _find_images(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig
         images = images[..., None]
     is_readable = images.dtype.name in ("uint8", "uint16") and images.ndim == 4
     if not is_readable or images.shape[-1] not in (*MODE_OF_CHANNELS, config.num_channels):
-        raise DataError(f"{path} contains {images.dtype} {images.shape}; it must be uint8 or uint16 {_ARRAY_LAYOUT}.")
-    return images
-
-
-def _find_labels(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig) -> NDArray[Any] | None:
-    if config.label_column is not None and config.label_column not in arrays:
         raise DataError(
-            f"data.label_column {config.label_column!r} is not an array of {path}, which contains {', '.join(arrays)}."
+            f"{path} contains {images.dtype} {images.shape}; it must be uint8 or uint16 (number, height, width, "
+            "channels) with 1, 3 or 4 channels, or data.num_channels of them."
         )
-    return arrays.get(config.label_column or "labels")
+    return images
 
 
 def _needs_preprocessing(images: NDArray[np.integer], config: DataConfig) -> bool:
@@ -872,8 +845,7 @@ def _digest(images: NDArray[np.integer], name: str) -> str:
 
     digest = hashlib.sha256(f"{images.shape} {images.dtype}".encode())
     with ThreadPoolExecutor(num_threads()) as pool:
-        for part in tqdm(
-            pool.map(digest_of, starts), f"Hashing {name}", len(starts), delay=1.0, disable=None, leave=False
-        ):
+        parts = pool.map(digest_of, starts)
+        for part in tqdm(parts, f"Hashing {name}", len(starts), delay=1.0, disable=None, leave=False):
             digest.update(part)
     return digest.hexdigest()[:32]

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data.cache import allowed_bad, map_cache, open_cache
+from ddpm_hf.data.cache import map_cache, open_cache
 from ddpm_hf.data.decode import DataError
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.sources import MAX_CLASSES, NO_LABEL, Source, find_source, map_array
+from ddpm_hf.data.sources import MAX_CLASSES, Source, find_source, label_error, map_array
 from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.files import format_count
 
@@ -50,7 +50,7 @@ def open_images(
         source = replace(source, ignored_files=())  # logged for the training split only
     if with_labels:
         _check_labels(source, config.source)
-    images = source if isinstance(source, ImageSet) else open_cache(source, config, max_bad=allowed_bad(source, config))
+    images = source if isinstance(source, ImageSet) else open_cache(source, config)
     if location is not None and images.digest != location["digest"]:
         raise DataError(f"{config.source} has other images or labels here than on rank 0; copy the same data to both.")
     return images
@@ -131,9 +131,8 @@ def _check_labels(source: Source | ImageSet, name: str) -> None:
     is_bad = (source.labels < 0) | (source.labels >= num_classes)
     if is_bad.any():
         row = int(np.argmax(is_bad))
-        found = "no label" if source.labels[row] == NO_LABEL else f"label {source.labels[row]}"
         image = next(iter(source.read([row]))).name if isinstance(source, Source) else f"image {row} of {name}"
-        raise DataError(f"{image} has {found}; every image needs one from 0 to {num_classes - 1}.")
+        raise label_error(image, int(source.labels[row]), num_classes)
 
 
 def _check_same_kind(

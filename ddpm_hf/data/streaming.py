@@ -29,6 +29,7 @@ from ddpm_hf.data.decode import (
     Geometry,
     OutputFormat,
     Pixels,
+    bad_image_error,
     decode,
     normalize,
     num_threads,
@@ -36,18 +37,14 @@ from ddpm_hf.data.decode import (
 )
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.data.sources import (
-    NO_LABEL,
     Source,
     as_encoded_image,
-    check_column_settings,
-    check_hub_settings,
     class_names_of,
     find_columns,
-    is_table,
+    find_folder,
+    label_error,
     load_table,
     log_ignored_files,
-    open_folder,
-    walk,
 )
 from ddpm_hf.rng import numpy_generator
 
@@ -89,21 +86,13 @@ class StreamPosition:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a streamed file.
-
-    Args:
-        columns: Its content.
-        name: How messages refer to it.
-        reader: The `datasets` reader that it comes from, as long as no further row is read.
-        file: Index of the file in the order of the epoch.
-        num_read: Number of rows of the file that this process has read, this one included.
-    """
+    """A row of a streamed file."""
 
     columns: dict[str, Any]
     name: str
-    reader: "IterableDataset"
-    file: int
-    num_read: int
+    reader: "IterableDataset"  # its state is that after this row until another row is read
+    file: int  # index in the order of the epoch
+    num_read: int  # rows of the file that this process has read, this one included
 
 
 class ImageStream:
@@ -186,14 +175,10 @@ class ImageStream:
         Raises:
             DataError: An image is unreadable or has no label, or too many images are unreadable.
         """
-        pixels: list[Pixels] = []
-        labels: list[int] = []
-        is_mirrored: list[bool] = []
-        while missing := stop - start - len(pixels):
-            for image, label, flip in self._next(missing):
-                pixels.append(image)
-                labels.append(label)
-                is_mirrored.append(flip)
+        taken: list[tuple[Pixels, int, bool]] = []
+        while missing := stop - start - len(taken):
+            taken += self._next(missing)
+        pixels, labels, is_mirrored = zip(*taken, strict=True)
         mirrored = to_device(np.asarray(is_mirrored), self._device) if self._config.random_flip else None
         images = normalize(to_device(np.stack(pixels), self._device), mirrored)
         return images, None if self._label_column is None else to_device(np.asarray(labels), self._device)
@@ -234,15 +219,14 @@ class ImageStream:
             return 0
         label = row.columns[self._label_column]
         if label is None or not 0 <= label < len(self.class_names):
-            found = "no label" if label in (None, NO_LABEL) else f"label {label}"
-            raise DataError(f"{image.name} has {found}; every image needs one from 0 to {len(self.class_names) - 1}.")
+            raise label_error(image.name, label, len(self.class_names))
         return int(label)
 
     def _count_bad(self, error: BadImage) -> None:
         """Skip an unreadable image, or raise a DataError if the settings do not allow it."""
         self.position.num_bad += 1
         if self._config.on_bad_image == "error":
-            raise DataError(f"{str(error)[:-1]}; repair or remove it, or set data.on_bad_image to skip.") from error
+            raise bad_image_error(str(error)) from error
         logger.warning("Skipped an unreadable image: %s", error)
         limit = max(self._config.max_bad_fraction * self.position.num_used, _NUM_BAD_ALWAYS_ALLOWED)
         if self.position.num_bad > limit:
@@ -296,19 +280,13 @@ class ImageStream:
 
 def _open(config: DataConfig, rank: int) -> "IterableDataset":
     """Open the rows of the training split, the same ones that would be decoded without streaming."""
-    path = Path(config.source).expanduser()
-    if path.exists():
-        check_hub_settings(config, path)
-    if path.is_dir():
-        files = list(walk(path))
-        if not is_table(path, files):
-            check_column_settings(config, path)
-            folder = open_folder(path, config.split, files)
-            if folder.ignored_files and rank == 0:
-                log_ignored_files(folder)
-            return _stream_of_folder(folder)
-    stream: IterableDataset = load_table(config, config.split, is_streaming=True)
-    return stream
+    folder = find_folder(config, config.split)
+    if folder is None:
+        stream: IterableDataset = load_table(config, config.split, is_streaming=True)
+        return stream
+    if folder.ignored_files and rank == 0:
+        log_ignored_files(folder)
+    return _stream_of_folder(folder)
 
 
 def _stream_of_folder(folder: Source) -> "IterableDataset":

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data.cache import allowed_bad, cache_key, cache_root, open_cache, read_meta
+from ddpm_hf.data.cache import open_cache, read_meta
 from ddpm_hf.data.decode import DataError
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.loader import ImageLoader
@@ -61,7 +62,7 @@ def summarize(config: DataConfig, *, with_labels: bool, seed: int, num_samples: 
         images = open_cache(source, config, max_bad=source.num_images)
         facts = list(_facts_of_cache(source, config, images))
         try:
-            open_cache(source, config, max_bad=allowed_bad(source, config))
+            open_cache(source, config)
         except DataError as error:
             problem = str(error)
     facts.append(("classes", _classes(images)))
@@ -87,7 +88,8 @@ def summarize(config: DataConfig, *, with_labels: bool, seed: int, num_samples: 
 
 def _facts_of_cache(source: Source, config: DataConfig, images: ImageSet) -> Iterator[tuple[str, str]]:
     """Yield what the metadata of the cache say about the images."""
-    folder = cache_root(config) / cache_key(source, config)
+    assert images.location is not None
+    folder = Path(images.location["cache"])
     meta = read_meta(folder)
     assert meta is not None
     yield "source", f"{source.name} ({source.kind}, split {config.split})"
@@ -122,14 +124,13 @@ def _facts_of_array(images: ImageSet, config: DataConfig) -> list[tuple[str, str
     """Return the facts of a .npy file that is used without a cache."""
     assert isinstance(images.images, np.ndarray)
     number, channels, height, width = images.images.shape
-    lowest = min(int(images.images[row].min()) for row in range(number))
-    highest = max(int(images.images[row].max()) for row in range(number))
+    highest = np.iinfo(images.images.dtype).max
     return [
         ("source", f"{config.source} (array, split {config.split}), used without a cache"),
         ("images", f"{number:,}"),
         ("sizes", f"all {width}x{height}"),
         ("modes", f"{images.images.dtype} with {channels} channels"),
-        ("pixels", f"values from {lowest} to {highest} of 0 to {np.iinfo(images.images.dtype).max}"),
+        ("pixels", f"values from {images.images.min()} to {images.images.max()} of 0 to {highest}"),
         ("network", f"sees {'x'.join(map(str, images.image_shape))} (channels, height, width)"),
     ]
 

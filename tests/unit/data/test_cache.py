@@ -150,7 +150,6 @@ def test_a_class_that_only_another_split_has_is_known(tmp_path: Path, cache_dir:
     assert open_source(folder, cache_dir).class_names == ("b", "c")
     write_files(folder, {"test/a/1.png": encode(RGB)})
     images = open_source(folder, cache_dir, with_labels=True)
-    assert images.labels is not None
     assert [images.class_names, images.labels.tolist()] == [("a", "b", "c"), [1, 2]]
 
 
@@ -218,50 +217,40 @@ def test_a_modified_file_of_a_table_is_read_again(tmp_path: Path, cache_dir: Pat
 # ---------------------------------------------------------------------------------------------------- incomplete caches
 
 
-def damage(folder: Path, kind: str) -> None:
-    pixels, meta = folder / "pixels.bin", folder / "meta.json"
-    content = json.loads(meta.read_text())
-    match kind:
-        case "no meta.json":
-            meta.unlink()
-        case "half a meta.json":
-            meta.write_text(meta.read_text()[:50])
-        case "foreign meta.json":
-            meta.write_text("[1, 2]")
-        case "pixels cut off":
-            pixels.write_bytes(pixels.read_bytes()[:-1])
-        case "pixels too long":
-            pixels.write_bytes(pixels.read_bytes() + b"x")
-        case "no pixels":
-            pixels.unlink()
-        case "no labels":
-            (folder / "labels.npy").unlink()
-        case "another version":
-            meta.write_text(json.dumps(content | {"version": 1}))
-        case "another key":
-            meta.write_text(json.dumps(content | {"key": "x"}))
-        case "a killed build":
-            meta.unlink()
-            folder.rename(folder.with_name(f"{folder.name}.building-0123456789abcdef"))
+def change_meta(folder: Path, **fields: object) -> None:
+    content = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(content | fields))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "no meta.json", "half a meta.json", "foreign meta.json", "pixels cut off", "pixels too long", "no pixels",
-        "no labels", "another version", "another key", "a killed build",
-    ],
-)  # fmt: skip
+def as_killed_build(folder: Path) -> None:
+    (folder / "meta.json").unlink()
+    folder.rename(folder.with_name(f"{folder.name}.building-0123456789abcdef"))
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "no meta.json": lambda folder: (folder / "meta.json").unlink(),
+    "half a meta.json": lambda folder: os.truncate(folder / "meta.json", 50),
+    "foreign meta.json": lambda folder: (folder / "meta.json").write_text("[1, 2]"),
+    "pixels cut off": lambda folder: os.truncate(folder / "pixels.bin", 9 * GRAY.size - 1),
+    "pixels too long": lambda folder: os.truncate(folder / "pixels.bin", 9 * GRAY.size + 1),
+    "no pixels": lambda folder: (folder / "pixels.bin").unlink(),
+    "no labels": lambda folder: (folder / "labels.npy").unlink(),
+    "another version": lambda folder: change_meta(folder, version=1),
+    "another key": lambda folder: change_meta(folder, key="x"),
+    "a killed build": as_killed_build,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
 def test_an_incomplete_cache_is_rebuilt(tmp_path: Path, cache_dir: Path, kind: str) -> None:
     path = write_parquet(
         tmp_path / "x.parquet", [encode(GRAY + np.uint8(number)) for number in range(9)], [0, 1, 0] * 3
     )
     expected = pixels_of(open_source(path, cache_dir, with_labels=True)).copy()
     (folder,) = caches_in(cache_dir)
-    damage(folder, kind)
+    DAMAGE[kind](folder)
     again = open_source(path, cache_dir, with_labels=True)
     assert np.array_equal(pixels_of(again), expected)
-    assert again.labels is not None
     assert again.labels.tolist() == [0, 1, 0] * 3
     assert caches_in(cache_dir) == [folder]
 
@@ -485,7 +474,6 @@ def test_a_replacement_keeps_its_label(tmp_path: Path, cache_dir: Path) -> None:
     files = {"cat/1.png": encode(RGB), "cat/2.png": b"text", "dog/1.png": encode(255 - RGB)}
     images = open_source(write_files(tmp_path / "x", files), cache_dir, on_bad_image="skip", max_bad_fraction=0.5)
     pixels, labels = images.take(np.array([1]))
-    assert labels is not None
     assert labels.tolist() == [1]
     assert np.array_equal(pixels[0].transpose(1, 2, 0), 255 - RGB)
 

@@ -147,8 +147,6 @@ def test_samples_from_the_file_and_from_the_device_are_equal(
     for start, stop in ((0, 8), (25, 70)):
         (pixels, labels), (resident_pixels, resident_labels) = (loader.samples(start, stop) for loader in loaders)
         assert torch.equal(pixels, resident_pixels)
-        assert labels is not None
-        assert resident_labels is not None
         assert torch.equal(labels, resident_labels)
 
 
@@ -159,7 +157,6 @@ def test_a_sample_is_defined_by_the_order(crop: str) -> None:
     assert isinstance(images.images, np.ndarray)
     loader = ImageLoader(images, DataConfig(crop=crop, random_flip=True), 5, CPU)  # type: ignore[arg-type]
     samples, labels = loader.samples(20, 50)
-    assert labels is not None
     for number, sample in enumerate(range(20, 50)):
         (position,), (is_mirrored,), (corner,) = (
             ask(sample, sample + 1) for ask in (order.positions, order.is_mirrored, order.corners)
@@ -213,6 +210,5 @@ def test_samples_on_a_gpu_equal_those_on_the_cpu(dtype: type, settings: dict[str
         loader = ImageLoader(images, DataConfig(device_resident=is_resident, **settings), 5, gpu)  # type: ignore[arg-type]
         assert loader.is_resident == (is_resident == "auto")
         samples, labels = loader.samples(20, 50)
-        assert labels is not None
         assert labels.device.type == "cuda"
         torch.testing.assert_close(samples.cpu(), expected, rtol=0, atol=2**-23)

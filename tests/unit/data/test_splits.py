@@ -57,7 +57,6 @@ def test_a_validation_split_may_lack_the_last_of_numbered_classes(tmp_path: Path
     write_parquet(tmp_path / "x" / "train-0.parquet", [encode(RGB)] * 3, [0, 1, 2], labels)
     write_parquet(tmp_path / "x" / "test-0.parquet", [encode(RGB)] * 2, [1, 0], labels)
     _, validation = open_both(tmp_path / "x", cache_dir, validation_split="test")
-    assert validation.labels is not None
     assert validation.labels.tolist() == [1, 0]
 
 
@@ -201,7 +200,6 @@ def test_a_cache_with_other_images_is_refused(tmp_path: Path, cache_dir: Path) -
     settings = {"on_bad_image": "skip", "max_bad_fraction": 0.2}
     training, validation = rank_0(source, cache_dir, **settings)
     assert isinstance(training, ImageSet)
-    assert training.location is not None
     of_another_machine = replace(training, location=training.location | {"digest": "0" * 32})
     with pytest.raises(DataError, match=f"{source} has other images or labels here than on rank 0"):
         as_another_rank(source, cache_dir, (of_another_machine, validation), **settings)
