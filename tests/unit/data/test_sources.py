@@ -20,6 +20,7 @@ from tests.unit.data.helpers import (
     GRAY,
     RANDOM,
     RGB,
+    digits_table,
     encode,
     open_source,
     pixels_of,
@@ -203,10 +204,6 @@ def test_settings_that_do_not_apply_to_a_folder_are_refused(
 ) -> None:
     folder = write_files(tmp_path / "flat", {"a.png": encode(RGB)})
     assert sentence.format(folder) in refusal(folder, cache_dir, **setting)
-
-
-def digits_table() -> datasets.Dataset:
-    return datasets.load_dataset("parquet", data_files=str(DIGITS), split="train[:20]")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "save_to_disk", "save_to_disk with splits"])
