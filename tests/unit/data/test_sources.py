@@ -365,6 +365,12 @@ def test_folders_and_zips_are_sorted_by_name(tmp_path: Path, name: str) -> None:
     assert np.array_equal(pixels_of(images), list(IMAGES.values()))
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".parquet", ".zip"])
+def test_a_folder_may_be_named_like_a_file(tmp_path: Path, suffix: str) -> None:
+    folder = write_files(tmp_path / f"pets{suffix}", FILES)
+    assert open_source(folder, tmp_path / "cache", with_labels=True).class_names == ("cat", "dog")
+
+
 def test_a_tar_keeps_its_order(tmp_path: Path) -> None:
     turned = dict(reversed(FILES.items()))
     images = open_source(pack(tmp_path / "x.tar.gz", turned), tmp_path / "cache", with_labels=True)
