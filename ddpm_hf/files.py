@@ -7,9 +7,12 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # A run folder (training.output_dir).
 RUN_CONFIG = "config.yaml"
@@ -69,6 +72,17 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def save_array(path: Path, array: "NDArray[Any]") -> None:
+    """Write an .npy file completely or not at all."""
+    import numpy as np
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a path, NumPy would append .npy
+            np.save(file, array)
+
+    atomic_write(path, write)
 
 
 def write_text(path: Path, content: str) -> None:

@@ -33,10 +33,6 @@ _WHICH_DATA = ("source", "subset", "revision", "split")
 _VALIDATION = ("validation_split", "validation_fraction")
 
 
-def _comma_separated(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def _int_or_all(text: str) -> int | str:
     if text != "all" and not text.lstrip("-").isdigit():
         raise ArgumentTypeError(f"{text!r} is neither a whole number nor all")
@@ -127,7 +123,9 @@ class MeasuringFlags:
         cpu: Use the CPU even if there is a GPU.
     """
 
-    metrics: list[str] | None = flag(None, parse=_comma_separated)
+    metrics: list[str] | None = flag(
+        None, parse=lambda text: [word.strip() for word in text.split(",") if word.strip()]
+    )
     features: str = "inception"
     weights: Path | None = None
     num_images: int | None = flag(None, minimum=1)
@@ -163,11 +161,7 @@ class EvaluateFlags(ModelFlags, DataFlags, MeasuringFlags, SamplingFlags):
         return [*distances, "precision", "recall", "bits_per_dim"]
 
     def data_config(self, size: tuple[int, int], num_channels: int) -> DataConfig:
-        """Return the settings of the images; size and channels are by default those of the network.
-
-        Raises:
-            ConfigError: The settings contradict each other.
-        """
+        """Return the settings of the images; size and channels are by default those of the network."""
         defaults = {"resolution": list(size), "num_channels": num_channels, "validation_fraction": 0.0}
         given = {
             field.name.removeprefix("data_"): getattr(self, field.name)
@@ -181,11 +175,7 @@ class EvaluateFlags(ModelFlags, DataFlags, MeasuringFlags, SamplingFlags):
 
 
 def parse(arguments: Sequence[str]) -> EvaluateFlags:
-    """Parse and check the command line.
-
-    Raises:
-        ConfigError: A number is out of range, or flags contradict each other.
-    """
+    """Parse and check the command line."""
     parser = Parser(
         prog="ddpm-hf evaluate",
         description="Measure how good a pipeline is: a table, evaluation.json and evaluation.png. The same command\n"
@@ -205,15 +195,8 @@ def parse(arguments: Sequence[str]) -> EvaluateFlags:
 def use_validation_set_of_run(flags: EvaluateFlags, folder: Path | None) -> tuple[EvaluateFlags, str | None]:
     """Set flags about the validation set that were not given to those of the run, if it used the same data.
 
-    Args:
-        flags: The flags.
-        folder: The pipeline, in which training wrote training_config.yaml; None for a Hub repository.
-
     Returns:
         The flags with a split seed, and a line about what was set, or what to give if the data may differ.
-
-    Raises:
-        ConfigError: training_config.yaml is not the configuration of a run.
     """
     line = None
     if folder is not None and (path := folder / TRAINING_CONFIG).is_file():
@@ -259,14 +242,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is evaluated, and on which images.
-
-    Attributes:
-        measured: The images for bits per dimension.
-        sample_metrics: The metrics that need samples.
-        process: The reverse process for bits per dimension; None if they are not measured.
-        num_terms: Terms of the bound per image; None computes all.
-    """
+    """What is evaluated, and on which images."""
 
     flags: EvaluateFlags
     folder: Path | None
@@ -278,26 +254,37 @@ class _Work:
     samples_dir: Path
     training: "ImageSet"
     validation: "ImageSet"
-    measured: "ImageSet"
-    sample_metrics: list[str]
-    process: "ReverseProcess | None"
-    num_terms: int | None
+    measured: "ImageSet"  # for bits per dimension
+    sample_metrics: list[str]  # the metrics that need samples
+    process: "ReverseProcess | None"  # for bits per dimension; None if they are not measured
+    num_terms: int | None  # of the bound per image; None computes all
 
 
 def _evaluate(flags: EvaluateFlags) -> None:
     """Collective: measure everything that the flags ask for, and write and print the results."""
     from ddpm_hf import distributed
+    from ddpm_hf.diffusion.saved_folder import second_moments_file
     from ddpm_hf.evaluation.generate import sample_to_folder, settings_of
-    from ddpm_hf.evaluation.likelihood import variational_bound
+    from ddpm_hf.evaluation.likelihood import estimate_second_moments, variational_bound
     from ddpm_hf.evaluation.metrics import check_metrics, measure_fidelity
     from ddpm_hf.evaluation.report import as_json, table
 
     check_metrics(flags.metric_names())
     work = _prepare(flags)
+    flags = work.flags  # with the validation set of the run
     settings, network = _check(work)
     distributed.on_rank_0(lambda: work.output.mkdir(parents=True, exist_ok=True))
     if flags.estimate_variance:
-        _estimate_variance(work)
+        scheduler, folder = work.pipeline.scheduler, work.folder
+        scheduler.eps_second_moments = estimate_second_moments(
+            work.pipeline,
+            work.training,
+            seed=flags.seed,
+            num_images=flags.estimate_variance,
+            batch_size=flags.batch_size,
+        )
+        assert folder is not None
+        distributed.on_rank_0(lambda: scheduler.save_second_moments(second_moments_file(folder).parent))
     pipeline = work.sampler.prepare(work.pipeline)
     if settings is None:
         settings = settings_of(pipeline, work.sampler, flags.seed, flags.batch_size)
@@ -337,9 +324,18 @@ def _evaluate(flags: EvaluateFlags) -> None:
             metrics,
             bound,
             settings=settings,
-            data=_describe_data(work),
+            data={
+                "source": _data_name(flags),
+                "split": flags.data_split,
+                "fingerprint": work.training.digest or None,
+                "num_training_images": len(work.training),
+                "num_held_out_images": len(work.validation),
+                "validation_split": flags.data_validation_split,
+                "validation_fraction": flags.data_validation_fraction or 0.0,
+                "split_seed": flags.split_seed,
+            },
             bound_settings=_describe_bound(work, bound),
-            flags=given_flags(work.flags),
+            flags=given_flags(flags),
         )
         write_text(work.output / EVALUATION, content)
         _draw(work, samples, bound)
@@ -353,7 +349,9 @@ def _prepare(flags: EvaluateFlags) -> _Work:
 
     from ddpm_hf import distributed
     from ddpm_hf.data import ImageSet
+    from ddpm_hf.diffusion import GaussianDiffusionScheduler
     from ddpm_hf.evaluation.generate import Sampler, image_shape
+    from ddpm_hf.evaluation.likelihood import ReverseProcess
     from ddpm_hf.evaluation.metrics import BITS_PER_DIM, SAMPLE_METRICS
     from ddpm_hf.evaluation.report import choose_images
     from ddpm_hf.training.trainer import open_splits
@@ -394,7 +392,13 @@ def _prepare(flags: EvaluateFlags) -> _Work:
     if not sample_metrics and flags.num_inference_steps is None:  # the samples are for the picture only
         settings["num_inference_steps"] = min(NUM_PICTURE_STEPS, len(pipeline.scheduler))
     labels = None if flags.labels is None else tuple(flags.label_list(pipeline) or ())
-    process = _reverse_process(flags, pipeline) if BITS_PER_DIM in metrics else None
+    process = None
+    if BITS_PER_DIM in metrics:
+        timesteps = None  # all of training
+        if flags.likelihood_steps is not None and isinstance(pipeline.scheduler, GaussianDiffusionScheduler):
+            pipeline.scheduler.set_timesteps(flags.likelihood_steps, timestep_spacing=flags.timestep_spacing)
+            timesteps = pipeline.scheduler.timesteps.tolist()
+        process = ReverseProcess(pipeline, timesteps)
     num_terms = None if isinstance(flags.num_terms, str) else flags.num_terms
     return _Work(
         flags=flags,
@@ -412,18 +416,6 @@ def _prepare(flags: EvaluateFlags) -> _Work:
         process=process,
         num_terms=num_terms if process is None or (num_terms or 0) < len(process) else None,
     )
-
-
-def _reverse_process(flags: EvaluateFlags, pipeline: "GaussianDiffusionPipeline") -> "ReverseProcess":
-    """Return the reverse process for bits per dimension: all training timesteps, or `likelihood_steps` of them."""
-    from ddpm_hf.diffusion import GaussianDiffusionScheduler
-    from ddpm_hf.evaluation.likelihood import ReverseProcess
-
-    timesteps = None
-    if flags.likelihood_steps is not None and isinstance(pipeline.scheduler, GaussianDiffusionScheduler):
-        pipeline.scheduler.set_timesteps(flags.likelihood_steps, timestep_spacing=flags.timestep_spacing)
-        timesteps = pipeline.scheduler.timesteps.tolist()
-    return ReverseProcess(pipeline, timesteps)
 
 
 def _check(work: _Work) -> "tuple[dict[str, Any] | None, FeatureNetwork | None]":
@@ -468,33 +460,13 @@ def _check(work: _Work) -> "tuple[dict[str, Any] | None, FeatureNetwork | None]"
     return None if unknown else settings, network
 
 
-def _estimate_variance(work: _Work) -> None:
-    """Collective: estimate the second moments, and save them beside the configuration of the scheduler."""
-    from ddpm_hf import distributed
-    from ddpm_hf.diffusion.saved_folder import second_moments_file
-    from ddpm_hf.evaluation.likelihood import estimate_second_moments
-
-    flags, scheduler = work.flags, work.pipeline.scheduler
-    assert work.folder is not None
-    folder = second_moments_file(work.folder).parent
-    scheduler.eps_second_moments = estimate_second_moments(
-        work.pipeline,
-        work.training,
-        seed=flags.seed,
-        num_images=flags.estimate_variance,
-        batch_size=flags.batch_size,
-    )
-    distributed.on_rank_0(lambda: scheduler.save_second_moments(folder))
-
-
 def given_flags(flags: EvaluateFlags) -> list[str]:
     """Return the flags that differ from their defaults, without the model and with the data by name only."""
     flags = replace(flags, data=_data_name(flags))
-    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
-    defaults = {field.name: field.default for field in dataclasses.fields(flags)}
     words = []
-    for name, value in values.items():
-        if value == defaults[name] or name in ("folder", "revision", "data_cache_dir") or isinstance(value, Path):
+    for field in dataclasses.fields(flags):
+        name, value = field.name, getattr(flags, field.name)
+        if value == field.default or name in ("folder", "revision", "data_cache_dir") or isinstance(value, Path):
             continue
         text = ",".join(map(str, value)) if isinstance(value, list) else value
         words.append(f"--{name.replace('data_', 'data.')}" + ("" if value is True else f"={text}"))
@@ -503,20 +475,6 @@ def given_flags(flags: EvaluateFlags) -> list[str]:
 
 def _data_name(flags: EvaluateFlags) -> str:
     return Path(flags.data).name if Path(flags.data).exists() else flags.data
-
-
-def _describe_data(work: _Work) -> dict[str, Any]:
-    flags = work.flags
-    return {
-        "source": _data_name(flags),
-        "split": flags.data_split,
-        "fingerprint": work.training.digest or None,
-        "num_training_images": len(work.training),
-        "num_held_out_images": len(work.validation),
-        "validation_split": flags.data_validation_split,
-        "validation_fraction": flags.data_validation_fraction or 0.0,
-        "split_seed": flags.split_seed,
-    }
 
 
 def _describe_bound(work: _Work, bound: "VariationalBound | None") -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ddpm_hf import __version__
 from ddpm_hf.cli.common import commit_of, find_folder, load_pipeline, out_of_memory_advice, print_error
 from ddpm_hf.cli.flags import CALL_FLAGS, NATIVE_SCHEDULER, ModelFlags, Parser, SamplingFlags, flag, read_flags
 from ddpm_hf.config import ConfigError, DataConfig, log_warning
-from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_count, read_json, write_json
+from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_count, read_json, save_array, write_json
 from ddpm_hf.plots import UInt8Array, denoising_strip, image_grid, save_animation
 
 if TYPE_CHECKING:
@@ -104,11 +104,7 @@ class SampleFlags(ModelFlags, OutputFlags, SamplingFlags, EditingFlags):
     device: str | None = None
 
     def check(self) -> None:
-        """Refuse contradictions, and warn about flags without effect.
-
-        Raises:
-            ConfigError: With the fix.
-        """
+        """Refuse contradictions, and warn about flags without effect."""
         self.check_sampling()
         if self.strength is not None and not 0 < self.strength <= 1:
             raise ConfigError(f"--strength is {self.strength}, but must be above 0 and at most 1.")
@@ -135,11 +131,7 @@ class SampleFlags(ModelFlags, OutputFlags, SamplingFlags, EditingFlags):
             )
 
     def seed_list(self) -> list[int]:
-        """Return the seeds in the order given.
-
-        Raises:
-            ConfigError: They are not a list of distinct seeds.
-        """
+        """Return the seeds, all different, in the order given."""
         if self.seeds is None:
             first, number = self.seed or 0, self.num_images or (1 if self.image else NUM_IMAGES)
             if first + number > SEED_LIMIT:
@@ -164,11 +156,7 @@ class SampleFlags(ModelFlags, OutputFlags, SamplingFlags, EditingFlags):
 
 
 def parse(arguments: Sequence[str]) -> SampleFlags:
-    """Parse and check the command line.
-
-    Raises:
-        ConfigError: A number is out of range, or flags contradict each other.
-    """
+    """Parse and check the command line."""
     parser = Parser(
         prog="ddpm-hf sample",
         description="Sample images from any DDPM: a folder or a Hub repository. A seed gives the same image in any\n"
@@ -195,15 +183,7 @@ def sample(arguments: Sequence[str]) -> int:
 
 
 class OutputFolder:
-    """The folder of one call: files appear whole, and only files of an earlier call are replaced.
-
-    Args:
-        path: A new or empty folder, or with `overwrite` the folder of an earlier call.
-        overwrite: Whether files of an earlier call may be replaced.
-
-    Raises:
-        ConfigError: The folder contains something else.
-    """
+    """The folder of one call: new, empty, or with `overwrite` that of an earlier call, of which files are replaced."""
 
     def __init__(self, path: Path, overwrite: bool) -> None:
         self.path = path.expanduser()
@@ -228,16 +208,7 @@ class OutputFolder:
         self._old_files = [name for name in names if Path(name).name == name]
 
     def begin(self, settings: dict[str, Any], files: Sequence[str]) -> None:
-        """Remove the files of an earlier call, and write the settings of this one.
-
-        Args:
-            settings: Everything the images depend on.
-            files: Names of all files that this call may write.
-
-        Raises:
-            ConfigError: A file of another origin has one of these names.
-            OSError: The folder cannot be written.
-        """
+        """Remove the files of an earlier call, and write the settings of this one and the files it may write."""
         for name in files:
             if name not in self._old_files and (self.path / name).exists():
                 raise ConfigError(f"{self.path / name} is not from an earlier call; move it, or change --output.")
@@ -254,7 +225,7 @@ class OutputFolder:
     def write_pixels(self, name: str, pixels: UInt8Array) -> None:
         """Write one image (height, width, channels) as PNG or .npy, as its name says."""
         if name.endswith(".npy"):
-            self.write(name, lambda path: _save_array(path, pixels))
+            save_array(self.path / name, pixels)
         else:
             picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
             self.write(name, lambda path: picture.save(path, "PNG"))
@@ -262,11 +233,6 @@ class OutputFolder:
     def write(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file atomically."""
         atomic_write(self.path / name, write)
-
-
-def _save_array(path: Path, pixels: UInt8Array) -> None:
-    with path.open("wb") as file:  # given a path, NumPy would append .npy
-        np.save(file, pixels)
 
 
 def overviews_in(folder: Path) -> set[str]:
@@ -280,21 +246,13 @@ def overviews_in(folder: Path) -> set[str]:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image to sample.
+    """One image to sample."""
 
-    Attributes:
-        name: File name.
-        seed: Seed of all its noise.
-        label: Class number; None without classes.
-        class_name: Name of the class.
-        source: Index of the given image that it starts from; None starts from noise.
-    """
-
-    name: str
+    name: str  # of its file
     seed: int
-    label: int | None
+    label: int | None  # None without classes
     class_name: str | None
-    source: int | None
+    source: int | None  # index of the given image that it starts from; None starts from noise
 
 
 def pictures_of(flags: SampleFlags, pipeline: "GaussianDiffusionPipeline") -> list[Picture]:
@@ -331,14 +289,7 @@ def _as_file_name(text: str) -> str:
 
 
 def read_images(paths: Sequence[Path]) -> list[ImageArray]:
-    """Read image files, and .npy files (height, width, channels) for other numbers of channels.
-
-    Returns:
-        Images with the channels and the precision of their files.
-
-    Raises:
-        ValueError: A file is missing, or is not an image.
-    """
+    """Read image files, and .npy files (height, width, channels), without loss of channels or precision."""
     return [_read_array(path) if path.suffix.lower() == ".npy" else _read_picture(path) for path in paths]
 
 
@@ -377,16 +328,7 @@ def _to_unit_range(pixels: NDArray[np.integer]) -> ImageArray:
 
 
 def fit(image: ImageArray, path: Path, shape: tuple[int, int, int]) -> ImageArray:
-    """Convert an image to the channels of a network, if that loses nothing.
-
-    Args:
-        image: The image.
-        path: Its file, for messages.
-        shape: Height, width and channels of the network.
-
-    Raises:
-        ConfigError: It has another size, or would lose color or transparency.
-    """
+    """Convert an image to the (height, width, channels) of a network, if that loses no color or transparency."""
     height, width, want = shape
     if image.shape[:2] != (height, width):
         raise ConfigError(
@@ -412,11 +354,7 @@ def fit(image: ImageArray, path: Path, shape: tuple[int, int, int]) -> ImageArra
 
 
 def to_mask(image: ImageArray, path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return where a mask is white and opaque, (height, width).
-
-    Raises:
-        ConfigError: It has another size than the images.
-    """
+    """Return where a mask is white and opaque, (height, width)."""
     if image.shape[:2] != size:
         raise ConfigError(
             f"{path} has {image.shape[1]}x{image.shape[0]} pixels, but the images have {size[1]}x{size[0]}; resize it."
@@ -432,20 +370,14 @@ def to_mask(image: ImageArray, path: Path, size: tuple[int, int]) -> NDArray[np.
 
 @dataclass(frozen=True)
 class _Work:
-    """Everything that is sampled.
-
-    Attributes:
-        starts: The given images, (number, height, width, channels) in [0, 1].
-        masks: One for all of them or one for each, (number, height, width).
-        call: Arguments of the pipeline that all images share.
-    """
+    """Everything that is sampled."""
 
     flags: SampleFlags
     pipeline: "GaussianDiffusionPipeline"
     pictures: list[Picture]
-    starts: NDArray[np.float32] | None
-    masks: NDArray[np.bool_] | None
-    call: dict[str, Any]
+    starts: NDArray[np.float32] | None  # the given images, (number, height, width, channels) in [0, 1]
+    masks: NDArray[np.bool_] | None  # one for all of them or one for each, (number, height, width)
+    call: dict[str, Any]  # arguments of the pipeline that all images share
 
 
 def _prepare(flags: SampleFlags, model: Path | None, images: list[ImageArray], masks: list[ImageArray]) -> _Work:
@@ -479,22 +411,12 @@ def _prepare(flags: SampleFlags, model: Path | None, images: list[ImageArray], m
     num_steps = pipeline.check_inputs(class_labels=label, generator=generator, output_type="uint8", **call)
     if flags.image and not flags.mask:
         start_level(flags.strength or STRENGTH, num_steps)
-    return _Work(
-        flags=flags,
-        pipeline=pipeline,
-        pictures=pictures,
-        starts=np.stack(fitted) if fitted else None,
-        masks=np.stack(covers) if covers else None,
-        call=call,
-    )
+    starts, cover = np.stack(fitted) if fitted else None, np.stack(covers) if covers else None
+    return _Work(flags, pipeline, pictures, starts, cover, call)
 
 
 def _device(name: str | None) -> "torch.device":
-    """Return a device by its name, by default a GPU if there is one.
-
-    Raises:
-        ConfigError: There is no such device.
-    """
+    """Return a device by its name, by default a GPU if there is one."""
     import torch
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -532,8 +454,13 @@ def _sample_all(work: _Work, output: OutputFolder) -> int:
                 trajectories.append(states)
         grid = _grid(shown) if work.starts is None else _grid_of_edits(shown, work.starts, work.masks)
         output.write(GRID, lambda path: grid.save(path, "PNG"))
-        if trajectories:
-            _write_trajectory(np.concatenate(trajectories, axis=1), flags, output)
+        if flags.strip:
+            strip = denoising_strip(np.concatenate(trajectories, axis=1)[:, :MAX_IN_STRIP])
+            output.write(STRIP, lambda path: strip.save(path, "PNG"))
+        if flags.animation:
+            animated = np.concatenate(trajectories, axis=1)[:, :MAX_IN_ANIMATION]
+            num_columns = min(ANIMATION_COLUMNS, animated.shape[1])
+            output.write(ANIMATION, lambda path: save_animation(animated, path, num_columns=num_columns))
         output.finish()
     except KeyboardInterrupt:
         num_written = sum((output.path / picture.name).exists() for picture in pictures)
@@ -564,24 +491,19 @@ def _batches(work: _Work) -> Iterator[tuple[list[Picture], UInt8Array, UInt8Arra
         }
         states = None
         if work.starts is not None:
-            images = _edit(work, [picture.source or 0 for picture in batch], call)
+            sources = [picture.source or 0 for picture in batch]
+            if work.masks is None:
+                images = pipeline.denoise_from(work.starts[sources], flags.strength or STRENGTH, **call).images
+            else:
+                masks = work.masks[[source % len(work.masks) for source in sources]]
+                resampling = (flags.num_resamples or NUM_RESAMPLES, flags.jump_length or JUMP_LENGTH)
+                images = pipeline.inpaint(work.starts[sources], masks, *resampling, **call).images
         elif first < num_with_states:
             images, states = call_with_trajectory(pipeline, **call)
             states = states[:, : num_with_states - first]
         else:
             images = pipeline(batch_size=len(batch), **call).images
         yield batch, images, states
-
-
-def _edit(work: _Work, sources: list[int], call: dict[str, Any]) -> Any:
-    """Return one batch of edited images."""
-    assert work.starts is not None
-    flags, pipeline, images = work.flags, work.pipeline, work.starts[sources]
-    if work.masks is None:
-        return pipeline.denoise_from(images, flags.strength or STRENGTH, **call).images
-    masks = work.masks[[source % len(work.masks) for source in sources]]
-    resampling = (flags.num_resamples or NUM_RESAMPLES, flags.jump_length or JUMP_LENGTH)
-    return pipeline.inpaint(images, masks, *resampling, **call).images
 
 
 def _grid(images: Mapping[Picture, UInt8Array]) -> Image.Image:
@@ -619,16 +541,6 @@ def _grid_of_edits(
     return image_grid(np.stack(cells), len(seeds) + 1, column_labels=["given", *(f"seed {seed}" for seed in seeds)])
 
 
-def _write_trajectory(states: UInt8Array, flags: SampleFlags, output: OutputFolder) -> None:
-    if flags.strip:
-        strip = denoising_strip(states[:, :MAX_IN_STRIP])
-        output.write(STRIP, lambda path: strip.save(path, "PNG"))
-    if flags.animation:
-        animated = states[:, :MAX_IN_ANIMATION]
-        num_columns = min(ANIMATION_COLUMNS, animated.shape[1])
-        output.write(ANIMATION, lambda path: save_animation(animated, path, num_columns=num_columns))
-
-
 def _settings(work: _Work) -> dict[str, Any]:
     """Return everything that the images depend on, for JSON."""
     from ddpm_hf.evaluation.generate import fingerprint
@@ -664,8 +576,6 @@ def _settings(work: _Work) -> dict[str, Any]:
         | ({} if picture.source is None else {"image": str(given[picture.source])})
         for picture in work.pictures
     ]
-    versions = {library: version(library) for library in ("torch", "diffusers", "numpy", "pillow")}
-    return settings | {
-        "versions": {"python": platform.python_version(), "ddpm_hf": __version__} | versions,
-        "images": images,
-    }
+    versions = {"python": platform.python_version(), "ddpm_hf": __version__}
+    versions |= {library: version(library) for library in ("torch", "diffusers", "numpy", "pillow")}
+    return settings | {"versions": versions, "images": images}

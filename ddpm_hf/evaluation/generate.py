@@ -28,7 +28,7 @@ from ddpm_hf.config import EvaluationConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.images import image_size, to_images
 from ddpm_hf.diffusion.pipeline import did_you_mean
-from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_value, read_json, write_json
+from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_value, read_json, save_array, write_json
 from ddpm_hf.rng import sampling_generators
 
 Images = NDArray[np.uint8]
@@ -396,7 +396,7 @@ def sample_to_folder(
     with tqdm(total=sum(map(len, batches)), desc="Sampling", unit="img", disable=is_hidden, leave=False) as bar:
         for batch in batches:
             images = sampler.sample(pipeline, seed, batch)
-            atomic_write(folder / PARTS / f"{batch.start:08d}-{batch.stop:08d}.npy", partial(_save_array, images))
+            save_array(folder / PARTS / f"{batch.start:08d}-{batch.stop:08d}.npy", images)
             bar.update(len(batch))
     distributed.barrier()
     distributed.on_rank_0(lambda: _join_parts(folder, num_images, shape))
@@ -483,12 +483,6 @@ def _open_samples(folder: Path) -> Images:
             "shared file system."
         ) from None
     return samples
-
-
-def _save_array(images: Images, path: Path) -> None:
-    """Write an array without the suffix that np.save appends to names."""
-    with path.open("wb") as file:
-        np.save(file, images)
 
 
 def _join_parts(folder: Path, num_images: int, shape: tuple[int, ...]) -> None:

@@ -406,8 +406,6 @@ def look_up(target: Target, repo_id: str) -> Remote:
         except RepositoryNotFoundError:
             return Remote(repo_id, has_branch=is_default)  # the default branch is created with the repository
         except RevisionNotFoundError:
-            if is_default:
-                raise
             commit, has_branch = api.repo_info(repo_id).sha, False
         try:
             path = Path(api.hf_hub_download(repo_id, README, revision=commit))
@@ -477,25 +475,23 @@ def _hub_errors(name: str, outcome: str = "nothing was published") -> Iterator[N
     """Turn the exceptions of the client into HubRefused and HubFailed with one sentence."""
     try:
         yield
-    except (HubRefused, HubFailed):
-        raise
     except OfflineModeIsEnabled:
         raise HubFailed("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it.") from None
-    except RevisionNotFoundError as error:
-        raise HubRefused(f"{name} has no such branch ({_reason(error)}).") from error
     except (_HTTPError, OSError, RuntimeError) as error:
         answer = error if isinstance(error, HfHubHTTPError) else error.__cause__  # the client wraps errors of uploads
         if not isinstance(answer, HfHubHTTPError):
             raise HubFailed(
-                f"the Hub could not be reached ({_reason(answer or error)}); {outcome}. Check the network and "
+                f"the Hub could not be reached ({reason_of(answer or error)}); {outcome}. Check the network and "
                 f"{constants.ENDPOINT}, and push again."
             ) from error
-        status, reason = answer.response.status_code, _reason(answer)
+        said = answer.server_message or str(answer).strip().partition("\n")[0]
+        status = answer.response.status_code
+        reason = f"{status} {reason_of(ValueError(said))}"
         if status >= 500 or status == 429:
             raise HubFailed(f"the Hub had an error ({reason}); {outcome}. Push again later.") from error
         if status == 401:
             sentence = f"the Hub does not accept your token ({reason}); run hf auth login or set HF_TOKEN again."
-        elif status in (403, 404):
+        elif status == 403:
             sentence = (
                 f"you may not write to {name} ({reason}); use a token with write access, ask the owner, or open a "
                 "pull request."
@@ -505,11 +501,3 @@ def _hub_errors(name: str, outcome: str = "nothing was published") -> Iterator[N
         else:
             sentence = f"the Hub refused the push to {name} ({reason})."
         raise HubRefused(sentence) from error
-
-
-def _reason(error: BaseException) -> str:
-    """Return what an error says; of an HTTP error, its status and the message of the Hub."""
-    if not isinstance(error, HfHubHTTPError):
-        return reason_of(error)
-    first_line = str(error).strip().partition("\n")[0]
-    return f"{error.response.status_code} {reason_of(ValueError(error.server_message or first_line))}"
