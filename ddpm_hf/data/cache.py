@@ -340,7 +340,7 @@ class HeaderStatistics:
 
     Args:
         modes: Number of images per stored mode, see `Header.stored_mode`.
-        canonical_modes: Number of images per `Header.mode`.
+        canonical_modes: Every `Header.mode`.
         sizes: Number of images per size (width, height).
         first_of_size: Name of the first image of each size, in order of appearance.
         num_16_bit: Number of images with 16 bits per channel.
@@ -348,7 +348,7 @@ class HeaderStatistics:
     """
 
     modes: Counter[str] = field(default_factory=Counter)
-    canonical_modes: Counter[str] = field(default_factory=Counter)
+    canonical_modes: set[str] = field(default_factory=set)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     first_of_size: dict[tuple[int, int], str] = field(default_factory=dict)
     num_16_bit: int = 0
@@ -357,7 +357,7 @@ class HeaderStatistics:
     def add(self, header: Header, name: str) -> None:
         """Count an image."""
         self.modes[header.stored_mode] += 1
-        self.canonical_modes[header.mode] += 1
+        self.canonical_modes.add(header.mode)
         self.sizes[header.width, header.height] += 1
         self.first_of_size.setdefault((header.width, header.height), name)
         self.num_16_bit += header.is_16_bit
@@ -365,15 +365,10 @@ class HeaderStatistics:
 
     def output_format(self, config: DataConfig) -> OutputFormat:
         """Return the format that keeps everything of every image, unless `config` asks for another one."""
-        if config.num_channels is not None:
-            num_channels = config.num_channels
-        elif numbers := [int(mode) for mode in self.canonical_modes if mode.isdigit()]:
-            num_channels = numbers[0]
-        elif set(self.canonical_modes) == {"RGBA"}:
-            num_channels = 4
-        else:
+        num_channels = config.num_channels
+        if num_channels is None:
             # If only some images have an alpha channel, it may be opaque. If it is not, decoding raises.
-            num_channels = 1 if set(self.canonical_modes) == {"L"} else 3
+            num_channels = 1 if self.canonical_modes == {"L"} else 4 if self.canonical_modes == {"RGBA"} else 3
         dtype = np.dtype(np.uint16 if self.num_16_bit else np.uint8)
         return OutputFormat(num_channels, dtype, config.background, Geometry.of(config))
 

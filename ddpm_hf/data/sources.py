@@ -259,12 +259,11 @@ def open_zip(path: Path, split: str) -> Source:
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as a zip file ({error}).") from None
     # Some Windows programs write names with backslashes.
-    members = [(member.filename.replace("\\", "/"), member) for member in archive.infolist()]
-    members = [(name, member) for name, member in members if not name.endswith("/")]
-    if any(member.flag_bits & 1 for _, member in members):
-        raise DataError(f"{path} is encrypted; unpack it and set data.source to the folder.")
-    files = [_File(name, (member.file_size, member.CRC), member) for name, member in members]
+    members = ((member.filename.replace("\\", "/"), member) for member in archive.infolist())
+    files = [_File(name, (info.file_size, info.CRC), info) for name, info in members if not name.endswith("/")]
     files.sort(key=lambda file: file.name)
+    if any(file.handle.flag_bits & 1 for file in files):
+        raise DataError(f"{path} is encrypted; unpack it and set data.source to the folder.")
 
     def read(name: str, file: _File) -> EncodedImage:
         member: zipfile.ZipInfo = file.handle
@@ -450,7 +449,6 @@ def _class_folders(
 
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 _METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
-_SAVED_TO_DISK_NAMES = ("state.json", "dataset_dict.json")
 
 
 def _is_table(folder: Path, files: Iterable[Path]) -> bool:
@@ -520,10 +518,23 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
         datasets.disable_progress_bars()
     path = Path(config.source).expanduser()
     try:
-        is_saved = path.is_dir() and any((path / name).is_file() for name in _SAVED_TO_DISK_NAMES)
+        is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
         if is_saved and not is_streaming:
             return _load_saved(path, split)
-        arguments = _tables_of_saved(path) if is_saved else _load_dataset_arguments(path, config)
+        arguments: dict[str, Any]
+        if path.is_dir():
+            arguments = _tables_of_saved(path) if is_saved else _tables_of_folder(path)
+        elif path.is_file():
+            kind = path.suffix[1:].lower()
+            if kind not in ("parquet", "arrow"):
+                raise DataError(f"data.streaming does not support {path.suffix} files such as {path}; set it to false.")
+            arguments = {"path": kind, "data_files": _without_patterns(path)}
+        elif path.suffix[1:].isalpha() or config.source.startswith((".", "~", "/")) or config.source.count("/") > 1:
+            raise DataError(
+                f"data.source {config.source} does not exist; check the path (working directory {Path.cwd()})."
+            )
+        else:
+            arguments = {"path": config.source, "name": config.subset, "revision": config.revision}
         return datasets.load_dataset(**arguments, split=split, streaming=is_streaming)
     except DataError:
         raise
@@ -566,20 +577,6 @@ def _tables_of_saved(path: Path) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text())
         files[split] = [_without_patterns(folder / file["filename"]) for file in state["_data_files"]]
     return {"path": "arrow", "data_files": files}
-
-
-def _load_dataset_arguments(path: Path, config: DataConfig) -> dict[str, Any]:
-    """Return the arguments of `load_dataset` for a table, a folder of tables, or a Hub dataset."""
-    if path.is_file():
-        kind = path.suffix[1:].lower()
-        if kind not in ("parquet", "arrow"):
-            raise DataError(f"data.streaming does not support {path.suffix} files such as {path}; set it to false.")
-        return {"path": kind, "data_files": _without_patterns(path)}
-    if path.is_dir():
-        return _tables_of_folder(path)
-    if path.suffix[1:].isalpha() or config.source.startswith((".", "~", "/")) or config.source.count("/") > 1:
-        raise DataError(f"data.source {config.source} does not exist; check the path (working directory {Path.cwd()}).")
-    return {"path": config.source, "name": config.subset, "revision": config.revision}
 
 
 def _without_patterns(path: Path) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data import DataError, ImageSet, open_images
 from ddpm_hf.data.image_set import UnequalImages
+from tests.conftest import DIGITS
 
 RANDOM = np.random.default_rng(0)
 GRAY = RANDOM.integers(0, 256, (6, 5), dtype=np.uint8)
@@ -87,8 +88,13 @@ def write_parquet(
     return path
 
 
+def digits_table() -> datasets.Dataset:
+    """Return the first 20 of the embedded digits."""
+    return datasets.load_dataset("parquet", data_files=str(DIGITS), split="train[:20]")
+
+
 def open_source(source: Path | str, cache_dir: Path, *, with_labels: bool = False, **settings: Any) -> ImageSet:
-    """Open a dataset with datasettings."""
+    """Open a dataset."""
     return open_images(DataConfig(source=str(source), cache_dir=str(cache_dir), **settings), with_labels=with_labels)
 
 

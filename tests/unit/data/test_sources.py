@@ -20,6 +20,7 @@ from tests.unit.data.helpers import (
     GRAY,
     RANDOM,
     RGB,
+    digits_table,
     encode,
     open_source,
     pixels_of,
@@ -205,10 +206,6 @@ def test_settings_that_do_not_apply_to_a_folder_are_refused(
     assert sentence.format(folder) in refusal(folder, cache_dir, **setting)
 
 
-def digits_table() -> datasets.Dataset:
-    return datasets.load_dataset("parquet", data_files=str(DIGITS), split="train[:20]")
-
-
 @pytest.mark.parametrize("kind", ["file", "folder", "save_to_disk", "save_to_disk with splits"])
 def test_arrow_opens_like_the_parquet_it_came_from(tmp_path: Path, cache_dir: Path, kind: str) -> None:
     table, target = digits_table(), tmp_path / "digits"
@@ -366,6 +363,12 @@ def test_folders_and_zips_are_sorted_by_name(tmp_path: Path, name: str) -> None:
     shuffled = {name: FILES[name] for name in ("dog/1.png", "cat/2.PNG", "cat/deep/er.jpg", "cat/1.png")}
     images = open_source(store(tmp_path, name, shuffled), tmp_path / "cache", with_labels=True)
     assert np.array_equal(pixels_of(images), list(IMAGES.values()))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet", ".zip"])
+def test_a_folder_may_be_named_like_a_file(tmp_path: Path, suffix: str) -> None:
+    folder = write_files(tmp_path / f"pets{suffix}", FILES)
+    assert open_source(folder, tmp_path / "cache", with_labels=True).class_names == ("cat", "dog")
 
 
 def test_a_tar_keeps_its_order(tmp_path: Path) -> None:

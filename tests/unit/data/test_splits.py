@@ -15,16 +15,21 @@ import torch
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data import DataError, ImageSet, ImageStream, describe_sets, locations_of, open_sets, splits
 from tests.conftest import DIGITS
-from tests.unit.data.helpers import RANDOM, RGB, encode, open_source, pixels_of, write_files, write_parquet
+from tests.unit.data.helpers import (
+    RANDOM,
+    RGB,
+    digits_table,
+    encode,
+    open_source,
+    pixels_of,
+    write_files,
+    write_parquet,
+)
 
 
 @pytest.fixture
 def cache_dir(tmp_path: Path) -> Path:
     return tmp_path / "cache"
-
-
-def digits_table() -> datasets.Dataset:
-    return datasets.load_dataset("parquet", data_files=str(DIGITS), split="train[:20]")
 
 
 def open_both(source: Path, cache_dir: Path, **settings: Any) -> tuple[ImageSet, ImageSet]:
