@@ -3,15 +3,11 @@
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ddpm_hf.cli.common import find_folder, temporary_folder
 from ddpm_hf.cli.flags import Parser
 from ddpm_hf.config import ConfigError
 from ddpm_hf.files import format_bytes
-
-if TYPE_CHECKING:
-    from ddpm_hf.hub.push import Target
 
 _EXAMPLES = """examples:
   ddpm-hf push outputs/digits user/digits --dry_run      list the files and their sizes
@@ -83,16 +79,13 @@ def push(arguments: Sequence[str]) -> int:
     if options.dry_run:
         for name, size in pushed.sizes.items():
             print(f"{format_bytes(size):>10}  {name}")
+        where = f"{target.repo_id}{f', branch {target.branch}' if target.branch else ''}"
+        where += " (private, if it is created)" if target.private else ""
+        if target.as_pull_request:
+            where = f"a pull request to {target.repo_id}"
         total = format_bytes(sum(pushed.sizes.values()))
-        print(f"{total:>10}  in {len(pushed.sizes)} files would go to {_where(target)}.")
+        print(f"{total:>10}  in {len(pushed.sizes)} files would go to {where}.")
         print("No request was sent: whether you may push, and what the card on the Hub keeps, was not checked.")
         return 0
     print(f"{pushed.url}{'' if pushed.is_new else ' was up to date; nothing was sent'}")
     return 0
-
-
-def _where(target: "Target") -> str:
-    if target.as_pull_request:
-        return f"a pull request to {target.repo_id}"
-    branch = f", branch {target.branch}" if target.branch else ""
-    return f"{target.repo_id}{branch}{' (private, if it is created)' if target.private else ''}"

@@ -25,16 +25,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@raise_on_signals()
 def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     """Train as the command line says and return the exit code.
 
     During training a signal saves a checkpoint; before and after, it ends the command.
     """
-    with raise_on_signals():
-        return _train(arguments, prog)
-
-
-def _train(arguments: Sequence[str] | None, prog: str) -> int:
     config, is_dry_run = load_config(arguments, prog)
     needs_sklearn = config.evaluation.recognition and config.evaluation.num_samples
     if needs_sklearn and importlib.util.find_spec("sklearn") is None:
@@ -48,8 +44,14 @@ def _train(arguments: Sequence[str] | None, prog: str) -> int:
     program = f"python {prog}" if prog.endswith(".py") else prog
     command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     advice = "lower training.micro_batch_size, or evaluation.batch_size if it was while sampling the report"
-    with out_of_memory_advice(advice), _background_push(config) or nullcontext() as push:
-        publisher = None if push is None else make_publisher(push, _hub_folder(config))
+    hub_folder = Path(config.training.output_dir).expanduser() / HUB_DIR
+    push = None
+    if config.hub.push_to_hub:
+        from ddpm_hf.hub.background import BackgroundPush
+
+        push = BackgroundPush(config.hub, hub_folder)
+    with out_of_memory_advice(advice), push or nullcontext():
+        publisher = None if push is None else make_publisher(push, hub_folder)
         trainer = Trainer(config, _make_scorer(config), publisher)
         try:
             exit_code = _run(trainer, push, command, is_dry_run=is_dry_run)
@@ -79,7 +81,10 @@ def _run(trainer: "Trainer", push: "BackgroundPush | None", command: str, *, is_
     if exit_code or not trainer.is_main_process:
         return exit_code
     if trainer.config.evaluation.num_samples:
-        _report(trainer, command)
+        try:
+            _write_report(trainer, command)
+        except ValueError as error:  # not a mistake of the user here, and the trained pipeline is not affected
+            raise RuntimeError(f"the report failed; the trained pipeline is in {trainer.folder.pipeline}") from error
     if push is not None and not push.finish(trainer.folder.path):
         print_error(
             f"the trained pipeline is not on the Hub; it is in {trainer.folder.pipeline}, and the same command tries "
@@ -87,19 +92,6 @@ def _run(trainer: "Trainer", push: "BackgroundPush | None", command: str, *, is_
         )
         return 1
     return 0
-
-
-def _hub_folder(config: RunConfig) -> Path:
-    return Path(config.training.output_dir).expanduser() / HUB_DIR
-
-
-def _background_push(config: RunConfig) -> "BackgroundPush | None":
-    if not config.hub.push_to_hub:
-        return None
-
-    from ddpm_hf.hub.background import BackgroundPush
-
-    return BackgroundPush(config.hub, _hub_folder(config))
 
 
 def make_publisher(push: "BackgroundPush", hub_folder: Path) -> "Publisher":
@@ -186,14 +178,6 @@ def _fit(trainer: "Trainer") -> int:
     except ValueError as error:
         raise RuntimeError("training failed") from error
     return 0
-
-
-def _report(trainer: "Trainer", command: str) -> None:
-    """Write the report; a ValueError is not a mistake of the user here, and does not affect the trained pipeline."""
-    try:
-        _write_report(trainer, command)
-    except ValueError as error:
-        raise RuntimeError(f"the report failed; the trained pipeline is in {trainer.folder.pipeline}") from error
 
 
 def _check_classes(trainer: "Trainer") -> None:
