@@ -35,6 +35,9 @@ EVALUATION_COLUMNS = 8
 BACKGROUND = 255
 LABEL_COLOR = (60, 60, 60)
 LABEL_HEIGHT = 26
+GAP = 4  # between images and around a grid
+STRIP_FRAMES, ANIMATION_FRAMES = 10, 40
+FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 80, 2500  # GIF has a resolution of 10 ms
 MAX_FONT_SIZE, MIN_FONT_SIZE = 17, 8
 
 
@@ -47,138 +50,91 @@ def image_grid(
     num_columns: int,
     *,
     enlarge_to: int = 64,
-    gap: int = 4,
     column_labels: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Arrange images in rows, with gaps between them.
+    """Arrange images in rows, with gaps between them, as an RGB picture.
 
     Args:
         images: uint8, (number, height, width, channels).
         num_columns: Images in a row.
         enlarge_to: Smaller images are enlarged to about this many pixels on the longer side, by an integer factor and
             without smoothing. Larger images keep their size.
-        gap: Pixels between images and around the grid.
         column_labels: One word above each column.
-
-    Returns:
-        The grid, RGB.
-
-    Raises:
-        ValueError: The images are not uint8 of that shape, or there is not one label per column.
     """
     _check_images(images, "images", num_dimensions=4)
     if num_columns < 1:
         raise ValueError(f"num_columns is {num_columns}; a grid needs at least 1 column.")
     if column_labels is not None and len(column_labels) != num_columns:
         raise ValueError(f"There are {len(column_labels)} column_labels for {num_columns} columns; give one each.")
-    tiles = _enlarge(_to_rgb(images), enlarge_to)
+    tiles = _to_rgb(images)
+    factor = max(1, round(enlarge_to / max(tiles.shape[1:3])))
+    tiles = tiles.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, _ = tiles.shape
     num_rows = -(-count // num_columns)
-    top = gap if column_labels is None else LABEL_HEIGHT
-    shape = (top + num_rows * (height + gap), gap + num_columns * (width + gap), 3)
+    top = GAP if column_labels is None else LABEL_HEIGHT
+    shape = (top + num_rows * (height + GAP), GAP + num_columns * (width + GAP), 3)
     canvas = np.full(shape, BACKGROUND, np.uint8)
     for index, tile in enumerate(tiles):
         row, column = divmod(index, num_columns)
-        y, x = top + row * (height + gap), gap + column * (width + gap)
+        y, x = top + row * (height + GAP), GAP + column * (width + GAP)
         canvas[y : y + height, x : x + width] = tile
     picture = Image.fromarray(canvas)
     if column_labels is not None:
-        centers = [gap + column * (width + gap) + width / 2 for column in range(num_columns)]
+        centers = [GAP + column * (width + GAP) + width / 2 for column in range(num_columns)]
         _write_labels(picture, column_labels, centers, width)
     return picture
 
 
-def denoising_strip(trajectory: UInt8Array, *, num_frames: int = 10, enlarge_to: int = 64, gap: int = 4) -> Image.Image:
+def denoising_strip(trajectory: UInt8Array) -> Image.Image:
     """Draw a denoising trajectory: one row per image, from noise on the left to the image on the right.
 
     Args:
-        trajectory: uint8, (frames, number, height, width, channels), from noise to image.
-        num_frames: Frames to draw, evenly spaced, including the first and the last; all frames if there are fewer.
-        enlarge_to: See `image_grid`.
-        gap: See `image_grid`.
-
-    Returns:
-        The strip, RGB.
-
-    Raises:
-        ValueError: The trajectory is not uint8 of that shape, or num_frames is below 2.
+        trajectory: uint8, (frames, number, height, width, channels), from noise to image; at most STRIP_FRAMES of the
+            frames are drawn, evenly spaced.
     """
     _check_images(trajectory, "trajectory", num_dimensions=5)
-    shown = trajectory[_spread(len(trajectory), num_frames)]
+    shown = trajectory[_spread(len(trajectory), STRIP_FRAMES)]
     rows = shown.swapaxes(0, 1).reshape(-1, *shown.shape[2:])
     labels = ["noise", *[""] * (len(shown) - 2), "image"] if len(shown) > 1 else None
-    return image_grid(rows, len(shown), enlarge_to=enlarge_to, gap=gap, column_labels=labels)
+    return image_grid(rows, len(shown), column_labels=labels)
 
 
-def forward_strip(
-    states: UInt8Array,
-    timesteps: Sequence[int],
-    snrs: Sequence[float],
-    *,
-    enlarge_to: int = 96,
-    gap: int = 4,
-) -> Image.Image:
+def forward_strip(states: UInt8Array, timesteps: Sequence[int], snrs: Sequence[float]) -> Image.Image:
     """Draw states of the forward process in one row, with t above and the SNR below each state.
 
     Args:
         states: uint8, (number, height, width, channels), x_t at each of the timesteps.
         timesteps: t of each state.
         snrs: alpha_bar_t / (1 - alpha_bar_t) of each state.
-        enlarge_to: See `image_grid`.
-        gap: See `image_grid`.
-
-    Returns:
-        The strip, RGB.
-
-    Raises:
-        ValueError: The states are not uint8 of that shape, or there is not one t and one SNR per state.
     """
-    _check_images(states, "states", num_dimensions=4)
     if not len(states) == len(timesteps) == len(snrs):
         raise ValueError(
             f"There are {len(states)} states, {len(timesteps)} timesteps and {len(snrs)} snrs; give one per state."
         )
-    grid = image_grid(
-        states, len(states), enlarge_to=enlarge_to, gap=gap, column_labels=[f"t = {t}" for t in timesteps]
-    )
-    picture = Image.new("RGB", (grid.width, grid.height - gap + LABEL_HEIGHT), (BACKGROUND,) * 3)
+    grid = image_grid(states, len(states), enlarge_to=96, column_labels=[f"t = {t}" for t in timesteps])
+    picture = Image.new("RGB", (grid.width, grid.height - GAP + LABEL_HEIGHT), (BACKGROUND,) * 3)
     picture.paste(grid)
-    width = (grid.width - gap) // len(states) - gap
-    centers = [gap + column * (width + gap) + width / 2 for column in range(len(states))]
-    _write_labels(picture, [f"SNR {_format_snr(snr)}" for snr in snrs], centers, width, top=grid.height - gap)
+    width = (grid.width - GAP) // len(states) - GAP
+    centers = [GAP + column * (width + GAP) + width / 2 for column in range(len(states))]
+    _write_labels(picture, [f"SNR {_format_snr(snr)}" for snr in snrs], centers, width, top=grid.height - GAP)
     return picture
 
 
-def save_animation(
-    trajectory: UInt8Array,
-    path: Path,
-    *,
-    num_columns: int,
-    frame_milliseconds: int = 80,
-    hold_last: int = 2500,
-    max_frames: int = 40,
-    enlarge_to: int = 48,
-) -> None:
-    """Write a looping GIF of a denoising trajectory, as a grid of images.
+def save_animation(trajectory: UInt8Array, path: Path, *, num_columns: int) -> None:
+    """Write a looping GIF of a denoising trajectory, as a grid of images, which holds the last frame.
 
     Args:
-        trajectory: uint8, (frames, number, height, width, channels), from noise to image.
+        trajectory: uint8, (frames, number, height, width, channels), from noise to image; at most ANIMATION_FRAMES of
+            the frames are drawn, evenly spaced.
         path: The file.
         num_columns: Images in a row of the grid.
-        frame_milliseconds: Duration of a frame; GIF has a resolution of 10 ms.
-        hold_last: Duration of the last frame in milliseconds.
-        max_frames: Longer trajectories are reduced to this many frames.
-        enlarge_to: See `image_grid`.
-
-    Raises:
-        ValueError: The trajectory is not uint8 of that shape, or max_frames is below 2.
     """
     _check_images(trajectory, "trajectory", num_dimensions=5)
     frames = [
-        image_grid(trajectory[index], num_columns, enlarge_to=enlarge_to).quantize(256, dither=Image.Dither.NONE)
-        for index in _spread(len(trajectory), max_frames)
+        image_grid(trajectory[index], num_columns, enlarge_to=48).quantize(256, dither=Image.Dither.NONE)
+        for index in _spread(len(trajectory), ANIMATION_FRAMES)
     ]
-    durations = [frame_milliseconds] * (len(frames) - 1) + [hold_last]
+    durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_FRAME_MILLISECONDS]
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
@@ -203,16 +159,8 @@ def _to_rgb(images: UInt8Array) -> UInt8Array:
     return np.repeat(side_by_side, 3, axis=-1)
 
 
-def _enlarge(tiles: UInt8Array, target: int) -> UInt8Array:
-    """Repeat pixels so that the longer side is nearest to `target`; never shrink."""
-    factor = max(1, round(target / max(tiles.shape[1:3])))
-    return tiles.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
 def _spread(length: int, count: int) -> list[int]:
     """Return `count` indices into a list, evenly spaced from the first to the last; all if there are fewer."""
-    if count < 2:
-        raise ValueError(f"the number of frames is {count}; use at least 2, for a first and a last one.")
     return [round(position) for position in np.linspace(0, length - 1, min(count, length)).tolist()]
 
 
@@ -239,17 +187,11 @@ def _write_labels(
         if max(draw.textlength(line, font) for line in lines) <= room:
             break
     for line, center in zip(lines, centers, strict=True):
-        text = _fit(draw, line, font, room)
+        text = line
+        while line and draw.textlength(text, font) > room:
+            line = line[:-1]
+            text = line + "…"
         draw.text((center, top + LABEL_HEIGHT / 2), text, LABEL_COLOR, font, anchor="mm")
-
-
-def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """Shorten a label with an ellipsis to at most `width` pixels."""
-    if draw.textlength(text, font) <= width:
-        return text
-    while text and draw.textlength(text + "…", font) > width:
-        text = text[:-1]
-    return text + "…"
 
 
 def training_curves(runs: Mapping[str, Rows], path: Path) -> None:
@@ -262,9 +204,6 @@ def training_curves(runs: Mapping[str, Rows], path: Path) -> None:
     Args:
         runs: Rows of metrics.jsonl of each run by name. A single run may have the name "".
         path: The PNG file.
-
-    Raises:
-        ValueError: There is no run, or a run has no finite loss, validation_loss or score.
     """
     from matplotlib.lines import Line2D
 
@@ -328,9 +267,6 @@ def timestep_curves(path: Path, *, metrics: Rows = (), bound: Mapping[str, Any] 
         metrics: Rows of metrics.jsonl, of which `loss_q0` to `loss_q3` are drawn.
         bound: The entry `bound` of an evaluation.json: `timesteps`, `x_0_mse`, `eps_mse`, `terms` and `counts`, one
             number per reverse step.
-
-    Raises:
-        ValueError: There is nothing to draw, or the bound does not have one number per timestep.
     """
     quartiles = []
     for quartile in range(len(QUARTILES)):
@@ -380,11 +316,7 @@ def _score_kind(row: Mapping[str, Any]) -> str | None:
 
 
 def _draw_smoothed(axes: Any, steps: FloatArray, values: FloatArray, color: str, style: str = "-") -> Any:
-    """Draw values faintly with their moving average in front, or only the values if they are few.
-
-    Returns:
-        The line in front.
-    """
+    """Draw values faintly, and return the line in front: their moving average, or the values if they are few."""
     if values.size < MIN_SMOOTHED:
         (line,) = axes.plot(steps, values, "o", ls=style, ms=3, lw=1.5, color=color)
         return line
@@ -449,14 +381,9 @@ def _draw_by_timestep(axes: Any, columns: Mapping[str, FloatArray], name: str, c
 
 
 def bin_means(values: npt.ArrayLike, counts: npt.ArrayLike, num_bins: int = NUM_BINS) -> FloatArray:
-    """Return means over neighboring reverse steps, weighted by the number of images each value was computed for.
+    """Return means over neighboring reverse steps, weighted by `counts`, the images each value was computed for.
 
-    In a bound estimated from a few terms per image, most steps have seen few images.
-
-    Args:
-        values: One value per reverse step; ignored where the count is 0.
-        counts: Number of images per reverse step.
-        num_bins: Maximum number of means; bins without an image are left out.
+    In a bound estimated from a few terms per image, most steps have seen few images; bins without any are left out.
     """
     weights = np.asarray(counts, np.float64)
     known = np.where(weights > 0, np.asarray(values, np.float64), 0.0)
@@ -495,7 +422,7 @@ def evaluation_plot(
 
     Args:
         path: The PNG file.
-        samples: uint8 (number, height, width, channels).
+        samples: uint8 (number, height, width, channels), as `real` and `neighbors`.
         real: Real images, drawn at random.
         neighbors: The nearest real image of each of the first samples.
         distances: Distances of these, root mean square in [0, 1].
@@ -553,9 +480,6 @@ def schedule_plot(
             has too few digits for small betas.
         path: The PNG file.
         loss_weights: Factor on the squared error of the prediction at each t, (T,), for some or all schedules.
-
-    Raises:
-        ValueError: There is no schedule, one is invalid, or loss weights do not belong to a schedule.
     """
     alpha_bars = {name: np.asarray(table, np.float64) for name, table in schedules.items()}
     weights = {name: np.asarray(table, np.float64) for name, table in (loss_weights or {}).items()}

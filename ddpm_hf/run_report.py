@@ -103,9 +103,6 @@ def write_report(
         settings: The main settings, for a table in the README.
         sampler: How the samples were drawn.
         step: Training step of the pipeline, for recognition.json.
-
-    Raises:
-        ValueError: Samples, labels and class names do not fit each other.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     caption = draw_samples(output_dir, samples, sample_labels, class_names, trajectory)
@@ -153,21 +150,7 @@ def draw_samples(
     class_names: Sequence[str] | None,
     trajectory: UInt8Array,
 ) -> str:
-    """Draw samples.png, denoising.png and denoising.gif.
-
-    Args:
-        output_dir: An existing folder.
-        samples: See `write_report`.
-        labels: See `sample_labels` of `write_report`.
-        class_names: See `write_report`.
-        trajectory: See `write_report`.
-
-    Returns:
-        A caption of samples.png.
-
-    Raises:
-        ValueError: Samples, labels and class names do not fit each other.
-    """
+    """Draw samples.png, denoising.png and denoising.gif of the arrays of `write_report`, and return a caption."""
     if labels is None:
         num_columns = max(1, min(MAX_COLUMNS, math.isqrt(len(samples))))
         grid = image_grid(samples[: num_columns**2], num_columns)

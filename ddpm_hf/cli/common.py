@@ -38,12 +38,7 @@ _PIPELINE_FILES = (MODEL_INDEX, VERIFICATION, "*.py", "unet/*", "scheduler/*")
 
 
 class RankError(Exception):
-    """An error of this rank only, which prints its message itself.
-
-    Args:
-        message: What went wrong, and the fix.
-        exit_code: Exit code of the command.
-    """
+    """An error of this rank only, which prints its message itself, and the exit code of the command."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -51,11 +46,7 @@ class RankError(Exception):
 
 
 class Terminated(SystemExit):
-    """Raised by a signal. Not an Exception, so that no `except Exception` catches it.
-
-    Args:
-        number: The signal.
-    """
+    """Raised by a signal. Not an Exception, so that no `except Exception` catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(143)
@@ -100,15 +91,7 @@ def raise_on_signals() -> Iterator[None]:
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """Create a folder that is removed at the end, also if signals arrive at any moment.
-
-    Args:
-        prefix: Prefix of its name.
-
-    Raises:
-        Terminated: At SIGTERM and SIGUSR1.
-        KeyboardInterrupt: At SIGINT.
-    """
+    """Create a folder that is removed at the end, also if signals arrive at any moment; see `raise_on_signals`."""
     folder = None
     with raise_on_signals():
         try:
@@ -148,16 +131,7 @@ def _signal_handler(handle: Callable[[int, FrameType | None], object]) -> Iterat
 
 
 def find_folder(name: str, revision: str | None = None) -> Path | None:
-    """Return the local folder of a pipeline, that of a run included; None for a Hub repository.
-
-    Args:
-        name: A folder or a repository id.
-        revision: Revision of the repository, which a folder does not have.
-
-    Raises:
-        ConfigError: The folder holds no pipeline, the name is neither a folder nor a valid repository id, or a
-            revision is given for a folder.
-    """
+    """Return the local folder of a pipeline, that of a run included; None for a Hub repository."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.exists() or name.startswith(("/", ".", "~")) or not _REPOSITORY_ID.fullmatch(name):
@@ -183,10 +157,6 @@ def load_pipeline(name: str, folder: Path | None, **options: Any) -> "GaussianDi
         name: Folder or repository id, as given by the user.
         folder: The result of `find_folder`.
         **options: Arguments of `from_pretrained`; None stands for the default.
-
-    Raises:
-        ConfigError: It cannot be loaded.
-        ValueError: It has no safetensors, or its parts do not fit each other.
     """
     import torch
     from diffusers.utils.logging import disable_progress_bar
@@ -224,11 +194,7 @@ def _diffusers_messages_on_success() -> Iterator[None]:
 
 
 def download_folder(name: str, revision: str | None = None) -> Path:
-    """Return a local copy of the files of a pipeline on the Hub.
-
-    Raises:
-        ConfigError: It cannot be downloaded, or holds no pipeline.
-    """
+    """Return a local copy of the files of a pipeline on the Hub."""
     from huggingface_hub import snapshot_download
 
     try:

@@ -27,6 +27,8 @@ SAMPLES = "evaluation_samples"
 # If no metric needs samples, a few are sampled in few steps for the picture.
 PICTURE_SAMPLES, NUM_PICTURE_SAMPLES, NUM_PICTURE_STEPS = "evaluation_picture", 64, 50
 NUM_SAMPLES, NUM_NEIGHBORS = 50_000, 32
+# Flags that another copy of the model does not need; a variance that was estimated is saved with the model.
+LOCAL_FLAGS = ("folder", "revision", "variant", "data_cache_dir", "estimate_variance")
 
 # Settings that identify the data: the validation set of a run is used only for the same data.
 _WHICH_DATA = ("source", "subset", "revision", "split")
@@ -466,7 +468,7 @@ def given_flags(flags: EvaluateFlags) -> list[str]:
     words = []
     for field in dataclasses.fields(flags):
         name, value = field.name, getattr(flags, field.name)
-        if value == field.default or name in ("folder", "revision", "data_cache_dir") or isinstance(value, Path):
+        if value == field.default or name in LOCAL_FLAGS or isinstance(value, Path):
             continue
         text = ",".join(map(str, value)) if isinstance(value, list) else value
         words.append(f"--{name.replace('data_', 'data.')}" + ("" if value is True else f"={text}"))

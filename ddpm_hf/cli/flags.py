@@ -168,11 +168,7 @@ class SamplingFlags:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def check_sampling(self) -> None:
-        """Refuse contradictions, and warn about flags without effect.
-
-        Raises:
-            ConfigError: The analytic variance is asked for with another scheduler.
-        """
+        """Refuse contradictions, and warn about flags without effect."""
         if self.scheduler not in (None, NATIVE_SCHEDULER) and self.variance == "analytic":
             raise ConfigError(f"--variance analytic needs {NATIVE_SCHEDULER}; remove --scheduler {self.scheduler}.")
         if self.guidance_rescale and self.guidance_scale == 1:
@@ -182,11 +178,7 @@ class SamplingFlags:
             )
 
     def check_scheduler(self) -> None:
-        """Refuse a scheduler that does not exist, or that has no eta if --eta is given. Imports torch.
-
-        Raises:
-            ValueError: With the fix, or a similar name.
-        """
+        """Refuse a scheduler that does not exist, or that has no eta if --eta is given. Imports torch."""
         from ddpm_hf.evaluation.generate import scheduler_class
 
         if self.scheduler is None:
@@ -196,11 +188,7 @@ class SamplingFlags:
             raise ConfigError(f"--eta is {self.eta}, but {self.scheduler} has no eta; remove one of them.")
 
     def label_list(self, pipeline: "GaussianDiffusionPipeline") -> list[int] | None:
-        """Return the numbers of the labels, all classes by default; None for an unconditional network.
-
-        Raises:
-            ConfigError: A label does not exist.
-        """
+        """Return the numbers of the labels, all classes by default; None for an unconditional network."""
         from ddpm_hf.diffusion.pipeline import label_numbers
 
         if self.labels is None:

@@ -110,16 +110,8 @@ def _positive_int(text: str) -> int:
     return int(text)
 
 
-def _with_resolution(data: DataConfig, resolution: int | None) -> DataConfig:
-    return data if resolution is None else replace(data, resolution=resolution)
-
-
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """Return the name of each input for a legend, or its path if several have the same name.
-
-    Raises:
-        ValueError: An input is given twice.
-    """
+    """Return the name of each input for a legend, or its path if several have the same name."""
     resolved = [path.resolve() for path in paths]
     for index, path in enumerate(resolved):
         if path in resolved[:index]:
@@ -149,49 +141,38 @@ class Process:
 
 
 def read_process(path: Path) -> Process:
-    """Read a forward process from a YAML file, a run folder, a pipeline folder or a scheduler_config.json.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """Read a forward process from a YAML file, a run folder, a pipeline folder or a scheduler_config.json."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a YAML file, a run folder or a pipeline folder.")
     file = path
     if path.is_dir():
         candidates = (path / "scheduler" / SCHEDULER_CONFIG, path / SCHEDULER_CONFIG, path / RUN_CONFIG)
-        found = [candidate for candidate in candidates if candidate.is_file()]
-        if not found:
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
             raise ValueError(
                 f"{path} holds no schedule: it has no scheduler/{SCHEDULER_CONFIG}, {SCHEDULER_CONFIG} or {RUN_CONFIG}."
             )
-        file = found[0]
-    return _read_scheduler(file) if file.suffix == ".json" else _read_config(file)
-
-
-def _read_config(file: Path) -> Process:
+        file = found
     from ddpm_hf.diffusion import GaussianDiffusionScheduler
 
-    try:
-        config = read_config(file)
-    except ConfigError as error:
-        raise ConfigError(f"{file} is not the configuration of a run: {error}") from None
-    scheduler = GaussianDiffusionScheduler.create(**config.diffusion.scheduler_options())
+    config = None
+    if file.suffix == ".json":
+        content = read_json(file)
+        for name in ("num_train_timesteps", "beta_schedule"):
+            if name not in content:
+                raise ValueError(f"{file} is not the configuration of a scheduler with betas: it has no {name}.")
+        try:
+            scheduler = GaussianDiffusionScheduler.from_config(content)
+        except Exception as error:  # torch raises several types for tables that are too large
+            reason = reason_of(error)
+            raise ValueError(f"{file} is not the configuration of a scheduler with betas: {reason}.") from error
+    else:
+        try:
+            config = read_config(file)
+        except ConfigError as error:
+            raise ConfigError(f"{file} is not the configuration of a run: {error}") from None
+        scheduler = GaussianDiffusionScheduler.create(**config.diffusion.scheduler_options())
     return Process(scheduler.noise_schedule, scheduler.config["prediction_type"], config)
-
-
-def _read_scheduler(file: Path) -> Process:
-    """Read the forward process of any scheduler with betas."""
-    content = read_json(file)
-    for name in ("num_train_timesteps", "beta_schedule"):
-        if name not in content:
-            raise ValueError(f"{file} is not the configuration of a scheduler with betas: it has no {name}.")
-    from ddpm_hf.diffusion import GaussianDiffusionScheduler
-
-    try:
-        scheduler = GaussianDiffusionScheduler.from_config(content)
-    except Exception as error:  # torch raises several types for tables that are too large
-        raise ValueError(f"{file} is not the configuration of a scheduler with betas: {reason_of(error)}.") from error
-    return Process(scheduler.noise_schedule, scheduler.config["prediction_type"], None)
 
 
 def _plot_schedules(options: Namespace) -> Plot:
@@ -229,7 +210,7 @@ def _plot_noising(options: Namespace) -> Plot:
         if not 0 <= t < num_timesteps:
             raise ValueError(f"--timesteps {t} is out of range; give 0 to {num_timesteps - 1}.")
     data = process.config.data if process.config else DataConfig()
-    image = read_image(options.image, _with_resolution(data, options.resolution))
+    image = read_image(options.image, replace(data, resolution=options.resolution or data.resolution))
     if image.shape[1] * len(timesteps) > MAX_WIDTH:
         raise ValueError(f"{len(timesteps)} images of {image.shape[1]} pixels are too wide; give --resolution.")
     states = noise_image(image, process, timesteps, options.seed)
@@ -238,13 +219,7 @@ def _plot_noising(options: Namespace) -> Plot:
 
 
 def noise_image(image: "UInt8Array", process: Process, timesteps: Sequence[int], seed: int) -> "UInt8Array":
-    """Add the same noise to an image at several timesteps, in float32.
-
-    Args:
-        image: uint8 (height, width, channels).
-        process: The forward process.
-        timesteps: The timesteps.
-        seed: Seed of the noise.
+    """Add the same noise to an image (height, width, channels) at several timesteps, in float32.
 
     Returns:
         uint8 (len(timesteps), height, width, channels): x_t, clipped to [-1, 1].
@@ -268,11 +243,7 @@ def noise_image(image: "UInt8Array", process: Process, timesteps: Sequence[int],
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the metrics of a run folder or a metrics.jsonl, without an incomplete last line.
-
-    Raises:
-        ValueError: There are none.
-    """
+    """Read the metrics of a run folder or a metrics.jsonl, without an incomplete last line."""
     from ddpm_hf.training.logging import MetricsLog
 
     file = path / METRICS if path.is_dir() else path
@@ -320,11 +291,7 @@ def _plot_timesteps(options: Namespace) -> Plot:
 
 
 def read_image(file: Path, data: DataConfig) -> "UInt8Array":
-    """Read an image with the data settings of a run, but a center crop; uint8 (height, width, channels).
-
-    Raises:
-        ValueError: It cannot be read, or does not have the channels of the settings.
-    """
+    """Read an image with the data settings of a run, but a center crop; uint8 (height, width, channels)."""
     from ddpm_hf.data.decode import EncodedImage
 
     if not file.is_file():
@@ -339,9 +306,6 @@ def read_folder(folder: Path, data: DataConfig, num_columns: int, num_rows: int)
     Returns:
         uint8 (number, height, width, channels) in the order of a grid; column labels, none without subfolders; and a
         description.
-
-    Raises:
-        ValueError: There are none, or they differ in size.
     """
     import numpy as np
 
@@ -392,7 +356,7 @@ def _decode(cells: "Sequence[EncodedImage]", data: DataConfig) -> "list[UInt8Arr
 def _plot_grid(options: Namespace) -> Plot:
     from ddpm_hf.plots import image_grid
 
-    data = _with_resolution(DataConfig(), options.resolution)
+    data = DataConfig(resolution=options.resolution)
     images, labels, content = read_folder(options.folder, data, options.columns, options.rows)
     num_columns = len(labels) or min(options.columns, len(images))
     if images.shape[2] * num_columns > MAX_WIDTH:

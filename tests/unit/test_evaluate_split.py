@@ -105,6 +105,7 @@ def test_the_flags_in_evaluation_json_repeat_the_evaluation_and_hold_no_local_pa
     data = tmp_path / "my digits.parquet"
     data.touch()
     local = ["--output", str(tmp_path), "--weights", str(data), "--data.cache_dir", str(tmp_path)]
+    local += ["--estimate_variance", "5", "--variant", "fp16"]
     shared = [
         "--data.subset", "a b", "--data.crop_before_resize", "1,2,3,4", "--data.validation_fraction", "0.15",
         "--split_seed", "3", "--metrics", "fid,bits_per_dim", "--features", "inception", "--num_samples", "50",
