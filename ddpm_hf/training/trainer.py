@@ -11,6 +11,7 @@ import logging
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -196,6 +197,11 @@ class Trainer:
         """Collective: wait for all ranks, including the report of rank 0, and destroy the process group."""
         distributed.barrier()
         self.accelerator.end_training()
+
+    def leave_the_others(self) -> None:
+        """Call `shutdown`; the name in version 0.1."""
+        warnings.warn("Trainer.leave_the_others is now Trainer.shutdown", DeprecationWarning, stacklevel=2)
+        self.shutdown()
 
     # -------------------------------------------------------------------------------------------------------- loop
 
