@@ -61,8 +61,8 @@ def test_former_names_still_work_with_a_warning(continued_run: Path, monkeypatch
     pushed = []
     monkeypatch.setattr("ddpm_hf.hub.publish.push", lambda *arguments, **options: pushed.append((arguments, options)))
     with pytest.warns(DeprecationWarning, match=r"ddpm_hf\.hub\.push\.push"):
-        publish(continued_run / "pipeline", Target("user/model"), run=continued_run, license="mit", fp16=True)
-    assert pushed == [((continued_run, Target("user/model", license="mit")), {"fp16": True})]
+        publish(continued_run / "pipeline", Target(repo_id="user/model"), run=continued_run, license="mit", fp16=True)
+    assert pushed == [((continued_run, Target(repo_id="user/model", license="mit")), {"fp16": True})]
     shut_down = []
     monkeypatch.setattr(Trainer, "shutdown", shut_down.append)
     trainer = Trainer.__new__(Trainer)
