@@ -64,7 +64,7 @@ def test_former_names_still_work_with_a_warning(continued_run: Path, monkeypatch
         publish(continued_run / "pipeline", Target(repo_id="user/model"), run=continued_run, license="mit", fp16=True)
     assert pushed == [((continued_run, Target(repo_id="user/model", license="mit")), {"fp16": True})]
     shut_down = []
-    monkeypatch.setattr(Trainer, "shutdown", shut_down.append)
+    monkeypatch.setattr(Trainer, "shutdown", lambda trainer: shut_down.append(trainer))
     trainer = Trainer.__new__(Trainer)
     with pytest.warns(DeprecationWarning, match=r"Trainer\.shutdown"):
         trainer.leave_the_others()
