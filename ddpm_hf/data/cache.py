@@ -308,11 +308,7 @@ class BadImages:
     unreachable: set[int] = field(default_factory=set)
 
     def add(self, row: int, error: BadImage) -> None:
-        """Record an unreadable image.
-
-        Raises:
-            DataError: There are more than allowed.
-        """
+        """Record an unreadable image; raise a DataError if there are more than allowed."""
         self.reasons[row] = str(error)
         if isinstance(error, UnreachableImage):
             self.unreachable.add(row)
@@ -373,11 +369,7 @@ class HeaderStatistics:
         return OutputFormat(num_channels, dtype, config.background, Geometry.of(config))
 
     def sizes_after(self, geometry: Geometry) -> Counter[tuple[int, int]]:
-        """Return the number of images per size (height, width) in the cache.
-
-        Raises:
-            DataError: A crop is larger than an image, or the sizes differ and `data.resolution` is not set.
-        """
+        """Return the number of images per size (height, width) in the cache."""
         after: Counter[tuple[int, int]] = Counter()
         for (width, height), name in self.first_of_size.items():
             size = geometry.size_after(width, height, name)

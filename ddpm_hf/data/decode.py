@@ -405,18 +405,17 @@ class Geometry:
         if self.first_crop is None:
             return 0, 0, width, height
         if isinstance(self.first_crop, int):
-            side = self.first_crop
-            left, top = (width - side) // 2, (height - side) // 2
-            box = (left, top, left + side, top + side)
+            left, top = (width - self.first_crop) // 2, (height - self.first_crop) // 2
+            right, bottom = left + self.first_crop, top + self.first_crop
         else:
-            box = (self.first_crop[0], self.first_crop[1], self.first_crop[2], self.first_crop[3])
-        if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height:
+            left, top, right, bottom = self.first_crop
+        if left < 0 or top < 0 or right > width or bottom > height:
             crop = list(self.first_crop) if isinstance(self.first_crop, tuple) else self.first_crop
             raise DataError(
                 f"{name} has {width}x{height} pixels, fewer than data.crop_before_resize {crop} needs; choose a "
                 "smaller crop."
             )
-        return box
+        return left, top, right, bottom
 
     def _box_and_size(
         self, width: int, height: int, name: str

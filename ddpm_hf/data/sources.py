@@ -2,6 +2,8 @@
 
 `find_source` returns a `Source`: numbered encoded images that can be read in order, their labels, and a fingerprint
 that changes with the data. Only a .npy file that needs no preprocessing is opened directly, as an `ImageSet`.
+
+Data and settings that cannot be used raise a `DataError`.
 """
 
 import glob
@@ -77,9 +79,6 @@ def find_source(config: DataConfig, split: str) -> Source | ImageSet:
 
     Returns:
         The encoded images, or the images themselves if they are a .npy file that needs no preprocessing.
-
-    Raises:
-        DataError: There is no such dataset or split, or a setting does not apply to it.
     """
     folder = find_folder(config, split)
     if folder is not None:
@@ -100,11 +99,7 @@ def find_source(config: DataConfig, split: str) -> Source | ImageSet:
 
 
 def find_folder(config: DataConfig, split: str) -> Source | None:
-    """Find the images of a local folder; return None for a folder with tables and for any other source.
-
-    Raises:
-        DataError: There is no such split, or a setting does not apply to local datasets or to folders.
-    """
+    """Find the images of a local folder; return None for a folder with tables and for any other source."""
     path = Path(config.source).expanduser()
     if path.exists():
         _check_unset(config, ("subset", "revision"), f"{path}, which is not a Hub dataset")
@@ -236,9 +231,6 @@ def open_folder(path: Path, split: str, files: Iterable[Path] | None = None) -> 
         path: The folder.
         split: The split, or a part of it.
         files: All files below the folder, if the caller has already walked it.
-
-    Raises:
-        DataError: There are no images, or no such split.
     """
     found = [
         _File(file.relative_to(path).as_posix(), file_identity(file), file)
@@ -249,11 +241,7 @@ def open_folder(path: Path, split: str, files: Iterable[Path] | None = None) -> 
 
 
 def open_zip(path: Path, split: str) -> Source:
-    """Find the images of a zip file, without unpacking it.
-
-    Raises:
-        DataError: There are no images, or the file is damaged or encrypted.
-    """
+    """Find the images of a zip file, without unpacking it."""
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
@@ -285,11 +273,7 @@ class _TarMember(tarfile.TarInfo):
 
 
 def open_tar(path: Path, split: str) -> Source:
-    """Find the images of a tar file, compressed or not, in the order of the archive.
-
-    Raises:
-        DataError: There are no images, or the file is damaged.
-    """
+    """Find the images of a tar file, compressed or not, in the order of the archive."""
     try:
         archive = tarfile.open(path, tarinfo=_TarMember)
         members = archive.getmembers()
@@ -507,11 +491,7 @@ def _identity_of_files(encoded: "Dataset", image_column: str) -> str:
 
 
 def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) -> Any:
-    """Load one split with the `datasets` library.
-
-    Raises:
-        DataError: It cannot be loaded.
-    """
+    """Load one split with the `datasets` library."""
     import datasets
 
     if not sys.stderr.isatty():
@@ -635,11 +615,7 @@ def _tables_by_split(tables: list[Path], folder: Path) -> dict[str, list[str]]:
 
 
 def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | None]:
-    """Return the image column and the label column, configured or detected.
-
-    Raises:
-        DataError: A configured column does not exist or has another type, or the image column is not unique.
-    """
+    """Return the image column and the label column, configured or detected."""
     import datasets
 
     def may_hold_images(feature: Any) -> bool:

@@ -11,6 +11,7 @@ import logging
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -196,6 +197,11 @@ class Trainer:
         """Collective: wait for all ranks, including the report of rank 0, and destroy the process group."""
         distributed.barrier()
         self.accelerator.end_training()
+
+    def leave_the_others(self) -> None:
+        """Call `shutdown`; the name in version 0.1."""
+        warnings.warn("Trainer.leave_the_others is now Trainer.shutdown", DeprecationWarning, stacklevel=2)
+        self.shutdown()
 
     # -------------------------------------------------------------------------------------------------------- loop
 
@@ -840,12 +846,12 @@ def describe(trainer: Trainer) -> str:
             f"{trainer.device.type} x {num_processes}, {training.mixed_precision}, batch {batch} = {num_processes} x "
             f"{micro}",
             f"{written}{trainer.folder.path}",
-            *(f"warning: {sentence}" for sentence in warnings(config, trainer.images.image_shape)),
+            *(f"warning: {sentence}" for sentence in overlooked_settings(config, trainer.images.image_shape)),
         ]
     )
 
 
-def warnings(config: RunConfig, image_shape: tuple[int, int, int]) -> Iterator[str]:
+def overlooked_settings(config: RunConfig, image_shape: tuple[int, int, int]) -> Iterator[str]:
     """Yield a sentence for each setting that works, but is more likely a default that was overlooked."""
     training, model = config.training, config.model
     num_steps, num_warmup = training.num_steps, training.learning_rate_warmup_steps

@@ -9,6 +9,9 @@ from safetensors.torch import load_file
 
 from ddpm_hf.cli.main import ema, train, verify
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.hub.publish import publish
+from ddpm_hf.hub.push import Target
+from ddpm_hf.training.trainer import Trainer
 from tests import version_0_1
 from tests.conftest import DIGITS
 from tests.runs import metrics_of
@@ -52,3 +55,17 @@ def test_the_stored_averages_of_0_1_can_be_combined(continued_run: Path, tmp_pat
 def test_a_saved_folder_of_0_1_verifies(tmp_path: Path) -> None:
     folder = shutil.copytree(version_0_1.SAVED, tmp_path / "pipeline")
     assert verify([str(folder)]) == 0
+
+
+def test_former_names_still_work_with_a_warning(continued_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = []
+    monkeypatch.setattr("ddpm_hf.hub.publish.push", lambda *arguments, **options: pushed.append((arguments, options)))
+    with pytest.warns(DeprecationWarning, match=r"ddpm_hf\.hub\.push\.push"):
+        publish(continued_run / "pipeline", Target(repo_id="user/model"), run=continued_run, license="mit", fp16=True)
+    assert pushed == [((continued_run, Target(repo_id="user/model", license="mit")), {"fp16": True})]
+    shut_down = []
+    monkeypatch.setattr(Trainer, "shutdown", lambda trainer: shut_down.append(trainer))
+    trainer = Trainer.__new__(Trainer)
+    with pytest.warns(DeprecationWarning, match=r"Trainer\.shutdown"):
+        trainer.leave_the_others()
+    assert shut_down == [trainer]

@@ -28,11 +28,11 @@ from ddpm_hf.training.trainer import (
     Scorer,
     Trainer,
     best_of,
+    overlooked_settings,
     preview_blocks,
     save_preview,
     validation_loss,
     validation_timesteps,
-    warnings,
 )
 from tests.conftest import run_arguments, tiny_unet
 
@@ -399,7 +399,7 @@ def test_while_a_push_is_running_its_folder_is_not_touched(tmp_path: Path, caplo
 
 def warnings_of(shape: tuple[int, int, int] = (3, 32, 32), *, warmup: int = 0, **model: Any) -> str:
     training = TrainingConfig(num_steps=300, learning_rate_warmup_steps=warmup)
-    return " ".join(warnings(RunConfig(model=ModelConfig(**model), training=training), shape))
+    return " ".join(overlooked_settings(RunConfig(model=ModelConfig(**model), training=training), shape))
 
 
 def test_a_warmup_longer_than_the_run_is_a_warning() -> None:
