@@ -33,8 +33,6 @@ _DISK_ADVICE = {
 }
 _UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 _REPOSITORY_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
-# Files of a pipeline that `download_folder` fetches.
-_PIPELINE_FILES = (MODEL_INDEX, VERIFICATION, "*.py", "unet/*", "scheduler/*")
 
 
 class RankError(Exception):
@@ -198,9 +196,8 @@ def download_folder(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=[*_PIPELINE_FILES], ignore_patterns=["*.bin"])
-        )
+        files = [MODEL_INDEX, VERIFICATION, "*.py", "unet/*", "scheduler/*"]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=["*.bin"]))
     except Exception as error:  # errors of the Hub, the network and the disk
         raise ConfigError(f"{name} {_hub_reason(error, revision)}") from error
     if not (folder / MODEL_INDEX).is_file():

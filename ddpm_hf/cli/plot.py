@@ -116,16 +116,12 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     for index, path in enumerate(resolved):
         if path in resolved[:index]:
             raise ValueError(f"{paths[index]} is given twice; give it once.")
-    names = [_name_of(path) for path in resolved]
+    names = []
+    for path in resolved:
+        folder = path.parent if path.name in _GENERIC_FILES else path
+        stem = folder.stem if folder.suffix in (".yaml", ".yml", ".json") else folder.name
+        names.append(f"{folder.parent.name}/{folder.name}" if folder.name in _GENERIC_FOLDERS else stem)
     return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
-
-
-def _name_of(path: Path) -> str:
-    if path.name in _GENERIC_FILES:
-        path = path.parent
-    if path.name in _GENERIC_FOLDERS:
-        return f"{path.parent.name}/{path.name}"
-    return path.stem if path.suffix in (".yaml", ".yml", ".json") else path.name
 
 
 # ---------------------------------------------------------------------------------- schedules and the forward process
@@ -275,7 +271,7 @@ def _plot_timesteps(options: Namespace) -> Plot:
     rows = read_metrics(run) if (run / METRICS).exists() else []
     evaluations = [path for path in (run / EVALUATION, run / PIPELINE_DIR / EVALUATION) if path.is_file()]
     bounds = {path: bound for path in evaluations if (bound := read_json(path).get("bound")) is not None}
-    path_of_bound = next(iter(bounds), None)
+    path_of_bound, bound = next(iter(bounds.items()), (None, None))
     found = [f"loss by quartile in {run / METRICS}"] if any("loss_q0" in row for row in rows) else []
     found += [f"error by timestep in {path_of_bound}"] if path_of_bound else []
     if not found:
@@ -283,7 +279,6 @@ def _plot_timesteps(options: Namespace) -> Plot:
             f"{run} has no loss by timestep: no loss_q0 in {METRICS}, and no {EVALUATION} with a bound; run `ddpm-hf "
             "evaluate` with --metrics bits_per_dim."
         )
-    bound = bounds[path_of_bound] if path_of_bound else None
     return lambda path: timestep_curves(path, metrics=rows, bound=bound), " and ".join(found)
 
 

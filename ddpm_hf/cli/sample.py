@@ -290,23 +290,29 @@ def _as_file_name(text: str) -> str:
 
 def read_images(paths: Sequence[Path]) -> list[ImageArray]:
     """Read image files, and .npy files (height, width, channels), without loss of channels or precision."""
-    return [_read_array(path) if path.suffix.lower() == ".npy" else _read_picture(path) for path in paths]
-
-
-def _read_picture(path: Path) -> ImageArray:
     from ddpm_hf.data.decode import MODE_OF_CHANNELS, EncodedImage, Geometry, OutputFormat, decode, read_header
 
-    image = EncodedImage(str(path), path.expanduser())
-    header = read_header(image)
-    num_channels = next(number for number, mode in MODE_OF_CHANNELS.items() if mode == header.mode)
-    dtype = np.dtype(np.uint16 if header.is_16_bit else np.uint8)
-    pixels = decode(image, OutputFormat(num_channels, dtype, None, Geometry.of(DataConfig())))
-    return _to_unit_range(pixels.transpose(1, 2, 0))
+    images = []
+    for path in paths:
+        if path.suffix.lower() == ".npy":
+            pixels = _read_array(path)
+        else:
+            encoded = EncodedImage(str(path), path.expanduser())
+            header = read_header(encoded)
+            num_channels = next(number for number, mode in MODE_OF_CHANNELS.items() if mode == header.mode)
+            dtype = np.dtype(np.uint16 if header.is_16_bit else np.uint8)
+            target = OutputFormat(num_channels, dtype, None, Geometry.of(DataConfig()))
+            pixels = decode(encoded, target).transpose(1, 2, 0)
+        if np.issubdtype(pixels.dtype, np.integer):
+            pixels = pixels / np.float64(np.iinfo(pixels.dtype).max)
+        images.append(pixels.astype(np.float32))
+    return images
 
 
-def _read_array(path: Path) -> ImageArray:
+def _read_array(path: Path) -> NDArray[Any]:
+    """Read an image of uint8, uint16 or floats in [0, 1], (height, width, channels)."""
     try:
-        pixels = np.load(path.expanduser(), allow_pickle=False)
+        pixels: NDArray[Any] = np.load(path.expanduser(), allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ConfigError(f"{path} cannot be read as an array ({error}).") from None
     if pixels.ndim == 2:
@@ -319,12 +325,7 @@ def _read_array(path: Path) -> ImageArray:
         )
     if is_float and not (pixels.min() >= 0 and pixels.max() <= 1):
         raise ConfigError(f"{path} has values from {pixels.min():g} to {pixels.max():g}, but floats must be in [0, 1].")
-    return pixels.astype(np.float32) if is_float else _to_unit_range(pixels)
-
-
-def _to_unit_range(pixels: NDArray[np.integer]) -> ImageArray:
-    scaled: ImageArray = (pixels / np.float64(np.iinfo(pixels.dtype).max)).astype(np.float32)
-    return scaled
+    return pixels
 
 
 def fit(image: ImageArray, path: Path, shape: tuple[int, int, int]) -> ImageArray:
