@@ -114,3 +114,14 @@ def poison_loss_at(steps: int | Container[int], monkeypatch: pytest.MonkeyPatch)
         return loss(self, *arguments) * (float("nan") if next(calls) in poisoned_calls else 1.0)
 
     monkeypatch.setattr(DenoisingLoss, "__call__", poisoned)
+
+
+def exit_code_of_child(action: Callable[[], None]) -> int:
+    """Run an action in a child process; return its exit code, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

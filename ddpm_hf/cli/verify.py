@@ -16,8 +16,8 @@ def verify(arguments: Sequence[str]) -> int:
     """
     parser = Parser(
         prog="ddpm-hf verify",
-        description="Compare the weights and settings of a saved pipeline with those that were saved, repeat the\n"
-        "computation of that time in each of the three ways of loading it, and print what differs.",
+        description="Compare the weights and settings of a saved pipeline with its verification.json, repeat the\n"
+        "recorded sampling steps with each of the three ways of loading it, and print what differs.",
         epilog="example: ddpm-hf verify user/digits",
     )
     parser.add_argument("folder", help="folder of a pipeline or of a run, or a Hub repository")

@@ -61,7 +61,7 @@ def stock_pipeline_samples(pipeline: DiffusionPipeline) -> bool:
 
 
 def write_code(folder: Path, code: Mapping[str, str]) -> None:
-    """Write the files of the core, {name: text}, and remove those that only version 1.2 of it has."""
+    """Write the files of the core, {name: text}, and remove the files that only version 1.2 of the core has."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in _FILES_OF_VERSION_1_2:
         if (folder / name).is_file() and 'CORE_VERSION = "1.' in (folder / name).read_text(encoding="utf-8"):

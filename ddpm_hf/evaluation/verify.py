@@ -283,7 +283,7 @@ def _summarize(names: list[str]) -> str:
 
 
 def _compare_outputs(way: str, load: Callable[[], Any], expected: Mapping[str, Any]) -> Finding:
-    """Load a pipeline and compare its outputs with those that were saved; any exception is a finding."""
+    """Load a pipeline and compare its outputs with the saved ones; any exception is a finding."""
     try:
         pipeline = load()
     except Exception as error:

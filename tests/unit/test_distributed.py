@@ -5,7 +5,6 @@ Several processes: tests/distributed.
 
 import os
 import signal
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError
 from ddpm_hf.distributed import STOP_SIGNALS, StopWatcher
+from tests.runs import exit_code_of_child
 
 # ----------------------------------------------------------------------------------------------------------- start
 
@@ -142,17 +142,6 @@ def test_an_error_on_one_process_keeps_its_type() -> None:
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
-
-
-def exit_code_of_child(action: Callable[[], None]) -> int:
-    """Run an action in a child process; return its exit code, or minus the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-        finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.usefixtures("no_launcher")

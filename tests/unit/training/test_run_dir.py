@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ddpm_hf.config import ConfigError, DataConfig, ModelConfig, ObjectiveConfig
 from ddpm_hf.training.logging import MetricsLog
 from ddpm_hf.training.run_dir import RunFolder, RunLock, carry_over_additions, summarize
 from tests.conftest import tiny_unet
+from tests.runs import exit_code_of_child
 
 
 def refusal(path: Path, resume: str = "auto") -> str:
@@ -187,17 +187,6 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- lock
-
-
-def exit_code_of_child(action: Callable[[], None]) -> int:
-    """Run an action in a child process; return its exit code, or minus the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-        finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_run_folder_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
