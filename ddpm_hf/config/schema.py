@@ -308,6 +308,15 @@ class TrainingConfig:
             in a row.
         tf32: Allow TF32 in float32 matrix products and convolutions on NVIDIA GPUs.
         deterministic: Use deterministic PyTorch kernels, for bit-exact resume on CUDA; slower.
+        compile: Compile the network with torch.compile: auto does so on CUDA GPUs and trains without where it fails;
+            true refuses to train where it fails.
+        compile_mode: Mode of inductor. reduce-overhead and max-autotune use CUDA graphs, which help where networks and
+            batches are so small that the GPU waits for Python.
+        compile_backend: Name of a backend of torch.compile.
+        channels_last: Keep the weights in the memory format channels_last (NHWC). auto does so on CUDA GPUs if the
+            network is compiled, or if torch has a GroupNorm for it (2.15).
+        cudnn_benchmark: Let cuDNN measure which convolution is the fastest. auto does so on CUDA GPUs unless
+            deterministic.
         resume: "auto" continues the run in output_dir; "none" refuses an output_dir that contains a run.
         cpu: Train on the CPU even if there is a GPU.
     """
@@ -343,6 +352,11 @@ class TrainingConfig:
     max_consecutive_nonfinite: int = 20
     tf32: bool = True
     deterministic: bool = False
+    compile: Literal["auto"] | bool = "auto"
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    compile_backend: str = "inductor"
+    channels_last: Literal["auto"] | bool = "auto"
+    cudnn_benchmark: Literal["auto"] | bool = "auto"
     resume: Literal["auto", "none"] = "auto"
     cpu: bool = False
 

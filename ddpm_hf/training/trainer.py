@@ -29,6 +29,7 @@ from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, refuse_secrets
 from ddpm_hf.data import ImageLoader, ImageSet, ImageStream, describe_sets, locations_of, normalize, open_sets
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.compiled import full_batches
 from ddpm_hf.diffusion.images import image_size
 from ddpm_hf.diffusion.schedule import BETA_RANGES, SMALLEST_ALPHA_BAR
 from ddpm_hf.distributed import StopWatcher, TrainingStopped
@@ -56,6 +57,7 @@ from ddpm_hf.training.batches import (
 )
 from ddpm_hf.training.checkpoint import Checkpointer, DataState, find_latest
 from ddpm_hf.training.ema import EMA, decay_schedules, is_snapshot_due
+from ddpm_hf.training.engine import compile_for_training, start_engine, use_channels_last
 from ddpm_hf.training.logging import MetricsLog, Progress, Trackers, say
 from ddpm_hf.training.loss import DenoisingLoss
 from ddpm_hf.training.meter import Meter, finite_or_none
@@ -132,6 +134,7 @@ class Trainer:
             deterministic=training.deterministic,
         )
         self.device = self.accelerator.device
+        self.engine = start_engine(training, self.device)
         self.micro_batch_size = largest_micro_batch_size(training, self.accelerator.num_processes)
         self.folder = RunFolder(Path(training.output_dir).expanduser())
         distributed.on_rank_0(lambda: self.folder.acquire(training.resume))
@@ -237,8 +240,10 @@ class Trainer:
             say(f"Trained from step {first_step} to {num_steps} in {minutes}:{seconds:02}.")
 
     def _prepare(self) -> None:
-        """Collective: resolve the micro-batch size and wrap the network and the optimizer with Accelerate."""
+        """Collective: resolve the micro-batch size, wrap network and optimizer with Accelerate, compile the network."""
         self.unet.train()
+        if self.engine.channels_last:  # after the weights, their EMAs and the moments were read from a checkpoint
+            use_channels_last(self.unet, self.ema, self.optimizer)
         probe = None
         if self.device.type == "cuda":  # elsewhere, running out of memory is not an exception
             probe = make_memory_probe(self.unet, self.loss, self.images.image_shape, self.accelerator.autocast)
@@ -255,6 +260,24 @@ class Trainer:
             timestep_sampler=self.timestep_sampler,
         )
         self._model, self._prepared_optimizer = self.accelerator.prepare(self.unet, self.optimizer)
+        # Last: Accelerate has put autocast into the network's forward, and DDP decides where graphs are split.
+        self.engine = compile_for_training(self.unet, self.engine, self.config.training, self._train_on_zeros)
+        if self.engine.uses_cuda_graphs:
+            # Gradients that a graph returns are overwritten by its next replay: add them to tensors outside of it.
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _train_on_zeros(self) -> None:
+        """Run the forward and backward pass of a micro batch on zeros, without leaving gradients."""
+        size, objective = self.micro_batch_size, self.config.objective
+        x_0 = torch.zeros(size, *self.images.image_shape, device=self.device)
+        zeros = torch.zeros(size, dtype=torch.int64, device=self.device)
+        labels = zeros if self.config.model.class_conditional else None
+        is_wrapped = isinstance(self._model, nn.parallel.DistributedDataParallel)
+        # Inside DDP the compiler splits the graph at DDP's buckets, so that they are reduced while others are computed.
+        with self._model._inside_ddp_forward() if is_wrapped else nullcontext():
+            losses = self.loss(self.unet, x_0, x_0, zeros, labels, None, objective.self_conditioning > 0)
+        torch.autograd.grad(losses.sum(), self.parameters, allow_unused=True)
 
     def _train_step(self, step: int) -> None:
         """Collective: one optimizer update on the global batch, with gradients accumulated over micro batches."""
@@ -304,7 +327,7 @@ class Trainer:
         # The gradient scaler of fp16 skips non-finite updates itself.
         if scaler is not None or arm_found_inf(self.optimizer, is_nonfinite):
             self._prepared_optimizer.step()
-        self._prepared_optimizer.zero_grad(set_to_none=True)
+        self._prepared_optimizer.zero_grad(set_to_none=not self.engine.uses_cuda_graphs)
         self.meter.losses.end_step(is_nonfinite)
 
     def _maybe_update_ema(self) -> None:
@@ -389,7 +412,7 @@ class Trainer:
 
     def _validate(self) -> None:
         """Collective: write the validation loss of the EMA weights."""
-        with self.ema.swapped_in():
+        with self.ema.swapped_in(), full_batches(self.unet, self.micro_batch_size):
             loss = validation_loss(
                 self.unet,
                 self.loss,
@@ -404,7 +427,7 @@ class Trainer:
     def _score(self) -> dict[str, Any] | None:
         """Collective: write the score of the EMA weights; return the new `best`, or None if it is not better."""
         assert self._scorer is not None
-        with self.ema.swapped_in():
+        with self.ema.swapped_in(), full_batches(self.unet, self.config.evaluation.batch_size):
             score = self._scorer(self._pipeline(), self.images, self.validation_images)
         self._write({**self._clock(), **score.row})
         return best_of(score, self.global_step, self.best)
@@ -413,7 +436,7 @@ class Trainer:
         """Collective: sample a preview grid from the EMA weights."""
         path = self.folder.previews / f"step_{self.global_step:08d}.png"
         seed, preview = self.config.training.seed, self.config.preview
-        with self.ema.swapped_in():
+        with self.ema.swapped_in(), full_batches(self.unet, BLOCK_SIZE):
             is_written = save_preview(path, self.unet, self.scheduler, preview, seed, **self.pipeline_settings)
         if is_written:
             self.trackers.log_preview(self.global_step, path)
@@ -501,6 +524,7 @@ class Trainer:
             unet=self.unet,
             num_processes=distributed.world_size(),
             metrics=self.metrics,
+            engine=str(self.engine),
         )
         write_json(folder / TRAINING_SUMMARY, summary)
 
@@ -832,6 +856,7 @@ def describe(trainer: Trainer) -> str:
         micro = f"auto (at most {trainer.micro_batch_size})"
     else:
         micro = f"{trainer.micro_batch_size} x {batch // (trainer.micro_batch_size * num_processes)} accumulated"
+    engine = "" if str(trainer.engine) == "eager" else f", {trainer.engine}"
     checkpointer = trainer.checkpointer
     written = (
         f"{format_bytes(checkpointer.checkpoint_bytes)} a checkpoint, {training.num_checkpoints_kept} are kept in "
@@ -843,8 +868,8 @@ def describe(trainer: Trainer) -> str:
         [
             f"{num_parameters:,} parameters, {describe_sets(trainer.images, trainer.validation_images)}",
             steps,
-            f"{trainer.device.type} x {num_processes}, {training.mixed_precision}, batch {batch} = {num_processes} x "
-            f"{micro}",
+            f"{trainer.device.type} x {num_processes}, {training.mixed_precision}{engine}, batch {batch} = "
+            f"{num_processes} x {micro}",
             f"{written}{trainer.folder.path}",
             *(f"warning: {sentence}" for sentence in overlooked_settings(config, trainer.images.image_shape)),
         ]
