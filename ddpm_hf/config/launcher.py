@@ -44,7 +44,7 @@ class Launcher:
         mixed_precision: --mixed_precision; None if it was "no" or not given.
         gradient_accumulation_steps: --gradient_accumulation_steps; None if it was 1 or not given.
         compile_backend: --dynamo_backend in lower case; None if it was "no" or not given.
-        compile_mode: --dynamo_mode; None if it was "default" or not given.
+        compile_mode: --dynamo_mode; None if it was "default" or not given, or without a backend.
         cpu: --cpu.
         has_too_few_processes: Whether it was asked for several processes and started this one alone.
         without_effect: Given flags that have no effect on training.
@@ -89,12 +89,13 @@ def read_launcher() -> Launcher:
     given_without_effect = {
         "--gradient_clipping": given.gradient_clipping is not None,
         "--downcast_bf16": given.downcast_bf16,
+        "--dynamo_mode": backend == "no" and mode != "default",
     } | {flag: _is_set(f"ACCELERATE_{flag[2:].upper()}") for flag in _DYNAMO_FLAGS}
     return Launcher(
         mixed_precision=supported[precision],
         gradient_accumulation_steps=None if int(accumulation) == 1 else int(accumulation),
         compile_backend=None if backend == "no" else backend,
-        compile_mode=None if mode == "default" else mode,
+        compile_mode=None if backend == "no" or mode == "default" else mode,
         cpu=_is_set("ACCELERATE_USE_CPU"),
         # The simple launcher sets this address for several processes, but starts them with MPI or not at all.
         has_too_few_processes="ACCELERATE_MIXED_PRECISION" in environment
