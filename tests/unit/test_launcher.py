@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import (
@@ -17,8 +18,17 @@ from accelerate.utils.launch import (
 )
 
 from ddpm_hf.cli import main
-from ddpm_hf.config import ConfigError, Launcher, RunConfig, TrainingConfig, read_launcher, take_launcher
+from ddpm_hf.config import (
+    ConfigError,
+    Launcher,
+    RunConfig,
+    TrainingConfig,
+    load_config,
+    read_launcher,
+    take_launcher,
+)
 from ddpm_hf.training.checkpoint import stored_precision
+from ddpm_hf.training.trainer import Trainer, describe
 from tests.conftest import REPOSITORY, run_arguments, run_process
 from tests.runs import assert_same_run
 
@@ -295,6 +305,20 @@ def test_sampling_ignores_the_precision_with_a_warning_and_refuses_several_proce
     assert main.main([*command, "--output", str(tmp_path / "other")]) == 2
     assert "ddpm-hf sample runs in one process, but the launcher started 2" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_gpu_with_bf16_that_is_left_in_fp32_gets_a_hint(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    advice = "training.mixed_precision is left open, so the network runs in fp32; consider bf16"
+    for precision, is_advised in ((None, True), ("fp32", False)):
+        config, _ = load_config(run_arguments(tmp_path / str(precision), training__mixed_precision=precision))
+        trainer = Trainer(config)
+        assert advice not in describe(trainer)
+        trainer.device = torch.device("cuda")
+        assert (advice in describe(trainer)) is is_advised
+        trainer.folder.release()
 
 
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
