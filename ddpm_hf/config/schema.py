@@ -275,8 +275,10 @@ class TrainingConfig:
         num_steps: Optimizer updates.
         train_batch_size: Global batch size, over all processes.
         micro_batch_size: Images per forward pass on one device; smaller values accumulate gradients. null uses the
-            per-process batch; auto halves it before the first step until it fits into GPU memory.
-        mixed_precision: fp32, bf16, or fp16 with loss scaling (GPU only).
+            per-process batch, divided by --gradient_accumulation_steps of `accelerate launch` if given; auto halves it
+            before the first step until it fits into GPU memory.
+        mixed_precision: fp32, bf16, or fp16 with loss scaling (GPU only). null takes that of `accelerate launch` or
+            `accelerate config`, or that of the run that is continued, or fp32.
         optimizer: "adamw", "adam", or the import path of a PyTorch optimizer, such as "torch.optim.SGD".
         optimizer_kwargs: Additional optimizer arguments, for example {momentum: 0.9}.
         learning_rate: Peak learning rate.
@@ -326,7 +328,7 @@ class TrainingConfig:
     num_steps: int = 800_000
     train_batch_size: int = 128
     micro_batch_size: int | Literal["auto"] | None = None
-    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    mixed_precision: Literal["fp32", "bf16", "fp16"] | None = None
     optimizer: str = "adamw"
     optimizer_kwargs: dict[str, OptimizerOption] = field(default_factory=dict)
     learning_rate: float = 2e-4

@@ -153,9 +153,9 @@ def use_channels_last(unet: nn.Module, ema: EMA, optimizer: torch.optim.Optimize
     Kernels over lists of tensors are fast, and fused optimizers correct, only where all of them have the same strides.
     """
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pairs: list[tuple[torch.Tensor, torch.Tensor]] = [
-        pair for name in ema.names for pair in zip(ema.tensors(name), unet.parameters(), strict=True)
-    ]
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for name in ema.names:
+        pairs += zip(ema.tensors(name), unet.parameters(), strict=True)
     for parameter, state in optimizer.state.items():
         moments = [value for value in state.values() if isinstance(value, torch.Tensor)]
         pairs += [(moment, parameter) for moment in moments if moment.shape == parameter.shape]

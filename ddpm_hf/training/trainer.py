@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ddpm_hf import distributed
-from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, refuse_secrets
+from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, refuse_secrets, take_launcher
+from ddpm_hf.config.launcher import DEFAULT, LAUNCHER
 from ddpm_hf.data import ImageLoader, ImageSet, ImageStream, describe_sets, locations_of, normalize, open_sets
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.compiled import full_batches
@@ -55,7 +56,7 @@ from ddpm_hf.training.batches import (
     make_memory_probe,
     resolve_micro_batch_size,
 )
-from ddpm_hf.training.checkpoint import Checkpointer, DataState, find_latest
+from ddpm_hf.training.checkpoint import Checkpointer, DataState, find_latest, stored_precision
 from ddpm_hf.training.ema import EMA, decay_schedules, is_snapshot_due
 from ddpm_hf.training.engine import compile_for_training, start_engine, use_channels_last
 from ddpm_hf.training.logging import MetricsLog, Progress, Trackers, say
@@ -106,6 +107,10 @@ class Trainer:
         scorer: Measures evaluation.score_metric; required with evaluation.score_every_steps.
         publisher: Publishes the EMA weights during training; required with hub.push_every_steps.
 
+    Attributes:
+        config: The configuration, with the values of settings that were left to the launcher.
+        origins: Setting -> where such a value came from.
+
     Raises:
         ValueError: The data, the network, the machine or the run folder do not fit the configuration.
     """
@@ -125,10 +130,13 @@ class Trainer:
                     f"{name} to 0, or pass one."
                 )
         self._scorer, self._publisher = scorer, publisher
-        self.config = config
-        training = config.training
+        self.folder = RunFolder(Path(config.training.output_dir).expanduser())
+        self.config, self.origins = resolve(config, self.folder)
+        training = self.config.training
+        assert training.mixed_precision is not None
         self.accelerator = distributed.start(
             mixed_precision=training.mixed_precision,
+            is_from_launcher=self.origins.get("training.mixed_precision") == LAUNCHER,
             cpu=training.cpu,
             tf32=training.tf32,
             deterministic=training.deterministic,
@@ -136,7 +144,6 @@ class Trainer:
         self.device = self.accelerator.device
         self.engine = start_engine(training, self.device)
         self.micro_batch_size = largest_micro_batch_size(training, self.accelerator.num_processes)
-        self.folder = RunFolder(Path(training.output_dir).expanduser())
         distributed.on_rank_0(lambda: self.folder.acquire(training.resume))
         try:
             self._build()
@@ -536,6 +543,20 @@ class Trainer:
 # ----------------------------------------------------------------------------------------------- parts of the build
 
 
+def resolve(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[str, str]]:
+    """Collective: join the process group and fill the settings that the configuration leaves to the launcher.
+
+    Returns:
+        As `take_launcher`.
+
+    Raises:
+        ConfigError: The launcher contradicts the configuration or the run in the folder, or is not supported.
+    """
+    launcher = distributed.join(cpu=config.training.cpu)
+    stored = distributed.broadcast_json(distributed.on_rank_0(lambda: stored_precision(folder.checkpoints)))
+    return take_launcher(config, launcher, num_processes=distributed.world_size(), stored_precision=stored)
+
+
 def open_splits(config: RunConfig, accelerator: Accelerator) -> tuple[ImageSet | ImageStream, ImageSet]:
     """Collective: open the data. Rank 0 searches and decodes them; the other ranks map what it found.
 
@@ -856,7 +877,11 @@ def describe(trainer: Trainer) -> str:
         micro = f"auto (at most {trainer.micro_batch_size})"
     else:
         micro = f"{trainer.micro_batch_size} x {batch // (trainer.micro_batch_size * num_processes)} accumulated"
-    engine = "" if str(trainer.engine) == "eager" else f", {trainer.engine}"
+        micro += _origin(trainer, "training.micro_batch_size")
+    engine = "" if str(trainer.engine) == "eager" else f", {trainer.engine}{_origin(trainer, 'training.compile')}"
+    precision = f"{training.mixed_precision}{_origin(trainer, 'training.mixed_precision')}"
+    is_fp32_by_default = trainer.origins.get("training.mixed_precision") == DEFAULT
+    supports_bf16 = trainer.device.type == "cuda" and torch.cuda.is_bf16_supported()
     checkpointer = trainer.checkpointer
     written = (
         f"{format_bytes(checkpointer.checkpoint_bytes)} a checkpoint, {training.num_checkpoints_kept} are kept in "
@@ -868,12 +893,23 @@ def describe(trainer: Trainer) -> str:
         [
             f"{num_parameters:,} parameters, {describe_sets(trainer.images, trainer.validation_images)}",
             steps,
-            f"{trainer.device.type} x {num_processes}, {training.mixed_precision}{engine}, batch {batch} = "
-            f"{num_processes} x {micro}",
+            f"{trainer.device.type} x {num_processes}, {precision}{engine}, batch {batch} = {num_processes} x {micro}",
             f"{written}{trainer.folder.path}",
             *(f"warning: {sentence}" for sentence in overlooked_settings(config, trainer.images.image_shape)),
+            *(["warning: " + _BF16_ADVICE] if is_fp32_by_default and supports_bf16 else []),
         ]
     )
+
+
+_BF16_ADVICE = (
+    "training.mixed_precision is left open, so the network runs in fp32; consider bf16, which this GPU supports."
+)
+
+
+def _origin(trainer: Trainer, name: str) -> str:
+    """Return where the value of a setting came from, in parentheses, unless it is the configuration or the default."""
+    origin = trainer.origins.get(name, DEFAULT)
+    return "" if origin == DEFAULT else f" ({origin})"
 
 
 def overlooked_settings(config: RunConfig, image_shape: tuple[int, int, int]) -> Iterator[str]:

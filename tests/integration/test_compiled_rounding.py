@@ -37,6 +37,7 @@ def train_digits(output_dir: Path, *flags: str) -> np.ndarray:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # the compiler takes minutes
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_inductor_changes_a_run_and_its_images_by_rounding_only(tmp_path: Path) -> None:
     eager = train_digits(tmp_path / "eager")
