@@ -277,6 +277,9 @@ class TrainingConfig:
         micro_batch_size: Images per forward pass on one device; smaller values accumulate gradients. null uses the
             per-process batch, divided by --gradient_accumulation_steps of `accelerate launch` if given; auto halves it
             before the first step until it fits into GPU memory.
+        prefetch_factor: Steps whose batches are prepared ahead by a thread; 0 prepares each batch when it is needed.
+            null uses 2 on CUDA and 0 elsewhere, where the thread would compete with the training for the cores. Always
+            0 with objective.timestep_sampling loss_aware, whose timesteps depend on the losses of the step before.
         mixed_precision: fp32, bf16, or fp16 with loss scaling (GPU only). null takes that of `accelerate launch` or
             `accelerate config`, or that of the run that is continued, or fp32.
         optimizer: "adamw", "adam", or the import path of a PyTorch optimizer, such as "torch.optim.SGD".
@@ -319,6 +322,7 @@ class TrainingConfig:
     num_steps: int = 800_000
     train_batch_size: int = 128
     micro_batch_size: int | Literal["auto"] | None = None
+    prefetch_factor: int | None = None
     mixed_precision: Literal["fp32", "bf16", "fp16"] | None = None
     optimizer: str = "adamw"
     optimizer_kwargs: dict[str, OptimizerOption] = field(default_factory=dict)

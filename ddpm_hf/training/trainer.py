@@ -50,10 +50,12 @@ from ddpm_hf.rng import normal_by_position, numpy_generator, sampling_generators
 from ddpm_hf.training import posthoc_ema, run_dir
 from ddpm_hf.training.batches import (
     BatchSource,
+    Prefetcher,
     build_timestep_sampler,
     largest_micro_batch_size,
     make_memory_probe,
     resolve_micro_batch_size,
+    resolve_prefetch_factor,
 )
 from ddpm_hf.training.checkpoint import Checkpointer, DataState, find_latest, stored_precision
 from ddpm_hf.training.ema import EMA, decay_schedules, is_snapshot_due
@@ -227,7 +229,7 @@ class Trainer:
         self._progress = Progress(first_step, num_steps, is_main_process=self.is_main_process)
         if first_step < num_steps:
             distributed.on_rank_0(lambda: self.trackers.start(first_step, self.config.to_dict()))
-        with StopWatcher() as watcher, self._progress, self.trackers:
+        with StopWatcher() as watcher, self._progress, self.trackers, self._prefetcher:
             started_at = time.monotonic()
             timed = self.metrics.last("seconds") or {}
             self.meter.start(first_step, timed.get("seconds", 0.0))
@@ -246,9 +248,14 @@ class Trainer:
     def _prepare(self) -> None:
         """Collective: resolve the micro-batch size and wrap the network and the optimizer with Accelerate."""
         self.unet.train()
+        num_steps_ahead = resolve_prefetch_factor(self.config, self.device)
         probe = None
         if self.device.type == "cuda":  # elsewhere, running out of memory is not an exception
-            probe = make_memory_probe(self.unet, self.loss, self.images.image_shape, self.accelerator.autocast)
+            per_process = self.config.training.train_batch_size // self.accelerator.num_processes
+            num_prefetched = (num_steps_ahead + 1) * per_process if num_steps_ahead else 0
+            probe = make_memory_probe(
+                self.unet, self.loss, self.images.image_shape, self.accelerator.autocast, num_prefetched
+            )
         self.micro_batch_size = resolve_micro_batch_size(
             self.config.training, self.micro_batch_size, self._stored_micro_batch_size, probe
         )
@@ -261,12 +268,13 @@ class Trainer:
             device=self.device,
             timestep_sampler=self.timestep_sampler,
         )
+        self._prefetcher = Prefetcher(self._batches, num_steps_ahead, self.config.training.num_steps)
         self._model, self._prepared_optimizer = self.accelerator.prepare(self.unet, self.optimizer)
 
     def _train_step(self, step: int) -> None:
         """Collective: one optimizer update on the global batch, with gradients accumulated over micro batches."""
         recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for index, batch in enumerate(self._batches.micro_batches(step)):
+        for index, batch in enumerate(self._prefetcher.micro_batches(step)):
             if self.has_dropout:  # nothing else draws from the global generators
                 seed_global_generators(
                     self.config.training.seed, "dropout", step, self.accelerator.process_index, index
