@@ -744,3 +744,12 @@ def test_a_probe_is_a_step_that_changes_nothing(num_classes: int | None) -> None
     assert len(gradients) == 1
     assert all(parameter.grad is None for parameter in unet.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
+
+
+def test_the_memory_probe_reserves_images_and_noise_of_prefetched_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, reserved = torch.empty, []
+    unet = tiny_unet()
+    probe = make_memory_probe(unet, DenoisingLoss(GaussianDiffusionScheduler()), (1, 8, 8), nullcontext, 7)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: reserved.append(shape) or empty(*shape, **options))
+    probe(3)
+    assert (2, 7, 1, 8, 8) in reserved
