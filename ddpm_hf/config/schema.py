@@ -309,8 +309,8 @@ class TrainingConfig:
         log_every_steps: Interval of lines in metrics.jsonl.
         validate_every_steps: Interval of the validation loss of the EMA weights, also measured after the last step; 0
             disables it. Needs a validation set.
-        max_consecutive_nonfinite: Updates with a non-finite gradient are skipped; stop with exit code 3 after this many
-            in a row.
+        max_consecutive_nonfinite: Updates with a non-finite gradient are skipped; after this many in a row, stop with
+            exit code 3 at the next line of metrics or checkpoint.
         tf32: Allow TF32 in float32 matrix products and convolutions on NVIDIA GPUs.
         deterministic: Use deterministic PyTorch kernels, for bit-exact resume on CUDA; slower.
         resume: "auto" continues the run in output_dir; "none" refuses an output_dir that contains a run.
