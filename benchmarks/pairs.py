@@ -102,7 +102,7 @@ class Row:
         images: Images of a call; 0 if a call is not about images.
         counts_flops: Whether to count floating point operations.
         max_rounds: Rounds, if the time suffices.
-        call_seconds: A way is called as often in a round as fits into this time, at least once.
+        call_seconds: A way is called as often in a round as fits into this time, at least once; 0 for once.
         is_compiled: Whether the first call of ours compiles.
     """
 
@@ -150,7 +150,8 @@ def rounds(ways: list[Way], row: Row, seconds: float) -> Iterator[int]:
     counts = []
     for way in ways:
         way.start(row.counts_flops)
-        counts.append(max(1, min(10_000, round(row.call_seconds / max(1e-7, way.time(1))))))
+        seconds_of_call = way.time(1) if row.call_seconds else math.inf
+        counts.append(max(1, min(10_000, round(row.call_seconds / seconds_of_call))))
     number, half_a_round = 0, 0.0
     while number < 2 or (number < row.max_rounds and time.monotonic() + half_a_round < stop_at):
         started = time.monotonic()
