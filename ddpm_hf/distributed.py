@@ -9,12 +9,14 @@ decodes the data or writes the report, and a process that died is noticed at onc
 """
 
 import functools
+import inspect
 import json
 import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import Any, Literal, TypeVar
@@ -30,6 +32,7 @@ from accelerate.utils import (
     TorchDynamoPlugin,
 )
 from numpy.typing import NDArray
+from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_hf.config import ConfigError, Launcher, read_launcher
 
@@ -41,6 +44,19 @@ _STEP_TIMEOUT = timedelta(minutes=30)
 _RANK_0_TIMEOUT = timedelta(hours=12)
 _CHECKSUM_CHUNK = 1 << 20
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+# torch 2.13 can copy the gradients of a bucket by one kernel instead of one for each parameter.
+_CAN_BATCH_GRAD_COPY = "batched_grad_copy" in inspect.signature(DistributedDataParallel).parameters
+
+
+@dataclass
+class _DDPKwargs(DistributedDataParallelKwargs):  # type: ignore[misc]
+    """Settings of DDP, with one that Accelerate does not pass on.
+
+    `static_graph` would save nothing, because every parameter has a gradient in every step, and fails if gradients are
+    accumulated in the first step.
+    """
+
+    batched_grad_copy: bool = False
 
 
 class ProcessesDiffer(Exception):
@@ -108,8 +124,8 @@ def start(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         # The trainer compiles the network; without this, Accelerate would do so again when the launcher asks for it.
         dynamo_plugin=TorchDynamoPlugin(backend=DynamoBackend.NO),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    accelerator.ddp_handler = _DDPKwargs(gradient_as_bucket_view=True, batched_grad_copy=_CAN_BATCH_GRAD_COPY)
     device_type = accelerator.device.type
     setting, fp32 = ("training.mixed_precision", "fp32")
     if is_from_launcher:

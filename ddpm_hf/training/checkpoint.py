@@ -354,7 +354,8 @@ class DataState:
     def state_dict(self) -> dict[str, Any]:
         """Collective: return the values named as in trainer_state.json."""
         if isinstance(self._images, ImageStream):
-            streams = distributed.gather_json(asdict(self._images.position))
+            position = self._images.trained_position or self._images.position
+            streams = distributed.gather_json(asdict(position))
             return {"num_images": 0, "data_digest": "", "streams": streams}
         return {"num_images": len(self._images), "data_digest": self._images.digest, "streams": []}
 
