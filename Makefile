@@ -3,6 +3,7 @@
 #   make train ARGS="--training.seed 1"     any option of train_ddpm.py
 #   make train TORCH="torch>=2.10"          another PyTorch; the default is the one used for all measurements
 #   make test WORKERS=8                     processes that share the tests, one per core
+#   make bench ARGS="--only train sample"   some rows of the benchmark
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -20,7 +21,7 @@ LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines
 	--dynamo_backend no --num_cpu_threads_per_process 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint types test-slow clean
+.PHONY: help train test bench lint types test-slow clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +32,10 @@ train: $(VENV)/.train ## Train on the embedded digits, sample and evaluate; resu
 test: lint types ## Lint, check types and run all tests except the slow ones
 	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	  -m "not slow and not gpu" $(ARGS)
+
+bench: $(VENV)/.dev ## Measure the speed beside other trainers on this CPU; results in docs/performance.md
+	$(VENV)/bin/python benchmarks/bench.py $(ARGS)
+	$(VENV)/bin/python docs/make_performance.py
 
 lint: $(VENV)/.dev ## Check style and formatting
 	$(RUN) ruff check .

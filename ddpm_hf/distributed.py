@@ -9,12 +9,14 @@ decodes the data or writes the report, and a process that died is noticed at onc
 """
 
 import functools
+import inspect
 import json
 import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import Any, Literal, TypeVar
@@ -22,11 +24,17 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+)
 from numpy.typing import NDArray
+from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_hf.config import ConfigError
+from ddpm_hf.config import ConfigError, Launcher, read_launcher
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +44,19 @@ _STEP_TIMEOUT = timedelta(minutes=30)
 _RANK_0_TIMEOUT = timedelta(hours=12)
 _CHECKSUM_CHUNK = 1 << 20
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+# torch 2.13 can copy the gradients of a bucket by one kernel instead of one for each parameter.
+_CAN_BATCH_GRAD_COPY = "batched_grad_copy" in inspect.signature(DistributedDataParallel).parameters
+
+
+@dataclass
+class _DDPKwargs(DistributedDataParallelKwargs):  # type: ignore[misc]
+    """Settings of DDP, with one that Accelerate does not pass on.
+
+    `static_graph` would save nothing, because every parameter has a gradient in every step, and fails if gradients are
+    accumulated in the first step.
+    """
+
+    batched_grad_copy: bool = False
 
 
 class ProcessesDiffer(Exception):
@@ -46,17 +67,42 @@ class SharedOSError(OSError):
     """An OSError of one rank, raised on every rank."""
 
 
+def join(*, cpu: bool = False) -> Launcher:
+    """Collective: join the process group and choose the device.
+
+    Args:
+        cpu: Use the CPU even if there is a GPU.
+
+    Returns:
+        What `accelerate launch` was given.
+
+    Raises:
+        ConfigError: The launcher or the machine asks for something that is not supported.
+    """
+    launcher = read_launcher()
+    # Without cpu=True, Accelerate starts several processes on a machine without a GPU as unrelated ones.
+    cpu = cpu or launcher.cpu or not torch.accelerator.is_available()
+    device = PartialState(cpu=cpu, timeout=_STEP_TIMEOUT).device
+    if device.type == "xla":
+        raise ConfigError(
+            "this process runs on a TPU, which is not supported; use GPUs, or a CPU with accelerate launch --cpu."
+        )
+    return launcher
+
+
 def start(
     *,
     mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    is_from_launcher: bool = False,
     cpu: bool = False,
     tf32: bool = False,
     deterministic: bool = False,
 ) -> Accelerator:
-    """Collective: start Accelerate, which joins the process group and chooses the device.
+    """Collective: join the process group unless that is done, and start Accelerate.
 
     Args:
         mixed_precision: Precision of the forward and backward pass (training.mixed_precision).
+        is_from_launcher: Whether `accelerate launch` chose the precision; errors name its flag then.
         cpu: Use the CPU even if there is a GPU.
         tf32: Round the factors of float32 products and convolutions to TF32 on NVIDIA GPUs.
         deterministic: Use deterministic kernels only.
@@ -66,34 +112,36 @@ def start(
         the global batch however it is split.
 
     Raises:
-        ConfigError: The device does not support the precision, or `accelerate launch` asked for other settings.
+        ConfigError: The device does not support the precision, or as `join`.
     """
-    _check_launcher(mixed_precision)
+    launcher = join(cpu=cpu)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     accelerator = Accelerator(
-        # Without cpu=True, Accelerate starts several processes on a machine without a GPU as unrelated ones.
-        cpu=cpu or not torch.accelerator.is_available(),
+        cpu=cpu or launcher.cpu or not torch.accelerator.is_available(),
         mixed_precision=_ACCELERATE_PRECISION[mixed_precision],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=_STEP_TIMEOUT),
-        ],
+        # The trainer compiles the network; without this, Accelerate would do so again when the launcher asks for it.
+        dynamo_plugin=TorchDynamoPlugin(backend=DynamoBackend.NO),
     )
+    accelerator.ddp_handler = _DDPKwargs(gradient_as_bucket_view=True, batched_grad_copy=_CAN_BATCH_GRAD_COPY)
     device_type = accelerator.device.type
+    setting, fp32 = ("training.mixed_precision", "fp32")
+    if is_from_launcher:
+        setting, fp32 = ("accelerate launch --mixed_precision", "no")
     if mixed_precision == "fp16" and device_type != "cuda":
         raise ConfigError(
-            "training.mixed_precision fp16 needs a CUDA GPU for its loss scaling, but the device is "
-            f"{device_type}; use bf16 or fp32."
+            f"{setting} fp16 needs a CUDA GPU for its loss scaling, but the device is {device_type}; use bf16 or "
+            f"{fp32}."
         )
     if mixed_precision == "bf16" and device_type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("training.mixed_precision bf16 is not supported by this GPU; use fp16 or fp32.")
+        raise ConfigError(f"{setting} bf16 is not supported by this GPU; use fp16 or {fp32}.")
     if mixed_precision == "bf16" and device_type == "cpu" and _cpu_emulates_bf16():
         logger.warning(
-            "This CPU has no bf16 instructions and emulates them, many times slower than fp32; use "
-            "training.mixed_precision fp32."
+            "This CPU has no bf16 instructions and emulates them, many times slower than fp32; use %s %s.",
+            setting,
+            fp32,
         )
     if device_type == "cuda":
         set_tf32(tf32)  # after Accelerate, which enables TF32 if it compiles
@@ -108,23 +156,6 @@ def set_tf32(is_allowed: bool) -> None:
 
 def _cpu_emulates_bf16() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("NO AVX", "DEFAULT", "AVX2")
-
-
-def _check_launcher(mixed_precision: str) -> None:
-    """Raise ConfigError if `accelerate launch` was given a setting that contradicts the configuration."""
-    # The launcher passes "no" and 1 if it was given nothing.
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", _ACCELERATE_PRECISION[mixed_precision]):
-        raise ConfigError(
-            f"accelerate launch was given --mixed_precision {precision}, but training.mixed_precision is "
-            f"{mixed_precision}; set both to the same value, or leave out the launcher's."
-        )
-    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation != "1":
-        raise ConfigError(
-            f"accelerate launch was given --gradient_accumulation_steps {accumulation}, but accumulation follows from "
-            "training.train_batch_size and training.micro_batch_size; set those instead."
-        )
 
 
 def world_size() -> int:

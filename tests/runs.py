@@ -116,6 +116,13 @@ def poison_loss_at(steps: int | Container[int], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(DenoisingLoss, "__call__", poisoned)
 
 
+def use_gradient_scaler(trainer: Trainer, init_scale: float, backoff_factor: float = 0.5) -> None:
+    """Make Accelerate do on the CPU what it does for fp16 on a GPU: autocast to fp16, scale, unscale, skip."""
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, backoff_factor=backoff_factor)
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.state._mixed_precision = "fp16"
+
+
 def exit_code_of_child(action: Callable[[], None]) -> int:
     """Run an action in a child process; return its exit code, or minus the signal that ended it."""
     child = os.fork()

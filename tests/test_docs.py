@@ -275,9 +275,10 @@ def test_the_files_that_a_document_names_exist(path: Path) -> None:
     assert [name for name in named if not list(REPOSITORY.glob(name))] == []
 
 
-def test_the_generated_reference_is_up_to_date() -> None:
-    generated = runpy.run_path(str(REPOSITORY / "docs" / "make_training.py"))["document"]()
-    assert generated == text_of(REPOSITORY / "docs" / "settings.md"), "run python docs/make_training.py"
+@pytest.mark.parametrize(("script", "name"), [("make_training", "settings"), ("make_performance", "performance")])
+def test_a_generated_document_is_up_to_date(script: str, name: str) -> None:
+    generated = runpy.run_path(str(REPOSITORY / "docs" / f"{script}.py"))["document"]()
+    assert generated == text_of(REPOSITORY / "docs" / f"{name}.md"), f"run python docs/{script}.py"
 
 
 @pytest.mark.parametrize("name", ["SECURITY.md", "docs/reliability.md", "docs/compatibility.md"])

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ddpm_hf.cli.common import find_folder, load_pipeline, out_of_memory_advice
 from ddpm_hf.cli.flags import CALL_FLAGS, ModelFlags, Parser, SamplingFlags, flag, read_flags
-from ddpm_hf.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig, read_config_dict, validate
+from ddpm_hf.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    read_config_dict,
+    validate,
+    warn_of_training_flags,
+)
 from ddpm_hf.files import EVALUATION, EVALUATION_PICTURE, TRAINING_CONFIG, atomic_write, write_text
 
 if TYPE_CHECKING:
@@ -358,6 +367,7 @@ def _prepare(flags: EvaluateFlags) -> _Work:
     from ddpm_hf.evaluation.report import choose_images
     from ddpm_hf.training.trainer import open_splits
 
+    warn_of_training_flags(distributed.join(cpu=flags.cpu))
     accelerator = distributed.start(cpu=flags.cpu)
     folder = find_folder(flags.folder, flags.revision)
     flags.check_scheduler()

@@ -6,6 +6,7 @@ grid.png  strip.png  animation.gif
 """
 
 import math
+import os
 import platform
 import re
 from collections import Counter
@@ -22,7 +23,7 @@ from PIL import Image
 from ddpm_hf import __version__
 from ddpm_hf.cli.common import commit_of, find_folder, load_pipeline, out_of_memory_advice, print_error
 from ddpm_hf.cli.flags import CALL_FLAGS, NATIVE_SCHEDULER, ModelFlags, Parser, SamplingFlags, flag, read_flags
-from ddpm_hf.config import ConfigError, DataConfig, log_warning
+from ddpm_hf.config import ConfigError, DataConfig, log_warning, read_launcher, warn_of_training_flags
 from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_count, read_json, save_array, write_json
 from ddpm_hf.plots import UInt8Array, denoising_strip, image_grid, save_animation
 
@@ -172,6 +173,13 @@ def parse(arguments: Sequence[str]) -> SampleFlags:
 def sample(arguments: Sequence[str]) -> int:
     """Sample and write the images, and return the exit code."""
     flags = parse(arguments)
+    launcher = read_launcher()
+    if (num_processes := os.environ.get("WORLD_SIZE", "1")) != "1" and "LOCAL_RANK" in os.environ:
+        raise ConfigError(
+            f"ddpm-hf sample runs in one process, but the launcher started {num_processes}; start one, with other "
+            "--seeds for each GPU, or use ddpm-hf evaluate."
+        )
+    warn_of_training_flags(launcher)
     model = find_folder(flags.folder, flags.revision)
     output = OutputFolder(flags.output, flags.overwrite)
     images, masks = read_images(flags.image or []), read_images(flags.mask or [])

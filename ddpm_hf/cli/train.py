@@ -268,6 +268,6 @@ def _main_settings(config: RunConfig) -> dict[str, str]:
         "steps x global batch": f"{training.num_steps:,} x {training.train_batch_size}",
         "learning rate": f"{training.learning_rate:g}, {training.learning_rate_schedule}",
         "EMA decay": f"{training.ema_decay:g}",
-        "precision": training.mixed_precision,
+        "precision": str(training.mixed_precision),
         "seed": str(training.seed),
     }

@@ -1,5 +1,6 @@
 """The configuration of a run: schema, validation and parsing. Needs no torch."""
 
+from ddpm_hf.config.launcher import Launcher, read_launcher, take_launcher, warn_of_training_flags
 from ddpm_hf.config.parse import load_config, load_data_config, read_config, read_config_dict
 from ddpm_hf.config.rules import ConfigError, changed_settings, changed_too_late, log_warning, refuse_secrets, validate
 from ddpm_hf.config.schema import (
@@ -23,6 +24,7 @@ __all__ = [
     "DiffusionConfig",
     "EvaluationConfig",
     "HubConfig",
+    "Launcher",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerOption",
@@ -38,6 +40,9 @@ __all__ = [
     "log_warning",
     "read_config",
     "read_config_dict",
+    "read_launcher",
     "refuse_secrets",
+    "take_launcher",
     "validate",
+    "warn_of_training_flags",
 ]

@@ -42,6 +42,7 @@ _USED_ONLY_WITH: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("objective.p2_k", "objective.weighting", ("p2",)),
     *((f"training.{name}", "training.optimizer", _ADAM) for name in ("adam_beta1", "adam_beta2", "adam_epsilon")),
     ("training.weight_decay", "training.optimizer", _ADAM),
+    ("training.prefetch_factor", "objective.timestep_sampling", ("uniform", "antithetic")),
     ("training.ema_inv_gamma", "training.ema_warmup", ("power",)),
     ("training.ema_power", "training.ema_warmup", ("power",)),
     ("training.posthoc_ema_every_steps", "training.posthoc_ema", ()),
@@ -115,7 +116,7 @@ def _check_ranges(config: RunConfig) -> None:
         "objective.vlb_weight", "objective.min_snr_gamma", "objective.p2_k",
     )  # fmt: skip
     not_negative = (
-        "training.learning_rate_warmup_steps", "training.weight_decay", "training.seed",
+        "training.learning_rate_warmup_steps", "training.prefetch_factor", "training.weight_decay", "training.seed",
         "training.validate_every_steps", "training.ema_start_step", "data.resize_to", "preview.every_steps",
         "preview.guidance_scale", "evaluation.num_samples", "evaluation.guidance_scale",
         "evaluation.score_every_steps", "objective.p2_gamma", "objective.offset_noise", "hub.push_every_steps",
@@ -348,7 +349,7 @@ _FREE = ("data.cache_dir", "data.device_resident", "model.gradient_checkpointing
 # Other settings of training change the weights, so a finished run cannot be resumed with another value of them.
 _WITHOUT_EFFECT_ON_WEIGHTS = (
     "output_dir", "num_steps", "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps",
-    "validate_every_steps", "resume", "cpu",
+    "validate_every_steps", "prefetch_factor", "resume", "cpu",
 )  # fmt: skip
 
 

@@ -275,8 +275,13 @@ class TrainingConfig:
         num_steps: Optimizer updates.
         train_batch_size: Global batch size, over all processes.
         micro_batch_size: Images per forward pass on one device; smaller values accumulate gradients. null uses the
-            per-process batch; auto halves it before the first step until it fits into GPU memory.
-        mixed_precision: fp32, bf16, or fp16 with loss scaling (GPU only).
+            per-process batch, divided by --gradient_accumulation_steps of `accelerate launch` if given; auto halves it
+            before the first step until it fits into GPU memory.
+        prefetch_factor: Steps whose batches are prepared ahead by a thread; 0 prepares each batch when it is needed.
+            null uses 2 on CUDA and 0 elsewhere, where the thread would compete with the training for the cores. Always
+            0 with objective.timestep_sampling loss_aware, whose timesteps depend on the losses of the step before.
+        mixed_precision: fp32, bf16, or fp16 with loss scaling (GPU only). null takes that of `accelerate launch` or
+            `accelerate config`, or that of the run that is continued, or fp32.
         optimizer: "adamw", "adam", or the import path of a PyTorch optimizer, such as "torch.optim.SGD".
         optimizer_kwargs: Additional optimizer arguments, for example {momentum: 0.9}.
         learning_rate: Peak learning rate.
@@ -304,8 +309,8 @@ class TrainingConfig:
         log_every_steps: Interval of lines in metrics.jsonl.
         validate_every_steps: Interval of the validation loss of the EMA weights, also measured after the last step; 0
             disables it. Needs a validation set.
-        max_consecutive_nonfinite: Updates with a non-finite gradient are skipped; stop with exit code 3 after this many
-            in a row.
+        max_consecutive_nonfinite: Updates with a non-finite gradient are skipped; after this many in a row, stop with
+            exit code 3 at the next line of metrics or checkpoint.
         tf32: Allow TF32 in float32 matrix products and convolutions on NVIDIA GPUs.
         deterministic: Use deterministic PyTorch kernels, for bit-exact resume on CUDA; slower.
         resume: "auto" continues the run in output_dir; "none" refuses an output_dir that contains a run.
@@ -317,7 +322,8 @@ class TrainingConfig:
     num_steps: int = 800_000
     train_batch_size: int = 128
     micro_batch_size: int | Literal["auto"] | None = None
-    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    prefetch_factor: int | None = None
+    mixed_precision: Literal["fp32", "bf16", "fp16"] | None = None
     optimizer: str = "adamw"
     optimizer_kwargs: dict[str, OptimizerOption] = field(default_factory=dict)
     learning_rate: float = 2e-4

@@ -74,11 +74,14 @@ class SampleOrder:
         """Return the values of samples from the tables of their epochs."""
         parts = []
         for epoch in np.unique(epochs).tolist():
-            if (stream, epoch) not in self._tables:
-                # A batch may span two epochs, so the previous one is still needed.
-                self._tables = {key: table for key, table in self._tables.items() if key[1] >= epoch - 1}
-                self._tables[stream, epoch] = draw(numpy_generator(self._seed, stream, epoch))
-            parts.append(self._tables[stream, epoch][indices[epochs == epoch]])
+            table = self._tables.get((stream, epoch))
+            if table is None:
+                table = draw(numpy_generator(self._seed, stream, epoch))
+                # A batch may span two epochs, so the previous one is still needed. The dictionary is replaced and not
+                # changed: a prefetch thread may read it at the same time.
+                kept = {key: kept for key, kept in self._tables.items() if key[1] >= epoch - 1}
+                self._tables = kept | {(stream, epoch): table}
+            parts.append(table[indices[epochs == epoch]])
         return np.concatenate(parts)
 
 

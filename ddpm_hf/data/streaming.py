@@ -146,8 +146,12 @@ class ImageStream:
         self._shared_rows = None if stream.num_shards % num_processes == 0 else (rank, num_processes)
         self._stream = stream.shard(num_processes, rank) if self._shared_rows is None else stream
         self.position = StreamPosition()
+        # The position of training while batches are prepared ahead of it; None if it is `position`.
+        self.trained_position: StreamPosition | None = None
         self._rows: Generator[tuple[_Row, StreamPosition], None, None] | None = None
         self._pool: ThreadPoolExecutor | None = None
+        # Not catch_warnings around each batch: it changes the filters of all threads, and batches are read in a thread.
+        warnings.filterwarnings("ignore", module=r"PIL\.|ddpm_hf\.data\.decode")
         # A parquet reader that is still open at exit can abort the process (apache/arrow issue 45214).
         atexit.register(self.close)
 
@@ -164,7 +168,7 @@ class ImageStream:
     def go_to(self, position: dict[str, Any]) -> None:
         """Continue from a position, given as the dictionary that `asdict(stream.position)` returned."""
         self.close()
-        self.position = StreamPosition(**position)
+        self.position, self.trained_position = StreamPosition(**position), None
 
     def samples(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the next stop - start images of this process, whatever `start` is.
@@ -191,9 +195,7 @@ class ImageStream:
             self._pool = ThreadPoolExecutor(num_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         taken = list(itertools.islice(self._rows, count))
         images = [as_encoded_image(row.name, self._config, row.columns[self._image_column]) for row, _ in taken]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            decoded = list(self._pool.map(self._decode, images))
+        decoded = list(self._pool.map(self._decode, images))
         for (row, position), image, pixels in zip(taken, images, decoded, strict=True):
             self.position = replace(position, num_bad=self.position.num_bad)
             if isinstance(pixels, BadImage):

@@ -1,4 +1,4 @@
-"""Micro batches of each global batch, timestep samplers, and the micro-batch size.
+"""Micro batches of each global batch, a thread that prepares them ahead, timestep samplers, and the micro-batch size.
 
 A micro batch holds images and every random number that the objective needs. All of it is a function of (seed, step,
 position in the global batch), however the batch is split over ranks and micro batches; flips and crops are functions of
@@ -7,9 +7,11 @@ losses before them, and a stream gives each process the images that it reads nex
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, RunConfig, TrainingConfig
 from ddpm_hf.data import ImageLoader, ImageStream
 from ddpm_hf.data.loader import to_device
+from ddpm_hf.data.streaming import StreamPosition
 from ddpm_hf.rng import NOISE_BLOCK_SIZE, numpy_generator
 from ddpm_hf.training.logging import say
 from ddpm_hf.training.loss import DenoisingLoss, assign_noise, draw_noise
@@ -213,9 +216,9 @@ class BatchSource:
         timestep_sampler: TimestepSampler,
     ) -> None:
         self._config = config
-        self._loader = loader
+        self.loader = loader
         self._micro_batch_size = micro_batch_size
-        self._device = device
+        self.device = device
         self._timestep_sampler = timestep_sampler
         per_rank = config.training.train_batch_size // num_processes
         self._positions = range(rank * per_rank, (rank + 1) * per_rank)
@@ -241,10 +244,10 @@ class BatchSource:
             yield MicroBatch(
                 x_0=x_0,
                 noise=noise,
-                timesteps=to_device(timesteps[part], self._device),
-                importance=None if importance is None else to_device(importance[part], self._device),
+                timesteps=to_device(timesteps[part], self.device),
+                importance=None if importance is None else to_device(importance[part], self.device),
                 class_labels=labels if self._config.model.class_conditional else None,
-                dropped=to_device(dropped[part], self._device) if objective.class_dropout > 0 else None,
+                dropped=to_device(dropped[part], self.device) if objective.class_dropout > 0 else None,
                 use_self_cond=use_self_cond,
                 is_last=positions.stop == self._positions.stop,
             )
@@ -253,8 +256,8 @@ class BatchSource:
         """Return images, noise and labels of some positions of the global batch."""
         objective, training = self._config.objective, self._config.training
         first = step * training.train_batch_size
-        x_0, labels = self._loader.samples(first + positions.start, first + positions.stop)
-        noise = draw_noise(objective, training.seed, step, positions, x_0.shape[1:], self._device)
+        x_0, labels = self.loader.samples(first + positions.start, first + positions.stop)
+        noise = draw_noise(objective, training.seed, step, positions, x_0.shape[1:], self.device)
         if objective.immiscible_noise:
             noise = assign_noise(x_0, noise)
         return x_0, noise, labels
@@ -278,12 +281,112 @@ class BatchSource:
 
     def describe_images(self, step: int) -> str:
         """Return a sentence that names the images of a step on all ranks; empty for a stream."""
-        if not isinstance(self._loader, ImageLoader):
+        if not isinstance(self.loader, ImageLoader):
             return ""
         size = self._config.training.train_batch_size
-        numbers = self._loader.numbers(step * size, (step + 1) * size).tolist()
+        numbers = self.loader.numbers(step * size, (step + 1) * size).tolist()
         more = ", ..." if size > _NUM_NAMED_IMAGES else ""
         return f" Its images were {', '.join(map(str, numbers[:_NUM_NAMED_IMAGES]))}{more}."
+
+
+@dataclass(frozen=True)
+class _PreparedStep:
+    """The micro batches of one step.
+
+    Args:
+        batches: In order.
+        position: Position of the stream after these images; None without a stream.
+        ready: Recorded on CUDA after the last operation on `batches`.
+    """
+
+    batches: list[MicroBatch]
+    position: StreamPosition | None
+    ready: torch.cuda.Event | None
+
+
+class Prefetcher:
+    """Prepare the micro batches of the next steps in a thread while the device trains.
+
+    A batch is a function of the step, so it does not matter when it is prepared. An error of a step is raised when its
+    batches are asked for. On CUDA the thread works on a stream of its own, and never more than `num_steps_ahead` + 1
+    steps ahead of the device. Use it as a context manager, which ends the thread.
+
+    Args:
+        source: Prepares the batches.
+        num_steps_ahead: The result of `resolve_prefetch_factor`; 0 starts no thread.
+        end_step: The step after the last one that is prepared.
+    """
+
+    def __init__(self, source: BatchSource, num_steps_ahead: int, end_step: int) -> None:
+        self._source, self._num_steps_ahead, self._end_step = source, num_steps_ahead, end_step
+        self._pool: ThreadPoolExecutor | None = None
+        self._prepared: deque[Future[_PreparedStep]] = deque()
+        self._stream: torch.cuda.Stream | None = None
+
+    def __enter__(self) -> "Prefetcher":
+        if self._num_steps_ahead:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+            if self._source.device.type == "cuda":
+                self._stream = torch.cuda.Stream(self._source.device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+            self._prepared.clear()
+
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        """Yield the micro batches of an optimizer step; every call asks for the step after that of the call before."""
+        if self._pool is None:
+            yield from self._source.micro_batches(step)
+            return
+        done = None
+        if self._stream is not None:
+            # The step before; a blocking event, so that the thread sleeps while it waits.
+            done = torch.cuda.Event(blocking=True)
+            done.record(torch.cuda.current_stream(self._source.device))
+        stop = min(step + self._num_steps_ahead + 1, self._end_step)
+        for coming in range(step + len(self._prepared), stop):
+            self._prepared.append(self._pool.submit(self._prepare, coming, done))
+        prepared = self._prepared.popleft().result()
+        if prepared.ready is not None:
+            _hand_over(prepared.batches, prepared.ready, self._source.device)
+        if isinstance(stream := self._source.loader, ImageStream):
+            stream.trained_position = prepared.position
+        while prepared.batches:  # a micro batch is freed when the next one is asked for
+            yield prepared.batches.pop(0)
+
+    def _prepare(self, step: int, done: torch.cuda.Event | None) -> _PreparedStep:
+        """Prepare a step, in the thread."""
+        if done is not None:
+            done.synchronize()  # the host may be many steps ahead of the device, and each step needs memory
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            batches = list(self._source.micro_batches(step))
+            ready = None if self._stream is None else self._stream.record_event()
+        stream = self._source.loader
+        return _PreparedStep(batches, stream.position if isinstance(stream, ImageStream) else None, ready)
+
+
+def _hand_over(batches: list[MicroBatch], ready: torch.cuda.Event, device: torch.device) -> None:
+    """Let the current stream of a CUDA device use batches that another stream has prepared, without synchronizing."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(ready)
+    for batch in batches:
+        for name in fields(batch):
+            if isinstance(tensor := getattr(batch, name.name), torch.Tensor):
+                tensor.record_stream(stream)  # its memory is not reused while this stream reads it
+
+
+def resolve_prefetch_factor(config: RunConfig, device: torch.device) -> int:
+    """Return the steps to prepare ahead: training.prefetch_factor, or for null 2 on CUDA and 0 elsewhere.
+
+    It is 0 for loss-aware timesteps, which depend on the losses of the step before.
+    """
+    if config.objective.timestep_sampling == "loss_aware":
+        return 0
+    factor = config.training.prefetch_factor
+    return factor if factor is not None else 2 if device.type == "cuda" else 0
 
 
 def largest_micro_batch_size(config: TrainingConfig, num_processes: int) -> int:
@@ -361,6 +464,7 @@ def make_memory_probe(
     loss: DenoisingLoss,
     image_shape: tuple[int, int, int],
     autocast: Callable[[], AbstractContextManager[Any]],
+    num_prefetched: int = 0,
 ) -> Callable[[int], None]:
     """Return a probe that uses the memory of a training step: activations, gradients and the two moments of AdamW.
 
@@ -371,6 +475,7 @@ def make_memory_probe(
         loss: The objective of the run.
         image_shape: (channels, height, width).
         autocast: Return the autocast context of the run.
+        num_prefetched: Images that are prepared ahead, with their noise.
     """
 
     def probe(size: int) -> None:
@@ -379,13 +484,14 @@ def make_memory_probe(
         labels = None if unet.class_embedding is None else torch.zeros(size, dtype=torch.int64, device=unet.device)
         x_0 = torch.zeros(size, *image_shape, device=unet.device)
         timesteps = torch.zeros(size, dtype=torch.int64, device=unet.device)
-        moments = [torch.empty_like(parameter) for parameter in unet.parameters() for _ in range(2)]
+        kept = [torch.empty_like(parameter) for parameter in unet.parameters() for _ in range(2)]
+        kept.append(torch.empty(2, num_prefetched, *image_shape, device=unet.device))
         try:
             with autocast():
                 losses = loss(unet, x_0, torch.zeros_like(x_0), timesteps, labels)
             losses.mean().backward()
         finally:
             unet.zero_grad(set_to_none=True)
-            del moments
+            del kept
 
     return probe

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, RunConfig, changed_settings, changed_too_late, read_config_dict
+from ddpm_hf.config.launcher import PRECISIONS, Precision
 from ddpm_hf.data import ImageSet, ImageStream
 from ddpm_hf.files import (
     MANIFEST,
@@ -353,7 +354,8 @@ class DataState:
     def state_dict(self) -> dict[str, Any]:
         """Collective: return the values named as in trainer_state.json."""
         if isinstance(self._images, ImageStream):
-            streams = distributed.gather_json(asdict(self._images.position))
+            position = self._images.trained_position or self._images.position
+            streams = distributed.gather_json(asdict(position))
             return {"num_images": 0, "data_digest": "", "streams": streams}
         return {"num_images": len(self._images), "data_digest": self._images.digest, "streams": []}
 
@@ -446,6 +448,21 @@ def choose_checkpoint(folder: RunFolder, config: RunConfig, *, is_dry_run: bool 
         for line in damaged:
             set_aside(folder.checkpoints / line.partition(":")[0])
     return latest
+
+
+def stored_precision(root: Path) -> Precision | None:
+    """Return training.mixed_precision of the newest checkpoint, which is not verified yet; None if there is none."""
+    try:
+        folders = sorted(_checkpoint_folders(root), key=_step_of, reverse=True)
+    except (OSError, CheckpointError):
+        return None  # `choose_checkpoint` reports it
+    for path in (folder for folder in folders if (folder / RUN_CONFIG).is_file()):
+        try:
+            precision = _settings_of(Checkpoint(path, _step_of(path)))["training"]["mixed_precision"]
+        except (OSError, KeyError, CheckpointError):
+            continue
+        return next((known for known in PRECISIONS if known == precision), None)
+    return None
 
 
 def _settings_of(checkpoint: Checkpoint) -> dict[str, dict[str, object]]:

@@ -130,38 +130,84 @@ def _decay_of_step(num_updates: int, config: TrainingConfig) -> float:
             return config.ema_decay
 
 
+_TABLE_LENGTH = 1024
+
+
 class EMA:
     """Keep float32 exponential moving averages of a model's parameters on their device, one for each decay schedule.
+
+    Whether an optimizer step was skipped is only known on the device, and the decay depends on the number of steps that
+    were not. So the device counts them, and looks the weight of each update up in a table that the host computes every
+    1024 updates. A skipped step has weight 0, which leaves an EMA unchanged bit by bit.
+
+    The host reads the count when it computes a table, and with `ema_every_steps` once per interval, because only the
+    host can save the cost of the updates between.
 
     Args:
         model: The model to follow; each EMA starts at its weights.
         schedules: Name -> decay schedule; see `decay_schedules`.
-
-    Attributes:
-        num_updates: Updates so far; skipped optimizer steps are not counted.
     """
 
     def __init__(self, model: nn.Module, schedules: Mapping[str, DecaySchedule]) -> None:
-        self.num_updates = 0
         self._schedules = dict(schedules)
         self._parameters: list[torch.Tensor] = list(model.parameters())
         self._averages = {
             name: [parameter.detach().to(torch.float32, copy=True) for parameter in self._parameters]
             for name in schedules
         }
+        self._position = torch.zeros(1, dtype=torch.int64, device=self._parameters[0].device)
+        self._start_at(0)
+
+    def _start_at(self, num_updates: int) -> None:
+        """Set the number of updates; the next one computes a table that starts there."""
+        self._table: list[list[float]] = []
+        self._start = num_updates
+        # The row of the next update: on the device, and on the host as if nothing was skipped since it was read.
+        self._position.zero_()
+        self._latest = 0
 
     @property
     def names(self) -> list[str]:
         """The names of the EMAs."""
         return list(self._schedules)
 
+    @property
+    def num_updates(self) -> int:
+        """Updates so far, not counting skipped ones; the host waits for the device."""
+        return self._start + (int(self._position) if self._latest else 0)
+
     @torch.no_grad()
-    def update(self) -> None:
-        """Update each EMA: m <- decay * m + (1 - decay) * w."""
-        for name, schedule in self._schedules.items():
-            if (decay := schedule(self.num_updates)) < 1:
-                torch._foreach_lerp_(self._averages[name], self._parameters, 1.0 - decay)
-        self.num_updates += 1
+    def update(self, is_skipped: torch.Tensor | None = None) -> None:
+        """Update each EMA: m <- decay * m + (1 - decay) * w.
+
+        Args:
+            is_skipped: bool (), on the device: whether the optimizer step was skipped. None means that it was not.
+        """
+        if self._latest == len(self._table):
+            self._compute_table()
+        weights = self._weights.index_select(0, self._position)[0]
+        if is_skipped is None:
+            self._position += 1
+        else:
+            is_applied = ~is_skipped
+            weights *= is_applied
+            self._position += is_applied
+        must_read = False
+        for column, averages in enumerate(self._averages.values()):
+            if self._table[self._latest][column] > 0:
+                _lerp_(averages, self._parameters, weights[column])
+                must_read |= self._has_pauses[column]
+        self._latest += 1
+        if must_read:
+            self._latest = int(self._position)
+
+    def _compute_table(self) -> None:
+        """Compute the weights of the next updates of each EMA."""
+        self._start_at(self.num_updates)
+        numbers = range(self._start, self._start + _TABLE_LENGTH)
+        self._table = [[1.0 - decay_of(number) for decay_of in self._schedules.values()] for number in numbers]
+        self._has_pauses = [0.0 in column for column in zip(*self._table, strict=True)]
+        self._weights = torch.tensor(self._table, dtype=torch.float32, device=self._position.device)
 
     @contextmanager
     def swapped_in(self, name: str = EMA_NAME) -> Iterator[None]:
@@ -190,7 +236,17 @@ class EMA:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Restore the number of updates."""
-        self.num_updates = state["num_ema_updates"]
+        self._start_at(state["num_ema_updates"])
+
+
+def _lerp_(averages: list[torch.Tensor], parameters: list[torch.Tensor], weight: torch.Tensor) -> None:
+    """Update averages: m <- m + weight * (w - m), with a weight () on the device."""
+    if weight.is_cpu:
+        torch._foreach_lerp_(averages, parameters, [weight] * len(averages))
+    else:  # with weights of one element, _foreach_lerp_ launches a kernel for each tensor
+        differences = torch._foreach_sub(parameters, averages)
+        torch._foreach_mul_(differences, weight)
+        torch._foreach_add_(averages, differences)
 
 
 _NUM_SNAPSHOTS = 40

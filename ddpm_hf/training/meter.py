@@ -49,14 +49,14 @@ class LossMeter:
         factors = torch.ones_like(losses) if importance is None else importance
         weighted = factors * losses
         is_in = self._quartiles == timesteps * _NUM_QUARTILES // self._num_timesteps
-        self._step_sums[0] += weighted.sum() / self._batch_size
-        self._step_sums[_LOSSES] += (is_in * weighted).sum(dim=1)
-        self._step_sums[_COUNTS] += (is_in * factors).sum(dim=1)
+        self._step_sums[0].add_(weighted.sum() / self._batch_size)
+        self._step_sums[_LOSSES].add_((is_in * weighted).sum(dim=1))
+        self._step_sums[_COUNTS].add_((is_in * factors).sum(dim=1))
 
     def end_step(self, is_nonfinite: torch.Tensor) -> None:
         """Count the step unless its update is skipped."""
-        self._step_sums[1] += 1
-        self.sums += torch.where(is_nonfinite, 0.0, self._step_sums)
+        self._step_sums[1].add_(1)
+        self.sums += self._step_sums.masked_fill_(is_nonfinite, 0.0)  # not 0 times a loss that may be NaN
         self._step_sums.zero_()
 
     def load(self, sums_of_ranks: Sequence[Sequence[float]], rank: int, num_processes: int) -> None:

@@ -266,7 +266,9 @@ def check_finite(tensors: Iterable[torch.Tensor], step: int) -> None:
 
 
 class NonFiniteGuard:
-    """Count skipped updates without making the host wait for the device.
+    """Count skipped updates, and stop a run after too many in a row.
+
+    `record` keeps what happened on the device; `read` makes the host wait and brings the counts up to date.
 
     Gradients are averaged over ranks before their norm is taken, so every rank sees the same flags. With fp16 an update
     is also skipped if the scaled gradients overflow, which is how the gradient scaler finds its scale; these skips are
@@ -286,52 +288,54 @@ class NonFiniteGuard:
         self.num_consecutive = 0
         self.num_scaler_skips = 0
         self._max_consecutive = max_consecutive
-        self._flags: torch.Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
+        self._recorded: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
-    def record(self, is_nonfinite: torch.Tensor, loss_scale: torch.Tensor | None = None) -> None:
-        """Start copying to the host whether an update is skipped, and why.
+    @property
+    def num_recorded(self) -> int:
+        """Number of updates that were not read yet."""
+        return len(self._recorded)
+
+    def record(self, step: int, is_nonfinite: torch.Tensor, loss_scale: torch.Tensor | None = None) -> None:
+        """Keep on the device whether an update is skipped, and why.
 
         Args:
-            is_nonfinite: bool, whether the norm of the gradient is not finite.
+            step: Optimizer step, counted from 0.
+            is_nonfinite: bool (), whether the norm of the gradient is not finite.
             loss_scale: Scale of the gradient scaler in this update; None without one.
         """
-        is_overflow = is_nonfinite & (loss_scale > 1) if loss_scale is not None else torch.zeros_like(is_nonfinite)
-        self._flags = torch.stack([is_nonfinite, is_overflow])
-        if self._flags.device.type == "cuda":
-            on_device = self._flags
-            self._flags = torch.empty_like(on_device, device="cpu", pin_memory=True)
-            self._flags.copy_(on_device, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        counts = is_nonfinite if loss_scale is None else is_nonfinite & (loss_scale <= 1)
+        self._recorded.append((step, is_nonfinite, counts))
 
-    def was_applied(self) -> bool | None:
-        """Return whether the recorded update changed the weights; None if it was returned before or never recorded.
+    def read(self, warn: Callable[[int], None]) -> None:
+        """Count the recorded updates; the host waits for the device.
+
+        Args:
+            warn: Called with the first step of each series of skipped updates.
 
         Raises:
-            NonFiniteTraining: Too many consecutive updates were skipped.
+            NonFiniteTraining: Too many consecutive updates were skipped, at any time since the last call.
         """
-        if self._flags is None:
-            return None
-        if self._copied is not None:
-            self._copied.synchronize()
-        is_nonfinite, is_overflow = self._flags.tolist()
-        self._flags = self._copied = None
-        if not is_nonfinite:
-            self.num_consecutive = 0
-            return True
-        if is_overflow:
-            self.num_scaler_skips += 1
-            return False
-        self.num_skipped += 1
-        self.num_consecutive += 1
-        if self.num_consecutive >= self._max_consecutive:
-            raise NonFiniteTraining(
-                f"the gradient was not finite in {self.num_consecutive} updates in a row (training."
-                "max_consecutive_nonfinite); the checkpoints before them are intact. Lower training.learning_rate, "
-                "use bf16 or fp32 instead of fp16, or check the images."
-            )
-        return False
+        if not self._recorded:
+            return
+        steps, *flags = zip(*self._recorded, strict=True)
+        self._recorded = []
+        is_nonfinite, counts = torch.stack([torch.stack(column) for column in flags]).tolist()
+        for step, is_skipped, is_counted in zip(steps, is_nonfinite, counts, strict=True):
+            if not is_skipped:
+                self.num_consecutive = 0
+            elif not is_counted:
+                self.num_scaler_skips += 1
+            else:
+                self.num_skipped += 1
+                self.num_consecutive += 1
+                if self.num_consecutive == 1:
+                    warn(step)
+                if self.num_consecutive >= self._max_consecutive:
+                    raise NonFiniteTraining(
+                        f"the gradient was not finite in {self.num_consecutive} updates in a row (training."
+                        "max_consecutive_nonfinite); the checkpoints before them are intact. Lower "
+                        "training.learning_rate, use bf16 or fp32 instead of fp16, or check the images."
+                    )
 
     def state_dict(self) -> dict[str, int]:
         """Return the counts, named as in trainer_state.json."""

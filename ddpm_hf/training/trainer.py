@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ddpm_hf import distributed
-from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, refuse_secrets
+from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, refuse_secrets, take_launcher
+from ddpm_hf.config.launcher import DEFAULT, LAUNCHER
 from ddpm_hf.data import ImageLoader, ImageSet, ImageStream, describe_sets, locations_of, normalize, open_sets
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.images import image_size
@@ -49,12 +50,14 @@ from ddpm_hf.rng import normal_by_position, numpy_generator, sampling_generators
 from ddpm_hf.training import posthoc_ema, run_dir
 from ddpm_hf.training.batches import (
     BatchSource,
+    Prefetcher,
     build_timestep_sampler,
     largest_micro_batch_size,
     make_memory_probe,
     resolve_micro_batch_size,
+    resolve_prefetch_factor,
 )
-from ddpm_hf.training.checkpoint import Checkpointer, DataState, find_latest
+from ddpm_hf.training.checkpoint import Checkpointer, DataState, find_latest, stored_precision
 from ddpm_hf.training.ema import EMA, decay_schedules, is_snapshot_due
 from ddpm_hf.training.logging import MetricsLog, Progress, Trackers, say
 from ddpm_hf.training.loss import DenoisingLoss
@@ -70,6 +73,9 @@ from ddpm_hf.training.optim import (
 from ddpm_hf.training.run_dir import RunFolder, carry_over_additions
 
 logger = logging.getLogger(__name__)
+
+_MAX_RECORDED = 1000
+"""Updates after which the host reads which ones were skipped, if nothing else is due."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +110,10 @@ class Trainer:
         scorer: Measures evaluation.score_metric; required with evaluation.score_every_steps.
         publisher: Publishes the EMA weights during training; required with hub.push_every_steps.
 
+    Attributes:
+        config: The configuration, with the values of settings that were left to the launcher.
+        origins: Setting -> where such a value came from.
+
     Raises:
         ValueError: The data, the network, the machine or the run folder do not fit the configuration.
     """
@@ -123,17 +133,19 @@ class Trainer:
                     f"{name} to 0, or pass one."
                 )
         self._scorer, self._publisher = scorer, publisher
-        self.config = config
-        training = config.training
+        self.folder = RunFolder(Path(config.training.output_dir).expanduser())
+        self.config, self.origins = resolve(config, self.folder)
+        training = self.config.training
+        assert training.mixed_precision is not None
         self.accelerator = distributed.start(
             mixed_precision=training.mixed_precision,
+            is_from_launcher=self.origins.get("training.mixed_precision") == LAUNCHER,
             cpu=training.cpu,
             tf32=training.tf32,
             deterministic=training.deterministic,
         )
         self.device = self.accelerator.device
         self.micro_batch_size = largest_micro_batch_size(training, self.accelerator.num_processes)
-        self.folder = RunFolder(Path(training.output_dir).expanduser())
         distributed.on_rank_0(lambda: self.folder.acquire(training.resume))
         try:
             self._build()
@@ -220,7 +232,7 @@ class Trainer:
         self._progress = Progress(first_step, num_steps, is_main_process=self.is_main_process)
         if first_step < num_steps:
             distributed.on_rank_0(lambda: self.trackers.start(first_step, self.config.to_dict()))
-        with StopWatcher() as watcher, self._progress, self.trackers:
+        with StopWatcher() as watcher, self._progress, self.trackers, self._prefetcher:
             started_at = time.monotonic()
             timed = self.metrics.last("seconds") or {}
             self.meter.start(first_step, timed.get("seconds", 0.0))
@@ -237,11 +249,16 @@ class Trainer:
             say(f"Trained from step {first_step} to {num_steps} in {minutes}:{seconds:02}.")
 
     def _prepare(self) -> None:
-        """Collective: resolve the micro-batch size and wrap the network and the optimizer with Accelerate."""
+        """Collective: resolve the micro-batch size and wrap the network with Accelerate."""
         self.unet.train()
+        num_steps_ahead = resolve_prefetch_factor(self.config, self.device)
         probe = None
         if self.device.type == "cuda":  # elsewhere, running out of memory is not an exception
-            probe = make_memory_probe(self.unet, self.loss, self.images.image_shape, self.accelerator.autocast)
+            per_process = self.config.training.train_batch_size // self.accelerator.num_processes
+            num_prefetched = (num_steps_ahead + 1) * per_process if num_steps_ahead else 0
+            probe = make_memory_probe(
+                self.unet, self.loss, self.images.image_shape, self.accelerator.autocast, num_prefetched
+            )
         self.micro_batch_size = resolve_micro_batch_size(
             self.config.training, self.micro_batch_size, self._stored_micro_batch_size, probe
         )
@@ -254,12 +271,13 @@ class Trainer:
             device=self.device,
             timestep_sampler=self.timestep_sampler,
         )
-        self._model, self._prepared_optimizer = self.accelerator.prepare(self.unet, self.optimizer)
+        self._prefetcher = Prefetcher(self._batches, num_steps_ahead, self.config.training.num_steps)
+        self._model = self.accelerator.prepare(self.unet)
 
     def _train_step(self, step: int) -> None:
         """Collective: one optimizer update on the global batch, with gradients accumulated over micro batches."""
         recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for index, batch in enumerate(self._batches.micro_batches(step)):
+        for index, batch in enumerate(self._prefetcher.micro_batches(step)):
             if self.has_dropout:  # nothing else draws from the global generators
                 seed_global_generators(
                     self.config.training.seed, "dropout", step, self.accelerator.process_index, index
@@ -290,32 +308,43 @@ class Trainer:
         self._update(step)
 
     def _update(self, step: int) -> None:
-        """Clip the gradient, and update the weights unless it is not finite."""
-        config = self.config.training
-        max_norm = float("inf") if config.max_grad_norm is None else config.max_grad_norm
-        self.grad_norm = self.accelerator.clip_grad_norm_(self.parameters, max_norm)
-        is_nonfinite = ~torch.isfinite(self.grad_norm)
-        self._maybe_update_ema()  # of the previous step, whose flag has reached the host by now
+        """Clip the gradient, and update the weights and their EMA unless it is not finite.
+
+        The host reads nothing from the device, unless the optimizer cannot skip an update there.
+        """
+        config, scaler = self.config.training, self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.grad_norm = nn.utils.get_total_norm(gradients)
+        if config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, config.max_grad_norm, self.grad_norm)
+        is_nonfinite = ~(self.grad_norm < math.inf)  # NaN too
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
-        scaler = self.accelerator.scaler
-        # The public get_scale would make the host wait for the device; the optimizer step changes the scale.
-        self.guard.record(is_nonfinite, None if scaler is None else scaler._get_scale_async())
-        # The gradient scaler of fp16 skips non-finite updates itself.
-        if scaler is not None or arm_found_inf(self.optimizer, is_nonfinite):
-            self._prepared_optimizer.step()
-        self._prepared_optimizer.zero_grad(set_to_none=True)
+        # The public get_scale would make the host wait for the device.
+        self.guard.record(step, is_nonfinite, None if scaler is None else scaler._get_scale_async())
+        if arm_found_inf(self.optimizer, is_nonfinite):
+            self.optimizer.step()
+        if scaler is not None:
+            scaler.update()
+        self.ema.update(is_nonfinite)
+        # With gradients of None, backward writes them once. It would add to zeros, and DDP would scale the sum.
+        self.optimizer.zero_grad(set_to_none=True)
         self.meter.losses.end_step(is_nonfinite)
 
-    def _maybe_update_ema(self) -> None:
-        """Update the EMA unless the previous optimizer step was skipped."""
-        num_skipped = self.guard.num_skipped
-        if self.guard.was_applied():
-            self.ema.update()
-        elif self.guard.num_skipped > num_skipped and self.guard.num_consecutive == 1 and self.is_main_process:
-            step = self.global_step
-            images = self._batches.describe_images(step - 1)
-            logger.warning("The gradient of step %d was not finite, so its update was skipped.%s", step, images)
+    def _read_guard(self) -> None:
+        """Collective: learn which updates were skipped, warn, and raise NonFiniteTraining after too many in a row."""
+
+        def warn(step: int) -> None:
+            if self.is_main_process:
+                logger.warning(
+                    "The gradient of step %d was not finite, so its update was skipped.%s",
+                    step + 1,
+                    self._batches.describe_images(step),
+                )
+
+        self.guard.read(warn)
 
     def _after_step(self) -> None:
         """Collective: log, validate, score, preview, save and publish if due.
@@ -336,10 +365,13 @@ class Trainer:
         must_save = is_due(config.training.checkpoint_every_steps)
         # The finished pipeline is published by the command, after the report.
         must_publish = config.hub.push_to_hub and is_due(config.hub.push_every_steps, also_last=False) and not is_last
-        if not any((must_log, must_validate, must_score, must_preview, must_store_ema, must_save, must_publish)):
+        must_read = self.guard.num_recorded >= _MAX_RECORDED
+        if not any(
+            (must_read, must_log, must_validate, must_score, must_preview, must_store_ema, must_save, must_publish)
+        ):
             return
 
-        self._maybe_update_ema()
+        self._read_guard()
         if must_log:
             self._log()
         with self.meter.paused():
@@ -365,7 +397,7 @@ class Trainer:
     def _stop_if_requested(self, exit_code: int) -> None:
         """Collective: save and raise TrainingStopped if the exit code is not 0."""
         if exit_code:
-            self._maybe_update_ema()
+            self._read_guard()
             self._save(must_succeed=True)
             self._progress.close()
             if self.is_main_process:
@@ -510,6 +542,20 @@ class Trainer:
 
 
 # ----------------------------------------------------------------------------------------------- parts of the build
+
+
+def resolve(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[str, str]]:
+    """Collective: join the process group and fill the settings that the configuration leaves to the launcher.
+
+    Returns:
+        As `take_launcher`.
+
+    Raises:
+        ConfigError: The launcher contradicts the configuration or the run in the folder, or is not supported.
+    """
+    launcher = distributed.join(cpu=config.training.cpu)
+    stored = distributed.broadcast_json(distributed.on_rank_0(lambda: stored_precision(folder.checkpoints)))
+    return take_launcher(config, launcher, num_processes=distributed.world_size(), stored_precision=stored)
 
 
 def open_splits(config: RunConfig, accelerator: Accelerator) -> tuple[ImageSet | ImageStream, ImageSet]:
@@ -832,6 +878,10 @@ def describe(trainer: Trainer) -> str:
         micro = f"auto (at most {trainer.micro_batch_size})"
     else:
         micro = f"{trainer.micro_batch_size} x {batch // (trainer.micro_batch_size * num_processes)} accumulated"
+        micro += _origin(trainer, "training.micro_batch_size")
+    precision = f"{training.mixed_precision}{_origin(trainer, 'training.mixed_precision')}"
+    is_fp32_by_default = trainer.origins.get("training.mixed_precision") == DEFAULT
+    supports_bf16 = trainer.device.type == "cuda" and torch.cuda.is_bf16_supported()
     checkpointer = trainer.checkpointer
     written = (
         f"{format_bytes(checkpointer.checkpoint_bytes)} a checkpoint, {training.num_checkpoints_kept} are kept in "
@@ -843,12 +893,23 @@ def describe(trainer: Trainer) -> str:
         [
             f"{num_parameters:,} parameters, {describe_sets(trainer.images, trainer.validation_images)}",
             steps,
-            f"{trainer.device.type} x {num_processes}, {training.mixed_precision}, batch {batch} = {num_processes} x "
-            f"{micro}",
+            f"{trainer.device.type} x {num_processes}, {precision}, batch {batch} = {num_processes} x {micro}",
             f"{written}{trainer.folder.path}",
             *(f"warning: {sentence}" for sentence in overlooked_settings(config, trainer.images.image_shape)),
+            *(["warning: " + _BF16_ADVICE] if is_fp32_by_default and supports_bf16 else []),
         ]
     )
+
+
+_BF16_ADVICE = (
+    "training.mixed_precision is left open, so the network runs in fp32; consider bf16, which this GPU supports."
+)
+
+
+def _origin(trainer: Trainer, name: str) -> str:
+    """Return where the value of a setting came from, in parentheses, unless it is the configuration or the default."""
+    origin = trainer.origins.get(name, DEFAULT)
+    return "" if origin == DEFAULT else f" ({origin})"
 
 
 def overlooked_settings(config: RunConfig, image_shape: tuple[int, int, int]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Two processes on the CPU, started by torchrun as a user would. All scenarios of worker.py share one start."""
 
+import inspect
 import json
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from datasets import ClassLabel
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_hf.config import TrainingConfig
 from ddpm_hf.training.checkpoint import find_latest
@@ -100,6 +102,13 @@ def test_one_loss_curve_from_one_process_and_from_two(folder: Path, alone: dict[
 def test_ranks_hold_the_same_weights_and_ema(folder: Path) -> None:
     first, second = reports_of(folder, "curve")
     assert first == second
+
+
+def test_gradients_are_views_of_buckets_that_are_filled_by_one_copy(folder: Path) -> None:
+    """By one copy for each bucket since torch 2.13."""
+    for report in reports_of(folder, "curve"):
+        is_batched = "batched_grad_copy" in inspect.signature(DistributedDataParallel).parameters or None
+        assert report["settings"] == {"gradient_as_bucket_view": True, "batched_grad_copy": is_batched}
 
 
 def test_another_optimizer_and_ema_snapshots_match_one_process(folder: Path) -> None:

@@ -128,7 +128,12 @@ def follow_weights(hashes: list[str]) -> Fault:
 def curve(folder: Path) -> Report:
     """The run that is compared with one process."""
     trainer, _ = train(folder, CURVE)
-    return {"weights": digest(*trainer.unet.parameters()), "averages": digest(*trainer.ema.tensors())}
+    settings = {name: getattr(trainer._model, name, None) for name in ("gradient_as_bucket_view", "batched_grad_copy")}
+    return {
+        "weights": digest(*trainer.unet.parameters()),
+        "averages": digest(*trainer.ema.tensors()),
+        "settings": settings,
+    }
 
 
 def slow(folder: Path) -> Report:

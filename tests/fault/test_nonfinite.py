@@ -12,10 +12,17 @@ from ddpm_hf.config import load_config
 from ddpm_hf.data.loader import SampleOrder
 from ddpm_hf.training.checkpoint import find_latest
 from ddpm_hf.training.loss import DenoisingLoss
-from ddpm_hf.training.optim import NonFiniteTraining
+from ddpm_hf.training.optim import NonFiniteGuard, NonFiniteTraining
 from ddpm_hf.training.trainer import Trainer
 from tests.conftest import run_arguments
-from tests.runs import EVERYTHING_RANDOM, assert_same_run, metrics_of, poison_loss_at, tensors_of
+from tests.runs import (
+    EVERYTHING_RANDOM,
+    assert_same_run,
+    metrics_of,
+    poison_loss_at,
+    tensors_of,
+    use_gradient_scaler,
+)
 
 EVERY_STEP: dict[str, Any] = {"training__checkpoint_every_steps": 1, "training__num_checkpoints_kept": 9}
 
@@ -86,6 +93,28 @@ def test_training_that_stays_non_finite_stops_with_code_3_and_keeps_its_checkpoi
     assert all(torch.isfinite(value).all() for value in tensors_of(latest.path).values())
 
 
+@pytest.mark.parametrize("later", ["log_every_steps", "checkpoint_every_steps"])
+def test_a_series_between_two_log_lines_is_named_and_stops_the_run_at_the_next_one_or_checkpoint(
+    later: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even if the updates after it were applied; nothing is read, logged or saved before."""
+    poison_loss_at((2, 4, 5), monkeypatch)
+    run = tmp_path / "run"
+    events = {"training__log_every_steps": 99, "training__checkpoint_every_steps": 99, f"training__{later}": 7}
+    changes = events | {"training__num_steps": 20, "training__max_consecutive_nonfinite": 2}
+    read_at: list[int] = []
+    read = NonFiniteGuard.read
+    monkeypatch.setattr(
+        NonFiniteGuard, "read", lambda self, warn: (read_at.append(self.num_recorded), read(self, warn))
+    )
+    assert train(run_arguments(run, **changes)) == 3
+    assert read_at == [7]
+    for step in (2, 4):
+        assert f"The gradient of step {step} was not finite, so its update was skipped. Its images were" in caplog.text
+    assert "of step 5 was" not in caplog.text
+    assert not list(run.glob("checkpoints/step_*"))
+
+
 def test_weights_that_are_not_finite_are_never_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,13 +142,6 @@ def test_weights_that_are_not_finite_are_never_saved(
 
 
 # -------------------------------------------------------------------------------------------------------------- fp16
-
-
-def use_gradient_scaler(trainer: Trainer, init_scale: float, backoff_factor: float = 0.5) -> None:
-    """Make Accelerate do on the CPU what it does for fp16 on a GPU: autocast to fp16, scale, unscale, skip."""
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, backoff_factor=backoff_factor)
-    trainer.accelerator.native_amp = True
-    trainer.accelerator.state._mixed_precision = "fp16"
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -137,16 +138,24 @@ def shards(tmp_path_factory: pytest.TempPathFactory, digits: tuple[np.ndarray, l
     return folder
 
 
+@pytest.mark.parametrize("prefetch_factor", [0, 2])
 def test_a_stopped_streamed_run_continues_bit_exactly(
-    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shards: Path, prefetch_factor: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each epoch has 100 images and each step 8, so step 13 ends an epoch."""
+    """Each epoch has 100 images and each step 8, so step 13 ends an epoch.
+
+    A checkpoint has the position of the images that were trained on, not of those that were read ahead.
+    """
     changes = EVERYTHING_RANDOM | STREAMED | {"data__source": shards, "training__num_steps": 15}
     changes["objective__immiscible_noise"] = False  # needs images of other processes, which a stream does not have
+    if prefetch_factor:
+        changes["objective__timestep_sampling"] = "antithetic"  # loss-aware timesteps are not prepared ahead
     assert train(run_arguments(tmp_path / "whole", **changes)) == 0
+    changes["training__prefetch_factor"] = prefetch_factor
     with monkeypatch.context() as patch:
         stop_with_signal_after(5, patch)
         assert train(run_arguments(tmp_path / "run", **changes)) == 143
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
     assert train(run_arguments(tmp_path / "run", **changes)) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "run", 15)
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000015" / "trainer_state.json").read_text())
@@ -172,6 +181,25 @@ def test_a_streamed_run_validates_on_its_validation_split(tmp_path: Path, shards
     losses = [row["validation_loss"] for row in metrics_of(tmp_path / "run") if "validation_loss" in row]
     assert len(losses) == 2
     assert np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("prefetch_factor", [0, 2])
+def test_an_unreadable_image_stops_the_step_that_needs_it(
+    tmp_path: Path, digits: Any, prefetch_factor: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Image 20 belongs to step 3; the checkpoint of step 2 is written before."""
+    images, labels = digits
+    encoded = [encode(image) for image in images[:40]]
+    encoded[20] = b"text"
+    feature = datasets.ClassLabel(names=list("0123456789"))
+    write_parquet(tmp_path / "x" / "train-00000-of-00001.parquet", encoded, labels[:40], feature)
+    changes = STREAMED | {"data__source": tmp_path / "x", "data__shuffle_buffer_size": 1}
+    capsys.readouterr()  # what writing the dataset printed
+    assert train(run_arguments(tmp_path / "run", **changes, training__prefetch_factor=prefetch_factor)) == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: row 20 of train-00000-of-00001.parquet of the stream of ")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

@@ -246,6 +246,20 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_accumulated(changes: dict[
     np.testing.assert_allclose(accumulated, whole, rtol=1e-5, atol=1e-5)
 
 
+def test_prefetched_batches_train_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit with everything random, micro batches and dropout; also if a run is stopped and goes on without."""
+    changes = EVERYTHING_RANDOM | {"objective__timestep_sampling": "antithetic"}
+    for prefetch_factor in (0, 1, 2):
+        run = tmp_path / str(prefetch_factor)
+        arguments = run_arguments(run, **changes, training__prefetch_factor=prefetch_factor)
+        if prefetch_factor == 1:
+            with monkeypatch.context() as patch:
+                stop_with_signal_after(3, patch)
+                assert train(run_arguments(run, **changes, training__prefetch_factor=2)) == 143
+        assert train(arguments) == 0
+        assert_same_run(tmp_path / "0", run, 6)
+
+
 def test_the_losses_of_the_timestep_quartiles_add_up_to_the_loss(tmp_path: Path) -> None:
     """With four timesteps: their losses, weighted by how often each was drawn, are the loss."""
     changes = {"diffusion__num_train_timesteps": 4, "training__train_batch_size": 64, "training__num_steps": 2}

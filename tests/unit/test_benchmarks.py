@@ -1,10 +1,15 @@
-"""The scripts of benchmarks/: their imports and flags exist, and gpu_check asks for a GPU where there is none."""
+"""The scripts of benchmarks/: imports and flags exist, bench.py measures and compares, gpu_check needs a GPU."""
 
 import ast
 import importlib
+import json
+import math
+import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ import torch
 from tests.conftest import REPOSITORY
 
 BENCHMARKS = sorted((REPOSITORY / "benchmarks").glob("*.py"))
+SCRIPTS = [path for path in BENCHMARKS if "__main__" in path.read_text(encoding="utf-8")]
 
 
 def run_script(path: Path, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> object:
@@ -34,7 +40,7 @@ def test_every_import_of_a_benchmark_exists(path: Path) -> None:
                     importlib.import_module(f"{node.module}.{alias.name}")
 
 
-@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_every_benchmark_has_help(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,3 +52,63 @@ def test_every_benchmark_has_help(
 def test_gpu_check_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script(REPOSITORY / "benchmarks" / "gpu_check.py", monkeypatch=monkeypatch) == 2
     assert capsys.readouterr().err == "error: gpu_check needs a CUDA GPU, and torch sees none.\n"
+
+
+# ------------------------------------------------------------------------------------------------------- make bench
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Any:
+    return SimpleNamespace(**runpy.run_path(str(REPOSITORY / "benchmarks" / "pairs.py")))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "control", "result"),
+    [
+        ([1.02, 1.03, 1.03, 1.04], [0.90, 0.95, 1.05, 1.10], "within the noise"),
+        ([1.20, 1.21, 1.22, 1.23], [0.75, 0.80, 1.00, 1.01], "within the noise"),  # the noise has no direction
+        ([0.80, 0.90, 1.60, 1.90], [0.99, 1.00, 1.00, 1.01], "within the noise"),  # its own spread is noise too
+        ([1.20, 1.21, 1.22, 1.23], [0.95, 0.99, 1.01, 1.05], "faster"),
+        ([0.80, 0.81, 0.82, 0.83], [0.95, 0.99, 1.01, 1.05], "slower"),
+        ([2.00, 2.00, 2.00], [1.00, 1.00, 1.00], "too few rounds"),
+    ],
+)
+def test_no_winner_is_named_inside_the_noise(
+    pairs: Any, ratios: list[float], control: list[float], result: str
+) -> None:
+    assert pairs.verdict(ratios, control) == result
+
+
+def test_ratios_are_taken_within_each_round(pairs: Any) -> None:
+    """The machine is ten times slower in the second half: the medians of the times say nothing, the pairs do."""
+    times = {"ours": [1, 1, 10, 10], "peer": [2, 2, 20, 20], "control": [1, 1, 10, 10]}
+    ways = [pairs.Way(name, lambda: None, seconds=seconds) for name, seconds in times.items()]
+    result = pairs.summary(pairs.Row("row", "Row", "", lambda: ways, 1.0), ways)
+    ratio = result["ways"][1]["ratio"]
+    assert (ratio["q25"], ratio["median"], ratio["q75"], ratio["verdict"]) == (2, 2, 2, "faster")
+
+
+def test_the_order_is_reversed_in_every_other_round(pairs: Any) -> None:
+    called: list[str] = []
+    ways = [pairs.Way(name, lambda name=name: called.append(name)) for name in "ABC"]
+    row = pairs.Row("row", "Row", "", lambda: ways, 1.0, max_rounds=3, call_seconds=0.0)
+    assert list(pairs.rounds(ways, row, seconds=60)) == [1, 2, 3]
+    warm_up = 2 * len(ways)
+    assert "".join(called[warm_up:]) == "ABCCBAABC"
+    assert [len(way.seconds) for way in ways] == [3, 3, 3]
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_quick_benchmark_gives_finite_ratios_and_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = tmp_path / "bench.json"
+    names = ["train", "scheduler", "checkpoint"]
+    flags = ["--quick", "--threads", "1", "--output", str(result), "--only", *names]
+    assert run_script(REPOSITORY / "benchmarks" / "bench.py", *flags, monkeypatch=monkeypatch) == 0
+    content = json.loads(result.read_text())
+    assert content["is_complete"]
+    assert [row["name"] for row in content["rows"]] == names
+    for row in content["rows"]:
+        ratios = [way["ratio"]["median"] for way in row["ways"][1:]]
+        assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios), row["name"]
+    written = runpy.run_path(str(REPOSITORY / "docs" / "make_performance.py"))["document"]([result])
+    assert [row["title"] for row in content["rows"]] == re.findall(r"^### (.*)$", written, re.MULTILINE)

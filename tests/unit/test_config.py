@@ -311,6 +311,10 @@ def test_contradictions_are_refused_with_the_fix(changes: dict[str, object], nam
         ({"objective__huber_delta": 2.0}, "objective.huber_delta 2.0 has no effect with objective.loss mse; set obj"),
         ({"objective__min_snr_gamma": 1.0, "objective__weighting": "p2"}, "set objective.weighting to min_snr "),
         ({"objective__p2_gamma": 0.5, "objective__p2_k": 2.0}, "objective.p2_gamma 0.5, objective.p2_k 2.0 have no"),
+        (
+            {"training__prefetch_factor": 1, "objective__timestep_sampling": "loss_aware"},
+            "training.prefetch_factor 1 has no effect with objective.timestep_sampling loss_aware; set obj",
+        ),
         ({"training__ema_power": 0.5}, "training.ema_power 0.5 has no effect with training.ema_warmup ramp; set train"),
         ({"training__posthoc_ema_every_steps": 5}, "set training.posthoc_ema to true to use it."),
         ({"training__optimizer": "torch.optim.SGD", "training__adam_beta1": 0.5}, "training.adam_beta1 0.5 has no eff"),

@@ -5,7 +5,6 @@ Several processes: tests/distributed.
 
 import os
 import signal
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,37 +19,24 @@ from tests.runs import exit_code_of_child
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize(("launcher", "configured"), [("fp16", "fp32"), ("bf16", "fp32"), ("fp8", "bf16")])
-def test_another_precision_of_the_launcher_is_refused(
-    monkeypatch: pytest.MonkeyPatch, launcher: str, configured: Any
-) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    with pytest.raises(
-        ConfigError, match=f"--mixed_precision {launcher}, but training.mixed_precision is {configured};"
-    ):
-        distributed.start(mixed_precision=configured, cpu=True)
-
-
-@pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize(("launcher", "configured"), [("no", "fp32"), ("no", "bf16"), ("bf16", "bf16"), (None, "bf16")])
-def test_the_same_precision_of_the_launcher_or_none_is_accepted(
-    monkeypatch: pytest.MonkeyPatch, launcher: str | None, configured: Any
-) -> None:
-    if launcher is not None:
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    accelerator = distributed.start(mixed_precision=configured, cpu=True)
-    assert accelerator.mixed_precision == {"fp32": "no", "bf16": "bf16"}[configured]
-    assert accelerator.device.type == "cpu"
+def test_accelerate_itself_takes_nothing_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is in the settings by then; Accelerate would compile a second time."""
+    for name, value in (("MIXED_PRECISION", "bf16"), ("DYNAMO_BACKEND", "EAGER"), ("GRADIENT_ACCUMULATION_STEPS", "4")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    accelerator = distributed.start(mixed_precision="fp32", cpu=True)
+    assert accelerator.mixed_precision == "no"
     assert accelerator.gradient_accumulation_steps == 1
+    network = torch.nn.Linear(1, 1)
+    assert accelerator.prepare(network) is network
+    assert accelerator.state.dynamo_plugin.backend == "NO"
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_gradient_accumulation_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    with pytest.raises(ConfigError, match=r"--gradient_accumulation_steps 4, .* training.micro_batch_size; set those"):
-        distributed.start(cpu=True)
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    distributed.start(cpu=True)
+def test_cpu_of_the_launcher_selects_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert distributed.start().device.type == "cpu"
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

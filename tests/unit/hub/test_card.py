@@ -54,7 +54,7 @@ CONFIG = RunConfig(
     data=DataConfig(source="/mnt/ada/secret place/digits.parquet", validation_fraction=0.15),
     diffusion=DiffusionConfig(beta_schedule="cosine", prediction_type="v_prediction"),
     objective=ObjectiveConfig(weighting="min_snr"),
-    training=TrainingConfig(output_dir="/mnt/ada/secret place/run", seed=3),
+    training=TrainingConfig(output_dir="/mnt/ada/secret place/run", mixed_precision="fp32", seed=3),
     evaluation=EvaluationConfig(num_inference_steps=3, eta=0.0),
 )
 PICTURES = ("samples.png", "denoising.png", "denoising.gif", "loss.png", "schedule.png", "evaluation.png")

@@ -1,13 +1,16 @@
 """A step does not depend on how its batch is split; timestep samplers keep the expected loss; the micro-batch size."""
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf.config import (
     ConfigError,
@@ -21,12 +24,14 @@ from ddpm_hf.config import (
 from ddpm_hf.data import ImageLoader, ImageSet, SampleOrder, normalize
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.rng import normal_by_position
+from ddpm_hf.training import batches as batches_module
 from ddpm_hf.training.batches import (
     HISTORY_LENGTH,
     AntitheticTimesteps,
     BatchSource,
     LossAwareTimesteps,
     MicroBatch,
+    Prefetcher,
     TimestepSampler,
     UniformTimesteps,
     build_timestep_sampler,
@@ -34,6 +39,7 @@ from ddpm_hf.training.batches import (
     largest_that_fits,
     make_memory_probe,
     resolve_micro_batch_size,
+    resolve_prefetch_factor,
 )
 from ddpm_hf.training.loss import DenoisingLoss
 from tests.conftest import tiny_unet
@@ -269,6 +275,202 @@ def test_importance_comes_with_the_timesteps_it_belongs_to(images: ImageSet) -> 
     assert len(torch.cat([batch.timesteps for batch in batches]).unique()) == 4
     ((plain,),) = step_of(images, config_of(), 0)
     assert plain.importance is None
+
+
+# ------------------------------------------------------------------------------------------------------------- prefetch
+
+
+def prefetch_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize("objective", [config_of().objective, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(("num_steps_ahead", "micro_batch_size"), [(0, 12), (1, 48), (2, 12), (9, 4)])
+def test_prefetched_batches_are_the_same_bit_for_bit_and_global_generators_are_not_used(
+    images: ImageSet, objective: ObjectiveConfig, num_steps_ahead: int, micro_batch_size: int
+) -> None:
+    """Steps 2 and 4 straddle two epochs."""
+    config = config_of(objective=objective)
+    expected = [list(source_of(images, config, 0, 1, micro_batch_size).micro_batches(step)) for step in range(6)]
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    with Prefetcher(source_of(images, config, 0, 1, micro_batch_size), num_steps_ahead, 6) as prefetcher:
+        assert prefetch_threads() == []
+        found = [list(prefetcher.micro_batches(step)) for step in range(6)]
+        assert len(prefetch_threads()) == (num_steps_ahead > 0)
+    assert prefetch_threads() == []
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert [len(step) for step in found] == [48 // micro_batch_size] * 6
+    for step, batches in enumerate(found):
+        one, other = joined([expected[step]]), joined([batches])
+        assert {name for name in one if not torch.equal(one[name], other[name])} == set()
+        assert [batch.is_last for batch in batches] == [batch.is_last for batch in expected[step]]
+        assert [batch.use_self_cond for batch in batches] == [batch.use_self_cond for batch in expected[step]]
+
+
+class RecordingLoader(ImageLoader):
+    """Record the first sample of each request, and fail at one of them."""
+
+    fails_at: int | None = None
+
+    def samples(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.requests: list[int]
+        if start == self.fails_at:
+            raise OSError(f"sample {start}")
+        self.requests.append(start)
+        if start == 96:
+            self.step_2_is_prepared.set()
+        return super().samples(start, stop)
+
+
+def recording_source(images: ImageSet) -> tuple[BatchSource, RecordingLoader]:
+    """Return a source of 48 images per step, and its loader."""
+    source = source_of(images, config_of())
+    loader = RecordingLoader(images, DataConfig(source="x"), 5, torch.device("cpu"))
+    loader.requests, loader.step_2_is_prepared = [], threading.Event()
+    source.loader = loader
+    return source, loader
+
+
+def test_as_many_steps_are_prepared_ahead_as_asked_for_and_none_beyond_the_end(images: ImageSet) -> None:
+    source, loader = recording_source(images)
+    with Prefetcher(source, 2, end_step=5) as prefetcher:
+        list(prefetcher.micro_batches(0))
+        assert loader.step_2_is_prepared.wait(60), "steps 1 and 2 are prepared without being asked for"
+        assert loader.requests == [0, 48, 96]
+        for step in (1, 2, 3, 4):
+            list(prefetcher.micro_batches(step))
+    assert loader.requests == [0, 48, 96, 144, 192]
+
+
+@pytest.mark.parametrize("num_steps_ahead", [0, 1, 3])
+def test_an_error_is_raised_in_its_step_and_the_thread_ends(images: ImageSet, num_steps_ahead: int) -> None:
+    source, loader = recording_source(images)
+    loader.fails_at = 2 * 48
+    with pytest.raises(OSError, match="sample 96"), Prefetcher(source, num_steps_ahead, 100) as prefetcher:
+        for step in range(100):
+            list(prefetcher.micro_batches(step))
+    assert step == 2
+    assert prefetch_threads() == []
+
+
+def test_on_cuda_the_thread_has_its_own_stream_and_the_loop_waits_for_no_device(monkeypatch: Any) -> None:
+    """With fake streams and events: which thread does what, and in which order."""
+    log: list[str] = []
+    current = threading.local()
+
+    def note(what: str) -> None:
+        log.append(f"{'loop' if threading.current_thread() is threading.main_thread() else 'thread'}: {what}")
+
+    class Event:
+        def __init__(self, name: str = "done", blocking: bool = False) -> None:
+            self.name = name
+
+        def record(self, stream: "Stream") -> None:
+            note(f"record {self.name} on {stream.name}")
+
+        def synchronize(self) -> None:
+            note(f"wait on the host for {self.name}")
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_event(self, event: Event) -> None:
+            note(f"{self.name} waits for {event.name}")
+
+        def record_event(self) -> Event:
+            note(f"record ready on {self.name}")
+            return Event("ready")
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        current.stream = stream
+        yield
+        del current.stream
+
+    default = Stream("default")
+
+    def batch_of(step: int) -> Iterator[MicroBatch]:
+        note(f"prepare step {step} on {getattr(current, 'stream', default).name}")
+        x = torch.zeros(2)
+        yield MicroBatch(x, x, x, None, x, None, use_self_cond=False, is_last=True)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: default)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: note(f"keep for {stream.name}"))
+    source: Any = SimpleNamespace(device=torch.device("cuda"), loader=None, micro_batches=batch_of)
+    with Prefetcher(source, 1, 3) as prefetcher:
+        for step in range(3):
+            list(prefetcher.micro_batches(step))
+    side = [line.removeprefix("thread: ") for line in log if line.startswith("thread: ")]
+    assert side == [
+        line
+        for step in range(3)
+        for line in ("wait on the host for done", f"prepare step {step} on side", "record ready on side")
+    ]
+    loop = [line.removeprefix("loop: ") for line in log if line.startswith("loop: ")]
+    assert loop == ["record done on default", "default waits for ready", *["keep for default"] * 4] * 3
+
+
+class CountCopies(TorchDispatchMode):
+    """Count the bytes that are copied to another device."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].device != result.device:
+            self.num_bytes += args[0].nbytes
+        return result
+
+
+@pytest.mark.parametrize("is_resident", [False, True])
+def test_images_travel_as_bytes(images: ImageSet, is_resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step sends uint8 images or their int64 row numbers, int64 timesteps and labels, flips and drops; no noise."""
+    meta = torch.device("meta")
+    monkeypatch.setattr(
+        batches_module,
+        "draw_noise",
+        lambda config, seed, step, positions, shape, device: torch.empty(len(positions), *shape, device=device),
+    )
+    config = config_of()
+    data = dataclasses.replace(config.data, device_resident=is_resident)
+    source = BatchSource(
+        config,
+        ImageLoader(images, data, 5, meta),
+        rank=0,
+        num_processes=1,
+        micro_batch_size=12,
+        device=meta,
+        timestep_sampler=build_timestep_sampler(config),
+    )
+    with CountCopies() as copies:
+        (*_, last) = source.micro_batches(0)
+    assert last.x_0.dtype == torch.float32 and last.x_0.device == meta
+    assert copies.num_bytes == 48 * ((8 if is_resident else 1 * 4 * 4) + 8 + 8 + 1 + 1)
+
+
+@pytest.mark.parametrize(
+    ("prefetch_factor", "device", "timestep_sampling", "expected"),
+    [
+        (None, "cpu", "uniform", 0),
+        (None, "cuda", "uniform", 2),
+        (0, "cuda", "antithetic", 0),
+        (3, "cpu", "antithetic", 3),
+        (3, "cuda", "loss_aware", 0),
+    ],
+)
+def test_steps_prepared_ahead_follow_the_setting_the_device_and_the_timesteps(
+    prefetch_factor: int | None, device: str, timestep_sampling: Any, expected: int
+) -> None:
+    config = config_of(
+        training=TrainingConfig(prefetch_factor=prefetch_factor),
+        objective=ObjectiveConfig(timestep_sampling=timestep_sampling),
+    )
+    assert resolve_prefetch_factor(config, torch.device(device)) == expected
 
 
 # ---------------------------------------------------------------------------------------------------- timestep samplers
@@ -542,3 +744,12 @@ def test_a_probe_is_a_step_that_changes_nothing(num_classes: int | None) -> None
     assert len(gradients) == 1
     assert all(parameter.grad is None for parameter in unet.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
+
+
+def test_the_memory_probe_reserves_images_and_noise_of_prefetched_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, reserved = torch.empty, []
+    unet = tiny_unet()
+    probe = make_memory_probe(unet, DenoisingLoss(GaussianDiffusionScheduler()), (1, 8, 8), nullcontext, 7)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: reserved.append(shape) or empty(*shape, **options))
+    probe(3)
+    assert (2, 7, 1, 8, 8) in reserved

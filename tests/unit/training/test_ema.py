@@ -17,6 +17,7 @@ from ddpm_hf.training.ema import (
     EMA,
     MAX_SIGMA_REL,
     POSTHOC_SIGMA_RELS,
+    _lerp_,
     combine,
     decay_schedules,
     gamma_of,
@@ -24,6 +25,7 @@ from ddpm_hf.training.ema import (
     power_decay_at,
     profile_product,
 )
+from tests.unit.diffusion.oracles import OperationCounter
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -156,6 +158,77 @@ def test_between_two_updates_the_ema_is_unchanged() -> None:
         ema.update()
         seen.append(copies(ema.tensors()))
     assert [are_equal(*pair) for pair in pairwise(seen)] == [True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ema_warmup": "ramp", "posthoc_ema": True},
+        {"ema_warmup": "power", "ema_start_step": 4},
+        {"ema_warmup": "none", "ema_decay": 0.9, "ema_every_steps": 3, "posthoc_ema": True},
+    ],
+)
+@pytest.mark.parametrize("table_length", [1, 5, 1024])
+def test_a_skipped_step_changes_no_ema_and_no_later_decay(
+    settings: dict[str, object], table_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit, against the formula with the decay as a Python number, which a skipped step never reaches."""
+    monkeypatch.setattr("ddpm_hf.training.ema._TABLE_LENGTH", table_length)
+    model = network()
+    ema = make_ema(model, ema_inv_gamma=2.0, **settings)
+    schedules = decay_schedules(TrainingConfig(ema_inv_gamma=2.0, **settings))  # type: ignore[arg-type]
+    expected = {name: copies(model.parameters()) for name in schedules}
+    num_updates = 0
+    for step in range(24):
+        change(model)
+        is_skipped = step in (0, 3, 4, 5, 11, 13, 20)
+        ema.update(torch.tensor(is_skipped))
+        if not is_skipped:
+            for name, decay_of in schedules.items():
+                if (decay := decay_of(num_updates)) < 1:
+                    torch._foreach_lerp_(expected[name], copies(model.parameters()), 1.0 - decay)
+            num_updates += 1
+        for name, averages in expected.items():
+            assert are_equal(ema.tensors(name), averages), (step, name)
+    assert ema.num_updates == num_updates == 17
+
+
+@pytest.mark.parametrize("posthoc_ema", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 50])
+def test_an_update_reads_nothing_and_launches_few_operations(num_layers: int, posthoc_ema: bool) -> None:
+    """For any number of tensors. On the meta device, where reading a value is an error."""
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(num_layers))).to("meta")
+    ema = make_ema(model, posthoc_ema=posthoc_ema)
+    is_skipped = torch.zeros((), dtype=torch.bool, device="meta")
+    ema.update(is_skipped)  # computes the table
+    with OperationCounter() as counter:
+        for _ in range(10):
+            ema.update(is_skipped)
+    assert counter.launched == 10 * (4 + 3 * len(ema.names)), counter.counts
+    assert counter.host_reads == 0
+
+
+def test_an_update_on_another_device_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To 1e-6: m + weight * (w - m) in three operations; with weight 0 every bit stays."""
+    weights, weight = [torch.randn(5, 3), torch.randn(7)], torch.tensor(0.25)
+    averages = [torch.randn_like(each) for each in weights]
+    expected = [torch.lerp(*pair, 0.25) for pair in zip(averages, weights, strict=True)]
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    before = copies(averages)
+    _lerp_(averages, weights, torch.tensor(0.0))
+    assert are_equal(averages, before)
+    _lerp_(averages, weights, weight)
+    torch.testing.assert_close(averages, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_between_two_updates_nothing_is_launched_for_an_ema(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a skipped step, of which only the device knows."""
+    updated: list[int] = []
+    monkeypatch.setattr("ddpm_hf.training.ema._lerp_", lambda *_: updated.append(step))
+    ema = make_ema(network(), ema_every_steps=4)
+    for step in range(1, 18):
+        ema.update(torch.tensor(step == 6))
+    assert updated == [4, 8, 9, 13, 17], "the host finds out in step 8"
 
 
 def test_the_posthoc_emas_have_power_function_profiles() -> None:

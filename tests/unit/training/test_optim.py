@@ -252,37 +252,48 @@ def test_only_changed_settings_of_the_group_are_stored() -> None:
 FINITE, NONFINITE = torch.tensor(False), torch.tensor(True)
 
 
-def test_updates_that_were_skipped_are_counted() -> None:
+def read(guard: NonFiniteGuard) -> list[int]:
+    """Read the guard; return the steps of which it warns."""
+    steps: list[int] = []
+    guard.read(steps.append)
+    return steps
+
+
+def test_updates_that_were_skipped_are_counted_when_they_are_read() -> None:
     guard = NonFiniteGuard(max_consecutive=3)
-    applied = []
-    for flag in (FINITE, NONFINITE, NONFINITE, FINITE, NONFINITE):
-        guard.record(flag)
-        applied.append(guard.was_applied())
-    assert applied == [True, False, False, True, False]
-    assert (guard.num_skipped, guard.num_consecutive) == (3, 1)
+    for step, flag in enumerate((FINITE, NONFINITE, NONFINITE, FINITE, NONFINITE)):
+        guard.record(step, flag)
+    assert (guard.num_recorded, guard.num_skipped) == (5, 0)
+    assert read(guard) == [1, 4], "the first of each series"
+    assert (guard.num_recorded, guard.num_skipped, guard.num_consecutive) == (0, 3, 1)
 
 
-def test_an_update_is_reported_once() -> None:
-    """Otherwise the EMA would be updated twice."""
-    guard = NonFiniteGuard(max_consecutive=2)
-    assert guard.was_applied() is None
-    guard.record(NONFINITE)
-    assert guard.was_applied() is False
-    assert guard.was_applied() is None
-    assert (guard.num_skipped, guard.num_consecutive) == (1, 1)
+def test_a_series_goes_on_from_one_reading_to_the_next() -> None:
+    guard = NonFiniteGuard(max_consecutive=3)
+    guard.record(0, NONFINITE)
+    assert read(guard) == [0]
+    assert read(guard) == []
+    guard.record(1, NONFINITE)
+    assert read(guard) == []
+    assert (guard.num_skipped, guard.num_consecutive) == (2, 2)
 
 
 @pytest.mark.parametrize("max_consecutive", [1, 3])
-def test_too_many_in_a_row_stop_the_run(max_consecutive: int) -> None:
+@pytest.mark.parametrize("num_read", [0, 1])
+def test_too_many_in_a_row_stop_the_run(max_consecutive: int, num_read: int) -> None:
+    """At the next reading, even if later updates were applied; the first step of the series is named before."""
     guard = NonFiniteGuard(max_consecutive)
-    for _ in range(max_consecutive - 1):
-        guard.record(NONFINITE)
-        assert guard.was_applied() is False
-    guard.record(NONFINITE)
+    named: list[int] = []
+    for step in range(max_consecutive):
+        if step == num_read:
+            guard.read(named.append)
+        guard.record(step, NONFINITE)
+    guard.record(max_consecutive, FINITE)
     with pytest.raises(NonFiniteTraining) as caught:
-        guard.was_applied()
+        guard.read(named.append)
     assert f"not finite in {max_consecutive} updates in a row (training.max_consecutive_nonfinite)" in str(caught.value)
     assert guard.num_skipped == max_consecutive
+    assert named == [0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -297,39 +308,37 @@ def test_non_finite_weights_are_an_error(value: float) -> None:
 def test_counts_of_a_checkpoint_continue() -> None:
     guard = NonFiniteGuard(max_consecutive=3)
     guard.load_state_dict({"num_skipped": 7, "num_consecutive_skipped": 2, "num_scaler_skips": 5})
-    guard.record(NONFINITE)
+    guard.record(9, NONFINITE)
     with pytest.raises(NonFiniteTraining):
-        guard.was_applied()
+        read(guard)
     assert guard.state_dict() == {"num_skipped": 8, "num_consecutive_skipped": 3, "num_scaler_skips": 5}
 
 
 def test_skips_of_the_gradient_scaler_are_counted_separately_and_never_stop_the_run() -> None:
     guard = NonFiniteGuard(max_consecutive=2)
-    for scale in (2.0**16, 2.0**15, 2.0**14, 2.0):
-        guard.record(NONFINITE, torch.tensor(scale))
-        assert guard.was_applied() is False
+    for step, scale in enumerate((2.0**16, 2.0**15, 2.0**14, 2.0)):
+        guard.record(step, NONFINITE, torch.tensor(scale))
+    guard.record(4, FINITE, torch.tensor(2.0))
+    assert read(guard) == []
     assert (guard.num_scaler_skips, guard.num_skipped, guard.num_consecutive) == (4, 0, 0)
-    guard.record(FINITE, torch.tensor(2.0))
-    assert guard.was_applied() is True
-    assert guard.num_scaler_skips == 4
 
 
 def test_at_a_scale_of_1_the_scaler_is_not_the_reason() -> None:
     guard = NonFiniteGuard(max_consecutive=2)
-    for scale in (2.0, 1.0):
-        guard.record(NONFINITE, torch.tensor(scale))
-        assert guard.was_applied() is False
+    for step, scale in enumerate((2.0, 1.0)):
+        guard.record(step, NONFINITE, torch.tensor(scale))
+    assert read(guard) == [1]
     assert (guard.num_scaler_skips, guard.num_skipped, guard.num_consecutive) == (1, 1, 1)
-    guard.record(NONFINITE, torch.tensor(0.5))
+    guard.record(2, NONFINITE, torch.tensor(0.5))
     with pytest.raises(NonFiniteTraining):
-        guard.was_applied()
+        read(guard)
 
 
 def test_the_scale_of_the_update_counts() -> None:
     """The scaler halves its scale in place after the update, before the host reads the flag."""
     guard = NonFiniteGuard(max_consecutive=2)
     scale = torch.tensor(2.0)
-    guard.record(NONFINITE, scale)
+    guard.record(0, NONFINITE, scale)
     scale.mul_(0.5)
-    assert guard.was_applied() is False
+    read(guard)
     assert (guard.num_scaler_skips, guard.num_skipped) == (1, 0)

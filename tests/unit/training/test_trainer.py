@@ -35,6 +35,8 @@ from ddpm_hf.training.trainer import (
     validation_timesteps,
 )
 from tests.conftest import run_arguments, tiny_unet
+from tests.runs import EVERYTHING_RANDOM, use_gradient_scaler
+from tests.unit.diffusion.oracles import OperationCounter
 
 # ------------------------------------------------------------------------------------------------------ validation
 
@@ -125,6 +127,39 @@ def test_the_validation_loss_is_the_mean_over_images_and_timesteps(images: Image
     config = run(class_conditional=False)
     found = validation_loss(Silent(), loss, images, config, rank=0, num_processes=1, batch_size=5)  # type: ignore[arg-type]
     assert found == pytest.approx(1.0, abs=0.06)
+
+
+# ------------------------------------------------------------------------------------------------------------ step
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_host_reads_nothing_and_an_update_launches_few_operations_between_two_log_lines(
+    precision: str, tmp_path: Path
+) -> None:
+    """With everything that is random except loss-aware timesteps, which learn on the host."""
+    changes = EVERYTHING_RANDOM | {"objective__timestep_sampling": "uniform"}
+    config, _ = load_config(run_arguments(tmp_path / "run", **changes))
+    trainer = Trainer(config)
+    trainer.folder.release()
+    if precision == "fp16":
+        use_gradient_scaler(trainer, 1024.0)
+    trainer._prepare()
+    update, launched, host_reads = trainer._update, [], []
+
+    def counted_update(step: int) -> None:
+        with OperationCounter() as counter:
+            update(step)
+        launched.append(counter.launched)
+
+    trainer._update = counted_update  # type: ignore[method-assign]
+    for step in range(3):
+        with OperationCounter() as counter:
+            trainer._train_step(step)
+        host_reads.append(counter.host_reads)
+    assert host_reads == [0] * 3
+    # The first update also creates the state of the optimizer, tensor by tensor.
+    assert max(launched[1:]) <= {"fp32": 28, "fp16": 38}[precision], launched
 
 
 # --------------------------------------------------------------------------------------------------------- preview
