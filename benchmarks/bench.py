@@ -35,7 +35,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from pairs import REPOSITORY, Row, Way, environment, gemm_gflops, result_path, rounds, summary, table, write
 
 from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.config import DataConfig, ModelConfig, load_config
+from ddpm_hf.config import DataConfig, ModelConfig, TrainingConfig, load_config
 from ddpm_hf.data import ImageLoader, ImageStream, SampleOrder, open_images, open_sets
 from ddpm_hf.evaluation.likelihood import ReverseProcess, variational_bound
 from ddpm_hf.models import build_unet
@@ -171,6 +171,9 @@ class Ours:
         trainer._prepare()
         trainer._progress = Progress(0, config.training.num_steps, is_main_process=False)
         trainer.meter.start(0)
+        self._threads = contextlib.ExitStack()
+        if hasattr(trainer, "_prefetcher"):
+            self._threads.enter_context(trainer._prefetcher)
         self.unet = trainer.unet
         self.parameters = trainer.parameters
 
@@ -182,17 +185,25 @@ class Ours:
         self.trainer._after_step()
 
     def update(self) -> None:
-        """Clip the gradient, update the weights and their EMA."""
+        """Clip the gradient, update the weights and their EMA, and log in every 50th step."""
         self.trainer._update(self.trainer.global_step)
         self.trainer.global_step += 1
+        self.trainer._after_step()
 
     def save(self) -> None:
         """Save a checkpoint; return as soon as training may continue."""
         self.trainer.global_step += 1
-        self.trainer.checkpointer.save(must_succeed=True)
+        self.trainer.checkpointer.save(must_succeed=False)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written."""
+        if hasattr(self.trainer.checkpointer, "join"):
+            self.trainer.checkpointer.join()
 
     def close(self) -> None:
         """Release the run folder."""
+        self.wait()
+        self._threads.close()
         self.trainer.folder.release()
 
 
@@ -268,16 +279,18 @@ class Bench:
                 f"Bits per dimension, some terms, {small.title}",
                 f"{self.num_evaluated} images, 10 of 1000 terms each, fp32.",
                 partial(self.evaluate, small),
-                14,
+                16,
                 images=self.num_evaluated,
+                call_seconds=0.0,
             ),
             Row(
                 "evaluate_all",
                 f"Bits per dimension, all terms, {small.title}",
-                f"{self.num_evaluated} images, a process of 20 timesteps, all terms, fp32.",
+                f"{self.num_evaluated} images, a process of 10 timesteps, all terms, fp32.",
                 partial(self.evaluate_all, small),
-                10,
+                12,
                 images=self.num_evaluated,
+                call_seconds=0.0,
             ),
             Row(
                 "checkpoint",
@@ -296,6 +309,8 @@ class Bench:
                 partial(self.data, 32),
                 15,
                 images=self.data_batch(32),
+                max_rounds=8,
+                call_seconds=1.0,
             ),
             Row(
                 "optimizer_large",
@@ -341,6 +356,8 @@ class Bench:
                 partial(self.data, 256),
                 10,
                 images=self.data_batch(256),
+                max_rounds=8,
+                call_seconds=1.0,
             ),
         ]
         if self.is_quick:
@@ -355,6 +372,7 @@ class Bench:
                     partial(self.train, small, is_compiled=True),
                     20,
                     images=small.batch,
+                    is_compiled=True,
                 ),
                 Row(
                     "sample_compiled",
@@ -363,6 +381,7 @@ class Bench:
                     partial(self.sample, small, is_compiled=True),
                     15,
                     images=8,
+                    is_compiled=True,
                 ),
             ]
         return rows
@@ -435,9 +454,11 @@ class Bench:
             run = Ours(network, self.new_folder(), **settings)
             run.step()
             self._ours = run
-            return Way(name, run.save, close=run.close)
+            return Way(name, run.save, run.wait, run.close)
 
         ways = [ours(OURS)]
+        if hasattr(TrainingConfig, "async_checkpoint"):
+            ways.append(ours("ddpm_hf, training.async_checkpoint false", training__async_checkpoint="false"))
         stock = peers.stock_copy(self._ours.unet).train()
         trainer = self._ours.trainer
 
@@ -575,7 +596,7 @@ class Bench:
 
     def evaluate_all(self, network: Network) -> list[Way]:
         """Bits per dimension from all terms of a short process."""
-        path, num_timesteps = self.image_file(network), 20
+        path, num_timesteps = self.image_file(network), 10
         ways = [self.bound(OURS, network, path, num_timesteps, None)]
         if self.has(peers.DDPM_TORCH):
             images = network.images(self.num_evaluated)
@@ -623,7 +644,7 @@ class Bench:
         def peer(num_workers: int) -> Way:
             batches = peer_batches(source, size, batch, num_workers)
             name = f"{peers.TRAIN_UNCONDITIONAL}, {num_workers} workers"
-            return Way(name, partial(next, batches), close=batches.close)
+            return Way(name, partial(next, batches), close=batches.close, settle_seconds=num_workers and 0.5)
 
         images = open_images(config, with_labels=False)
         order, starts = SampleOrder(len(images), 0), itertools.count(0, batch)
@@ -679,7 +700,7 @@ class Bench:
     def first_step(self) -> list[Way]:
         """Time until the first step of `make train`."""
         run, cache = self.new_folder(), self.new_folder()
-        metrics, children = run / "metrics.jsonl", []
+        metrics, printed, children = run / "metrics.jsonl", self.new_folder(), []
         launch = f"--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
             --num_cpu_threads_per_process {self.num_threads}"
         settings = ["--training.output_dir", str(run), "--training.log_every_steps", "1", "--training.cpu", "true"]
@@ -696,13 +717,14 @@ class Bench:
 
         def start() -> None:
             environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
-            child = subprocess.Popen(
-                command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
-            )
+            with printed.open("wb") as log:
+                child = subprocess.Popen(
+                    command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
             children.append(child)
             while not (metrics.exists() and metrics.stat().st_size):
                 if child.poll() is not None:
-                    raise RuntimeError(f"training ended with exit code {child.returncode} before its first step")
+                    raise RuntimeError(f"training ended before its first step: {printed.read_text()}")
                 time.sleep(0.01)
 
         return [Way(OURS, start, stop, stop), Way(CONTROL, start, stop, stop)]
@@ -843,6 +865,7 @@ def main() -> int:
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # after ending the processes that it started
     try:
         with tempfile.TemporaryDirectory() as folder:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"  # empty, so that compiling is not read from it
             return measure(arguments, Path(folder), stop_at, path, device)
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -55,6 +55,7 @@ class Way:
         run: One call of the work. It returns None, or the seconds that the work took if it measures itself.
         prepare: Called before each call, not timed.
         close: Called after the last round.
+        settle_seconds: Pause after the calls of a round, for processes that still work.
         flops: Floating point operations of a call; 0 if they were not counted.
         seconds: Seconds of a call, one value per round.
         first_seconds: Seconds of the first call, which compiles and allocates; not part of `seconds`.
@@ -64,6 +65,7 @@ class Way:
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
     close: Callable[[], object] = lambda: None
+    settle_seconds: float = 0.0
     flops: float = 0.0
     seconds: list[float] = field(default_factory=list)
     first_seconds: float = 0.0
@@ -100,7 +102,8 @@ class Row:
         images: Images of a call; 0 if a call is not about images.
         counts_flops: Whether to count floating point operations.
         max_rounds: Rounds, if the time suffices.
-        call_seconds: A way is called as often in a round as fits into this time, at least once.
+        call_seconds: A way is called as often in a round as fits into this time, at least once; 0 for once.
+        is_compiled: Whether the first call of ours compiles.
     """
 
     name: str
@@ -112,6 +115,7 @@ class Row:
     counts_flops: bool = False
     max_rounds: int = 12
     call_seconds: float = 0.3
+    is_compiled: bool = False
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -146,7 +150,8 @@ def rounds(ways: list[Way], row: Row, seconds: float) -> Iterator[int]:
     counts = []
     for way in ways:
         way.start(row.counts_flops)
-        counts.append(max(1, min(10_000, round(row.call_seconds / max(1e-7, way.time(1))))))
+        seconds_of_call = way.time(1) if row.call_seconds else math.inf
+        counts.append(max(1, min(10_000, round(row.call_seconds / seconds_of_call))))
     number, half_a_round = 0, 0.0
     while number < 2 or (number < row.max_rounds and time.monotonic() + half_a_round < stop_at):
         started = time.monotonic()
@@ -154,6 +159,7 @@ def rounds(ways: list[Way], row: Row, seconds: float) -> Iterator[int]:
         order = list(zip(ways, counts, strict=True))
         for way, count in order if number % 2 == 0 else reversed(order):
             way.seconds.append(way.time(count))
+            time.sleep(way.settle_seconds)
         number += 1
         half_a_round = (time.monotonic() - started) / 2
         yield number
@@ -194,6 +200,7 @@ def summary(row: Row, ways: list[Way]) -> dict[str, Any]:
         "title": row.title,
         "about": row.about,
         "num_rounds": len(ours.seconds),
+        "is_compiled": row.is_compiled,
         "ways": results,
     }
 

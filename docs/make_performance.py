@@ -63,7 +63,7 @@ def section(path: Path, content: dict[str, Any]) -> Iterator[str]:
 
 def table(row: dict[str, Any], peak: dict[str, float]) -> Iterator[str]:
     """Yield the table of one row."""
-    ways, best = row["ways"], peak.get(row.get("precision", "fp32"))
+    ways, best = row["ways"], peak.get("fp32")
     has_images = any("images_per_second" in way for way in ways)
     has_flops = any("flops" in way for way in ways)
     has_peak = has_flops and best is not None
@@ -85,7 +85,7 @@ def table(row: dict[str, Any], peak: dict[str, float]) -> Iterator[str]:
         else:
             cells += ["", "", *[""] * has_flops, ""]
         yield f"| {' | '.join(cells)} |"
-    if row.get("compiled"):
+    if row["is_compiled"]:
         first = ways[0]["first_seconds"]
         yield f"\nThe first call, which compiles with an empty cache, took {first:.0f} s."
 

@@ -93,8 +93,7 @@ def test_the_order_is_reversed_in_every_other_round(pairs: Any) -> None:
     ways = [pairs.Way(name, lambda name=name: called.append(name)) for name in "ABC"]
     row = pairs.Row("row", "Row", "", lambda: ways, 1.0, max_rounds=3, call_seconds=0.0)
     assert list(pairs.rounds(ways, row, seconds=60)) == [1, 2, 3]
-    warm_up = 2 * len(ways)
-    assert "".join(called[warm_up:]) == "ABCCBAABC"
+    assert "".join(called) == "ABC" + "ABCCBAABC"  # the first calls are not timed
     assert [len(way.seconds) for way in ways] == [3, 3, 3]
 
 
