@@ -404,10 +404,13 @@ def _prepare(flags: SampleFlags, model: Path | None, images: list[ImageArray], m
     import torch
 
     from ddpm_hf.diffusion.editing import start_level
+    from ddpm_hf.distributed import keep_freed_memory
     from ddpm_hf.evaluation.generate import Sampler, image_shape
     from ddpm_hf.rng import plain_generators
 
     device = _device(flags.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     flags.check_scheduler()
     dtype = getattr(torch, flags.dtype)
     loaded = load_pipeline(flags.folder, model, dtype=dtype, revision=flags.revision, variant=flags.variant)

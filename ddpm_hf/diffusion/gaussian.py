@@ -32,7 +32,7 @@ def weighted_sum(a: Coefficient, x: torch.Tensor, b: Coefficient, y: torch.Tenso
     """Return a x + b y in two tensor operations."""
     if isinstance(b, torch.Tensor):
         return torch.addcmul(a * x, b, y)
-    return torch.add(a * x, y, alpha=b)
+    return torch.add(torch.mul(x, a), y, alpha=b)  # a * x would take longer: Python first asks the float
 
 
 # The forward process

@@ -68,7 +68,7 @@ SECOND_MOMENTS_KEY = "eps_second_moments"
 NATIVE_SCHEDULER = "GaussianDiffusionScheduler"
 
 
-@dataclass
+@dataclass(init=False)
 class GaussianDiffusionSchedulerOutput(BaseOutput):
     """Output of `step`.
 
@@ -79,6 +79,11 @@ class GaussianDiffusionSchedulerOutput(BaseOutput):
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor
+
+    def __init__(self, prev_sample: torch.Tensor, pred_original_sample: torch.Tensor) -> None:
+        # BaseOutput looks up the fields of every object, which takes as long as two of the seven tensor operations.
+        self["prev_sample"] = prev_sample
+        self["pred_original_sample"] = pred_original_sample
 
 
 class Posterior(NamedTuple):
@@ -344,10 +349,10 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If the output does not have the shape that variance_type needs.
         """
         learned = self.config["variance_type"] in LEARNED_VARIANCE_TYPES
-        expected = list(x_t.shape)
+        expected = x_t.shape
         if learned:
-            expected[1:2] = [2 * channels for channels in expected[1:2]]
-        if list(model_output.shape) != expected:
+            expected = torch.Size([*expected[:1], *(2 * channels for channels in expected[1:2]), *expected[2:]])
+        if model_output.shape != expected:
             raise ValueError(
                 f"model_output has shape {tuple(model_output.shape)} for a sample of {tuple(x_t.shape)}; variance_type"
                 f" {self.config['variance_type']} needs {tuple(expected)}. Change variance_type, or the network's"
@@ -490,8 +495,8 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"eta is {eta!r}; it must be a number between 0 (deterministic) and 1 (ancestral).")
         self.check_signal(transition)
         dtype = compute_dtype(sample)
-        x_t = sample.to(dtype)
-        output, variance_output = self.split_variance(model_output.to(dtype), x_t)
+        x_t = _cast(sample, dtype)
+        output, variance_output = self.split_variance(_cast(model_output, dtype), x_t)
         alpha, sigma = math.sqrt(transition.alpha_bar), math.sqrt(1 - transition.alpha_bar)
         # 1. Predict x_0. Eq. 15, Ho et al. 2020
         x_0 = gaussian.predict_x_0(self.config["prediction_type"], output, x_t, alpha, sigma)
@@ -502,7 +507,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         # 4. Add noise
         if (eta > 0 or self._analytic_variance) and transition.previous_timestep >= 0:
             x_prev = self._add_reverse_noise(x_prev, transition, variance_output, generator, float(eta))
-        x_prev, x_0 = x_prev.to(sample.dtype), x_0.to(sample.dtype)
+        x_prev, x_0 = _cast(x_prev, sample.dtype), _cast(x_0, sample.dtype)
         if not return_dict:
             return x_prev, x_0
         return GaussianDiffusionSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0)
@@ -525,9 +530,12 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         if isinstance(generator, list) and len(generator) != len(mean):
             raise ValueError(f"generator is a list of {len(generator)} for a batch of {len(mean)}; pass one for each.")
-        noise = randn_tensor(tuple(mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)
+        # The same numbers: randn_tensor adds a choice of device, which takes as long as drawing a small image.
+        is_local = generator is None or (isinstance(generator, torch.Generator) and generator.device == mean.device)
+        draw = torch.randn if is_local else randn_tensor
+        noise = draw(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         if variance_output is None:
-            return torch.add(mean, noise, alpha=math.sqrt(self.sampling_variance(transition, eta)))
+            return mean.add_(noise, alpha=math.sqrt(self.sampling_variance(transition, eta)))
         # For `learned`, the range from -1 to 1 makes the interpolated log-variance equal to the output.
         log_min, log_max = -1.0, 1.0
         if self.config["variance_type"] == "learned_range":
@@ -676,6 +684,11 @@ def compute_dtype(sample: torch.Tensor) -> torch.dtype:
     if not sample.is_floating_point():
         raise ValueError(f"The samples are {sample.dtype}; scale images to floating-point numbers in [-1, 1] first.")
     return torch.float64 if sample.dtype == torch.float64 else torch.float32
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return x in a dtype. `x.to` of an unchanged dtype takes a microsecond, of which a step has five."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _as_index(timesteps: int | torch.Tensor, device: torch.device | None = None) -> torch.Tensor:

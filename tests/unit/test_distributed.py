@@ -3,8 +3,11 @@
 Several processes: tests/distributed.
 """
 
+import ctypes
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,6 +77,80 @@ def test_tf32_reaches_products_and_convolutions(monkeypatch: pytest.MonkeyPatch,
 def test_tf32_does_not_change_the_arithmetic_of_a_cpu() -> None:
     distributed.start(tf32=True)
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+class _CLibrary(SimpleNamespace):
+    """A C library that records mallopt, and like glibc before 2.35 refuses thresholds above a limit."""
+
+    def __init__(self, limit: int = 2**31 - 1) -> None:
+        self.settings: dict[int, int] = {}
+        self.limit = limit
+
+    def mallopt(self, parameter: int, value: int) -> int:
+        if value > self.limit:
+            return 0
+        self.settings[parameter] = value
+        return 1
+
+
+@pytest.fixture
+def c_library(monkeypatch: pytest.MonkeyPatch) -> _CLibrary:
+    library = _CLibrary()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    return library
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_start_on_the_cpu_keeps_freed_memory(c_library: _CLibrary) -> None:
+    distributed.start(cpu=True)
+    assert c_library.settings == {-1: 2**30, -3: 2**30}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MALLOC_TRIM_THRESHOLD_", "131072"),
+        ("MALLOC_MMAP_THRESHOLD_", "131072"),
+        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072"),
+    ],
+)
+def test_the_allocator_of_the_environment_is_left_alone(
+    c_library: _CLibrary, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    distributed.keep_freed_memory()
+    assert c_library.settings == {}
+
+
+def test_an_older_c_library_is_left_alone(c_library: _CLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trim threshold alone would end the automatic growth of the other one, and make the step slower."""
+    c_library.limit = 2**25
+    distributed.keep_freed_memory()
+    assert c_library.settings == {}
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())  # musl
+    distributed.keep_freed_memory()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults are counted on Linux")
+def test_freed_memory_is_used_again_without_page_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts of page faults: 12,288 a round without the setting, or 24 with huge pages."""
+    resource = pytest.importorskip("resource")
+    if getattr(ctypes.CDLL(None), "gnu_get_libc_version", None) is None:
+        pytest.skip("needs glibc")
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    distributed.keep_freed_memory()
+    faults = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for block in [torch.empty(2**21) for _ in range(6)]:
+            block.fill_(1.0)
+        del block
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults[1:]) < 12, faults
 
 
 # ----------------------------------------------------------------------------------------------------- collectives

@@ -21,9 +21,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.utils import BaseOutput
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from oracles import GaussianData, OperationCounter, seeded
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCE_TYPES
@@ -34,7 +37,7 @@ from ddpm_hf.diffusion.schedule import (
     SMALLEST_ALPHA_BAR,
     SMALLEST_BETA,
 )
-from ddpm_hf.diffusion.scheduler import PREDICTION_TYPE_ALIASES
+from ddpm_hf.diffusion.scheduler import PREDICTION_TYPE_ALIASES, GaussianDiffusionSchedulerOutput
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -604,6 +607,26 @@ def test_a_step_computes_in_float32_or_float64_and_returns_the_dtype_of_the_samp
         assert result.prev_sample.dtype == result.pred_original_sample.dtype == sample_dtype
         assert torch.equal(result.prev_sample, expected.prev_sample.to(sample_dtype))
         assert torch.equal(result.pred_original_sample, expected.pred_original_sample.to(sample_dtype))
+
+
+def test_the_output_of_a_step_is_an_output_object_of_diffusers() -> None:
+    """Items, attributes, positions, assignment and copies agree, as in every BaseOutput."""
+    x, y = tensors(1, 1, 2, 2)
+    output = GaussianDiffusionSchedulerOutput(prev_sample=x, pred_original_sample=y)
+    stock = DDPMSchedulerOutput(prev_sample=x, pred_original_sample=y)
+    assert isinstance(output, BaseOutput)
+    assert list(output) == list(stock) == ["prev_sample", "pred_original_sample"]
+    assert output.to_tuple()[0] is output[0] is output["prev_sample"] is output.prev_sample is x
+    assert output.to_tuple()[1] is output[1] is output["pred_original_sample"] is output.pred_original_sample is y
+    output.prev_sample = y
+    assert output["prev_sample"] is y
+    for again in (copy.copy(output), copy.deepcopy(output)):
+        assert type(again) is GaussianDiffusionSchedulerOutput
+        assert torch.equal(again.prev_sample, y)
+        assert torch.equal(again["pred_original_sample"], y)
+    leaves, spec = tree_flatten(output)
+    assert len(leaves) == 2
+    assert tree_unflatten(leaves, spec).prev_sample is y
 
 
 MOST_OPERATIONS = {"fixed_small": 7, "fixed_large": 7, "learned_range": 9, "learned": 10}
