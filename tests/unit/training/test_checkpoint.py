@@ -30,9 +30,10 @@ from ddpm_hf.training.checkpoint import (
     remove_after,
     remove_unfinished,
     set_aside,
+    snapshot_files,
     verify_checkpoint,
     write_checkpoint,
-    write_snapshot,
+    write_files,
 )
 from ddpm_hf.training.ema import EMA, decay_schedules
 from ddpm_hf.training.optim import build_optimizer, load_optimizer_state
@@ -501,6 +502,10 @@ def update(run: Run, generator: torch.Generator) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     optimizer.step()
     ema.update()
+
+
+def write_snapshot(folder: Path, *arguments: Any) -> None:
+    write_files(folder, snapshot_files(*arguments))
 
 
 def everything(run: Run) -> dict[str, torch.Tensor]:
