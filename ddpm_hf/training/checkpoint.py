@@ -527,7 +527,8 @@ class _Writing(threading.Thread):
 
     def result(self) -> bool:
         """Wait for the thread and return whether the checkpoint was written; raise what it raised."""
-        self.join()
+        while self.is_alive():
+            self.join(timeout=0.1)  # a signal that another thread received is handled between two calls
         if self._error is not None:
             raise self._error
         return self._is_written
@@ -734,9 +735,8 @@ class Checkpointer:
     def join(self) -> bool:
         """Wait until this rank has written its last checkpoint; return False if it could not be written."""
         if self._writing is not None:
-            self._writing.join()  # may be interrupted by an exception of a signal handler
-            writing, self._writing = self._writing, None
-            self._is_written = writing.result()
+            self._is_written = self._writing.result()
+            self._writing = None
         return self._is_written
 
     def _state_dict(self) -> dict[str, Any]:
