@@ -356,7 +356,7 @@ _FIXED_TRAINING = ("seed", "train_batch_size", "optimizer", "optimizer_kwargs", 
 _FREE = ("data.cache_dir", "data.device_resident", "model.gradient_checkpointing")
 # Other settings of training change the weights, so a finished run cannot be resumed with another value of them.
 _WITHOUT_EFFECT_ON_WEIGHTS = (
-    "output_dir", "num_steps", "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps",
+    "output_dir", "num_steps", "checkpoint_every_steps", "num_checkpoints_kept", "async_checkpoint", "log_every_steps",
     "validate_every_steps", "prefetch_factor", "resume", "cpu", "compile", "compile_mode", "compile_backend",
     "channels_last", "cudnn_benchmark",
 )  # fmt: skip

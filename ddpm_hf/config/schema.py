@@ -306,6 +306,9 @@ class TrainingConfig:
             40 times during training.
         checkpoint_every_steps: Checkpoint interval; a checkpoint is also saved at the end and on a signal.
         num_checkpoints_kept: Number of newest checkpoints to keep, at least 2.
+        async_checkpoint: Write checkpoints in a background thread, from a copy of their tensors in host memory, while
+            training continues. auto does so if half of the available memory is enough for the copy; false makes
+            training wait.
         log_every_steps: Interval of lines in metrics.jsonl.
         validate_every_steps: Interval of the validation loss of the EMA weights, also measured after the last step; 0
             disables it. Needs a validation set.
@@ -353,6 +356,7 @@ class TrainingConfig:
     posthoc_ema_every_steps: int | None = None
     checkpoint_every_steps: int = 5000
     num_checkpoints_kept: int = 3
+    async_checkpoint: bool | Literal["auto"] = "auto"
     log_every_steps: int = 50
     validate_every_steps: int = 0
     max_consecutive_nonfinite: int = 20

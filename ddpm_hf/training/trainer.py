@@ -187,6 +187,7 @@ class Trainer:
 
         self.global_step = 0
         self.best: dict[str, Any] | None = None  # step, kind and value of the best score
+        self._previous_best: dict[str, Any] | None = None  # before the last save
         self.guard = NonFiniteGuard(training.max_consecutive_nonfinite)
         self.meter = Meter(self.accelerator, training.train_batch_size, config.diffusion.num_train_timesteps)
         self.metrics = MetricsLog(self.folder.metrics)
@@ -235,7 +236,7 @@ class Trainer:
         self._progress = Progress(first_step, num_steps, is_main_process=self.is_main_process)
         if first_step < num_steps:
             distributed.on_rank_0(lambda: self.trackers.start(first_step, self.config.to_dict()))
-        with StopWatcher() as watcher, self._progress, self.trackers, self._prefetcher:
+        with StopWatcher() as watcher, self._progress, self.trackers, self.checkpointer, self._prefetcher:
             started_at = time.monotonic()
             timed = self.metrics.last("seconds") or {}
             self.meter.start(first_step, timed.get("seconds", 0.0))
@@ -462,6 +463,7 @@ class Trainer:
         with self.ema.swapped_in(), full_batches(self.unet, self.config.evaluation.batch_size):
             score = self._scorer(self._pipeline(), self.images, self.validation_images)
         self._write({**self._clock(), **score.row})
+        self._confirm_best()
         return best_of(score, self.global_step, self.best)
 
     def _preview(self) -> None:
@@ -486,10 +488,15 @@ class Trainer:
 
     def _save(self, *, must_succeed: bool, new_best: dict[str, Any] | None = None) -> None:
         """Collective: write a checkpoint, which may be the best one so far."""
-        previous_best = self.best
-        self.best = new_best or previous_best
-        if not self.checkpointer.save(must_succeed=must_succeed):
-            self.best = previous_best
+        self._confirm_best()
+        self._previous_best = self.best
+        self.best = new_best or self.best
+        self.checkpointer.save(must_succeed=must_succeed)
+
+    def _confirm_best(self) -> None:
+        """Collective: wait until the last checkpoint is written; if it was not, it is not the best one either."""
+        if not self.checkpointer.wait():
+            self.best = self._previous_best
 
     def state_dict(self) -> dict[str, Any]:
         """Return the trainer's own values of trainer_state.json."""
