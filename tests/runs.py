@@ -88,11 +88,12 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 
 
 def at_step(step: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do something at the beginning of optimizer step `step`, counted from 1."""
+    """Do something at the beginning of optimizer step `step`, counted from 1, when all checkpoints are written."""
     train_step = Trainer._train_step
 
     def train_step_with_action(self: Trainer, current: int) -> None:
         if current + 1 == step:
+            self.checkpointer.join()
             action()
         train_step(self, current)
 

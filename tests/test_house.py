@@ -162,7 +162,7 @@ def dangers(tree: ast.Module, allowed: set[str]) -> list[str]:
                 for full in (f"{module}.{alias.name}".lstrip(".") for alias in node.names)
                 if full.split(".")[0] in FORBIDDEN_LIBRARIES or (full in FORBIDDEN_NAMES - allowed)
             ]
-        elif isinstance(node, ast.Name | ast.Attribute):
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
             name = dotted(node, names)
             found += [name] if name in FORBIDDEN_NAMES - allowed else []
         elif isinstance(node, ast.Call):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ddpm_hf.cli.common import find_folder, load_pipeline, out_of_memory_advice
-from ddpm_hf.cli.flags import CALL_FLAGS, ModelFlags, Parser, SamplingFlags, flag, read_flags
+from ddpm_hf.cli.flags import CALL_FLAGS, CompilationFlags, ModelFlags, Parser, SamplingFlags, flag, read_flags
 from ddpm_hf.config import (
     ConfigError,
     DataConfig,
@@ -148,7 +148,7 @@ class MeasuringFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateFlags(ModelFlags, DataFlags, MeasuringFlags, SamplingFlags):
+class EvaluateFlags(ModelFlags, DataFlags, MeasuringFlags, SamplingFlags, CompilationFlags):
     """Samples.
 
     Args:
@@ -200,6 +200,7 @@ def parse(arguments: Sequence[str]) -> EvaluateFlags:
             "room for all of them."
         )
     flags.check_sampling()
+    flags.check_compilation()
     return flags
 
 
@@ -284,6 +285,10 @@ def _evaluate(flags: EvaluateFlags) -> None:
     work = _prepare(flags)
     flags = work.flags  # with the validation set of the run
     settings, network = _check(work)
+    sampler = replace(work.sampler, analytic_variance=False)  # its second moments may not be estimated yet
+    full_batch = range(min(flags.batch_size, work.num_samples))
+    call = sampler.call(work.pipeline, flags.seed, full_batch)
+    flags.compile_network(sampler.prepare(work.pipeline), len(full_batch), call)
     distributed.on_rank_0(lambda: work.output.mkdir(parents=True, exist_ok=True))
     if flags.estimate_variance:
         scheduler, folder = work.pipeline.scheduler, work.folder
@@ -381,6 +386,7 @@ def _prepare(flags: EvaluateFlags) -> _Work:
     pipeline = load_pipeline(flags.folder, folder, dtype=dtype, revision=flags.revision, variant=flags.variant).to(
         accelerator.device
     )
+    flags.set_up_network(pipeline)
     height, width, num_channels = image_shape(pipeline)
     metrics = flags.metric_names()
     needs_labels = pipeline.num_classes > 0 and (BITS_PER_DIM in metrics or flags.estimate_variance > 0)

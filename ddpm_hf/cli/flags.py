@@ -7,7 +7,8 @@ import math
 import types
 import typing
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
@@ -206,3 +207,72 @@ class SamplingFlags:
             return label_numbers(labels, len(labels), num_labels, has_null_label, class_names)
         except ValueError as error:
             raise ConfigError(str(error).replace("class_labels", "--labels", 1)) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompilationFlags:
+    """Speed of the network.
+
+    Args:
+        compile: Compile the network with torch.compile, which takes up to some minutes and pays off with many images.
+        compile_mode: Mode of inductor; reduce-overhead and max-autotune use CUDA graphs.
+        compile_backend: Name of a backend of torch.compile.
+        channels_last: Convert the weights to the memory format channels_last; --compile does so on CUDA GPUs.
+    """
+
+    compile: bool = False
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    compile_backend: str = "inductor"
+    channels_last: bool = False
+
+    def check_compilation(self) -> None:
+        """Warn about flags without effect."""
+        defaults = {"compile_mode": "default", "compile_backend": "inductor"}
+        for name, default in defaults.items():
+            if (value := getattr(self, name)) != default and not self.compile:
+                log_warning(f"--{name} {value} has no effect without --compile.")
+        if self.compile and self.compile_backend != "inductor" and self.compile_mode != "default":
+            log_warning(
+                f"--compile_mode {self.compile_mode} has no effect with --compile_backend {self.compile_backend}."
+            )
+
+    def set_up_network(self, pipeline: "GaussianDiffusionPipeline") -> None:
+        """Convert the network, and set up its compilation; refuse a backend that does not exist or lacks its compiler.
+
+        Imports torch.
+        """
+        import torch
+
+        if self.channels_last:
+            pipeline.unet.to(memory_format=torch.channels_last)
+        if self.compile:
+            with _compilation_advice():
+                pipeline.compile(self.compile_mode, self.compile_backend, self.channels_last or None)
+
+    def compile_network(self, pipeline: "GaussianDiffusionPipeline", batch_size: int, call: dict[str, Any]) -> None:
+        """Compile the network by sampling a batch in few steps; refuse a network that cannot be compiled.
+
+        Args:
+            pipeline: A pipeline of the network of `set_up_network`.
+            batch_size: Images of a full batch; smaller batches will be padded.
+            call: Arguments of the pipeline for a full batch.
+        """
+        from ddpm_hf.diffusion.compiled import compiled_call
+
+        if (compiled := compiled_call(pipeline.unet)) is None:
+            return
+        compiled.batch_size = batch_size
+        pipeline.set_progress_bar_config(disable=True)
+        num_steps = min(2, int(pipeline.scheduler.config["num_train_timesteps"]))
+        with _compilation_advice():
+            pipeline(**call | {"batch_size": batch_size, "num_inference_steps": num_steps, "output_type": "uint8"})
+
+
+@contextmanager
+def _compilation_advice() -> Iterator[None]:
+    from ddpm_hf.diffusion.compiled import CompileError
+
+    try:
+        yield
+    except CompileError as error:
+        raise ConfigError(f"--compile is given, but {error}; remove --compile.") from None

@@ -22,7 +22,16 @@ from PIL import Image
 
 from ddpm_hf import __version__
 from ddpm_hf.cli.common import commit_of, find_folder, load_pipeline, out_of_memory_advice, print_error
-from ddpm_hf.cli.flags import CALL_FLAGS, NATIVE_SCHEDULER, ModelFlags, Parser, SamplingFlags, flag, read_flags
+from ddpm_hf.cli.flags import (
+    CALL_FLAGS,
+    NATIVE_SCHEDULER,
+    CompilationFlags,
+    ModelFlags,
+    Parser,
+    SamplingFlags,
+    flag,
+    read_flags,
+)
 from ddpm_hf.config import ConfigError, DataConfig, log_warning, read_launcher, warn_of_training_flags
 from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_count, read_json, save_array, write_json
 from ddpm_hf.plots import UInt8Array, denoising_strip, image_grid, save_animation
@@ -95,7 +104,7 @@ class EditingFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleFlags(ModelFlags, OutputFlags, SamplingFlags, EditingFlags):
+class SampleFlags(ModelFlags, OutputFlags, SamplingFlags, EditingFlags, CompilationFlags):
     """Device.
 
     Args:
@@ -107,6 +116,7 @@ class SampleFlags(ModelFlags, OutputFlags, SamplingFlags, EditingFlags):
     def check(self) -> None:
         """Refuse contradictions, and warn about flags without effect."""
         self.check_sampling()
+        self.check_compilation()
         if self.strength is not None and not 0 < self.strength <= 1:
             raise ConfigError(f"--strength is {self.strength}, but must be above 0 and at most 1.")
         if self.mask and not self.image:
@@ -406,6 +416,7 @@ def _prepare(flags: SampleFlags, model: Path | None, images: list[ImageArray], m
     loaded = load_pipeline(flags.folder, model, dtype=dtype, revision=flags.revision, variant=flags.variant)
     sampler = Sampler(scheduler=flags.scheduler, analytic_variance=flags.variance == "analytic")
     pipeline = sampler.prepare(loaded.to(device))
+    flags.set_up_network(pipeline)
     scheduler_name = type(pipeline.scheduler).__name__
     if flags.image and scheduler_name != NATIVE_SCHEDULER:
         raise ConfigError(
@@ -424,6 +435,8 @@ def _prepare(flags: SampleFlags, model: Path | None, images: list[ImageArray], m
     if flags.image and not flags.mask:
         start_level(flags.strength or STRENGTH, num_steps)
     starts, cover = np.stack(fitted) if fitted else None, np.stack(covers) if covers else None
+    labels = {} if label is None else {"class_labels": label[0]}
+    flags.compile_network(pipeline, min(flags.batch_size, len(pictures)), call | labels | {"generator": generator[0]})
     return _Work(flags, pipeline, pictures, starts, cover, call)
 
 
@@ -572,6 +585,8 @@ def _settings(work: _Work) -> dict[str, Any]:
         "dtype": flags.dtype,
         "device": str(pipeline.device),
         "batch_size": flags.batch_size,
+        "compile": [flags.compile_backend, flags.compile_mode] if flags.compile else None,
+        "channels_last": flags.channels_last,
     }
     given = flags.image or []
     if given:

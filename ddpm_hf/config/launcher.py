@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ddpm_hf.config.rules import ConfigError, log_warning
-from ddpm_hf.config.schema import RunConfig
+from ddpm_hf.config.schema import RunConfig, TrainingConfig
 from ddpm_hf.files import format_count
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
@@ -183,6 +183,11 @@ def take_launcher(
             training = dataclasses.replace(training, micro_batch_size=micro_batch_size)
             origins["training.micro_batch_size"] = LAUNCHER
 
+    if launcher.compile_backend is not None:
+        if training.compile == "auto":
+            origins["training.compile"] = LAUNCHER
+        training = _take_compilation(training, launcher.compile_backend, launcher.compile_mode)
+
     for flag in launcher.without_effect:
         advice = "; set training.max_grad_norm" if flag == "--gradient_clipping" else ""
         log_warning(f"accelerate launch was given {flag}, which has no effect on training{advice}.")
@@ -192,6 +197,27 @@ def take_launcher(
             "CPU, and --num_processes with at most the number of GPUs otherwise."
         )
     return dataclasses.replace(config, training=training), origins
+
+
+def _take_compilation(training: TrainingConfig, backend: str, mode: str | None) -> TrainingConfig:
+    """Compile as the launcher asks, with the backend and mode that the configuration leaves at their defaults."""
+    default = TrainingConfig()
+    if training.compile is False:
+        raise ConfigError(
+            f"accelerate launch was given --dynamo_backend {backend}, but training.compile is false; set it to auto, "
+            "or leave out the launcher's."
+        )
+    taken = {"compile_backend": backend} | ({"compile_mode": mode} if mode is not None else {})
+    for name, asked in taken.items():
+        value = getattr(training, name)
+        is_left_open = value == getattr(default, name) and (training.compile == "auto" or name == "compile_mode")
+        if value != asked and not is_left_open:
+            flag = name.replace("compile", "--dynamo")
+            raise ConfigError(
+                f"accelerate launch was given {flag} {asked}, but training.{name} is {value}; set both to the same "
+                "value, or leave out one of them."
+            )
+    return dataclasses.replace(training, compile=True, **taken)  # type: ignore[arg-type]
 
 
 def warn_of_training_flags(launcher: Launcher) -> None:

@@ -46,6 +46,9 @@ _USED_ONLY_WITH: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("training.ema_inv_gamma", "training.ema_warmup", ("power",)),
     ("training.ema_power", "training.ema_warmup", ("power",)),
     ("training.posthoc_ema_every_steps", "training.posthoc_ema", ()),
+    ("training.compile_mode", "training.compile", ()),
+    ("training.compile_mode", "training.compile_backend", ("inductor",)),
+    ("training.compile_backend", "training.compile", ()),
     ("evaluation.recognition", "evaluation.num_samples", ()),
     ("evaluation.score_metric", "evaluation.score_every_steps", ()),
     ("evaluation.score_features", "evaluation.score_every_steps", ()),
@@ -259,6 +262,11 @@ def _check_training(config: RunConfig) -> None:
         raise ConfigError(
             f"training.validate_every_steps {training.validate_every_steps} needs a validation set; set {which}."
         )
+    if training.cudnn_benchmark is True and training.deterministic:
+        raise ConfigError(
+            "training.cudnn_benchmark true lets time decide which kernel runs, but training.deterministic is true; set "
+            "one of them to false."
+        )
     micro, batch = training.micro_batch_size, training.train_batch_size
     if isinstance(micro, int) and batch % micro:
         lower = batch // micro * micro
@@ -348,8 +356,9 @@ _FIXED_TRAINING = ("seed", "train_batch_size", "optimizer", "optimizer_kwargs", 
 _FREE = ("data.cache_dir", "data.device_resident", "model.gradient_checkpointing")
 # Other settings of training change the weights, so a finished run cannot be resumed with another value of them.
 _WITHOUT_EFFECT_ON_WEIGHTS = (
-    "output_dir", "num_steps", "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps",
-    "validate_every_steps", "prefetch_factor", "resume", "cpu",
+    "output_dir", "num_steps", "checkpoint_every_steps", "num_checkpoints_kept", "async_checkpoint", "log_every_steps",
+    "validate_every_steps", "prefetch_factor", "resume", "cpu", "compile", "compile_mode", "compile_backend",
+    "channels_last", "cudnn_benchmark",
 )  # fmt: skip
 
 

@@ -306,6 +306,9 @@ class TrainingConfig:
             40 times during training.
         checkpoint_every_steps: Checkpoint interval; a checkpoint is also saved at the end and on a signal.
         num_checkpoints_kept: Number of newest checkpoints to keep, at least 2.
+        async_checkpoint: Write checkpoints in a background thread, from a copy of their tensors in host memory, while
+            training continues. auto does so if half of the available memory is enough for the copy; false makes
+            training wait.
         log_every_steps: Interval of lines in metrics.jsonl.
         validate_every_steps: Interval of the validation loss of the EMA weights, also measured after the last step; 0
             disables it. Needs a validation set.
@@ -313,6 +316,15 @@ class TrainingConfig:
             exit code 3 at the next line of metrics or checkpoint.
         tf32: Allow TF32 in float32 matrix products and convolutions on NVIDIA GPUs.
         deterministic: Use deterministic PyTorch kernels, for bit-exact resume on CUDA; slower.
+        compile: Compile the network with torch.compile: auto does so on CUDA GPUs and trains without where it fails;
+            true refuses to train where it fails.
+        compile_mode: Mode of inductor. reduce-overhead and max-autotune use CUDA graphs, which help where networks and
+            batches are so small that the GPU waits for Python.
+        compile_backend: Name of a backend of torch.compile.
+        channels_last: Keep the weights in the memory format channels_last (NHWC). auto does so on CUDA GPUs if the
+            network is compiled, or if torch has a GroupNorm for it (2.15).
+        cudnn_benchmark: Let cuDNN measure which convolution is the fastest. auto does so on CUDA GPUs unless
+            deterministic.
         resume: "auto" continues the run in output_dir; "none" refuses an output_dir that contains a run.
         cpu: Train on the CPU even if there is a GPU.
     """
@@ -344,11 +356,17 @@ class TrainingConfig:
     posthoc_ema_every_steps: int | None = None
     checkpoint_every_steps: int = 5000
     num_checkpoints_kept: int = 3
+    async_checkpoint: bool | Literal["auto"] = "auto"
     log_every_steps: int = 50
     validate_every_steps: int = 0
     max_consecutive_nonfinite: int = 20
     tf32: bool = True
     deterministic: bool = False
+    compile: Literal["auto"] | bool = "auto"
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    compile_backend: str = "inductor"
+    channels_last: Literal["auto"] | bool = "auto"
+    cudnn_benchmark: Literal["auto"] | bool = "auto"
     resume: Literal["auto", "none"] = "auto"
     cpu: bool = False
 

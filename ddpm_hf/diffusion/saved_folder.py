@@ -21,6 +21,7 @@ CORE_VERSION = "1.3.0"
 """Version of the code in a saved folder, for bug reports. The code of ddpm_hf 0.1 is 1.2.0."""
 PORTABLE_FILES = (
     "pipeline.py",
+    "compiled.py",
     "editing.py",
     "images.py",
     "saved_folder.py",

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ddpm_hf import distributed
 from ddpm_hf.config import EvaluationConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.compiled import compiled_call
 from ddpm_hf.diffusion.images import image_size, to_images
 from ddpm_hf.diffusion.pipeline import did_you_mean
 from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_value, read_json, save_array, write_json
@@ -326,8 +327,8 @@ def settings_of(
 ) -> dict[str, Any]:
     """Return everything that samples depend on, for JSON.
 
-    The device is part of it, because each kind of device draws different noise; the batch size only in half precision,
-    where it moves values by several gray levels.
+    The device is part of it, because each kind of device draws different noise; the batch size and compilation only in
+    half precision, where they move values by several gray levels.
 
     Args:
         pipeline: Returned by `Sampler.prepare`.
@@ -336,6 +337,8 @@ def settings_of(
         batch_size: Images per batch.
     """
     is_half = pipeline.unet.dtype in (torch.float16, torch.bfloat16)
+    compiled = compiled_call(pipeline.unet)
+    rounding = {"batch_size": batch_size} | ({"compile": [compiled.backend, compiled.mode]} if compiled else {})
     return {
         "schema_version": SCHEMA_VERSION,
         "pipeline": fingerprint(pipeline),
@@ -343,7 +346,7 @@ def settings_of(
         **sampler.to_dict(pipeline),
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
         "device": pipeline.device.type,
-    } | ({"batch_size": batch_size} if is_half else {})
+    } | (rounding if is_half else {})
 
 
 # The sample folder:

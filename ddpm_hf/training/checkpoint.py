@@ -11,6 +11,10 @@
 A checkpoint is written to a temporary folder, every file and folder is synced, and the folder is renamed last: after a
 kill or a power failure it is complete or absent. Older checkpoints are removed only after that. No file is a pickle.
 
+With training.async_checkpoint the loop only copies the tensors to host memory, and a thread writes the copies. The next
+save waits for it, as do the last save, a stop signal and an error in the loop. A checkpoint that must succeed, in the
+last step or after a signal, is written from the live tensors before the call returns.
+
 trainer_state.json is the union of the `state_dict` of the parts that `Checkpointer` is built with. To add a value,
 return it there and restore it in `load_state_dict`; counts begin with num_ and must be non-negative integers.
 """
@@ -22,10 +26,12 @@ import re
 import shutil
 import stat
 import textwrap
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +46,7 @@ from ddpm_hf.config.launcher import PRECISIONS, Precision
 from ddpm_hf.data import ImageSet, ImageStream
 from ddpm_hf.files import (
     MANIFEST,
+    MODEL_CONFIG,
     RUN_CONFIG,
     TRAINER_STATE,
     format_bytes,
@@ -119,14 +126,15 @@ def write_checkpoint(root: Path, step: int, write_content: Callable[[Path], None
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """Write the manifest of a folder and give its files the permissions of the umask (safetensors writes 0600)."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in _files(folder):
-        file.chmod(0o666 & ~umask)
+    """Write the manifest of a folder, and give its files the permissions of the umask (safetensors writes 0600)."""
     files = {str(file.relative_to(folder)): _describe(file) for file in _files(folder)}
     content = json.dumps({"schema_version": SCHEMA_VERSION, "step": step, "files": files}, indent=2)
-    (folder / MANIFEST).write_text(content, encoding="utf-8")
+    manifest = folder / MANIFEST
+    manifest.write_text(content, encoding="utf-8")
+    # The umask can only be read by changing it, which would affect files that other threads create.
+    mode = stat.S_IMODE(manifest.stat().st_mode)
+    for file in _files(folder):
+        file.chmod(mode)
 
 
 def _describe(path: Path) -> dict[str, object]:
@@ -280,34 +288,58 @@ def remove_unfinished(root: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- content
 
 
-def write_snapshot(
-    folder: Path,
+class CheckpointFiles(NamedTuple):
+    """The files of a checkpoint except the manifest.
+
+    Attributes:
+        tensors: Path of each safetensors file -> its tensors by name.
+        texts: Path of each other file -> its text.
+    """
+
+    tensors: dict[str, dict[str, torch.Tensor]]
+    texts: dict[str, str]
+
+
+def snapshot_files(
     unet: UNet2DModel,
     ema: EMA,
     optimizer: torch.optim.Optimizer,
     timestep_sampler: TimestepSampler,
     state: Mapping[str, Any],
     config_yaml: str,
-) -> None:
-    """Write the content of a checkpoint.
+) -> CheckpointFiles:
+    """Return the files of a checkpoint. Their tensors are those of the run, not copies."""
+    names = [name for name, _ in unet.named_parameters()]
+    moments, scalars = optimizer_state(optimizer, names)
+    weights = unet.state_dict()
+    networks = {"unet": weights}
+    for name in ema.names:
+        networks[name] = weights | dict(zip(names, ema.tensors(name), strict=True))
+    tensors = {f"{name}/{_WEIGHTS}": network for name, network in networks.items()} | {_OPTIMIZER: moments}
+    if learned := timestep_sampler.state_dict():
+        tensors[_OBJECTIVE] = learned
+    texts = {f"{name}/{MODEL_CONFIG}": unet.to_json_string() for name in networks}
+    texts[TRAINER_STATE] = json.dumps({**state, "optimizer": scalars}, indent=2)
+    texts[RUN_CONFIG] = config_yaml
+    return CheckpointFiles(tensors, texts)
+
+
+def write_files(folder: Path, files: CheckpointFiles) -> None:
+    """Write the files of a checkpoint; the networks are those that diffusers' save_pretrained would write.
 
     Raises:
         OSError: The disk is full or cannot be written.
     """
-    tensors, scalars = optimizer_state(optimizer, [name for name, _ in unet.named_parameters()])
+    for path in (*files.tensors, *files.texts):
+        (folder / path).parent.mkdir(exist_ok=True)
+    for path, text in files.texts.items():
+        (folder / path).write_text(text, encoding="utf-8")
     try:
-        unet.save_pretrained(folder / "unet")
-        for name in ema.names:
-            with ema.swapped_in(name):
-                unet.save_pretrained(folder / name)
-        save_file(tensors, folder / _OPTIMIZER)
-        if learned := timestep_sampler.state_dict():
-            save_file(learned, folder / _OBJECTIVE)
+        for path, tensors in files.tensors.items():
+            metadata = {"format": "pt"} if path.endswith(_WEIGHTS) else None
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / path, metadata)
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    content = json.dumps({**state, "optimizer": scalars}, indent=2)
-    (folder / TRAINER_STATE).write_text(content, encoding="utf-8")
-    (folder / RUN_CONFIG).write_text(config_yaml, encoding="utf-8")
 
 
 class Snapshot(NamedTuple):
@@ -409,6 +441,99 @@ class DataState:
         )
 
 
+# ------------------------------------------------------------------------------------------------------ background
+
+
+class HostCopy:
+    """Host memory for the tensors of a checkpoint, allocated by the first copy and reused by the next ones.
+
+    Tensors on a CUDA device get pinned memory. Their copies are queued on the current stream, where they come before
+    the next update of the tensors, and the host does not wait for them.
+
+    Args:
+        keeps_reserve: Whether to leave half of the available memory unused.
+    """
+
+    def __init__(self, *, keeps_reserve: bool) -> None:
+        self._keeps_reserve = keeps_reserve
+        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
+        self._copied: torch.cuda.Event | None = None
+
+    def copy(self, files: CheckpointFiles) -> CheckpointFiles:
+        """Return the files with copies of the tensors, which are complete after `wait` and valid until the next copy.
+
+        Raises:
+            MemoryError: The host has no memory for the copies.
+        """
+        named = {(path, name): tensor for path, tensors in files.tensors.items() for name, tensor in tensors.items()}
+        self._allocate({key: tensor for key, tensor in named.items() if not self._fits(key, tensor)})
+        for key, tensor in named.items():
+            self._buffers[key].copy_(tensor, non_blocking=tensor.is_cuda)
+        device = next((tensor.device for tensor in named.values() if tensor.is_cuda), None)
+        self._copied = None if device is None else torch.cuda.current_stream(device).record_event()
+        copies = {path: {name: self._buffers[path, name] for name in files.tensors[path]} for path in files.tensors}
+        return files._replace(tensors=copies)
+
+    def wait(self) -> None:
+        """Wait until the device has made the last copy; call it from any thread."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _fits(self, key: tuple[str, str], tensor: torch.Tensor) -> bool:
+        buffer = self._buffers.get(key)
+        return buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype
+
+    def _allocate(self, missing: Mapping[tuple[str, str], torch.Tensor]) -> None:
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in missing.values())
+        available = available_memory()
+        if self._keeps_reserve and num_bytes > available / 2:
+            raise MemoryError(f"{format_bytes(num_bytes)} of {format_bytes(available)} available")
+        try:
+            for key, tensor in missing.items():
+                self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        except RuntimeError as error:  # PyTorch's only type for this on the host
+            raise MemoryError(str(error).splitlines()[0]) from error
+
+
+def available_memory() -> float:
+    """Return the bytes of host memory that are available without swapping; infinite if the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text(encoding="utf-8").splitlines() if meminfo.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 2**10
+    return float("inf")
+
+
+class _Writing(threading.Thread):
+    """Write one checkpoint. No daemon: at its exit, Python waits for the thread.
+
+    Args:
+        step: The step of the checkpoint.
+        write: Returns whether the checkpoint was written.
+    """
+
+    def __init__(self, step: int, write: Callable[[], bool]) -> None:
+        super().__init__(name=f"checkpoint of step {step}")
+        self._write = write
+        self._is_written = False
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Write, in the thread."""
+        try:
+            self._is_written = self._write()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> bool:
+        """Wait for the thread and return whether the checkpoint was written; raise what it raised."""
+        while self.is_alive():
+            self.join(timeout=0.1)  # a signal that another thread received is handled between two calls
+        if self._error is not None:
+            raise self._error
+        return self._is_written
+
+
 # ------------------------------------------------------------------------------------------------- save and resume
 
 
@@ -485,6 +610,8 @@ _TENSOR_HEADER_BYTES = 128
 class Checkpointer:
     """Save and resume one run on all ranks. Rank 0 alone reads and writes the run folder and broadcasts what it reads.
 
+    Used as a context manager around the loop, it waits at the end for a checkpoint that is being written.
+
     Args:
         config: The configuration of the run.
         folder: The run folder, locked by rank 0.
@@ -515,6 +642,21 @@ class Checkpointer:
         self._unet, self._ema, self._optimizer = unet, ema, optimizer
         self._timestep_sampler = timestep_sampler
         self._parts = [*parts, ema]
+        async_checkpoint = config.training.async_checkpoint
+        self._host_copy = HostCopy(keeps_reserve=async_checkpoint == "auto") if async_checkpoint else None
+        self._writing: _Writing | None = None  # on rank 0
+        self._is_written = True  # on rank 0, of the last checkpoint that is not being written
+        self._is_unconfirmed = False  # on all ranks
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writing is not None and self._writing.is_alive():
+            say(f"Waiting until the {self._writing.name} is written ...")
+        self.join()
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -561,14 +703,14 @@ class Checkpointer:
             step = state["global_step"]
         distributed.on_rank_0(lambda: self._prepare_folder(step))
 
-    def save(self, *, must_succeed: bool) -> bool:
-        """Collective: write a checkpoint on rank 0 and remove old ones.
+    def save(self, *, must_succeed: bool) -> None:
+        """Collective: write a checkpoint on rank 0 and remove old ones; `wait` returns whether it was written.
+
+        With training.async_checkpoint a thread writes it, unless it must succeed. Ranks other than 0 do not wait for
+        the thread before their next save.
 
         Args:
             must_succeed: Whether a full disk is an error, because work would be lost; otherwise it is a warning.
-
-        Returns:
-            Whether the checkpoint was written.
 
         Raises:
             OSError: The checkpoint must succeed and cannot be written.
@@ -579,7 +721,23 @@ class Checkpointer:
         distributed.check_same(self._named_weights())
         state = self._state_dict()
         check_finite([*self._unet.parameters(), *self._ema.tensors()], state["global_step"])
-        return bool(distributed.broadcast_json(distributed.on_rank_0(lambda: self._write(state, must_succeed))))
+        distributed.on_rank_0(lambda: self._save(state, must_succeed))
+        self._is_unconfirmed = True
+
+    def wait(self) -> bool:
+        """Collective: wait until the last checkpoint is written; return False if it could not be written."""
+        if not self._is_unconfirmed:
+            return True
+        is_written = bool(distributed.broadcast_json(distributed.on_rank_0(self.join)))
+        self._is_unconfirmed = False
+        return is_written
+
+    def join(self) -> bool:
+        """Wait until this rank has written its last checkpoint; return False if it could not be written."""
+        if self._writing is not None:
+            self._is_written = self._writing.result()
+            self._writing = None
+        return self._is_written
 
     def _state_dict(self) -> dict[str, Any]:
         """Collective: return the union of the plain values of all parts."""
@@ -635,32 +793,57 @@ class Checkpointer:
             weights |= {f"{ema_name} of {name}": tensor for name, tensor in tensors}
         return weights
 
-    def _write(self, state: dict[str, Any], must_succeed: bool) -> bool:
-        """Write a checkpoint and prune old ones; return whether it was written."""
-        step, best = state["global_step"], state["best"]
+    def _save(self, state: dict[str, Any], must_succeed: bool) -> None:
+        """Write a checkpoint on this rank, or start a thread that writes it."""
+        self.join()
+        step = state["global_step"]
+        if not self._attempt(self._folder.ensure_held, step, must_succeed):
+            self._is_written = False
+            return
+        files = snapshot_files(
+            self._unet, self._ema, self._optimizer, self._timestep_sampler, state, self._config.to_yaml()
+        )
+        copies = None if must_succeed else self._copy_to_host(files)
+        if copies is None:
+            self._is_written = self._attempt(lambda: self._write(files, state), step, must_succeed)
+        else:
+            self._writing = _Writing(step, lambda: self._attempt(lambda: self._write(copies, state), step, False))
+            self._writing.start()
 
-        def write(folder: Path) -> None:
-            write_snapshot(
-                folder,
-                self._unet,
-                self._ema,
-                self._optimizer,
-                self._timestep_sampler,
-                state,
-                self._config.to_yaml(),
-            )
-
+    def _attempt(self, action: Callable[[], object], step: int, must_succeed: bool) -> bool:
+        """Return whether an action worked; a full disk is a warning, or an error if the checkpoint must succeed."""
         try:
-            self._folder.ensure_held()
-            write_checkpoint(self._folder.checkpoints, step, write)
+            action()
         except OSError as error:
             message = f"The checkpoint of step {step} could not be written ({error.strerror or error})"
             if must_succeed:
                 raise OSError(f"{message}; make room in {self._folder.path} and run the same command again.") from error
             logger.warning("%s; training continues, the older checkpoints are intact.", message)
             return False
-        prune(self._folder.checkpoints, self._config.training.num_checkpoints_kept, best["step"] if best else None)
         return True
+
+    def _copy_to_host(self, files: CheckpointFiles) -> CheckpointFiles | None:
+        """Return the files with copies of the tensors, or None if they are to be written without a copy."""
+        if self._host_copy is None:
+            return None
+        try:
+            return self._host_copy.copy(files)
+        except MemoryError as error:
+            self._host_copy = None
+            logger.warning(
+                "There is no host memory for a copy of the checkpoint (%s), so training waits while checkpoints are "
+                "written, as with training.async_checkpoint false.",
+                error,
+            )
+            return None
+
+    def _write(self, files: CheckpointFiles, state: dict[str, Any]) -> None:
+        """Write a checkpoint and prune old ones. Called in a thread, it only uses its arguments and the disk."""
+        if self._host_copy is not None:
+            self._host_copy.wait()
+        write_checkpoint(self._folder.checkpoints, state["global_step"], lambda folder: write_files(folder, files))
+        best = state["best"]
+        prune(self._folder.checkpoints, self._config.training.num_checkpoints_kept, best["step"] if best else None)
 
     def _check_space(self, latest: Checkpoint | None) -> None:
         """Raise ConfigError unless the disk has space for two checkpoints, or for one more, and for EMA snapshots."""

@@ -211,6 +211,7 @@ def summarize(
     unet: UNet2DModel,
     num_processes: int,
     metrics: MetricsLog,
+    engine: str,
 ) -> dict[str, Any]:
     """Return the content of training_summary.json, which a model card shows.
 
@@ -221,6 +222,7 @@ def summarize(
         unet: The network, on its training device.
         num_processes: Number of processes.
         metrics: The log lines of the run.
+        engine: Whether the network is compiled, and its memory format.
 
     Returns:
         JSON values. The seconds are those of training, without validation, previews and saving.
@@ -234,6 +236,7 @@ def summarize(
         "seconds": timed.get("seconds"),
         "device": device_name(unet.device),
         "num_processes": num_processes,
+        "engine": engine,
         "num_parameters": sum(parameter.numel() for parameter in unet.parameters()),
         "base_model": _name_or_id(config.model.from_pretrained) if config.model.from_pretrained else None,
         "data": {

@@ -30,6 +30,7 @@ from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfi
 from ddpm_hf.config.launcher import DEFAULT, LAUNCHER
 from ddpm_hf.data import ImageLoader, ImageSet, ImageStream, describe_sets, locations_of, normalize, open_sets
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.compiled import full_batches
 from ddpm_hf.diffusion.images import image_size
 from ddpm_hf.diffusion.schedule import BETA_RANGES, SMALLEST_ALPHA_BAR
 from ddpm_hf.distributed import StopWatcher, TrainingStopped
@@ -59,6 +60,7 @@ from ddpm_hf.training.batches import (
 )
 from ddpm_hf.training.checkpoint import Checkpointer, DataState, find_latest, stored_precision
 from ddpm_hf.training.ema import EMA, decay_schedules, is_snapshot_due
+from ddpm_hf.training.engine import compile_for_training, start_engine, use_channels_last
 from ddpm_hf.training.logging import MetricsLog, Progress, Trackers, say
 from ddpm_hf.training.loss import DenoisingLoss
 from ddpm_hf.training.meter import Meter, finite_or_none
@@ -145,6 +147,7 @@ class Trainer:
             deterministic=training.deterministic,
         )
         self.device = self.accelerator.device
+        self.engine = start_engine(training, self.device)
         self.micro_batch_size = largest_micro_batch_size(training, self.accelerator.num_processes)
         distributed.on_rank_0(lambda: self.folder.acquire(training.resume))
         try:
@@ -184,6 +187,7 @@ class Trainer:
 
         self.global_step = 0
         self.best: dict[str, Any] | None = None  # step, kind and value of the best score
+        self._previous_best: dict[str, Any] | None = None  # before the last save
         self.guard = NonFiniteGuard(training.max_consecutive_nonfinite)
         self.meter = Meter(self.accelerator, training.train_batch_size, config.diffusion.num_train_timesteps)
         self.metrics = MetricsLog(self.folder.metrics)
@@ -232,7 +236,7 @@ class Trainer:
         self._progress = Progress(first_step, num_steps, is_main_process=self.is_main_process)
         if first_step < num_steps:
             distributed.on_rank_0(lambda: self.trackers.start(first_step, self.config.to_dict()))
-        with StopWatcher() as watcher, self._progress, self.trackers, self._prefetcher:
+        with StopWatcher() as watcher, self._progress, self.trackers, self.checkpointer, self._prefetcher:
             started_at = time.monotonic()
             timed = self.metrics.last("seconds") or {}
             self.meter.start(first_step, timed.get("seconds", 0.0))
@@ -249,8 +253,10 @@ class Trainer:
             say(f"Trained from step {first_step} to {num_steps} in {minutes}:{seconds:02}.")
 
     def _prepare(self) -> None:
-        """Collective: resolve the micro-batch size and wrap the network with Accelerate."""
+        """Collective: resolve the micro-batch size, wrap the network with Accelerate, and compile it."""
         self.unet.train()
+        if self.engine.channels_last:  # after the weights, their EMAs and the moments were read from a checkpoint
+            use_channels_last(self.unet, self.ema, self.optimizer)
         num_steps_ahead = resolve_prefetch_factor(self.config, self.device)
         probe = None
         if self.device.type == "cuda":  # elsewhere, running out of memory is not an exception
@@ -273,6 +279,24 @@ class Trainer:
         )
         self._prefetcher = Prefetcher(self._batches, num_steps_ahead, self.config.training.num_steps)
         self._model = self.accelerator.prepare(self.unet)
+        # Last: Accelerate has put autocast into the network's forward, and DDP decides where graphs are split.
+        self.engine = compile_for_training(self.unet, self.engine, self.config.training, self._train_on_zeros)
+        if self.engine.uses_cuda_graphs:
+            # Gradients that a graph returns are overwritten by its next replay: add them to tensors outside of it.
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _train_on_zeros(self) -> None:
+        """Run the forward and backward pass of a micro batch on zeros, without leaving gradients."""
+        size, objective = self.micro_batch_size, self.config.objective
+        x_0 = torch.zeros(size, *self.images.image_shape, device=self.device)
+        zeros = torch.zeros(size, dtype=torch.int64, device=self.device)
+        labels = zeros if self.config.model.class_conditional else None
+        is_wrapped = isinstance(self._model, nn.parallel.DistributedDataParallel)
+        # Inside DDP the compiler splits the graph at DDP's buckets, so that they are reduced while others are computed.
+        with self._model._inside_ddp_forward() if is_wrapped else nullcontext():
+            losses = self.loss(self.unet, x_0, x_0, zeros, labels, None, objective.self_conditioning > 0)
+        torch.autograd.grad(losses.sum(), self.parameters, allow_unused=True)
 
     def _train_step(self, step: int) -> None:
         """Collective: one optimizer update on the global batch, with gradients accumulated over micro batches."""
@@ -330,7 +354,7 @@ class Trainer:
             scaler.update()
         self.ema.update(is_nonfinite)
         # With gradients of None, backward writes them once. It would add to zeros, and DDP would scale the sum.
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.engine.uses_cuda_graphs)
         self.meter.losses.end_step(is_nonfinite)
 
     def _read_guard(self) -> None:
@@ -421,7 +445,7 @@ class Trainer:
 
     def _validate(self) -> None:
         """Collective: write the validation loss of the EMA weights."""
-        with self.ema.swapped_in():
+        with self.ema.swapped_in(), full_batches(self.unet, self.micro_batch_size):
             loss = validation_loss(
                 self.unet,
                 self.loss,
@@ -436,16 +460,17 @@ class Trainer:
     def _score(self) -> dict[str, Any] | None:
         """Collective: write the score of the EMA weights; return the new `best`, or None if it is not better."""
         assert self._scorer is not None
-        with self.ema.swapped_in():
+        with self.ema.swapped_in(), full_batches(self.unet, self.config.evaluation.batch_size):
             score = self._scorer(self._pipeline(), self.images, self.validation_images)
         self._write({**self._clock(), **score.row})
+        self._confirm_best()
         return best_of(score, self.global_step, self.best)
 
     def _preview(self) -> None:
         """Collective: sample a preview grid from the EMA weights."""
         path = self.folder.previews / f"step_{self.global_step:08d}.png"
         seed, preview = self.config.training.seed, self.config.preview
-        with self.ema.swapped_in():
+        with self.ema.swapped_in(), full_batches(self.unet, BLOCK_SIZE):
             is_written = save_preview(path, self.unet, self.scheduler, preview, seed, **self.pipeline_settings)
         if is_written:
             self.trackers.log_preview(self.global_step, path)
@@ -463,10 +488,15 @@ class Trainer:
 
     def _save(self, *, must_succeed: bool, new_best: dict[str, Any] | None = None) -> None:
         """Collective: write a checkpoint, which may be the best one so far."""
-        previous_best = self.best
-        self.best = new_best or previous_best
-        if not self.checkpointer.save(must_succeed=must_succeed):
-            self.best = previous_best
+        self._confirm_best()
+        self._previous_best = self.best
+        self.best = new_best or self.best
+        self.checkpointer.save(must_succeed=must_succeed)
+
+    def _confirm_best(self) -> None:
+        """Collective: wait until the last checkpoint is written; if it was not, it is not the best one either."""
+        if not self.checkpointer.wait():
+            self.best = self._previous_best
 
     def state_dict(self) -> dict[str, Any]:
         """Return the trainer's own values of trainer_state.json."""
@@ -533,6 +563,7 @@ class Trainer:
             unet=self.unet,
             num_processes=distributed.world_size(),
             metrics=self.metrics,
+            engine=str(self.engine),
         )
         write_json(folder / TRAINING_SUMMARY, summary)
 
@@ -879,6 +910,7 @@ def describe(trainer: Trainer) -> str:
     else:
         micro = f"{trainer.micro_batch_size} x {batch // (trainer.micro_batch_size * num_processes)} accumulated"
         micro += _origin(trainer, "training.micro_batch_size")
+    engine = "" if str(trainer.engine) == "eager" else f", {trainer.engine}{_origin(trainer, 'training.compile')}"
     precision = f"{training.mixed_precision}{_origin(trainer, 'training.mixed_precision')}"
     is_fp32_by_default = trainer.origins.get("training.mixed_precision") == DEFAULT
     supports_bf16 = trainer.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -893,7 +925,7 @@ def describe(trainer: Trainer) -> str:
         [
             f"{num_parameters:,} parameters, {describe_sets(trainer.images, trainer.validation_images)}",
             steps,
-            f"{trainer.device.type} x {num_processes}, {precision}, batch {batch} = {num_processes} x {micro}",
+            f"{trainer.device.type} x {num_processes}, {precision}{engine}, batch {batch} = {num_processes} x {micro}",
             f"{written}{trainer.folder.path}",
             *(f"warning: {sentence}" for sentence in overlooked_settings(config, trainer.images.image_shape)),
             *(["warning: " + _BF16_ADVICE] if is_fp32_by_default and supports_bf16 else []),

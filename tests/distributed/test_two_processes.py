@@ -218,6 +218,16 @@ def test_ranks_whose_weights_differ_are_stopped_before_they_save(folder: Path) -
         assert [path.name for path in (folder / "differing" / name / "checkpoints").iterdir()] == ["step_00000002"]
 
 
+def test_ranks_train_on_while_rank_0_writes_and_agree_on_a_write_that_failed(folder: Path) -> None:
+    """Both find the score of step 6 the best one, because the checkpoint of step 4 does not exist."""
+    first, second = reports_of(folder, "background")
+    assert first == second
+    assert first["seen"] == [[0], [1]]
+    assert first["best"] == {"step": 6, "kind": "test", "value": 2.0}
+    assert first["message"].startswith("The checkpoint of step 6 could not be written (No space left on device)")
+    assert [path.name for path in (folder / "background" / "checkpoints").iterdir()] == ["step_00000002"]
+
+
 def test_an_error_of_one_rank_is_raised_on_both_and_the_smallest_memory_decides(folder: Path) -> None:
     """24 images fit on rank 0, 3 on rank 1: both take 3, a divisor of 24. Then none fits on rank 1: both fail."""
     for report in reports_of(folder, "agreement"):

@@ -4,11 +4,13 @@ Each scenario leaves a run folder and a report per rank, SCENARIO_RANK.json. Fau
 outside; the data, weights, clock and signals are real.
 """
 
+import errno
 import hashlib
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +24,9 @@ from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, ModelConfig, PreviewConfig, RunConfig, TrainingConfig, load_config
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.distributed import ProcessesDiffer, TrainingStopped
+from ddpm_hf.training import checkpoint
 from ddpm_hf.training.batches import resolve_micro_batch_size
-from ddpm_hf.training.trainer import Trainer, build_network, save_preview
+from ddpm_hf.training.trainer import Score, Trainer, build_network, save_preview
 from tests.conftest import run_arguments, tiny_unet
 from tests.runs import EVERYTHING_BUT_DROPOUT, EVERYTHING_RANDOM
 
@@ -320,7 +323,37 @@ def other_optimizer(folder: Path) -> Report:
     return {}
 
 
-SCENARIOS = (agreement, preview, curve, slow, coverage, stopped, not_a_number, differing, other_optimizer)
+def background(folder: Path) -> Report:
+    """A thread of rank 0 writes the checkpoint of step 2 until step 4 begins; the disk is full from step 4 on.
+
+    The scores of steps 2, 4 and 6 are 3, 1 and 2. The checkpoint of step 4 fails in the background, the last one not.
+    """
+    scores, seen, has_gone_on = iter((3.0, 1.0, 2.0)), list[list[int]](), threading.Event()
+    write_checkpoint = checkpoint.write_checkpoint
+
+    def write(root: Path, step: int, content: Callable[[Path], None]) -> checkpoint.Checkpoint:
+        if step > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert has_gone_on.wait(60), "training waits for the checkpoint"
+        return write_checkpoint(root, step, content)
+
+    config, _ = load_config(run_arguments(folder, evaluation__score_every_steps=2), "test")
+    trainer = Trainer(config, lambda *_: Score(next(scores), "test", True, {}))
+    # Rank 1 says by a collective operation that it is in step 4, too.
+    before_step(3, lambda _: (seen.extend(distributed.gather_json([RANK])), has_gone_on.set()))(trainer)
+    checkpoint.write_checkpoint = write
+    message = ""
+    try:
+        trainer.fit()
+    except distributed.SharedOSError as error:
+        message = str(error)
+    finally:
+        checkpoint.write_checkpoint = write_checkpoint
+        trainer.folder.release()
+    return {"seen": seen, "message": message, "best": trainer.best}
+
+
+SCENARIOS = (agreement, preview, curve, slow, coverage, stopped, not_a_number, differing, other_optimizer, background)
 
 
 def main() -> None:

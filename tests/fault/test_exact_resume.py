@@ -86,7 +86,7 @@ def send_at(
 # Step, signal, and the function that it interrupts.
 INTERRUPTIONS = [
     (1, signal.SIGTERM, DenoisingLoss, "__call__"),
-    (2, signal.SIGINT, checkpoint, "write_snapshot"),
+    (2, signal.SIGINT, checkpoint, "snapshot_files"),
     (3, signal.SIGUSR1, trainer, "validation_loss"),
     (4, signal.SIGTERM, trainer, "save_preview"),
     (5, signal.SIGINT, DenoisingLoss, "__call__"),

@@ -9,7 +9,7 @@ import ddpm_hf
 from ddpm_hf.cli.main import main
 from ddpm_hf.config import RunConfig, TrainingConfig
 from ddpm_hf.training.batches import UniformTimesteps
-from ddpm_hf.training.checkpoint import write_checkpoint, write_snapshot
+from ddpm_hf.training.checkpoint import snapshot_files, write_checkpoint, write_files
 from ddpm_hf.training.ema import EMA, decay_schedules
 from ddpm_hf.training.optim import build_optimizer
 from tests.conftest import tiny_unet
@@ -50,8 +50,7 @@ def test_the_files_of_a_checkpoint_are_golden(tmp_path: Path) -> None:
     config = TrainingConfig(posthoc_ema=True)
     ema, optimizer = EMA(unet, decay_schedules(config)), build_optimizer(unet.parameters(), config)
     sampler = UniformTimesteps(10, 8, seed=0)
-    path = write_checkpoint(
-        tmp_path, 1, lambda folder: write_snapshot(folder, unet, ema, optimizer, sampler, {}, "")
-    ).path
+    content = snapshot_files(unet, ema, optimizer, sampler, {}, "")
+    path = write_checkpoint(tmp_path, 1, lambda folder: write_files(folder, content)).path
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
     assert files == lines_of("checkpoint_files.txt")

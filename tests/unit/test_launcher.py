@@ -213,6 +213,23 @@ def test_an_open_micro_batch_size_follows_the_accumulation_of_the_launcher(
 
 
 @pytest.mark.parametrize(
+    ("backend", "mode", "configured", "expected"),
+    [
+        ("eager", None, {}, (True, "eager", "default")),
+        ("inductor", "reduce-overhead", {}, (True, "inductor", "reduce-overhead")),
+        ("inductor", "reduce-overhead", {"compile": True}, (True, "inductor", "reduce-overhead")),
+        ("inductor", None, {"compile": True, "compile_mode": "max-autotune"}, (True, "inductor", "max-autotune")),
+        (None, None, {}, ("auto", "inductor", "default")),
+    ],
+)
+def test_an_open_compilation_follows_the_launcher(
+    backend: str | None, mode: str | None, configured: dict[str, Any], expected: tuple[object, ...]
+) -> None:
+    training = taken(Launcher(compile_backend=backend, compile_mode=mode), **configured)
+    assert (training.compile, training.compile_backend, training.compile_mode) == expected
+
+
+@pytest.mark.parametrize(
     ("launcher", "training", "stored", "names"),
     [
         ({"mixed_precision": "bf16"}, {"mixed_precision": "fp32"}, None,
@@ -224,6 +241,12 @@ def test_an_open_micro_batch_size_follows_the_accumulation_of_the_launcher(
          ("--gradient_accumulation_steps 4", "training.micro_batch_size is auto")),
         ({"gradient_accumulation_steps": 3}, {}, None,
          ("--gradient_accumulation_steps 3", "training.train_batch_size 16 on 1 process")),
+        ({"compile_backend": "inductor"}, {"compile": False}, None,
+         ("--dynamo_backend inductor", "training.compile is false")),
+        ({"compile_backend": "eager"}, {"compile": True}, None,
+         ("--dynamo_backend eager", "training.compile_backend is inductor")),
+        ({"compile_backend": "inductor", "compile_mode": "max-autotune"}, {"compile_mode": "reduce-overhead"}, None,
+         ("--dynamo_mode max-autotune", "training.compile_mode is reduce-overhead")),
     ],
 )  # fmt: skip
 def test_a_contradiction_names_both_sides(

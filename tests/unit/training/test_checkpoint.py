@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,30 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf.config import ConfigError, DataConfig, TrainingConfig
 from ddpm_hf.data import ImageSet, ImageStream
 from ddpm_hf.files import MANIFEST, replace_folder, write_text
+from ddpm_hf.training import checkpoint
 from ddpm_hf.training.batches import LossAwareTimesteps, UniformTimesteps
 from ddpm_hf.training.checkpoint import (
     Checkpoint,
     CheckpointError,
+    CheckpointFiles,
     DataState,
+    HostCopy,
     find_latest,
     prune,
     read_snapshot,
     remove_after,
     remove_unfinished,
     set_aside,
+    snapshot_files,
     verify_checkpoint,
     write_checkpoint,
-    write_snapshot,
+    write_files,
 )
 from ddpm_hf.training.ema import EMA, decay_schedules
 from ddpm_hf.training.optim import build_optimizer, load_optimizer_state
@@ -226,8 +232,10 @@ def test_everything_is_synced_before_the_rename_that_makes_it_count(
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_files_have_the_permissions_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
-    """safetensors creates files of mode 0600 whatever the umask."""
+def test_files_have_the_permissions_of_the_umask(
+    tmp_path: Path, umask: int, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors creates files of mode 0600 whatever the umask, which a thread must not change to read it."""
 
     def write(folder: Path) -> None:
         content()(folder)
@@ -237,9 +245,11 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path, umask: int, mod
 
     before = os.umask(umask)
     try:
-        path = write_checkpoint(tmp_path, 2, write).path
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("the umask of all threads is changed"))
+            path = write_checkpoint(tmp_path, 2, write).path
     finally:
-        assert os.umask(before) == umask, "the umask is unchanged"
+        os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in path.rglob("*") if file.is_file()} == {mode}
 
 
@@ -503,6 +513,10 @@ def update(run: Run, generator: torch.Generator) -> None:
     ema.update()
 
 
+def write_snapshot(folder: Path, *arguments: Any) -> None:
+    write_files(folder, snapshot_files(*arguments))
+
+
 def everything(run: Run) -> dict[str, torch.Tensor]:
     unet, ema, optimizer = run
     tensors = dict(unet.named_parameters())
@@ -589,6 +603,145 @@ def test_no_file_is_a_pickle_and_diffusers_alone_loads_the_networks(tmp_path: Pa
     for folder, expected in (("unet", list(unet.parameters())), *((name, ema.tensors(name)) for name in ema.names)):
         loaded = UNet2DModel.from_pretrained(tmp_path, subfolder=folder, use_safetensors=True)
         assert all(torch.equal(one, other) for one, other in zip(loaded.parameters(), expected, strict=True))
+
+
+def test_the_networks_of_a_checkpoint_are_those_that_diffusers_would_save(tmp_path: Path) -> None:
+    """The weights and every EMA, byte for byte, without touching the network."""
+    unet, ema, optimizer = trained(0)
+    unet.to(memory_format=torch.channels_last)
+    before = [parameter._version for parameter in unet.parameters()]
+    (tmp_path / "checkpoint").mkdir()
+    write_snapshot(tmp_path / "checkpoint", unet, ema, optimizer, SAMPLER, {}, "")
+    assert [parameter._version for parameter in unet.parameters()] == before
+    unet.save_pretrained(tmp_path / "unet")
+    for name in ema.names:
+        with ema.swapped_in(name):
+            unet.save_pretrained(tmp_path / name)
+    assert len(ema.names) == 3
+    for name in ("unet", *ema.names):
+        assert tree(tmp_path / "checkpoint" / name) == tree(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------------------- host copy
+
+
+def test_a_copy_is_written_byte_for_byte_as_the_run_was(tmp_path: Path) -> None:
+    """After a later update of the run; the memory of the first copy is used again for the second."""
+    run, host = trained(0), HostCopy(keeps_reserve=True)
+    memory: list[set[int]] = []
+    for step in (1, 2):
+        files = snapshot_files(*run, SAMPLER, {"global_step": step}, "training: {}")
+        write_checkpoint(tmp_path / "live", step, lambda folder: write_files(folder, files))  # noqa: B023
+        copies = host.copy(files)
+        update(run, torch.Generator().manual_seed(step))
+        host.wait()
+        write_checkpoint(tmp_path / "copied", step, lambda folder: write_files(folder, copies))  # noqa: B023
+        memory.append({tensor.data_ptr() for tensors in copies.tensors.values() for tensor in tensors.values()})
+    assert tree(tmp_path / "copied") == tree(tmp_path / "live")
+    assert memory[0] == memory[1]
+    assert len(memory[0]) == 7 * len(NAMES)
+
+
+def some_files(device: str = "cpu") -> CheckpointFiles:
+    weights = {"a": torch.ones(4, 2, device=device), "b": torch.ones(8, device=device)}
+    return CheckpointFiles({"unet": weights, "optimizer": {"step": torch.ones(())}}, {})
+
+
+def test_a_tensor_of_another_shape_or_type_gets_other_memory() -> None:
+    host = HostCopy(keeps_reserve=False)
+    for tensor in (torch.ones(4), torch.ones(5), torch.ones(5, dtype=torch.int64)):
+        copied = host.copy(CheckpointFiles({"optimizer": {"x": tensor}}, {})).tensors["optimizer"]["x"]
+        assert torch.equal(copied, tensor)
+        assert copied.dtype == tensor.dtype
+
+
+@pytest.mark.parametrize(("available", "is_enough"), [(99.0, False), (100.0, False), (200.0, True)])
+def test_a_copy_leaves_half_of_the_available_memory(
+    available: float, is_enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a copy of 68 bytes, but only if it was not asked for; memory that is there already is not counted."""
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: available)
+    host = HostCopy(keeps_reserve=False)
+    host.copy(some_files())
+    careful = HostCopy(keeps_reserve=True)
+    if not is_enough:
+        with pytest.raises(MemoryError, match=rf"68 B of {available:.0f} B available"):
+            careful.copy(some_files())
+        return
+    careful.copy(some_files())
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: 0.0)
+    careful.copy(some_files())
+
+
+def test_memory_that_cannot_be_allocated_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch raises a RuntimeError."""
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: float("inf"))
+    with FakeTensorMode():
+        huge = torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(MemoryError, match=r"can't allocate memory|not enough memory|out of memory"):
+        HostCopy(keeps_reserve=True).copy(CheckpointFiles({"unet": {"x": huge}}, {}))
+
+
+def test_the_system_says_how_much_memory_is_available() -> None:
+    assert 1e6 < checkpoint.available_memory() < 1e15 or not Path("/proc/meminfo").exists()
+
+
+class Recorder(TorchDispatchMode):
+    """Records the copies, and everything for which the host waits for a device."""
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__()
+        self._log = log
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name == "copy_":
+            target, source, *rest = arguments
+            is_async = bool(rest and rest[0]) or bool((settings or {}).get("non_blocking"))
+            self._log.append(f"{source.device.type} to {target.device.type}{' without waiting' if is_async else ''}")
+        elif name in ("_local_scalar_dense", "_to_copy"):
+            self._log.append(name)
+        return function(*arguments, **(settings or {}))
+
+
+@pytest.fixture
+def cuda_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Fake tensors on a GPU; what is copied from them, which memory is pinned, and which events there are."""
+    log: list[str] = []
+
+    class Event:
+        def synchronize(self) -> None:
+            log.append("wait for the event")
+
+    class Stream:
+        def record_event(self) -> Event:
+            log.append("event")
+            return Event()
+
+    empty = torch.empty
+
+    def noted(*arguments: Any, pin_memory: bool = False, **settings: Any) -> torch.Tensor:
+        log.append("pinned" if pin_memory else "pageable")
+        return empty(*arguments, **settings)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    with FakeTensorMode(), Recorder(log):
+        yield log
+
+
+def test_on_a_gpu_the_copies_are_queued_and_only_the_thread_waits_for_them(cuda_log: list[str]) -> None:
+    """Pinned memory, asynchronous copies, one event behind them; a step count on the host is copied at once."""
+    files, host = some_files("cuda"), HostCopy(keeps_reserve=False)
+    cuda_log.clear()
+    host.copy(files)
+    copies = ["cuda to cpu without waiting"] * 2 + ["cpu to cpu", "event"]
+    assert cuda_log == ["pinned", "pinned", "pageable", *copies]
+    host.wait()
+    assert cuda_log[-1] == "wait for the event"
+    cuda_log.clear()
+    host.copy(files)
+    assert cuda_log == copies
 
 
 # ------------------------------------------------------------------------------------------------------------ data

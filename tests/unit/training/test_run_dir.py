@@ -304,6 +304,7 @@ def summary(
         unet=unet or tiny_unet(),
         num_processes=2,
         metrics=metrics,
+        engine="eager",
     )
     return json.loads(json.dumps(content, allow_nan=False))
 
