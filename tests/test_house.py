@@ -43,8 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }  # fmt: skip
 # Imported inside functions, so that a command starts quickly and runs without what it does not use.
 LAZY_LIBRARIES = {
-    "cv2", "datasets", "matplotlib", "scipy", "sklearn", "tensorboard", "torch_fidelity", "trackio", "transformers",
-    "wandb",
+    "cv2", "datasets", "matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "tensorboard", "torch_fidelity",
+    "torchvision", "trackio", "transformers", "wandb",
 }  # fmt: skip
 # The core travels with every saved pipeline to machines that have no more than this.
 CORE_LIBRARIES = {"torch", "diffusers", "numpy", "PIL", "typing_extensions", "huggingface_hub"}
@@ -209,6 +209,44 @@ def test_an_import_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'diffusers', 'sklearn', 'matplotlib'}} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+COMMANDS_WITHOUT_TORCH = [
+    "--help",
+    "--version",
+    "trian",
+    "train --help",
+    "train --training.num_stepz 5",
+    "train --data.source x --training.micro_batch_size 48 --training.train_batch_size 64",
+    "data --help",
+    "ema --help",
+    "sample --help",
+    "sample --num_imagez 5",
+    "evaluate --help",
+    "plot --help",
+    "push --help",
+    "verify --help",
+]
+
+
+def test_help_and_invalid_flags_are_answered_without_torch() -> None:
+    """Settings are validated before heavy libraries are imported."""
+    code = f"""
+import contextlib, io, sys
+from ddpm_hf.cli.main import main
+for command in {COMMANDS_WITHOUT_TORCH}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            code = main(command.split())  # the script train_ddpm.py calls the same function as `train`
+        except SystemExit as error:
+            code = error.code
+    heavy = {LAZY_LIBRARIES | {"torch", "diffusers", "accelerate", "huggingface_hub"}} & set(sys.modules)
+    print(command, code, sorted(heavy), sep="|")
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    found = [line.split("|") for line in answer.stdout.splitlines()]
+    is_valid = re.compile("--help|--version")
+    assert found == [[line, "0" if is_valid.search(line) else "2", "[]"] for line in COMMANDS_WITHOUT_TORCH]
 
 
 def test_the_core_needs_nothing_of_ours() -> None:

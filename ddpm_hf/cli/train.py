@@ -10,7 +10,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.cli.common import RankError, format_os_error, out_of_memory_advice, print_error, raise_on_signals
+from ddpm_hf.cli.common import (
+    RankError,
+    format_os_error,
+    out_of_memory_advice,
+    paused_garbage_collection,
+    print_error,
+    raise_on_signals,
+)
 from ddpm_hf.config import ConfigError, RunConfig, load_config
 from ddpm_hf.files import HUB_DIR
 
@@ -36,9 +43,10 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     if needs_sklearn and importlib.util.find_spec("sklearn") is None:
         raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
 
-    from diffusers.utils import logging as diffusers_logging
+    with paused_garbage_collection():
+        from diffusers.utils import logging as diffusers_logging
 
-    from ddpm_hf.training.trainer import Trainer
+        from ddpm_hf.training.trainer import Trainer
 
     diffusers_logging.disable_progress_bar()  # diffusers shows one for each part of a pipeline
     program = f"python {prog}" if prog.endswith(".py") else prog
@@ -112,12 +120,13 @@ def make_publisher(push: "BackgroundPush", hub_folder: Path) -> "Publisher":
 
 def _make_scorer(config: RunConfig) -> "Scorer | None":
     """Return a scorer of evaluation.score_metric, or None without evaluation.score_every_steps."""
+    if not config.evaluation.score_every_steps:
+        return None
+
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.evaluation.report import small_sample_score
     from ddpm_hf.training.trainer import Score
 
-    if not config.evaluation.score_every_steps:
-        return None
     measure = small_sample_score(config)
 
     def score(
@@ -182,11 +191,12 @@ def _fit(trainer: "Trainer") -> int:
 
 def _check_classes(trainer: "Trainer") -> None:
     """Raise before training if the report could not evaluate the classes of its samples."""
-    from ddpm_hf.evaluation.recognition import check_classes
-
     evaluation = trainer.config.evaluation
     if not evaluation.recognition or not evaluation.num_samples:
         return
+
+    from ddpm_hf.evaluation.recognition import check_classes
+
     _, labels = _as_arrays(trainer.images)
     check_classes(labels, _labels_in_turn(evaluation.num_samples, len(trainer.class_names or ())))
 
