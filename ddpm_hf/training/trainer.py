@@ -70,6 +70,7 @@ from ddpm_hf.training.optim import (
     arm_found_inf,
     build_optimizer,
     check_finite,
+    clip_grad_norm_,
     learning_rate_at,
 )
 from ddpm_hf.training.run_dir import RunFolder, carry_over_additions
@@ -340,9 +341,7 @@ class Trainer:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        self.grad_norm = nn.utils.get_total_norm(gradients)
-        if config.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, config.max_grad_norm, self.grad_norm)
+        self.grad_norm = clip_grad_norm_(gradients, config.max_grad_norm)
         is_nonfinite = ~(self.grad_norm < math.inf)  # NaN too
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
