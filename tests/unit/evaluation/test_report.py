@@ -121,9 +121,11 @@ def test_the_score_in_features_compares_samples_with_training_images() -> None:
     )
 
 
-def test_later_scores_open_no_network_and_read_the_training_images_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_scores_open_no_network_and_read_the_training_images_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their features stay in memory: the second score opens no file either."""
-    monkeypatch.setattr(features_module, "_default_cache_dir", lambda: Path("/nowhere"))
+    monkeypatch.setattr(features_module, "_default_cache_dir", lambda: tmp_path)
     monkeypatch.setattr(ChannelStatistics, "num_images", 0)
     opened: list[int] = []
     opener = metrics.open_features
