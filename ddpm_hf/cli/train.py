@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ddpm_hf.data import ImageSet, ImageStream
+    from ddpm_hf.evaluation.report import SmallSampleScorer
     from ddpm_hf.hub.background import BackgroundPush
     from ddpm_hf.training.trainer import Publisher, Score, Scorer, Trainer
 
@@ -60,22 +61,30 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
         push = BackgroundPush(config.hub, hub_folder)
     with out_of_memory_advice(advice), push or nullcontext():
         publisher = None if push is None else make_publisher(push, hub_folder)
-        trainer = Trainer(config, _make_scorer(config), publisher)
+        measure, scorer = _make_scorer(config)
+        trainer = Trainer(config, scorer, publisher)
         try:
-            exit_code = _run(trainer, push, command, is_dry_run=is_dry_run)
+            exit_code = _run(trainer, measure, push, command, is_dry_run=is_dry_run)
         finally:
             trainer.folder.release()
     trainer.shutdown()
     return exit_code
 
 
-def _run(trainer: "Trainer", push: "BackgroundPush | None", command: str, *, is_dry_run: bool) -> int:
+def _run(
+    trainer: "Trainer",
+    measure: "SmallSampleScorer | None",
+    push: "BackgroundPush | None",
+    command: str,
+    *,
+    is_dry_run: bool,
+) -> int:
     """Collective: check, train, report, publish, and return the exit code."""
     from ddpm_hf import distributed
     from ddpm_hf.training.trainer import describe
 
     _check_classes(trainer)
-    _check_score(trainer)
+    _check_score(trainer, measure)
     if push is not None:
         distributed.on_rank_0(push.check)
     if trainer.is_main_process:
@@ -118,16 +127,16 @@ def make_publisher(push: "BackgroundPush", hub_folder: Path) -> "Publisher":
     return publish
 
 
-def _make_scorer(config: RunConfig) -> "Scorer | None":
-    """Return a scorer of evaluation.score_metric, or None without evaluation.score_every_steps."""
+def _make_scorer(config: RunConfig) -> "tuple[SmallSampleScorer | None, Scorer | None]":
+    """Return the measurement of evaluation.score_metric and the trainer's scorer, or None if there is no score."""
     if not config.evaluation.score_every_steps:
-        return None
+        return None, None
 
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
-    from ddpm_hf.evaluation.report import small_sample_score
+    from ddpm_hf.evaluation.report import SmallSampleScorer
     from ddpm_hf.training.trainer import Score
 
-    measure = small_sample_score(config)
+    measure = SmallSampleScorer(config)
 
     def score(
         pipeline: GaussianDiffusionPipeline, training: "ImageSet | ImageStream", validation: "ImageSet"
@@ -135,26 +144,19 @@ def _make_scorer(config: RunConfig) -> "Scorer | None":
         found = measure(pipeline, training, validation)
         return Score(found.value, found.kind, found.lower_is_better, found.row())
 
-    return score
+    return measure, score
 
 
-def _check_score(trainer: "Trainer") -> None:
+def _check_score(trainer: "Trainer", measure: "SmallSampleScorer | None") -> None:
     """Collective: raise before training if the score cannot be measured."""
-    from ddpm_hf import distributed
-    from ddpm_hf.evaluation.metrics import SAMPLE_METRICS, open_network_for
+    if measure is None:
+        return
 
-    evaluation = trainer.config.evaluation
-    if evaluation.score_every_steps and evaluation.score_metric in SAMPLE_METRICS:
-        distributed.on_rank_0(
-            lambda: open_network_for(
-                [evaluation.score_metric],
-                trainer.images.image_shape,
-                evaluation.score_num_samples,
-                len(trainer.images) if isinstance(trainer.images, Sized) else 0,
-                features=evaluation.score_features,
-                device=trainer.device,
-            )
-        )
+    from ddpm_hf.evaluation.metrics import SAMPLE_METRICS
+
+    if trainer.config.evaluation.score_metric in SAMPLE_METRICS:
+        images = trainer.images
+        measure.open_network(images.image_shape, len(images) if isinstance(images, Sized) else 0, trainer.device)
 
 
 def _fit(trainer: "Trainer") -> int:

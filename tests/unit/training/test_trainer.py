@@ -102,6 +102,16 @@ def test_the_validation_loss_does_not_depend_on_processes_or_batch_size(
     assert found == pytest.approx(measure(images), abs=1e-6)
 
 
+def test_validation_calls_the_network_with_full_batches(images: ImageSet) -> None:
+    """36 pairs of an image and a timestep, which neither 9 images nor 4 timesteps divide into batches of 8."""
+    unet = tiny_unet(10)
+    sizes: list[int] = []
+    unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    loss = DenoisingLoss(GaussianDiffusionScheduler())
+    validation_loss(unet, loss, images, run(), rank=0, num_processes=1, batch_size=8)
+    assert sizes == [8, 8, 8, 8, 4]
+
+
 def test_larger_16_bit_images_are_center_cropped(images: ImageSet) -> None:
     """To 1e-6: 16 bits that were stretched from 8 are the same images to the rounding of float32."""
     deep = np.random.default_rng(1).integers(0, 1 << 16, (30, 1, 12, 10), dtype=np.uint16)
