@@ -17,7 +17,8 @@ RUN := $(VENV)/bin/python -m
 SOURCES := ddpm_hf train_ddpm.py
 
 # The digits network is too small for more cores, and a fixed number of threads makes results reproducible.
-LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
+# accelerate-launch is `accelerate launch` without the imports of Accelerate's other commands.
+LAUNCH := $(VENV)/bin/accelerate-launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process 2
 
 .DEFAULT_GOAL := help

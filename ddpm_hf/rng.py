@@ -6,9 +6,11 @@ the step, epoch, position or rank. No generator state is stored, and no number d
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 NOISE_BLOCK_SIZE = 32
 """Positions of the global batch that share a generator of noise. A rank draws only the blocks of its own positions."""
@@ -66,6 +68,45 @@ def normal_by_position(
         block.normal_(generator=torch_generator(device, seed, stream, step, first_block + index))
     offset = positions.start - first_block * NOISE_BLOCK_SIZE
     return blocks[offset : offset + len(positions)]
+
+
+def normal_by_pair(
+    seed: int,
+    stream: str,
+    steps: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    shape: Sequence[int],
+    device: torch.device | str,
+) -> torch.Tensor:
+    """Draw the noise of `normal_by_position` for any pairs of step and position.
+
+    Neighboring pairs of one step and one block of positions share a draw, so sorted pairs cost the least.
+
+    Args:
+        seed: The seed of the run.
+        stream: Name of the use.
+        steps: int64 (pairs,).
+        positions: int64 (pairs,).
+        shape: Shape of one sample.
+        device: Device of the noise; a CPU and a GPU draw different numbers.
+
+    Returns:
+        float32 noise (pairs, *shape).
+    """
+    noise = torch.empty(len(positions), *shape, device=device)
+    block = torch.empty(NOISE_BLOCK_SIZE, *shape, device=device)
+    generator = torch.Generator(device=device)
+    numbers, offsets = np.divmod(positions, NOISE_BLOCK_SIZE)
+    is_first = np.ones(len(positions), bool)
+    is_first[1:] = (np.diff(steps) != 0) | (np.diff(numbers) != 0)
+    starts = np.flatnonzero(is_first).tolist()
+    for start, stop in pairwise([*starts, len(positions)]):
+        block.normal_(
+            generator=generator.manual_seed(derive_seed(seed, stream, int(steps[start]), int(numbers[start])))
+        )
+        # Not by an index tensor: copying one to a GPU waits for the GPU.
+        torch.stack([block[offset] for offset in offsets[start:stop].tolist()], out=noise[start:stop])
+    return noise
 
 
 def sampling_generators(

@@ -43,8 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }  # fmt: skip
 # Imported inside functions, so that a command starts quickly and runs without what it does not use.
 LAZY_LIBRARIES = {
-    "cv2", "datasets", "matplotlib", "scipy", "sklearn", "tensorboard", "torch_fidelity", "trackio", "transformers",
-    "wandb",
+    "cv2", "datasets", "matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "tensorboard", "torch_fidelity",
+    "torchvision", "trackio", "transformers", "wandb",
 }  # fmt: skip
 # The core travels with every saved pipeline to machines that have no more than this.
 CORE_LIBRARIES = {"torch", "diffusers", "numpy", "PIL", "typing_extensions", "huggingface_hub"}
@@ -69,9 +69,10 @@ FORBIDDEN_METHODS = {"extract", "extractall", "register_for_checkpointing", "sav
 MUST_BE_FALSE = {"allow_pickle", "shell", "trust_remote_code"}
 # Module -> what is meant: an optimizer or feature network by import path is code by its user's own wish, the package
 # imports its own modules on first use, torch.hub downloads a file whose sha256 is known, and `verify` runs code that is
-# the installed one byte by byte, or that the caller has consented to.
+# the installed one byte by byte, or that the caller has consented to. mallopt of the C library has no other interface.
 ALLOWED = {
     "ddpm_hf/__init__.py": {"importlib.import_module"},
+    "ddpm_hf/distributed.py": {"ctypes"},
     "ddpm_hf/evaluation/features.py": {"importlib.import_module", "torch.hub"},
     "ddpm_hf/evaluation/verify.py": {"trust_remote_code=True"},
     "ddpm_hf/training/optim.py": {"importlib.import_module"},
@@ -160,7 +161,7 @@ def dangers(tree: ast.Module, allowed: set[str]) -> list[str]:
             found += [
                 full
                 for full in (f"{module}.{alias.name}".lstrip(".") for alias in node.names)
-                if full.split(".")[0] in FORBIDDEN_LIBRARIES or (full in FORBIDDEN_NAMES - allowed)
+                if full.split(".")[0] in FORBIDDEN_LIBRARIES - allowed or full in FORBIDDEN_NAMES - allowed
             ]
         elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
             name = dotted(node, names)
@@ -209,6 +210,44 @@ def test_an_import_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'diffusers', 'sklearn', 'matplotlib'}} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+COMMANDS_WITHOUT_TORCH = [
+    "--help",
+    "--version",
+    "trian",
+    "train --help",
+    "train --training.num_stepz 5",
+    "train --data.source x --training.micro_batch_size 48 --training.train_batch_size 64",
+    "data --help",
+    "ema --help",
+    "sample --help",
+    "sample --num_imagez 5",
+    "evaluate --help",
+    "plot --help",
+    "push --help",
+    "verify --help",
+]
+
+
+def test_help_and_invalid_flags_are_answered_without_torch() -> None:
+    """Settings are validated before heavy libraries are imported."""
+    code = f"""
+import contextlib, io, sys
+from ddpm_hf.cli.main import main
+for command in {COMMANDS_WITHOUT_TORCH}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            code = main(command.split())  # the script train_ddpm.py calls the same function as `train`
+        except SystemExit as error:
+            code = error.code
+    heavy = {LAZY_LIBRARIES | {"torch", "diffusers", "accelerate", "huggingface_hub"}} & set(sys.modules)
+    print(command, code, sorted(heavy), sep="|")
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    found = [line.split("|") for line in answer.stdout.splitlines()]
+    is_valid = re.compile("--help|--version")
+    assert found == [[line, "0" if is_valid.search(line) else "2", "[]"] for line in COMMANDS_WITHOUT_TORCH]
 
 
 def test_the_core_needs_nothing_of_ours() -> None:

@@ -1,6 +1,7 @@
 """What several commands share: error messages, signals, temporary folders, and finding and loading a model."""
 
 import errno
+import gc
 import logging
 import os
 import re
@@ -74,6 +75,23 @@ def out_of_memory_advice(advice: str) -> Iterator[None]:
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         raise RankError(f"out of memory ({(str(error) or 'no memory').splitlines()[0]}); {advice}.") from error
+
+
+@contextmanager
+def paused_garbage_collection() -> Iterator[None]:
+    """Pause the garbage collector during the first import of torch and diffusers, and exempt their objects from it.
+
+    The collector would walk over all of these objects several times during the import, and find nothing to free.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager

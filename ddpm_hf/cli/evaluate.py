@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ddpm_hf.evaluation.features import FeatureNetwork
     from ddpm_hf.evaluation.generate import Images, Sampler
     from ddpm_hf.evaluation.likelihood import ReverseProcess, VariationalBound
-    from ddpm_hf.evaluation.metrics import Metric
 
 SAMPLES = "evaluation_samples"
 # If no metric needs samples, a few are sampled in few steps for the picture.
@@ -314,9 +313,9 @@ def _evaluate(flags: EvaluateFlags) -> None:
         as_png=flags.format == "png",
     )
 
-    def measure() -> "list[Metric]":
-        assert network is not None  # on rank 0
-        return measure_fidelity(
+    metrics = []
+    if network is not None:
+        metrics = measure_fidelity(
             samples,
             work.training,
             network,
@@ -325,8 +324,6 @@ def _evaluate(flags: EvaluateFlags) -> None:
             cache_dir=Path(flags.data_cache_dir) if flags.data_cache_dir else None,
             seed=flags.seed,
         )
-
-    metrics = (distributed.on_rank_0(measure) or []) if work.sample_metrics else []
     bound = None
     if work.process is not None:
         if flags.variance == "analytic":
@@ -441,7 +438,7 @@ def _check(work: _Work) -> "tuple[dict[str, Any] | None, FeatureNetwork | None]"
 
     Returns:
         The settings that the samples depend on, or None if they depend on second moments that will be estimated; and
-        the feature network, on rank 0 if a metric needs it.
+        the feature network if a metric needs it.
     """
     from ddpm_hf import distributed
     from ddpm_hf.evaluation.generate import check_channels, check_folder, image_shape, settings_of
@@ -464,16 +461,14 @@ def _check(work: _Work) -> "tuple[dict[str, Any] | None, FeatureNetwork | None]"
     network = None
     if work.sample_metrics:
         check_reference(work.training)
-        network = distributed.on_rank_0(
-            lambda: open_network_for(
-                work.sample_metrics,
-                work.training.image_shape,
-                work.num_samples,
-                len(work.training),
-                features=flags.features,
-                weights=flags.weights,
-                device=work.device,
-            )
+        network = open_network_for(
+            work.sample_metrics,
+            work.training.image_shape,
+            work.num_samples,
+            len(work.training),
+            features=flags.features,
+            weights=flags.weights,
+            device=work.device,
         )
     return None if unknown else settings, network
 

@@ -10,7 +10,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.cli.common import RankError, format_os_error, out_of_memory_advice, print_error, raise_on_signals
+from ddpm_hf.cli.common import (
+    RankError,
+    format_os_error,
+    out_of_memory_advice,
+    paused_garbage_collection,
+    print_error,
+    raise_on_signals,
+)
 from ddpm_hf.config import ConfigError, RunConfig, load_config
 from ddpm_hf.files import HUB_DIR
 
@@ -19,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ddpm_hf.data import ImageSet, ImageStream
+    from ddpm_hf.evaluation.report import SmallSampleScorer
     from ddpm_hf.hub.background import BackgroundPush
     from ddpm_hf.training.trainer import Publisher, Score, Scorer, Trainer
 
@@ -36,9 +44,10 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     if needs_sklearn and importlib.util.find_spec("sklearn") is None:
         raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
 
-    from diffusers.utils import logging as diffusers_logging
+    with paused_garbage_collection():
+        from diffusers.utils import logging as diffusers_logging
 
-    from ddpm_hf.training.trainer import Trainer
+        from ddpm_hf.training.trainer import Trainer
 
     diffusers_logging.disable_progress_bar()  # diffusers shows one for each part of a pipeline
     program = f"python {prog}" if prog.endswith(".py") else prog
@@ -52,22 +61,30 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
         push = BackgroundPush(config.hub, hub_folder)
     with out_of_memory_advice(advice), push or nullcontext():
         publisher = None if push is None else make_publisher(push, hub_folder)
-        trainer = Trainer(config, _make_scorer(config), publisher)
+        measure, scorer = _make_scorer(config)
+        trainer = Trainer(config, scorer, publisher)
         try:
-            exit_code = _run(trainer, push, command, is_dry_run=is_dry_run)
+            exit_code = _run(trainer, measure, push, command, is_dry_run=is_dry_run)
         finally:
             trainer.folder.release()
     trainer.shutdown()
     return exit_code
 
 
-def _run(trainer: "Trainer", push: "BackgroundPush | None", command: str, *, is_dry_run: bool) -> int:
+def _run(
+    trainer: "Trainer",
+    measure: "SmallSampleScorer | None",
+    push: "BackgroundPush | None",
+    command: str,
+    *,
+    is_dry_run: bool,
+) -> int:
     """Collective: check, train, report, publish, and return the exit code."""
     from ddpm_hf import distributed
     from ddpm_hf.training.trainer import describe
 
     _check_classes(trainer)
-    _check_score(trainer)
+    _check_score(trainer, measure)
     if push is not None:
         distributed.on_rank_0(push.check)
     if trainer.is_main_process:
@@ -110,15 +127,16 @@ def make_publisher(push: "BackgroundPush", hub_folder: Path) -> "Publisher":
     return publish
 
 
-def _make_scorer(config: RunConfig) -> "Scorer | None":
-    """Return a scorer of evaluation.score_metric, or None without evaluation.score_every_steps."""
+def _make_scorer(config: RunConfig) -> "tuple[SmallSampleScorer | None, Scorer | None]":
+    """Return the measurement of evaluation.score_metric and the trainer's scorer, or None if there is no score."""
+    if not config.evaluation.score_every_steps:
+        return None, None
+
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
-    from ddpm_hf.evaluation.report import small_sample_score
+    from ddpm_hf.evaluation.report import SmallSampleScorer
     from ddpm_hf.training.trainer import Score
 
-    if not config.evaluation.score_every_steps:
-        return None
-    measure = small_sample_score(config)
+    measure = SmallSampleScorer(config)
 
     def score(
         pipeline: GaussianDiffusionPipeline, training: "ImageSet | ImageStream", validation: "ImageSet"
@@ -126,26 +144,19 @@ def _make_scorer(config: RunConfig) -> "Scorer | None":
         found = measure(pipeline, training, validation)
         return Score(found.value, found.kind, found.lower_is_better, found.row())
 
-    return score
+    return measure, score
 
 
-def _check_score(trainer: "Trainer") -> None:
+def _check_score(trainer: "Trainer", measure: "SmallSampleScorer | None") -> None:
     """Collective: raise before training if the score cannot be measured."""
-    from ddpm_hf import distributed
-    from ddpm_hf.evaluation.metrics import SAMPLE_METRICS, open_network_for
+    if measure is None:
+        return
 
-    evaluation = trainer.config.evaluation
-    if evaluation.score_every_steps and evaluation.score_metric in SAMPLE_METRICS:
-        distributed.on_rank_0(
-            lambda: open_network_for(
-                [evaluation.score_metric],
-                trainer.images.image_shape,
-                evaluation.score_num_samples,
-                len(trainer.images) if isinstance(trainer.images, Sized) else 0,
-                features=evaluation.score_features,
-                device=trainer.device,
-            )
-        )
+    from ddpm_hf.evaluation.metrics import SAMPLE_METRICS
+
+    if trainer.config.evaluation.score_metric in SAMPLE_METRICS:
+        images = trainer.images
+        measure.open_network(images.image_shape, len(images) if isinstance(images, Sized) else 0, trainer.device)
 
 
 def _fit(trainer: "Trainer") -> int:
@@ -182,11 +193,12 @@ def _fit(trainer: "Trainer") -> int:
 
 def _check_classes(trainer: "Trainer") -> None:
     """Raise before training if the report could not evaluate the classes of its samples."""
-    from ddpm_hf.evaluation.recognition import check_classes
-
     evaluation = trainer.config.evaluation
     if not evaluation.recognition or not evaluation.num_samples:
         return
+
+    from ddpm_hf.evaluation.recognition import check_classes
+
     _, labels = _as_arrays(trainer.images)
     check_classes(labels, _labels_in_turn(evaluation.num_samples, len(trainer.class_names or ())))
 

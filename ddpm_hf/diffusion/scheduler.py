@@ -530,10 +530,11 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         if isinstance(generator, list) and len(generator) != len(mean):
             raise ValueError(f"generator is a list of {len(generator)} for a batch of {len(mean)}; pass one for each.")
-        # The same numbers: randn_tensor adds a choice of device, which takes as long as drawing a small image.
-        is_local = generator is None or (isinstance(generator, torch.Generator) and generator.device == mean.device)
-        draw = torch.randn if is_local else randn_tensor
-        noise = draw(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        if generator is None or (isinstance(generator, torch.Generator) and generator.device == mean.device):
+            # The same numbers as below, where the choice of device takes as long as drawing a small image.
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        else:
+            noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         if variance_output is None:
             return mean.add_(noise, alpha=math.sqrt(self.sampling_variance(transition, eta)))
         # For `learned`, the range from -1 to 1 makes the interpolated log-variance equal to the output.

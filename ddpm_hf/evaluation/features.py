@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from safetensors.numpy import save
 from torch import nn
 from tqdm import tqdm
 
+from ddpm_hf import distributed
 from ddpm_hf.data import ImageSet
 from ddpm_hf.files import atomic_write, sha256_of_file
 
@@ -39,6 +41,9 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 _CACHE_VERSION = "1"
 _PIXELS_CHUNK = 1024
 _FEATURES_CHUNK = 4096
+_NOTHING: dict[str, NDArray[Any]] = {
+    "features": np.zeros((0, 0), np.float32), "mean": np.zeros(0), "covariance": np.zeros((0, 0))
+}  # fmt: skip
 _TRANSFORMERS_KINDS = ("dinov2", "transformers")
 _FORMS = "inception, dinov2:FOLDER_OR_HUB_ID, transformers:FOLDER_OR_HUB_ID or package.module:factory"
 
@@ -66,12 +71,13 @@ class FeatureNetwork:
         """Return the number of features d, found by one forward pass on a gray image (channels, height, width)."""
         if not self._num_features:
             gray = np.full((1, *image_shape), 128, np.uint8)
-            self._num_features = self.features_of(1, lambda _: gray, 1, "samples").shape[1]
+            self._num_features = self._features(range(1), lambda _: gray, 1, "samples").shape[1]
         return self._num_features
 
-    @torch.no_grad()
     def features_of(self, num_images: int, get_images: GetImages, batch_size: int, what: str) -> Features:
-        """Return the features of images; gray images are repeated to three channels.
+        """Collective: return the features of images; the processes share the images.
+
+        Gray images are repeated to three channels.
 
         Args:
             num_images: Number of images.
@@ -85,10 +91,18 @@ class FeatureNetwork:
         Raises:
             ValueError: The network does not return one row of finite features per image.
         """
-        parts = []
-        with tqdm(total=num_images, desc=f"Features of {what}", unit="img", disable=None, leave=False) as bar:
-            for start in range(0, num_images, batch_size):
-                positions = range(start, min(start + batch_size, num_images))
+        mine = distributed.rank_range(num_images)
+        return distributed.gather_rows(
+            distributed.on_every_rank(lambda: self._features(mine, get_images, batch_size, what))
+        )
+
+    @torch.no_grad()
+    def _features(self, images: range, get_images: GetImages, batch_size: int, what: str) -> Features:
+        """Return the features of some images."""
+        parts = [] if len(images) else [np.zeros((0, self._num_features), np.float32)]
+        with tqdm(total=len(images), desc=f"Features of {what}", unit="img", disable=None, leave=False) as bar:
+            for start in range(images.start, images.stop, batch_size):
+                positions = range(start, min(start + batch_size, images.stop))
                 pixels = get_images(positions)
                 rgb = np.repeat(pixels, 3, axis=1) if pixels.shape[1] == 1 else np.ascontiguousarray(pixels)
                 output = self.module(torch.from_numpy(rgb).to(self.device))
@@ -373,6 +387,9 @@ def moments_of(features: NDArray[np.floating]) -> Moments:
 class ReferenceStatistics:
     """Features of the reference images and their moments, read from the cache if they are known.
 
+    Collective: the processes share the images, and rank 0 reads and writes the cache. Features and moments stay in
+    memory, for scores that are measured repeatedly.
+
     Args:
         network: The feature network.
         images: Reference images without augmentation: `take` crops from the center and mirrors nothing.
@@ -385,27 +402,30 @@ class ReferenceStatistics:
         self.images = images
         self.batch_size = batch_size
         self.cache_dir = cache_dir if cache_dir is not None else _default_cache_dir()
-        pixels = self._pixel_digest()
-        self.key = digest_of({"version": _CACHE_VERSION, "pixels": pixels, "network": network.digest})[:32]
-        self._features: Features | None = None
+        self._arrays: dict[str, dict[str, NDArray[Any]]] = {}
+
+    @cached_property
+    def key(self) -> str:
+        """Name of the cache files."""
+        parts = {"version": _CACHE_VERSION, "pixels": self._pixel_digest(), "network": self.network.digest}
+        return digest_of(parts)[:32]
 
     def features(self) -> Features:
-        """Return all features (number, d), cached."""
-        if self._features is None:
-            self._features = self._cached("features", self._extract)["features"]
-        return self._features
+        """Collective: return all features (number, d); empty on other ranks than 0."""
+        return self._known("features", self._extract)["features"]
 
     def moments(self) -> Moments:
-        """Return mean and covariance, cached."""
-        moments = self._cached("moments", self._compute_moments)
+        """Collective: return mean and covariance; empty on other ranks than 0."""
+        moments = self._known("moments", self._compute_moments)
         return Moments(moments["mean"], moments["covariance"], len(self.images))
 
     def _extract(self) -> dict[str, NDArray[Any]]:
         return {"features": self.network.features_of(len(self.images), self._pixels, self.batch_size, "reference")}
 
     def _compute_moments(self) -> dict[str, NDArray[Any]]:
-        moments = moments_of(self._features if self._features is not None else self._extract()["features"])
-        return {"mean": moments.mean, "covariance": moments.covariance}
+        features = (self._arrays.get("features") or self._extract())["features"]
+        moments = distributed.on_rank_0(lambda: moments_of(features))
+        return {} if moments is None else {"mean": moments.mean, "covariance": moments.covariance}
 
     def _pixels(self, positions: range) -> NDArray[np.uint8]:
         return self.images.take(np.asarray(positions))[0].astype(np.uint8, copy=False)
@@ -419,27 +439,43 @@ class ReferenceStatistics:
             digest.update(np.ascontiguousarray(pixels).data)
         return digest.hexdigest()
 
-    def _cached(self, kind: str, compute: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-        """Read arrays from the cache, or compute and write them."""
-        path = self.cache_dir / f"{self.key}.{kind}.safetensors"
-        if path.is_file():
-            try:
-                with safe_open(path, framework="numpy") as file:
-                    arrays = {name: file.get_tensor(name) for name in file.keys()}
-                    if (file.metadata() or {}).get("sha256") == digest_of(arrays):
-                        return arrays
-                problem: object = "its checksum is wrong"
-            except (SafetensorError, OSError, ValueError) as error:
-                problem = error
-            logger.warning("The reference statistics in %s are damaged (%s) and are computed again.", path, problem)
-        arrays = compute()
+    def _known(self, kind: str, compute: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+        """Return arrays from memory or from the cache, or compute and write them."""
+        if kind not in self._arrays:
+            arrays = distributed.on_rank_0(lambda: self._read(kind))
+            if not distributed.broadcast_json(bool(arrays)):
+                arrays = computed = compute()
+                distributed.on_rank_0(lambda: self._write(kind, computed))
+            self._arrays[kind] = arrays if arrays and distributed.rank() == 0 else _NOTHING
+        return self._arrays[kind]
+
+    def _read(self, kind: str) -> dict[str, NDArray[Any]]:
+        """Read arrays from the cache; return none if they are not there or damaged."""
+        path = self._path(kind)
+        if not path.is_file():
+            return {}
+        try:
+            with safe_open(path, framework="numpy") as file:
+                arrays = {name: file.get_tensor(name) for name in file.keys()}
+                if (file.metadata() or {}).get("sha256") == digest_of(arrays):
+                    return arrays
+            problem: object = "its checksum is wrong"
+        except (SafetensorError, OSError, ValueError) as error:
+            problem = error
+        logger.warning("The reference statistics in %s are damaged (%s) and are computed again.", path, problem)
+        return {}
+
+    def _write(self, kind: str, arrays: dict[str, NDArray[Any]]) -> None:
+        path = self._path(kind)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = save(arrays, {"sha256": digest_of(arrays)})
             atomic_write(path, lambda temporary: temporary.write_bytes(content))
         except OSError as error:
             logger.warning("The reference statistics cannot be cached in %s (%s).", path.parent, error)
-        return arrays
+
+    def _path(self, kind: str) -> Path:
+        return self.cache_dir / f"{self.key}.{kind}.safetensors"
 
 
 def _default_cache_dir() -> Path:

@@ -206,7 +206,7 @@ def image_shape(pipeline: GaussianDiffusionPipeline) -> tuple[int, int, int]:
 def sample_images(
     pipeline: GaussianDiffusionPipeline, sampler: Sampler, *, seed: int, indices: range, batch_size: int
 ) -> Images:
-    """Sample images in batches into memory.
+    """Sample images in batches into memory; only the last batch may be smaller.
 
     Args:
         pipeline: Returned by `Sampler.prepare`.
@@ -219,7 +219,8 @@ def sample_images(
         uint8 images (number, height, width, channels).
     """
     parts = []
-    for batch in split_into_batches(np.ones(indices.stop, bool), batch_size, first=indices.start):
+    for start in range(indices.start, indices.stop, batch_size):
+        batch = range(start, min(start + batch_size, indices.stop))
         pipeline.set_progress_bar_config(desc=f"Sampling {len(batch)} images", disable=None, leave=False)
         parts.append(sampler.sample(pipeline, seed, batch))
     return np.concatenate(parts) if parts else np.zeros((0, *image_shape(pipeline)), np.uint8)
@@ -281,16 +282,15 @@ def call_with_trajectory(
     return images, np.stack(states)
 
 
-def split_into_batches(is_wanted: NDArray[np.bool_], batch_size: int, *, first: int = 0) -> list[range]:
+def split_into_batches(is_wanted: NDArray[np.bool_], batch_size: int) -> list[range]:
     """Split the wanted indices into batches on one grid, so that missing indices do not move the other batches.
 
     Args:
         is_wanted: Whether each index is wanted.
         batch_size: Largest number of indices in a batch; a batch ends at an index that is not wanted.
-        first: The first index to consider.
     """
     batches: list[range] = []
-    for index in (np.flatnonzero(is_wanted[first:]) + first).tolist():
+    for index in np.flatnonzero(is_wanted).tolist():
         if batches and index == batches[-1].stop and index % batch_size:
             batches[-1] = range(batches[-1].start, index + 1)
         else:

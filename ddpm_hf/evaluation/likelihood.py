@@ -9,6 +9,7 @@ code built from the model needs for 8-bit images.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +19,18 @@ from tqdm import tqdm
 
 from ddpm_hf import distributed
 from ddpm_hf.data import ImageSet, normalize
+from ddpm_hf.data.loader import to_device
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler, gaussian
 from ddpm_hf.diffusion.schedule import Transition
 from ddpm_hf.evaluation.features import FloatArray
 from ddpm_hf.evaluation.generate import eval_mode
 from ddpm_hf.evaluation.metrics import BITS_PER_DIM, Metric
-from ddpm_hf.rng import normal_by_position, numpy_generator
+from ddpm_hf.rng import normal_by_pair, normal_by_position, numpy_generator
 
+_IMAGES_PER_TABLE = 1024
+"""Images whose term weights are in memory at a time."""
+_BATCHES_PER_READ = 64
+"""Batches between two copies from the device to the host, which waits for them."""
 MIN_DECODER_VARIANCE = (0.1 / 255) ** 2
 """An analytic variance may be estimated as 0; a deviation of a twentieth of a gray level is as good, and finite."""
 
@@ -110,11 +116,35 @@ class Prediction(NamedTuple):
     variance: torch.Tensor | None
 
 
+class Steps(NamedTuple):
+    """One reverse step for each sample of a batch; float64 of shape (batch, 1, 1, 1), except for the timesteps.
+
+    Attributes:
+        timestep: int64 (batch,).
+        alpha: Factor of x_0 in x_t.
+        sigma: Factor of the noise in x_t.
+        coef_x_0: Factor of x_0 in the posterior mean. Eq. 7, Ho et al. 2020.
+        coef_x_t: Factor of x_t in the posterior mean.
+        log_small: Logarithm of the posterior variance.
+        log_large: Logarithm of beta.
+        log_fixed: Log-variance of the reverse step, unless the network predicts it.
+    """
+
+    timestep: torch.Tensor
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+    coef_x_0: torch.Tensor
+    coef_x_t: torch.Tensor
+    log_small: torch.Tensor
+    log_large: torch.Tensor
+    log_fixed: torch.Tensor
+
+
 class ReverseProcess:
     """The ancestral (eta = 1) reverse process of a pipeline on a list of timesteps.
 
     A self-conditioned network is called twice per prediction, the second time with its own first prediction: then each
-    step depends on x_t alone, as a Markov chain must.
+    step depends on x_t alone, as a Markov chain must. Everything except the network is computed in float64.
 
     Args:
         pipeline: The network with a GaussianDiffusionScheduler.
@@ -138,51 +168,98 @@ class ReverseProcess:
         self.scheduler = scheduler
         self.transitions: list[Transition] = scheduler.noise_schedule.transitions(chosen)
         scheduler.check_signal(self.transitions[0])
+        self.timesteps = np.array(chosen, np.int64)
         self.device: torch.device = pipeline.unet.device
-        self.dtype = torch.promote_types(torch.float32, pipeline.unet.dtype)
 
     def __len__(self) -> int:
         return len(self.transitions)
 
-    def q_sample(self, x_0: torch.Tensor, noise: torch.Tensor, step: Transition) -> torch.Tensor:
-        """Return x_t of q(x_t | x_0)."""
-        return gaussian.q_sample(x_0, noise, math.sqrt(step.alpha_bar), math.sqrt(1 - step.alpha_bar))
+    def table(self) -> FloatArray:
+        """Return the coefficients of all steps, (steps, 7): the fields of `Steps` after the timestep.
 
-    def predict(self, x_t: torch.Tensor, step: Transition, class_labels: torch.Tensor | None) -> Prediction:
-        """Evaluate the network on states (batch, channels, height, width) of one timestep."""
+        Call it once the scheduler is configured: an analytic variance is part of it.
+        """
+        return np.array([self._coefficients(row) for row in range(len(self))])
+
+    def _coefficients(self, row: int) -> list[float]:
+        """Return one row of the table.
+
+        The posterior variance of the last step is 0; the one of the step before replaces it. An analytic variance needs
+        no replacement.
+        """
+        step, scheduler = self.transitions[row], self.scheduler
+        is_last = step.previous_timestep < 0
+        small = self.transitions[row - 1].posterior_variance if is_last and row > 0 else step.posterior_variance
+        log_small, log_large = math.log(small or step.beta), math.log(step.beta)  # small is 0 if there is one step only
+        if scheduler.analytic_variance:
+            variance = scheduler.fixed_variance(step)
+            log_fixed = math.log(max(variance, MIN_DECODER_VARIANCE) if is_last else variance)
+        else:
+            log_fixed = log_large if scheduler.variance_type.startswith("fixed_large") and not is_last else log_small
+        coefficients = gaussian.reverse_mean_coefficients(step, 1.0)
+        alpha, sigma = math.sqrt(step.alpha_bar), math.sqrt(1 - step.alpha_bar)
+        return [alpha, sigma, *coefficients, log_small, log_large, log_fixed]
+
+    def steps(self, table: FloatArray, rows: NDArray[np.int64]) -> Steps:
+        """Return the steps of a batch.
+
+        Args:
+            table: Returned by `table`.
+            rows: Index of each step, int64 (batch,).
+        """
+        columns = to_device(table[rows].T, self.device).view(table.shape[1], -1, 1, 1, 1)
+        return Steps(to_device(self.timesteps[rows], self.device), *columns)
+
+    def predict(self, x_t: torch.Tensor, steps: Steps, class_labels: torch.Tensor | None) -> Prediction:
+        """Evaluate the network on states (batch, channels, height, width)."""
         if not self.pipeline.config.get("self_conditioned"):
-            return self._predict(x_t, x_t, step, class_labels)
+            return self._predict(x_t, x_t, steps, class_labels)
         x_0 = torch.zeros_like(x_t)
-        x_0 = self._predict(torch.cat([x_t, x_0], dim=1), x_t, step, class_labels).x_0
-        return self._predict(torch.cat([x_t, x_0], dim=1), x_t, step, class_labels)
+        x_0 = self._predict(torch.cat([x_t, x_0], dim=1), x_t, steps, class_labels).x_0
+        return self._predict(torch.cat([x_t, x_0], dim=1), x_t, steps, class_labels)
 
     def _predict(
-        self, network_input: torch.Tensor, x_t: torch.Tensor, step: Transition, class_labels: torch.Tensor | None
+        self, network_input: torch.Tensor, x_t: torch.Tensor, steps: Steps, class_labels: torch.Tensor | None
     ) -> Prediction:
         unet: Any = self.pipeline.unet
-        timesteps = torch.full((len(x_t),), step.timestep, device=x_t.device)
-        output = unet(network_input.to(unet.dtype), timesteps, class_labels=class_labels, return_dict=False)[0]
+        network_input = network_input.to(unet.dtype)
+        output = unet(network_input, steps.timestep, class_labels=class_labels, return_dict=False)[0]
         prediction, variance = self.scheduler.split_variance(output.to(x_t.dtype), x_t)
         prediction_type = self.scheduler.config.prediction_type
-        alpha, sigma = math.sqrt(step.alpha_bar), math.sqrt(1 - step.alpha_bar)
-        x_0 = self.scheduler.clip(gaussian.predict_x_0(prediction_type, prediction, x_t, alpha, sigma))
-        return Prediction(x_0, gaussian.predict_eps(prediction_type, prediction, x_t, alpha, sigma), variance)
+        x_0 = gaussian.predict_x_0(prediction_type, prediction, x_t, steps.alpha, steps.sigma)
+        eps = gaussian.predict_eps(prediction_type, prediction, x_t, steps.alpha, steps.sigma)
+        return Prediction(self.scheduler.clip(x_0), eps, variance)
 
-    def term(self, x_0: torch.Tensor, x_t: torch.Tensor, prediction: Prediction, row: int) -> torch.Tensor:
-        """Return one term of the bound in nats per value: L_{t-1}, or L_0 in the last step.
+    def term(
+        self, x_0: torch.Tensor, x_t: torch.Tensor, prediction: Prediction, steps: Steps, last: NDArray[np.int64]
+    ) -> torch.Tensor:
+        """Return the terms of the bound in nats per value: L_{t-1}, or L_0 in the last step.
 
         Eq. 5, 7 and 13, Ho et al. 2020, for any two timesteps. x_0 is clipped as in sampling; the training loss
         (training/loss.py) does not clip it.
+
+        Args:
+            x_0: Images (batch, channels, height, width).
+            x_t: Their states.
+            prediction: Returned by `predict`.
+            steps: The steps.
+            last: Positions in the batch whose step is the last one.
         """
-        step = self.transitions[row]
-        log_variance = self._log_variance(row, prediction.variance, x_t)
-        coefficients = gaussian.reverse_mean_coefficients(step, 1.0)
-        mean = gaussian.posterior_mean(prediction.x_0, x_t, *coefficients)
-        if step.previous_timestep < 0:
-            return -gaussian.discretized_log_likelihood(x_0, mean, log_variance)
-        true_mean = gaussian.posterior_mean(x_0, x_t, *coefficients)
-        true_log_variance = torch.full_like(log_variance, math.log(step.posterior_variance))
-        return gaussian.normal_kl(true_mean, true_log_variance, mean, log_variance)
+        true_mean = gaussian.posterior_mean(x_0, x_t, steps.coef_x_0, steps.coef_x_t)
+        mean = gaussian.posterior_mean(prediction.x_0, x_t, steps.coef_x_0, steps.coef_x_t)
+        log_variance = self._log_variance(prediction, steps)
+        nats = gaussian.normal_kl(true_mean, steps.log_small, mean, log_variance)
+        if len(last):
+            index = to_device(last, self.device)
+            nats[index] = -gaussian.discretized_log_likelihood(x_0[index], mean[index], log_variance[index])
+        return nats
+
+    def _log_variance(self, prediction: Prediction, steps: Steps) -> torch.Tensor:
+        if prediction.variance is None:
+            return steps.log_fixed
+        return gaussian.reverse_log_variance(
+            self.scheduler.variance_type, prediction.variance, steps.log_small, steps.log_large
+        )
 
     def prior(self, x_0: torch.Tensor) -> torch.Tensor:
         """Return KL(q(x_T | x_0) || N(0, 1)) in nats per value; it does not depend on the network."""
@@ -191,33 +268,13 @@ class ReverseProcess:
             alpha_bar.sqrt() * x_0, torch.log1p(-alpha_bar), torch.zeros_like(x_0), torch.zeros_like(x_0)
         )
 
-    def _log_variance(self, row: int, learned: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """Return the log-variance of a reverse step.
-
-        The posterior variance of the last step is 0; the one of the step before replaces it. An analytic variance needs
-        no replacement.
-        """
-        step = self.transitions[row]
-        is_last = step.previous_timestep < 0
-        small = self.transitions[row - 1].posterior_variance if is_last and row > 0 else step.posterior_variance
-        log_small, log_large = math.log(small or step.beta), math.log(step.beta)  # small is 0 if there is one step only
-        if self.scheduler.analytic_variance:
-            variance = self.scheduler.fixed_variance(step)
-            return torch.full_like(like, math.log(max(variance, MIN_DECODER_VARIANCE) if is_last else variance))
-        if learned is None and is_last:
-            return torch.full_like(like, log_small)
-        log_variance = gaussian.reverse_log_variance(self.scheduler.variance_type, learned, log_small, log_large)
-        return log_variance if isinstance(log_variance, torch.Tensor) else torch.full_like(like, log_variance)
-
-    def load(
-        self, images: ImageSet, positions: Sequence[int] | NDArray[np.int64]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return images in [-1, 1], and the labels of a class-conditional network, on the device of the network."""
-        pixels, labels = images.take(np.asarray(positions))
-        x_0 = normalize(torch.from_numpy(pixels).to(self.device)).to(self.dtype)
+    def load(self, images: ImageSet, positions: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return images in [-1, 1] in float64, and the labels of a class-conditional network, on its device."""
+        pixels, labels = images.take(positions)
+        x_0 = normalize(to_device(pixels, self.device)).double()
         if not self.pipeline.num_classes or labels is None:
             return x_0, None
-        return x_0, torch.from_numpy(labels).to(self.device)
+        return x_0, to_device(labels, self.device)
 
 
 def check_bound(process: ReverseProcess, images: ImageSet, num_terms: int | None) -> None:
@@ -259,7 +316,7 @@ def variational_bound(
         seed: The noise of image i at timestep t is a function of (seed, t, i).
         num_terms: Terms to compute per image: the decoder term, and others drawn evenly from the reverse steps, which
             estimate the bound without bias. None computes all terms.
-        batch_size: Images per batch.
+        batch_size: Pairs of an image and a timestep per forward pass.
 
     Raises:
         ValueError: The images do not have 8 bits or their labels and channels do not fit the network, or `num_terms` is
@@ -267,23 +324,24 @@ def variational_bound(
     """
     check_bound(process, images, num_terms)
     num_steps, mine = len(process), distributed.rank_range(len(images))
-    sums = np.zeros((4, num_steps))  # bits, squared error of x_0, squared error of eps, number of images
+    sums = np.zeros((4, num_steps))  # nats, squared error of x_0, squared error of eps, number of images
     totals, priors = np.zeros(len(mine)), np.zeros(len(mine))
+    for positions in _batches(mine, batch_size):
+        x_0, _ = process.load(images, np.asarray(positions))
+        priors[positions.start - mine.start : positions.stop - mine.start] = _means(process.prior(x_0)).cpu().numpy()
+    table, batches = process.table(), _pairs_of_bound(num_steps, num_terms, seed, mine, batch_size)
     bar = tqdm(total=len(mine) * (num_terms or num_steps), desc="Bits per dimension", disable=None, leave=False)
     with eval_mode(process.pipeline.unet), bar:
-        for positions in _batches(mine, batch_size):
-            batch = slice(positions.start - mine.start, positions.stop - mine.start)
-            x_0, labels = process.load(images, positions)
-            priors[batch] = _bits(process.prior(x_0))
-            totals[batch] = priors[batch]
-            weights = term_weights(num_steps, num_terms, seed, positions)
-            for row in range(num_steps):
-                chosen = np.flatnonzero(weights[row])
-                if len(chosen):
-                    values = _term_and_errors(process, row, x_0, labels, positions, chosen, seed)
-                    totals[batch][chosen] += weights[row, chosen] * values[0]
-                    sums[:, row] += [*values.sum(axis=1), len(chosen)]
-                    bar.update(len(chosen))
+        while some := list(islice(batches, _BATCHES_PER_READ)):
+            measured = []
+            for pairs in some:
+                measured.append(_term_and_errors(process, table, images, pairs, seed))
+                bar.update(len(pairs))
+            pairs, values = _join(some), torch.cat(measured, dim=1).cpu().numpy()
+            np.add.at(totals, pairs.images - mine.start, pairs.weights * values[0])
+            np.add.at(sums.T, pairs.rows, np.stack([*values, np.ones(len(pairs))], axis=1))
+    totals, priors = (totals + priors) / math.log(2), priors / math.log(2)
+    sums[0] /= math.log(2)
     sums = distributed.gather_rows(sums[None]).sum(axis=0)
     totals, priors = distributed.gather_rows(totals), distributed.gather_rows(priors)
     counts = sums[3]
@@ -317,34 +375,68 @@ def term_weights(num_steps: int, num_terms: int | None, seed: int, positions: ra
     return weights
 
 
+@dataclass(frozen=True)
+class _Pairs:
+    """Some (step, image) pairs, whose terms of the bound are computed; all arrays have shape (pairs,).
+
+    Args:
+        rows: Index of the reverse step, int64.
+        images: Position of the image, int64.
+        weights: Weight of the term in the bound of its image.
+    """
+
+    rows: NDArray[np.int64]
+    images: NDArray[np.int64]
+    weights: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: slice) -> "_Pairs":
+        """Return some of the pairs."""
+        return _Pairs(self.rows[index], self.images[index], self.weights[index])
+
+
+def _join(parts: Sequence[_Pairs]) -> _Pairs:
+    names = ("rows", "images", "weights")
+    return _Pairs(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def _pairs_of_bound(
+    num_steps: int, num_terms: int | None, seed: int, images: range, batch_size: int
+) -> Iterator[_Pairs]:
+    """Yield the pairs of the bound of some images in batches; only the last one may be smaller than `batch_size`.
+
+    Pairs of one step are neighbors, so that they share draws of noise.
+    """
+    rest = _Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    for positions in _batches(images, _IMAGES_PER_TABLE):
+        weights = term_weights(num_steps, num_terms, seed, positions)
+        rows, columns = np.nonzero(weights)
+        rest = _join([rest, _Pairs(rows, columns + positions.start, weights[rows, columns])])
+        num_ready = len(rest) if positions.stop == images.stop else len(rest) // batch_size * batch_size
+        for batch in _batches(range(num_ready), batch_size):
+            yield rest[batch.start : batch.stop]
+        rest = rest[num_ready:]
+
+
 def _term_and_errors(
-    process: ReverseProcess,
-    row: int,
-    x_0: torch.Tensor,
-    labels: torch.Tensor | None,
-    positions: range,
-    chosen: NDArray[np.int64],
-    seed: int,
-) -> FloatArray:
-    """Return bits, squared error of x_0 and squared error of eps of one step, (3, chosen images)."""
-    step = process.transitions[row]
-    noise = normal_by_position(seed, "bound_noise", step.timestep, positions, x_0.shape[1:], process.device)
-    index = torch.from_numpy(chosen).to(process.device)
-    x_0, noise = x_0[index], noise.to(process.dtype)[index]
-    x_t = process.q_sample(x_0, noise, step)
-    prediction = process.predict(x_t, step, None if labels is None else labels[index])
+    process: ReverseProcess, table: FloatArray, images: ImageSet, pairs: _Pairs, seed: int
+) -> torch.Tensor:
+    """Return the terms in nats and the squared errors of x_0 and eps, float64 (3, pairs), on the device."""
+    x_0, labels = process.load(images, pairs.images)
+    steps, timesteps = process.steps(table, pairs.rows), process.timesteps[pairs.rows]
+    noise = normal_by_pair(seed, "bound_noise", timesteps, pairs.images, x_0.shape[1:], process.device).double()
+    x_t = gaussian.q_sample(x_0, noise, steps.alpha, steps.sigma)
+    prediction = process.predict(x_t, steps, labels)
+    term = process.term(x_0, x_t, prediction, steps, np.flatnonzero(pairs.rows == len(process) - 1))
     errors = [(prediction.x_0 - x_0) ** 2, (prediction.eps - noise) ** 2]
-    return np.stack([_bits(process.term(x_0, x_t, prediction, row)), *map(_mean, errors)])
+    return torch.stack([_means(values) for values in (term, *errors)])
 
 
-def _mean(values: torch.Tensor) -> FloatArray:
-    """Return the mean of each image, float64."""
-    return values.flatten(1).mean(dim=1, dtype=torch.float64).cpu().numpy()
-
-
-def _bits(nats: torch.Tensor) -> FloatArray:
-    """Return the mean of each image in bits."""
-    return _mean(nats) / math.log(2)
+def _means(values: torch.Tensor) -> torch.Tensor:
+    """Return the mean of each image."""
+    return values.flatten(1).mean(dim=1)
 
 
 def check_second_moments(pipeline: GaussianDiffusionPipeline, images: ImageSet) -> ReverseProcess:
@@ -366,15 +458,15 @@ def estimate_second_moments(
 ) -> torch.Tensor:
     """Collective: estimate Gamma_t = E |eps(x_t)|^2 / d at every training timestep. Eq. 8, Bao et al. 2022.
 
-    The processes share the timesteps, so the result does not depend on their number. Images are used in a random order,
-    because many data sets are sorted by class; each timestep uses the next `num_images` of them.
+    The processes share the timesteps; their number and the batch size change the rounding of the network only. Images
+    are used in a random order, because many data sets are sorted by class; each timestep uses the next `num_images`.
 
     Args:
         pipeline: The network and the scheduler.
         images: Training images: the network predicts the noise of validation images less well.
         seed: Seed of the noise and of the order of the images.
         num_images: Images per timestep.
-        batch_size: Images per forward pass.
+        batch_size: Pairs of an image and a timestep per forward pass.
 
     Returns:
         float64 (T,), for `scheduler.eps_second_moments`.
@@ -383,19 +475,20 @@ def estimate_second_moments(
         ValueError: See `check_second_moments`.
     """
     process = check_second_moments(pipeline, images)
-    rows = distributed.rank_range(len(process))
-    moments = np.zeros(len(rows))
+    rows, table = distributed.rank_range(len(process)), process.table()
     order = numpy_generator(seed, "moments_images").permutation(len(images))
-    with eval_mode(pipeline.unet):
-        for index, row in enumerate(tqdm(rows, "Second moments", disable=None, leave=False)):
-            step, total = process.transitions[row], 0.0
-            for positions in _batches(range(row * num_images, (row + 1) * num_images), batch_size):
-                x_0, labels = process.load(images, order[np.asarray(positions) % len(images)])
-                noise = normal_by_position(seed, "moments", 0, positions, x_0.shape[1:], process.device)
-                noise = noise.to(process.dtype)
-                eps = process.predict(process.q_sample(x_0, noise, step), step, labels).eps
-                total += float((eps.double() ** 2).sum()) / math.prod(eps.shape[1:])
-            moments[index] = total / num_images
+    squares = []
+    with eval_mode(pipeline.unet), tqdm(total=len(rows), desc="Second moments", disable=None, leave=False) as bar:
+        for batch in _batches(range(rows.start * num_images, rows.stop * num_images), batch_size):
+            positions = np.asarray(batch)
+            x_0, labels = process.load(images, order[positions % len(images)])
+            steps = process.steps(table, positions // num_images)
+            noise = normal_by_position(seed, "moments", 0, batch, x_0.shape[1:], process.device).double()
+            eps = process.predict(gaussian.q_sample(x_0, noise, steps.alpha, steps.sigma), steps, labels).eps
+            squares.append(_means(eps**2))
+            bar.update(batch.stop // num_images - batch.start // num_images)
+    values = torch.cat(squares).cpu().numpy() if squares else np.zeros(0)
+    moments = values.reshape(len(rows), num_images).mean(axis=1)
     return torch.from_numpy(distributed.gather_rows(moments)[::-1].copy())  # transitions descend from T-1 to 0
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddpm_hf import distributed
 from ddpm_hf.data import ImageSet
 from ddpm_hf.data.image_set import UnequalImages
 from ddpm_hf.evaluation.features import (
@@ -111,7 +112,9 @@ def open_network_for(
     weights: Path | None = None,
     device: torch.device,
 ) -> FeatureNetwork:
-    """Open the feature network of metrics, after checking that they can be measured; call it before sampling.
+    """Collective: open the feature network of metrics on every rank, after checking that they can be measured.
+
+    Call it before sampling. Rank 0 opens the network first, and downloads it if needed.
 
     Args:
         metrics: Names from SAMPLE_METRICS.
@@ -128,10 +131,15 @@ def open_network_for(
     _check_features(metrics, features)
     if set(metrics) - _FRECHET and importlib.util.find_spec("torch_fidelity") is None:
         raise ValueError(f'{", ".join(metrics)} need torch-fidelity; install it with pip install "ddpm_hf[eval]".')
-    try:
-        network = open_features(features, weights, device)
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+
+    def open_network() -> FeatureNetwork:
+        try:
+            return open_features(features, weights, device)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+
+    on_rank_0 = distributed.on_rank_0(open_network)
+    network = distributed.on_every_rank(lambda: on_rank_0 or open_network())
     _check_numbers(metrics, network.num_features(image_shape), num_samples, num_reference)
     return network
 
@@ -145,20 +153,24 @@ def measure_fidelity(
     batch_size: int = 64,
     cache_dir: Path | None = None,
     seed: int = 0,
+    statistics: ReferenceStatistics | None = None,
 ) -> list[Metric]:
-    """Compare samples with real images in the features of a network.
+    """Collective: compare samples with real images in the features of a network.
+
+    The processes share the images; rank 0 computes the metrics from their features.
 
     Args:
-        samples: uint8 (number, height, width, channels), in memory or memory-mapped.
+        samples: uint8 (number, height, width, channels), in memory or memory-mapped; the same on all ranks.
         reference: Real images of the same size without augmentation; for published numbers, all training images.
         network: The feature network.
         metrics: Names from SAMPLE_METRICS.
         batch_size: Images per forward pass.
         cache_dir: Folder for the reference statistics; None takes a folder in the user's cache.
         seed: Seed of the subsets of kernel distances and the splits of the Inception Score.
+        statistics: Statistics of `reference` that were used before; None opens them.
 
     Returns:
-        The metrics, in the order of `metrics`.
+        The metrics, in the order of `metrics`; none on other ranks than 0.
 
     Raises:
         ImportError: torch-fidelity is missing.
@@ -167,23 +179,32 @@ def measure_fidelity(
     _check_features(metrics, network.name)
     _check_images(samples, reference)
     _check_numbers(metrics, network.num_features(reference.image_shape), len(samples), len(reference))
-    statistics = ReferenceStatistics(network, reference, batch_size, cache_dir)
+    statistics = statistics or ReferenceStatistics(network, reference, batch_size, cache_dir)
     sample_features = network.features_of(
         len(samples), lambda rows: samples[rows.start : rows.stop].transpose(0, 3, 1, 2), batch_size, "samples"
     )
     wanted = set(metrics)
-    values: dict[str, tuple[float, float | None]] = {}  # value and standard error
     # Features before moments, so that the moments are computed from these features.
-    if wanted & _KERNEL:
-        values["kid"] = values["kernel_distance"] = kernel_distance(sample_features, statistics.features(), seed)
-    if wanted & {"precision", "recall"}:
-        precision, recall = precision_and_recall(sample_features, statistics.features(), network.device)
-        values["precision"], values["recall"] = (precision, None), (recall, None)
-    if wanted & _FRECHET:
-        distance = frechet_distance(moments_of(sample_features), statistics.moments())
-        values["fid"] = values["frechet_distance"] = distance, None
-    if "inception_score" in wanted:
-        values["inception_score"] = inception_score(network, sample_features, seed)
+    features = statistics.features() if wanted & (_KERNEL | {"precision", "recall"}) else None
+    moments = statistics.moments() if wanted & _FRECHET else None
+
+    def measure() -> dict[str, tuple[float, float | None]]:
+        """Return value and standard error of each metric."""
+        values: dict[str, tuple[float, float | None]] = {}
+        if features is not None and wanted & _KERNEL:
+            values["kid"] = values["kernel_distance"] = kernel_distance(sample_features, features, seed)
+        if features is not None and wanted & {"precision", "recall"}:
+            precision, recall = precision_and_recall(sample_features, features, network.device)
+            values["precision"], values["recall"] = (precision, None), (recall, None)
+        if moments is not None:
+            values["fid"] = values["frechet_distance"] = frechet_distance(moments_of(sample_features), moments), None
+        if "inception_score" in wanted:
+            values["inception_score"] = inception_score(network, sample_features, seed)
+        return values
+
+    values = distributed.on_rank_0(measure)
+    if values is None:
+        return []
     return [
         Metric(
             name=_full_name(metric, network.name),

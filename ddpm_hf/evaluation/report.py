@@ -2,12 +2,13 @@
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ from ddpm_hf import distributed
 from ddpm_hf.config import RunConfig
 from ddpm_hf.data import ImageSet, to_uint8
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.evaluation.features import FloatArray
+from ddpm_hf.evaluation.features import FeatureNetwork, FloatArray, ReferenceStatistics
 from ddpm_hf.evaluation.generate import Images, Sampler, sample_images
 from ddpm_hf.evaluation.likelihood import ReverseProcess, VariationalBound, variational_bound
 from ddpm_hf.evaluation.metrics import (
@@ -176,28 +177,65 @@ class SmallSampleScore:
         }
 
 
-def small_sample_score(config: RunConfig) -> Callable[[GaussianDiffusionPipeline, Any, ImageSet], SmallSampleScore]:
-    """Return the function that measures `evaluation.score_metric` for a training run.
+class SmallSampleScorer:
+    """Measures `evaluation.score_metric` of a training run, again and again.
+
+    The feature network and the statistics of the training images stay in memory.
 
     Args:
         config: Configuration of the run.
-
-    Returns:
-        A function of the pipeline with the weights to score, the training images (not used for bits per dimension, for
-        which they may be a stream) and the validation images. It is collective: the processes share the images. It
-        leaves the mode and the scheduler of the pipeline unchanged.
     """
-    evaluation, seed = config.evaluation, config.training.seed
-    sampler = Sampler.from_config(evaluation)
 
-    def bits_per_dim(pipeline: GaussianDiffusionPipeline, training: Any, validation: ImageSet) -> SmallSampleScore:
-        images = choose_images(validation, min(evaluation.score_num_samples, len(validation)), seed)
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self._seed = config.evaluation, config.training.seed
+        self._sampler = Sampler.from_config(config.evaluation)
+        self._network: FeatureNetwork | None = None
+        self._statistics: ReferenceStatistics | None = None
+
+    def open_network(
+        self, image_shape: tuple[int, int, int], num_training: int, device: torch.device
+    ) -> FeatureNetwork:
+        """Collective: return the feature network, opened by the first call.
+
+        Args:
+            image_shape: (channels, height, width) of the images.
+            num_training: Number of training images.
+            device: Device to run the network on.
+
+        Raises:
+            ValueError: The score cannot be measured.
+        """
+        if self._network is None:
+            self._network = open_network_for(
+                [self._config.score_metric],
+                image_shape,
+                self._config.score_num_samples,
+                num_training,
+                features=self._config.score_features,
+                device=device,
+            )
+        return self._network
+
+    def __call__(self, pipeline: GaussianDiffusionPipeline, training: Any, validation: ImageSet) -> SmallSampleScore:
+        """Collective: return the score; the processes share the images.
+
+        Args:
+            pipeline: Has the weights to score; its mode and its scheduler are left unchanged.
+            training: The training images; not used for bits per dimension, for which they may be a stream.
+            validation: The validation images.
+        """
+        is_bound = self._config.score_metric == BITS_PER_DIM
+        return self._bits_per_dim(pipeline, validation) if is_bound else self._fidelity(pipeline, training)
+
+    def _bits_per_dim(self, pipeline: GaussianDiffusionPipeline, validation: ImageSet) -> SmallSampleScore:
+        config = self._config
+        images = choose_images(validation, min(config.score_num_samples, len(validation)), self._seed)
         bound = variational_bound(
-            ReverseProcess(sampler.prepare(pipeline)),
+            ReverseProcess(self._sampler.prepare(pipeline)),
             images,
-            seed=seed,
-            num_terms=evaluation.score_num_terms,
-            batch_size=evaluation.batch_size,
+            seed=self._seed,
+            num_terms=config.score_num_terms,
+            batch_size=config.batch_size,
         )
         return SmallSampleScore(
             metric=BITS_PER_DIM,
@@ -205,51 +243,41 @@ def small_sample_score(config: RunConfig) -> Callable[[GaussianDiffusionPipeline
             value=bound.bits_per_dim,
             standard_error=bound.standard_error,
             num_samples=len(images),
-            num_steps=evaluation.score_num_terms,
-            seed=seed,
+            num_steps=config.score_num_terms,
+            seed=self._seed,
             sampler=None,
         )
 
-    def fidelity(pipeline: GaussianDiffusionPipeline, training: ImageSet, validation: ImageSet) -> SmallSampleScore:
-        prepared, num_samples = sampler.prepare(pipeline), evaluation.score_num_samples
+    def _fidelity(self, pipeline: GaussianDiffusionPipeline, training: ImageSet) -> SmallSampleScore:
+        config, sampler = self._config, self._sampler
+        network = self.open_network(training.image_shape, len(training), pipeline.device)
+        if self._statistics is None or self._statistics.images is not training:
+            self._statistics = ReferenceStatistics(network, training, config.batch_size, None)
+        prepared, num_samples = sampler.prepare(pipeline), config.score_num_samples
         indices = distributed.rank_range(num_samples)
         samples = distributed.gather_rows(
-            sample_images(prepared, sampler, seed=seed, indices=indices, batch_size=evaluation.batch_size)
+            sample_images(prepared, sampler, seed=self._seed, indices=indices, batch_size=config.batch_size)
         )
-
-        def measure() -> Metric:
-            network = open_network_for(
-                [evaluation.score_metric],
-                training.image_shape,
-                num_samples,
-                len(training),
-                features=evaluation.score_features,
-                device=pipeline.device,
-            )
-            (metric,) = measure_fidelity(
-                samples,
-                training,
-                network,
-                metrics=[evaluation.score_metric],
-                batch_size=evaluation.batch_size,
-                seed=seed,
-            )
-            return metric
-
-        metric = distributed.on_rank_0(measure)
-        known = [] if metric is None else [(metric.value, metric.standard_error)]
+        measured = measure_fidelity(
+            samples,
+            training,
+            network,
+            metrics=[config.score_metric],
+            batch_size=config.batch_size,
+            seed=self._seed,
+            statistics=self._statistics,
+        )
+        known = [(metric.value, metric.standard_error) for metric in measured]  # on rank 0
         value, error = distributed.gather_rows(np.array(known, np.float64).reshape(-1, 2))[0].tolist()
         settings = sampler.to_dict(prepared)
         del settings["labels"]  # always all labels of the network
         return SmallSampleScore(
-            metric=evaluation.score_metric,
-            features=evaluation.score_features,
+            metric=config.score_metric,
+            features=config.score_features,
             value=value,
             standard_error=error,
             num_samples=num_samples,
-            num_steps=evaluation.num_inference_steps,
-            seed=seed,
+            num_steps=config.num_inference_steps,
+            seed=self._seed,
             sampler=settings,
         )
-
-    return bits_per_dim if evaluation.score_metric == BITS_PER_DIM else fidelity

@@ -236,6 +236,25 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
             return config.learning_rate
 
 
+def clip_grad_norm_(gradients: list[torch.Tensor], max_norm: float | None) -> torch.Tensor:
+    """Scale gradients in place to a global norm of at most `max_norm`.
+
+    The arithmetic of torch.nn.utils.clip_grad_norm_, without the time that it takes to group many small tensors by
+    device and dtype.
+
+    Args:
+        gradients: Tensors of one device and dtype.
+        max_norm: None does not scale them.
+
+    Returns:
+        The norm before, () on the device.
+    """
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0)))
+    if max_norm is not None:
+        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return norm
+
+
 def arm_found_inf(optimizer: torch.optim.Optimizer, is_nonfinite: torch.Tensor) -> bool:
     """Make sure that a non-finite gradient changes nothing.
 

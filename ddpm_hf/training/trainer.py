@@ -29,6 +29,7 @@ from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, refuse_secrets, take_launcher
 from ddpm_hf.config.launcher import DEFAULT, LAUNCHER
 from ddpm_hf.data import ImageLoader, ImageSet, ImageStream, describe_sets, locations_of, normalize, open_sets
+from ddpm_hf.data.loader import to_device
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.compiled import full_batches
 from ddpm_hf.diffusion.images import image_size
@@ -47,7 +48,7 @@ from ddpm_hf.files import (
 )
 from ddpm_hf.models import PRESETS, Pretrained, build_unet, load_pretrained, read_config_file, take_weights
 from ddpm_hf.plots import image_grid
-from ddpm_hf.rng import normal_by_position, numpy_generator, sampling_generators, seed_global_generators
+from ddpm_hf.rng import normal_by_pair, numpy_generator, sampling_generators, seed_global_generators
 from ddpm_hf.training import posthoc_ema, run_dir
 from ddpm_hf.training.batches import (
     BatchSource,
@@ -70,6 +71,7 @@ from ddpm_hf.training.optim import (
     arm_found_inf,
     build_optimizer,
     check_finite,
+    clip_grad_norm_,
     learning_rate_at,
 )
 from ddpm_hf.training.run_dir import RunFolder, carry_over_additions
@@ -340,9 +342,7 @@ class Trainer:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        self.grad_norm = nn.utils.get_total_norm(gradients)
-        if config.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, config.max_grad_norm, self.grad_norm)
+        self.grad_norm = clip_grad_norm_(gradients, config.max_grad_norm)
         is_nonfinite = ~(self.grad_norm < math.inf)  # NaN too
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
@@ -765,26 +765,27 @@ def validation_loss(
         config: The configuration of the run.
         rank: Index of this process.
         num_processes: Number of processes.
-        batch_size: Images of one forward pass.
+        batch_size: Pairs of an image and a timestep of one forward pass.
     """
     seed, with_labels = config.training.seed, config.model.class_conditional
     timesteps = validation_timesteps(len(images), config.diffusion.num_train_timesteps, seed)
     first, stop = (len(images) * (rank + side) // num_processes for side in (0, 1))
-    total = 0.0
+    num_pairs = (stop - first) * NUM_TIMESTEPS_PER_IMAGE
+    losses: list[torch.Tensor] = []
     was_training = unet.training
     unet.eval()
     try:
-        for start in range(first, stop, batch_size):
-            positions = range(start, min(start + batch_size, stop))
-            pixels, labels = images.take(np.asarray(positions))
-            x_0 = normalize(torch.from_numpy(pixels).to(unet.device))
-            class_labels = torch.from_numpy(labels).to(unet.device) if with_labels and labels is not None else None
-            for draw, drawn in enumerate(torch.from_numpy(timesteps[:, positions.start : positions.stop])):
-                noise = normal_by_position(seed, "validation_noise", draw, positions, x_0.shape[1:], unet.device)
-                losses = loss(unet, x_0, noise, drawn.to(unet.device), class_labels)
-                total += float(losses.cpu().to(torch.float64).sum())
+        for start in range(0, num_pairs, batch_size):
+            draws, positions = np.divmod(np.arange(start, min(start + batch_size, num_pairs)), stop - first)
+            positions += first
+            pixels, labels = images.take(positions)
+            x_0 = normalize(to_device(pixels, unet.device))
+            class_labels = to_device(labels, unet.device) if with_labels and labels is not None else None
+            noise = normal_by_pair(seed, "validation_noise", draws, positions, x_0.shape[1:], unet.device)
+            losses.append(loss(unet, x_0, noise, to_device(timesteps[draws, positions], unet.device), class_labels))
     finally:
         unet.train(was_training)
+    total = float(torch.cat(losses).cpu().double().sum()) if losses else 0.0
     return distributed.reduce(total, "sum") / timesteps.size
 
 

@@ -99,6 +99,15 @@ def test_one_loss_curve_from_one_process_and_from_two(folder: Path, alone: dict[
     assert len(list((two / "tensorboard").glob("events.*"))) == 1, "only one process writes to trackers"
 
 
+def test_two_processes_measure_the_scores_of_one(folder: Path) -> None:
+    """To 1e-5: only the order of float32 additions differs; a pixel of a sample may differ by a gray level."""
+    alone = worker.score(folder / "score_alone")
+    for report in reports_of(folder, "score"):
+        np.testing.assert_allclose(report["bits"], alone["bits"], rtol=1e-5)
+        np.testing.assert_allclose(report["moments"], alone["moments"], rtol=1e-5)
+        np.testing.assert_allclose(report["distance"], alone["distance"], rtol=1e-2)
+
+
 def test_ranks_hold_the_same_weights_and_ema(folder: Path) -> None:
     first, second = reports_of(folder, "curve")
     assert first == second

@@ -16,14 +16,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import UNet2DModel
 
 from ddpm_hf import distributed
-from ddpm_hf.config import ConfigError, ModelConfig, PreviewConfig, RunConfig, TrainingConfig, load_config
-from ddpm_hf.diffusion import GaussianDiffusionScheduler
+from ddpm_hf.config import (
+    ConfigError,
+    EvaluationConfig,
+    ModelConfig,
+    PreviewConfig,
+    RunConfig,
+    TrainingConfig,
+    load_config,
+)
+from ddpm_hf.data import ImageSet
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.distributed import ProcessesDiffer, TrainingStopped
+from ddpm_hf.evaluation.likelihood import ReverseProcess, estimate_second_moments, variational_bound
+from ddpm_hf.evaluation.report import SmallSampleScorer
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.batches import resolve_micro_batch_size
 from ddpm_hf.training.trainer import Score, Trainer, build_network, save_preview
@@ -317,6 +329,27 @@ def preview(folder: Path) -> Report:
     return {"sampled": sampled, "drawn": drawn}
 
 
+def score(folder: Path) -> Report:
+    """Bits per dimension and a distance in features, of an untrained network and 10 random images."""
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 1, 8, 8), dtype=np.uint8)
+    images = ImageSet(pixels, None, None, np.arange(len(pixels)))
+    network = tiny_unet()
+    torch.nn.init.normal_(network.conv_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    pipeline = GaussianDiffusionPipeline(network, GaussianDiffusionScheduler.create())
+    process = ReverseProcess(pipeline)
+    bound = variational_bound(process, images, seed=0, num_terms=5, batch_size=8)
+    moments = estimate_second_moments(
+        GaussianDiffusionPipeline(network, GaussianDiffusionScheduler.create(num_train_timesteps=10)),
+        images, seed=0, num_images=3, batch_size=8,
+    )  # fmt: skip
+    evaluation = EvaluationConfig(
+        score_every_steps=1, score_metric="frechet_distance", score_features="tests.feature_networks:Pooled",
+        score_num_samples=9, num_inference_steps=2, batch_size=4,
+    )  # fmt: skip
+    distance = SmallSampleScorer(RunConfig(evaluation=evaluation))(pipeline, images, images)
+    return {"bits": bound.totals.tolist(), "moments": moments.tolist(), "distance": distance.value}
+
+
 def other_optimizer(folder: Path) -> Report:
     """A pretrained network, an optimizer without found_inf, and EMA snapshots."""
     train(folder, OTHER_OPTIMIZER | {"model__from_pretrained": folder.parent / "conditional"})
@@ -353,7 +386,19 @@ def background(folder: Path) -> Report:
     return {"seen": seen, "message": message, "best": trainer.best}
 
 
-SCENARIOS = (agreement, preview, curve, slow, coverage, stopped, not_a_number, differing, other_optimizer, background)
+SCENARIOS = (
+    agreement,
+    preview,
+    curve,
+    slow,
+    coverage,
+    stopped,
+    not_a_number,
+    differing,
+    score,
+    other_optimizer,
+    background,
+)
 
 
 def main() -> None:

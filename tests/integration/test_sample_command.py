@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from PIL import Image
 
-from ddpm_hf import files
+from ddpm_hf import distributed, files
 from ddpm_hf.cli import main
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.plots import denoising_strip, image_grid
@@ -104,6 +104,13 @@ def test_a_seed_gives_the_image_that_python_gives(
         guidance_scale=2.0, guidance_rescale=0.5,
     ).images[0]  # fmt: skip
     np.testing.assert_array_equal(pixels(output / "seed_000007_dog.png"), np.asarray(image))
+
+
+def test_sampling_on_the_cpu_keeps_freed_memory(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: calls.append(None))
+    draw(plain, tmp_path / "a", "--num_inference_steps", 1, "--device", "cpu")
+    assert len(calls) == 1
 
 
 def test_a_seed_gives_one_image_in_any_batch_number_and_order(animals: Path, tmp_path: Path) -> None:

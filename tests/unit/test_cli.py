@@ -1,6 +1,7 @@
 """`ddpm-hf` and `ddpm-hf train`: invalid input is one error message and exit code 2, and leaves nothing behind."""
 
 import errno
+import gc
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 from PIL import Image
 
 from ddpm_hf.cli import main
-from tests.conftest import DIGITS, REPOSITORY, run_arguments, run_process
+from ddpm_hf.cli.common import paused_garbage_collection
+from tests.conftest import DIGITS, REPOSITORY, run_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -277,22 +279,17 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
     assert 'pip install "ddpm_hf[demo]"' in error_of(capsys, arguments)
 
 
-@pytest.mark.parametrize("command", [["-m", "ddpm_hf", "train"], ["train_ddpm.py"]])
-def test_help_of_train_imports_no_heavy_library(command: list[str]) -> None:
-    code = (
-        "import runpy, sys; sys.argv = sys.argv[1:]\n"
-        "try:\n"
-        "    runpy.run_module('ddpm_hf', run_name='__main__') if sys.argv[0] == '-m' else runpy.run_path(sys.argv[0],"
-        " run_name='__main__')\n"
-        "finally:\n"
-        "    print({'torch', 'diffusers', 'numpy', 'datasets'} & sys.modules.keys(), file=sys.stderr)\n"
-    )
-    if command[0] == "-m":
-        command = ["-m", "train"]
-    finished = run_process(["-c", code, *command, "--help"])
-    assert finished.returncode == 0
-    assert "--training.learning_rate" in finished.stdout
-    assert finished.stderr == "set()\n"
+def test_the_first_import_of_torch_runs_without_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    with paused_garbage_collection():
+        assert gc.isenabled(), "torch was imported before"
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "torch")
+        with pytest.raises(ImportError), paused_garbage_collection():
+            assert not gc.isenabled()
+            raise ImportError
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
 
 
 def test_out_of_memory_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:

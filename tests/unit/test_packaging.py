@@ -161,7 +161,7 @@ def test_make_train_launches_the_digits_from_its_own_environment(tmp_path: Path)
     lines = commands.stdout.replace("\\\n", "").splitlines()
     assert any(line == "python3 -m venv .venv" for line in lines)
     launch = " ".join(lines[-1].split())
-    assert launch.startswith(".venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1")
+    assert launch.startswith(".venv/bin/accelerate-launch --quiet --num_processes 1 --num_machines 1")
     assert launch.endswith("train_ddpm.py --config configs/digits_8.yaml --training.seed 1")
 
 

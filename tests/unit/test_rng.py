@@ -1,14 +1,17 @@
 """Every random number of a run is a function of (seed, stream, counters)."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf.rng import (
     NOISE_BLOCK_SIZE,
     derive_seed,
+    normal_by_pair,
     normal_by_position,
     numpy_generator,
     sampling_generators,
@@ -83,6 +86,28 @@ def test_a_row_of_noise_is_the_same_in_every_split_of_the_batch(cuts: tuple[int,
     assert whole.shape == (80, 2, 4, 4)
     assert whole.dtype == torch.float32
     assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_the_noise_of_pairs_is_that_of_their_positions() -> None:
+    """In any order; sorted pairs of one step and one block share a draw."""
+    steps = np.array([3, 3, 3, 3, 3, 8, 8, 3])
+    positions = np.array([0, 31, 30, 32, 33, 32, 500, 1])
+    draws = 0
+
+    class Draws(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal draws
+            draws += func is torch.ops.aten.normal_.default
+            return func(*args, **(kwargs or {}))
+
+    with Draws():
+        noise = normal_by_pair(7, "noise", steps, positions, (2, 3), "cpu")
+    expected = [
+        normal_by_position(7, "noise", step, range(position, position + 1), (2, 3), "cpu")
+        for step, position in zip(steps.tolist(), positions.tolist(), strict=True)
+    ]
+    assert torch.equal(noise, torch.cat(expected))
+    assert draws == 5
 
 
 def test_a_row_of_noise_does_not_depend_on_the_batch_size() -> None:

@@ -28,6 +28,8 @@ class Ranks:
             "world_size": lambda: num_ranks if hasattr(self._local, "rank") else 1,
             "gather_rows": self._gather_rows,
             "on_rank_0": self._on_rank_0,
+            "on_every_rank": lambda function: function(),
+            "broadcast_json": lambda value: self._gather_rows(np.array([value], object))[0],
             "barrier": self._barrier.wait,
         }
         for name, replacement in replacements.items():

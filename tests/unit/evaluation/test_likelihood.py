@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.gaussian import q_sample
+from ddpm_hf.evaluation import likelihood
 from ddpm_hf.evaluation.likelihood import (
     Prediction,
     ReverseProcess,
@@ -123,11 +126,12 @@ def test_training_and_evaluation_agree_on_a_process_of_one_step(kind: str) -> No
     """There is no t = 1 whose variance could replace the one at t = 0; training has the precision of float32."""
     pipeline = gaussian_pipeline(num_train_timesteps=1, trained_betas=[0.3], variance_type=kind)
     process = ReverseProcess(pipeline)
-    step = process.transitions[0]
+    steps = process.steps(process.table(), np.zeros(1, np.int64))
     x_0 = torch.tensor([-1.0, 2 * 100 / 255 - 1, 1.0]).view(1, 1, 1, 3)
     noise = torch.tensor([0.5, -1.0, 0.1]).view(1, 1, 1, 3)
-    x_t = process.q_sample(x_0.double(), noise.double(), step)
-    evaluated = process.term(x_0.double(), x_t, process.predict(x_t, step, None), 0).mean() / math.log(2)
+    x_t = q_sample(x_0.double(), noise.double(), steps.alpha, steps.sigma)
+    term = process.term(x_0.double(), x_t, process.predict(x_t, steps, None), steps, np.array([0]))
+    evaluated = term.mean() / math.log(2)
     trained = DenoisingLoss(pipeline.scheduler, ObjectiveConfig(loss="vlb"))(
         lambda sample, timestep, labels, *, return_dict: pipeline.unet(sample.double(), timestep),
         x_0, noise, torch.zeros(1, dtype=torch.int64),
@@ -176,6 +180,55 @@ def test_the_bound_depends_on_neither_batches_nor_processes(monkeypatch: pytest.
     np.testing.assert_array_equal(joined.counts, [7] * len(SHORT))
 
 
+def sizes_of_batches(pipeline: GaussianDiffusionPipeline) -> list[int]:
+    """Return a list to which each call of the network adds its batch size."""
+    sizes: list[int] = []
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    return sizes
+
+
+@pytest.mark.parametrize(("num_terms", "num_pairs"), [(4, 36), (None, 540)])
+def test_the_network_is_called_with_full_batches(
+    monkeypatch: pytest.MonkeyPatch, num_terms: int | None, num_pairs: int
+) -> None:
+    """Of 60 steps and 9 images, which do not fit the batches, and also with a table of a few images at a time."""
+    bounds = []
+    for images_per_table in (1024, 5):
+        monkeypatch.setattr(likelihood, "_IMAGES_PER_TABLE", images_per_table)
+        pipeline = gaussian_pipeline(num_train_timesteps=60)
+        sizes = sizes_of_batches(pipeline)
+        images = gaussian_images(9)
+        bounds.append(variational_bound(ReverseProcess(pipeline), images, seed=0, num_terms=num_terms, batch_size=16))
+        assert sizes == [16] * (num_pairs // 16) + [num_pairs % 16]
+        assert bounds[-1].counts.sum() == num_pairs
+    np.testing.assert_allclose(bounds[0].totals, bounds[1].totals, rtol=1e-12)
+
+
+def test_the_moments_call_the_network_with_full_batches() -> None:
+    pipeline = gaussian_pipeline(num_train_timesteps=7)
+    sizes = sizes_of_batches(pipeline)
+    estimate_second_moments(pipeline, gaussian_images(9), seed=0, num_images=5, batch_size=16)
+    assert sizes == [16, 16, 3]
+
+
+def test_the_host_reads_the_device_once_in_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 600 pairs in 150 batches: every 64 batches, and the priors of each batch of images."""
+    reads: list[str] = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: reads.append("cpu") or cpu(tensor))
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                reads.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    process = ReverseProcess(gaussian_pipeline(num_train_timesteps=60))
+    with Reads():
+        variational_bound(process, gaussian_images(10), seed=0, batch_size=4)
+    assert reads == ["cpu"] * (3 + 3)
+
+
 @pytest.mark.parametrize(("num_steps", "num_terms"), [(1000, 10), (50, 7), (6, 2), (6, 6)])
 def test_an_estimate_of_a_few_terms_counts_each_term_once_on_average(num_steps: int, num_terms: int) -> None:
     """The mean weight of a term is 1: four standard errors of the mean of 5,000 draws of a weight w with odds 1 / w."""
@@ -215,7 +268,7 @@ def test_a_self_conditioned_network_is_called_with_its_prediction() -> None:
     x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     process = ReverseProcess(pipeline, [500])
     with torch.no_grad():
-        process.predict(x_t, process.transitions[0], None)
+        process.predict(x_t, process.steps(process.table(), np.zeros(2, np.int64)), None)
     first, second = seen
     assert (first[:, 1:] == 0).all()
     assert 0 < second[:, 1:].abs().max() <= 1
@@ -340,11 +393,11 @@ def test_an_analytic_decoder_variance_of_zero_is_a_twentieth_of_a_gray_level() -
     pipeline.scheduler.eps_second_moments = torch.ones(1000)
     pipeline.scheduler.analytic_variance = True
     process = ReverseProcess(pipeline, SHORT)
-    last = len(process) - 1
-    assert pipeline.scheduler.fixed_variance(process.transitions[last]) == 0
+    steps = process.steps(process.table(), np.array([len(process) - 1]))
+    assert pipeline.scheduler.fixed_variance(process.transitions[-1]) == 0
     x_0 = torch.full((1, 1, 1, 2), 2 * 100 / 255 - 1, dtype=torch.float64)
     exact, at_the_edge, outside = (
-        process.term(x_0, x_0, Prediction(x_0 + offset / 127.5, x_0, None), last).mean().item()
+        process.term(x_0, x_0, Prediction(x_0 + offset / 127.5, x_0, None), steps, np.array([0])).mean().item()
         for offset in (0, 0.5, 0.7)
     )
     assert exact == pytest.approx(0, abs=1e-5)

@@ -35,6 +35,7 @@ from ddpm_hf.evaluation.metrics import (
 )
 from tests.conftest import REPOSITORY, run_arguments
 from tests.feature_networks import INCEPTION_SIZE, ChannelStatistics, random_inception_weights
+from tests.unit.evaluation.ranks import Ranks
 
 CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0)
@@ -98,6 +99,22 @@ def test_the_distance_is_that_of_the_images_and_names_its_features(tmp_path: Pat
     assert score.features is not None
     assert score.features.startswith(f"ChannelStatistics of {STATISTICS}, weights sha256 ")
     assert f"torch {torch.__version__}" in score.features
+
+
+def test_processes_share_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 has the metric of one process; each image is seen once, and those in the cache not again."""
+    whole = frechet(tmp_path / "alone").value
+    networks = [open_features(STATISTICS, None, CPU) for _ in range(3)]
+    assert {network.num_features((3, 8, 8)) for network in networks} == {6}
+    ranks = Ranks(monkeypatch, 3)
+    for num_seen in (len(SAMPLES) + len(REFERENCE), len(SAMPLES)):
+        ChannelStatistics.num_images = 0
+        first, *others = ranks.run(
+            lambda rank: measure(tmp_path / "shared", SAMPLES, REFERENCE, networks[rank], "frechet_distance")
+        )
+        assert first[0].value == pytest.approx(whole, rel=1e-6)
+        assert others == [[], []]
+        assert ChannelStatistics.num_images == num_seen
 
 
 def test_batches_and_files_change_nothing(tmp_path: Path) -> None:

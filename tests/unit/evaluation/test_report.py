@@ -1,6 +1,7 @@
 """evaluation.json, nearest images, and the score during training."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,19 +11,21 @@ import torch
 from ddpm_hf.config import EvaluationConfig, RunConfig, TrainingConfig
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.evaluation import features as features_module
+from ddpm_hf.evaluation import metrics
 from ddpm_hf.evaluation.features import Moments, moments_of
 from ddpm_hf.evaluation.generate import Sampler, sample_images
 from ddpm_hf.evaluation.likelihood import ReverseProcess, variational_bound
 from ddpm_hf.evaluation.metrics import Metric, frechet_distance
 from ddpm_hf.evaluation.report import (
+    SmallSampleScorer,
     as_json,
     choose_images,
     nearest_images,
-    small_sample_score,
     table,
 )
 from tests.conftest import tiny_unet
-from tests.feature_networks import pooled
+from tests.feature_networks import ChannelStatistics, pooled
 from tests.unit.evaluation.gaussian_pipeline import gaussian_images, gaussian_pipeline
 
 
@@ -84,7 +87,7 @@ def test_the_score_of_validation_images_is_their_bound() -> None:
     pipeline = gaussian_pipeline()
     pipeline.unet.train()
     config = score_config(score_metric="bits_per_dim", score_num_terms=4)
-    score = small_sample_score(config)(pipeline, None, validation)
+    score = SmallSampleScorer(config)(pipeline, None, validation)
     bound = variational_bound(ReverseProcess(pipeline), choose_images(validation, 6, 7), seed=7, num_terms=4)
     assert score.value == pytest.approx(bound.bits_per_dim, rel=1e-12)
     assert score.standard_error == pytest.approx(bound.standard_error, rel=1e-12)
@@ -100,7 +103,7 @@ def test_the_score_in_features_compares_samples_with_training_images() -> None:
     training, size = gaussian_images(9, (4, 4)), (4, 4)
     config = score_config(score_metric="frechet_distance", score_features="tests.feature_networks:pooled")
     pipeline = gaussian_pipeline(size)
-    score = small_sample_score(config)(pipeline, training, training)
+    score = SmallSampleScorer(config)(pipeline, training, training)
     sampler = Sampler(num_inference_steps=3, eta=config.evaluation.eta)
     samples = sample_images(sampler.prepare(pipeline), sampler, seed=7, indices=range(6), batch_size=100)
 
@@ -118,6 +121,28 @@ def test_the_score_in_features_compares_samples_with_training_images() -> None:
     )
 
 
+def test_later_scores_open_no_network_and_read_the_training_images_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their features stay in memory: the second score opens no file either."""
+    monkeypatch.setattr(features_module, "_default_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(ChannelStatistics, "num_images", 0)
+    opened: list[int] = []
+    opener = metrics.open_features
+    monkeypatch.setattr(metrics, "open_features", lambda *arguments: opened.append(1) or opener(*arguments))
+    training = gaussian_images(9, (4, 4))
+    config = score_config(
+        score_metric="frechet_distance", score_features="tests.feature_networks:ChannelStatistics", score_num_samples=8
+    )
+    scorer, pipeline = SmallSampleScorer(config), gaussian_pipeline((4, 4))
+    scores = [scorer(pipeline, training, training).value]
+    first = ChannelStatistics.num_images
+    monkeypatch.setattr(ImageSet, "take", lambda *_: pytest.fail("the training images were read again"))
+    scores.append(scorer(pipeline, training, training).value)
+    assert scores[0] == scores[1]
+    assert (first, ChannelStatistics.num_images - first, opened) == (9 + 8 + 1, 8, [1])
+
+
 def test_scores_of_other_settings_are_of_another_kind() -> None:
     """Settings that do not affect a score do not change its kind."""
     training = gaussian_images(9, (8, 8))
@@ -128,7 +153,7 @@ def test_scores_of_other_settings_are_of_another_kind() -> None:
     def kind(scheduler: GaussianDiffusionScheduler = scheduler, **changes: Any) -> str:
         pipeline.scheduler = scheduler
         config = score_config(**features | {"num_inference_steps": 1, "score_num_samples": 5} | changes)
-        return small_sample_score(config)(pipeline, training, training).kind
+        return SmallSampleScorer(config)(pipeline, training, training).kind
 
     spaced = GaussianDiffusionScheduler.create(num_train_timesteps=10, timestep_spacing="trailing")
     kinds = [
@@ -148,7 +173,7 @@ def test_bounds_of_other_numbers_of_terms_are_of_another_kind() -> None:
     def kind(**changes: int) -> str:
         config = score_config(**{"score_metric": "bits_per_dim", "score_num_terms": 4} | changes)
         pipeline = gaussian_pipeline(num_train_timesteps=20)
-        return small_sample_score(config)(pipeline, None, gaussian_images(9)).kind
+        return SmallSampleScorer(config)(pipeline, None, gaussian_images(9)).kind
 
     assert kind() == "bits_per_dim, 6 images, 4 terms, seed 7"
     assert len({kind(), kind(score_num_terms=5), kind(score_num_samples=5)}) == 3

@@ -13,6 +13,7 @@ from ddpm_hf.training.optim import (
     arm_found_inf,
     build_optimizer,
     check_finite,
+    clip_grad_norm_,
     learning_rate_at,
     load_optimizer_state,
     optimizer_state,
@@ -245,6 +246,22 @@ def test_only_changed_settings_of_the_group_are_stored() -> None:
     run = optimized("adamw", {}, seed=0)
     step(*run, seed=0)
     assert everything(*run)[1] == {}
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3, float("inf"), float("nan")])
+@pytest.mark.parametrize("max_norm", [1.0, None])
+def test_clipping_is_that_of_torch(factor: float, max_norm: float | None) -> None:
+    """Bit by bit."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES.values()]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter) * factor
+    gradients = [parameter.grad.clone() for parameter in parameters]
+    expected = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+    norm = clip_grad_norm_(gradients, max_norm)
+    assert torch.equal(norm, expected) or norm.isnan()
+    if torch.isfinite(norm):
+        assert all(torch.equal(parameter.grad, each) for parameter, each in zip(parameters, gradients, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------- non-finite

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf.cli.main import train as train_command
 from ddpm_hf.cli.train import make_publisher
@@ -20,7 +22,9 @@ from ddpm_hf.config import ConfigError, ModelConfig, PreviewConfig, RunConfig, T
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.training.checkpoint import CheckpointError, write_manifest
+from ddpm_hf.training.ema import EMA, decay_schedules
 from ddpm_hf.training.loss import DenoisingLoss
+from ddpm_hf.training.meter import LossMeter
 from ddpm_hf.training.trainer import (
     NUM_TIMESTEPS_PER_IMAGE,
     Publisher,
@@ -98,6 +102,16 @@ def test_the_validation_loss_does_not_depend_on_processes_or_batch_size(
     assert found == pytest.approx(measure(images), abs=1e-6)
 
 
+def test_validation_calls_the_network_with_full_batches(images: ImageSet) -> None:
+    """36 pairs of an image and a timestep, which neither 9 images nor 4 timesteps divide into batches of 8."""
+    unet = tiny_unet(10)
+    sizes: list[int] = []
+    unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    loss = DenoisingLoss(GaussianDiffusionScheduler())
+    validation_loss(unet, loss, images, run(), rank=0, num_processes=1, batch_size=8)
+    assert sizes == [8, 8, 8, 8, 4]
+
+
 def test_larger_16_bit_images_are_center_cropped(images: ImageSet) -> None:
     """To 1e-6: 16 bits that were stretched from 8 are the same images to the rounding of float32."""
     deep = np.random.default_rng(1).integers(0, 1 << 16, (30, 1, 12, 10), dtype=np.uint16)
@@ -160,6 +174,52 @@ def test_the_host_reads_nothing_and_an_update_launches_few_operations_between_tw
     assert host_reads == [0] * 3
     # The first update also creates the state of the optimizer, tensor by tensor.
     assert max(launched[1:]) <= {"fp32": 28, "fp16": 38}[precision], launched
+
+
+class CopyCounter(TorchDispatchMode):
+    """Count copies between devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("_to_copy", "copy_"):
+            source = args[1] if func.overloadpacket.__name__ == "copy_" else args[0]
+            if source.device != result.device:
+                self.copies.append(f"{func}: {source.device} -> {result.device}")
+        return result
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_nothing_is_copied_between_host_and_device_in_a_step(tmp_path: Path) -> None:
+    """After the batch. On the meta device, whose values the host cannot read; a fused optimizer does not run there."""
+    changes = EVERYTHING_RANDOM | {"objective__timestep_sampling": "uniform", "training__posthoc_ema": True}
+    config, _ = load_config(run_arguments(tmp_path / "run", **changes))
+    trainer = Trainer(config)
+    trainer.folder.release()
+    trainer._prepare()
+    batches = [
+        dataclasses.replace(
+            batch,
+            use_self_cond=True,
+            **{name: value.to("meta") for name, value in vars(batch).items() if isinstance(value, torch.Tensor)},
+        )
+        for batch in trainer._batches.micro_batches(0)
+    ]
+    assert len(batches) == 2
+    trainer._prefetcher = SimpleNamespace(micro_batches=lambda _: batches)  # type: ignore[assignment]
+    trainer._model = trainer.unet.to("meta")  # type: ignore[arg-type]
+    trainer.parameters = list(trainer.unet.parameters())
+    trainer.ema = EMA(trainer.unet, decay_schedules(config.training))
+    trainer.meter.losses = LossMeter(2, 8, torch.device("meta"))
+    trainer.optimizer = torch.optim.SGD(trainer.parameters)
+    vars(trainer.optimizer).update(_step_supports_amp_scaling=True, step=lambda: None)
+    trainer._train_step(0)  # the scheduler and the EMA copy their tables
+    with CopyCounter() as counter:
+        trainer._train_step(1)
+    assert counter.copies == []
 
 
 # --------------------------------------------------------------------------------------------------------- preview
