@@ -166,12 +166,12 @@ def test_running_out_of_memory_while_compiling_is_not_a_reason_to_train_without(
 
 
 COMPILED = {"training__compile": True, "training__compile_backend": "eager", "training__cpu": True}
-# Validation of 18 images in batches of 4, and a preview of 12 images in blocks of 8.
+# Validation in batches of 2, and a preview of 12 images in blocks of 8.
 MEASURED = {
-    "data__validation_fraction": 0.01,
+    "data__validation_fraction": 0.005,
     "training__num_steps": 2,
     "training__validate_every_steps": 2,
-    "training__micro_batch_size": 4,
+    "training__micro_batch_size": 2,
     "preview__every_steps": 2,
     "preview__num_images": 12,
     "preview__num_inference_steps": 2,
@@ -192,9 +192,9 @@ def test_a_compiled_run_is_the_same_run(
     assert summary["engine"] == "compiled (eager)"
     if changes is MEASURED:  # training, validation and previews each compile one form of input
         assert sorted((form[:2], form[2][0][0]) for form in compiler.forms) == [
-            ((False, False), 4),
+            ((False, False), 2),
             ((False, False), 8),
-            ((True, True), 4),
+            ((True, True), 2),
         ]
 
 
