@@ -35,7 +35,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from pairs import REPOSITORY, Row, Way, environment, gemm_gflops, result_path, rounds, summary, table, write
 
 from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.config import DataConfig, ModelConfig, TrainingConfig, load_config
+from ddpm_hf.config import DataConfig, ModelConfig, load_config
 from ddpm_hf.data import ImageLoader, ImageStream, SampleOrder, open_images, open_sets
 from ddpm_hf.evaluation.likelihood import ReverseProcess, variational_bound
 from ddpm_hf.models import build_unet
@@ -172,8 +172,7 @@ class Ours:
         trainer._progress = Progress(0, config.training.num_steps, is_main_process=False)
         trainer.meter.start(0)
         self._threads = contextlib.ExitStack()
-        if hasattr(trainer, "_prefetcher"):
-            self._threads.enter_context(trainer._prefetcher)
+        self._threads.enter_context(trainer._prefetcher)
         self.unet = trainer.unet
         self.parameters = trainer.parameters
 
@@ -197,8 +196,7 @@ class Ours:
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written."""
-        if hasattr(self.trainer.checkpointer, "join"):
-            self.trainer.checkpointer.join()
+        self.trainer.checkpointer.join()
 
     def close(self) -> None:
         """Release the run folder."""
@@ -295,8 +293,8 @@ class Bench:
             Row(
                 "checkpoint",
                 f"Checkpoint, {small.title}",
-                "Time for which training is blocked. Weights, EMA and optimizer; ours also computes checksums, syncs "
-                "and removes old checkpoints.",
+                "Time for which training is blocked, after the previous checkpoint is written. Weights, EMA and "
+                "optimizer; ours also computes checksums, syncs and removes old checkpoints, in the background.",
                 partial(self.checkpoint, small),
                 8,
                 max_rounds=8,
@@ -456,9 +454,7 @@ class Bench:
             self._ours = run
             return Way(name, run.save, run.wait, run.close)
 
-        ways = [ours(OURS)]
-        if hasattr(TrainingConfig, "async_checkpoint"):
-            ways.append(ours("ddpm_hf, training.async_checkpoint false", training__async_checkpoint="false"))
+        ways = [ours(OURS), ours("ddpm_hf, training.async_checkpoint false", training__async_checkpoint="false")]
         stock = peers.stock_copy(self._ours.unet).train()
         trainer = self._ours.trainer
 

@@ -52,7 +52,7 @@ class Way:
 
     Args:
         name: Its name in the table.
-        run: One call of the work. It returns None, or the seconds that the work took if it measures itself.
+        run: One call of the work.
         prepare: Called before each call, not timed.
         close: Called after the last round.
         settle_seconds: Pause after the calls of a round, for processes that still work.
@@ -70,15 +70,16 @@ class Way:
     seconds: list[float] = field(default_factory=list)
     first_seconds: float = 0.0
 
-    def time(self, count: int) -> float:
-        """Return the mean seconds of a number of calls."""
-        total = 0.0
-        for _ in range(count):
+    def time(self, count: int, max_seconds: float = math.inf) -> float:
+        """Return the mean seconds of a number of calls, or of fewer if they take longer."""
+        total, number = 0.0, 0
+        while number < count and total <= max_seconds:
             self.prepare()
             started = time.perf_counter()
-            measured = self.run()
-            total += measured if isinstance(measured, float) else time.perf_counter() - started
-        return total / count
+            self.run()
+            total += time.perf_counter() - started
+            number += 1
+        return total / number
 
     def start(self, counts_flops: bool) -> None:
         """Make the first call; count matrix products, convolutions and attention in it."""
@@ -158,7 +159,8 @@ def rounds(ways: list[Way], row: Row, seconds: float) -> Iterator[int]:
         gc.collect()
         order = list(zip(ways, counts, strict=True))
         for way, count in order if number % 2 == 0 else reversed(order):
-            way.seconds.append(way.time(count))
+            # A first call that only took a prepared batch says too little about the next ones.
+            way.seconds.append(way.time(count, 2 * row.call_seconds or math.inf))
             time.sleep(way.settle_seconds)
         number += 1
         half_a_round = (time.monotonic() - started) / 2
