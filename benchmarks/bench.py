@@ -8,6 +8,7 @@ them. denoising-diffusion-pytorch is measured if it is installed, ddpm-torch if 
 
 import argparse
 import contextlib
+import ctypes
 import importlib.util
 import io
 import itertools
@@ -37,6 +38,7 @@ from pairs import REPOSITORY, Row, Way, environment, gemm_gflops, result_path, r
 from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.config import DataConfig, ModelConfig, load_config
 from ddpm_hf.data import ImageLoader, ImageStream, SampleOrder, open_images, open_sets
+from ddpm_hf.distributed import keep_freed_memory
 from ddpm_hf.evaluation.likelihood import ReverseProcess, variational_bound
 from ddpm_hf.models import build_unet
 from ddpm_hf.training.logging import Progress
@@ -239,6 +241,8 @@ class Bench:
                 20,
                 images=small.batch,
                 counts_flops=True,
+                call_seconds=1.0,
+                num_warm_calls=1,
             ),
             Row(
                 "scheduler",
@@ -262,6 +266,7 @@ class Bench:
                 "Clip, AdamW and EMA with given gradients.",
                 partial(self.optimizer, small),
                 5,
+                num_warm_calls=1,
             ),
             Row(
                 "sample",
@@ -271,6 +276,7 @@ class Bench:
                 15,
                 images=8,
                 counts_flops=True,
+                num_warm_calls=1,
             ),
             Row(
                 "evaluate",
@@ -370,6 +376,8 @@ class Bench:
                     partial(self.train, small, is_compiled=True),
                     20,
                     images=small.batch,
+                    call_seconds=1.0,
+                    num_warm_calls=1,
                     is_compiled=True,
                 ),
                 Row(
@@ -379,6 +387,7 @@ class Bench:
                     partial(self.sample, small, is_compiled=True),
                     15,
                     images=8,
+                    num_warm_calls=1,
                     is_compiled=True,
                 ),
             ]
@@ -396,20 +405,21 @@ class Bench:
         def ours(name: str, **settings: object) -> Way:
             run = Ours(network, self.new_folder(), **settings)
             self._unet = run.unet
-            return Way(name, run.step, close=run.close)
+            return Way(name, run.step, close=run.close, enter=keep_freed_memory)
 
         compiled = {"training__compile": "true"} if is_compiled else {}
         ways = [ours(OURS, **compiled)]
         batches = list(network.images(4 * network.batch).split(network.batch))
         stock = peers.stock_copy(self._unet).train()
-        ways.append(Way(peers.TRAIN_UNCONDITIONAL, peers.TrainUnconditional(stock, batches).step))
+        ways.append(Way(peers.TRAIN_UNCONDITIONAL, peers.TrainUnconditional(stock, batches).step, enter=stock_memory))
         if is_compiled:
             ways.append(ours("ddpm_hf, not compiled"))
         elif self.has(peers.LUCIDRAINS):
             lucidrains = peers.Lucidrains(network.lucidrains, network.image_shape[1], batches)
-            ways.append(Way(f"{peers.LUCIDRAINS} (its own network)", lucidrains.step))
+            ways.append(Way(f"{peers.LUCIDRAINS} (its own network)", lucidrains.step, enter=stock_memory))
         if not is_compiled and self.has(peers.DDPM_TORCH):
-            ways.append(Way(peers.DDPM_TORCH, peers.DdpmTorch(network.ddpm_torch, batches).step))
+            ddpm_torch = peers.DdpmTorch(network.ddpm_torch, batches)
+            ways.append(Way(peers.DDPM_TORCH, ddpm_torch.step, enter=stock_memory))
         return [*ways, ours(CONTROL, **compiled)]
 
     def optimizer(self, network: Network) -> list[Way]:
@@ -424,7 +434,9 @@ class Bench:
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
 
-            return Way(name, trained.update, prepare, getattr(trained, "close", lambda: None))
+            is_ours = isinstance(trained, Ours)
+            close, enter = (trained.close, keep_freed_memory) if is_ours else (lambda: None, stock_memory)
+            return Way(name, trained.update, prepare, close, enter)
 
         first, again = (Ours(network, self.new_folder()) for _ in range(2))
         stock = peers.stock_copy(first.unet).train()
@@ -452,7 +464,7 @@ class Bench:
             run = Ours(network, self.new_folder(), **settings)
             run.step()
             self._ours = run
-            return Way(name, run.save, run.wait, run.close)
+            return Way(name, run.save, run.wait, run.close, keep_freed_memory)
 
         ways = [ours(OURS), ours("ddpm_hf, training.async_checkpoint false", training__async_checkpoint="false")]
         stock = peers.stock_copy(self._ours.unet).train()
@@ -492,23 +504,24 @@ class Bench:
         num_steps = self.num_sampling_steps
         unet = network.build().eval()
 
-        def of(name: str, pipeline: Any, **options: Any) -> Way:
+        def of(name: str, pipeline: Any, enter: Callable[[], None] = stock_memory, **options: Any) -> Way:
             pipeline.set_progress_bar_config(disable=True)
             generator = torch.Generator().manual_seed(0)
             options |= {"batch_size": 8, "num_inference_steps": num_steps, "output_type": "np"}
-            return Way(name, lambda: pipeline(generator=generator, **options))
+            return Way(name, lambda: pipeline(generator=generator, **options), enter=enter)
 
-        def ours(name: str, compiles: bool) -> Way:
+        def ours(name: str, compiles: bool, enter: Callable[[], None] = stock_memory) -> Way:
             pipeline = GaussianDiffusionPipeline(
                 network.build().eval(), GaussianDiffusionScheduler.create(variance_type="fixed_small")
             )
             if compiles:
                 pipeline.compile()
-            return of(name, pipeline, eta=1.0)
+            return of(name, pipeline, enter, eta=1.0)
 
         ways = [
             ours(OURS, is_compiled),
             of("DDPMPipeline", DDPMPipeline(peers.stock_copy(unet), DDPMScheduler())),
+            ours("ddpm_hf, keeps freed memory as ddpm-hf sample does", is_compiled, keep_freed_memory),
         ]
         if is_compiled:
             ways.append(ours("ddpm_hf, not compiled", False))
@@ -521,11 +534,11 @@ class Bench:
                 with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
                     lucidrains.sample(8)
 
-            ways.append(Way(f"{peers.LUCIDRAINS} (its own network)", run))
+            ways.append(Way(f"{peers.LUCIDRAINS} (its own network)", run, enter=stock_memory))
         if not is_compiled and self.has(peers.DDPM_TORCH):
             ddpm_torch = peers.DdpmTorch(network.ddpm_torch, [network.images(1)], num_steps)
             ddpm_torch.unet.eval()
-            ways.append(Way(peers.DDPM_TORCH, partial(ddpm_torch.sample, 8)))
+            ways.append(Way(peers.DDPM_TORCH, partial(ddpm_torch.sample, 8), enter=stock_memory))
         return [*ways, ours(CONTROL, is_compiled)]
 
     def scheduler(self, shape: tuple[int, ...]) -> list[Way]:
@@ -569,7 +582,7 @@ class Bench:
             with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
                 variational_bound(process, images, seed=0, num_terms=num_terms)
 
-        return Way(name, run)
+        return Way(name, run, enter=keep_freed_memory)
 
     def evaluate(self, network: Network) -> list[Way]:
         """Bits per dimension from some terms, and the network alone as 0.1 called it: one timestep at a time."""
@@ -586,7 +599,11 @@ class Bench:
 
         return [
             self.bound(OURS, network, path, 1000, num_terms),
-            Way("the network alone, one timestep per call (as ddpm_hf 0.1)", one_timestep_at_a_time),
+            Way(
+                "the network alone, one timestep per call (as ddpm_hf 0.1)",
+                one_timestep_at_a_time,
+                enter=stock_memory,
+            ),
             self.bound(CONTROL, network, path, 1000, num_terms),
         ]
 
@@ -598,7 +615,7 @@ class Bench:
             images = network.images(self.num_evaluated)
             ddpm_torch = peers.DdpmTorch(network.ddpm_torch, [images], num_timesteps)
             ddpm_torch.unet.eval()
-            ways.append(Way(peers.DDPM_TORCH, partial(ddpm_torch.bits_per_dim, images)))
+            ways.append(Way(peers.DDPM_TORCH, partial(ddpm_torch.bits_per_dim, images), enter=stock_memory))
         return [*ways, self.bound(CONTROL, network, path, num_timesteps, None)]
 
     # ---------------------------------------------------------------------------------------------------------- data
@@ -724,6 +741,17 @@ class Bench:
                 time.sleep(0.01)
 
         return [Way(OURS, start, stop, stop), Way(CONTROL, start, stop, stop)]
+
+
+def stock_memory() -> None:
+    """Undo `keep_freed_memory`: the largest thresholds that glibc chooses by itself.
+
+    Training and evaluation with ddpm_hf keep freed memory, which is a setting of the process and would help the peers.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if sys.platform == "linux" and mallopt is not None:
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 64 * 2**20)  # M_TRIM_THRESHOLD
 
 
 def make_images(path: Path, size: int, count: int) -> Path:

@@ -22,7 +22,8 @@ All ways to do the same work are timed in interleaved rounds of alternating orde
 is the median over the rounds, with quartiles, of the time of a way divided by the time of ddpm_hf in the same round:
 above 1, ddpm_hf is faster. The control is ddpm_hf against a second ddpm_hf. The result is "within the noise" unless the
 quartiles of a ratio lie outside the quartiles of the control, taken in both directions. FLOP counts are those of matrix
-products, convolutions and attention."""
+products, convolutions and attention. Training and evaluation with ddpm_hf keep freed memory, a setting of the process;
+it is undone while a peer is timed."""
 NO_GPU = "**Status: no GPU has been measured yet.**"
 UNMEASURED = "No CPU has been measured either since these rows were defined."
 
