@@ -3,7 +3,8 @@
 Everything is timed in one process, in interleaved rounds, with a control of ours against ours (pairs.py). The peers
 (peers.py) have the same network, batch and precision. Results are written to benchmarks/results/bench_<CPU>.json after
 each round, so a run that is cut off keeps what it has; `python docs/make_performance.py` makes docs/performance.md of
-them. denoising-diffusion-pytorch is measured if it is installed, ddpm-torch if DDPM_HF_DDPM_TORCH names a checkout.
+them. A run of some rows writes outputs/bench.json instead. denoising-diffusion-pytorch is measured if it is installed,
+ddpm-torch if DDPM_HF_DDPM_TORCH names a checkout.
 """
 
 import argparse
@@ -48,6 +49,8 @@ from ddpm_hf.training.trainer import Trainer
 CPU = torch.device("cpu")
 OURS = "ddpm_hf"
 CONTROL = "ddpm_hf, again (control)"
+COMPILED_SECONDS = 60.0
+"""Time for the rounds of a row with compile, outside of the time budget and after compiling."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,9 @@ class Ours:
         config, _ = load_config([part for flag in flags for part in flag])
         self.trainer = trainer = Trainer(config)
         trainer.checkpointer.resume()
-        trainer._prepare()
+        started = time.perf_counter()
+        trainer._prepare()  # compiles
+        self.prepare_seconds = time.perf_counter() - started
         trainer._progress = Progress(0, config.training.num_steps, is_main_process=False)
         trainer.meter.start(0)
         self._threads = contextlib.ExitStack()
@@ -374,7 +379,7 @@ class Bench:
                     f"Training step with compile, {small.title}",
                     f"training.compile true; batch {small.batch}, fp32. The peers are not compiled.",
                     partial(self.train, small, is_compiled=True),
-                    20,
+                    0,
                     images=small.batch,
                     call_seconds=1.0,
                     num_warm_calls=1,
@@ -385,7 +390,7 @@ class Bench:
                     f"Sampling with compile, {small.title}",
                     "pipeline.compile(). " + sampled,
                     partial(self.sample, small, is_compiled=True),
-                    15,
+                    0,
                     images=8,
                     num_warm_calls=1,
                     is_compiled=True,
@@ -405,7 +410,9 @@ class Bench:
         def ours(name: str, **settings: object) -> Way:
             run = Ours(network, self.new_folder(), **settings)
             self._unet = run.unet
-            return Way(name, run.step, close=run.close, enter=keep_freed_memory)
+            way = Way(name, run.step, close=run.close, enter=keep_freed_memory)
+            way.first_seconds = run.prepare_seconds
+            return way
 
         compiled = {"training__compile": "true"} if is_compiled else {}
         ways = [ours(OURS, **compiled)]
@@ -844,15 +851,16 @@ def measure(arguments: argparse.Namespace, folder: Path, stop_at: float, path: P
     content["gemm_gflops"]["fp32"] = gemm_gflops(torch.float32, size, gemm_seconds)
     while rows:
         row, remaining = rows.pop(0), stop_at - time.monotonic()
-        if remaining <= 0 and not arguments.quick:
+        if remaining <= 0 and not (arguments.quick or row.is_compiled):
             content["missing"][row.title] = f"not measured: no time was left of {arguments.budget_seconds:g} s"
             continue
-        until = time.monotonic() + remaining * row.weight / (row.weight + sum(other.weight for other in rows))
+        weights = row.weight + sum(other.weight for other in rows)
+        until = time.monotonic() + (remaining * row.weight / weights if weights else COMPILED_SECONDS)
         row.max_rounds, row.call_seconds = (2, 0.0) if arguments.quick else (row.max_rounds, row.call_seconds)
         ways = row.build()
         try:
             content["rows"].append({})
-            for _ in rounds(ways, row, until - time.monotonic()):
+            for _ in rounds(ways, row, COMPILED_SECONDS if row.is_compiled else until - time.monotonic()):
                 content["rows"][-1] = summary(row, ways)
                 content["seconds"] = round(time.monotonic() - started, 1)
                 write(path, content)
@@ -876,16 +884,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="names of rows, such as train sample")
     parser.add_argument("--quick", action="store_true", help="two rounds of tiny networks: shows that it runs")
-    parser.add_argument("--compile", action="store_true", help="also compiled; compiling takes minutes")
+    parser.add_argument("--compile", action="store_true", help="also compiled; takes minutes more")
     parser.add_argument("--budget_seconds", type=float, default=780.0, help="time to spend; default 13 minutes")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument("--threads", type=int, default=cores, help="threads of torch; default one per core")
-    parser.add_argument("--output", type=Path, help="file of results; default benchmarks/results/bench_<CPU>.json")
+    parser.add_argument("--output", type=Path, help="file of results")
     arguments = parser.parse_args()
     stop_at = time.monotonic() + arguments.budget_seconds
     torch.set_num_threads(arguments.threads)
     device = device_name(CPU)
-    path = arguments.output or result_path(device)
+    is_whole = not (arguments.quick or arguments.only)
+    path = arguments.output or (result_path(device) if is_whole else Path("outputs/bench.json"))
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # after ending the processes that it started
     try:
         with tempfile.TemporaryDirectory() as folder:

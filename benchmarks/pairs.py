@@ -59,7 +59,8 @@ class Way:
         settle_seconds: Pause after the calls of a round, for processes that still work.
         flops: Floating point operations of a call; 0 if they were not counted.
         seconds: Seconds of a call, one value per round.
-        first_seconds: Seconds of the first call, which compiles and allocates; not part of `seconds`.
+        first_seconds: Seconds of the first call, which allocates and may compile, and of compiling before it; not part
+            of `seconds`.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Way:
         """Make the first call; count matrix products, convolutions and attention in it."""
         counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) if counts_flops else nullcontext()
         with counter:
-            self.first_seconds = self.time(1)
+            self.first_seconds += self.time(1)
         if isinstance(counter, FlopCounterMode):
             self.flops = float(counter.get_total_flops())
 

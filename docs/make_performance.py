@@ -13,9 +13,9 @@ Written by `docs/make_performance.py` from the results of `make bench`, which ti
 process on one CPU:
 
 ```sh
-make bench                           # under 15 minutes
-make bench ARGS="--only train sample"
-make bench ARGS="--compile"          # also compiled; compiling takes minutes more
+make bench                             # under 15 minutes
+make bench ARGS="--compile"            # also compiled, which takes minutes more
+make bench ARGS="--only train sample"  # some rows; their results are in outputs/bench.json
 ```
 
 All ways to do the same work are timed in interleaved rounds of alternating order. A number such as 1.20 (1.15 to 1.24)
