@@ -3,11 +3,13 @@
 Everything is timed in one process, in interleaved rounds, with a control of ours against ours (pairs.py). The peers
 (peers.py) have the same network, batch and precision. Results are written to benchmarks/results/bench_<CPU>.json after
 each round, so a run that is cut off keeps what it has; `python docs/make_performance.py` makes docs/performance.md of
-them. denoising-diffusion-pytorch is measured if it is installed, ddpm-torch if DDPM_HF_DDPM_TORCH names a checkout.
+them. A run of some rows writes outputs/bench.json instead. denoising-diffusion-pytorch is measured if it is installed,
+ddpm-torch if DDPM_HF_DDPM_TORCH names a checkout.
 """
 
 import argparse
 import contextlib
+import ctypes
 import importlib.util
 import io
 import itertools
@@ -35,8 +37,9 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from pairs import REPOSITORY, Row, Way, environment, gemm_gflops, result_path, rounds, summary, table, write
 
 from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.config import DataConfig, ModelConfig, TrainingConfig, load_config
+from ddpm_hf.config import DataConfig, ModelConfig, load_config
 from ddpm_hf.data import ImageLoader, ImageStream, SampleOrder, open_images, open_sets
+from ddpm_hf.distributed import keep_freed_memory
 from ddpm_hf.evaluation.likelihood import ReverseProcess, variational_bound
 from ddpm_hf.models import build_unet
 from ddpm_hf.training.logging import Progress
@@ -46,6 +49,8 @@ from ddpm_hf.training.trainer import Trainer
 CPU = torch.device("cpu")
 OURS = "ddpm_hf"
 CONTROL = "ddpm_hf, again (control)"
+COMPILED_SECONDS = 60.0
+"""Time for the rounds of a row with compile, outside of the time budget and after compiling."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +173,13 @@ class Ours:
         config, _ = load_config([part for flag in flags for part in flag])
         self.trainer = trainer = Trainer(config)
         trainer.checkpointer.resume()
-        trainer._prepare()
+        started = time.perf_counter()
+        trainer._prepare()  # compiles
+        self.prepare_seconds = time.perf_counter() - started
         trainer._progress = Progress(0, config.training.num_steps, is_main_process=False)
         trainer.meter.start(0)
         self._threads = contextlib.ExitStack()
-        if hasattr(trainer, "_prefetcher"):
-            self._threads.enter_context(trainer._prefetcher)
+        self._threads.enter_context(trainer._prefetcher)
         self.unet = trainer.unet
         self.parameters = trainer.parameters
 
@@ -197,8 +203,7 @@ class Ours:
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written."""
-        if hasattr(self.trainer.checkpointer, "join"):
-            self.trainer.checkpointer.join()
+        self.trainer.checkpointer.join()
 
     def close(self) -> None:
         """Release the run folder."""
@@ -241,6 +246,8 @@ class Bench:
                 20,
                 images=small.batch,
                 counts_flops=True,
+                call_seconds=1.0,
+                num_warm_calls=1,
             ),
             Row(
                 "scheduler",
@@ -264,6 +271,7 @@ class Bench:
                 "Clip, AdamW and EMA with given gradients.",
                 partial(self.optimizer, small),
                 5,
+                num_warm_calls=1,
             ),
             Row(
                 "sample",
@@ -273,6 +281,7 @@ class Bench:
                 15,
                 images=8,
                 counts_flops=True,
+                num_warm_calls=1,
             ),
             Row(
                 "evaluate",
@@ -295,8 +304,8 @@ class Bench:
             Row(
                 "checkpoint",
                 f"Checkpoint, {small.title}",
-                "Time for which training is blocked. Weights, EMA and optimizer; ours also computes checksums, syncs "
-                "and removes old checkpoints.",
+                "Time for which training is blocked, after the previous checkpoint is written. Weights, EMA and "
+                "optimizer; ours also computes checksums, syncs and removes old checkpoints, in the background.",
                 partial(self.checkpoint, small),
                 8,
                 max_rounds=8,
@@ -370,8 +379,10 @@ class Bench:
                     f"Training step with compile, {small.title}",
                     f"training.compile true; batch {small.batch}, fp32. The peers are not compiled.",
                     partial(self.train, small, is_compiled=True),
-                    20,
+                    0,
                     images=small.batch,
+                    call_seconds=1.0,
+                    num_warm_calls=1,
                     is_compiled=True,
                 ),
                 Row(
@@ -379,8 +390,9 @@ class Bench:
                     f"Sampling with compile, {small.title}",
                     "pipeline.compile(). " + sampled,
                     partial(self.sample, small, is_compiled=True),
-                    15,
+                    0,
                     images=8,
+                    num_warm_calls=1,
                     is_compiled=True,
                 ),
             ]
@@ -398,20 +410,23 @@ class Bench:
         def ours(name: str, **settings: object) -> Way:
             run = Ours(network, self.new_folder(), **settings)
             self._unet = run.unet
-            return Way(name, run.step, close=run.close)
+            way = Way(name, run.step, close=run.close, enter=keep_freed_memory)
+            way.first_seconds = run.prepare_seconds
+            return way
 
         compiled = {"training__compile": "true"} if is_compiled else {}
         ways = [ours(OURS, **compiled)]
         batches = list(network.images(4 * network.batch).split(network.batch))
         stock = peers.stock_copy(self._unet).train()
-        ways.append(Way(peers.TRAIN_UNCONDITIONAL, peers.TrainUnconditional(stock, batches).step))
+        ways.append(Way(peers.TRAIN_UNCONDITIONAL, peers.TrainUnconditional(stock, batches).step, enter=stock_memory))
         if is_compiled:
             ways.append(ours("ddpm_hf, not compiled"))
         elif self.has(peers.LUCIDRAINS):
             lucidrains = peers.Lucidrains(network.lucidrains, network.image_shape[1], batches)
-            ways.append(Way(f"{peers.LUCIDRAINS} (its own network)", lucidrains.step))
+            ways.append(Way(f"{peers.LUCIDRAINS} (its own network)", lucidrains.step, enter=stock_memory))
         if not is_compiled and self.has(peers.DDPM_TORCH):
-            ways.append(Way(peers.DDPM_TORCH, peers.DdpmTorch(network.ddpm_torch, batches).step))
+            ddpm_torch = peers.DdpmTorch(network.ddpm_torch, batches)
+            ways.append(Way(peers.DDPM_TORCH, ddpm_torch.step, enter=stock_memory))
         return [*ways, ours(CONTROL, **compiled)]
 
     def optimizer(self, network: Network) -> list[Way]:
@@ -426,7 +441,9 @@ class Bench:
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
 
-            return Way(name, trained.update, prepare, getattr(trained, "close", lambda: None))
+            is_ours = isinstance(trained, Ours)
+            close, enter = (trained.close, keep_freed_memory) if is_ours else (lambda: None, stock_memory)
+            return Way(name, trained.update, prepare, close, enter)
 
         first, again = (Ours(network, self.new_folder()) for _ in range(2))
         stock = peers.stock_copy(first.unet).train()
@@ -454,11 +471,9 @@ class Bench:
             run = Ours(network, self.new_folder(), **settings)
             run.step()
             self._ours = run
-            return Way(name, run.save, run.wait, run.close)
+            return Way(name, run.save, run.wait, run.close, keep_freed_memory)
 
-        ways = [ours(OURS)]
-        if hasattr(TrainingConfig, "async_checkpoint"):
-            ways.append(ours("ddpm_hf, training.async_checkpoint false", training__async_checkpoint="false"))
+        ways = [ours(OURS), ours("ddpm_hf, training.async_checkpoint false", training__async_checkpoint="false")]
         stock = peers.stock_copy(self._ours.unet).train()
         trainer = self._ours.trainer
 
@@ -496,23 +511,24 @@ class Bench:
         num_steps = self.num_sampling_steps
         unet = network.build().eval()
 
-        def of(name: str, pipeline: Any, **options: Any) -> Way:
+        def of(name: str, pipeline: Any, enter: Callable[[], None] = stock_memory, **options: Any) -> Way:
             pipeline.set_progress_bar_config(disable=True)
             generator = torch.Generator().manual_seed(0)
             options |= {"batch_size": 8, "num_inference_steps": num_steps, "output_type": "np"}
-            return Way(name, lambda: pipeline(generator=generator, **options))
+            return Way(name, lambda: pipeline(generator=generator, **options), enter=enter)
 
-        def ours(name: str, compiles: bool) -> Way:
+        def ours(name: str, compiles: bool, enter: Callable[[], None] = stock_memory) -> Way:
             pipeline = GaussianDiffusionPipeline(
                 network.build().eval(), GaussianDiffusionScheduler.create(variance_type="fixed_small")
             )
             if compiles:
                 pipeline.compile()
-            return of(name, pipeline, eta=1.0)
+            return of(name, pipeline, enter, eta=1.0)
 
         ways = [
             ours(OURS, is_compiled),
             of("DDPMPipeline", DDPMPipeline(peers.stock_copy(unet), DDPMScheduler())),
+            ours("ddpm_hf, keeps freed memory as ddpm-hf sample does", is_compiled, keep_freed_memory),
         ]
         if is_compiled:
             ways.append(ours("ddpm_hf, not compiled", False))
@@ -525,11 +541,11 @@ class Bench:
                 with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
                     lucidrains.sample(8)
 
-            ways.append(Way(f"{peers.LUCIDRAINS} (its own network)", run))
+            ways.append(Way(f"{peers.LUCIDRAINS} (its own network)", run, enter=stock_memory))
         if not is_compiled and self.has(peers.DDPM_TORCH):
             ddpm_torch = peers.DdpmTorch(network.ddpm_torch, [network.images(1)], num_steps)
             ddpm_torch.unet.eval()
-            ways.append(Way(peers.DDPM_TORCH, partial(ddpm_torch.sample, 8)))
+            ways.append(Way(peers.DDPM_TORCH, partial(ddpm_torch.sample, 8), enter=stock_memory))
         return [*ways, ours(CONTROL, is_compiled)]
 
     def scheduler(self, shape: tuple[int, ...]) -> list[Way]:
@@ -573,7 +589,7 @@ class Bench:
             with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
                 variational_bound(process, images, seed=0, num_terms=num_terms)
 
-        return Way(name, run)
+        return Way(name, run, enter=keep_freed_memory)
 
     def evaluate(self, network: Network) -> list[Way]:
         """Bits per dimension from some terms, and the network alone as 0.1 called it: one timestep at a time."""
@@ -590,7 +606,11 @@ class Bench:
 
         return [
             self.bound(OURS, network, path, 1000, num_terms),
-            Way("the network alone, one timestep per call (as ddpm_hf 0.1)", one_timestep_at_a_time),
+            Way(
+                "the network alone, one timestep per call (as ddpm_hf 0.1)",
+                one_timestep_at_a_time,
+                enter=stock_memory,
+            ),
             self.bound(CONTROL, network, path, 1000, num_terms),
         ]
 
@@ -602,7 +622,7 @@ class Bench:
             images = network.images(self.num_evaluated)
             ddpm_torch = peers.DdpmTorch(network.ddpm_torch, [images], num_timesteps)
             ddpm_torch.unet.eval()
-            ways.append(Way(peers.DDPM_TORCH, partial(ddpm_torch.bits_per_dim, images)))
+            ways.append(Way(peers.DDPM_TORCH, partial(ddpm_torch.bits_per_dim, images), enter=stock_memory))
         return [*ways, self.bound(CONTROL, network, path, num_timesteps, None)]
 
     # ---------------------------------------------------------------------------------------------------------- data
@@ -730,6 +750,17 @@ class Bench:
         return [Way(OURS, start, stop, stop), Way(CONTROL, start, stop, stop)]
 
 
+def stock_memory() -> None:
+    """Undo `keep_freed_memory`: the largest thresholds that glibc chooses by itself.
+
+    Training and evaluation with ddpm_hf keep freed memory, which is a setting of the process and would help the peers.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if sys.platform == "linux" and mallopt is not None:
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 64 * 2**20)  # M_TRIM_THRESHOLD
+
+
 def make_images(path: Path, size: int, count: int) -> Path:
     """Write a parquet file of synthetic images: PNG at 32x32, JPEG above."""
     import datasets
@@ -820,15 +851,16 @@ def measure(arguments: argparse.Namespace, folder: Path, stop_at: float, path: P
     content["gemm_gflops"]["fp32"] = gemm_gflops(torch.float32, size, gemm_seconds)
     while rows:
         row, remaining = rows.pop(0), stop_at - time.monotonic()
-        if remaining <= 0 and not arguments.quick:
+        if remaining <= 0 and not (arguments.quick or row.is_compiled):
             content["missing"][row.title] = f"not measured: no time was left of {arguments.budget_seconds:g} s"
             continue
-        until = time.monotonic() + remaining * row.weight / (row.weight + sum(other.weight for other in rows))
+        weights = row.weight + sum(other.weight for other in rows)
+        until = time.monotonic() + (remaining * row.weight / weights if weights else COMPILED_SECONDS)
         row.max_rounds, row.call_seconds = (2, 0.0) if arguments.quick else (row.max_rounds, row.call_seconds)
         ways = row.build()
         try:
             content["rows"].append({})
-            for _ in rounds(ways, row, until - time.monotonic()):
+            for _ in rounds(ways, row, COMPILED_SECONDS if row.is_compiled else until - time.monotonic()):
                 content["rows"][-1] = summary(row, ways)
                 content["seconds"] = round(time.monotonic() - started, 1)
                 write(path, content)
@@ -852,16 +884,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="names of rows, such as train sample")
     parser.add_argument("--quick", action="store_true", help="two rounds of tiny networks: shows that it runs")
-    parser.add_argument("--compile", action="store_true", help="also compiled; compiling takes minutes")
+    parser.add_argument("--compile", action="store_true", help="also compiled; takes minutes more")
     parser.add_argument("--budget_seconds", type=float, default=780.0, help="time to spend; default 13 minutes")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument("--threads", type=int, default=cores, help="threads of torch; default one per core")
-    parser.add_argument("--output", type=Path, help="file of results; default benchmarks/results/bench_<CPU>.json")
+    parser.add_argument("--output", type=Path, help="file of results")
     arguments = parser.parse_args()
     stop_at = time.monotonic() + arguments.budget_seconds
     torch.set_num_threads(arguments.threads)
     device = device_name(CPU)
-    path = arguments.output or result_path(device)
+    is_whole = not (arguments.quick or arguments.only)
+    path = arguments.output or (result_path(device) if is_whole else Path("outputs/bench.json"))
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # after ending the processes that it started
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -52,39 +52,43 @@ class Way:
 
     Args:
         name: Its name in the table.
-        run: One call of the work. It returns None, or the seconds that the work took if it measures itself.
+        run: One call of the work.
         prepare: Called before each call, not timed.
+        enter: Called before the calls of a round, not timed; for settings of the whole process.
         close: Called after the last round.
         settle_seconds: Pause after the calls of a round, for processes that still work.
         flops: Floating point operations of a call; 0 if they were not counted.
         seconds: Seconds of a call, one value per round.
-        first_seconds: Seconds of the first call, which compiles and allocates; not part of `seconds`.
+        first_seconds: Seconds of the first call, which allocates and may compile, and of compiling before it; not part
+            of `seconds`.
     """
 
     name: str
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
     close: Callable[[], object] = lambda: None
+    enter: Callable[[], object] = lambda: None
     settle_seconds: float = 0.0
     flops: float = 0.0
     seconds: list[float] = field(default_factory=list)
     first_seconds: float = 0.0
 
-    def time(self, count: int) -> float:
-        """Return the mean seconds of a number of calls."""
-        total = 0.0
-        for _ in range(count):
+    def time(self, count: int, max_seconds: float = math.inf) -> float:
+        """Return the mean seconds of a number of calls, or of fewer if they take longer."""
+        total, number = 0.0, 0
+        while number < count and total <= max_seconds:
             self.prepare()
             started = time.perf_counter()
-            measured = self.run()
-            total += measured if isinstance(measured, float) else time.perf_counter() - started
-        return total / count
+            self.run()
+            total += time.perf_counter() - started
+            number += 1
+        return total / max(1, number)
 
     def start(self, counts_flops: bool) -> None:
         """Make the first call; count matrix products, convolutions and attention in it."""
         counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) if counts_flops else nullcontext()
         with counter:
-            self.first_seconds = self.time(1)
+            self.first_seconds += self.time(1)
         if isinstance(counter, FlopCounterMode):
             self.flops = float(counter.get_total_flops())
 
@@ -103,6 +107,7 @@ class Row:
         counts_flops: Whether to count floating point operations.
         max_rounds: Rounds, if the time suffices.
         call_seconds: A way is called as often in a round as fits into this time, at least once; 0 for once.
+        num_warm_calls: Calls before the timed ones in every round.
         is_compiled: Whether the first call of ours compiles.
     """
 
@@ -115,6 +120,7 @@ class Row:
     counts_flops: bool = False
     max_rounds: int = 12
     call_seconds: float = 0.3
+    num_warm_calls: int = 0
     is_compiled: bool = False
 
 
@@ -149,6 +155,7 @@ def rounds(ways: list[Way], row: Row, seconds: float) -> Iterator[int]:
     stop_at = time.monotonic() + seconds
     counts = []
     for way in ways:
+        way.enter()
         way.start(row.counts_flops)
         seconds_of_call = way.time(1) if row.call_seconds else math.inf
         counts.append(max(1, min(10_000, round(row.call_seconds / seconds_of_call))))
@@ -158,7 +165,10 @@ def rounds(ways: list[Way], row: Row, seconds: float) -> Iterator[int]:
         gc.collect()
         order = list(zip(ways, counts, strict=True))
         for way, count in order if number % 2 == 0 else reversed(order):
-            way.seconds.append(way.time(count))
+            way.enter()
+            way.time(row.num_warm_calls)
+            # A first call that only took a prepared batch says too little about the next ones.
+            way.seconds.append(way.time(count, 2 * row.call_seconds or math.inf))
             time.sleep(way.settle_seconds)
         number += 1
         half_a_round = (time.monotonic() - started) / 2

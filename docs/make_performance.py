@@ -13,16 +13,17 @@ Written by `docs/make_performance.py` from the results of `make bench`, which ti
 process on one CPU:
 
 ```sh
-make bench                           # under 15 minutes
-make bench ARGS="--only train sample"
-make bench ARGS="--compile"          # also compiled; compiling takes minutes more
+make bench                             # under 15 minutes
+make bench ARGS="--compile"            # also compiled, which takes minutes more
+make bench ARGS="--only train sample"  # some rows; their results are in outputs/bench.json
 ```
 
 All ways to do the same work are timed in interleaved rounds of alternating order. A number such as 1.20 (1.15 to 1.24)
 is the median over the rounds, with quartiles, of the time of a way divided by the time of ddpm_hf in the same round:
 above 1, ddpm_hf is faster. The control is ddpm_hf against a second ddpm_hf. The result is "within the noise" unless the
 quartiles of a ratio lie outside the quartiles of the control, taken in both directions. FLOP counts are those of matrix
-products, convolutions and attention."""
+products, convolutions and attention. Training and evaluation with ddpm_hf keep freed memory, a setting of the process;
+it is undone while a peer is timed."""
 NO_GPU = "**Status: no GPU has been measured yet.**"
 UNMEASURED = "No CPU has been measured either since these rows were defined."
 

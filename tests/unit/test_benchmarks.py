@@ -89,11 +89,15 @@ def test_ratios_are_taken_within_each_round(pairs: Any) -> None:
 
 
 def test_the_order_is_reversed_in_every_other_round(pairs: Any) -> None:
+    """A small letter is the setting of the process that a way has for its own calls."""
     called: list[str] = []
-    ways = [pairs.Way(name, lambda name=name: called.append(name)) for name in "ABC"]
+    ways = [
+        pairs.Way(name, lambda name=name: called.append(name), enter=lambda name=name: called.append(name.lower()))
+        for name in "ABC"
+    ]
     row = pairs.Row("row", "Row", "", lambda: ways, 1.0, max_rounds=3, call_seconds=0.0)
     assert list(pairs.rounds(ways, row, seconds=60)) == [1, 2, 3]
-    assert "".join(called) == "ABC" + "ABCCBAABC"  # the first calls are not timed
+    assert "".join(called) == "aAbBcC" + "aAbBcCcCbBaAaAbBcC"  # the first calls are not timed
     assert [len(way.seconds) for way in ways] == [3, 3, 3]
 
 

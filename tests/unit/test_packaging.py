@@ -149,7 +149,7 @@ def test_make_help_names_every_target() -> None:
     text = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     targets = re.search(r"^\.PHONY: (.*)$", text, re.M)
     assert targets is not None
-    assert targets[1].split() == ["help", "train", "test", "lint", "types", "test-slow", "clean"]
+    assert targets[1].split() == ["help", "train", "test", "bench", "lint", "types", "test-slow", "clean"]
     # The help is read from the Makefile in the current directory.
     assert re.findall(r"make ([a-z-]+)", make("help").stdout) == targets[1].split()
 
