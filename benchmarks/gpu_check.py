@@ -111,7 +111,7 @@ def check_resume(context: Context, precision: str) -> str:
     return f"bit-identical; scaler {states[0]['scaler']}"
 
 
-def check_scheduler_synchronisation(context: Context) -> str:
+def check_scheduler_synchronization(context: Context) -> str:
     """A scheduler step reads nothing from the device."""
     from ddpm_hf import GaussianDiffusionScheduler
 
@@ -137,7 +137,7 @@ def check_scheduler_synchronisation(context: Context) -> str:
     return f"{checked} combinations of prediction type and eta"
 
 
-def check_sampling_synchronisation(context: Context) -> str:
+def check_sampling_synchronization(context: Context) -> str:
     """The sampling loop reads nothing from the device between the first and the last step."""
     from diffusers import UNet2DModel
 
@@ -163,6 +163,36 @@ def check_sampling_synchronisation(context: Context) -> str:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return "18 of 20 steps watched"
+
+
+def check_training_synchronization(context: Context) -> str:
+    """Between two log lines, a training step reads nothing from the device."""
+    from ddpm_hf.config import load_config
+    from ddpm_hf.training.trainer import Trainer
+
+    settings = small_run("bf16", "--training.log_every_steps", "40", "--training.deterministic", "false")
+    output_dir = context.work_dir / "synchronization"
+    config, _ = load_config(
+        [
+            *("--config", str(REPOSITORY / "configs" / "cifar10_32.yaml"), "--data.source", str(context.data)),
+            *("--training.output_dir", str(output_dir), "--training.compile", "false"),
+            *("--preview.every_steps", "0", "--evaluation.num_samples", "0", *settings),
+        ]
+    )
+    trainer = Trainer(config)
+    train_step = trainer._train_step
+
+    def watched(step: int) -> None:
+        torch.cuda.set_sync_debug_mode("error" if 5 <= step < 15 else "default")
+        try:
+            train_step(step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer._train_step = watched  # type: ignore[method-assign]
+    trainer.fit()
+    trainer.folder.release()
+    return "10 steps watched"
 
 
 def check_out_of_memory(context: Context) -> str:
@@ -205,8 +235,9 @@ CHECKS: dict[str, Callable[[Context], str]] = {
     "train bf16": lambda context: check_precision(context, "bf16"),
     "resume fp16 with its scaler": lambda context: check_resume(context, "fp16"),
     "resume bf16": lambda context: check_resume(context, "bf16"),
-    "no synchronisation in scheduler.step": check_scheduler_synchronisation,
-    "no synchronisation in the sampling loop": check_sampling_synchronisation,
+    "no synchronization in scheduler.step": check_scheduler_synchronization,
+    "no synchronization in the sampling loop": check_sampling_synchronization,
+    "no synchronization in a training step": check_training_synchronization,
     "out of memory": check_out_of_memory,
     "automatic micro batch": check_automatic_micro_batch,
     "35.7 M network, fp32": lambda context: check_paper_network(context, "fp32"),
