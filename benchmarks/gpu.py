@@ -27,7 +27,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ import diffusers
 import gpu_check
 import torch
 import torch._dynamo
-from peers import LUCIDRAINS, TRAIN_UNCONDITIONAL, Lucidrains, TrainUnconditional
+from peers import LUCIDRAINS, TRAIN_UNCONDITIONAL, Lucidrains, TrainUnconditional, missing
 from torch.utils.flop_counter import FlopCounterMode
 
 diffusers.DDPMPipeline, diffusers.UNet2DModel  # noqa: B018 - imported by their first use
@@ -338,7 +337,7 @@ def count_flops(setup: Setup, batch: int) -> dict[str, Any]:
     """Count the operations of a training step for one image: ours, and the network of denoising-diffusion-pytorch."""
     x, t = batches_for(setup, 1)[0], torch.zeros(1, dtype=torch.int64, device=setup.device)
     counts = {"ours": training_flops(paper_unet(setup).to(setup.device), lambda unet: unet(x, t).sample)}
-    if find_spec("denoising_diffusion_pytorch"):
+    if LUCIDRAINS not in missing():
         from denoising_diffusion_pytorch import Unet
 
         network = Unet(dim=64, dim_mults=(1, 2, 4, 8)).to(setup.device)
@@ -402,7 +401,7 @@ def measurements(setup: Setup) -> list[Cell]:
         for name, options in list(engines(setup).items())[:3]:
             cells.append(Cell("training", batch, name, train_ours, bf16 | options))
         cells.append(Cell("training", batch, f"{TRAIN_UNCONDITIONAL}, bf16", train_stock, {"mixed_precision": "bf16"}))
-        if find_spec("denoising_diffusion_pytorch"):
+        if LUCIDRAINS not in missing():
             cells.append(Cell("training", batch, f"{LUCIDRAINS}, bf16", train_lucidrains, {"mixed_precision": "bf16"}))
     batch = 4 if setup.is_rehearsal else 16
     cells.append(
@@ -557,6 +556,8 @@ def main() -> int:
     if not arguments.rehearse and not torch.cuda.is_available():
         print("error: gpu.py needs a CUDA GPU, and torch sees none; --rehearse runs on the CPU.", file=sys.stderr)
         return 2
+    # The server searches this module on its own path, and is silent if it does not find it.
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     PROCESSES.set_forkserver_preload(["gpu"])
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work_dir:
         data, description = gpu_check.prepare_data(arguments.data, Path(work_dir))

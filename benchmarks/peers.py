@@ -31,8 +31,8 @@ DDPM_TORCH_VARIABLE = "DDPM_HF_DDPM_TORCH"
 def missing() -> dict[str, str]:
     """Return the peers that cannot be measured here, with the reason."""
     reasons = {}
-    if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
-        reasons[LUCIDRAINS] = "not measured: `pip install denoising-diffusion-pytorch` adds it"
+    if not all(map(importlib.util.find_spec, ("denoising_diffusion_pytorch", "torchvision"))):
+        reasons[LUCIDRAINS] = "not measured: `pip install denoising-diffusion-pytorch torchvision` adds it"
     checkout = os.environ.get(DDPM_TORCH_VARIABLE)
     if not checkout:
         reasons[DDPM_TORCH] = f"not measured: {DDPM_TORCH_VARIABLE} names no checkout of tqch/ddpm-torch"

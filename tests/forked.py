@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import accelerate  # noqa: F401
 import datasets  # noqa: F401
 import diffusers
 import jsonargparse  # noqa: F401
+import pytest
 import torch
 import torch._dynamo  # by the first step of an optimizer
 
@@ -37,11 +39,19 @@ def start(target: Callable[..., Any], *arguments: Any, log: Path, **environment:
         log: The file for stdout; stderr goes to the file of the same name with `.err` added.
         **environment: Variables in addition to those of this process.
     """
-    _CONTEXT.set_forkserver_preload([__name__])
+    _start_server()
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
     process = _CONTEXT.Process(target=_live, args=(target, arguments, str(log), variables))
     process.start()
     return process
+
+
+def _start_server() -> None:
+    """Start the server unless it runs. It looks for this module on its own path, and is silent without it."""
+    _CONTEXT.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+        forkserver.ensure_running()
 
 
 def _live(target: Callable[..., Any], arguments: tuple[Any, ...], log: str, variables: Mapping[str, str]) -> None:

@@ -70,7 +70,10 @@ MUST_BE_FALSE = {"allow_pickle", "shell", "trust_remote_code"}
 # Module -> what is meant: an optimizer or feature network by import path is code by its user's own wish, the package
 # imports its own modules on first use, torch.hub downloads a file whose sha256 is known, and `verify` runs code that is
 # the installed one byte by byte, or that the caller has consented to. mallopt of the C library has no other interface.
+# The checkpoints of other trainers are pickles, which are written and never read.
 ALLOWED = {
+    "benchmarks/bench.py": {"ctypes"},
+    "benchmarks/peers.py": {"save_state", "torch.save"},
     "ddpm_hf/__init__.py": {"importlib.import_module"},
     "ddpm_hf/distributed.py": {"ctypes"},
     "ddpm_hf/evaluation/features.py": {"importlib.import_module", "torch.hub"},
@@ -169,7 +172,7 @@ def dangers(tree: ast.Module, allowed: set[str]) -> list[str]:
         elif isinstance(node, ast.Call):
             name = dotted(node.func, names)
             words = {word.arg: ast.unparse(word.value) for word in node.keywords}
-            found += [name] if "." in name and name.split(".")[-1] in FORBIDDEN_METHODS else []
+            found += [name] if "." in name and name.split(".")[-1] in FORBIDDEN_METHODS - allowed else []
             found += [
                 f"{word}={value}"
                 for word, value in words.items()
@@ -296,7 +299,8 @@ def test_no_program_unpickles_or_executes_its_input() -> None:
 
 def test_every_exception_to_the_rules_is_still_needed() -> None:
     for name, allowed in ALLOWED.items():
-        assert allowed <= set(dangers(TREES[REPOSITORY / name], set())), name
+        found = dangers(TREES[REPOSITORY / name], set())
+        assert allowed <= {*found, *(call.split(".")[-1] for call in found)}, name
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_settings_record_all_that_the_images_depend_on(plain: Path, tmp_path: Pa
         "schema_version": 1, "finished": True, "model": str(plain), "revision": None, "variant": None, "commit": None,
         "scheduler": "UniPCMultistepScheduler", "num_inference_steps": 3, "eta": None, "timestep_spacing": "leading",
         "guidance_scale": 1.0, "guidance_rescale": 0.0, "variance": "trained", "dtype": "bfloat16", "device": "cpu",
-        "batch_size": 16,
+        "batch_size": 16, "compile": None, "channels_last": False,
         "images": [{"file": f"seed_00000{seed}.png", "seed": seed} for seed in (8, 5)],
         "files": ["seed_000008.png", "seed_000005.png", "grid.png"],
     }  # fmt: skip

@@ -352,5 +352,5 @@ def test_a_recipe_leaves_the_precision_open(recipe: Path) -> None:
 def test_make_train_trains_in_fp32(launch: Launch) -> None:
     text = (REPOSITORY / "Makefile").read_text(encoding="utf-8").replace("\\\n", "")
     words = next(line for line in text.splitlines() if line.startswith("LAUNCH := ")).split()
-    launch(*words[words.index("launch") + 1 :])
+    launch(*words[words.index("$(VENV)/bin/accelerate-launch") + 1 :])
     assert taken(read_launcher()).mixed_precision == "fp32"

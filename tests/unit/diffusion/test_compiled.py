@@ -147,9 +147,11 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
         pipeline_of(tiny_unet(10)).compile(backend="indutor")
 
 
-def test_a_machine_without_a_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler on the CPU, and none was found"):
+def test_a_machine_without_a_compiler_is_named() -> None:
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ValueError, match=r"needs a C\+\+ compiler on the CPU, and none was found"),
+    ):
         pipeline_of(tiny_unet(10)).compile()
 
 
