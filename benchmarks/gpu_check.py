@@ -263,7 +263,7 @@ def main() -> int:
     parser.add_argument("--num_steps", type=int, default=500, help="steps of the 35.7 M network")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("error: gpu_check needs a CUDA GPU, and torch sees none.", file=sys.stderr)
+        print("error: gpu_check.py needs a CUDA GPU, and torch sees none.", file=sys.stderr)
         return 2
     device, rows = torch.cuda.get_device_name(), []
     with tempfile.TemporaryDirectory() as work_dir:

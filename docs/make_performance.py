@@ -1,4 +1,4 @@
-"""Write docs/performance.md from benchmarks/results/bench_*.json: python docs/make_performance.py."""
+"""Write docs/performance.md from bench_*.json and gpu_*.json of benchmarks/results: python docs/make_performance.py."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,10 @@ is the median over the rounds, with quartiles, of the time of a way divided by t
 above 1, ddpm_hf is faster. The control is ddpm_hf against a second ddpm_hf. The result is "within the noise" unless the
 quartiles of a ratio lie outside the quartiles of the control, taken in both directions. FLOP counts are those of matrix
 products, convolutions and attention. Training and evaluation with ddpm_hf keep freed memory, a setting of the process;
-it is undone while a peer is timed."""
+it is undone while a peer is timed.
+
+`python benchmarks/gpu.py` measures one GPU in at most ten minutes, after the checks of benchmarks/gpu_check.py; with
+`--rehearse` it runs with a tiny network on the CPU."""
 NO_GPU = "**Status: no GPU has been measured yet.**"
 UNMEASURED = "No CPU has been measured either since these rows were defined."
 
@@ -34,12 +37,41 @@ def document(paths: list[Path] | None = None) -> str:
     Args:
         paths: The files of results; None takes those of the repository.
     """
-    found = sorted(RESULTS.glob("bench_*.json")) if paths is None else paths
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in found]
-    lines = [HEAD, "", NO_GPU if contents else f"{NO_GPU} {UNMEASURED}", ""]
-    for path, content in zip(found, contents, strict=True):
+    if paths is None:
+        paths = [path for path in sorted(RESULTS.glob("*.json")) if path.name.startswith(("bench_", "gpu_"))]
+        paths = [path for path in paths if not path.name.startswith("gpu_check")]
+    contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    gpus = {path: content for path, content in contents.items() if "cells" in content}
+    cpus = {path: content for path, content in contents.items() if path not in gpus}
+    status = [] if gpus else [NO_GPU]
+    status += [] if cpus else [UNMEASURED]
+    lines = [HEAD, "", *[" ".join(status), ""] * bool(status)]
+    for path, content in gpus.items():
+        lines += [*gpu_section(path, content), ""]
+    for path, content in cpus.items():
         lines += [*section(path, content), ""]
     return "\n".join(lines)
+
+
+def gpu_section(path: Path, content: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of one GPU, as benchmarks/gpu.py measured it."""
+    yield f"## {content['device']}\n"
+    yield f"`{content['command']}`; torch {content['torch']}, diffusers {content['diffusers']}, Python"
+    yield f"{content['python']}; {content['data']} ([result](../benchmarks/results/{path.name}))."
+    cells = [cell for cell in content["cells"] if "error" not in cell]
+    proofs = [cell for cell in content["cells"] if cell["table"] == "proofs"]
+    if proofs:
+        yield f"{sum('error' not in cell for cell in proofs)} of {len(proofs)} checks of gpu_check.py passed."
+    for name in ("training", "sampling"):
+        rows = [cell for cell in cells if cell["table"] == name]
+        for batch in sorted({row["batch"] for row in rows}):
+            yield f"\n### {name.capitalize()}, batch {batch}\n"
+            yield "| | images/s | first step | memory | GPU idle |\n| --- | --- | --- | --- | --- |"
+            for row in (row for row in rows if row["batch"] == batch):
+                memory = f"{row['peak_memory_gib']:.1f} GiB" if "peak_memory_gib" in row else ""
+                idle = f"{row['idle']:.0%}" if "idle" in row else ""
+                numbers = f"{number(row['images_per_second'])} | {duration(row['first_step_seconds'])}"
+                yield f"| {row['system']} | {numbers} | {memory} | {idle} |"
 
 
 def section(path: Path, content: dict[str, Any]) -> Iterator[str]:

@@ -636,7 +636,7 @@ class Checkpointer:
         timestep_sampler: TimestepSampler,
         parts: Sequence[Stateful],
     ) -> None:
-        self._config = config
+        self._config, self._config_yaml = config, config.to_yaml()
         self._folder = folder
         self._metrics = metrics
         self._unet, self._ema, self._optimizer = unet, ema, optimizer
@@ -780,7 +780,7 @@ class Checkpointer:
 
     def _prepare_folder(self, step: int) -> None:
         """Write the configuration; cut metrics and EMA snapshots back to the checkpoint."""
-        self._folder.write_config(self._config.to_yaml())
+        self._folder.write_config(self._config_yaml)
         remove_after(self._folder.ema_snapshots, step)
         self._metrics.cut_after(step)
 
@@ -800,9 +800,7 @@ class Checkpointer:
         if not self._attempt(self._folder.ensure_held, step, must_succeed):
             self._is_written = False
             return
-        files = snapshot_files(
-            self._unet, self._ema, self._optimizer, self._timestep_sampler, state, self._config.to_yaml()
-        )
+        files = snapshot_files(self._unet, self._ema, self._optimizer, self._timestep_sampler, state, self._config_yaml)
         copies = None if must_succeed else self._copy_to_host(files)
         if copies is None:
             self._is_written = self._attempt(lambda: self._write(files, state), step, must_succeed)

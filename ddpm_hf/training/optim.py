@@ -277,7 +277,10 @@ class NonFiniteTraining(Exception):
 
 def check_finite(tensors: Iterable[torch.Tensor], step: int) -> None:
     """Raise NonFiniteTraining if any weight is not finite; a run could not recover from such a checkpoint."""
-    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+    tensors = [tensor.detach() for tensor in tensors]
+    # A sum is not finite if a value is not. It may also overflow, so then the values decide.
+    has_finite_sums = torch.stack([tensor.sum() for tensor in tensors]).isfinite().all()
+    if not has_finite_sums and not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
         raise NonFiniteTraining(
             f"the weights or their EMA are not finite after step {step}, so they are not saved; earlier checkpoints "
             "are intact. Lower training.learning_rate, or choose another training.optimizer."

@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/: imports and flags exist, bench.py measures and compares, gpu_check needs a GPU."""
+"""The scripts of benchmarks/: imports and flags exist, bench.py measures and compares, gpu.py can be rehearsed."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, run_process
 
 BENCHMARKS = sorted((REPOSITORY / "benchmarks").glob("*.py"))
 SCRIPTS = [path for path in BENCHMARKS if "__main__" in path.read_text(encoding="utf-8")]
@@ -49,9 +49,27 @@ def test_every_benchmark_has_help(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it would run for minutes")
-def test_gpu_check_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_script(REPOSITORY / "benchmarks" / "gpu_check.py", monkeypatch=monkeypatch) == 2
-    assert capsys.readouterr().err == "error: gpu_check needs a CUDA GPU, and torch sees none.\n"
+@pytest.mark.parametrize("name", ["gpu", "gpu_check"])
+def test_a_script_for_a_gpu_needs_one(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(REPOSITORY / "benchmarks" / f"{name}.py", monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err.startswith(f"error: {name}.py needs a CUDA GPU, and torch sees none")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_rehearsal_measures_every_cell_and_gives_a_document(tmp_path: Path) -> None:
+    """One that has no time keeps the cells that it began."""
+    for name, budget in (("whole", 800), ("cut_off", 1)):
+        flags = ["--rehearse", "--seconds", "0.2", "--budget_seconds", budget, "--output", tmp_path / f"{name}.json"]
+        run_process([str(REPOSITORY / "benchmarks" / "gpu.py"), *map(str, flags)])
+    whole, cut_off = (json.loads((tmp_path / f"{name}.json").read_text())["cells"] for name in ("whole", "cut_off"))
+    assert [cell for cell in whole if "error" in cell] == []
+    assert {cell["table"] for cell in whole} == {"compile", "limits", "training", "sampling"}
+    assert [cell["error"] for cell in cut_off] == ["the time was up"]
+    written = runpy.run_path(str(REPOSITORY / "docs" / "make_performance.py"))["document"]([tmp_path / "whole.json"])
+    assert re.findall(r"^### (.*)$", written, re.MULTILINE) == ["Training, batch 4", "Sampling, batch 2"]
 
 
 # ------------------------------------------------------------------------------------------------------- make bench

@@ -315,7 +315,7 @@ def test_too_many_in_a_row_stop_the_run(max_consecutive: int, num_read: int) -> 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_weights_are_an_error(value: float) -> None:
-    weights = [torch.ones(3, 2), torch.zeros(5)]
+    weights = [torch.full((3, 2), 3e38), torch.zeros(5)]  # the sum overflows
     check_finite(weights, step=7)
     weights[1][4] = value
     with pytest.raises(NonFiniteTraining, match=r"not finite after step 7, so they are not saved; .* are intact"):
