@@ -119,14 +119,15 @@ class Stopwatch:
     Args:
         setup: Device and seconds.
         images: Images of a step.
+        warm_up: Steps before the measurement.
         profiles: Whether to profile.
     """
 
-    def __init__(self, setup: Setup, images: int, profiles: bool = True) -> None:
+    def __init__(self, setup: Setup, images: int, warm_up: int = WARM_UP_STEPS, profiles: bool = True) -> None:
         self._is_cuda = setup.device == "cuda"
         self._images, self._seconds = images, setup.seconds
         self._profiles = profiles and self._is_cuda
-        self._warm_up = 2 if setup.is_rehearsal else WARM_UP_STEPS
+        self._warm_up = 2 if setup.is_rehearsal else warm_up
         self._blocks: list[float] = []
         self._count, self._block_steps = 0, 1
         self._profiler: Any = None
@@ -283,9 +284,9 @@ def train_lucidrains(setup: Setup, batch: int, mixed_precision: str) -> dict[str
     return time_calls(setup, batch, peer.step)
 
 
-def time_calls(setup: Setup, images: int, call: Callable[[], object]) -> dict[str, Any]:
-    """Time a function until enough was measured."""
-    stopwatch = Stopwatch(setup, images)
+def time_calls(setup: Setup, images: int, call: Callable[[], object], **options: Any) -> dict[str, Any]:
+    """Time a function until enough was measured; options are those of `Stopwatch`."""
+    stopwatch = Stopwatch(setup, images, **options)
     while True:
         call()
         if stopwatch.tick():
@@ -318,12 +319,7 @@ def time_pipeline(setup: Setup, batch: int, pipeline: Any) -> dict[str, Any]:
     def call() -> None:
         pipeline(batch_size=batch, num_inference_steps=setup.num_inference_steps, generator=generator, output_type="np")
 
-    stopwatch = Stopwatch(setup, batch, profiles=False)
-    stopwatch._warm_up = 2  # a call is 50 steps
-    while True:
-        call()
-        if stopwatch.tick():
-            return stopwatch.columns
+    return time_calls(setup, batch, call, warm_up=2, profiles=False)  # a call is 50 steps
 
 
 def gemm_peak(setup: Setup, batch: int) -> dict[str, Any]:

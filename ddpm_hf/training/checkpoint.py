@@ -325,7 +325,7 @@ def snapshot_files(
 
 
 def write_files(folder: Path, files: CheckpointFiles) -> None:
-    """Write the files of a checkpoint; the networks are those that diffusers' save_pretrained would write.
+    """Write the files of a checkpoint; a network has the files that diffusers' save_pretrained would write.
 
     Raises:
         OSError: The disk is full or cannot be written.
