@@ -116,12 +116,12 @@ def start(
     Raises:
         ConfigError: The device does not support the precision, or as `join`.
     """
-    launcher = join(cpu=cpu)
+    join(cpu=cpu)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     accelerator = Accelerator(
-        cpu=cpu or launcher.cpu or not torch.accelerator.is_available(),
+        cpu=PartialState().device.type == "cpu",  # as `join` has decided
         mixed_precision=_ACCELERATE_PRECISION[mixed_precision],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         # The trainer compiles the network; without this, Accelerate would do so again when the launcher asks for it.

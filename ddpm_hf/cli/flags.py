@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 from docstring_parser import parse as parse_docstring
 
 from ddpm_hf.config import ConfigError, log_warning
+from ddpm_hf.config.schema import CompileMode
 from ddpm_hf.redaction import redact
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ class CompilationFlags:
     """
 
     compile: bool = False
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    compile_mode: CompileMode = "default"
     compile_backend: str = "inductor"
     channels_last: bool = False
 

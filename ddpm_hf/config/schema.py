@@ -71,6 +71,7 @@ class HubConfig:
 
 
 UNetOverride: TypeAlias = int | float | bool | str | list[int] | list[str] | None
+CompileMode: TypeAlias = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 OptimizerOption: TypeAlias = int | float | bool | str | list[float] | None
 BETA_RANGES = ("linear", "scaled_linear", "sigmoid", "warmup10", "warmup50", "const")
 """The values of diffusion.beta_schedule that use beta_end, and except for const beta_start."""
@@ -363,7 +364,7 @@ class TrainingConfig:
     tf32: bool = True
     deterministic: bool = False
     compile: Literal["auto"] | bool = "auto"
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    compile_mode: CompileMode = "default"
     compile_backend: str = "inductor"
     channels_last: Literal["auto"] | bool = "auto"
     cudnn_benchmark: Literal["auto"] | bool = "auto"
