@@ -62,7 +62,7 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     with out_of_memory_advice(advice), push or nullcontext():
         publisher = None if push is None else make_publisher(push, hub_folder)
         measure, scorer = _make_scorer(config)
-        trainer = Trainer(config, scorer, publisher)
+        trainer = Trainer(config, scorer=scorer, publisher=publisher)
         try:
             exit_code = _run(trainer, measure, push, command, is_dry_run=is_dry_run)
         finally:

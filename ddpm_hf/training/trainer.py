@@ -124,7 +124,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------- build
 
-    def __init__(self, config: RunConfig, scorer: Scorer | None = None, publisher: Publisher | None = None) -> None:
+    def __init__(self, config: RunConfig, *, scorer: Scorer | None = None, publisher: Publisher | None = None) -> None:
         refuse_secrets(config)
         push_every_steps = config.hub.push_every_steps if config.hub.push_to_hub else 0
         for name, every_steps, argument, given in (

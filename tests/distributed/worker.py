@@ -371,7 +371,7 @@ def background(folder: Path) -> Report:
         return write_checkpoint(root, step, content)
 
     config, _ = load_config(run_arguments(folder, evaluation__score_every_steps=2), "test")
-    trainer = Trainer(config, lambda *_: Score(next(scores), "test", True, {}))
+    trainer = Trainer(config, scorer=lambda *_: Score(next(scores), "test", True, {}))
     # Rank 1 says by a collective operation that it is in step 4, too.
     before_step(3, lambda _: (seen.extend(distributed.gather_json([RANK])), has_gone_on.set()))(trainer)
     checkpoint.write_checkpoint = write

@@ -72,7 +72,7 @@ def fit(folder: Path, *scores: float, **changes: object) -> Trainer:
     """Train a tiny run and return its trainer. The values are the scores of its steps, the lowest is the best."""
     values = iter(scores)
     config, _ = load_config(run_arguments(folder, **changes))
-    trainer = Trainer(config, lambda *_: Score(next(values), "test", True, {}))
+    trainer = Trainer(config, scorer=lambda *_: Score(next(values), "test", True, {}))
     try:
         trainer.fit()
     finally:

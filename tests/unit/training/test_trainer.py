@@ -306,7 +306,7 @@ def fit(
 ) -> Trainer:
     """Train a tiny run to its end and return its trainer."""
     config, _ = load_config(run_arguments(folder, **changes))
-    trainer = Trainer(config, scorer, publisher)
+    trainer = Trainer(config, scorer=scorer, publisher=publisher)
     try:
         trainer.fit()
     finally:
