@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_hf.config import ConfigError, Launcher, log_warning, read_launcher
+from ddpm_hf.rng import global_generator_states, restore_global_generators
 from ddpm_hf.signals import STOP_SIGNALS, exit_code_of, is_main_thread, restore_handlers
 
 logger = logging.getLogger(__name__)
@@ -162,11 +163,7 @@ def start(
     return accelerator
 
 
-_ENVIRONMENT = (
-    "CUBLAS_WORKSPACE_CONFIG",
-    # Accelerate sets these on a CPU, and for GPUs of Apple.
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "PYTORCH_ENABLE_MPS_FALLBACK"),
-)
+_ENVIRONMENT = ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ENABLE_MPS_FALLBACK")  # Accelerate sets the latter
 _SINGLETONS = (PartialState, AcceleratorState, GradientState)
 _Values: TypeAlias = dict[str, Any]
 
@@ -234,8 +231,7 @@ def _read_settings() -> _Values:
         "precisions": [backend.fp32_precision for backend in _fp32_backends()],
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "num_threads": torch.get_num_threads(),
-        "generator": torch.get_rng_state(),
-        "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
+        "generators": global_generator_states(),
         "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},
         "singletons": [vars(singleton)["_shared_state"] for singleton in _SINGLETONS],
         "progress_bars": diffusers_logging.is_progress_bar_enabled(),
@@ -256,11 +252,7 @@ def _write_settings(values: _Values) -> None:
     torch.backends.cudnn.benchmark = values["cudnn_benchmark"]
     if values["num_threads"] != torch.get_num_threads():
         torch.set_num_threads(values["num_threads"])
-    torch.set_rng_state(values["generator"])
-    if values["cuda_generators"] is not None:
-        torch.cuda.set_rng_state_all(values["cuda_generators"])
-    elif torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(torch.initial_seed())  # as torch would have seeded them on the first use of CUDA
+    restore_global_generators(values["generators"])
     for name, value in values["environment"].items():
         if value is None:
             os.environ.pop(name, None)
@@ -278,8 +270,8 @@ def _write_settings(values: _Values) -> None:
 
 def _fp32_backends() -> tuple[Any, ...]:
     """Return the backends of torch with a precision of float32 products of their own."""
-    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    return cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul
+    backends: Any = torch.backends
+    return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul
 
 
 def _unless_mixed(read: Callable[[], Result]) -> Result | None:
@@ -527,7 +519,7 @@ class TrainingStopped(BaseException):
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"training was stopped and saved (exit code {exit_code})")
-        self.exit_code = self.code = exit_code
+        self.exit_code = exit_code
 
     @staticmethod
     def of(exit_code: int) -> "TrainingStopped":
@@ -541,7 +533,9 @@ class _TrainingInterrupted(TrainingStopped, KeyboardInterrupt):
 
 
 class _TrainingTerminated(TrainingStopped, SystemExit):
-    pass
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.code = exit_code
 
 
 class StopWatcher:

@@ -6,7 +6,7 @@ that context managers clean up. Python handles signals in the main thread only; 
 
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
@@ -24,6 +24,7 @@ class Terminated(SystemExit):
 
     def __init__(self, number: int) -> None:
         super().__init__(exit_code_of(number))
+        self.exit_code = exit_code_of(number)
         self.name = signal.Signals(number).name
 
 
@@ -68,7 +69,7 @@ def _signal_handler(
         restore_handlers(old)
 
 
-def restore_handlers(old: dict[signal.Signals, object]) -> None:
+def restore_handlers(old: Mapping[signal.Signals, object]) -> None:
     """Install the handlers that `signal.signal` returned."""
     for number, handler in old.items():
         # None stands for a handler that was not installed from Python, which Python cannot restore.

@@ -134,7 +134,7 @@ def _exit_code(command: Callable[[], int]) -> int:
         return 1
     except Terminated as error:
         print_error(f"ended by {error.name}; the same command repeats this part.")
-        return int(error.code)
+        return error.exit_code
     except KeyboardInterrupt:
         print_error("interrupted")
         return exit_code_of(signal.SIGINT)

@@ -45,11 +45,8 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
         raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
 
     with paused_garbage_collection():
-        from diffusers.utils import logging as diffusers_logging
-
         from ddpm_hf.training.trainer import Trainer
 
-    diffusers_logging.disable_progress_bar()  # diffusers shows one for each part of a pipeline
     program = f"python {prog}" if prog.endswith(".py") else prog
     command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     advice = "lower training.micro_batch_size, or evaluation.batch_size if it was while sampling the report"

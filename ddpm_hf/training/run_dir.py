@@ -80,7 +80,7 @@ class RunLock:
     _held: ClassVar["weakref.WeakSet[RunLock]"] = weakref.WeakSet()
     """The locks of this process."""
 
-    def __init__(self, output_dir: Path, holder: str = "a lock") -> None:
+    def __init__(self, output_dir: Path, holder: str = "") -> None:
         self._path, self._holder = output_dir / _LOCK, holder
         for _ in range(_NUM_LOCK_ATTEMPTS):
             self._acquire()
@@ -112,15 +112,14 @@ class RunLock:
         """Return who holds the lock of a file, and what to do."""
         for lock in self._held:
             if os.path.sameopenfile(lock._descriptor, descriptor):
+                holder = f" ({lock._holder})" if lock._holder else ""
                 return (
-                    f"this process is already training in {self._path.parent}, by {lock._holder}; call its close(), or "
+                    f"another Trainer of this process holds {self._path.parent}{holder}; call its close() first, or "
                     "choose another training.output_dir."
                 )
         pid, _, host = os.read(descriptor, 300).decode(errors="replace").strip().partition(" ")
         who = f"another process (pid {pid} on {host})" if pid.isdecimal() and host else "another process"
-        return (
-            f"{who} is training in {self._path.parent}; wait for it, stop it, or choose another training.output_dir."
-        )
+        return f"{who} is training in {self._path.parent}; wait for it, stop it, or choose another training.output_dir."
 
     def is_held(self) -> bool:
         """Return whether the locked file is still the lock file of the folder."""
@@ -171,7 +170,7 @@ class RunFolder:
         holder: See `RunLock`.
     """
 
-    def __init__(self, path: Path, holder: str = "a RunFolder") -> None:
+    def __init__(self, path: Path, holder: str = "") -> None:
         self.path, self._holder = path, holder
         self.config = path / RUN_CONFIG
         self.checkpoints = path / CHECKPOINTS_DIR

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
+from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from torch import nn
 
@@ -166,6 +167,7 @@ class Trainer:
 
     def _start(self, config: RunConfig) -> None:
         """Collective: join the other processes, lock the run folder and build."""
+        diffusers_logging.disable_progress_bar()  # diffusers shows one for each part of a pipeline
         self.config, self.origins = resolve(config, self.folder)
         training = self.config.training
         assert training.mixed_precision is not None
@@ -341,7 +343,6 @@ class Trainer:
         uncompile(self.unet)
         for name in ("forward", "_original_forward"):  # Accelerate has put autocast into them
             self.unet.__dict__.pop(name, None)
-        self._model = self.unet
         self.optimizer.zero_grad(set_to_none=True)
 
     def _prepare(self) -> None:
