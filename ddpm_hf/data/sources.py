@@ -6,6 +6,7 @@ that changes with the data. Only a .npy file that needs no preprocessing is open
 Data and settings that cannot be used raise a `DataError`.
 """
 
+import functools
 import glob
 import hashlib
 import json
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.decode import MODE_OF_CHANNELS, DataError, EncodedImage, Geometry, num_threads
 from ddpm_hf.data.image_set import ImageSet
+from ddpm_hf.data.layout import SPLIT_NAMES, Kind, Layout, read_layout
 from ddpm_hf.files import format_count
 
 if TYPE_CHECKING:
@@ -41,12 +43,6 @@ NO_LABEL = -1
 """Label of an image without one, as in `datasets`."""
 MAX_CLASSES = 2**20
 """Larger integer labels without class names are assumed to be something else, such as ids."""
-SPLIT_NAMES = {
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "val", "dev"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
-"""Split -> names of its folders and tables, as in `datasets`."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,7 @@ class Source:
         labels: int64 (number,), or None.
         class_names: Names of the classes, or None.
         ignored_files: Names of files that are not read as images, with the reason.
+        layout: What the folders mean, for messages; "" without folders.
     """
 
     name: str
@@ -72,6 +69,7 @@ class Source:
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
     ignored_files: tuple[str, ...] = ()
+    layout: str = ""
 
 
 def find_source(config: DataConfig, split: str) -> Source | ImageSet:
@@ -95,7 +93,7 @@ def find_source(config: DataConfig, split: str) -> Source | ImageSet:
             ".arrow, .zip, .tar, .npz or .npy file."
         )
     _check_no_columns(config, path)
-    return open_zip(path, split) if name.endswith(ZIP_SUFFIXES) else open_tar(path, split)
+    return (open_zip if name.endswith(ZIP_SUFFIXES) else open_tar)(path, split, config.layout)
 
 
 def find_folder(config: DataConfig, split: str) -> Source | None:
@@ -109,7 +107,7 @@ def find_folder(config: DataConfig, split: str) -> Source | None:
     if _is_table(path, files):
         return None
     _check_no_columns(config, path)
-    return open_folder(path, split, files)
+    return open_folder(path, split, config.layout, files)
 
 
 def _check_no_columns(config: DataConfig, path: Path) -> None:
@@ -125,7 +123,7 @@ def _check_unset(config: DataConfig, settings: tuple[str, ...], where: str) -> N
 def log_ignored_files(source: Source) -> None:
     """Warn about files that are not read as images."""
     logger.warning(
-        "%s ignored in %s (not an image, hidden, or a link). The first: %s",
+        "%s ignored in %s (not an image, hidden, a link, or in no split). The first: %s",
         format_count(len(source.ignored_files), "file"), source.name, source.ignored_files[0],
     )  # fmt: skip
 
@@ -218,18 +216,19 @@ class _File:
     identity: Sequence[int]  # changes when the file does; part of the fingerprint
     handle: Any  # its path or archive member
 
-    @property
+    @functools.cached_property
     def folders(self) -> tuple[str, ...]:
         """The folders that contain it, outermost first."""
         return PurePosixPath(self.name).parts[:-1]
 
 
-def open_folder(path: Path, split: str, files: Iterable[Path] | None = None) -> Source:
+def open_folder(path: Path, split: str, layout: Kind | None = None, files: Iterable[Path] | None = None) -> Source:
     """Find the images of a folder; class folders become labels.
 
     Args:
         path: The folder.
         split: The split, or a part of it.
+        layout: data.layout.
         files: All files below the folder, if the caller has already walked it.
     """
     found = [
@@ -237,10 +236,10 @@ def open_folder(path: Path, split: str, files: Iterable[Path] | None = None) -> 
         for file in (_walk(path) if files is None else files)
     ]
     found.sort(key=lambda file: file.name)
-    return _source_of_files(path, "folder", found, split, lambda name, file: EncodedImage(name, file.handle))
+    return _source_of_files(path, "folder", found, split, layout, lambda name, file: EncodedImage(name, file.handle))
 
 
-def open_zip(path: Path, split: str) -> Source:
+def open_zip(path: Path, split: str, layout: Kind | None = None) -> Source:
     """Find the images of a zip file, without unpacking it."""
     try:
         archive = zipfile.ZipFile(path)
@@ -258,7 +257,7 @@ def open_zip(path: Path, split: str) -> Source:
         sizes = member.file_size, member.file_size, member.compress_size
         return _read_member(name, *sizes, lambda: archive.read(member))
 
-    return _source_of_files(path, "zip", files, split, read)
+    return _source_of_files(path, "zip", files, split, layout, read)
 
 
 class _TarMember(tarfile.TarInfo):
@@ -272,7 +271,7 @@ class _TarMember(tarfile.TarInfo):
         return member
 
 
-def open_tar(path: Path, split: str) -> Source:
+def open_tar(path: Path, split: str, layout: Kind | None = None) -> Source:
     """Find the images of a tar file, compressed or not, in the order of the archive."""
     try:
         archive = tarfile.open(path, tarinfo=_TarMember)
@@ -305,7 +304,7 @@ def open_tar(path: Path, split: str) -> Source:
 
         return _read_member(name, file.handle.size, unpacked_size, archive_size, read_content)
 
-    return _source_of_files(path, "tar", files, split, read, others)
+    return _source_of_files(path, "tar", files, split, layout, read, others)
 
 
 def _read_member(
@@ -363,6 +362,7 @@ def _source_of_files(
     kind: str,
     files: list[_File],
     split: str,
+    layout: Kind | None,
     read: Callable[[str, _File], EncodedImage],
     others: Sequence[str] = (),
 ) -> Source:
@@ -370,13 +370,14 @@ def _source_of_files(
     reasons = [_why_ignored(file.name) for file in files]
     images = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
     ignored = (*filter(None, reasons), *others)
-    depth = 0 if kind == "folder" else _depth_of_root(images)
-    inside, depth = _select_split(images, depth, _name_of_split(split, str(path)), path)
+    found = read_layout([file.folders for file in images], str(path), layout, is_archive=kind != "folder")
+    inside = _files_of_split(images, found, _name_of_split(split, str(path)), path) if images else []
     if not inside:
-        found = f"only {format_count(len(ignored), 'other file')}, such as {ignored[0]}" if ignored else "it is empty"
-        raise DataError(f"{path} contains no images (split {split!r}): {found}. Images end in .png, .jpg and so on.")
+        rest = f"only {format_count(len(ignored), 'other file')}, such as {ignored[0]}" if ignored else "it is empty"
+        raise DataError(f"{path} contains no images (split {split!r}): {rest}. Images end in .png, .jpg and so on.")
+    left_out = tuple(f"{file.name} (in no split)" for file in images if found.split_of(file.folders) is None)
     chosen = [inside[row] for row in _rows_of_split(split, str(path), len(inside))]
-    labels, class_names = _class_folders(chosen, images, depth)
+    labels, class_names = _class_folders(chosen, images, found)
     identities = [[file.name, *file.identity] for file in chosen]
     return Source(
         name=str(path),
@@ -386,31 +387,20 @@ def _source_of_files(
         read=lambda rows: (read(f"image {row} of {path} ({chosen[row].name})", chosen[row]) for row in rows),
         labels=labels,
         class_names=class_names,
-        ignored_files=ignored,
+        ignored_files=(*ignored, *left_out),
+        layout=str(found),
     )
 
 
-def _depth_of_root(files: list[_File]) -> int:
-    """Return how many folders enclose all files of an archive, not counting the last one if it may be a class."""
-    folders = {file.folders for file in files}
-    depth = 0
-    while len({folder[depth : depth + 1] for folder in folders}) == 1 and all(len(f) > depth for f in folders):
-        depth += 1
-    return depth - (len(folders) == 1 and depth > 1)
-
-
-def _select_split(images: list[_File], depth: int, wanted: str, path: Path) -> tuple[list[_File], int]:
-    """Return the files of a split and the depth of its folder, if all top-level folders are named after splits."""
-    tops = {name for file in images for name in file.folders[depth : depth + 1]}
-    split_of_name = {name: split for split, names in SPLIT_NAMES.items() for name in names}
-    if not tops or any(name.lower() not in split_of_name for name in tops):
-        if wanted != "train":
-            raise _no_such_split(path, wanted)
-        return images, depth
-    chosen = {name for name in tops if wanted == name or split_of_name[name.lower()] == wanted}
-    if not chosen:
-        raise DataError(f"{path} has no split {wanted!r}; its folders are {', '.join(sorted(tops))}.")
-    return [file for file in images if chosen.intersection(file.folders[depth : depth + 1])], depth + 1
+def _files_of_split(images: list[_File], layout: Layout, wanted: str, path: Path) -> list[_File]:
+    """Return the files of a split, named by its folder or as in `datasets`."""
+    if not layout.splits and wanted != "train":
+        raise _no_such_split(path, wanted)
+    folders = {name for name, split in layout.splits.items() if wanted in (name, split)}
+    if layout.splits and not folders:
+        raise DataError(f"{path} has no split {wanted!r}; its folders are {', '.join(layout.splits)}.")
+    depth = layout.depth
+    return [file for file in images if not layout.splits or folders.intersection(file.folders[depth : depth + 1])]
 
 
 def _no_such_split(path: Path, wanted: str) -> DataError:
@@ -418,14 +408,15 @@ def _no_such_split(path: Path, wanted: str) -> DataError:
 
 
 def _class_folders(
-    files: list[_File], files_of_all_splits: list[_File], depth: int
+    files: list[_File], files_of_all_splits: list[_File], layout: Layout
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Label files by their folder at `depth`, a class if any split has it."""
-    class_names = sorted({name for file in files_of_all_splits for name in file.folders[depth : depth + 1]})
+    """Label files by their class folder; classes are those of all splits."""
+    in_splits = [file.folders for file in files_of_all_splits if layout.split_of(file.folders) is not None]
+    class_names = sorted({name for folders in in_splits if (name := layout.class_of(folders)) is not None})
     if not class_names:
         return None, None
-    numbers: dict[tuple[str, ...], int] = {(name,): number for number, name in enumerate(class_names)}
-    labels = [numbers.get(file.folders[depth : depth + 1], NO_LABEL) for file in files]
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
+    labels = [numbers.get(layout.class_of(file.folders), NO_LABEL) for file in files]
     return np.asarray(labels, np.int64), tuple(class_names)
 
 
@@ -494,6 +485,7 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
     """Load one split with the `datasets` library."""
     import datasets
 
+    _check_unset(config, ("layout",), f"{config.source}, which is no folder or archive of images")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     path = Path(config.source).expanduser()
@@ -700,6 +692,7 @@ _BYTES_PER_DIGEST = 2**24
 
 def _open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source:
     """Open uint8 or uint16 images (number, height, width, channels) from .npy, or with labels from .npz."""
+    _check_unset(config, ("layout",), f"{path}, which is no folder or archive of images")
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(content, np.ndarray):

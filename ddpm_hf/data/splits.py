@@ -128,6 +128,13 @@ def _check_labels(source: Source | ImageSet, name: str) -> None:
             "class, or set model.class_conditional to false."
         )
     num_classes = len(source.class_names)
+    if num_classes == 1:
+        logger.warning(
+            "%s has a single class, %s, so that model.class_conditional has no effect; check the folders and "
+            "data.layout, or set model.class_conditional to false.",
+            name,
+            source.class_names[0],
+        )
     is_bad = (source.labels < 0) | (source.labels >= num_classes)
     if is_bad.any():
         row = int(np.argmax(is_bad))

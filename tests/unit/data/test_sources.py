@@ -397,7 +397,7 @@ def test_other_files_are_ignored_files_and_named(tmp_path: Path, name: str, capl
     path = store(tmp_path, name, FILES | {"cat/photo.heic": b"x", "README.md": b"x"})
     assert set(source_of(path).ignored_files) == {"cat/photo.heic", "README.md"}
     open_source(path, tmp_path / "cache")
-    assert f"2 files ignored in {path} (not an image, hidden, or a link)" in caplog.text
+    assert f"2 files ignored in {path} (not an image, hidden, a link, or in no split)" in caplog.text
 
 
 @pytest.mark.parametrize("name", KINDS[:3])
@@ -425,10 +425,29 @@ def test_folders_named_after_splits_are_splits(tmp_path: Path, name: str) -> Non
     assert "has no split 'test'; its folders are train, val." in refusal(path, tmp_path / "cache", split="test")
 
 
-def test_a_class_named_like_a_split_stays_a_class(tmp_path: Path) -> None:
-    files = {"car/1.png": b"1", "train/1.png": b"2"}
-    source = source_of(write_files(tmp_path / "vehicles", files))
-    assert [source.num_images, source.class_names] == [2, ("car", "train")]
+@pytest.mark.parametrize("name", ["vehicles", "vehicles.zip", "vehicles.tar"])
+def test_a_class_named_like_a_split_needs_the_layout(tmp_path: Path, name: str) -> None:
+    path = store(tmp_path, name, {"x/car/1.png": FILES["cat/1.png"], "x/test/1.png": FILES["cat/1.png"]})
+    assert "set data.layout to classes if it is a class" in refusal(path, tmp_path / "cache")
+    images = open_source(path, tmp_path / "cache", layout="classes")
+    assert [len(images), images.class_names] == [2, ("car", "test")]
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
+def test_images_in_no_split_are_named(tmp_path: Path, name: str) -> None:
+    files = {"train/1.png": b"1", "test/1.png": b"2", "unlabeled/1.png": b"3"}
+    source = source_of(store(tmp_path, name, {f"x/{file}": data for file, data in files.items()}))
+    assert [source.num_images, source.class_names] == [1, None]
+    assert source.ignored_files == ("x/unlabeled/1.png (in no split)",)
+    assert source.layout == "splits test, train; left out: unlabeled"
+
+
+def test_a_layout_of_anything_but_files_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((2, 4, 4), np.uint8))
+    for path in (tmp_path / "x.npy", DIGITS):
+        assert refusal(path, tmp_path / "cache", layout="flat") == (
+            f"data.layout does not apply to {path}, which is no folder or archive of images; remove the setting."
+        )
 
 
 @pytest.mark.parametrize(("split", "rows"), [("train[1:3]", [1, 2]), ("train[:50%]", [0, 1]), ("train[-1:]", [3])])
