@@ -149,11 +149,11 @@ def _signal_handler(handle: Callable[[int, FrameType | None], object]) -> Iterat
 def find_folder(name: str, revision: str | None = None) -> Path | None:
     """Return the local folder of a pipeline, that of a run included; None for a Hub repository."""
     folder = Path(name).expanduser()
-    if not folder.is_dir():
+    if not name or not folder.is_dir():
         if folder.exists() or name.startswith(("/", ".", "~")) or not _REPOSITORY_ID.fullmatch(name):
             raise ConfigError(
-                f"{name} is neither a local folder nor a valid repository id; give the folder of a run or pipeline, or "
-                "an id such as google/ddpm-cifar10-32."
+                f"{name or 'an empty name'} is neither a local folder nor a valid repository id; give the "
+                "folder of a run or pipeline, or an id such as google/ddpm-cifar10-32."
             )
         return None
     for candidate in (folder, folder / PIPELINE_DIR):

@@ -213,7 +213,8 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         for name, aliases in DIFFUSION_ALIASES.items():
             value = getattr(self, name)
-            object.__setattr__(self, name, aliases.get(value, value))
+            if isinstance(value, str):  # Python code may have given anything, which load_config and Trainer check
+                object.__setattr__(self, name, aliases.get(value, value))
 
     def scheduler_options(self) -> dict[str, Any]:
         """Return the arguments of `GaussianDiffusionScheduler.create`, which refuses a setting without effect."""

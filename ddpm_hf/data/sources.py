@@ -98,6 +98,8 @@ def find_source(config: DataConfig, split: str) -> Source | ImageSet:
 
 def find_folder(config: DataConfig, split: str) -> Source | None:
     """Find the images of a local folder; return None for a folder with tables and for any other source."""
+    if not config.source:  # a path of no name is the working directory
+        raise DataError("data.source is not set; give an image folder, a parquet file or a Hub dataset id.")
     path = Path(config.source).expanduser()
     if path.exists():
         _check_unset(config, ("subset", "revision"), f"{path}, which is not a Hub dataset")

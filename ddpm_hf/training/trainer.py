@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ddpm_hf import distributed
-from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, refuse_secrets, take_launcher
+from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, load_config, take_launcher, validate
 from ddpm_hf.config.launcher import DEFAULT, LAUNCHER
 from ddpm_hf.data import ImageLoader, ImageSet, ImageStream, describe_sets, locations_of, normalize, open_sets
 from ddpm_hf.data.loader import to_device
@@ -110,7 +111,8 @@ class Trainer:
     """One training run on one of its processes. Collective: build and use it on every rank.
 
     Args:
-        config: A valid configuration.
+        config: The configuration, or what `load_config` makes one of. It is checked and copied: later changes of its
+            lists and dictionaries have no effect.
         scorer: Measures evaluation.score_metric; required with evaluation.score_every_steps.
         publisher: Publishes the EMA weights during training; required with hub.push_every_steps.
 
@@ -124,8 +126,15 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------- build
 
-    def __init__(self, config: RunConfig, *, scorer: Scorer | None = None, publisher: Publisher | None = None) -> None:
-        refuse_secrets(config)
+    def __init__(
+        self,
+        config: RunConfig | str | PathLike[str] | Mapping[str, Any],
+        *,
+        scorer: Scorer | None = None,
+        publisher: Publisher | None = None,
+    ) -> None:
+        config = load_config(config)
+        validate(config)
         push_every_steps = config.hub.push_every_steps if config.hub.push_to_hub else 0
         for name, every_steps, argument, given in (
             ("evaluation.score_every_steps", config.evaluation.score_every_steps, "scorer", scorer),

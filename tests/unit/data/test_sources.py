@@ -80,6 +80,14 @@ def test_a_path_that_does_not_exist_is_named(cache_dir: Path, source: str) -> No
     assert "does not exist; check the path" in refusal(source, cache_dir)
 
 
+def test_no_source_is_not_the_working_directory(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, {"image.png": encode(GRAY)})
+    monkeypatch.chdir(tmp_path)
+    assert "data.source is not set" in refusal("", cache_dir)
+
+
 def test_a_dataset_that_is_neither_local_nor_on_the_hub_is_named(cache_dir: Path) -> None:
     message = refusal("nobody/no-such-data-1.0", cache_dir)
     assert "nobody/no-such-data-1.0, which is not a local file or folder, cannot be opened" in message
