@@ -54,6 +54,13 @@ class Layout:
             return "train"
         return self.splits.get(folders[self.depth]) if len(folders) > self.depth else None
 
+    def folders_of(self, wanted: str) -> set[str]:
+        """Return the folders of a split, given its name, the name of a folder, or another word for it, such as val."""
+        if wanted in self.splits and wanted not in SPLIT_NAMES:
+            return {wanted}
+        split = _SPLIT_OF_WORD.get(wanted.lower(), wanted)
+        return {name for name, found in self.splits.items() if found == split}
+
     def class_of(self, folders: Folders) -> str | None:
         """Return the name of the class of a file, None if it has none."""
         top = "".join(folders[self.depth : self.depth + 1]) if self.splits else ""

@@ -398,7 +398,7 @@ def _files_of_split(images: list[_File], layout: Layout, wanted: str, path: Path
     """Return the files of a split, named by its folder or as in `datasets`."""
     if not layout.splits and wanted != "train":
         raise _no_such_split(path, wanted)
-    folders = {name for name, split in layout.splits.items() if wanted in (name, split)}
+    folders = layout.folders_of(wanted)
     if layout.splits and not folders:
         raise DataError(f"{path} has no split {wanted!r}; its folders are {', '.join(layout.splits)}.")
     depth = layout.depth

@@ -100,6 +100,20 @@ def test_a_class_called_like_a_split_is_mentioned(caplog: pytest.LogCaptureFixtu
     assert len(caplog.messages) == 1
 
 
+@pytest.mark.parametrize(
+    ("wanted", "folders"),
+    [
+        ("train", {"train2014", "train2017"}),
+        ("train2017", {"train2017"}),
+        ("validation", {"val_2017"}),
+        ("val", {"val_2017"}),
+        ("test", set()),
+    ],
+)
+def test_a_split_is_found_by_its_name_and_by_that_of_its_folder(wanted: str, folders: set[str]) -> None:
+    assert layout_of(FOLDERS["splits with years"]).folders_of(wanted) == folders
+
+
 def test_splits_need_folders() -> None:
     with pytest.raises(DataError, match="splits needs a folder for each split in photos, which has none"):
         layout_of({"1.png": ""}, "splits")
