@@ -17,11 +17,11 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,8 @@ SPLIT_NAMES = {
     "test": {"test", "testing", "eval", "evaluation"},
 }
 """Split -> names of its folders and tables, as in `datasets`."""
+ClassOrder: TypeAlias = Literal["numbers", "text"]
+"""How class folders that are all named by numbers are sorted; others are always sorted as text."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,18 @@ class Source:
     ignored_files: tuple[str, ...] = ()
 
 
-def find_source(config: DataConfig, split: str) -> Source | ImageSet:
+def find_source(config: DataConfig, split: str, class_order: ClassOrder = "numbers") -> Source | ImageSet:
     """Find one split of a dataset.
+
+    Args:
+        config: The dataset.
+        split: The split, or a part of it.
+        class_order: "text" for a run or pipeline of version 0.1, which sorted all class folders as text.
 
     Returns:
         The encoded images, or the images themselves if they are a .npy file that needs no preprocessing.
     """
-    folder = find_folder(config, split)
+    folder = find_folder(config, split, class_order)
     if folder is not None:
         return folder
     path = Path(config.source).expanduser()
@@ -95,10 +102,10 @@ def find_source(config: DataConfig, split: str) -> Source | ImageSet:
             ".arrow, .zip, .tar, .npz or .npy file."
         )
     _check_no_columns(config, path)
-    return open_zip(path, split) if name.endswith(ZIP_SUFFIXES) else open_tar(path, split)
+    return (open_zip if name.endswith(ZIP_SUFFIXES) else open_tar)(path, split, class_order)
 
 
-def find_folder(config: DataConfig, split: str) -> Source | None:
+def find_folder(config: DataConfig, split: str, class_order: ClassOrder = "numbers") -> Source | None:
     """Find the images of a local folder; return None for a folder with tables and for any other source."""
     if not config.source:  # a path of no name is the working directory
         raise DataError("data.source is not set; give an image folder, a parquet file or a Hub dataset id.")
@@ -111,7 +118,7 @@ def find_folder(config: DataConfig, split: str) -> Source | None:
     if _is_table(path, files):
         return None
     _check_no_columns(config, path)
-    return open_folder(path, split, files)
+    return open_folder(path, split, files, class_order)
 
 
 def _check_no_columns(config: DataConfig, path: Path) -> None:
@@ -189,6 +196,18 @@ def _labels_and_classes(
     return np.asarray(labels).astype(np.int64), class_names
 
 
+def sort_classes(names: Iterable[str]) -> list[str]:
+    """Sort class names: by value if all of them are numbers, otherwise as text."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
+
+
+def class_order_of(class_names: Mapping[str, str]) -> ClassOrder:
+    """Return how the class folders of a pipeline were sorted, given its class names by number."""
+    names = [class_names[number] for number in sorted(class_names, key=int)]
+    return "text" if names == sorted(names) != sort_classes(names) else "numbers"
+
+
 def label_error(image: str, label: int | None, num_classes: int) -> DataError:
     """Return the error for an image without a label, or with one that is no class."""
     found = "no label" if label in (None, NO_LABEL) else f"label {label}"
@@ -226,23 +245,28 @@ class _File:
         return PurePosixPath(self.name).parts[:-1]
 
 
-def open_folder(path: Path, split: str, files: Iterable[Path] | None = None) -> Source:
+def open_folder(
+    path: Path, split: str, files: Iterable[Path] | None = None, class_order: ClassOrder = "numbers"
+) -> Source:
     """Find the images of a folder; class folders become labels.
 
     Args:
         path: The folder.
         split: The split, or a part of it.
         files: All files below the folder, if the caller has already walked it.
+        class_order: As in `find_source`.
     """
     found = [
         _File(file.relative_to(path).as_posix(), file_identity(file), file)
         for file in (_walk(path) if files is None else files)
     ]
     found.sort(key=lambda file: file.name)
-    return _source_of_files(path, "folder", found, split, lambda name, file: EncodedImage(name, file.handle))
+    return _source_of_files(
+        path, "folder", found, split, lambda name, file: EncodedImage(name, file.handle), class_order
+    )
 
 
-def open_zip(path: Path, split: str) -> Source:
+def open_zip(path: Path, split: str, class_order: ClassOrder = "numbers") -> Source:
     """Find the images of a zip file, without unpacking it."""
     try:
         archive = zipfile.ZipFile(path)
@@ -260,7 +284,7 @@ def open_zip(path: Path, split: str) -> Source:
         sizes = member.file_size, member.file_size, member.compress_size
         return _read_member(name, *sizes, lambda: archive.read(member))
 
-    return _source_of_files(path, "zip", files, split, read)
+    return _source_of_files(path, "zip", files, split, read, class_order)
 
 
 class _TarMember(tarfile.TarInfo):
@@ -274,7 +298,7 @@ class _TarMember(tarfile.TarInfo):
         return member
 
 
-def open_tar(path: Path, split: str) -> Source:
+def open_tar(path: Path, split: str, class_order: ClassOrder = "numbers") -> Source:
     """Find the images of a tar file, compressed or not, in the order of the archive."""
     try:
         archive = tarfile.open(path, tarinfo=_TarMember)
@@ -307,7 +331,7 @@ def open_tar(path: Path, split: str) -> Source:
 
         return _read_member(name, file.handle.size, unpacked_size, archive_size, read_content)
 
-    return _source_of_files(path, "tar", files, split, read, others)
+    return _source_of_files(path, "tar", files, split, read, class_order, others)
 
 
 def _read_member(
@@ -366,6 +390,7 @@ def _source_of_files(
     files: list[_File],
     split: str,
     read: Callable[[str, _File], EncodedImage],
+    class_order: ClassOrder,
     others: Sequence[str] = (),
 ) -> Source:
     """Return the source of a folder or an archive; `others` names the members that are not files."""
@@ -378,7 +403,7 @@ def _source_of_files(
         found = f"only {format_count(len(ignored), 'other file')}, such as {ignored[0]}" if ignored else "it is empty"
         raise DataError(f"{path} contains no images (split {split!r}): {found}. Images end in .png, .jpg and so on.")
     chosen = [inside[row] for row in _rows_of_split(split, str(path), len(inside))]
-    labels, class_names = _class_folders(chosen, images, depth)
+    labels, class_names = _class_folders(chosen, images, depth, class_order)
     identities = [[file.name, *file.identity] for file in chosen]
     return Source(
         name=str(path),
@@ -420,10 +445,11 @@ def _no_such_split(path: Path, wanted: str) -> DataError:
 
 
 def _class_folders(
-    files: list[_File], files_of_all_splits: list[_File], depth: int
+    files: list[_File], files_of_all_splits: list[_File], depth: int, class_order: ClassOrder
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
     """Label files by their folder at `depth`, a class if any split has it."""
-    class_names = sorted({name for file in files_of_all_splits for name in file.folders[depth : depth + 1]})
+    found = {name for file in files_of_all_splits for name in file.folders[depth : depth + 1]}
+    class_names = sort_classes(found) if class_order == "numbers" else sorted(found)
     if not class_names:
         return None, None
     numbers: dict[tuple[str, ...], int] = {(name,): number for number, name in enumerate(class_names)}
