@@ -18,11 +18,11 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,8 @@ NO_LABEL = -1
 """Label of an image without one, as in `datasets`."""
 MAX_CLASSES = 2**20
 """Larger integer labels without class names are assumed to be something else, such as ids."""
+ClassOrder: TypeAlias = Literal["numbers", "text"]
+"""How class folders that are all named by numbers are sorted; others are always sorted as text."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,18 @@ class Source:
     layout: str = ""
 
 
-def find_source(config: DataConfig, split: str) -> Source | ImageSet:
+def find_source(config: DataConfig, split: str, class_order: ClassOrder = "numbers") -> Source | ImageSet:
     """Find one split of a dataset.
+
+    Args:
+        config: The dataset.
+        split: The split, or a part of it.
+        class_order: "text" for a run or pipeline of version 0.1, which sorted all class folders as text.
 
     Returns:
         The encoded images, or the images themselves if they are a .npy file that needs no preprocessing.
     """
-    folder = find_folder(config, split)
+    folder = find_folder(config, split, class_order)
     if folder is not None:
         return folder
     path = Path(config.source).expanduser()
@@ -93,10 +100,10 @@ def find_source(config: DataConfig, split: str) -> Source | ImageSet:
             ".arrow, .zip, .tar, .npz or .npy file."
         )
     _check_no_columns(config, path)
-    return (open_zip if name.endswith(ZIP_SUFFIXES) else open_tar)(path, split, config.layout)
+    return (open_zip if name.endswith(ZIP_SUFFIXES) else open_tar)(path, split, config.layout, class_order)
 
 
-def find_folder(config: DataConfig, split: str) -> Source | None:
+def find_folder(config: DataConfig, split: str, class_order: ClassOrder = "numbers") -> Source | None:
     """Find the images of a local folder; return None for a folder with tables and for any other source."""
     if not config.source:  # a path of no name is the working directory
         raise DataError("data.source is not set; give an image folder, a parquet file or a Hub dataset id.")
@@ -109,7 +116,7 @@ def find_folder(config: DataConfig, split: str) -> Source | None:
     if _is_table(path, files):
         return None
     _check_no_columns(config, path)
-    return open_folder(path, split, config.layout, files)
+    return open_folder(path, split, config.layout, class_order, files)
 
 
 def _check_no_columns(config: DataConfig, path: Path) -> None:
@@ -187,6 +194,18 @@ def _labels_and_classes(
     return np.asarray(labels).astype(np.int64), class_names
 
 
+def sort_classes(names: Iterable[str]) -> list[str]:
+    """Sort class names: by value if all of them are numbers, otherwise as text."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
+
+
+def class_order_of(class_names: Mapping[str, str]) -> ClassOrder:
+    """Return how the class folders of a pipeline were sorted, given its class names by number."""
+    names = [class_names[number] for number in sorted(class_names, key=int)]
+    return "text" if names == sorted(names) != sort_classes(names) else "numbers"
+
+
 def label_error(image: str, label: int | None, num_classes: int) -> DataError:
     """Return the error for an image without a label, or with one that is no class."""
     found = "no label" if label in (None, NO_LABEL) else f"label {label}"
@@ -224,7 +243,13 @@ class _File:
         return PurePosixPath(self.name).parts[:-1]
 
 
-def open_folder(path: Path, split: str, layout: Kind | None = None, files: Iterable[Path] | None = None) -> Source:
+def open_folder(
+    path: Path,
+    split: str,
+    layout: Kind | None = None,
+    class_order: ClassOrder = "numbers",
+    files: Iterable[Path] | None = None,
+) -> Source:
     """Find the images of a folder; class folders become labels.
 
     Args:
@@ -232,16 +257,21 @@ def open_folder(path: Path, split: str, layout: Kind | None = None, files: Itera
         split: The split, or a part of it.
         layout: data.layout.
         files: All files below the folder, if the caller has already walked it.
+        class_order: As in `find_source`.
     """
     found = [
         _File(file.relative_to(path).as_posix(), file_identity(file), file)
         for file in (_walk(path) if files is None else files)
     ]
     found.sort(key=lambda file: file.name)
-    return _source_of_files(path, "folder", found, split, layout, lambda name, file: EncodedImage(name, file.handle))
+
+    def read(name: str, file: _File) -> EncodedImage:
+        return EncodedImage(name, file.handle)
+
+    return _source_of_files(path, "folder", found, split, layout, class_order, read)
 
 
-def open_zip(path: Path, split: str, layout: Kind | None = None) -> Source:
+def open_zip(path: Path, split: str, layout: Kind | None = None, class_order: ClassOrder = "numbers") -> Source:
     """Find the images of a zip file, without unpacking it."""
     try:
         archive = zipfile.ZipFile(path)
@@ -259,7 +289,7 @@ def open_zip(path: Path, split: str, layout: Kind | None = None) -> Source:
         sizes = member.file_size, member.file_size, member.compress_size
         return _read_member(name, *sizes, lambda: archive.read(member))
 
-    return _source_of_files(path, "zip", files, split, layout, read)
+    return _source_of_files(path, "zip", files, split, layout, class_order, read)
 
 
 class _TarMember(tarfile.TarInfo):
@@ -273,7 +303,7 @@ class _TarMember(tarfile.TarInfo):
         return member
 
 
-def open_tar(path: Path, split: str, layout: Kind | None = None) -> Source:
+def open_tar(path: Path, split: str, layout: Kind | None = None, class_order: ClassOrder = "numbers") -> Source:
     """Find the images of a tar file, compressed or not, in the order of the archive."""
     try:
         archive = tarfile.open(path, tarinfo=_TarMember)
@@ -306,7 +336,7 @@ def open_tar(path: Path, split: str, layout: Kind | None = None) -> Source:
 
         return _read_member(name, file.handle.size, unpacked_size, archive_size, read_content)
 
-    return _source_of_files(path, "tar", files, split, layout, read, others)
+    return _source_of_files(path, "tar", files, split, layout, class_order, read, others)
 
 
 def _read_member(
@@ -365,6 +395,7 @@ def _source_of_files(
     files: list[_File],
     split: str,
     layout: Kind | None,
+    class_order: ClassOrder,
     read: Callable[[str, _File], EncodedImage],
     others: Sequence[str] = (),
 ) -> Source:
@@ -379,7 +410,7 @@ def _source_of_files(
         raise DataError(f"{path} contains no images (split {split!r}): {rest}. Images end in .png, .jpg and so on.")
     left_out = tuple(f"{file.name} (in no split)" for file in images if found.split_of(file.folders) is None)
     chosen = [inside[row] for row in _rows_of_split(split, str(path), len(inside))]
-    labels, class_names = _class_folders(chosen, images, found)
+    labels, class_names = _class_folders(chosen, images, found, class_order)
     identities = [[file.name, *file.identity] for file in chosen]
     return Source(
         name=str(path),
@@ -410,11 +441,12 @@ def _no_such_split(path: Path, wanted: str) -> DataError:
 
 
 def _class_folders(
-    files: list[_File], files_of_all_splits: list[_File], layout: Layout
+    files: list[_File], files_of_all_splits: list[_File], layout: Layout, class_order: ClassOrder
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
     """Label files by their class folder; classes are those of all splits."""
     in_splits = [file.folders for file in files_of_all_splits if layout.split_of(file.folders) is not None]
-    class_names = sorted({name for folders in in_splits if (name := layout.class_of(folders)) is not None})
+    found = {name for folders in in_splits if (name := layout.class_of(folders)) is not None}
+    class_names = sort_classes(found) if class_order == "numbers" else sorted(found)
     if not class_names:
         return None, None
     numbers: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}

@@ -243,7 +243,8 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             batch_size: Number of images; by default the number of class labels, generators or start samples, or 1.
             num_inference_steps: Number of denoising steps; by default the number of training timesteps.
             generator: Source of all noise. With a list of `batch_size` generators, each image depends on its own only.
-            class_labels: One label for all images or one for each: numbers, or names from `class_names`.
+            class_labels: One label for all images or one for each: names from `class_names`, or numbers. A number that
+                is the name of a class means that class.
             guidance_scale: Scale of classifier-free guidance; 1 turns it off.
             guidance_rescale: Factor phi of the rescaling of guidance, 0 ... 1. Section 3.4, Lin et al. 2024.
             eta: 0 (deterministic) to 1 (ancestral); by default the scheduler's own default.
@@ -560,7 +561,7 @@ def label_numbers(
     """Return one label for each image, or None for an unconditional network.
 
     Args:
-        class_labels: One for all images or one for each: numbers, or names from `class_names`.
+        class_labels: One for all images or one for each; see `number_of_label`.
         batch_size: Number of images.
         num_class_embeds: Number of labels of the network, including the null label.
         has_null_label: Whether the last of them means "no class".
@@ -581,17 +582,59 @@ def label_numbers(
     given = [class_labels] * batch_size if isinstance(class_labels, int | str) else list(class_labels)
     if len(given) != batch_size:
         raise ValueError(f"class_labels has {len(given)} entries for batch_size {batch_size}; pass one for each image.")
-    numbers = {name: int(number) for number, name in (class_names or {}).items()}
-    labels = [numbers.get(label, -1) if isinstance(label, str) else int(label) for label in given]
-    for label, number in zip(given, labels, strict=True):
-        if not 0 <= number < num_class_embeds or isinstance(label, bool) or label not in (number, *numbers):
+    names = {} if isinstance(class_labels, ClassNumbers) else class_names or {}
+    numbers = {names[number]: int(number) for number in sorted(names, key=int)}
+    labels = []
+    for label in given:
+        number = None if isinstance(label, bool) else number_of_label(label, numbers, num_classes, has_null_label)
+        if number is None:
             null = f", {num_classes} for no class" if has_null_label else ""
-            names = f", or a name: {', '.join(numbers)}" if numbers else ""
-            raise ValueError(
-                f"class_labels has {label!r}{did_you_mean(label, numbers)}; a label is a number 0 to"
-                f" {num_classes - 1}{null}{names}."
-            )
+            expected = f"a number 0 to {num_classes - 1}{null}{', or a name: ' if numbers else ''}{', '.join(numbers)}"
+            if numbers_of_numeric_names(numbers):
+                expected = f"the name of a class: {', '.join(numbers)}{null}"
+            shown = label if isinstance(label, str) and is_number(label) else repr(label)
+            raise ValueError(f"class_labels has {shown}{did_you_mean(label, numbers)}; a label is {expected}.")
+        labels.append(number)
     return labels
+
+
+class ClassNumbers(list[int]):
+    """Labels that are numbers of the network's classes, also if the classes are named by other numbers."""
+
+
+def number_of_label(label: int | str, numbers: dict[str, int], num_classes: int, has_null_label: bool) -> int | None:
+    """Return the number of a label, which may be text or a number; None if there is no such class.
+
+    A label is the name of a class if there is one, else the number of a class. If all names are numbers, a number is
+    always a name, except that of the null label.
+
+    Args:
+        label: The label.
+        numbers: Number of each class by name; empty without names.
+        num_classes: Number of classes without the null label, whose number it is.
+        has_null_label: Whether there is a null label.
+    """
+    text = label if isinstance(label, str) else str(int(label)) if label == int(label) else ""
+    if text in numbers:
+        return numbers[text]
+    if not is_number(text):
+        return None
+    number = int(text)
+    if numeric := numbers_of_numeric_names(numbers):
+        return numeric.get(number, num_classes if has_null_label and number == num_classes else None)
+    return number if number < num_classes + has_null_label else None
+
+
+def numbers_of_numeric_names(numbers: dict[str, int]) -> dict[int, int]:
+    """Return the number of each class by the value of its name if all names are numbers, otherwise nothing."""
+    if not all(map(is_number, numbers)):
+        return {}
+    return {int(name): number for name, number in reversed(numbers.items())}
+
+
+def is_number(name: str) -> bool:
+    """Return whether a name is a number, 0 or more."""
+    return name.isascii() and name.isdecimal()
 
 
 def did_you_mean(given: int | str, names: Iterable[str], cutoff: float = 0.6) -> str:

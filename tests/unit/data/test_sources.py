@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from ddpm_hf.data.sources import Source, open_folder, open_tar, open_zip
+from ddpm_hf.config import DataConfig
+from ddpm_hf.data.sources import Source, class_order_of, find_source, open_folder, open_tar, open_zip
 from tests.conftest import DIGITS
 from tests.unit.data.helpers import (
     GRAY,
@@ -456,6 +457,41 @@ def test_a_layout_of_anything_but_files_is_refused(tmp_path: Path) -> None:
         assert refusal(path, tmp_path / "cache", layout="flat") == (
             f"data.layout does not apply to {path}, which is no folder or archive of images; remove the setting."
         )
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
+def test_class_folders_named_by_numbers_are_sorted_as_numbers(tmp_path: Path, name: str) -> None:
+    """Others as text, also if they contain numbers. Version 0.1 sorted all of them as text."""
+    numbers = {f"{number}/1.png": b"1" for number in range(12)}
+    path = store(tmp_path, name, numbers)
+    assert source_of(path).class_names == tuple(map(str, range(12)))
+    earlier = find_source(DataConfig(source=str(path)), "train", "text")
+    assert isinstance(earlier, Source)
+    assert earlier.class_names == ("0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9")
+    (tmp_path / "mixed").mkdir()
+    mixed = store(tmp_path / "mixed", name, {"img10/1.png": b"1", "img2/1.png": b"2", "3/1.png": b"3"})
+    assert source_of(mixed).class_names == ("3", "img10", "img2")
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["0", "1", "10", "2"], "text"),
+        (["0", "1", "2", "10"], "numbers"),
+        (["img10", "img2"], "numbers"),
+        ([], "numbers"),
+    ],
+)
+def test_the_order_of_class_folders_is_found_from_class_names(names: list[str], order: str) -> None:
+    """Saved pipelines sort the keys as text."""
+    by_number = {str(number): name for number, name in enumerate(names)}
+    assert class_order_of(dict(sorted(by_number.items()))) == order
+
+
+def test_a_class_named_like_a_split_stays_a_class(tmp_path: Path) -> None:
+    files = {"car/1.png": b"1", "train/1.png": b"2"}
+    source = source_of(write_files(tmp_path / "vehicles", files))
+    assert [source.num_images, source.class_names] == [2, ("car", "train")]
 
 
 @pytest.mark.parametrize(("split", "rows"), [("train[1:3]", [1, 2]), ("train[:50%]", [0, 1]), ("train[-1:]", [3])])

@@ -18,8 +18,10 @@ from diffusers import (
 )
 from oracles import GaussianData, seeded, tiny_unet
 
+from ddpm_hf.cli.flags import SamplingFlags
+from ddpm_hf.config import ConfigError
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.diffusion.pipeline import check_process
+from ddpm_hf.diffusion.pipeline import ClassNumbers, check_process
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
@@ -202,6 +204,48 @@ def test_labels_may_be_numbers_names_or_tensors() -> None:
     for given in ([1, 1], 1, "dog", ["dog", 1], (1, 1), torch.tensor([1, 1]), torch.tensor(1), np.array([1, 1])):
         pipe(2, 1, class_labels=given, output_type="pt")
         assert calls[-1]["class_labels"].tolist() == [1, 1], given
+
+
+NAMES_AND_LABELS = [
+    # As version 0.1 sorted class folders, and from 1: a number is a name.
+    (["0", "1", "10", "2"], {2: 3, "2": 3, 10: 2, "10": 2, 0: 0, 4: 4, "4": 4, 3: None, "11": None}),
+    (["1", "2", "3"], {1: 0, "1": 0, 3: 2, "3": 2, "03": 2, 0: None, 4: None}),
+    (["07", "7", "8"], {7: 1, "7": 1, "07": 0, "8": 2, 8: 2, 0: None}),
+    # With other names, a number is one if it is no name.
+    (["2", "cat", "dog"], {2: 0, "2": 0, 1: 1, "1": 1, "dog": 2, 3: 3, "3": 3, 4: None, "²": None}),
+    ([], {0: 0, "0": 0, 2: 2, "2": 2, 3: 3, "3": 3, "4": None, "-1": None, "": None}),
+]
+
+
+@pytest.mark.parametrize(("names", "expected"), NAMES_AND_LABELS)
+def test_a_label_is_a_name_before_it_is_a_number(names: list[str], expected: dict[int | str, int | None]) -> None:
+    """The same in Python, as a number and as text, and on the command line."""
+    unet = tiny_unet(num_class_embeds=(len(names) or 3) + 1)
+    class_names = {str(number): name for number, name in enumerate(names)}
+    pipe = pipeline(unet, class_names=class_names or None, has_null_label=True)
+    calls = record_calls(pipe.unet)
+    for label, number in expected.items():
+        flags = SamplingFlags(labels=str(label))
+        if number is None:
+            with pytest.raises(ValueError, match="class_labels has"):
+                pipe(1, 1, class_labels=[label])
+            with pytest.raises(ConfigError):
+                flags.label_list(pipe)
+        else:
+            for given in (label, [label], np.array([label])):
+                pipe(1, 1, class_labels=given, output_type="pt")
+                assert calls[-1]["class_labels"].tolist() == [number], label
+            assert flags.label_list(pipe) == [number]
+    pipe(class_labels=ClassNumbers([1]), num_inference_steps=1)
+    assert calls[-1]["class_labels"].tolist() == [1]
+
+
+def test_an_unknown_label_is_answered_with_the_names_in_the_order_of_their_numbers() -> None:
+    names = {str(number): f"c{number}" for number in range(11)}
+    with pytest.raises(ValueError, match="or a name: c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10"):
+        pipeline(tiny_unet(num_class_embeds=11), class_names=dict(sorted(names.items())))(1, 1, class_labels="x")
+    with pytest.raises(ValueError, match=r"has 0; a label is the name of a class: 1, 2\."):
+        pipeline(tiny_unet(num_class_embeds=2), class_names={"0": "1", "1": "2"})(1, 1, class_labels=0)
 
 
 @pytest.mark.parametrize(
