@@ -18,7 +18,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -91,7 +91,7 @@ def find_source(config: DataConfig, split: str, class_order: ClassOrder = "numbe
     path = Path(config.source).expanduser()
     name = path.name.lower()
     if path.is_dir() or not path.exists() or name.endswith(_TABLE_SUFFIXES):
-        return _open_table(config, split)
+        return _open_table(config, split, class_order)
     if name.endswith((".npz", ".npy")):
         return _open_array(path, config, split)
     if not name.endswith((*ZIP_SUFFIXES, *TAR_SUFFIXES)):
@@ -132,7 +132,7 @@ def _check_unset(config: DataConfig, settings: tuple[str, ...], where: str) -> N
 def log_ignored_files(source: Source) -> None:
     """Warn about files that are not read as images."""
     logger.warning(
-        "%s ignored in %s (not an image, hidden, a link, or in no split). The first: %s",
+        "%s ignored in %s (not an image, hidden, a link, in no split or table). The first: %s",
         format_count(len(source.ignored_files), "file"), source.name, source.ignored_files[0],
     )  # fmt: skip
 
@@ -457,7 +457,7 @@ def _class_folders(
 # ------------------------------------------------------------------------------------------------------------ tables
 
 _TABLE_SUFFIXES = (".parquet", ".arrow")
-_METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+_METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def _is_table(folder: Path, files: Iterable[Path]) -> bool:
@@ -468,6 +468,16 @@ def _is_table(folder: Path, files: Iterable[Path]) -> bool:
     )
 
 
+def _metadata_of(folder: Path) -> dict[str, list[Path]]:
+    """Return split -> tables that name the images of a folder; nothing if it has other tables or no images."""
+    files = list(_walk(folder))
+    tables = sorted(_visible_other_files(folder, files))
+    metadata = [file for file in tables if file.name in _METADATA_NAMES]
+    has_others = any(file.suffix in _TABLE_SUFFIXES and file.name not in _METADATA_NAMES for file in tables)
+    has_images = any(_why_ignored(file.relative_to(folder).as_posix()) is None for file in files)
+    return {} if has_others or not has_images or not metadata else _tables_by_split(metadata, folder)
+
+
 def _visible_other_files(folder: Path, files: Iterable[Path]) -> Iterator[Path]:
     """Yield the files that are neither images nor hidden."""
     for file in files:
@@ -476,7 +486,7 @@ def _visible_other_files(folder: Path, files: Iterable[Path]) -> Iterator[Path]:
             yield file
 
 
-def _open_table(config: DataConfig, split: str) -> Source:
+def _open_table(config: DataConfig, split: str, class_order: ClassOrder) -> Source:
     """Find the images and labels of a dataset with rows and columns."""
     import datasets
 
@@ -485,7 +495,21 @@ def _open_table(config: DataConfig, split: str) -> Source:
         raise DataError(f"split {split!r} of {config.source} contains no images.")
     image_column, label_column = find_columns(dataset.features, config)
     encoded = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    labels, class_names = None, None
+    labels, class_names, layout = None, None, ""
+    ignored: tuple[str, ...] = ()
+    path = Path(config.source).expanduser()
+    if path.is_dir() and (tables := _metadata_of(path)):
+        name = _name_of_split(split, config.source)
+        whole = dataset if split == name else load_table(config, name)
+        listed = [_File(file, (), None) for file in _files_of_rows(whole, image_column, path)]
+        ignored = _unlisted(path, {file.name for file in listed}, tables, name)
+        if label_column is not None:
+            _check_unset(config, ("layout",), f"{config.source}, whose column {label_column!r} contains the labels")
+        else:
+            found = read_layout([file.folders for file in listed], config.source, config.layout, is_archive=False)
+            chosen = [_File(file, (), None) for file in _files_of_rows(encoded, image_column, path)]
+            labels, class_names = _class_folders(chosen, listed, found, class_order)
+            layout = str(found)
     if label_column is not None:
         # A missing label matters only to a class-conditional network.
         values = [NO_LABEL if label is None else label for label in dataset[label_column]]
@@ -503,6 +527,30 @@ def _open_table(config: DataConfig, split: str) -> Source:
         read=read,
         labels=labels,
         class_names=class_names,
+        ignored_files=ignored,
+        layout=layout,
+    )
+
+
+def _files_of_rows(dataset: "Dataset", image_column: str, folder: Path) -> list[str]:
+    """Return the image file of each row, relative to the folder."""
+    root = os.path.abspath(folder)
+    chunks = dataset.data.column(image_column).chunks
+    return [
+        Path(os.path.relpath(path, root)).as_posix() for chunk in chunks for path in chunk.field("path").to_pylist()
+    ]
+
+
+def _unlisted(folder: Path, listed: Collection[str], tables: Mapping[str, list[Path]], split: str) -> tuple[str, ...]:
+    """Return the images that the metadata do not list, except beside the metadata of another split."""
+    splits = {table.parent.relative_to(folder): name for name, group in tables.items() for table in group}
+    names = [file.relative_to(folder) for file in _walk(folder)]
+    return tuple(
+        f"{name.as_posix()} (not in the metadata)"
+        for name in sorted(names)
+        if _why_ignored(name.as_posix()) is None
+        and name.as_posix() not in listed
+        and next((splits[parent] for parent in name.parents if parent in splits), split) == split
     )
 
 
@@ -519,10 +567,11 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
     """Load one split with the `datasets` library."""
     import datasets
 
-    _check_unset(config, ("layout",), f"{config.source}, which is no folder or archive of images")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     path = Path(config.source).expanduser()
+    if is_streaming or not path.is_dir() or not _metadata_of(path):
+        _check_unset(config, ("layout",), f"{config.source}, which is no folder or archive of images")
     try:
         is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
         if is_saved and not is_streaming:
@@ -592,10 +641,14 @@ def _without_patterns(path: Path) -> str:
 
 def _tables_of_folder(folder: Path) -> dict[str, Any]:
     """Return the arguments of `load_dataset` for the tables in a folder."""
-    files = list(_walk(folder))
-    tables = sorted(_visible_other_files(folder, files))
-    for suffix in _TABLE_SUFFIXES:
-        if chosen := [file for file in tables if file.suffix == suffix]:
+    # Only the metadata are listed: `datasets` finds the images through them, and would derive splits from image names.
+    kind, tables = "imagefolder", _metadata_of(folder)
+    if not tables:
+        files = list(_walk(folder))
+        for suffix in _TABLE_SUFFIXES:
+            chosen = sorted(file for file in _visible_other_files(folder, files) if file.suffix == suffix)
+            if not chosen:
+                continue
             for file in files:
                 name = file.relative_to(folder)
                 if _why_ignored(name.as_posix()) is None and file.is_file():
@@ -603,13 +656,13 @@ def _tables_of_folder(folder: Path) -> dict[str, Any]:
                         f"{folder} contains images such as {name} and the table {chosen[0].relative_to(folder)}; set "
                         "data.source to the table, or move one of them out of the folder."
                     )
-            return {"path": suffix[1:], "data_files": _tables_by_split(chosen, folder)}
-    # Only the metadata are listed: `datasets` finds the images through them, and would derive splits from image names.
-    chosen = [file for file in tables if file.name in _METADATA_NAMES]
-    return {"path": "imagefolder", "data_files": _tables_by_split(chosen, folder)}
+            kind, tables = suffix[1:], _tables_by_split(chosen, folder)
+            break
+    data_files = {split: list(map(_without_patterns, group)) for split, group in tables.items()}
+    return {"path": kind, "data_files": data_files}
 
 
-def _tables_by_split(tables: list[Path], folder: Path) -> dict[str, list[str]]:
+def _tables_by_split(tables: list[Path], folder: Path) -> dict[str, list[Path]]:
     """Group tables by split as the Hub does: by "data/SPLIT-00000-of-00001", by folder, or by words in the name."""
 
     def split_in(name: str) -> str | None:
@@ -636,8 +689,8 @@ def _tables_by_split(tables: list[Path], folder: Path) -> dict[str, list[str]]:
                 f"the name of {named.relative_to(folder)} in {folder} says split {split!r}, but "
                 f"{without[0].relative_to(folder)} names no split; name all tables after splits, or none of them."
             )
-        return {str(split): list(map(_without_patterns, group)) for split, group in splits.items()}
-    return {"train": list(map(_without_patterns, tables))}
+        return {str(split): group for split, group in splits.items()}
+    return {"train": tables}
 
 
 def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | None]:
@@ -812,6 +865,12 @@ def _find_images(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig
             "data.image_column to one of them."
         )
     images = arrays[name]
+    if images.ndim == 3 and images.shape[-1] in MODE_OF_CHANNELS:
+        shape = ", ".join(map(str, images.shape))
+        raise DataError(
+            f"{path} contains an array of shape ({shape}), which is a single image, or gray images {images.shape[-1]} "
+            f"pixels wide; save it as (1, {shape}) or ({shape}, 1)."
+        )
     if images.ndim == 3:
         images = images[..., None]
     is_readable = images.dtype.name in ("uint8", "uint16") and images.ndim == 4

@@ -109,7 +109,7 @@ def _facts_of_cache(source: Source, config: DataConfig, images: ImageSet) -> Ite
     if source.ignored_files:
         names = ", ".join(source.ignored_files[:3]) + (" ..." if len(source.ignored_files) > 3 else "")
         number = format_count(len(source.ignored_files), "file")
-        yield "ignored", f"{number} (not an image, hidden, a link, or in no split): {names}"
+        yield "ignored", f"{number} (not an image, hidden, a link, in no split or table): {names}"
     bad = list(meta["bad"].values())
     yield "bad", f"{len(bad):,} cannot be read" if bad else "none"
     for reason in bad[:_MAX_LISTED]:

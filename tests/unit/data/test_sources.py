@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow.parquet
 import pytest
 
@@ -277,6 +278,37 @@ def test_a_folder_with_metadata_uses_the_metadata(tmp_path: Path, cache_dir: Pat
     assert np.array_equal(pixels_of(images), [RGB, 255 - RGB])
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_captions_leave_the_class_folders(tmp_path: Path, cache_dir: Path, suffix: str) -> None:
+    """Images that the table does not list are counted. In version 0.1 the classes vanished, and so did these images."""
+    folder = write_files(tmp_path / "x", FILES | {"1.png": FILES["cat/1.png"]})
+    rows = pd.DataFrame({"file_name": list(FILES)[1:], "text": ["a", "b", "c"]})
+    {
+        "csv": lambda path: rows.to_csv(path, index=False),
+        "jsonl": lambda path: rows.to_json(path, orient="records", lines=True),
+        "parquet": lambda path: rows.to_parquet(path),
+    }[suffix](folder / f"metadata.{suffix}")
+    images = open_source(folder, cache_dir, with_labels=True)
+    assert [images.labels.tolist(), images.class_names] == [[0, 0, 1], ("cat", "dog")]
+    source = find_source(DataConfig(source=str(folder)), "train[:1]")
+    assert isinstance(source, Source)
+    assert source.ignored_files == ("1.png (not in the metadata)", "cat/1.png (not in the metadata)")
+    assert source.labels.tolist() == [0]
+    assert open_source(folder, cache_dir, layout="flat").labels is None
+
+
+def test_the_metadata_of_each_split_list_its_images(tmp_path: Path, cache_dir: Path) -> None:
+    files = {f"{split}/{number}.png": encode(RGB) for split in ("train", "test") for number in range(3)}
+    tables = {f"{split}/metadata.csv": b"file_name,label\n0.png,1\n1.png,0\n" for split in ("train", "test")}
+    folder = write_files(tmp_path / "x", files | tables)
+    for split in ("train", "test"):
+        source = find_source(DataConfig(source=str(folder)), split)
+        assert isinstance(source, Source)
+        assert source.ignored_files == (f"{split}/2.png (not in the metadata)",)
+        assert [source.labels.tolist(), source.class_names] == [[1, 0], ("0", "1")]
+    assert "whose column 'label' contains the labels; remove" in refusal(folder, cache_dir, layout="flat")
+
+
 def test_metadata_without_file_names_are_named(tmp_path: Path, cache_dir: Path) -> None:
     folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "metadata.csv": b"id,age\n1,1\n2,0\n"})
     assert f"{folder / 'metadata.csv'} has no column file_name" in refusal(folder, cache_dir)
@@ -406,7 +438,7 @@ def test_other_files_are_ignored_files_and_named(tmp_path: Path, name: str, capl
     path = store(tmp_path, name, FILES | {"cat/photo.heic": b"x", "README.md": b"x"})
     assert set(source_of(path).ignored_files) == {"cat/photo.heic", "README.md"}
     open_source(path, tmp_path / "cache")
-    assert f"2 files ignored in {path} (not an image, hidden, a link, or in no split)" in caplog.text
+    assert f"2 files ignored in {path} (not an image, hidden, a link, in no split or table)" in caplog.text
 
 
 @pytest.mark.parametrize("name", KINDS[:3])
@@ -792,6 +824,13 @@ def test_arrays_are_detected_or_configured(tmp_path: Path) -> None:
 def test_an_array_without_images_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], sentence: str) -> None:
     np.savez(tmp_path / "x.npz", **arrays)
     assert sentence in refusal(tmp_path / "x.npz", tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (5, 6, 1), (5, 6, 4)])
+def test_a_single_image_is_not_read_as_gray_images(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    np.save(tmp_path / "x.npy", np.zeros(shape, np.uint8))
+    inside = ", ".join(map(str, shape))
+    assert refusal(tmp_path / "x.npy", tmp_path / "cache").endswith(f"save it as (1, {inside}) or ({inside}, 1).")
 
 
 @pytest.mark.parametrize("name", ["x.npy", "x.npz"])
