@@ -202,10 +202,9 @@ class SamplingFlags:
             words = [word.strip() for word in next(csv.reader([self.labels], skipinitialspace=True), [])]
         if not words or not all(words):
             raise ConfigError(f"--labels is {self.labels!r}; give names or numbers separated by commas.")
-        labels = [int(word) if word.isdecimal() and word not in names else word for word in words]
         num_labels, has_null_label = pipeline.unet.config.num_class_embeds, bool(pipeline.config.get("has_null_label"))
         try:
-            return label_numbers(labels, len(labels), num_labels, has_null_label, class_names)
+            return label_numbers(words, len(words), num_labels, has_null_label, class_names)
         except ValueError as error:
             raise ConfigError(str(error).replace("class_labels", "--labels", 1)) from None
 

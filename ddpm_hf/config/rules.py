@@ -405,6 +405,8 @@ def changed_settings(old: Settings, new: RunConfig) -> tuple[list[str], list[str
                 continue
             is_fixed = section in _FIXED_SECTIONS or (section == "training" and setting in _FIXED_TRAINING)
             is_fixed &= name not in _FREE and name not in unused
+            # Whether the images and labels are the same is known from their digest, which a stream lacks.
+            is_fixed &= name != "data.layout" or new.data.streaming
             (fixed if is_fixed else free).append(f"{name} was {before!r}, is {value!r}")
     return fixed, free
 

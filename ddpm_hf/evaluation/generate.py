@@ -28,7 +28,7 @@ from ddpm_hf.config import EvaluationConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.compiled import compiled_call
 from ddpm_hf.diffusion.images import image_size, to_images
-from ddpm_hf.diffusion.pipeline import did_you_mean
+from ddpm_hf.diffusion.pipeline import ClassNumbers, did_you_mean
 from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_value, read_json, save_array, write_json
 from ddpm_hf.rng import sampling_generators
 
@@ -97,7 +97,7 @@ class Sampler:
             )
         return prepared
 
-    def labels_of(self, pipeline: GaussianDiffusionPipeline, indices: range) -> list[int] | None:
+    def labels_of(self, pipeline: GaussianDiffusionPipeline, indices: range) -> ClassNumbers | None:
         """Return the label of each image; None for an unconditional network.
 
         Raises:
@@ -110,7 +110,7 @@ class Sampler:
         if not labels or not all(0 <= label < num_labels for label in labels):
             known = f"0 to {num_labels - 1}" if num_labels else "none"
             raise ValueError(f"labels are {list(labels)}, but the labels of the network are {known}; change them.")
-        return [labels[index % len(labels)] for index in indices]
+        return ClassNumbers(labels[index % len(labels)] for index in indices)
 
     def call_arguments(self) -> dict[str, Any]:
         """Return the settings that are keyword arguments of the pipeline, without those at their default."""

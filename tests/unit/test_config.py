@@ -570,6 +570,7 @@ def test_names_and_aliases_are_those_of_the_scheduler() -> None:
         ({"model__gradient_checkpointing": True}, False, False),
         ({"data__cache_dir": "elsewhere"}, False, False),
         ({"data__device_resident": False}, False, False),
+        ({"data__layout": "flat"}, False, False),
         ({"preview__every_steps": 7}, False, False),
         ({"evaluation__num_samples": 7}, False, False),
         ({"tracking__trackers": ["tensorboard"]}, False, False),
@@ -585,6 +586,18 @@ def test_a_change_prevents_resuming_if_weights_data_order_or_noise_depend_on_it(
     fixed, free = changed_settings(before.to_dict(), after)
     assert (fixed, free) == (([line], []) if is_fixed else ([], [line]))
     assert changed_too_late(free) == ([line] if is_too_late else [])
+
+
+def test_the_layout_of_a_stream_is_fixed() -> None:
+    """Whether a stream has the same images is not known otherwise."""
+    streamed = {
+        "data__streaming": True,
+        "data__resolution": 8,
+        "data__num_channels": 1,
+        "data__validation_fraction": 0.0,
+    }
+    before, after = with_changes(**streamed), with_changes(**streamed, data__layout="flat")
+    assert changed_settings(before.to_dict(), after) == (["data.layout was None, is 'flat'"], [])
 
 
 def test_a_setting_that_the_checkpoint_lacks_had_its_default() -> None:
