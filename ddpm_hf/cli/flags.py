@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import inspect
 import math
 import types
 import typing
@@ -181,12 +180,12 @@ class SamplingFlags:
 
     def check_scheduler(self) -> None:
         """Refuse a scheduler that does not exist, or that has no eta if --eta is given. Imports torch."""
+        from ddpm_hf.diffusion.scheduler import takes_eta
         from ddpm_hf.evaluation.generate import scheduler_class
 
         if self.scheduler is None:
             return
-        arguments = inspect.signature(scheduler_class(self.scheduler).step).parameters
-        if self.eta is not None and "eta" not in arguments:
+        if self.eta is not None and not takes_eta(scheduler_class(self.scheduler)):
             raise ConfigError(f"--eta is {self.eta}, but {self.scheduler} has no eta; remove one of them.")
 
     def label_list(self, pipeline: "GaussianDiffusionPipeline") -> list[int] | None:

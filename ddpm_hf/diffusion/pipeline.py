@@ -53,14 +53,14 @@ from .saved_folder import (
     PORTABLE_FILES,
     check_parts,
     check_shards,
-    clean_component_configs,
+    clean_network_config,
     find_second_moments,
     without_list_form,
     write_code,
     write_index,
 )
 from .schedule import whole_number
-from .scheduler import CHOICES, GaussianDiffusionScheduler, splits_variance
+from .scheduler import CHOICES, GaussianDiffusionScheduler, splits_variance, takes_eta
 
 # The code of ddpm_hf 0.1 refuses to run beside loaded modules of another version.
 _forget_loaded_code()
@@ -377,15 +377,19 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         # Arguments of the scheduler, of which others than GaussianDiffusionScheduler have fewer
         accepted = inspect.signature(scheduler.step).parameters
         step_kwargs: dict[str, Any] = {"generator": given.generator} if "generator" in accepted else {}
+        run_parameters = inspect.signature(scheduler.set_timesteps).parameters
+        names = ["num_inference_steps", "timesteps", "timestep_spacing"]
         if given.eta is not None:
-            if "eta" not in accepted:
+            if not takes_eta(scheduler):
                 raise ValueError(f"eta is {given.eta}, but {type(scheduler).__name__} has no eta; leave it out.")
-            step_kwargs["eta"] = given.eta
+            if "eta" in run_parameters:
+                names.append("eta")
+            else:
+                step_kwargs["eta"] = given.eta
         if given.num_inference_steps is None and given.timesteps is None:
             given.num_inference_steps = scheduler.config["num_train_timesteps"]
-        names = ("num_inference_steps", "timesteps", "timestep_spacing")
         timesteps = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-        if unknown := timesteps.keys() - inspect.signature(scheduler.set_timesteps).parameters.keys():
+        if unknown := timesteps.keys() - run_parameters.keys():
             raise ValueError(
                 f"{type(scheduler).__name__} takes no {' and no '.join(sorted(unknown))}; leave it out, or use"
                 " GaussianDiffusionScheduler.from_config(pipe.scheduler.config)."
@@ -508,7 +512,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
     def save_config(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write code and index. `save_pretrained` calls this after saving the components and before an upload."""
         write_code(Path(save_directory), self._portable_code)
-        clean_component_configs(Path(save_directory), self.scheduler)
+        clean_network_config(Path(save_directory))
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | PathLike[str]) -> None:
