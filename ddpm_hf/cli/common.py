@@ -10,7 +10,7 @@ import ssl
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,8 @@ def print_error(message: str, *, of_this_rank: bool = False) -> None:
     """Print an error without secrets: on rank 0, or on the only rank that has it."""
     rank = os.environ.get("RANK", "0")
     if of_this_rank or rank == "0":
-        print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{redact(message)}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a closed terminal
+            print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{redact(message)}", file=sys.stderr, flush=True)
 
 
 def format_os_error(error: OSError) -> str:

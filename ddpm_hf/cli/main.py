@@ -116,12 +116,24 @@ def _exit_code(command: Callable[[], int]) -> int:
     """
     sys.excepthook = _print_traceback
     try:
+        exit_code = _run(command)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # a closed terminal or pipe; Python would report it at the exit with a code of its own
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return exit_code
+
+
+def _run(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code."""
+    try:
         return command()
     except ValueError as error:
         print_error(str(error))
         return 2
     except BrokenPipeError:  # as in `ddpm-hf ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except RankError as error:
         print_error(str(error), of_this_rank=True)

@@ -204,9 +204,10 @@ def _write_report(trainer: "Trainer", command: str) -> None:
     from ddpm_hf.evaluation.generate import Sampler, sample_images, sample_trajectory
     from ddpm_hf.evaluation.recognition import recognition_report
     from ddpm_hf.run_report import loading_lines, write_report
+    from ddpm_hf.training.logging import say
 
     config, evaluation, output_dir = trainer.config, trainer.config.evaluation, trainer.folder.path
-    print(f"Sampling {evaluation.num_samples} images from {output_dir / 'pipeline'} ...", flush=True)
+    say(f"Sampling {evaluation.num_samples} images from {output_dir / 'pipeline'} ...")
     pipeline = GaussianDiffusionPipeline.from_pretrained(output_dir / "pipeline").to(trainer.device)
     names = list(trainer.class_names.values()) if trainer.class_names else None
     labels = _labels_in_turn(evaluation.num_samples, len(names)) if names else None
@@ -241,10 +242,10 @@ def _write_report(trainer: "Trainer", command: str) -> None:
         sampler=sampler,
     )
     if recognition is not None:
-        print("\n".join(recognition.lines()))
-        print(f"recognised={recognition.recognised:.3f}")
-    print(f"\nEverything is in {output_dir}: look at samples.png, denoising.gif and README.md.")
-    print(f"Load the trained pipeline with\n\n{loading_lines(output_dir / 'pipeline', names, sampler)}")
+        say("\n".join(recognition.lines()))
+        say(f"recognised={recognition.recognised:.3f}")
+    say(f"\nEverything is in {output_dir}: look at samples.png, denoising.gif and README.md.")
+    say(f"Load the trained pipeline with\n\n{loading_lines(output_dir / 'pipeline', names, sampler)}")
 
 
 def _labels_in_turn(num_samples: int, num_classes: int) -> "NDArray[np.int64]":

@@ -13,12 +13,13 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse._common import parsing_settings
 
 from ddpm_hf.config.rules import ConfigError, check, join_or, validate
 from ddpm_hf.config.schema import RunConfig
@@ -249,17 +250,30 @@ def load_data_config(arguments: Sequence[str], prog: str = "ddpm-hf data") -> tu
 def _parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> tuple[RunConfig, Namespace]:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        parsed = parser.parse_args(arguments)
-        _check_nulls(parsed)
-        namespace = parser.instantiate(parsed)
+        with _no_imports():
+            parsed = parser.parse_args(arguments)
+            _check_nulls(parsed)
+            namespace = parser.instantiate(parsed)
     except (ArgumentError, UnicodeDecodeError) as error:
         raise ConfigError(_invalid_yaml(arguments) or _sentence(str(error))) from None
     return RunConfig(**{section: namespace[section] for section in _SECTIONS}), namespace
 
 
-def _parser(prog: str) -> ArgumentParser:
-    # jsonargparse would import a class path given in place of a section before refusing it.
+@contextmanager
+def _no_imports() -> Iterator[None]:
+    """Keep jsonargparse from importing a class path given in place of a section before refusing it.
+
+    Its settings are those of the whole process, which may have parsers of its own.
+    """
+    before = dict(parsing_settings)
     set_parsing_settings(import_path_denylist=["*"])
+    try:
+        yield
+    finally:
+        parsing_settings.update(before)
+
+
+def _parser(prog: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,

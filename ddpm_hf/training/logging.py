@@ -10,11 +10,12 @@ import logging
 import mmap
 import os
 import re
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
@@ -80,9 +81,28 @@ class Progress:
             say(f"step {step}/{self._bar.total}  {shown}  {speed:.0f} images/s  {left} left")
 
 
+class _LossyStream:
+    """A stream that loses what cannot be written: no closed terminal, pipe or full disk stops a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __eq__(self, other: object) -> bool:
+        return other is self._stream  # tqdm hides the bars of the same stream while it writes
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def write(self, text: str) -> None:
+        """Write a text, or lose it."""
+        with suppress(OSError, ValueError):  # ValueError if it is closed
+            self._stream.write(text)
+            self._stream.flush()
+
+
 def say(message: str) -> None:
-    """Print a line, above the progress bar if there is one."""
-    tqdm.write(message)
+    """Print a line, above the progress bar if there is one. What cannot be printed is lost."""
+    if sys.stdout is not None:
+        tqdm.write(message, file=_LossyStream(sys.stdout))
 
 
 class MetricsLog:

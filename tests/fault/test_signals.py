@@ -1,6 +1,12 @@
 """Signals before the first step, in the last one and after it: one sentence, an exit code, and a run to continue."""
 
+import fcntl
+import os
+import pty
 import signal
+import struct
+import sys
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,3 +93,29 @@ def test_a_signal_in_the_last_step_of_several_processes_is_not_lost(
     assert not (tmp_path / "run" / "pipeline").exists()
     assert train(arguments) == 0
     assert (tmp_path / "run" / "pipeline").exists()
+
+
+@pytest.mark.parametrize("is_nohup", [False, True])
+def test_a_closed_terminal_saves_and_ends_the_run_unless_it_ignores_sighup(tmp_path: Path, is_nohup: bool) -> None:
+    """As when an ssh session ends. What is printed afterwards cannot be written, which changes nothing."""
+    num_steps = 20 if is_nohup else 100_000
+    arguments = run_arguments(
+        tmp_path / "run",
+        training__num_steps=num_steps,
+        training__checkpoint_every_steps=num_steps,
+        evaluation__num_samples=2,
+        evaluation__num_inference_steps=1,
+    )
+    child, terminal = pty.fork()
+    if child == 0:
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if is_nohup else signal.SIG_DFL)
+        os._exit(train(arguments))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    printed = b""
+    while b"images/s" not in printed:
+        printed += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if is_nohup else 129)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    assert (tmp_path / "run" / "samples.png").exists() == is_nohup
