@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -567,8 +568,6 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
     """Load one split with the `datasets` library."""
     import datasets
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     path = Path(config.source).expanduser()
     if is_streaming or not path.is_dir() or not _metadata_of(path):
         _check_unset(config, ("layout",), f"{config.source}, which is no folder or archive of images")
@@ -590,7 +589,8 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
             )
         else:
             arguments = {"path": config.source, "name": config.subset, "revision": config.revision}
-        return datasets.load_dataset(**arguments, split=split, streaming=is_streaming)
+        with _bars_on_terminals():
+            return datasets.load_dataset(**arguments, split=split, streaming=is_streaming)
     except DataError:
         raise
     except Exception as error:  # `datasets` raises many types for unreadable data
@@ -605,6 +605,21 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
             ) from None
         where = "" if path.exists() else ", which is not a local file or folder,"
         raise DataError(f"data.source {config.source}{where} cannot be opened (split {split!r}): {reason}") from error
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Hide the progress bars of `datasets` where stderr is no terminal."""
+    import datasets
+
+    if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 def _load_saved(path: Path, split: str) -> "Dataset":

@@ -10,6 +10,7 @@ import gc
 import itertools
 import logging
 import os
+import re
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 logger = logging.getLogger(__name__)
+
+# As `warnings.filterwarnings` adds it: of Pillow about damaged tags, while a stream is read.
+_IGNORED_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\.|ddpm_hf\.data\.decode"), 0)
 
 _NUM_BAD_ALWAYS_ALLOWED = 10
 """Early in a stream, `data.max_bad_fraction` of the images so far is less than one image."""
@@ -153,14 +157,13 @@ class ImageStream:
         self.trained_position: StreamPosition | None = None
         self._rows: Generator[tuple[_Row, StreamPosition], None, None] | None = None
         self._pool: ThreadPoolExecutor | None = None
-        # Not catch_warnings around each batch: it changes the filters of all threads, and batches are read in a thread.
-        warnings.filterwarnings("ignore", module=r"PIL\.|ddpm_hf\.data\.decode")
-        # A parquet reader that is still open at exit can abort the process (apache/arrow issue 45214).
-        atexit.register(self.close)
 
     def close(self) -> None:
         """Close the files. The next call of `samples` opens them again."""
         if self._rows is not None:
+            atexit.unregister(self.close)
+            if _IGNORED_WARNINGS in warnings.filters:
+                warnings.filters.remove(_IGNORED_WARNINGS)  # type: ignore[attr-defined]
             self._rows.close()
             self._rows = None
             gc.collect()
@@ -194,6 +197,11 @@ class ImageStream:
         """Decode the next `count` rows; yield (pixels, label, flip) and skip unreadable ones."""
         if self._rows is None:
             self._rows = self._read(self.position)
+            # Not catch_warnings around each batch: it changes the filters of all threads, and a thread reads batches.
+            if _IGNORED_WARNINGS not in warnings.filters:
+                warnings.filters.insert(0, _IGNORED_WARNINGS)  # type: ignore[attr-defined]
+            # A parquet reader that is still open at exit can abort the process (apache/arrow issue 45214).
+            atexit.register(self.close)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(num_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         taken = list(itertools.islice(self._rows, count))

@@ -6,6 +6,7 @@ through `CompiledCall`, which gives the compiler one form of its inputs, so that
 one for each batch size with and without gradients.
 """
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 logger = logging.getLogger(__name__)
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+_CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+_ISOLATED: dict[str, Any] = {"isolate_recompiles": True} if _CAN_ISOLATE else {}
 INDUCTOR = "inductor"
 """The backend of torch.compile that generates C++ for the CPU and Triton for GPUs."""
 
@@ -44,13 +47,15 @@ class CompiledCall:
         self.batch_size: int | None = None  # see `full_batches`
         self._has_cuda_graphs = uses_cuda_graphs(mode, backend)
         self._call_eagerly: Callable[..., Any] = unet._call_impl
-        # Static shapes: each batch size has its own kernels, and no call changes those of another.
+        # Static shapes: each batch size has its own kernels, and no call changes those of another. torch limits the
+        # number of compilations, for all networks of the process together unless it can count those of each.
         self._call = torch.compile(
             self._call_eagerly,
             fullgraph=True,
             dynamic=False,
             backend=backend,
             mode=mode if backend == INDUCTOR else None,
+            **_ISOLATED,
         )
 
     def __call__(
