@@ -304,26 +304,26 @@ def test_two_trainers_do_not_train_at_once_in_threads_of_one_process(
 def test_a_forked_process_trains_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also as a rank, whose parent is not the parent of the process that imported the library; and in its threads."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as the launcher
-    parents: Trainer | None = Trainer(configuration(tmp_path / "parent"))
+    parents: Trainer | None = Trainer(configuration(tmp_path / "parent", training__num_steps=3))
     torch.set_num_threads(2)
     torch.randn(1000, 1000).square().sum()  # starts the threads of OpenMP, without which a forked process hangs
     try:
 
         def train() -> None:
-            trainer = Trainer(configuration(tmp_path / "child"))
+            trainer = Trainer(configuration(tmp_path / "child", training__num_steps=3))
             trainer.fit()
             raised = in_a_thread(lambda: Trainer(configuration(tmp_path / "thread", training__num_steps=1)).fit())
             assert parents is not None
             with pytest.raises(ConfigError, match=r"was built in process \d+ and cannot train in process \d+, which"):
                 parents.fit()
-            os._exit(0 if raised is None and trainer.global_step == 6 else 1)
+            os._exit(0 if raised is None and trainer.global_step == 3 else 1)
 
         assert exit_code_of_child(train) == 0
     finally:
         torch.set_num_threads(1)
     assert parents is not None
     parents.fit()
-    assert_same_run(tmp_path / "parent", tmp_path / "child", 6)
+    assert_same_run(tmp_path / "parent", tmp_path / "child", 3)
 
 
 def train_as_ranks(folder: str, port: str) -> int:
@@ -342,6 +342,7 @@ def train_as_ranks(folder: str, port: str) -> int:
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_notebook_launcher_trains_runs_to_their_end(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
