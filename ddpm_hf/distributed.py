@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -360,6 +360,36 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_REQUEST_SECONDS = 2.0
 # Read at import: the launcher may exit while the data are decoded.
 _PARENT_AT_START = os.getppid()
+
+
+class Agreement:
+    """Numbers that all ranks agree on one call later, without waiting for the device. Collective: create it together.
+
+    Args:
+        num_values: How many numbers there are.
+    """
+
+    def __init__(self, num_values: int) -> None:
+        self._group = dist.new_group(backend="gloo")
+        self._agreed = torch.zeros(num_values, dtype=torch.int64)
+        self._work: dist.Work | None = None
+
+    def exchange(self, values: Sequence[int]) -> list[int]:
+        """Collective: pass on the numbers of this rank; return the maxima over all ranks of the previous call."""
+        agreed = self._wait()
+        self._agreed = torch.tensor(values)
+        self._work = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def close(self) -> None:
+        """Collective: wait for the last exchange and destroy the group."""
+        self._wait()
+        dist.destroy_process_group(self._group)
+
+    def _wait(self) -> list[int]:
+        if self._work is not None:
+            self._work.wait()
+        return [int(value) for value in self._agreed]
 
 
 class TrainingStopped(Exception):

@@ -29,8 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"config", "diffusion", "files", "redaction"},
     "evaluation": {"config", "data", "diffusion", "distributed", "files", "plots", "redaction", "rng"},
     "training": {
-        "__init__", "config", "data", "diffusion", "distributed", "evaluation.verify", "files", "models", "plots",
-        "redaction", "rng",
+        "__init__", "config", "data", "diffusion", "distributed", "evaluation", "files", "hub.background", "models",
+        "plots", "redaction", "rng",
     },
     "hub": {"config", "data", "diffusion", "evaluation", "files", "plots", "redaction", "run_report"},
     "run_report": {"evaluation", "files", "plots", "redaction"},
