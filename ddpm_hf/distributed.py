@@ -363,7 +363,7 @@ _PARENT_AT_START = os.getppid()
 
 
 class Agreement:
-    """Numbers that all ranks agree on one call later, without waiting for the device. Collective: create it together.
+    """Numbers that all ranks agree on while they go on, without waiting for the device. Collective: create it together.
 
     Args:
         num_values: How many numbers there are.
@@ -374,22 +374,22 @@ class Agreement:
         self._agreed = torch.zeros(num_values, dtype=torch.int64)
         self._work: dist.Work | None = None
 
-    def exchange(self, values: Sequence[int]) -> list[int]:
-        """Collective: pass on the numbers of this rank; return the maxima over all ranks of the previous call."""
-        agreed = self._wait()
+    def send(self, values: Sequence[int]) -> None:
+        """Collective: pass on the numbers of this rank."""
+        self.receive()
         self._agreed = torch.tensor(values)
         self._work = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return agreed
 
-    def close(self) -> None:
-        """Collective: wait for the last exchange and destroy the group."""
-        self._wait()
-        dist.destroy_process_group(self._group)
-
-    def _wait(self) -> list[int]:
+    def receive(self) -> list[int]:
+        """Collective: return the maxima over all ranks of what was sent last, or zeros."""
         if self._work is not None:
             self._work.wait()
         return [int(value) for value in self._agreed]
+
+    def close(self) -> None:
+        """Collective: wait for what was sent last, and destroy the group."""
+        self.receive()
+        dist.destroy_process_group(self._group)
 
 
 class TrainingStopped(Exception):

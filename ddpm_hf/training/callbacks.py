@@ -167,6 +167,7 @@ class TrainerCallback:
 Callback: TypeAlias = Any
 """A `TrainerCallback`, or one of transformers."""
 
+_REQUESTS = tuple(field.name for field in dataclasses.fields(TrainerControl))
 EVENTS = tuple(name for name in vars(TrainerCallback) if name.startswith("on_"))
 # Events of transformers that do not happen here, and what to use instead.
 _NEVER_CALLED = {
@@ -258,7 +259,7 @@ class Callbacks:
         self.is_used, self.must_wait_for_saves = (distributed.reduce(float(need), "sum") > 0 for need in needs)
         self._agreement = None
         if self.is_used and distributed.world_size() > 1:
-            self._agreement, self.requested = distributed.Agreement(4), TrainerControl()
+            self._agreement, self.requested = distributed.Agreement(len(_REQUESTS)), TrainerControl()
 
     def call(self, event: str, **values: Any) -> None:
         """Call a method of each callback; what it raises propagates."""
@@ -267,8 +268,7 @@ class Callbacks:
             if (method := getattr(callback, event, None)) is not None:
                 control = method(self.args, self.state, self.control, **self.context, **values)
                 if control is not None and control is not self.control:  # transformers has a class of its own
-                    names = [field.name for field in dataclasses.fields(TrainerControl)]
-                    self.control = TrainerControl(**{name: bool(getattr(control, name, False)) for name in names})
+                    self.control = TrainerControl(**{name: bool(getattr(control, name, False)) for name in _REQUESTS})
         if is_own:
             self.requested = self.control
 
@@ -278,7 +278,13 @@ class Callbacks:
         self.call("on_step_begin")
 
     def end_step(self, **due: bool) -> None:
-        """Call `on_step_end`, showing what is due after this step."""
+        """Collective: call `on_step_end`, showing what is due after this step.
+
+        With several ranks, `requested` becomes what any of them asked for in the step before.
+        """
+        if self._agreement is not None:
+            agreed = map(bool, self._agreement.receive())
+            self.requested = TrainerControl(**dict(zip(_REQUESTS, agreed, strict=True)))
         self._due = due
         for name, is_due in due.items():
             if is_due:
@@ -288,14 +294,10 @@ class Callbacks:
     def agree(self) -> bool:
         """Collective: call after everything that is due after a step; return whether to stop.
 
-        With several ranks, `requested` becomes what any of them asked for in the step before. The host does not wait.
+        With several ranks, tell the others what this one asks for. The host does not wait.
         """
-        if self._agreement is None:
-            return self.control.should_training_stop
-        names = [field.name for field in dataclasses.fields(TrainerControl)]
-        mine = [int(getattr(self.control, name) and not self._due.get(name, False)) for name in names]
-        agreed = self._agreement.exchange(mine)
-        self.requested = TrainerControl(**dict(zip(names, map(bool, agreed), strict=True)))
+        if self._agreement is not None:
+            self._agreement.send([int(getattr(self.control, name) and not self._due.get(name)) for name in _REQUESTS])
         return self.requested.should_training_stop
 
     def finish(self) -> None:

@@ -516,7 +516,7 @@ class Trainer:
         # The finished pipeline is published by the command, after the report.
         must_publish = config.hub.push_to_hub and is_due(config.hub.push_every_steps, also_last=False) and not is_last
         must_read = self.guard.num_recorded >= _MAX_RECORDED
-        if self.callbacks:
+        if self.callbacks.is_used:
             self._update_state()
             self.callbacks.end_step(
                 should_log=must_log, should_evaluate=must_validate or must_score, should_save=must_save
