@@ -15,10 +15,10 @@ from ddpm_hf.cli.common import (
     out_of_memory_advice,
     paused_garbage_collection,
     print_error,
-    raise_on_signals,
 )
 from ddpm_hf.config import ConfigError, RunConfig, parse_command_line
 from ddpm_hf.files import HUB_DIR
+from ddpm_hf.signals import raise_on_signals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,11 +43,8 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
         raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
 
     with paused_garbage_collection():
-        from diffusers.utils import logging as diffusers_logging
-
         from ddpm_hf.training.trainer import Trainer
 
-    diffusers_logging.disable_progress_bar()  # diffusers shows one for each part of a pipeline
     program = f"python {prog}" if prog.endswith(".py") else prog
     command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     advice = "lower training.micro_batch_size, or evaluation.batch_size if it was while sampling the report"
@@ -57,12 +54,9 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
 
         push = BackgroundPush(config.hub, Path(config.training.output_dir).expanduser() / HUB_DIR)
     with out_of_memory_advice(advice), push or nullcontext():
-        # This command publishes the finished run, with its report.
-        trainer = Trainer(config, publisher=None if push is None else push.publish)
-        try:
+        # This command publishes the finished run, with its report, which is sampled with the settings of the run.
+        with Trainer(config, publisher=None if push is None else push.publish) as trainer, trainer.process_settings:
             exit_code = _run(trainer, push, command, is_dry_run=is_dry_run)
-        finally:
-            trainer.folder.release()
     trainer.shutdown()
     return exit_code
 
