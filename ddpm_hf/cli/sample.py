@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
+    from ddpm_hf.model_folder import ModelFolder
 
 ImageArray: TypeAlias = NDArray[np.float32]
 """An image in [0, 1], (height, width, channels)."""
@@ -397,9 +398,12 @@ class _Work:
     starts: NDArray[np.float32] | None  # the given images, (number, height, width, channels) in [0, 1]
     masks: NDArray[np.bool_] | None  # one for all of them or one for each, (number, height, width)
     call: dict[str, Any]  # arguments of the pipeline that all images share
+    step: int | None  # of a checkpoint
 
 
-def _prepare(flags: SampleFlags, model: Path | None, images: list[ImageArray], masks: list[ImageArray]) -> _Work:
+def _prepare(
+    flags: SampleFlags, model: "ModelFolder | None", images: list[ImageArray], masks: list[ImageArray]
+) -> _Work:
     """Load the model, and check everything before a folder is created."""
     import torch
 
@@ -437,7 +441,7 @@ def _prepare(flags: SampleFlags, model: Path | None, images: list[ImageArray], m
     starts, cover = np.stack(fitted) if fitted else None, np.stack(covers) if covers else None
     labels = {} if label is None else {"class_labels": label[0]}
     flags.compile_network(pipeline, min(flags.batch_size, len(pictures)), call | labels | {"generator": generator[0]})
-    return _Work(flags, pipeline, pictures, starts, cover, call)
+    return _Work(flags, pipeline, pictures, starts, cover, call, None if model is None else model.step)
 
 
 def _device(name: str | None) -> "torch.device":
@@ -576,6 +580,7 @@ def _settings(work: _Work) -> dict[str, Any]:
         "revision": flags.revision,
         "variant": flags.variant,
         "commit": commit_of(pipeline),
+        **({} if work.step is None else {"step": work.step}),
         "sha256": fingerprint(pipeline),
         "scheduler": type(scheduler).__name__,
         **work.call,
