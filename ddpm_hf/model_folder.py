@@ -311,7 +311,7 @@ def locate(name: str | os.PathLike[str], *, accept_network: bool = False) -> Mod
     if not given.is_dir():
         raise ConfigError(_describe_missing(given))
     for folder, run in ((given, None), (given / PIPELINE_DIR, given), (given / "run" / PIPELINE_DIR, given / "run")):
-        if (folder / MODEL_INDEX).is_file() and not (folder / MANIFEST).is_file():  # with one, it is an EMA snapshot
+        if (folder / MODEL_INDEX).is_file() and not _is_ema_snapshot(folder):
             return ModelFolder("pipeline", folder, run=run)
     real = given.resolve()
     names_network = real.name == "unet" or real.name.startswith(EMA_DIR)
@@ -347,6 +347,10 @@ def _is_run(folder: Path) -> bool:
 def _is_checkpoint(folder: Path) -> bool:
     is_named = STEP_NAME.fullmatch(folder.name) is not None and folder.parent.name == CHECKPOINTS_DIR
     return is_named or all((folder / name).is_file() for name in (MANIFEST, TRAINER_STATE))
+
+
+def _is_ema_snapshot(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() and any(folder.glob(f"{EMA_DIR}_sigma_*.safetensors"))
 
 
 def _as_given(path: Path, given: Path) -> Path:
@@ -395,7 +399,7 @@ def _describe_folder(folder: Path) -> str:
             f"holds a run without a checkpoint; wait for the first one (training.checkpoint_every_steps {every}), or "
             "stop the run with Ctrl-C, which saves one."
         )
-    if any((one / MANIFEST).is_file() and (one / MODEL_INDEX).is_file() for one in (folder, *_subfolders(folder))):
+    if any(map(_is_ema_snapshot, (folder, *_subfolders(folder)))):
         return f"holds stored EMAs; ddpm-hf ema {find_run(folder) or 'RUN'} --length 0.1 makes a pipeline of them."
     if (run := find_run(folder)) is not None and run.resolve() != real:
         return f"is a part of the run {run} that holds no pipeline ({MODEL_INDEX}) or checkpoint; give {run}."

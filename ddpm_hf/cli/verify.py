@@ -34,8 +34,9 @@ def verify(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--revision is for Hub repositories, but {options.folder} is a local folder; remove it.")
     model = locate(options.folder) if is_local else None
     if options.write and (model is None or model.kind != "pipeline"):
-        what = "a Hub repository" if model is None else f"a {model.kind}, of which {MANIFEST} is the record"
-        raise ConfigError(f"--write needs the folder of a pipeline, but {options.folder} is {what}; remove it.")
+        kinds = {"run": "a run that is not finished", "checkpoint": f"a checkpoint, which has a {MANIFEST}"}
+        what = "a Hub repository" if model is None else kinds[model.kind]
+        raise ConfigError(f"--write needs the folder of a pipeline, but {options.folder} is {what}; remove --write.")
     if model is not None and model.kind == "run":
         return _verify_checkpoints(checkpoint_folders(model.path / CHECKPOINTS_DIR))
     if model is not None and model.kind == "checkpoint":

@@ -499,9 +499,8 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                     " huggingface_hub.snapshot_download, and pass the path of the subfolder."
                 )
             name = folder = folder / subfolder
-        is_pipeline = (folder / "model_index.json").is_file() and not (folder / "manifest.json").is_file()
-        is_local = folder.exists() or str(name).count("/") > 1
-        if is_pipeline or not is_local or __package__ != "ddpm_hf.diffusion":
+        is_hub_id = not folder.exists() and str(name).count("/") < 2
+        if (folder / "model_index.json").is_file() or is_hub_id or __package__ != "ddpm_hf.diffusion":
             return cls._load(folder if folder.is_dir() else name, **kwargs)
         # Not an import statement: diffusers would require its module wherever it runs the code of a saved folder.
         models = import_module("ddpm_hf.models")
