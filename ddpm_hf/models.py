@@ -561,7 +561,7 @@ def _find_model(name: str, source: str, revision: str | None, files: Sequence[st
         try:
             return find_model(path, accept_network=True)
         except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from None
+            raise ConfigError(f"{name.partition(' ')[0]} {error}") from None
     if path.exists():
         raise ConfigError(f"{name} is a file; give the folder of a pipeline or of a UNet2DModel.")
     if source.startswith((".", "~", "/")) or source.count("/") > 1 or path.suffix == ".json":

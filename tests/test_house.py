@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models", "plots", "redaction", "rng",
     },
     "hub": {
-        "config", "data", "diffusion", "evaluation", "files", "model_folder", "models", "plots", "redaction", "run_report",
+        "config", "data", "diffusion", "evaluation", "files", "model_folder", "models", "plots", "redaction",
+        "run_report",
     },
     "run_report": {"evaluation", "files", "plots", "redaction"},
     "cli": {
