@@ -37,7 +37,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from pairs import REPOSITORY, Row, Way, environment, gemm_gflops, result_path, rounds, summary, table, write
 
 from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.config import DataConfig, ModelConfig, load_config
+from ddpm_hf.config import DataConfig, ModelConfig, parse_command_line
 from ddpm_hf.data import ImageLoader, ImageStream, SampleOrder, open_images, open_sets
 from ddpm_hf.distributed import keep_freed_memory
 from ddpm_hf.evaluation.likelihood import ReverseProcess, variational_bound
@@ -170,7 +170,7 @@ class Ours:
             "evaluation__num_samples": 0,
         }
         flags = [(f"--{name.replace('__', '.')}", str(value)) for name, value in (values | settings).items()]
-        config, _ = load_config([part for flag in flags for part in flag])
+        config, _ = parse_command_line([part for flag in flags for part in flag])
         self.trainer = trainer = Trainer(config)
         trainer.checkpointer.resume()
         started = time.perf_counter()

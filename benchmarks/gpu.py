@@ -217,7 +217,7 @@ class Measured(Exception):
 
 def run_config(setup: Setup, batch: int, settings: dict[str, object]) -> Any:
     """Return the configuration of a run of the 35.7 M network."""
-    from ddpm_hf.config import load_config
+    from ddpm_hf.config import parse_command_line
 
     folder = tempfile.mkdtemp(dir=setup.work_dir)
     values: dict[str, object] = {
@@ -233,7 +233,7 @@ def run_config(setup: Setup, batch: int, settings: dict[str, object]) -> Any:
         "evaluation.num_samples": 0,
     }
     flags = [part for name, value in (values | settings).items() for part in (f"--{name}", str(value))]
-    return load_config(flags)[0]
+    return parse_command_line(flags)[0]
 
 
 def train_ours(setup: Setup, batch: int, **settings: object) -> dict[str, Any]:

@@ -167,12 +167,12 @@ def check_sampling_synchronization(context: Context) -> str:
 
 def check_training_synchronization(context: Context) -> str:
     """Between two log lines, a training step reads nothing from the device."""
-    from ddpm_hf.config import load_config
+    from ddpm_hf.config import parse_command_line
     from ddpm_hf.training.trainer import Trainer
 
     settings = small_run("bf16", "--training.log_every_steps", "40", "--training.deterministic", "false")
     output_dir = context.work_dir / "synchronization"
-    config, _ = load_config(
+    config, _ = parse_command_line(
         [
             *("--config", str(REPOSITORY / "configs" / "cifar10_32.yaml"), "--data.source", str(context.data)),
             *("--training.output_dir", str(output_dir), "--training.compile", "false"),

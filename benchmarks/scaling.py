@@ -50,7 +50,7 @@ class Case:
 
 def train_and_time(folder: Path, batch: int, num_steps: int) -> None:
     """Train on this rank of a torchrun; rank 0 writes the median time of a step and the number of parameters."""
-    from ddpm_hf.config import load_config
+    from ddpm_hf.config import parse_command_line
     from ddpm_hf.training.trainer import Trainer
 
     num_processes = int(os.environ["WORLD_SIZE"])
@@ -67,7 +67,7 @@ def train_and_time(folder: Path, batch: int, num_steps: int) -> None:
         "evaluation.num_samples": 0,
         "evaluation.recognition": "false",
     }
-    config, _ = load_config([part for name, value in settings.items() for part in (f"--{name}", str(value))])
+    config, _ = parse_command_line([part for name, value in settings.items() for part in (f"--{name}", str(value))])
     trainer = Trainer(config)
     train_step, ends = trainer._train_step, []
 

@@ -307,7 +307,7 @@ def find_model(name: str | os.PathLike[str], *, accept_network: bool = False) ->
 
 def locate(name: str | os.PathLike[str], *, accept_network: bool = False) -> ModelFolder:
     """Return what a path is, without verifying checkpoints; arguments and errors are those of `find_model`."""
-    given = Path(name).expanduser()
+    given = Path(name or "an empty name").expanduser()
     if not given.is_dir():
         raise ConfigError(_describe_missing(given))
     for folder, run in ((given, None), (given / PIPELINE_DIR, given), (given / "run" / PIPELINE_DIR, given / "run")):

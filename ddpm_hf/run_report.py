@@ -213,10 +213,12 @@ def loading_lines(pipeline_dir: Path, class_names: Sequence[str] | None, sampler
             f"images = pipeline(batch_size=16{arguments}).images"
         )
     count = len(class_names)
+    is_named_by_others = any(name.isdecimal() and name != str(number) for number, name in enumerate(class_names))
+    labels = repr(list(class_names)) if is_named_by_others else f"list(range({count}))"
     return (
         "from ddpm_hf import GaussianDiffusionPipeline\n\n"
         f"pipeline = GaussianDiffusionPipeline.from_pretrained({folder})\n"
-        f"images = pipeline(batch_size={count}, class_labels=list(range({count})){arguments}).images\n\n"
+        f"images = pipeline(batch_size={count}, class_labels={labels}{arguments}).images\n\n"
         "# Without ddpm_hf, with the code in the folder; trust_remote_code=True is your consent to run it:\n"
         "from diffusers import DiffusionPipeline\n\n"
         f"folder = {folder}\n"

@@ -24,7 +24,7 @@ from torch.distributed.run import get_args_parser
 
 from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.cli import main as cli
-from ddpm_hf.config import load_config
+from ddpm_hf.config import parse_command_line
 from tests.conftest import REPOSITORY
 from tests.documents import DOCUMENTS, FENCED, blocks, text_of
 
@@ -156,7 +156,7 @@ def run_ddpm_hf(name: str, arguments: list[str]) -> None:
     assert name in cli.COMMANDS, name
     options = dict(itertools.pairwise(arguments))
     if name == "train":
-        config, _ = load_config(arguments)
+        config, _ = parse_command_line(arguments)
         if not Path(config.data.source).exists():
             return  # a Hub dataset
         given = {"--training.num_steps": "3", "--evaluation.score_num_samples": "4"}
@@ -242,7 +242,7 @@ def test_the_python_blocks_of_a_document_run_from_top_to_bottom(path: Path) -> N
 def test_the_yaml_blocks_of_a_document_are_configurations(path: Path, tmp_path: Path) -> None:
     for block in blocks(text_of(path), "yaml"):
         (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
-        load_config(["--config", str(tmp_path / "config.yaml")])
+        parse_command_line(["--config", str(tmp_path / "config.yaml")])
 
 
 # -------------------------------------------------------------------------------------------- links and references

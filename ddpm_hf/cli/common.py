@@ -165,7 +165,7 @@ def find_folder(name: str, revision: str | None = None) -> "ModelFolder | None":
 
 def is_repository_id(name: str) -> bool:
     """Return whether a name is that of a Hub repository, and not an existing path or one that cannot be an id."""
-    exists = os.path.lexists(Path(name).expanduser())
+    exists = os.path.lexists(Path(name).expanduser())  # also of an empty name
     return not exists and not name.startswith(("/", ".", "~")) and _REPOSITORY_ID.fullmatch(name) is not None
 
 

@@ -367,7 +367,7 @@ def _prepare(flags: EvaluateFlags) -> _Work:
     import torch
 
     from ddpm_hf import distributed
-    from ddpm_hf.data import ImageSet
+    from ddpm_hf.data import ImageSet, class_order_of
     from ddpm_hf.diffusion import GaussianDiffusionScheduler
     from ddpm_hf.evaluation.generate import Sampler, image_shape
     from ddpm_hf.evaluation.likelihood import ReverseProcess
@@ -403,7 +403,8 @@ def _prepare(flags: EvaluateFlags) -> _Work:
         model=ModelConfig(class_conditional=needs_labels),
         training=TrainingConfig(seed=flags.split_seed or 0),
     )
-    training, validation = open_splits(config, accelerator)
+    class_order = class_order_of(pipeline.config.get("class_names") or {})
+    training, validation = open_splits(config, accelerator, class_order)
     assert isinstance(training, ImageSet)
     if training.image_shape != (num_channels, height, width):
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import inspect
 import math
 import types
 import typing
@@ -182,12 +181,12 @@ class SamplingFlags:
 
     def check_scheduler(self) -> None:
         """Refuse a scheduler that does not exist, or that has no eta if --eta is given. Imports torch."""
+        from ddpm_hf.diffusion.scheduler import takes_eta
         from ddpm_hf.evaluation.generate import scheduler_class
 
         if self.scheduler is None:
             return
-        arguments = inspect.signature(scheduler_class(self.scheduler).step).parameters
-        if self.eta is not None and "eta" not in arguments:
+        if self.eta is not None and not takes_eta(scheduler_class(self.scheduler)):
             raise ConfigError(f"--eta is {self.eta}, but {self.scheduler} has no eta; remove one of them.")
 
     def label_list(self, pipeline: "GaussianDiffusionPipeline") -> list[int] | None:
@@ -203,10 +202,9 @@ class SamplingFlags:
             words = [word.strip() for word in next(csv.reader([self.labels], skipinitialspace=True), [])]
         if not words or not all(words):
             raise ConfigError(f"--labels is {self.labels!r}; give names or numbers separated by commas.")
-        labels = [int(word) if word.isdecimal() and word not in names else word for word in words]
         num_labels, has_null_label = pipeline.unet.config.num_class_embeds, bool(pipeline.config.get("has_null_label"))
         try:
-            return label_numbers(labels, len(labels), num_labels, has_null_label, class_names)
+            return label_numbers(words, len(words), num_labels, has_null_label, class_names)
         except ValueError as error:
             raise ConfigError(str(error).replace("class_labels", "--labels", 1)) from None
 

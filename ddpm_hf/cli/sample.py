@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
+    from ddpm_hf.diffusion.pipeline import ClassNumbers
     from ddpm_hf.model_folder import ModelFolder
 
 ImageArray: TypeAlias = NDArray[np.float32]
@@ -433,14 +434,15 @@ def _prepare(
     if flags.mask and call["num_inference_steps"] is None:
         call["num_inference_steps"] = min(250, len(pipeline.scheduler))  # the default of `inpaint`
     pictures = pictures_of(flags, pipeline)
-    label = None if pictures[0].label is None else [pictures[0].label]
     generator = plain_generators([pictures[0].seed])
-    num_steps = pipeline.check_inputs(class_labels=label, generator=generator, output_type="uint8", **call)
+    num_steps = pipeline.check_inputs(
+        class_labels=_labels_of(pictures[:1]), generator=generator, output_type="uint8", **call
+    )
     if flags.image and not flags.mask:
         start_level(flags.strength or STRENGTH, num_steps)
     starts, cover = np.stack(fitted) if fitted else None, np.stack(covers) if covers else None
-    labels = {} if label is None else {"class_labels": label[0]}
-    flags.compile_network(pipeline, min(flags.batch_size, len(pictures)), call | labels | {"generator": generator[0]})
+    batch = pictures[: flags.batch_size]
+    flags.compile_network(pipeline, len(batch), call | {"class_labels": _labels_of(batch), "generator": generator[0]})
     return _Work(flags, pipeline, pictures, starts, cover, call, None if model is None else model.step)
 
 
@@ -502,6 +504,13 @@ def _sample_all(work: _Work, output: OutputFolder) -> int:
     return 0
 
 
+def _labels_of(pictures: Sequence[Picture]) -> "ClassNumbers | None":
+    """Return the argument `class_labels` for pictures; None without classes."""
+    from ddpm_hf.diffusion.pipeline import ClassNumbers
+
+    return ClassNumbers(picture.label for picture in pictures if picture.label is not None) or None
+
+
 def _batches(work: _Work) -> Iterator[tuple[list[Picture], UInt8Array, UInt8Array | None]]:
     """Yield batches of images; for the first images also states of the trajectory, (frames, number, ...)."""
     from ddpm_hf.evaluation.generate import call_with_trajectory
@@ -514,7 +523,7 @@ def _batches(work: _Work) -> Iterator[tuple[list[Picture], UInt8Array, UInt8Arra
         progress = f"Images {first + 1} to {first + len(batch)} of {len(work.pictures)}"
         pipeline.set_progress_bar_config(desc=progress, disable=None, leave=False)
         call = work.call | {
-            "class_labels": None if batch[0].label is None else [picture.label for picture in batch],
+            "class_labels": _labels_of(batch),
             "generator": plain_generators([picture.seed for picture in batch]),
             "output_type": "uint8",
         }

@@ -18,7 +18,7 @@ from ddpm_hf.cli.common import (
     print_error,
     raise_on_signals,
 )
-from ddpm_hf.config import ConfigError, RunConfig, load_config
+from ddpm_hf.config import ConfigError, RunConfig, parse_command_line
 from ddpm_hf.files import HUB_DIR
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
 
     During training a signal saves a checkpoint; before and after, it ends the command.
     """
-    config, is_dry_run = load_config(arguments, prog)
+    config, is_dry_run = parse_command_line(arguments, prog)
     needs_sklearn = config.evaluation.recognition and config.evaluation.num_samples
     if needs_sklearn and importlib.util.find_spec("sklearn") is None:
         raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')

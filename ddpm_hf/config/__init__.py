@@ -1,7 +1,7 @@
 """The configuration of a run: schema, validation and parsing. Needs no torch."""
 
 from ddpm_hf.config.launcher import Launcher, read_launcher, take_launcher, warn_of_training_flags
-from ddpm_hf.config.parse import load_config, load_data_config, read_config, read_config_dict
+from ddpm_hf.config.parse import load_config, load_data_config, parse_command_line, read_config, read_config_dict
 from ddpm_hf.config.rules import ConfigError, changed_settings, changed_too_late, log_warning, refuse_secrets, validate
 from ddpm_hf.config.schema import (
     DataConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "load_config",
     "load_data_config",
     "log_warning",
+    "parse_command_line",
     "read_config",
     "read_config_dict",
     "read_launcher",

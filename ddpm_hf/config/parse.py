@@ -1,20 +1,26 @@
-"""Parsing of YAML files and command-line flags into a `RunConfig`, with errors in the words of the settings."""
+"""Files, command lines and Python values -> RunConfig, with errors in the words of the settings.
+
+jsonargparse parses files and command lines. Python values have types already, which are compared with the schema.
+"""
 
 import builtins
 import dataclasses
 import difflib
 import itertools
+import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from ddpm_hf.config.rules import ConfigError, join_or, validate
+from ddpm_hf.config.rules import ConfigError, check, join_or, validate
 from ddpm_hf.config.schema import RunConfig
 from ddpm_hf.files import read_yaml, yaml_problem
 
@@ -31,10 +37,165 @@ _TYPE_NAMES: dict[object, str] = {
     str: "text",
     type(None): "null",
 }
+_SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
-def load_config(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf train") -> tuple[RunConfig, bool]:
-    """Parse and validate a training command line: `--config FILE` and flags that override it.
+def load_config(
+    config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Return the configuration of a run, checked as that of a command line.
+
+    Values that change the meaning of nothing are accepted: numpy numbers and arrays, tuples for lists, paths for text.
+
+    Args:
+        config: A YAML file, a mapping of sections, another configuration, or None for the defaults.
+        overrides: Settings that replace those of `config`. Like a mapping for `config`, it has dotted names
+            (`{"training.num_steps": 200}`), sections (`{"training": {"num_steps": 200}}`), or both. One key of a
+            setting that is a mapping has a name of its own (`{"model.overrides.dropout": 0.1}`).
+
+    Returns:
+        A new configuration that shares nothing with the arguments. It may lack data.source, which is not needed for
+        images in memory.
+
+    Raises:
+        ConfigError: A setting is unknown, a value has the wrong type or is out of range, or settings contradict each
+            other.
+    """
+    match config:
+        case None | RunConfig() | Mapping():
+            settings = _values_of(RunConfig())
+            _set(settings, config if isinstance(config, Mapping) else _sections_of(config or RunConfig()))
+        case str() | os.PathLike():
+            settings = _values_of(_read_file(Path(config).expanduser()))
+        case _:
+            raise ConfigError(
+                f"load_config was given a {type(config).__name__}; give the path of a YAML file, a dictionary or a "
+                "RunConfig. parse_command_line in ddpm_hf.config takes the arguments of a command line."
+            )
+    if not isinstance(overrides, Mapping | None):
+        raise ConfigError(
+            f'overrides is a {type(overrides).__name__}; give a dictionary such as {{"training.num_steps": 200}}.'
+        )
+    _set(settings, overrides or {})
+    sections: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
+    for name, value in settings.items():
+        section, setting = name.split(".")
+        sections[section][setting] = _convert(name, _TYPES[name], value)
+    loaded = RunConfig(**{section: _SECTIONS[section](**values) for section, values in sections.items()})
+    check(loaded, has_train_dataset=True, has_eval_dataset=True)
+    return loaded
+
+
+def _read_file(path: Path) -> RunConfig:
+    """Parse a YAML file, with errors that name the file instead of a flag."""
+    if not path.is_file():
+        raise ConfigError(f"there is no configuration file {path}; give the path of a YAML file.")
+    try:
+        return read_config(path)
+    except ConfigError as error:
+        words = str(error).replace("--config must name a YAML file", f"{path} must be a YAML file")
+        raise ConfigError(words.removeprefix("--config ")) from None
+
+
+def _sections_of(config: RunConfig) -> dict[str, Any]:
+    """Return the sections of a configuration, in which Python code may have put anything."""
+    return {section: getattr(config, section) for section in _SECTIONS}
+
+
+def _values_of(config: RunConfig) -> dict[str, Any]:
+    """Return dotted name -> value."""
+    return {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in _TYPES}
+
+
+def _set(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Set the values of a mapping of sections and dotted names."""
+    seen: set[str] = set()
+    for name, value in _named_values(given):
+        setting, key = ".".join(name.split(".")[:2]), ".".join(name.split(".")[2:])
+        is_mapping = typing.get_origin(_TYPES.get(setting)) is dict
+        if setting not in _TYPES or (key and not is_mapping):
+            raise ConfigError(_unknown(name))
+        if name in seen:
+            raise ConfigError(f"{name} is given twice; give it once.")
+        seen.add(name)
+        settings[setting] = {**settings[setting], key: value} if key else value
+
+
+def _named_values(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and the value of each setting."""
+    for name, value in given.items():
+        if dataclasses.is_dataclass(value) and isinstance(value, _SECTIONS.get(name, ())):
+            value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        if "." in str(name):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from ((f"{name}.{setting}", one) for setting, one in value.items())
+        elif name in _SECTIONS:
+            raise ConfigError(
+                f"{name} is {'null' if value is None else value}, but must be a section of settings; see --help."
+            )
+        else:
+            raise ConfigError(_unknown(str(name)))
+
+
+def _convert(name: str, hint: object, value: object) -> object:
+    """Return a Python value as the schema holds it.
+
+    Raises:
+        ConfigError: It has another type.
+    """
+    value = _plain(value)
+    if typing.get_origin(hint) is dict and isinstance(value, dict):
+        return {str(key): _convert(f"{name}.{key}", typing.get_args(hint)[1], one) for key, one in value.items()}
+    try:
+        return _fit(value, hint)
+    except TypeError:
+        shown = repr(value) if isinstance(value, str) else "null" if value is None else value
+        raise ConfigError(_wrong_type(name, hint, shown, str(value))) from None
+
+
+def _plain(value: Any) -> Any:
+    """Return the value in Python's own types: numbers and arrays of numpy, paths, tuples and strings of subclasses."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _fit(value: Any, hint: object) -> Any:
+    """Return a plain value as a type of the schema, or raise TypeError."""
+    parts = typing.get_args(hint)
+    is_scientific = isinstance(value, str) and _SCIENTIFIC.fullmatch(value) is not None  # PyYAML reads 1e-4 as text
+    match typing.get_origin(hint):
+        case typing.Union | types.UnionType:
+            best = float if is_scientific else type(value)  # 3 is an integer before it is a float
+            for part in sorted(parts, key=lambda part: part is not best):
+                with suppress(TypeError):
+                    return _fit(value, part)
+        case typing.Literal:
+            if any(part == value and type(part) is type(value) for part in parts):
+                return value
+        case builtins.list:
+            if isinstance(value, list):
+                return [_fit(item, parts[0]) for item in value]
+        case _:
+            if hint is float and (type(value) in (int, float) or is_scientific):
+                return float(value)
+            if type(value) is hint:
+                return value
+    raise TypeError
+
+
+def parse_command_line(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf train") -> tuple[RunConfig, bool]:
+    """Parse and check a training command line: `--config FILE` and flags that override it.
 
     Args:
         arguments: Arguments without the program name; None reads sys.argv.
@@ -47,7 +208,7 @@ def load_config(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf tra
         ConfigError: A key is unknown, a value has the wrong type, or settings contradict each other.
     """
     config, namespace = _parse(_parser(prog), arguments)
-    validate(config)
+    check(config)
     return config, bool(namespace.dry_run)
 
 
@@ -67,7 +228,7 @@ def load_data_config(arguments: Sequence[str], prog: str = "ddpm-hf data") -> tu
         The configuration, and the path of the picture.
 
     Raises:
-        ConfigError: As `load_config`.
+        ConfigError: As `parse_command_line`.
     """
     parser = _parser(prog)
     parser.description = "Show what a run would read: number and kind of the images, and the first 64 samples."
@@ -145,14 +306,9 @@ def _invalid_yaml(arguments: Sequence[str]) -> str | None:
 def _sentence(message: str) -> str:
     """Return an error of jsonargparse in the words of the settings."""
     message = " ".join(message.split())
-    if match := re.match(r'Parser key "(\w+\.\w+)[\w.]*": .*(?:Got value|Given value): (.*)', message):
+    if match := re.match(r'Parser key "(\w+\.\w+)[\w.]*": .*(?:Got value|Given value): ?(.*)', message):
         key, value = match.groups()
-        if key not in _TYPES:
-            return message
-        advice = ""
-        if "a whole number" in _words(_TYPES[key]) and re.fullmatch(r"-?\d+\.0|\d+e\+\d+", value):
-            advice = f"; write {int(float(value))}"
-        return f"{key} is {value}, but must be {describe_type(_TYPES[key])}{advice}."
+        return _wrong_type(key, _TYPES[key], value or "empty", value) if key in _TYPES else message
     if match := re.match(r"Group '(\w+)' does not accept option '(\w+)", message):
         return _unknown(f"{match[1]}.{match[2]}")
     if match := re.match(r"(?:Option '|unrecognized arguments: --)([\w.]+)", message):
@@ -162,8 +318,15 @@ def _sentence(message: str) -> str:
     return message.replace('Parser key "config":', "--config:")
 
 
+def _wrong_type(name: str, hint: object, shown: object, text: str) -> str:
+    """Return the sentence for a value of the wrong type."""
+    is_whole = "a whole number" in _words(hint) and re.fullmatch(r"-?\d+\.0|\d+e\+\d+|-?\d+", text)
+    return f"{name} is {shown}, but must be {describe_type(hint)}{f'; write {int(float(text))}' if is_whole else ''}."
+
+
 def _unknown(key: str) -> str:
-    close = difflib.get_close_matches(key, _TYPES, n=1)
+    same = [name for name in _TYPES if name.split(".")[1] == key]
+    close = same or difflib.get_close_matches(key, _TYPES, n=1)
     return f"there is no setting {key}; {f'did you mean {close[0]}?' if close else '--help lists all settings.'}"
 
 

@@ -72,24 +72,35 @@ def log_warning(message: str) -> None:
         logger.warning(message)
 
 
-def validate(config: RunConfig) -> None:
+def validate(config: RunConfig, *, has_train_dataset: bool = False, has_eval_dataset: bool = False) -> None:
     """Refuse settings that contradict each other, and warn about settings without effect.
+
+    Args:
+        config: A configuration with values of the right types.
+        has_train_dataset: Whether the training images are in memory instead of data.source.
+        has_eval_dataset: Whether the validation images are in memory.
 
     Raises:
         ConfigError: A value is out of range, a required setting is missing, or settings contradict each other.
     """
+    check(config, has_train_dataset=has_train_dataset, has_eval_dataset=has_eval_dataset)
+    _warn_without_effect(config)
+
+
+def check(config: RunConfig, *, has_train_dataset: bool = False, has_eval_dataset: bool = False) -> None:
+    """Refuse settings as `validate` does, without warnings."""
     refuse_secrets(config)
     _check_ranges(config)
-    _check_data(config.data)
+    _check_data(config.data, has_train_dataset)
+    has_validation_set = has_eval_dataset or _has_validation_set(config.data)
     _check_model(config.model)
     _check_objective(config)
-    _check_training(config)
-    _check_evaluation(config)
+    _check_training(config, has_validation_set)
+    _check_evaluation(config, has_validation_set)
     if config.hub.push_to_hub and not config.hub.repo_id:
         raise ConfigError('hub.push_to_hub needs a repository; set hub.repo_id, for example to "user/name".')
     if not config.tracking.project:
         raise ConfigError("tracking.project is empty; set a project name.")
-    _warn_without_effect(config)
 
 
 def refuse_secrets(config: RunConfig) -> None:
@@ -154,14 +165,16 @@ def _check_ranges(config: RunConfig) -> None:
         )
 
 
-def _check_data(data: DataConfig) -> None:
-    if not data.source:
+def _check_data(data: DataConfig, has_train_dataset: bool) -> None:
+    if not data.source and not has_train_dataset:
         raise ConfigError("data.source is not set; give an image folder, a parquet file or a Hub dataset id.")
     if data.validation_split is not None and data.validation_fraction > 0:
         raise ConfigError(
             f"data.validation_split {data.validation_split} and data.validation_fraction {data.validation_fraction:g} "
             "both define the validation set; set one of them."
         )
+    if data.cache_dir == "":  # a path of no name is the working directory
+        raise ConfigError("data.cache_dir is empty; give a folder, or set it to null.")
     resolution, box = data.resolution, data.crop_before_resize
     if isinstance(resolution, list) and (len(resolution) != 2 or min(resolution) < 1):
         raise ConfigError(f"data.resolution is {resolution}, but a list must be [height, width] in pixels.")
@@ -188,6 +201,9 @@ def _check_data(data: DataConfig) -> None:
 
 def _check_model(model: ModelConfig) -> None:
     given = [name for name in ("config_file", "from_pretrained") if getattr(model, name) is not None]
+    for name in given:
+        if not getattr(model, name):
+            raise ConfigError(f"model.{name} is empty; give a path, or set it to null.")
     if len(given) == 2:
         raise ConfigError("model.config_file and model.from_pretrained both define the network; set one of them.")
     if given and model.preset not in (None, ModelConfig().preset):
@@ -247,7 +263,7 @@ def _check_objective(config: RunConfig) -> None:
             )
 
 
-def _check_training(config: RunConfig) -> None:
+def _check_training(config: RunConfig, has_validation_set: bool) -> None:
     training = config.training
     if not training.output_dir:
         raise ConfigError("training.output_dir is not set; give a new folder for this run.")
@@ -257,7 +273,7 @@ def _check_training(config: RunConfig) -> None:
             f"training.optimizer {training.optimizer} is unknown; use adamw, adam or an import path such as "
             "torch.optim.SGD."
         )
-    if training.validate_every_steps > 0 and not _has_validation_set(config.data):
+    if training.validate_every_steps > 0 and not has_validation_set:
         which = "data.validation_split" if config.data.streaming else "data.validation_fraction, for example to 0.05"
         raise ConfigError(
             f"training.validate_every_steps {training.validate_every_steps} needs a validation set; set {which}."
@@ -276,10 +292,10 @@ def _check_training(config: RunConfig) -> None:
         )
 
 
-def _check_evaluation(config: RunConfig) -> None:
+def _check_evaluation(config: RunConfig, has_validation_set: bool) -> None:
     evaluation, data = config.evaluation, config.data
     if evaluation.recognition and evaluation.num_samples:
-        if not (config.model.class_conditional and _has_validation_set(data) and not data.streaming):
+        if not (config.model.class_conditional and has_validation_set and not data.streaming):
             raise ConfigError(
                 "evaluation.recognition needs classes and a validation set; set model.class_conditional to true, "
                 "data.validation_fraction above 0 or data.validation_split, and data.streaming to false."
@@ -288,7 +304,7 @@ def _check_evaluation(config: RunConfig) -> None:
         return
     metric, num_timesteps = evaluation.score_metric, config.diffusion.num_train_timesteps
     if metric == "bits_per_dim":
-        if not _has_validation_set(data):
+        if not has_validation_set:
             raise ConfigError(
                 "evaluation.score_metric bits_per_dim needs a validation set; set data.validation_fraction, for "
                 "example to 0.05, or data.validation_split."
@@ -389,6 +405,8 @@ def changed_settings(old: Settings, new: RunConfig) -> tuple[list[str], list[str
                 continue
             is_fixed = section in _FIXED_SECTIONS or (section == "training" and setting in _FIXED_TRAINING)
             is_fixed &= name not in _FREE and name not in unused
+            # Whether the images and labels are the same is known from their digest, which a stream lacks.
+            is_fixed &= name != "data.layout" or new.data.streaming
             (fixed if is_fixed else free).append(f"{name} was {before!r}, is {value!r}")
     return fixed, free
 

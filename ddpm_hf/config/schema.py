@@ -94,6 +94,8 @@ class DataConfig:
         split: Split to train on, or a part of one, such as "train[:90%]".
         validation_split: Split, or part of one, used as the validation set; must not overlap with split.
         validation_fraction: Fraction of the images used as the validation set, chosen by training.seed.
+        layout: Meaning of the folders in a folder or archive: "flat" (none), "classes", "splits", or "splits/classes";
+            null decides by their names.
         image_column: Column or array of the images; null uses the only one.
         label_column: Column or array of integer labels; null uses the only ClassLabel column, or "label".
         crop_before_resize: First crop: side of a centered square, or [left, top, right, bottom].
@@ -120,6 +122,7 @@ class DataConfig:
     split: str = "train"
     validation_split: str | None = None
     validation_fraction: float = 0.0
+    layout: Literal["flat", "classes", "splits", "splits/classes"] | None = None
     image_column: str | None = None
     label_column: str | None = None
     crop_before_resize: int | list[int] | None = None
@@ -210,7 +213,8 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         for name, aliases in DIFFUSION_ALIASES.items():
             value = getattr(self, name)
-            object.__setattr__(self, name, aliases.get(value, value))
+            if isinstance(value, str):  # Python code may have given anything, which load_config and Trainer check
+                object.__setattr__(self, name, aliases.get(value, value))
 
     def scheduler_options(self) -> dict[str, Any]:
         """Return the arguments of `GaussianDiffusionScheduler.create`, which refuses a setting without effect."""

@@ -6,6 +6,7 @@ that changes with the data. Only a .npy file that needs no preprocessing is open
 Data and settings that cannot be used raise a `DataError`.
 """
 
+import functools
 import glob
 import hashlib
 import json
@@ -17,11 +18,11 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.decode import MODE_OF_CHANNELS, DataError, EncodedImage, Geometry, num_threads
 from ddpm_hf.data.image_set import ImageSet
+from ddpm_hf.data.layout import SPLIT_NAMES, Kind, Layout, read_layout
 from ddpm_hf.files import format_count
 
 if TYPE_CHECKING:
@@ -41,12 +43,8 @@ NO_LABEL = -1
 """Label of an image without one, as in `datasets`."""
 MAX_CLASSES = 2**20
 """Larger integer labels without class names are assumed to be something else, such as ids."""
-SPLIT_NAMES = {
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "val", "dev"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
-"""Split -> names of its folders and tables, as in `datasets`."""
+ClassOrder: TypeAlias = Literal["numbers", "text"]
+"""How class folders that are all named by numbers are sorted; others are always sorted as text."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ class Source:
         labels: int64 (number,), or None.
         class_names: Names of the classes, or None.
         ignored_files: Names of files that are not read as images, with the reason.
+        layout: What the folders mean, for messages; "" without folders.
     """
 
     name: str
@@ -72,21 +71,27 @@ class Source:
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
     ignored_files: tuple[str, ...] = ()
+    layout: str = ""
 
 
-def find_source(config: DataConfig, split: str) -> Source | ImageSet:
+def find_source(config: DataConfig, split: str, class_order: ClassOrder = "numbers") -> Source | ImageSet:
     """Find one split of a dataset.
+
+    Args:
+        config: The dataset.
+        split: The split, or a part of it.
+        class_order: "text" for a run or pipeline of version 0.1, which sorted all class folders as text.
 
     Returns:
         The encoded images, or the images themselves if they are a .npy file that needs no preprocessing.
     """
-    folder = find_folder(config, split)
+    folder = find_folder(config, split, class_order)
     if folder is not None:
         return folder
     path = Path(config.source).expanduser()
     name = path.name.lower()
     if path.is_dir() or not path.exists() or name.endswith(_TABLE_SUFFIXES):
-        return _open_table(config, split)
+        return _open_table(config, split, class_order)
     if name.endswith((".npz", ".npy")):
         return _open_array(path, config, split)
     if not name.endswith((*ZIP_SUFFIXES, *TAR_SUFFIXES)):
@@ -95,11 +100,13 @@ def find_source(config: DataConfig, split: str) -> Source | ImageSet:
             ".arrow, .zip, .tar, .npz or .npy file."
         )
     _check_no_columns(config, path)
-    return open_zip(path, split) if name.endswith(ZIP_SUFFIXES) else open_tar(path, split)
+    return (open_zip if name.endswith(ZIP_SUFFIXES) else open_tar)(path, split, config.layout, class_order)
 
 
-def find_folder(config: DataConfig, split: str) -> Source | None:
+def find_folder(config: DataConfig, split: str, class_order: ClassOrder = "numbers") -> Source | None:
     """Find the images of a local folder; return None for a folder with tables and for any other source."""
+    if not config.source:  # a path of no name is the working directory
+        raise DataError("data.source is not set; give an image folder, a parquet file or a Hub dataset id.")
     path = Path(config.source).expanduser()
     if path.exists():
         _check_unset(config, ("subset", "revision"), f"{path}, which is not a Hub dataset")
@@ -109,7 +116,7 @@ def find_folder(config: DataConfig, split: str) -> Source | None:
     if _is_table(path, files):
         return None
     _check_no_columns(config, path)
-    return open_folder(path, split, files)
+    return open_folder(path, split, config.layout, class_order, files)
 
 
 def _check_no_columns(config: DataConfig, path: Path) -> None:
@@ -125,7 +132,7 @@ def _check_unset(config: DataConfig, settings: tuple[str, ...], where: str) -> N
 def log_ignored_files(source: Source) -> None:
     """Warn about files that are not read as images."""
     logger.warning(
-        "%s ignored in %s (not an image, hidden, or a link). The first: %s",
+        "%s ignored in %s (not an image, hidden, a link, in no split or table). The first: %s",
         format_count(len(source.ignored_files), "file"), source.name, source.ignored_files[0],
     )  # fmt: skip
 
@@ -187,6 +194,18 @@ def _labels_and_classes(
     return np.asarray(labels).astype(np.int64), class_names
 
 
+def sort_classes(names: Iterable[str]) -> list[str]:
+    """Sort class names: by value if all of them are numbers, otherwise as text."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
+
+
+def class_order_of(class_names: Mapping[str, str]) -> ClassOrder:
+    """Return how the class folders of a pipeline were sorted, given its class names by number."""
+    names = [class_names[number] for number in sorted(class_names, key=int)]
+    return "text" if names == sorted(names) != sort_classes(names) else "numbers"
+
+
 def label_error(image: str, label: int | None, num_classes: int) -> DataError:
     """Return the error for an image without a label, or with one that is no class."""
     found = "no label" if label in (None, NO_LABEL) else f"label {label}"
@@ -218,29 +237,41 @@ class _File:
     identity: Sequence[int]  # changes when the file does; part of the fingerprint
     handle: Any  # its path or archive member
 
-    @property
+    @functools.cached_property
     def folders(self) -> tuple[str, ...]:
         """The folders that contain it, outermost first."""
         return PurePosixPath(self.name).parts[:-1]
 
 
-def open_folder(path: Path, split: str, files: Iterable[Path] | None = None) -> Source:
+def open_folder(
+    path: Path,
+    split: str,
+    layout: Kind | None = None,
+    class_order: ClassOrder = "numbers",
+    files: Iterable[Path] | None = None,
+) -> Source:
     """Find the images of a folder; class folders become labels.
 
     Args:
         path: The folder.
         split: The split, or a part of it.
+        layout: data.layout.
         files: All files below the folder, if the caller has already walked it.
+        class_order: As in `find_source`.
     """
     found = [
         _File(file.relative_to(path).as_posix(), file_identity(file), file)
         for file in (_walk(path) if files is None else files)
     ]
     found.sort(key=lambda file: file.name)
-    return _source_of_files(path, "folder", found, split, lambda name, file: EncodedImage(name, file.handle))
+
+    def read(name: str, file: _File) -> EncodedImage:
+        return EncodedImage(name, file.handle)
+
+    return _source_of_files(path, "folder", found, split, layout, class_order, read)
 
 
-def open_zip(path: Path, split: str) -> Source:
+def open_zip(path: Path, split: str, layout: Kind | None = None, class_order: ClassOrder = "numbers") -> Source:
     """Find the images of a zip file, without unpacking it."""
     try:
         archive = zipfile.ZipFile(path)
@@ -258,7 +289,7 @@ def open_zip(path: Path, split: str) -> Source:
         sizes = member.file_size, member.file_size, member.compress_size
         return _read_member(name, *sizes, lambda: archive.read(member))
 
-    return _source_of_files(path, "zip", files, split, read)
+    return _source_of_files(path, "zip", files, split, layout, class_order, read)
 
 
 class _TarMember(tarfile.TarInfo):
@@ -272,7 +303,7 @@ class _TarMember(tarfile.TarInfo):
         return member
 
 
-def open_tar(path: Path, split: str) -> Source:
+def open_tar(path: Path, split: str, layout: Kind | None = None, class_order: ClassOrder = "numbers") -> Source:
     """Find the images of a tar file, compressed or not, in the order of the archive."""
     try:
         archive = tarfile.open(path, tarinfo=_TarMember)
@@ -305,7 +336,7 @@ def open_tar(path: Path, split: str) -> Source:
 
         return _read_member(name, file.handle.size, unpacked_size, archive_size, read_content)
 
-    return _source_of_files(path, "tar", files, split, read, others)
+    return _source_of_files(path, "tar", files, split, layout, class_order, read, others)
 
 
 def _read_member(
@@ -363,6 +394,8 @@ def _source_of_files(
     kind: str,
     files: list[_File],
     split: str,
+    layout: Kind | None,
+    class_order: ClassOrder,
     read: Callable[[str, _File], EncodedImage],
     others: Sequence[str] = (),
 ) -> Source:
@@ -370,13 +403,14 @@ def _source_of_files(
     reasons = [_why_ignored(file.name) for file in files]
     images = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
     ignored = (*filter(None, reasons), *others)
-    depth = 0 if kind == "folder" else _depth_of_root(images)
-    inside, depth = _select_split(images, depth, _name_of_split(split, str(path)), path)
+    found = read_layout([file.folders for file in images], str(path), layout, is_archive=kind != "folder")
+    inside = _files_of_split(images, found, _name_of_split(split, str(path)), path) if images else []
     if not inside:
-        found = f"only {format_count(len(ignored), 'other file')}, such as {ignored[0]}" if ignored else "it is empty"
-        raise DataError(f"{path} contains no images (split {split!r}): {found}. Images end in .png, .jpg and so on.")
+        rest = f"only {format_count(len(ignored), 'other file')}, such as {ignored[0]}" if ignored else "it is empty"
+        raise DataError(f"{path} contains no images (split {split!r}): {rest}. Images end in .png, .jpg and so on.")
+    left_out = tuple(f"{file.name} (in no split)" for file in images if found.split_of(file.folders) is None)
     chosen = [inside[row] for row in _rows_of_split(split, str(path), len(inside))]
-    labels, class_names = _class_folders(chosen, images, depth)
+    labels, class_names = _class_folders(chosen, images, found, class_order)
     identities = [[file.name, *file.identity] for file in chosen]
     return Source(
         name=str(path),
@@ -386,31 +420,20 @@ def _source_of_files(
         read=lambda rows: (read(f"image {row} of {path} ({chosen[row].name})", chosen[row]) for row in rows),
         labels=labels,
         class_names=class_names,
-        ignored_files=ignored,
+        ignored_files=(*ignored, *left_out),
+        layout=str(found),
     )
 
 
-def _depth_of_root(files: list[_File]) -> int:
-    """Return how many folders enclose all files of an archive, not counting the last one if it may be a class."""
-    folders = {file.folders for file in files}
-    depth = 0
-    while len({folder[depth : depth + 1] for folder in folders}) == 1 and all(len(f) > depth for f in folders):
-        depth += 1
-    return depth - (len(folders) == 1 and depth > 1)
-
-
-def _select_split(images: list[_File], depth: int, wanted: str, path: Path) -> tuple[list[_File], int]:
-    """Return the files of a split and the depth of its folder, if all top-level folders are named after splits."""
-    tops = {name for file in images for name in file.folders[depth : depth + 1]}
-    split_of_name = {name: split for split, names in SPLIT_NAMES.items() for name in names}
-    if not tops or any(name.lower() not in split_of_name for name in tops):
-        if wanted != "train":
-            raise _no_such_split(path, wanted)
-        return images, depth
-    chosen = {name for name in tops if wanted == name or split_of_name[name.lower()] == wanted}
-    if not chosen:
-        raise DataError(f"{path} has no split {wanted!r}; its folders are {', '.join(sorted(tops))}.")
-    return [file for file in images if chosen.intersection(file.folders[depth : depth + 1])], depth + 1
+def _files_of_split(images: list[_File], layout: Layout, wanted: str, path: Path) -> list[_File]:
+    """Return the files of a split, named by its folder or as in `datasets`."""
+    if not layout.splits and wanted != "train":
+        raise _no_such_split(path, wanted)
+    folders = layout.folders_of(wanted)
+    if layout.splits and not folders:
+        raise DataError(f"{path} has no split {wanted!r}; its folders are {', '.join(layout.splits)}.")
+    depth = layout.depth
+    return [file for file in images if not layout.splits or folders.intersection(file.folders[depth : depth + 1])]
 
 
 def _no_such_split(path: Path, wanted: str) -> DataError:
@@ -418,21 +441,23 @@ def _no_such_split(path: Path, wanted: str) -> DataError:
 
 
 def _class_folders(
-    files: list[_File], files_of_all_splits: list[_File], depth: int
+    files: list[_File], files_of_all_splits: list[_File], layout: Layout, class_order: ClassOrder
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Label files by their folder at `depth`, a class if any split has it."""
-    class_names = sorted({name for file in files_of_all_splits for name in file.folders[depth : depth + 1]})
+    """Label files by their class folder; classes are those of all splits."""
+    in_splits = [file.folders for file in files_of_all_splits if layout.split_of(file.folders) is not None]
+    found = {name for folders in in_splits if (name := layout.class_of(folders)) is not None}
+    class_names = sort_classes(found) if class_order == "numbers" else sorted(found)
     if not class_names:
         return None, None
-    numbers: dict[tuple[str, ...], int] = {(name,): number for number, name in enumerate(class_names)}
-    labels = [numbers.get(file.folders[depth : depth + 1], NO_LABEL) for file in files]
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
+    labels = [numbers.get(layout.class_of(file.folders), NO_LABEL) for file in files]
     return np.asarray(labels, np.int64), tuple(class_names)
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
 
 _TABLE_SUFFIXES = (".parquet", ".arrow")
-_METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+_METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def _is_table(folder: Path, files: Iterable[Path]) -> bool:
@@ -443,6 +468,16 @@ def _is_table(folder: Path, files: Iterable[Path]) -> bool:
     )
 
 
+def _metadata_of(folder: Path) -> dict[str, list[Path]]:
+    """Return split -> tables that name the images of a folder; nothing if it has other tables or no images."""
+    files = list(_walk(folder))
+    tables = sorted(_visible_other_files(folder, files))
+    metadata = [file for file in tables if file.name in _METADATA_NAMES]
+    has_others = any(file.suffix in _TABLE_SUFFIXES and file.name not in _METADATA_NAMES for file in tables)
+    has_images = any(_why_ignored(file.relative_to(folder).as_posix()) is None for file in files)
+    return {} if has_others or not has_images or not metadata else _tables_by_split(metadata, folder)
+
+
 def _visible_other_files(folder: Path, files: Iterable[Path]) -> Iterator[Path]:
     """Yield the files that are neither images nor hidden."""
     for file in files:
@@ -451,7 +486,7 @@ def _visible_other_files(folder: Path, files: Iterable[Path]) -> Iterator[Path]:
             yield file
 
 
-def _open_table(config: DataConfig, split: str) -> Source:
+def _open_table(config: DataConfig, split: str, class_order: ClassOrder) -> Source:
     """Find the images and labels of a dataset with rows and columns."""
     import datasets
 
@@ -460,7 +495,21 @@ def _open_table(config: DataConfig, split: str) -> Source:
         raise DataError(f"split {split!r} of {config.source} contains no images.")
     image_column, label_column = find_columns(dataset.features, config)
     encoded = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    labels, class_names = None, None
+    labels, class_names, layout = None, None, ""
+    ignored: tuple[str, ...] = ()
+    path = Path(config.source).expanduser()
+    if path.is_dir() and (tables := _metadata_of(path)):
+        name = _name_of_split(split, config.source)
+        whole = dataset if split == name else load_table(config, name)
+        listed = [_File(file, (), None) for file in _files_of_rows(whole, image_column, path)]
+        ignored = _unlisted(path, {file.name for file in listed}, tables, name)
+        if label_column is not None:
+            _check_unset(config, ("layout",), f"{config.source}, whose column {label_column!r} contains the labels")
+        else:
+            found = read_layout([file.folders for file in listed], config.source, config.layout, is_archive=False)
+            chosen = [_File(file, (), None) for file in _files_of_rows(encoded, image_column, path)]
+            labels, class_names = _class_folders(chosen, listed, found, class_order)
+            layout = str(found)
     if label_column is not None:
         # A missing label matters only to a class-conditional network.
         values = [NO_LABEL if label is None else label for label in dataset[label_column]]
@@ -478,6 +527,30 @@ def _open_table(config: DataConfig, split: str) -> Source:
         read=read,
         labels=labels,
         class_names=class_names,
+        ignored_files=ignored,
+        layout=layout,
+    )
+
+
+def _files_of_rows(dataset: "Dataset", image_column: str, folder: Path) -> list[str]:
+    """Return the image file of each row, relative to the folder."""
+    root = os.path.abspath(folder)
+    chunks = dataset.data.column(image_column).chunks
+    return [
+        Path(os.path.relpath(path, root)).as_posix() for chunk in chunks for path in chunk.field("path").to_pylist()
+    ]
+
+
+def _unlisted(folder: Path, listed: Collection[str], tables: Mapping[str, list[Path]], split: str) -> tuple[str, ...]:
+    """Return the images that the metadata do not list, except beside the metadata of another split."""
+    splits = {table.parent.relative_to(folder): name for name, group in tables.items() for table in group}
+    names = [file.relative_to(folder) for file in _walk(folder)]
+    return tuple(
+        f"{name.as_posix()} (not in the metadata)"
+        for name in sorted(names)
+        if _why_ignored(name.as_posix()) is None
+        and name.as_posix() not in listed
+        and next((splits[parent] for parent in name.parents if parent in splits), split) == split
     )
 
 
@@ -497,6 +570,8 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     path = Path(config.source).expanduser()
+    if is_streaming or not path.is_dir() or not _metadata_of(path):
+        _check_unset(config, ("layout",), f"{config.source}, which is no folder or archive of images")
     try:
         is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
         if is_saved and not is_streaming:
@@ -566,10 +641,14 @@ def _without_patterns(path: Path) -> str:
 
 def _tables_of_folder(folder: Path) -> dict[str, Any]:
     """Return the arguments of `load_dataset` for the tables in a folder."""
-    files = list(_walk(folder))
-    tables = sorted(_visible_other_files(folder, files))
-    for suffix in _TABLE_SUFFIXES:
-        if chosen := [file for file in tables if file.suffix == suffix]:
+    # Only the metadata are listed: `datasets` finds the images through them, and would derive splits from image names.
+    kind, tables = "imagefolder", _metadata_of(folder)
+    if not tables:
+        files = list(_walk(folder))
+        for suffix in _TABLE_SUFFIXES:
+            chosen = sorted(file for file in _visible_other_files(folder, files) if file.suffix == suffix)
+            if not chosen:
+                continue
             for file in files:
                 name = file.relative_to(folder)
                 if _why_ignored(name.as_posix()) is None and file.is_file():
@@ -577,13 +656,13 @@ def _tables_of_folder(folder: Path) -> dict[str, Any]:
                         f"{folder} contains images such as {name} and the table {chosen[0].relative_to(folder)}; set "
                         "data.source to the table, or move one of them out of the folder."
                     )
-            return {"path": suffix[1:], "data_files": _tables_by_split(chosen, folder)}
-    # Only the metadata are listed: `datasets` finds the images through them, and would derive splits from image names.
-    chosen = [file for file in tables if file.name in _METADATA_NAMES]
-    return {"path": "imagefolder", "data_files": _tables_by_split(chosen, folder)}
+            kind, tables = suffix[1:], _tables_by_split(chosen, folder)
+            break
+    data_files = {split: list(map(_without_patterns, group)) for split, group in tables.items()}
+    return {"path": kind, "data_files": data_files}
 
 
-def _tables_by_split(tables: list[Path], folder: Path) -> dict[str, list[str]]:
+def _tables_by_split(tables: list[Path], folder: Path) -> dict[str, list[Path]]:
     """Group tables by split as the Hub does: by "data/SPLIT-00000-of-00001", by folder, or by words in the name."""
 
     def split_in(name: str) -> str | None:
@@ -610,8 +689,8 @@ def _tables_by_split(tables: list[Path], folder: Path) -> dict[str, list[str]]:
                 f"the name of {named.relative_to(folder)} in {folder} says split {split!r}, but "
                 f"{without[0].relative_to(folder)} names no split; name all tables after splits, or none of them."
             )
-        return {str(split): list(map(_without_patterns, group)) for split, group in splits.items()}
-    return {"train": list(map(_without_patterns, tables))}
+        return {str(split): group for split, group in splits.items()}
+    return {"train": tables}
 
 
 def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | None]:
@@ -700,6 +779,7 @@ _BYTES_PER_DIGEST = 2**24
 
 def _open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source:
     """Open uint8 or uint16 images (number, height, width, channels) from .npy, or with labels from .npz."""
+    _check_unset(config, ("layout",), f"{path}, which is no folder or archive of images")
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(content, np.ndarray):
@@ -785,6 +865,12 @@ def _find_images(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig
             "data.image_column to one of them."
         )
     images = arrays[name]
+    if images.ndim == 3 and images.shape[-1] in MODE_OF_CHANNELS:
+        shape = ", ".join(map(str, images.shape))
+        raise DataError(
+            f"{path} contains an array of shape ({shape}), which is a single image, or gray images {images.shape[-1]} "
+            f"pixels wide; save it as (1, {shape}) or ({shape}, 1)."
+        )
     if images.ndim == 3:
         images = images[..., None]
     is_readable = images.dtype.name in ("uint8", "uint16") and images.ndim == 4

@@ -12,7 +12,7 @@ from ddpm_hf.config import DataConfig
 from ddpm_hf.data.cache import map_cache, open_cache
 from ddpm_hf.data.decode import DataError
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.sources import MAX_CLASSES, Source, find_source, label_error, map_array
+from ddpm_hf.data.sources import MAX_CLASSES, ClassOrder, Source, find_source, label_error, map_array
 from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.files import format_count
 
@@ -23,7 +23,12 @@ Location = dict[str, Any]
 
 
 def open_images(
-    config: DataConfig, *, with_labels: bool, split: str | None = None, location: Location | None = None
+    config: DataConfig,
+    *,
+    with_labels: bool,
+    split: str | None = None,
+    location: Location | None = None,
+    class_order: ClassOrder = "numbers",
 ) -> ImageSet:
     """Open one split of a dataset; decode it first if necessary.
 
@@ -33,6 +38,7 @@ def open_images(
         split: The split, or a part of it; None takes `data.split`.
         location: Where another process has already opened the same split. The dataset is then not searched again,
             unless this machine cannot read the arrays.
+        class_order: As in `find_source`.
 
     Returns:
         All images of the split.
@@ -45,7 +51,7 @@ def open_images(
         found = map_cache(location) if "cache" in location else map_array(location)
         if found is not None:
             return found
-    source = find_source(config, split or config.split)
+    source = find_source(config, split or config.split, class_order)
     if isinstance(source, Source) and split not in (None, config.split):
         source = replace(source, ignored_files=())  # logged for the training split only
     if with_labels:
@@ -65,6 +71,7 @@ def open_sets(
     num_processes: int = 1,
     device: torch.device,
     locations: Sequence[Location | None] = (None, None),
+    class_order: ClassOrder = "numbers",
 ) -> tuple[ImageSet | ImageStream, ImageSet]:
     """Open the training and the validation set: two splits, or one split divided at random by the seed.
 
@@ -76,6 +83,7 @@ def open_sets(
         num_processes: Number of processes.
         device: Device of the samples of a stream.
         locations: `locations_of` the sets that rank 0 has opened, so that other ranks do not search the dataset again.
+        class_order: As in `find_source`.
 
     Returns:
         The training set, or this process's stream of it, and the validation set, which may be empty.
@@ -86,14 +94,26 @@ def open_sets(
     training: ImageSet | ImageStream
     if config.streaming:
         training = ImageStream(
-            config, with_labels=with_labels, seed=seed, rank=rank, num_processes=num_processes, device=device
+            config,
+            with_labels=with_labels,
+            seed=seed,
+            rank=rank,
+            num_processes=num_processes,
+            device=device,
+            class_order=class_order,
         )
         validation = ImageSet(np.zeros((1, *training.image_shape), np.uint8), None, None, np.zeros(0, np.int64))
     else:
-        images = open_images(config, with_labels=with_labels, location=locations[0])
+        images = open_images(config, with_labels=with_labels, location=locations[0], class_order=class_order)
         training, validation = images.split(config.validation_fraction, seed)
     if config.validation_split is not None:
-        validation = open_images(config, with_labels=with_labels, split=config.validation_split, location=locations[1])
+        validation = open_images(
+            config,
+            with_labels=with_labels,
+            split=config.validation_split,
+            location=locations[1],
+            class_order=class_order,
+        )
         _check_same_kind(training, validation, config, with_labels=with_labels)
         if isinstance(training, ImageSet) and rank == 0:
             _warn_of_missing_classes(training, validation, config)
@@ -128,6 +148,13 @@ def _check_labels(source: Source | ImageSet, name: str) -> None:
             "class, or set model.class_conditional to false."
         )
     num_classes = len(source.class_names)
+    if num_classes == 1:
+        logger.warning(
+            "%s has a single class, %s, so that model.class_conditional has no effect; check the folders and "
+            "data.layout, or set model.class_conditional to false.",
+            name,
+            source.class_names[0],
+        )
     is_bad = (source.labels < 0) | (source.labels >= num_classes)
     if is_bad.any():
         row = int(np.argmax(is_bad))

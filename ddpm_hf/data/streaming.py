@@ -37,6 +37,7 @@ from ddpm_hf.data.decode import (
 )
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.data.sources import (
+    ClassOrder,
     Source,
     as_encoded_image,
     class_names_of,
@@ -105,6 +106,7 @@ class ImageStream:
         rank: Rank of this process.
         num_processes: Number of processes that share the images.
         device: Device of the samples.
+        class_order: As in `find_source`.
 
     Raises:
         DataError: The dataset cannot be opened or streamed.
@@ -119,6 +121,7 @@ class ImageStream:
         rank: int = 0,
         num_processes: int = 1,
         device: torch.device,
+        class_order: ClassOrder = "numbers",
     ) -> None:
         import datasets
 
@@ -128,7 +131,7 @@ class ImageStream:
         self._size = geometry.size
         self._output = OutputFormat(config.num_channels, np.dtype(np.uint8), config.background, geometry)
         self.image_shape = (config.num_channels, *geometry.size)
-        stream = _open(config, rank)
+        stream = _open(config, rank, class_order)
         if stream.features is None:
             raise DataError(f"{config.source} does not declare its columns; set data.streaming to false.")
         self._image_column, label_column = find_columns(stream.features, config)
@@ -280,9 +283,9 @@ class ImageStream:
                 yield _Row(columns, name, reader, index, count + 1)
 
 
-def _open(config: DataConfig, rank: int) -> "IterableDataset":
+def _open(config: DataConfig, rank: int, class_order: ClassOrder) -> "IterableDataset":
     """Open the rows of the training split, the same ones that would be decoded without streaming."""
-    folder = find_folder(config, config.split)
+    folder = find_folder(config, config.split, class_order)
     if folder is None:
         stream: IterableDataset = load_table(config, config.split, is_streaming=True)
         return stream

@@ -93,6 +93,8 @@ def _facts_of_cache(source: Source, config: DataConfig, images: ImageSet) -> Ite
     meta = read_meta(folder)
     assert meta is not None
     yield "source", f"{source.name} ({source.kind}, split {config.split})"
+    if source.layout:
+        yield "layout", source.layout
     yield "images", f"{source.num_images:,}"
     if meta["num_sizes"] == 1:
         (width, height, _), *_ = meta["sizes"]
@@ -107,7 +109,7 @@ def _facts_of_cache(source: Source, config: DataConfig, images: ImageSet) -> Ite
     if source.ignored_files:
         names = ", ".join(source.ignored_files[:3]) + (" ..." if len(source.ignored_files) > 3 else "")
         number = format_count(len(source.ignored_files), "file")
-        yield "ignored", f"{number} (not an image, hidden, or a link): {names}"
+        yield "ignored", f"{number} (not an image, hidden, a link, in no split or table): {names}"
     bad = list(meta["bad"].values())
     yield "bad", f"{len(bad):,} cannot be read" if bad else "none"
     for reason in bad[:_MAX_LISTED]:

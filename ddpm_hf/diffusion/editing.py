@@ -7,6 +7,7 @@ order.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -26,18 +27,16 @@ class EditingMixin:
 
     scheduler: Any
     config: Any
-    interrupt: bool
     progress_bar: Callable[..., Any]
-    maybe_free_model_hooks: Callable[[], None]
     # The steps of `GaussianDiffusionPipeline.__call__`. `call` is its SamplingCall.
-    _begin: Callable[..., Any]
+    _begin: Callable[..., AbstractContextManager[Any]]
     _draw_noise: Callable[..., torch.Tensor]
     _denoise: Callable[..., torch.Tensor]
     _step: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     _predict: Callable[..., torch.Tensor]
     _end_step: Callable[..., torch.Tensor]
     _record: Callable[..., None]
-    _finish: Callable[..., Any]
+    _result: Callable[..., Any]
     _to_samples: Callable[[ImageInput, str], torch.Tensor]
 
     @torch.no_grad()
@@ -56,10 +55,10 @@ class EditingMixin:
             ValueError: If an argument does not fit, or the scheduler is not GaussianDiffusionScheduler.
         """
         x_0 = self._read(image, "image", "denoise_from")
-        call = self._begin(len(x_0), **options)
-        level = start_level(strength, len(call.timesteps))
-        x_t = self._noise_to_level(call, x_0.to(call.device, call.dtype), level)
-        return self._finish(call, self._denoise(call, x_t, call.timesteps[level:]))
+        with self._begin(len(x_0), **options) as call:
+            level = start_level(strength, len(call.timesteps))
+            x_t = self._noise_to_level(call, x_0.to(call.device, call.dtype), level)
+            return self._result(call, self._denoise(call, x_t, call.timesteps[level:]))
 
     @torch.no_grad()
     def interpolate(
@@ -96,19 +95,19 @@ class EditingMixin:
         given = [weights] if isinstance(weights, int | float) else list(weights)
         if not given or not all(0 <= weight <= 1 for weight in given):
             raise ValueError(f"weights is {weights}; give one or more numbers from 0 (image) to 1 (other).")
-        call = self._begin(len(left) * len(given), **options)
-        level = start_level(strength, len(call.timesteps))
+        with self._begin(len(left) * len(given), **options) as call:
+            level = start_level(strength, len(call.timesteps))
 
-        def endpoint(x_0: torch.Tensor) -> torch.Tensor:
-            x_0 = x_0.to(call.device, call.dtype)
-            if isinstance(call.generator, list):
-                return self._noise_to_level(call, x_0.repeat_interleave(len(given), dim=0), level)
-            return self._noise_to_level(call, x_0, level).repeat_interleave(len(given), dim=0)
+            def endpoint(x_0: torch.Tensor) -> torch.Tensor:
+                x_0 = x_0.to(call.device, call.dtype)
+                if isinstance(call.generator, list):
+                    return self._noise_to_level(call, x_0.repeat_interleave(len(given), dim=0), level)
+                return self._noise_to_level(call, x_0, level).repeat_interleave(len(given), dim=0)
 
-        x, y = endpoint(left), endpoint(right)
-        weight = torch.tensor(given, device=call.device, dtype=call.dtype).repeat(len(left)).view(-1, 1, 1, 1)
-        mixed = torch.lerp(x, y, weight) if mixing == "linear" else slerp(x, y, weight)
-        return self._finish(call, self._denoise(call, mixed, call.timesteps[level:]))
+            x, y = endpoint(left), endpoint(right)
+            weight = torch.tensor(given, device=call.device, dtype=call.dtype).repeat(len(left)).view(-1, 1, 1, 1)
+            mixed = torch.lerp(x, y, weight) if mixing == "linear" else slerp(x, y, weight)
+            return self._result(call, self._denoise(call, mixed, call.timesteps[level:]))
 
     @torch.no_grad()
     def inpaint(
@@ -144,22 +143,23 @@ class EditingMixin:
                 raise ValueError(f"{name} is {count!r}; it must be a whole number, at least 1.")
         if options.get("num_inference_steps") is None and options.get("timesteps") is None:
             options["num_inference_steps"] = min(250, len(self.scheduler))
-        call = self._begin(len(known), **options)
-        known, fill = known.to(call.device, call.dtype), fill.to(call.device)
-        sample = self._draw_noise(call, tuple(known.shape))
-        self._record(call, sample)
-        for level, target in self.progress_bar(list(resampling_moves(len(call.timesteps), jump_length, num_resamples))):
-            if self.interrupt:
-                break
-            if target < level:
-                sample = self._add_noise_between(call, sample, level, target)
-                continue
-            t = call.timesteps[level]
-            sample, model_output = self._step(call, sample, t)
-            # Eq. 8, Lugmayr et al. 2022
-            sample = torch.where(fill, sample, self._noise_to_level(call, known, target))
-            sample = self._end_step(call, sample, t, model_output)
-        return self._finish(call, sample)
+        with self._begin(len(known), **options) as call:
+            known, fill = known.to(call.device, call.dtype), fill.to(call.device)
+            sample = self._draw_noise(call, tuple(known.shape))
+            self._record(call, sample)
+            moves = list(resampling_moves(len(call.timesteps), jump_length, num_resamples))
+            for level, target in self.progress_bar(moves):
+                if call.interrupt:
+                    break
+                if target < level:
+                    sample = self._add_noise_between(call, sample, level, target)
+                    continue
+                t = call.timesteps[level]
+                sample, model_output = self._step(call, sample, t)
+                # Eq. 8, Lugmayr et al. 2022
+                sample = torch.where(fill, sample, self._noise_to_level(call, known, target))
+                sample = self._end_step(call, sample, t, model_output)
+            return self._result(call, sample)
 
     @torch.no_grad()
     def encode(self, image: ImageInput, num_iterations: int = 3, **options: Any) -> torch.Tensor:
@@ -186,18 +186,17 @@ class EditingMixin:
         x = self._read(image, "image", "encode")
         if type(num_iterations) is not int or num_iterations < 1:
             raise ValueError(f"num_iterations is {num_iterations!r}; it must be a whole number, at least 1.")
-        call = self._begin(len(x), **options)
         if self.config.get("self_conditioned"):
             raise ValueError(
                 "encode cannot invert a self-conditioned network: each step takes the prediction before it."
             )
-        x = x.to(call.device, call.dtype)
-        for level in self.progress_bar(range(len(call.timesteps))[::-1]):
-            if self.interrupt:
-                break
-            x = self._invert_step(call, x, level, num_iterations)
-        self.maybe_free_model_hooks()
-        return x
+        with self._begin(len(x), **options) as call:
+            x = x.to(call.device, call.dtype)
+            for level in self.progress_bar(range(len(call.timesteps))[::-1]):
+                if call.interrupt:
+                    break
+                x = self._invert_step(call, x, level, num_iterations)
+            return x
 
     def _read(self, image: ImageInput, name: str, method: str) -> torch.Tensor:
         """Convert images to samples, if the scheduler supports editing."""
@@ -212,7 +211,7 @@ class EditingMixin:
         """Return alpha_bar of a noise level."""
         if level == len(call.timesteps):
             return 1.0
-        return float(self.scheduler.noise_schedule.alphas_cumprod[int(call.timesteps[level])])
+        return float(call.scheduler.noise_schedule.alphas_cumprod[int(call.timesteps[level])])
 
     def _noise_to_level(self, call: Any, x_0: torch.Tensor, level: int) -> torch.Tensor:
         """Draw x_t of a noise level from q(x_t | x_0)."""
@@ -234,7 +233,7 @@ class EditingMixin:
         alpha_prev, sigma_prev = math.sqrt(alpha_bar_prev), math.sqrt(1 - alpha_bar_prev)
         x = x_prev
         for _ in range(num_iterations):
-            x_0 = self.scheduler.step(self._predict(call, x, t), t, x, eta=0.0).pred_original_sample
+            x_0 = call.scheduler.step(self._predict(call, x, t), t, x, eta=0.0).pred_original_sample
             eps = gaussian.eps_from_x_0(x, x_0, alpha, sigma)
             x = alpha / alpha_prev * (x_prev - sigma_prev * eps) + sigma * eps
         return x

@@ -5,16 +5,19 @@ class from the copy of this file in the folder (`custom_pipeline=folder, trust_r
 where ddpm_hf is installed. See `docs/compatibility.md` of ddpm_hf.
 """
 
+import copy
 import difflib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Sized
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -51,19 +54,22 @@ from .saved_folder import (
     PORTABLE_FILES,
     check_parts,
     check_shards,
-    clean_component_configs,
+    clean_network_config,
     find_second_moments,
     without_list_form,
     write_code,
     write_index,
 )
 from .schedule import whole_number
-from .scheduler import CHOICES, GaussianDiffusionScheduler, splits_variance
+from .scheduler import CHOICES, GaussianDiffusionScheduler, splits_variance, takes_eta
 
 # The code of ddpm_hf 0.1 refuses to run beside loaded modules of another version.
 _forget_loaded_code()
 
 CALLBACK_TENSORS = ["sample", "model_output", "pred_original_sample"]
+
+_BEGIN_OR_END = threading.Lock()
+"""Held while a call begins or ends, so that none begins while an offloaded network leaves the device."""
 
 Generators = torch.Generator | list[torch.Generator] | None
 ClassLabels = int | str | Iterable[int | str] | torch.Tensor
@@ -83,16 +89,16 @@ class GaussianDiffusionPipelineOutput(BaseOutput):
     trajectory: torch.Tensor | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class SamplingCall:
-    """Arguments and state of one call, passed from step to step.
+    """Arguments and state of one call, passed from step to step. Calls in several threads share no state.
 
     Attributes:
+        scheduler: Copy of the pipeline's scheduler with the timesteps of this call.
         batch_size: Number of images.
         generator: Source of all noise, or one for each image.
         device: Device of the samples.
         dtype: Dtype of the samples: float32, or float64 for a float64 network.
-        timesteps: The timesteps of the scheduler.
         labels: (batch,), or with guidance (2 batch,) with the null label in the second half; None if unconditional.
         options: The other arguments of the call.
         step_kwargs: Further arguments of `scheduler.step`.
@@ -100,13 +106,15 @@ class SamplingCall:
         pred_original_sample: The predicted x_0 of the last step, if the scheduler returns it.
         num_steps_done: Number of finished steps.
         states: The trajectory so far.
+        interrupt: Whether to stop after this step.
+        thread: Identifier of the thread that runs the call.
     """
 
+    scheduler: Any
     batch_size: int
     generator: Generators
     device: torch.device
     dtype: torch.dtype
-    timesteps: torch.Tensor
     labels: torch.Tensor | None
     options: SimpleNamespace
     step_kwargs: dict[str, Any]
@@ -114,6 +122,14 @@ class SamplingCall:
     pred_original_sample: torch.Tensor | None = None
     num_steps_done: int = 0
     states: list[torch.Tensor] | None = None
+    interrupt: bool = False
+    thread: int = field(default_factory=threading.get_ident)
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """The timesteps of the scheduler."""
+        timesteps: torch.Tensor = self.scheduler.timesteps
+        return timesteps
 
 
 class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
@@ -133,7 +149,6 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs: ClassVar[list[str]] = CALLBACK_TENSORS
-    _interrupt = False
     _portable_code: ClassVar[dict[str, str]] = {
         name: (Path(__file__).parent / name).read_text(encoding="utf-8") for name in PORTABLE_FILES
     }
@@ -147,6 +162,8 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         self_conditioned: bool = False,
     ) -> None:
         super().__init__()
+        self._calls: list[SamplingCall] = []  # those that are running
+        self._was_interrupted = False
         if type(scheduler) is DDPMScheduler:
             scheduler = GaussianDiffusionScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -186,12 +203,24 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether to stop after this step. A callback may set it; each call begins with False."""
-        return self._interrupt
+        """Whether to stop after this step; each call begins with False.
+
+        A callback stops its own call. Set in a thread that runs no call, it stops all that are running.
+        """
+        own = self._calls_of_this_thread()
+        return own[-1].interrupt if own else self._was_interrupted
 
     @interrupt.setter
     def interrupt(self, interrupt: bool) -> None:
-        self._interrupt = interrupt
+        self._was_interrupted = bool(interrupt)
+        for call in self._calls_of_this_thread()[-1:] or tuple(self._calls):
+            call.interrupt = bool(interrupt)
+
+    _interrupt = interrupt  # the name in the pipelines of diffusers
+
+    def _calls_of_this_thread(self) -> list[SamplingCall]:
+        """Return the running calls of this thread: several if a callback calls the pipeline."""
+        return [call for call in tuple(self._calls) if call.thread == threading.get_ident()]
 
     # Compilation
 
@@ -244,7 +273,8 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             batch_size: Number of images; by default the number of class labels, generators or start samples, or 1.
             num_inference_steps: Number of denoising steps; by default the number of training timesteps.
             generator: Source of all noise. With a list of `batch_size` generators, each image depends on its own only.
-            class_labels: One label for all images or one for each: numbers, or names from `class_names`.
+            class_labels: One label for all images or one for each: names from `class_names`, or numbers. A number that
+                is the name of a class means that class.
             guidance_scale: Scale of classifier-free guidance; 1 turns it off.
             guidance_rescale: Factor phi of the rescaling of guidance, 0 ... 1. Section 3.4, Lin et al. 2024.
             eta: 0 (deterministic) to 1 (ancestral); by default the scheduler's own default.
@@ -264,12 +294,12 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             ValueError: If an argument does not fit the model, the scheduler or another argument.
         """
         options = {name: value for name, value in locals().items() if name not in ("self", "batch_size", "sample")}
-        call = self._begin(number_of_images(batch_size, class_labels, generator, sample), **options)
-        x_t = self._start_noise(call, sample) * self.scheduler.init_noise_sigma
-        return self._finish(call, self._denoise(call, x_t, call.timesteps))
+        with self._begin(number_of_images(batch_size, class_labels, generator, sample), **options) as call:
+            x_t = self._start_noise(call, sample) * call.scheduler.init_noise_sigma
+            return self._result(call, self._denoise(call, x_t, call.timesteps))
 
     def check_inputs(self, batch_size: int = 1, **options: Any) -> int:
-        """Check the arguments of a call without sampling, and set the timesteps of the scheduler.
+        """Check the arguments of a call without sampling, and set the timesteps of the scheduler as a call does.
 
         Args:
             batch_size: Number of images.
@@ -281,16 +311,34 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         Raises:
             ValueError: If an argument does not fit the model, the scheduler or another argument.
         """
-        return len(self._begin(batch_size, **options).timesteps)
+        return len(self._prepare(self.scheduler, batch_size, **options).timesteps)
 
-    def _begin(self, batch_size: int, **options: Any) -> SamplingCall:
-        """Check the options of a call, whose defaults are those of `__call__`, and set the scheduler's timesteps."""
+    @contextmanager
+    def _begin(self, batch_size: int, **options: Any) -> Iterator[SamplingCall]:
+        """Check the options of a call, and count it as running until the end of the context."""
+        scheduler = self.scheduler
+        call = self._prepare(scheduler, batch_size, **options)
+        state = dict(vars(call.scheduler))
+        with _BEGIN_OR_END:
+            self._calls.append(call)
+        self._was_interrupted = False
+        try:
+            yield call
+        finally:
+            show_changes(call.scheduler, state, scheduler)
+            with _BEGIN_OR_END:
+                self._calls.remove(call)
+                if not self._calls:
+                    self.maybe_free_model_hooks()
+
+    def _prepare(self, shared: Any, batch_size: int, **options: Any) -> SamplingCall:
+        """Check the options of a call, whose defaults are those of `__call__`, and set the timesteps of a scheduler."""
         parameters = inspect.signature(GaussianDiffusionPipeline.__call__).parameters
         defaults = {name: parameters[name].default for name in parameters.keys() - {"self", "batch_size", "sample"}}
         if unexpected := options.keys() - defaults.keys():
             raise TypeError(f"got unexpected keyword arguments: {', '.join(sorted(unexpected))}")
         given = SimpleNamespace(**defaults | options)
-        scheduler, self._interrupt = self.scheduler, False
+        scheduler = copy_scheduler(shared)
         check_process(scheduler)
 
         batch_size = whole_number("batch_size", batch_size)
@@ -330,27 +378,32 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         # Arguments of the scheduler, of which others than GaussianDiffusionScheduler have fewer
         accepted = inspect.signature(scheduler.step).parameters
         step_kwargs: dict[str, Any] = {"generator": given.generator} if "generator" in accepted else {}
+        run_parameters = inspect.signature(scheduler.set_timesteps).parameters
+        names = ["num_inference_steps", "timesteps", "timestep_spacing"]
         if given.eta is not None:
-            if "eta" not in accepted:
+            if not takes_eta(scheduler):
                 raise ValueError(f"eta is {given.eta}, but {type(scheduler).__name__} has no eta; leave it out.")
-            step_kwargs["eta"] = given.eta
+            if "eta" in run_parameters:
+                names.append("eta")
+            else:
+                step_kwargs["eta"] = given.eta
         if given.num_inference_steps is None and given.timesteps is None:
             given.num_inference_steps = scheduler.config["num_train_timesteps"]
-        names = ("num_inference_steps", "timesteps", "timestep_spacing")
         timesteps = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-        if unknown := timesteps.keys() - inspect.signature(scheduler.set_timesteps).parameters.keys():
+        if unknown := timesteps.keys() - run_parameters.keys():
             raise ValueError(
                 f"{type(scheduler).__name__} takes no {' and no '.join(sorted(unknown))}; leave it out, or use"
                 " GaussianDiffusionScheduler.from_config(pipe.scheduler.config)."
             )
         device = self._execution_device
         scheduler.set_timesteps(device=device, **timesteps)
+        show_changes(scheduler, vars(shared), shared)
         return SamplingCall(
+            scheduler=scheduler,
             batch_size=batch_size,
             generator=given.generator,
             device=device,
             dtype=torch.promote_types(torch.float32, self.unet.dtype),
-            timesteps=scheduler.timesteps,
             labels=None if labels is None else torch.tensor(labels, device=device),
             options=given,
             step_kwargs=step_kwargs,
@@ -378,7 +431,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         """Run the reverse process over timesteps of the scheduler, until the end or an interruption."""
         self._record(call, sample)
         for t in self.progress_bar(timesteps):
-            if self.interrupt:
+            if call.interrupt:
                 break
             prev_sample, model_output = self._step(call, sample, t)
             sample = self._end_step(call, prev_sample, t, model_output)
@@ -387,7 +440,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
     def _step(self, call: SamplingCall, sample: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the previous sample and the model output."""
         model_output = self._predict(call, sample, t)
-        result = self.scheduler.step(model_output, t, sample, **call.step_kwargs)
+        result = call.scheduler.step(model_output, t, sample, **call.step_kwargs)
         call.pred_original_sample = result.get("pred_original_sample")
         is_shown = (
             call.options.callback_on_step_end
@@ -396,14 +449,14 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         if call.pred_original_sample is None and (self.config.get("self_conditioned") or is_shown):
             user = "the callback" if is_shown else "a self-conditioned unet"
             raise ValueError(
-                f"{type(self.scheduler).__name__} does not return pred_original_sample, which {user} needs; use"
+                f"{type(call.scheduler).__name__} does not return pred_original_sample, which {user} needs; use"
                 " GaussianDiffusionScheduler or DDIMScheduler."
             )
         return result.prev_sample, model_output
 
     def _predict(self, call: SamplingCall, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Evaluate the network once, with guidance if enabled. Keep variance channels if the scheduler uses them."""
-        x = self.scheduler.scale_model_input(sample, t)
+        x = call.scheduler.scale_model_input(sample, t)
         if self.config.get("self_conditioned"):
             x_0 = call.pred_original_sample
             x = torch.cat([x, torch.zeros_like(x) if x_0 is None else x_0], dim=1)
@@ -444,11 +497,10 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         if call.states is not None:
             call.states.append(sample.cpu())
 
-    def _finish(self, call: SamplingCall, sample: torch.Tensor) -> Any:
+    def _result(self, call: SamplingCall, sample: torch.Tensor) -> Any:
         """Return the images, and the trajectory if requested."""
         images = to_images(sample, call.options.output_type)
         trajectory = None if call.states is None else to_unit_range(torch.stack(call.states))
-        self.maybe_free_model_hooks()
         output = GaussianDiffusionPipelineOutput(images=images, trajectory=trajectory)
         return output if call.options.return_dict else output.to_tuple()
 
@@ -461,7 +513,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
     def save_config(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write code and index. `save_pretrained` calls this after saving the components and before an upload."""
         write_code(Path(save_directory), self._portable_code)
-        clean_component_configs(Path(save_directory), self.scheduler)
+        clean_network_config(Path(save_directory))
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | PathLike[str]) -> None:
@@ -499,9 +551,10 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                     " huggingface_hub.snapshot_download, and pass the path of the subfolder."
                 )
             name = folder = folder / subfolder
-        is_hub_id = not folder.exists() and str(name).count("/") < 2
-        if (folder / "model_index.json").is_file() or is_hub_id or __package__ != "ddpm_hf.diffusion":
-            return cls._load(folder if folder.is_dir() else name, **kwargs)
+        is_local = bool(str(name)) and folder.exists()  # the path of an empty name is the working directory
+        is_pipeline = (folder / "model_index.json").is_file() or not (is_local or str(name).count("/") > 1)
+        if is_pipeline or __package__ != "ddpm_hf.diffusion":
+            return cls._load(folder if is_local else name, **kwargs)
         # Not an import statement: diffusers would require its module wherever it runs the code of a saved folder.
         models = import_module("ddpm_hf.models")
         return models.load_model(models.find_model(folder), lambda found: cls._load(found, **kwargs))
@@ -564,6 +617,31 @@ def check_process(scheduler: Any) -> None:
         raise ValueError(f"{name} has prediction_type {prediction_type!r}, which is not one of {names}; {remedy}")
 
 
+def copy_scheduler(scheduler: Any) -> Any:
+    """Copy a scheduler, so that the steps of the copy change nothing in it; tensors and configuration are shared."""
+    copied = copy.copy(scheduler)
+    for name, value in vars(copied).items():
+        if type(value) in (list, dict, set):  # UniPC and others change lists of former outputs in place
+            vars(copied)[name] = copy.copy(value)
+        elif isinstance(value, SchedulerMixin):  # solver_p of UniPC
+            vars(copied)[name] = copy_scheduler(value)
+        elif isinstance(value, MethodType) and value.__self__ is scheduler:
+            vars(copied)[name] = MethodType(value.__func__, copied)
+    return copied
+
+
+def show_changes(copied: Any, since: Mapping[str, Any], scheduler: Any) -> None:
+    """Set the attributes of a scheduler that changed in its copy since they were those of a dictionary."""
+    vars(scheduler).update(
+        {
+            name: copy.copy(value) if type(value) in (list, dict, set) else value
+            for name, value in vars(copied).items()
+            if (value is not since.get(name) or type(value) in (list, dict, set))
+            and not isinstance(value, SchedulerMixin | MethodType)
+        }
+    )
+
+
 def number_of_images(
     batch_size: int | None, class_labels: ClassLabels | None, generator: Generators, sample: torch.Tensor | None
 ) -> int:
@@ -587,7 +665,7 @@ def label_numbers(
     """Return one label for each image, or None for an unconditional network.
 
     Args:
-        class_labels: One for all images or one for each: numbers, or names from `class_names`.
+        class_labels: One for all images or one for each; see `number_of_label`.
         batch_size: Number of images.
         num_class_embeds: Number of labels of the network, including the null label.
         has_null_label: Whether the last of them means "no class".
@@ -608,17 +686,59 @@ def label_numbers(
     given = [class_labels] * batch_size if isinstance(class_labels, int | str) else list(class_labels)
     if len(given) != batch_size:
         raise ValueError(f"class_labels has {len(given)} entries for batch_size {batch_size}; pass one for each image.")
-    numbers = {name: int(number) for number, name in (class_names or {}).items()}
-    labels = [numbers.get(label, -1) if isinstance(label, str) else int(label) for label in given]
-    for label, number in zip(given, labels, strict=True):
-        if not 0 <= number < num_class_embeds or isinstance(label, bool) or label not in (number, *numbers):
+    names = {} if isinstance(class_labels, ClassNumbers) else class_names or {}
+    numbers = {names[number]: int(number) for number in sorted(names, key=int)}
+    labels = []
+    for label in given:
+        number = None if isinstance(label, bool) else number_of_label(label, numbers, num_classes, has_null_label)
+        if number is None:
             null = f", {num_classes} for no class" if has_null_label else ""
-            names = f", or a name: {', '.join(numbers)}" if numbers else ""
-            raise ValueError(
-                f"class_labels has {label!r}{did_you_mean(label, numbers)}; a label is a number 0 to"
-                f" {num_classes - 1}{null}{names}."
-            )
+            expected = f"a number 0 to {num_classes - 1}{null}{', or a name: ' if numbers else ''}{', '.join(numbers)}"
+            if numbers_of_numeric_names(numbers):
+                expected = f"the name of a class: {', '.join(numbers)}{null}"
+            shown = label if isinstance(label, str) and is_number(label) else repr(label)
+            raise ValueError(f"class_labels has {shown}{did_you_mean(label, numbers)}; a label is {expected}.")
+        labels.append(number)
     return labels
+
+
+class ClassNumbers(list[int]):
+    """Labels that are numbers of the network's classes, also if the classes are named by other numbers."""
+
+
+def number_of_label(label: int | str, numbers: dict[str, int], num_classes: int, has_null_label: bool) -> int | None:
+    """Return the number of a label, which may be text or a number; None if there is no such class.
+
+    A label is the name of a class if there is one, else the number of a class. If all names are numbers, a number is
+    always a name, except that of the null label.
+
+    Args:
+        label: The label.
+        numbers: Number of each class by name; empty without names.
+        num_classes: Number of classes without the null label, whose number it is.
+        has_null_label: Whether there is a null label.
+    """
+    text = label if isinstance(label, str) else str(int(label)) if label == int(label) else ""
+    if text in numbers:
+        return numbers[text]
+    if not is_number(text):
+        return None
+    number = int(text)
+    if numeric := numbers_of_numeric_names(numbers):
+        return numeric.get(number, num_classes if has_null_label and number == num_classes else None)
+    return number if number < num_classes + has_null_label else None
+
+
+def numbers_of_numeric_names(numbers: dict[str, int]) -> dict[int, int]:
+    """Return the number of each class by the value of its name if all names are numbers, otherwise nothing."""
+    if not all(map(is_number, numbers)):
+        return {}
+    return {int(name): number for name, number in reversed(numbers.items())}
+
+
+def is_number(name: str) -> bool:
+    """Return whether a name is a number, 0 or more."""
+    return name.isascii() and name.isdecimal()
 
 
 def did_you_mean(given: int | str, names: Iterable[str], cutoff: float = 0.6) -> str:

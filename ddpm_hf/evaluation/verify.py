@@ -313,7 +313,7 @@ def _compute(pipeline: Any) -> dict[str, Any]:
     spacing = {"timestep_spacing": TIMESTEP_SPACING} if "timestep_spacing" in config else {}
     pipeline.scheduler = type(pipeline.scheduler).from_config(config, **spacing)
     unet = pipeline.unet.eval()
-    labels = _labels(pipeline)
+    labels, names = _labels(pipeline), pipeline.config.get("class_names") or {}
     shape = (1, unet.config.in_channels, *image_size(unet))
     x_t = randn_tensor(shape, generator=torch_generator("cpu", SEED, "verification"))
     size = max(MAX_NOISE_SIZE, 2 ** (len(unet.config.block_out_channels) - 1))
@@ -330,7 +330,7 @@ def _compute(pipeline: Any) -> dict[str, Any]:
             num_inference_steps=min(NUM_STEPS, len(pipeline.scheduler)),
             generator=torch_generator("cpu", SEED, "verification"),
             output_type="np",
-            **({} if labels is None else {"class_labels": [0]}),
+            **({} if labels is None else {"class_labels": [names.get("0", 0)]}),
         ).images
     return {"network": _statistics(output), "image": _statistics(torch.from_numpy(image).permute(0, 3, 1, 2))}
 

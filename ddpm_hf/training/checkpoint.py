@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, RunConfig, changed_settings, changed_too_late, read_config_dict
 from ddpm_hf.config.launcher import PRECISIONS, Precision
-from ddpm_hf.data import ImageSet, ImageStream
+from ddpm_hf.data import ClassOrder, ImageSet, ImageStream
 from ddpm_hf.files import (
     MANIFEST,
     MODEL_CONFIG,
@@ -49,6 +49,7 @@ from ddpm_hf.files import (
     TRAINER_STATE,
     format_bytes,
     format_count,
+    read_json,
     sync,
     sync_tree,
 )
@@ -259,18 +260,26 @@ class DataState:
         images: The training images.
         source: data.source, for messages.
         output_dir: The run folder, for messages.
+        class_order: How its class folders are sorted.
     """
 
-    def __init__(self, images: ImageSet | ImageStream, source: str, output_dir: Path) -> None:
-        self._images, self._source, self._output_dir = images, source, output_dir
+    def __init__(
+        self, images: ImageSet | ImageStream, source: str, output_dir: Path, class_order: ClassOrder = "numbers"
+    ) -> None:
+        self._images, self._source, self._output_dir, self._class_order = images, source, output_dir, class_order
 
     def state_dict(self) -> dict[str, Any]:
         """Collective: return the values named as in trainer_state.json."""
         if isinstance(self._images, ImageStream):
             position = self._images.trained_position or self._images.position
             streams = distributed.gather_json(asdict(position))
-            return {"num_images": 0, "data_digest": "", "streams": streams}
-        return {"num_images": len(self._images), "data_digest": self._images.digest, "streams": []}
+            return {"num_images": 0, "data_digest": "", "streams": streams, "class_order": self._class_order}
+        return {
+            "num_images": len(self._images),
+            "data_digest": self._images.digest,
+            "streams": [],
+            "class_order": self._class_order,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Check that the data are those of the checkpoint; continue a stream at its position.
@@ -458,17 +467,35 @@ def choose_checkpoint(folder: RunFolder, config: RunConfig, *, is_dry_run: bool 
 
 def stored_precision(root: Path) -> Precision | None:
     """Return training.mixed_precision of the newest checkpoint, which is not verified yet; None if there is none."""
-    try:
-        folders = checkpoint_folders(root)[::-1]
-    except (OSError, CheckpointError):
-        return None  # `choose_checkpoint` reports it
-    for path in (folder for folder in folders if (folder / RUN_CONFIG).is_file()):
+    for path in (folder for folder in _newest_first(root) if (folder / RUN_CONFIG).is_file()):
         try:
             precision = _settings_of(Checkpoint(path, step_of(path)))["training"]["mixed_precision"]
         except (OSError, KeyError, CheckpointError):
             continue
         return next((known for known in PRECISIONS if known == precision), None)
     return None
+
+
+def stored_class_order(root: Path) -> ClassOrder:
+    """Return how a run sorts its class folders, according to its newest checkpoint, which is not verified yet.
+
+    A checkpoint of version 0.1 does not say it, and sorts them as text.
+    """
+    for path in _newest_first(root):
+        try:
+            state = read_json(path / TRAINER_STATE)
+        except (OSError, ValueError):
+            continue
+        return "numbers" if state.get("class_order") == "numbers" else "text"
+    return "numbers"
+
+
+def _newest_first(root: Path) -> list[Path]:
+    """Return the folders of the checkpoints; none if they cannot be listed, which `choose_checkpoint` reports."""
+    try:
+        return checkpoint_folders(root)[::-1]
+    except (OSError, CheckpointError):
+        return []
 
 
 def _settings_of(checkpoint: Checkpoint) -> dict[str, dict[str, object]]:

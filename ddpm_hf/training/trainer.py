@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,13 +27,23 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ddpm_hf import distributed
-from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, refuse_secrets, take_launcher
+from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, load_config, take_launcher, validate
 from ddpm_hf.config.launcher import DEFAULT, LAUNCHER
-from ddpm_hf.data import ImageLoader, ImageSet, ImageStream, describe_sets, locations_of, normalize, open_sets
+from ddpm_hf.data import (
+    ClassOrder,
+    ImageLoader,
+    ImageSet,
+    ImageStream,
+    describe_sets,
+    locations_of,
+    normalize,
+    open_sets,
+)
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.compiled import full_batches
 from ddpm_hf.diffusion.images import image_size
+from ddpm_hf.diffusion.pipeline import ClassNumbers
 from ddpm_hf.diffusion.schedule import BETA_RANGES, SMALLEST_ALPHA_BAR
 from ddpm_hf.distributed import StopWatcher, TrainingStopped
 from ddpm_hf.evaluation.verify import write_verification
@@ -60,7 +71,7 @@ from ddpm_hf.training.batches import (
     resolve_micro_batch_size,
     resolve_prefetch_factor,
 )
-from ddpm_hf.training.checkpoint import Checkpointer, DataState, stored_precision
+from ddpm_hf.training.checkpoint import Checkpointer, DataState, stored_class_order, stored_precision
 from ddpm_hf.training.ema import EMA, decay_schedules, is_snapshot_due
 from ddpm_hf.training.engine import compile_for_training, start_engine, use_channels_last
 from ddpm_hf.training.logging import MetricsLog, Progress, Trackers, say
@@ -111,7 +122,8 @@ class Trainer:
     """One training run on one of its processes. Collective: build and use it on every rank.
 
     Args:
-        config: A valid configuration.
+        config: The configuration, or what `load_config` makes one of. It is checked and copied: later changes of its
+            lists and dictionaries have no effect.
         scorer: Measures evaluation.score_metric; required with evaluation.score_every_steps.
         publisher: Publishes the EMA weights during training; required with hub.push_every_steps.
 
@@ -125,8 +137,15 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------- build
 
-    def __init__(self, config: RunConfig, *, scorer: Scorer | None = None, publisher: Publisher | None = None) -> None:
-        refuse_secrets(config)
+    def __init__(
+        self,
+        config: RunConfig | str | PathLike[str] | Mapping[str, Any],
+        *,
+        scorer: Scorer | None = None,
+        publisher: Publisher | None = None,
+    ) -> None:
+        config = load_config(config)
+        validate(config)
         push_every_steps = config.hub.push_every_steps if config.hub.push_to_hub else 0
         for name, every_steps, argument, given in (
             ("evaluation.score_every_steps", config.evaluation.score_every_steps, "scorer", scorer),
@@ -166,7 +185,9 @@ class Trainer:
         self.trackers = Trackers(config.tracking, self.folder.path)
         distributed.on_rank_0(self.trackers.check)
 
-        self.images, self.validation_images = open_splits(config, self.accelerator)
+        found = distributed.on_rank_0(lambda: stored_class_order(self.folder.checkpoints))
+        class_order: ClassOrder = distributed.broadcast_json(found)
+        self.images, self.validation_images = open_splits(config, self.accelerator, class_order)
         self.loader = build_loader(config, self.images, self.device)
         self.class_names = class_names_of(self.images, config)
         has_null_label = config.objective.class_dropout > 0
@@ -202,7 +223,12 @@ class Trainer:
             ema=self.ema,
             optimizer=self.optimizer,
             timestep_sampler=self.timestep_sampler,
-            parts=[self, self.guard, self.meter, DataState(self.images, config.data.source, self.folder.path)],
+            parts=[
+                self,
+                self.guard,
+                self.meter,
+                DataState(self.images, config.data.source, self.folder.path, class_order),
+            ],
         )
         # The micro-batch size of a resumed run with "auto"; None in a new one.
         self._stored_micro_batch_size: int | None = None
@@ -591,8 +617,15 @@ def resolve(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[str, 
     return take_launcher(config, launcher, num_processes=distributed.world_size(), stored_precision=stored)
 
 
-def open_splits(config: RunConfig, accelerator: Accelerator) -> tuple[ImageSet | ImageStream, ImageSet]:
+def open_splits(
+    config: RunConfig, accelerator: Accelerator, class_order: ClassOrder = "numbers"
+) -> tuple[ImageSet | ImageStream, ImageSet]:
     """Collective: open the data. Rank 0 searches and decodes them; the other ranks map what it found.
+
+    Args:
+        config: The data, and the seed that chooses the validation set.
+        accelerator: The processes.
+        class_order: How class folders named by numbers are sorted.
 
     Returns:
         The training set, or this process's stream of it, and the validation set.
@@ -610,6 +643,7 @@ def open_splits(config: RunConfig, accelerator: Accelerator) -> tuple[ImageSet |
             num_processes=accelerator.num_processes,
             device=accelerator.device,
             locations=locations,
+            class_order=class_order,
         )
 
     opened = distributed.on_rank_0(open_both)
@@ -844,7 +878,7 @@ def save_preview(
         unet, sampler, class_names=class_names, has_null_label=has_null_label, self_conditioned=self_conditioned
     )
     pipeline.set_progress_bar_config(disable=True)
-    labels = None if class_names is None else torch.arange(config.num_images) % len(class_names)
+    labels = None if class_names is None else [number % len(class_names) for number in range(config.num_images)]
     images = _sample_preview(pipeline, config, seed, labels)
     if distributed.rank() != 0:
         return False
@@ -862,7 +896,7 @@ def save_preview(
 
 
 def _sample_preview(
-    pipeline: GaussianDiffusionPipeline, config: PreviewConfig, seed: int, labels: torch.Tensor | None
+    pipeline: GaussianDiffusionPipeline, config: PreviewConfig, seed: int, labels: list[int] | None
 ) -> NDArray[np.uint8] | None:
     """Collective: return uint8 images (number, height, width, channels), or None if memory is full on a rank."""
     unet = pipeline.unet
@@ -876,7 +910,7 @@ def _sample_preview(
                 num_inference_steps=config.num_inference_steps,
                 eta=config.eta,
                 guidance_scale=config.guidance_scale,
-                class_labels=None if labels is None else labels[block],
+                class_labels=None if labels is None else ClassNumbers(labels[block]),
                 generator=sampling_generators(seed, "preview", range(block.start, block.stop), unet.device),
                 output_type="uint8",
             ).images

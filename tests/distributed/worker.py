@@ -29,7 +29,7 @@ from ddpm_hf.config import (
     PreviewConfig,
     RunConfig,
     TrainingConfig,
-    load_config,
+    parse_command_line,
 )
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
@@ -67,7 +67,7 @@ Report = dict[str, Any]
 
 def train(output_dir: Path, changes: dict[str, object], *faults: Fault) -> tuple[Trainer, int]:
     """Train one run with injected faults; return its trainer and exit code."""
-    config, _ = load_config(run_arguments(output_dir, **changes), "test")
+    config, _ = parse_command_line(run_arguments(output_dir, **changes), "test")
     trainer = Trainer(config)
     for fault in faults:
         fault(trainer)
@@ -370,7 +370,7 @@ def background(folder: Path) -> Report:
         assert has_gone_on.wait(60), "training waits for the checkpoint"
         return write_checkpoint(root, step, content)
 
-    config, _ = load_config(run_arguments(folder, evaluation__score_every_steps=2), "test")
+    config, _ = parse_command_line(run_arguments(folder, evaluation__score_every_steps=2), "test")
     trainer = Trainer(config, scorer=lambda *_: Score(next(scores), "test", True, {}))
     # Rank 1 says by a collective operation that it is in step 4, too.
     before_step(3, lambda _: (seen.extend(distributed.gather_json([RANK])), has_gone_on.set()))(trainer)

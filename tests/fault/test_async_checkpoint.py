@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ddpm_hf.cli.main import train
-from ddpm_hf.config import load_config
+from ddpm_hf.config import parse_command_line
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.checkpoint import Checkpointer, HostCopy, find_latest, verify_checkpoint
 from ddpm_hf.training.trainer import Score, Trainer
@@ -71,7 +71,7 @@ def until_waited_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def fit(folder: Path, *scores: float, **changes: object) -> Trainer:
     """Train a tiny run and return its trainer. The values are the scores of its steps, the lowest is the best."""
     values = iter(scores)
-    config, _ = load_config(run_arguments(folder, **changes))
+    config, _ = parse_command_line(run_arguments(folder, **changes))
     trainer = Trainer(config, scorer=lambda *_: Score(next(values), "test", True, {}))
     try:
         trainer.fit()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddpm_hf.cli.main import train
-from ddpm_hf.config import load_config
+from ddpm_hf.config import parse_command_line
 from ddpm_hf.data.loader import SampleOrder
 from ddpm_hf.training.checkpoint import find_latest
 from ddpm_hf.training.loss import DenoisingLoss
@@ -74,7 +74,7 @@ def test_one_non_finite_value_costs_one_update(
     rows = metrics_of(tmp_path / "run")
     assert [row["num_skipped_updates"] for row in rows] == [0, 0, 1, 1, 1, 1]
     assert [row["loss"] is None for row in rows] == [False, False, True, False, False, False]
-    config, _ = load_config(arguments)
+    config, _ = parse_command_line(arguments)
     images = SampleOrder(1797, config.training.seed).positions(16, 24).tolist()
     sentence = f"of step 3 was not finite, so its update was skipped. Its images were {', '.join(map(str, images))}."
     assert sentence in caplog.text
@@ -150,7 +150,7 @@ def test_skips_by_which_the_fp16_scaler_finds_its_scale_are_counted_apart(tmp_pa
 
     Scales of 2**60, 2**44 and 2**28 overflow fp16 for certain, 2**12 does not.
     """
-    config, _ = load_config(run_arguments(tmp_path / "run", **EVERY_STEP, training__max_consecutive_nonfinite=2))
+    config, _ = parse_command_line(run_arguments(tmp_path / "run", **EVERY_STEP, training__max_consecutive_nonfinite=2))
     trainer = Trainer(config)
     use_gradient_scaler(trainer, 2.0**60, 2.0**-16)
     initial = [parameter.detach().clone() for parameter in trainer.unet.parameters()]
@@ -176,7 +176,7 @@ def test_skips_by_which_the_fp16_scaler_finds_its_scale_are_counted_apart(tmp_pa
 def test_gradients_that_no_scale_makes_finite_stop_an_fp16_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a scale of 4: two skips of the scaler, and at a scale of 1 three skips that count as non-finite."""
     poison_loss_at(range(1, 99), monkeypatch)
-    config, _ = load_config(run_arguments(tmp_path / "run", training__max_consecutive_nonfinite=3))
+    config, _ = parse_command_line(run_arguments(tmp_path / "run", training__max_consecutive_nonfinite=3))
     trainer = Trainer(config)
     use_gradient_scaler(trainer, 4.0)
     try:

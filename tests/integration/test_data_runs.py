@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from ddpm_hf.cli.main import train
-from ddpm_hf.data import cache
+from ddpm_hf.data import cache, sources
+from ddpm_hf.training.checkpoint import DataState
 from tests.conftest import DIGITS, run_arguments
 from tests.runs import (
     EVERYTHING_RANDOM,
@@ -114,6 +115,39 @@ def test_a_run_continues_without_its_cache(tmp_path: Path) -> None:
         assert train(run_arguments(tmp_path / "run", **changes, training__num_steps=num_steps)) == 0
     assert train(run_arguments(tmp_path / "whole", **changes)) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_of_0_1_keeps_the_order_of_its_classes(tmp_path: Path, streaming: bool) -> None:
+    """Which was that of their names as text."""
+    random = np.random.default_rng(0)
+    files = {f"{number}/1.png": encode(random.integers(0, 256, (8, 8), dtype=np.uint8)) for number in range(12)}
+    source = write_files(tmp_path / "x", files)
+    changes: dict[str, Any] = {"data__source": source}
+    if streaming:
+        changes |= {"data__streaming": True, "data__resolution": 8, "data__num_channels": 1}
+
+    def as_0_1(folder: str, num_steps: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sources, "sort_classes", sorted)
+            state_dict = DataState.state_dict
+            patch.setattr(
+                DataState,
+                "state_dict",
+                lambda state: {key: value for key, value in state_dict(state).items() if key != "class_order"},
+            )
+            assert train(run_arguments(tmp_path / folder, **changes, training__num_steps=num_steps)) == 0
+
+    as_0_1("whole", 6)
+    as_0_1("run", 2)
+    for num_steps in (4, 6):
+        assert train(run_arguments(tmp_path / "run", **changes, training__num_steps=num_steps)) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
+    names = json.loads((tmp_path / "run/pipeline/model_index.json").read_text())["class_names"]
+    assert [names[str(number)] for number in range(5)] == ["0", "1", "10", "11", "2"]
+    assert train(run_arguments(tmp_path / "new", **changes)) == 0
+    names = json.loads((tmp_path / "new/pipeline/model_index.json").read_text())["class_names"]
+    assert names == {str(number): str(number) for number in range(12)}
 
 
 # ------------------------------------------------------------------------------------------------------- streaming

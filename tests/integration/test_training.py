@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf import GaussianDiffusionPipeline
 from ddpm_hf.cli.main import train
-from ddpm_hf.config import load_config
+from ddpm_hf.config import parse_command_line
 from ddpm_hf.data import DataError
 from ddpm_hf.distributed import SharedOSError
 from ddpm_hf.evaluation import generate
@@ -381,7 +381,7 @@ def test_validation_measures_the_ema_weights_and_does_not_change_training(tmp_pa
     assert [row for row in rows if "loss" in row] == metrics_of(tmp_path / "plain")
     measured = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
     assert measured.keys() == {4, 6}
-    config, _ = load_config(arguments)
+    config, _ = parse_command_line(arguments)
     trainer = Trainer(config)
     try:
         weights = load_file(tmp_path / "run/checkpoints/step_00000006/ema/diffusion_pytorch_model.safetensors")

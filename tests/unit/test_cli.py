@@ -264,7 +264,7 @@ def test_ctrl_c_before_the_first_step_prints_no_traceback(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ddpm_hf.cli.train.load_config", interrupt)
+    monkeypatch.setattr("ddpm_hf.cli.train.parse_command_line", interrupt)
     assert main.train([]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 

@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -18,6 +19,7 @@ from ddpm_hf.config import (
     changed_settings,
     changed_too_late,
     load_config,
+    parse_command_line,
     read_config,
     read_config_dict,
     validate,
@@ -40,7 +42,7 @@ SCORED_BOUND = SCORED | {"evaluation__score_metric": "bits_per_dim", "data__vali
 
 
 def load(*arguments: str) -> RunConfig:
-    return load_config([*SOURCE, *arguments])[0]
+    return parse_command_line([*SOURCE, *arguments])[0]
 
 
 def refusal(*arguments: str) -> str:
@@ -185,21 +187,21 @@ def test_a_configuration_is_read_from_its_own_yaml(yaml_file: Any) -> None:
         data__num_channels=3,
     )
     arguments = yaml_file(config.to_yaml())
-    assert load_config(arguments) == (config, False)
+    assert parse_command_line(arguments) == (config, False)
     assert read_config_dict(Path(arguments[1])) == config.to_dict()
-    assert load_config([*arguments, "--dry_run"]) == (config, True)
+    assert parse_command_line([*arguments, "--dry_run"]) == (config, True)
 
 
 def test_print_config_prints_what_config_reads(yaml_file: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         load("--training.seed", "5", "--print_config")
     assert caught.value.code == 0
-    assert load_config(yaml_file(capsys.readouterr().out))[0] == load("--training.seed", "5")
+    assert parse_command_line(yaml_file(capsys.readouterr().out))[0] == load("--training.seed", "5")
 
 
 def test_help_lists_every_setting_with_its_type_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        load_config(["--help"])
+        parse_command_line(["--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split()).partition(" options:")[2].partition(" Example: ")[0]
     _, *entries = re.split(r" --([a-z]+\.\w+) ", text)
@@ -216,12 +218,132 @@ def test_every_recipe_and_run_of_0_1_is_valid_also_without_previews_and_report(
     runs = [*version_0_1.RUN.rglob("config.yaml"), version_0_1.SAVED / "training_config.yaml"]
     assert len(recipes) > 5 and runs
     for path in (*recipes, *runs):
-        config, _ = load_config(["--config", str(path)])
+        config, _ = parse_command_line(["--config", str(path)])
         assert config.data.source
         assert caplog.messages == [], path
-        load_config(["--config", str(path), *off])
+        parse_command_line(["--config", str(path), *off])
         assert all("evaluation.recognition true has no effect" in line for line in caplog.messages), path
         caplog.clear()
+
+
+# ------------------------------------------------------------------------------------------------------------- Python
+
+DIGITS_YAML = REPOSITORY / "configs" / "digits_8.yaml"
+
+
+def test_python_and_the_command_line_give_the_same_configuration() -> None:
+    expected, _ = parse_command_line(["--config", str(DIGITS_YAML), "--training.num_steps", "7", "--data.split", "x"])
+    settings = yaml.safe_load(DIGITS_YAML.read_text())  # it reads 2e-3 as text
+    changes = {"training.num_steps": 7, "data": {"split": "x"}}
+    for config in (DIGITS_YAML, str(DIGITS_YAML), settings, load_config(DIGITS_YAML)):
+        assert load_config(config, changes) == expected
+    assert load_config() == RunConfig()
+    assert load_config(overrides={"data.source": "x"}) == load("--data.source", "x")
+
+
+def test_values_of_python_become_those_of_the_settings() -> None:
+    """Numbers of numpy, tuples, paths; the repr tells a number of numpy from one of Python."""
+    config = load_config(
+        {
+            "data": {"source": Path("images"), "resolution": (np.int32(32), 48), "random_flip": np.bool_(True)},
+            "training.num_steps": np.int64(5),
+            "training.learning_rate": np.float32(0.5),
+            "training.max_grad_norm": 2,
+            "training.output_dir": Path("runs") / "a",
+            "training.optimizer_kwargs": {"betas": (0.9, np.float64(0.99))},
+            "model.overrides": {"block_out_channels": np.array([8, 16]), "dropout": "1e-1", "act_fn": np.str_("silu")},
+            "training.compile": False,
+        }
+    )
+    expected = with_changes(
+        data__source="images", data__resolution=[32, 48], data__random_flip=True,
+        training__num_steps=5, training__learning_rate=0.5, training__max_grad_norm=2.0, training__output_dir="runs/a",
+        training__optimizer_kwargs={"betas": [0.9, 0.99]}, training__compile=False,
+        model__overrides={"block_out_channels": [8, 16], "dropout": 0.1, "act_fn": "silu"},
+    )  # fmt: skip
+    assert repr(config) == repr(expected)
+    assert load_config(config.to_dict()) == config
+
+
+def test_one_key_of_a_mapping_is_set_by_its_name() -> None:
+    base = {"model.overrides": {"dropout": 0.1, "act_fn": "silu"}}
+    assert load_config(base, {"model.overrides.dropout": 0.2}).model.overrides == {"dropout": 0.2, "act_fn": "silu"}
+    assert load_config(base, {"model": {"overrides": {"dropout": 0.2}}}).model.overrides == {"dropout": 0.2}
+
+
+def test_a_loaded_configuration_shares_nothing_with_what_it_was_made_of() -> None:
+    overrides = {"block_out_channels": [8, 16]}
+    config = load_config({"model.overrides": overrides})
+    again = load_config(config)
+    overrides["block_out_channels"].append(32)
+    config.model.overrides["dropout"] = 0.5
+    assert again.model.overrides == {"block_out_channels": [8, 16]}
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"training.num_stepz": 1}, "there is no setting training.num_stepz; did you mean training.num_steps?"),
+        ({"training": {"num_stepz": 1}}, "there is no setting training.num_stepz; did you mean training.num_steps?"),
+        ({"num_steps": 1}, "there is no setting num_steps; did you mean training.num_steps?"),
+        ({"seed": 1}, "there is no setting seed; did you mean training.seed?"),
+        ({"trainig": {"seed": 1}}, "there is no setting trainig.seed; did you mean training.seed?"),
+        ({"training.num_steps.x": 1}, "there is no setting training.num_steps.x; did you mean training.num_steps?"),
+        ({1: 2}, "there is no setting 1; "),
+        ({"training": None}, "training is null, but must be a section of settings; see --help."),
+        ({"training": {"seed": 1}, "training.seed": 2}, "training.seed is given twice; give it once."),
+        ({"training.num_steps": "4"}, "training.num_steps is '4', but must be a whole number; write 4."),
+        ({"training.num_steps": 4.0}, "training.num_steps is 4.0, but must be a whole number; write 4."),
+        ({"training.num_steps": np.float64(4.5)}, "training.num_steps is 4.5, but must be a whole number."),
+        ({"training.num_steps": True}, "training.num_steps is True, but must be a whole number."),
+        ({"training.num_steps": None}, "training.num_steps is null, but must be a whole number."),
+        ({"training.learning_rate": "fast"}, "training.learning_rate is 'fast', but must be a number."),
+        ({"training.mixed_precision": "no"}, "training.mixed_precision is 'no', but must be fp32, bf16, fp16 or null."),
+        ({"training.tf32": 1}, "training.tf32 is 1, but must be true or false."),
+        ({"data.source": 5}, "data.source is 5, but must be text."),
+        ({"data.resolution": (8, 8.5)}, "data.resolution is [8, 8.5], but must be a whole number, a list of whole "),
+        ({"model.overrides": [1]}, "model.overrides is [1], but must be a mapping."),
+        ({"model.overrides": {"x": {"y": 1}}}, "model.overrides.x is {'y': 1}, but must be a whole number, a number, "),
+        ({"diffusion.prediction_type": ["v"]}, "diffusion.prediction_type is ['v'], but must be epsilon, sample, "),
+        ({"training.ema_decay": 1.5}, "training.ema_decay is 1.5, but must be at least 0 and below 1."),
+        ({"training.log_every_steps": np.int64(0)}, "training.log_every_steps is 0, but must be greater than 0."),
+        ({"training.micro_batch_size": 48}, "training.train_batch_size 128 is not a multiple of "),
+        ({"model.from_pretrained": "", "model.preset": None}, "model.from_pretrained is empty; give a path, or set it"),
+        ({"data.cache_dir": ""}, "data.cache_dir is empty; give a folder, or set it to null."),
+        (["--training.seed", "1"], "load_config was given a list; give the path of a YAML file, a dictionary or a "),
+        ("nowhere/run.yaml", "there is no configuration file nowhere/run.yaml; give the path of a YAML file."),
+    ],
+)
+def test_python_gets_the_sentences_of_the_command_line(config: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config)
+    assert str(caught.value).startswith(sentence)
+    if isinstance(config, dict):
+        with pytest.raises(ConfigError) as caught:
+            load_config(overrides=config)
+        assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("training: {num_stepz: 1}", "there is no setting training.num_stepz; did you mean training.num_steps?"),
+        ("training: [1", "{path} is not valid YAML (line 1, column 13: "),
+        ("some words", "{path} must be a YAML file with sections of settings, but it holds some words."),
+    ],
+)
+def test_python_reads_a_file_with_the_same_sentences(tmp_path: Path, content: str, sentence: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(sentence.format(path=path))
+
+
+def test_python_does_not_read_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Jupyter it holds the kernel's arguments."""
+    monkeypatch.setattr("sys.argv", ["ipykernel_launcher.py", "-f", "kernel-1.json", "--training.seed", "7"])
+    assert load_config(DIGITS_YAML).training.seed == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -398,7 +520,7 @@ def test_an_alias_is_the_setting_that_it_stands_for(yaml_file: Any, name: str, a
     settings = with_changes(**{f"diffusion__{name}": full})
     assert settings == with_changes(**{f"diffusion__{name}": alias})
     arguments = yaml_file(f"data: {{source: images}}\ndiffusion: {{{name}: {alias}}}\n")
-    assert load_config(arguments)[0] == settings
+    assert parse_command_line(arguments)[0] == settings
     assert read_config(Path(arguments[1])) == settings
     of_0_1 = settings.to_dict()
     of_0_1["diffusion"][name] = alias
@@ -448,6 +570,7 @@ def test_names_and_aliases_are_those_of_the_scheduler() -> None:
         ({"model__gradient_checkpointing": True}, False, False),
         ({"data__cache_dir": "elsewhere"}, False, False),
         ({"data__device_resident": False}, False, False),
+        ({"data__layout": "flat"}, False, False),
         ({"preview__every_steps": 7}, False, False),
         ({"evaluation__num_samples": 7}, False, False),
         ({"tracking__trackers": ["tensorboard"]}, False, False),
@@ -463,6 +586,18 @@ def test_a_change_prevents_resuming_if_weights_data_order_or_noise_depend_on_it(
     fixed, free = changed_settings(before.to_dict(), after)
     assert (fixed, free) == (([line], []) if is_fixed else ([], [line]))
     assert changed_too_late(free) == ([line] if is_too_late else [])
+
+
+def test_the_layout_of_a_stream_is_fixed() -> None:
+    """Whether a stream has the same images is not known otherwise."""
+    streamed = {
+        "data__streaming": True,
+        "data__resolution": 8,
+        "data__num_channels": 1,
+        "data__validation_fraction": 0.0,
+    }
+    before, after = with_changes(**streamed), with_changes(**streamed, data__layout="flat")
+    assert changed_settings(before.to_dict(), after) == (["data.layout was None, is 'flat'"], [])
 
 
 def test_a_setting_that_the_checkpoint_lacks_had_its_default() -> None:

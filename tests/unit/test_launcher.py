@@ -23,7 +23,7 @@ from ddpm_hf.config import (
     Launcher,
     RunConfig,
     TrainingConfig,
-    load_config,
+    parse_command_line,
     read_launcher,
     take_launcher,
 )
@@ -336,7 +336,7 @@ def test_a_gpu_with_bf16_that_is_left_in_fp32_gets_a_hint(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     advice = "training.mixed_precision is left open, so the network runs in fp32; consider bf16"
     for precision, is_advised in ((None, True), ("fp32", False)):
-        config, _ = load_config(run_arguments(tmp_path / str(precision), training__mixed_precision=precision))
+        config, _ = parse_command_line(run_arguments(tmp_path / str(precision), training__mixed_precision=precision))
         trainer = Trainer(config)
         assert advice not in describe(trainer)
         trainer.device = torch.device("cuda")

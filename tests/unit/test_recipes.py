@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_hf.config import load_config
+from ddpm_hf.config import parse_command_line
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.models import build_unet
 from tests.conftest import REPOSITORY
@@ -28,7 +28,7 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.
 @every_recipe
 def test_the_network_of_every_recipe_fits_its_images(recipe: Path) -> None:
     """`build_unet` runs one forward pass on the meta device."""
-    config, _ = load_config(["--config", str(recipe)])
+    config, _ = parse_command_line(["--config", str(recipe)])
     size = config.data.resolution
     assert (size is None) == (recipe.stem in DATA), "add the shape of the dataset to DATA"
     shape, num_classes = DATA[recipe.stem] if size is None else ((config.data.num_channels or 3, size, size), 0)
@@ -42,7 +42,7 @@ def test_the_network_of_every_recipe_fits_its_images(recipe: Path) -> None:
 
 @every_recipe
 def test_the_forward_process_of_every_recipe_ends_in_noise(recipe: Path) -> None:
-    config, _ = load_config(["--config", str(recipe)])
+    config, _ = parse_command_line(["--config", str(recipe)])
     settings = config.to_dict()["diffusion"]
     scheduler = GaussianDiffusionScheduler.create(**settings)
     assert scheduler.noise_schedule.alphas_cumprod[-1] < 1e-4
@@ -73,7 +73,7 @@ def test_the_recipes_of_ho_et_al_2020_have_the_settings_of_the_paper() -> None:
     """Ho et al. 2020, appendix B and their code."""
     steps = {"cifar10_32": 800_000, "celebahq_256": 500_000, "lsun_256": 1_200_000}
     for name, num_steps in steps.items():
-        config, _ = load_config(["--config", str(REPOSITORY / "configs" / f"{name}.yaml")])
+        config, _ = parse_command_line(["--config", str(REPOSITORY / "configs" / f"{name}.yaml")])
         is_cifar = name == "cifar10_32"
         training, diffusion = config.training, config.diffusion
         assert training.num_steps == num_steps

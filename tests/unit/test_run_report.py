@@ -162,6 +162,10 @@ def test_loading_lines_are_python_with_folder_classes_and_sampling_settings() ->
     assert "DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)" in lines
 
 
+def test_loading_lines_name_classes_that_are_named_by_other_numbers() -> None:
+    assert "class_labels=['1', '2'])" in loading_lines(Path("pipeline"), ["1", "2"], Sampler())
+
+
 def test_loading_lines_of_an_unconditional_pipeline_need_diffusers_only() -> None:
     lines = loading_lines(Path('a "quoted" folder'), None, Sampler())
     ast.parse(lines)

@@ -152,7 +152,7 @@ def test_the_folder_of_a_run_is_that_of_its_pipeline(tmp_path: Path) -> None:
         find_folder(str(tmp_path), "main")
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "outputs/digits/pipeline", "user/no thing", "/nowhere", "~/nowhere"])
+@pytest.mark.parametrize("name", ["./nowhere", "outputs/digits/pipeline", "user/no thing", "/nowhere", "~/nowhere", ""])
 def test_a_name_that_is_neither_folder_nor_repository_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow.parquet
 import pytest
 
-from ddpm_hf.data.sources import Source, open_folder, open_tar, open_zip
+from ddpm_hf.config import DataConfig
+from ddpm_hf.data.sources import Source, class_order_of, find_source, open_folder, open_tar, open_zip
 from tests.conftest import DIGITS
 from tests.unit.data.helpers import (
     GRAY,
@@ -78,6 +80,14 @@ def test_integer_labels_are_named_by_their_numbers(tmp_path: Path, cache_dir: Pa
 @pytest.mark.parametrize("source", ["missing.parquet", "missing.npz", "/missing/folder", "./missing", "~/missing"])
 def test_a_path_that_does_not_exist_is_named(cache_dir: Path, source: str) -> None:
     assert "does not exist; check the path" in refusal(source, cache_dir)
+
+
+def test_no_source_is_not_the_working_directory(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, {"image.png": encode(GRAY)})
+    monkeypatch.chdir(tmp_path)
+    assert "data.source is not set" in refusal("", cache_dir)
 
 
 def test_a_dataset_that_is_neither_local_nor_on_the_hub_is_named(cache_dir: Path) -> None:
@@ -268,6 +278,37 @@ def test_a_folder_with_metadata_uses_the_metadata(tmp_path: Path, cache_dir: Pat
     assert np.array_equal(pixels_of(images), [RGB, 255 - RGB])
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_captions_leave_the_class_folders(tmp_path: Path, cache_dir: Path, suffix: str) -> None:
+    """Images that the table does not list are counted. In version 0.1 the classes vanished, and so did these images."""
+    folder = write_files(tmp_path / "x", FILES | {"1.png": FILES["cat/1.png"]})
+    rows = pd.DataFrame({"file_name": list(FILES)[1:], "text": ["a", "b", "c"]})
+    {
+        "csv": lambda path: rows.to_csv(path, index=False),
+        "jsonl": lambda path: rows.to_json(path, orient="records", lines=True),
+        "parquet": lambda path: rows.to_parquet(path),
+    }[suffix](folder / f"metadata.{suffix}")
+    images = open_source(folder, cache_dir, with_labels=True)
+    assert [images.labels.tolist(), images.class_names] == [[0, 0, 1], ("cat", "dog")]
+    source = find_source(DataConfig(source=str(folder)), "train[:1]")
+    assert isinstance(source, Source)
+    assert source.ignored_files == ("1.png (not in the metadata)", "cat/1.png (not in the metadata)")
+    assert source.labels.tolist() == [0]
+    assert open_source(folder, cache_dir, layout="flat").labels is None
+
+
+def test_the_metadata_of_each_split_list_its_images(tmp_path: Path, cache_dir: Path) -> None:
+    files = {f"{split}/{number}.png": encode(RGB) for split in ("train", "test") for number in range(3)}
+    tables = {f"{split}/metadata.csv": b"file_name,label\n0.png,1\n1.png,0\n" for split in ("train", "test")}
+    folder = write_files(tmp_path / "x", files | tables)
+    for split in ("train", "test"):
+        source = find_source(DataConfig(source=str(folder)), split)
+        assert isinstance(source, Source)
+        assert source.ignored_files == (f"{split}/2.png (not in the metadata)",)
+        assert [source.labels.tolist(), source.class_names] == [[1, 0], ("0", "1")]
+    assert "whose column 'label' contains the labels; remove" in refusal(folder, cache_dir, layout="flat")
+
+
 def test_metadata_without_file_names_are_named(tmp_path: Path, cache_dir: Path) -> None:
     folder = write_files(tmp_path / "x", {"a.png": encode(RGB), "metadata.csv": b"id,age\n1,1\n2,0\n"})
     assert f"{folder / 'metadata.csv'} has no column file_name" in refusal(folder, cache_dir)
@@ -397,7 +438,7 @@ def test_other_files_are_ignored_files_and_named(tmp_path: Path, name: str, capl
     path = store(tmp_path, name, FILES | {"cat/photo.heic": b"x", "README.md": b"x"})
     assert set(source_of(path).ignored_files) == {"cat/photo.heic", "README.md"}
     open_source(path, tmp_path / "cache")
-    assert f"2 files ignored in {path} (not an image, hidden, or a link)" in caplog.text
+    assert f"2 files ignored in {path} (not an image, hidden, a link, in no split or table)" in caplog.text
 
 
 @pytest.mark.parametrize("name", KINDS[:3])
@@ -423,6 +464,60 @@ def test_folders_named_after_splits_are_splits(tmp_path: Path, name: str) -> Non
     assert source_of(path, "val").num_images == 1
     assert source_of(path, "train[1:]").num_images == 2
     assert "has no split 'test'; its folders are train, val." in refusal(path, tmp_path / "cache", split="test")
+
+
+@pytest.mark.parametrize("name", ["vehicles", "vehicles.zip", "vehicles.tar"])
+def test_a_class_named_like_a_split_needs_the_layout(tmp_path: Path, name: str) -> None:
+    path = store(tmp_path, name, {"x/car/1.png": FILES["cat/1.png"], "x/test/1.png": FILES["cat/1.png"]})
+    assert "set data.layout to classes if it is a class" in refusal(path, tmp_path / "cache")
+    images = open_source(path, tmp_path / "cache", layout="classes")
+    assert [len(images), images.class_names] == [2, ("car", "test")]
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
+def test_images_in_no_split_are_named(tmp_path: Path, name: str) -> None:
+    files = {"train/1.png": b"1", "test/1.png": b"2", "unlabeled/1.png": b"3"}
+    source = source_of(store(tmp_path, name, {f"x/{file}": data for file, data in files.items()}))
+    assert [source.num_images, source.class_names] == [1, None]
+    assert source.ignored_files == ("x/unlabeled/1.png (in no split)",)
+    assert source.layout == "splits test, train; left out: unlabeled"
+
+
+def test_a_layout_of_anything_but_files_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((2, 4, 4), np.uint8))
+    for path in (tmp_path / "x.npy", DIGITS):
+        assert refusal(path, tmp_path / "cache", layout="flat") == (
+            f"data.layout does not apply to {path}, which is no folder or archive of images; remove the setting."
+        )
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
+def test_class_folders_named_by_numbers_are_sorted_as_numbers(tmp_path: Path, name: str) -> None:
+    """Others as text, also if they contain numbers. Version 0.1 sorted all of them as text."""
+    numbers = {f"{number}/1.png": b"1" for number in range(12)}
+    path = store(tmp_path, name, numbers)
+    assert source_of(path).class_names == tuple(map(str, range(12)))
+    earlier = find_source(DataConfig(source=str(path)), "train", "text")
+    assert isinstance(earlier, Source)
+    assert earlier.class_names == ("0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9")
+    (tmp_path / "mixed").mkdir()
+    mixed = store(tmp_path / "mixed", name, {"img10/1.png": b"1", "img2/1.png": b"2", "3/1.png": b"3"})
+    assert source_of(mixed).class_names == ("3", "img10", "img2")
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["0", "1", "10", "2"], "text"),
+        (["0", "1", "2", "10"], "numbers"),
+        (["img10", "img2"], "numbers"),
+        ([], "numbers"),
+    ],
+)
+def test_the_order_of_class_folders_is_found_from_class_names(names: list[str], order: str) -> None:
+    """Saved pipelines sort the keys as text."""
+    by_number = {str(number): name for number, name in enumerate(names)}
+    assert class_order_of(dict(sorted(by_number.items()))) == order
 
 
 def test_a_class_named_like_a_split_stays_a_class(tmp_path: Path) -> None:
@@ -729,6 +824,13 @@ def test_arrays_are_detected_or_configured(tmp_path: Path) -> None:
 def test_an_array_without_images_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], sentence: str) -> None:
     np.savez(tmp_path / "x.npz", **arrays)
     assert sentence in refusal(tmp_path / "x.npz", tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (5, 6, 1), (5, 6, 4)])
+def test_a_single_image_is_not_read_as_gray_images(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    np.save(tmp_path / "x.npy", np.zeros(shape, np.uint8))
+    inside = ", ".join(map(str, shape))
+    assert refusal(tmp_path / "x.npy", tmp_path / "cache").endswith(f"save it as (1, {inside}) or ({inside}, 1).")
 
 
 @pytest.mark.parametrize("name", ["x.npy", "x.npz"])

@@ -70,7 +70,9 @@ def test_ignored_files_are_logged_once(tmp_path: Path, cache_dir: Path, caplog: 
     folder = write_files(tmp_path / "x", files | {"notes.txt": b""})
     open_both(folder, cache_dir, validation_split="val")
     assert caplog.text.count("ignored in") == 1
-    assert f"1 file ignored in {folder} (not an image, hidden, or a link). The first: notes.txt" in (caplog.text)
+    assert f"1 file ignored in {folder} (not an image, hidden, a link, in no split or table). The first: notes.txt" in (
+        caplog.text
+    )
 
 
 def test_a_validation_part_without_some_classes_is_a_warning(

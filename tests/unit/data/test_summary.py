@@ -60,7 +60,7 @@ def test_unusual_images_are_counted(
         "sizes     3 from 4x4 to 5x6, the most frequent 5x6 (3), 5x4 (1), 4x6 (1)",
         "modes     RGB (3), L (1), P (1)",
         "animated  1 image with several frames (only the first is used)",
-        "ignored   2 files (not an image, hidden, or a link): cat/notes.txt, photo.heic",
+        "ignored   2 files (not an image, hidden, a link, in no split or table): cat/notes.txt, photo.heic",
         "bad       2 cannot be read",
         f"          image 2 of {folder} (cat/4.png) is empty (0 bytes).",
         f"          image 5 of {folder} (dog/3.png) cannot be decoded (it is not an image in a supported format).",
@@ -185,7 +185,7 @@ def test_single_files_and_images_are_counted_in_the_singular(
     skipping = ("--data.on_bad_image", "skip", "--data.max_bad_fraction", "0.5")
     _, output, errors = show(capsys, tmp_path, str(folder), *skipping)
     for line in (
-        "ignored   1 file (not an image, hidden, or a link): cat/x.txt",
+        "ignored   1 file (not an image, hidden, a link, in no split or table): cat/x.txt",
         "training  3 images, 0 for validation, 1 unreadable image replaced",
     ):
         assert line in output.splitlines(), output

@@ -1,7 +1,14 @@
 """The pipeline: outputs, randomness, guidance, schedulers of diffusers, precision, callbacks and errors."""
 
+import copy
+import functools
+import inspect
 import itertools
 import math
+import threading
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import diffusers
@@ -16,10 +23,13 @@ from diffusers import (
     EulerDiscreteScheduler,
     UNet2DModel,
 )
-from oracles import GaussianData, seeded, tiny_unet
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from oracles import GaussianData, OperationCounter, seeded, tiny_unet
 
+from ddpm_hf.cli.flags import SamplingFlags
+from ddpm_hf.config import ConfigError
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.diffusion.pipeline import check_process
+from ddpm_hf.diffusion.pipeline import ClassNumbers, check_process, copy_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
@@ -202,6 +212,48 @@ def test_labels_may_be_numbers_names_or_tensors() -> None:
     for given in ([1, 1], 1, "dog", ["dog", 1], (1, 1), torch.tensor([1, 1]), torch.tensor(1), np.array([1, 1])):
         pipe(2, 1, class_labels=given, output_type="pt")
         assert calls[-1]["class_labels"].tolist() == [1, 1], given
+
+
+NAMES_AND_LABELS = [
+    # As version 0.1 sorted class folders, and from 1: a number is a name.
+    (["0", "1", "10", "2"], {2: 3, "2": 3, 10: 2, "10": 2, 0: 0, 4: 4, "4": 4, 3: None, "11": None}),
+    (["1", "2", "3"], {1: 0, "1": 0, 3: 2, "3": 2, "03": 2, 0: None, 4: None}),
+    (["07", "7", "8"], {7: 1, "7": 1, "07": 0, "8": 2, 8: 2, 0: None}),
+    # With other names, a number is one if it is no name.
+    (["2", "cat", "dog"], {2: 0, "2": 0, 1: 1, "1": 1, "dog": 2, 3: 3, "3": 3, 4: None, "²": None}),
+    ([], {0: 0, "0": 0, 2: 2, "2": 2, 3: 3, "3": 3, "4": None, "-1": None, "": None}),
+]
+
+
+@pytest.mark.parametrize(("names", "expected"), NAMES_AND_LABELS)
+def test_a_label_is_a_name_before_it_is_a_number(names: list[str], expected: dict[int | str, int | None]) -> None:
+    """The same in Python, as a number and as text, and on the command line."""
+    unet = tiny_unet(num_class_embeds=(len(names) or 3) + 1)
+    class_names = {str(number): name for number, name in enumerate(names)}
+    pipe = pipeline(unet, class_names=class_names or None, has_null_label=True)
+    calls = record_calls(pipe.unet)
+    for label, number in expected.items():
+        flags = SamplingFlags(labels=str(label))
+        if number is None:
+            with pytest.raises(ValueError, match="class_labels has"):
+                pipe(1, 1, class_labels=[label])
+            with pytest.raises(ConfigError):
+                flags.label_list(pipe)
+        else:
+            for given in (label, [label], np.array([label])):
+                pipe(1, 1, class_labels=given, output_type="pt")
+                assert calls[-1]["class_labels"].tolist() == [number], label
+            assert flags.label_list(pipe) == [number]
+    pipe(class_labels=ClassNumbers([1]), num_inference_steps=1)
+    assert calls[-1]["class_labels"].tolist() == [1]
+
+
+def test_an_unknown_label_is_answered_with_the_names_in_the_order_of_their_numbers() -> None:
+    names = {str(number): f"c{number}" for number in range(11)}
+    with pytest.raises(ValueError, match="or a name: c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10"):
+        pipeline(tiny_unet(num_class_embeds=11), class_names=dict(sorted(names.items())))(1, 1, class_labels="x")
+    with pytest.raises(ValueError, match=r"has 0; a label is the name of a class: 1, 2\."):
+        pipeline(tiny_unet(num_class_embeds=2), class_names={"0": "1", "1": "2"})(1, 1, class_labels=0)
 
 
 @pytest.mark.parametrize(
@@ -504,6 +556,211 @@ def test_heun_in_the_pipeline_is_the_method_of_heun(timestep_spacing: str) -> No
     assert abs(deviation - 0.5) > 0.02
     exact = float(heun.init_noise_sigma) * 0.5 / math.hypot(0.5, levels[0])
     assert exact == pytest.approx(0.5, rel=1e-3)
+
+
+# Several calls at once
+
+
+def calls_of_every_kind(pipe: GaussianDiffusionPipeline) -> dict[str, Callable[[], torch.Tensor]]:
+    """Calls that differ in timesteps, eta and guidance, each with a generator of its own."""
+    x, mask = torch.rand(1, 3, 8, 8, generator=seeded(9)), torch.ones(8, 8)
+    options: dict[str, Any] = {"class_labels": 1, "output_type": "pt"}
+    return {
+        "call": lambda: pipe(2, 4, seeded(1), **options).images,
+        "guided": lambda: pipe(1, 3, seeded(2), guidance_scale=2.0, eta=0.0, **options).images,
+        "spaced": lambda: pipe(1, 5, seeded(3), timestep_spacing="trailing", **options).images,
+        "listed": lambda: pipe(1, None, seeded(4), timesteps=[900, 666, 1], **options).images,
+        "denoise_from": lambda: pipe.denoise_from(x, num_inference_steps=6, generator=seeded(5), **options).images,
+        "interpolate": lambda: pipe.interpolate(x, 1 - x, num_inference_steps=8, generator=seeded(6), **options).images,
+        "inpaint": lambda: pipe.inpaint(x, mask, 2, 1, num_inference_steps=2, generator=seeded(7), **options).images,
+        "encode": lambda: pipe.encode(x, 1, num_inference_steps=3, class_labels=1),
+    }
+
+
+def test_calls_inside_each_other_give_the_images_of_calls_alone() -> None:
+    """Every call of the network in one call runs another call as a whole; exact."""
+    pipe = conditional()
+    calls = calls_of_every_kind(pipe)
+    alone = {name: call() for name, call in calls.items()}
+    inner = itertools.cycle(calls)
+    is_nested = False
+
+    def run_another(*_: Any) -> None:
+        nonlocal is_nested
+        if not is_nested:
+            is_nested, name = True, next(inner)
+            assert torch.equal(calls[name](), alone[name]), name
+            is_nested = False
+
+    pipe.unet.register_forward_pre_hook(run_another)
+    for name, call in calls.items():
+        assert torch.equal(call(), alone[name]), name
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "PNDMScheduler"])
+def test_calls_inside_each_other_share_no_state_of_a_scheduler_of_diffusers(name: str) -> None:
+    pipe = pipeline(scheduler=getattr(diffusers, name).from_config(GaussianDiffusionScheduler().config))
+    alone = {steps: pipe(1, steps, seeded(), output_type="pt").images for steps in (4, 5)}
+
+    def run_another(p: Any, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        if step in (1, 2):
+            assert torch.equal(pipe(1, 4, seeded(), output_type="pt").images, alone[4])
+
+    assert torch.equal(pipe(1, 5, seeded(), output_type="pt", callback_on_step_end=run_another).images, alone[5])
+
+
+def state(scheduler: Any) -> dict[str, Any]:
+    """What the steps of a scheduler may change, without what is replaced as a whole."""
+    return {
+        name: state(value) if isinstance(value, SchedulerMixin) else copy.deepcopy(value)
+        for name, value in vars(scheduler).items()
+        if name not in ("_internal_dict", "tau_func")
+    }
+
+
+@pytest.mark.parametrize("name", sorted(RUN_THIS_PROCESS))
+def test_the_steps_of_a_copied_scheduler_leave_the_scheduler_as_it_was(name: str) -> None:
+    """Multistep schedulers change lists of former outputs in place; some of the lists outlive `set_timesteps`."""
+    config = GaussianDiffusionScheduler().config
+    scheduler = getattr(diffusers, name).from_config(config)
+    if name == "UniPCMultistepScheduler":
+        scheduler.solver_p = diffusers.DEISMultistepScheduler.from_config(config)
+    scheduler.set_timesteps(5)
+    before = str(state(scheduler))
+    copied = copy_scheduler(scheduler)
+    copied.set_timesteps(6)
+    x = torch.ones(1, 3, 2, 2)
+    for t in copied.timesteps[:4]:
+        copied.step(x, t, x)
+    assert str(state(scheduler)) == before
+    assert str(state(copied)) != before
+
+
+def test_calls_in_two_threads_give_the_images_of_calls_alone() -> None:
+    """The threads wait for each other in every step, so that their steps alternate; exact."""
+    pipe = pipeline()
+    alone = {steps: pipe(1, steps, seeded(), output_type="pt").images for steps in (5, 10)}
+    together = threading.Barrier(2)
+
+    def wait(p: Any, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        if step < 5:
+            together.wait(60)
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = {
+            steps: pool.submit(pipe, 1, steps, seeded(), output_type="pt", callback_on_step_end=wait) for steps in alone
+        }
+    assert all(torch.equal(run.result().images, alone[steps]) for steps, run in runs.items())
+
+
+def test_a_callback_stops_its_own_call_and_another_thread_every_call() -> None:
+    """Both names of the property, that of diffusers and the public one."""
+    pipe = pipeline()
+    started, go_on = threading.Barrier(3), threading.Event()
+
+    def wait(p: Any, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        if step == 0:
+            assert pipe(1, 5, callback_on_step_end=stop, return_trajectory=True).trajectory.shape[0] == 2
+            assert not pipe.interrupt
+            started.wait(60)
+            go_on.wait(60)
+
+    def stop(p: Any, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        p._interrupt = True
+        assert p.interrupt
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(pipe, 1, 9, callback_on_step_end=wait, return_trajectory=True) for _ in range(2)]
+        started.wait(60)
+        pipe.interrupt = True
+        go_on.set()
+    assert [len(run.result().trajectory) for run in runs] == [2, 2]
+    assert pipe.interrupt
+    assert len(pipe(1, 3, return_trajectory=True).trajectory) == 4
+    assert not pipe.interrupt
+
+
+def test_the_scheduler_of_a_pipeline_shows_the_last_call() -> None:
+    """A callback reads the timesteps of its call, and a subclass finds what its steps have stored."""
+
+    class Counting(GaussianDiffusionScheduler):
+        num_steps = 0
+
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            self.num_steps += 1
+            self.seen.append(int(args[1]))
+            return super().step(*args, **kwargs)
+
+    scheduler = Counting()
+    scheduler.seen = []
+    pipe = pipeline(scheduler=scheduler)
+    shown: list[list[int]] = []
+    pipe(1, 3, callback_on_step_end=lambda p, i, t, tensors: shown.append(p.scheduler.timesteps.tolist()))
+    assert shown == [[666, 333, 0]] * 3
+    assert pipe.scheduler is scheduler
+    assert scheduler.timesteps.tolist() == scheduler.seen == [666, 333, 0]
+    assert scheduler.num_inference_steps == scheduler.num_steps == 3
+    pipe(1, 2)
+    assert (scheduler.timesteps.tolist(), scheduler.num_steps) == ([500, 0], 5)
+
+
+def test_a_step_that_was_replaced_on_the_scheduler_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method bound to the scheduler steps the copy of each call; a function around the former method is called."""
+    for scheduler in (GaussianDiffusionScheduler(), DPMSolverMultistepScheduler()):
+        pipe = pipeline(scheduler=scheduler)
+        expected = pipe(1, 3, seeded(), output_type="pt").images
+        stepped: list[Any] = []
+        step = scheduler.step
+
+        @functools.wraps(step)
+        def around(*args: Any, step: Any = step, stepped: list[Any] = stepped, **kwargs: Any) -> Any:
+            stepped.append(None)
+            return step(*args, **kwargs)
+
+        def method(self: Any, *args: Any, stepped: list[Any] = stepped, **kwargs: Any) -> Any:
+            stepped.append(self)
+            return type(self).step(self, *args, **kwargs)
+
+        method.__signature__ = inspect.signature(type(scheduler).step)
+        for replaced in (around, types.MethodType(method, scheduler)):
+            monkeypatch.setattr(scheduler, "step", replaced)
+            assert torch.equal(pipe(1, 3, seeded(), output_type="pt").images, expected)
+        assert len(stepped) == 6
+        assert scheduler not in stepped
+
+
+def test_an_offloaded_network_stays_on_its_device_while_another_call_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, released = pipeline(), []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: released.append(True))
+
+    def run_another(p: Any, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        pipe(1, 1)
+        assert not released
+
+    pipe(1, 2, callback_on_step_end=run_another)
+    assert len(released) == 1
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        pipe(1, 2, callback_on_step_end=fail)
+    assert len(released) == 2
+
+
+def test_a_call_costs_the_operations_of_its_network_and_of_its_steps() -> None:
+    """The copy of the scheduler copies no tensor, and a step launches nothing of its own."""
+    pipe, scheduler = pipeline(), GaussianDiffusionScheduler()
+    scheduler.set_timesteps(3)
+    x = torch.randn(1, 3, 8, 8, generator=seeded())
+    with torch.no_grad(), OperationCounter() as step:
+        scheduler.step(pipe.unet(x, scheduler.timesteps[0], return_dict=False)[0], scheduler.timesteps[0], x)
+    counts = {}
+    for steps in (3, 5):
+        with OperationCounter() as call:
+            pipe(1, steps, seeded(), output_type="pt")
+        counts[steps] = call.launched
+    assert counts[5] - counts[3] == 2 * step.launched
 
 
 # Precision

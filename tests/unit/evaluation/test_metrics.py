@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.linalg import sqrtm
 from torch.utils.data import Dataset
 
-from ddpm_hf.config import ConfigError, load_config
+from ddpm_hf.config import ConfigError, parse_command_line
 from ddpm_hf.data import ImageSet
 from ddpm_hf.data.image_set import UnequalImages
 from ddpm_hf.evaluation import features as features_module
@@ -197,9 +197,9 @@ def test_the_configuration_has_the_same_minimum_of_samples(tmp_path: Path, metri
     """It imports no networks, so it repeats the minimum for the 2048 features of Inception."""
     minimum = min_images(metric, 2048)
     score = {"evaluation__score_every_steps": 1, "evaluation__score_metric": metric}
-    load_config(run_arguments(tmp_path, **score, evaluation__score_num_samples=minimum))
+    parse_command_line(run_arguments(tmp_path, **score, evaluation__score_num_samples=minimum))
     with pytest.raises(ConfigError, match=f"{minimum - 1}.* {metric}"):
-        load_config(run_arguments(tmp_path, **score, evaluation__score_num_samples=minimum - 1))
+        parse_command_line(run_arguments(tmp_path, **score, evaluation__score_num_samples=minimum - 1))
 
 
 def test_metrics_without_torch_fidelity_are_refused_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

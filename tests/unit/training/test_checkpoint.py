@@ -767,7 +767,7 @@ def stream(tmp_path: Path) -> ImageStream:
 def test_a_run_continues_with_the_same_data_only() -> None:
     """A checkpoint without a digest is compared by the number of images."""
     state = data_state(image_set()).state_dict() | {"loss_sums": []}
-    assert state == {"num_images": 4, "data_digest": "abc", "streams": [], "loss_sums": []}
+    assert state == {"num_images": 4, "data_digest": "abc", "streams": [], "class_order": "numbers", "loss_sums": []}
     for stored in (state, state | {"data_digest": ""}):
         data_state(image_set()).load_state_dict(stored)
         with pytest.raises(ConfigError, match="photos has 5 training images, but the run in run started with 4"):

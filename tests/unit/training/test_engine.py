@@ -9,7 +9,7 @@ import torch
 from torch.utils import _triton
 
 from ddpm_hf.cli.main import train
-from ddpm_hf.config import ConfigError, RunConfig, TrainingConfig, changed_settings, load_config
+from ddpm_hf.config import ConfigError, RunConfig, TrainingConfig, changed_settings, parse_command_line, validate
 from ddpm_hf.config.rules import changed_too_late
 from ddpm_hf.diffusion import compiled
 from ddpm_hf.training.ema import EMA, decay_schedules
@@ -74,7 +74,7 @@ def test_cudnn_benchmark_is_on_unless_training_is_deterministic() -> None:
 def test_cudnn_benchmark_contradicts_determinism() -> None:
     arguments = ["--data.source", "x", "--training.cudnn_benchmark", "true", "--training.deterministic", "true"]
     with pytest.raises(ConfigError, match=r"training.cudnn_benchmark true .* training.deterministic is true; set one"):
-        load_config(arguments)
+        parse_command_line(arguments)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -118,7 +118,8 @@ def test_settings_without_effect_are_warnings(
     settings: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = [f"--training.{name}={str(value).lower()}" for name, value in settings.items()]
-    config, _ = load_config(["--data.source", "x", *arguments])
+    config, _ = parse_command_line(["--data.source", "x", *arguments])
+    validate(config)
     start_engine(config.training, CPU)
     assert words in caplog.text
 

@@ -18,7 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf.cli.main import train as train_command
 from ddpm_hf.cli.train import make_publisher
-from ddpm_hf.config import ConfigError, ModelConfig, PreviewConfig, RunConfig, TrainingConfig, load_config
+from ddpm_hf.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    PreviewConfig,
+    RunConfig,
+    TrainingConfig,
+    parse_command_line,
+)
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.training.checkpoint import CheckpointError, write_manifest
@@ -153,7 +161,7 @@ def test_the_host_reads_nothing_and_an_update_launches_few_operations_between_tw
 ) -> None:
     """With everything that is random except loss-aware timesteps, which learn on the host."""
     changes = EVERYTHING_RANDOM | {"objective__timestep_sampling": "uniform"}
-    config, _ = load_config(run_arguments(tmp_path / "run", **changes))
+    config, _ = parse_command_line(run_arguments(tmp_path / "run", **changes))
     trainer = Trainer(config)
     trainer.folder.release()
     if precision == "fp16":
@@ -196,7 +204,7 @@ class CopyCounter(TorchDispatchMode):
 def test_nothing_is_copied_between_host_and_device_in_a_step(tmp_path: Path) -> None:
     """After the batch. On the meta device, whose values the host cannot read; a fused optimizer does not run there."""
     changes = EVERYTHING_RANDOM | {"objective__timestep_sampling": "uniform", "training__posthoc_ema": True}
-    config, _ = load_config(run_arguments(tmp_path / "run", **changes))
+    config, _ = parse_command_line(run_arguments(tmp_path / "run", **changes))
     trainer = Trainer(config)
     trainer.folder.release()
     trainer._prepare()
@@ -305,7 +313,7 @@ def fit(
     folder: Path, *, scorer: Scorer | None = None, publisher: Publisher | None = None, **changes: object
 ) -> Trainer:
     """Train a tiny run to its end and return its trainer."""
-    config, _ = load_config(run_arguments(folder, **changes))
+    config, _ = parse_command_line(run_arguments(folder, **changes))
     trainer = Trainer(config, scorer=scorer, publisher=publisher)
     try:
         trainer.fit()
@@ -354,6 +362,41 @@ def test_the_best_checkpoint_is_saved_when_it_is_found_and_kept_over_a_resume(tm
     assert [row["score"] for row in rows if "score" in row] == [3.0, 1.0, 2.0, 5.0, 4.0, 6.0]
 
 
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (RunConfig(), "data.source is not set; give an image folder"),
+        (RunConfig(data=DataConfig(source="x"), training=TrainingConfig(ema_decay=1.5)), "training.ema_decay is 1.5"),
+        (RunConfig(training=TrainingConfig(num_steps="4")), "training.num_steps is '4', but must be a whole number"),  # type: ignore[arg-type]
+        (RunConfig(data={"sourze": "x"}), "there is no setting data.sourze; did you mean data.source?"),  # type: ignore[arg-type]
+        (RunConfig(data=None), "data is null, but must be a section of settings"),  # type: ignore[arg-type]
+        ({"training.num_stepz": 1}, "there is no setting training.num_stepz"),
+        ("nowhere.yaml", "there is no configuration file nowhere.yaml"),
+    ],
+)
+def test_a_trainer_checks_its_configuration_however_it_was_made(
+    config: Any, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")  # once the data of a configuration without a source
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        Trainer(config)
+    assert str(caught.value).startswith(sentence)
+    assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_trainer_copies_its_configuration(tmp_path: Path) -> None:
+    """And takes what numpy computed."""
+    config, _ = parse_command_line(run_arguments(tmp_path / "run"))
+    changed = dataclasses.replace(config.training, num_steps=np.int64(3), output_dir=tmp_path / "run")  # type: ignore[arg-type]
+    trainer = Trainer(dataclasses.replace(config, training=changed))
+    trainer.folder.release()
+    config.model.overrides["dropout"] = 0.5
+    assert repr(trainer.config.training.num_steps) == "3"
+    assert "dropout" not in trainer.config.model.overrides
+
+
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize(
     ("changes", "argument"),
@@ -372,9 +415,9 @@ def test_a_missing_scorer_or_publisher_is_an_error(tmp_path: Path, changes: dict
 def test_too_few_samples_for_a_score_are_refused_before_training(tmp_path: Path, metric: str, minimum: int) -> None:
     """FID needs more samples than its 2048 features, the Inception Score 100 in each of ten splits."""
     changes = {"evaluation__score_every_steps": 1, "evaluation__score_metric": metric}
-    load_config(run_arguments(tmp_path, **changes, evaluation__score_num_samples=minimum))
+    parse_command_line(run_arguments(tmp_path, **changes, evaluation__score_num_samples=minimum))
     with pytest.raises(ConfigError, match=r"evaluation\.score_num_samples"):
-        load_config(run_arguments(tmp_path, **changes, evaluation__score_num_samples=minimum - 1))
+        parse_command_line(run_arguments(tmp_path, **changes, evaluation__score_num_samples=minimum - 1))
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -454,7 +497,7 @@ def test_what_cannot_be_written_is_told_and_training_goes_on(tmp_path: Path, cap
         finally:
             weight[0] = value
 
-    config, _ = load_config(run_arguments(tmp_path / "run", **PUSH))
+    config, _ = parse_command_line(run_arguments(tmp_path / "run", **PUSH))
     trainer = Trainer(config, publisher=publish)
     trainer.fit()
     trainer.folder.release()
