@@ -5,7 +5,9 @@ A pretrained network is loaded from a local folder or the Hub: a run or a checkp
 UNet2DModel alone (config.json and weights).
 """
 
+import functools
 import inspect
+import json
 import logging
 import shutil
 import tempfile
@@ -153,7 +155,7 @@ def build_unet(
         "num_class_embeds": num_class_embeds,
     }
     try:
-        _check_forward(settings, image_shape)
+        _check_forward(json.dumps(settings), image_shape)
         unet = UNet2DModel(**settings)
     except Exception as error:  # diffusers raises many types for settings that do not fit together
         reason = " ".join(str(error).split())
@@ -189,8 +191,10 @@ def _base(config: ModelConfig, file_config: Mapping[str, Any] | None) -> Mapping
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
-def _check_forward(settings: dict[str, Any], image_shape: tuple[int, int, int]) -> None:
-    """Run one forward pass on the meta device; some invalid settings fail only there."""
+@functools.cache
+def _check_forward(arguments: str, image_shape: tuple[int, int, int]) -> None:
+    """Run one forward pass on the meta device; some invalid arguments, here as JSON, fail only there."""
+    settings = json.loads(arguments)
     with torch.device("meta"):
         images = torch.empty(1, settings["in_channels"], *image_shape[1:])
         zeros = torch.zeros(1, dtype=torch.int64)

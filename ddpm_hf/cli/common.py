@@ -5,23 +5,21 @@ import gc
 import logging
 import os
 import re
-import signal
 import socket
 import ssl
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.config import ConfigError
 from ddpm_hf.files import MODEL_INDEX, VERIFICATION
 from ddpm_hf.redaction import reason_of, redact
+from ddpm_hf.signals import deferred_signals, raise_on_signals
 
 if TYPE_CHECKING:
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
@@ -44,14 +42,6 @@ class RankError(Exception):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-class Terminated(SystemExit):
-    """Raised by a signal. Not an Exception, so that no `except Exception` catches it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(143)
-        self.name = signal.Signals(number).name
 
 
 def print_error(message: str, *, of_this_rank: bool = False) -> None:
@@ -97,55 +87,18 @@ def paused_garbage_collection() -> Iterator[None]:
 
 
 @contextmanager
-def raise_on_signals() -> Iterator[None]:
-    """Raise `Terminated` at SIGTERM and SIGUSR1 and KeyboardInterrupt at SIGINT, so that context managers clean up."""
-
-    def handle(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
-
-    with _signal_handler(handle):
-        yield
-
-
-@contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
     """Create a folder that is removed at the end, also if signals arrive at any moment; see `raise_on_signals`."""
     folder = None
     with raise_on_signals():
         try:
-            with _deferred_signals():
+            with deferred_signals():
                 folder = tempfile.TemporaryDirectory(prefix=prefix)
             yield Path(folder.name)
         finally:
-            with _deferred_signals():
+            with deferred_signals():
                 if folder is not None:
                     folder.cleanup()
-
-
-@contextmanager
-def _deferred_signals() -> Iterator[None]:
-    """Let signals wait until the end; a signal blocked by its mask would reach another thread of the process."""
-    received: list[int] = []
-    try:
-        with _signal_handler(lambda number, _: received.append(number)):
-            yield
-    finally:
-        if received:
-            signal.raise_signal(received[0])
-
-
-@contextmanager
-def _signal_handler(handle: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Handle SIGTERM, SIGUSR1 and SIGINT, except signals that are ignored; Python handles them in the main thread."""
-    numbers: Sequence[signal.Signals] = ()
-    if threading.current_thread() is threading.main_thread():
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    old = {number: signal.signal(number, handle) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not installed by Python
 
 
 def find_folder(name: str, revision: str | None = None) -> "ModelFolder | None":

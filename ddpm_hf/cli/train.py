@@ -16,10 +16,10 @@ from ddpm_hf.cli.common import (
     out_of_memory_advice,
     paused_garbage_collection,
     print_error,
-    raise_on_signals,
 )
 from ddpm_hf.config import ConfigError, RunConfig, parse_command_line
 from ddpm_hf.files import HUB_DIR
+from ddpm_hf.signals import raise_on_signals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,11 +45,8 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
         raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
 
     with paused_garbage_collection():
-        from diffusers.utils import logging as diffusers_logging
-
         from ddpm_hf.training.trainer import Trainer
 
-    diffusers_logging.disable_progress_bar()  # diffusers shows one for each part of a pipeline
     program = f"python {prog}" if prog.endswith(".py") else prog
     command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     advice = "lower training.micro_batch_size, or evaluation.batch_size if it was while sampling the report"
@@ -62,11 +59,9 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     with out_of_memory_advice(advice), push or nullcontext():
         publisher = None if push is None else make_publisher(push, hub_folder)
         measure, scorer = _make_scorer(config)
-        trainer = Trainer(config, scorer=scorer, publisher=publisher)
-        try:
+        # The report is sampled with the precision and determinism of the run.
+        with Trainer(config, scorer=scorer, publisher=publisher) as trainer, trainer.process_settings:
             exit_code = _run(trainer, measure, push, command, is_dry_run=is_dry_run)
-        finally:
-            trainer.folder.release()
     trainer.shutdown()
     return exit_code
 

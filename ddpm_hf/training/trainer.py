@@ -7,9 +7,14 @@ over processes and micro batches, and no random state is stored except the posit
 
 import dataclasses
 import json
+import linecache
 import logging
 import math
+import os
 import shutil
+import signal
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +28,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
+from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from torch import nn
 
@@ -41,7 +47,7 @@ from ddpm_hf.data import (
 )
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.diffusion.compiled import full_batches
+from ddpm_hf.diffusion.compiled import full_batches, uncompile
 from ddpm_hf.diffusion.images import image_size
 from ddpm_hf.diffusion.pipeline import ClassNumbers
 from ddpm_hf.diffusion.schedule import BETA_RANGES, SMALLEST_ALPHA_BAR
@@ -61,6 +67,7 @@ from ddpm_hf.model_folder import find_latest
 from ddpm_hf.models import PRESETS, Pretrained, build_unet, load_pretrained, read_config_file, take_weights
 from ddpm_hf.plots import image_grid
 from ddpm_hf.rng import normal_by_pair, numpy_generator, sampling_generators, seed_global_generators
+from ddpm_hf.signals import STOP_SIGNALS, raise_on_signals
 from ddpm_hf.training import posthoc_ema, run_dir
 from ddpm_hf.training.batches import (
     BatchSource,
@@ -90,6 +97,8 @@ from ddpm_hf.training.run_dir import RunFolder, carry_over_additions
 
 logger = logging.getLogger(__name__)
 
+# SIGINT raises KeyboardInterrupt already.
+_TERMINATING_SIGNALS = [number for number in STOP_SIGNALS if number != signal.SIGINT]
 _MAX_RECORDED = 1000
 """Updates after which the host reads which ones were skipped, if nothing else is due."""
 
@@ -157,7 +166,19 @@ class Trainer:
                     f"{name} to 0, or pass one."
                 )
         self._scorer, self._publisher = scorer, publisher
-        self.folder = RunFolder(Path(config.training.output_dir).expanduser())
+        self.folder = RunFolder(Path(config.training.output_dir).expanduser(), _calling_line())
+        self.process_settings = distributed.ProcessSettings()
+        self._process, self._parent = os.getpid(), os.getppid()
+        self._is_entered = self._has_trained = self._is_closed = False
+        self._watcher: StopWatcher | None = None  # during training
+        self._training_thread = threading.get_ident()
+        self._has_ended = threading.Event()
+        with self.process_settings:
+            self._start(config)
+
+    def _start(self, config: RunConfig) -> None:
+        """Collective: join the other processes, lock the run folder and build."""
+        diffusers_logging.disable_progress_bar()  # diffusers shows one for each part of a pipeline
         self.config, self.origins = resolve(config, self.folder)
         training = self.config.training
         assert training.mixed_precision is not None
@@ -236,12 +257,37 @@ class Trainer:
     @property
     def is_main_process(self) -> bool:
         """Whether this process writes files and prints."""
-        return bool(self.accelerator.is_main_process)
+        return distributed.rank() == 0
+
+    def __enter__(self) -> "Trainer":
+        self._is_entered = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the run folder back. `fit` does so at its end, unless the trainer is used as a context manager.
+
+        While another thread is in `fit`, stop it there after its step, and wait until it has saved. In a callback, stop
+        training after this step. Closing again does nothing. The trained weights stay usable.
+        """
+        if (watcher := self._watcher) is not None:
+            watcher.request()
+            if self._training_thread == threading.get_ident():
+                return
+            self._has_ended.wait()
+        self._is_closed = True
+        if isinstance(self.images, ImageStream):
+            self.images.close()
+        self.folder.release()
 
     def shutdown(self) -> None:
-        """Collective: wait for all ranks, including the report of rank 0, and destroy the process group."""
+        """Collective: close, wait for all ranks, including the report of rank 0, and destroy the process group."""
+        self.close()
         distributed.barrier()
-        self.accelerator.end_training()
+        with self.process_settings:
+            self.accelerator.end_training()
 
     def leave_the_others(self) -> None:
         """Call `shutdown`; the name in version 0.1."""
@@ -253,19 +299,48 @@ class Trainer:
     def fit(self) -> None:
         """Collective: train until `num_steps`, continuing from the newest valid checkpoint.
 
+        At the end, also that by an exception, the run folder is given back, see `close`. In the main thread a signal
+        saves a checkpoint and raises TrainingStopped, which is KeyboardInterrupt for SIGINT and SystemExit for others.
+
         Raises:
             TrainingStopped: After a signal and a checkpoint.
             NonFiniteTraining: Too many consecutive updates were not finite.
             ProcessesDiffer: The processes no longer hold the same weights.
-            ValueError: The checkpoints in the run folder cannot be continued with this configuration.
+            ValueError: The trainer is closed or has trained, or the checkpoints in the run folder cannot be continued
+                with this configuration.
         """
+        if self._process != os.getpid():
+            raise ConfigError(
+                f"this Trainer was built in process {self._process} and cannot train in process {os.getpid()}, which "
+                "was forked from it; build it in the process that trains."
+            )
+        if self._is_closed or self._has_trained:
+            raise ConfigError(
+                f"this Trainer {'has trained' if self._has_trained else 'is closed'}; build another one, which "
+                f"continues the run in {self.folder.path}."
+            )
+        try:
+            with self.process_settings, raise_on_signals(_TERMINATING_SIGNALS):
+                # Also while it prepares; the launcher may have exited since the trainer was built.
+                self._watcher, self._training_thread = StopWatcher(self._parent), threading.get_ident()
+                self._has_trained = True
+                self._fit(self._watcher)
+        finally:
+            self._watcher = None
+            self._has_ended.set()
+            self._restore_network()
+            if not self._is_entered:
+                self.close()
+
+    def _fit(self, watcher: StopWatcher) -> None:
+        """Collective: resume, train and save the pipeline."""
         self.checkpointer.resume()
         self._prepare()
         first_step, num_steps = self.global_step, self.config.training.num_steps
         self._progress = Progress(first_step, num_steps, is_main_process=self.is_main_process)
-        if first_step < num_steps:
-            distributed.on_rank_0(lambda: self.trackers.start(first_step, self.config.to_dict()))
-        with StopWatcher() as watcher, self._progress, self.trackers, self.checkpointer, self._prefetcher:
+        with watcher, self._progress, self.trackers, self.checkpointer, self._prefetcher:
+            if first_step < num_steps:
+                distributed.on_rank_0(lambda: self.trackers.start(first_step, self.config.to_dict()))
             started_at = time.monotonic()
             timed = self.metrics.last("seconds") or {}
             self.meter.start(first_step, timed.get("seconds", 0.0))
@@ -280,6 +355,13 @@ class Trainer:
         if self.is_main_process:
             minutes, seconds = divmod(round(time.monotonic() - started_at), 60)
             say(f"Trained from step {first_step} to {num_steps} in {minutes}:{seconds:02}.")
+
+    def _restore_network(self) -> None:
+        """Undo what `_prepare` did to the network, which stays usable for sampling."""
+        uncompile(self.unet)
+        for name in ("forward", "_original_forward"):  # Accelerate has put autocast into them
+            self.unet.__dict__.pop(name, None)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _prepare(self) -> None:
         """Collective: resolve the micro-batch size, wrap the network with Accelerate, and compile it."""
@@ -453,7 +535,7 @@ class Trainer:
             self._progress.close()
             if self.is_main_process:
                 say(f"Stopped by a signal at step {self.global_step}; the same command continues here.")
-            raise TrainingStopped(exit_code)
+            raise TrainingStopped.of(exit_code)
 
     # ----------------------------------------------------------------------------------------------------- measure
 
@@ -601,6 +683,13 @@ class Trainer:
 
 
 # ----------------------------------------------------------------------------------------------- parts of the build
+
+
+def _calling_line() -> str:
+    """Return the line that builds the trainer, also of a notebook cell."""
+    frame = sys._getframe(2)
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    return f"`{line}`" if line else f"the Trainer of {frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def resolve(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[str, str]]:

@@ -166,19 +166,20 @@ def test_the_host_reads_nothing_and_an_update_launches_few_operations_between_tw
     trainer.folder.release()
     if precision == "fp16":
         use_gradient_scaler(trainer, 1024.0)
-    trainer._prepare()
-    update, launched, host_reads = trainer._update, [], []
+    with trainer.process_settings:
+        trainer._prepare()
+        update, launched, host_reads = trainer._update, [], []
 
-    def counted_update(step: int) -> None:
-        with OperationCounter() as counter:
-            update(step)
-        launched.append(counter.launched)
+        def counted_update(step: int) -> None:
+            with OperationCounter() as counter:
+                update(step)
+            launched.append(counter.launched)
 
-    trainer._update = counted_update  # type: ignore[method-assign]
-    for step in range(3):
-        with OperationCounter() as counter:
-            trainer._train_step(step)
-        host_reads.append(counter.host_reads)
+        trainer._update = counted_update  # type: ignore[method-assign]
+        for step in range(3):
+            with OperationCounter() as counter:
+                trainer._train_step(step)
+            host_reads.append(counter.host_reads)
     assert host_reads == [0] * 3
     # The first update also creates the state of the optimizer, tensor by tensor.
     assert max(launched[1:]) <= {"fp32": 28, "fp16": 38}[precision], launched
