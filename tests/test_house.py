@@ -31,8 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"config", "diffusion", "files", "model_folder", "redaction"},
     "evaluation": {"config", "data", "diffusion", "distributed", "files", "plots", "redaction", "rng"},
     "training": {
-        "__init__", "config", "data", "diffusion", "distributed", "evaluation.verify", "files", "model_folder",
-        "models", "plots", "redaction", "rng", "signals",
+        "__init__", "config", "data", "diffusion", "distributed", "evaluation", "files", "hub.background",
+        "model_folder", "models", "plots", "redaction", "rng", "signals",
     },
     "hub": {
         "config", "data", "diffusion", "evaluation", "files", "model_folder", "models", "plots", "redaction",

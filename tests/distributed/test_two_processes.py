@@ -239,6 +239,18 @@ def test_ranks_train_on_while_rank_0_writes_and_agree_on_a_write_that_failed(fol
     assert [path.name for path in (folder / "background" / "checkpoints").iterdir()] == ["step_00000002"]
 
 
+def test_ranks_agree_on_what_the_callbacks_of_one_ask_for(folder: Path) -> None:
+    """One step later. The pipeline of the trainer is the same on both, and not collective."""
+    first, second = reports_of(folder, "callbacks")
+    assert second["saved"] == ["step_00000002", "step_00000005"]
+    assert first["output"] == second["output"]
+    assert first["output"][0] == 5
+    assert first["image"] == second["image"]
+    run = folder / "callbacks"
+    assert [row["step"] for row in metrics_of(run) if "validation_loss" in row] == [3]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000005"]
+
+
 def test_an_error_of_one_rank_is_raised_on_both_and_the_smallest_memory_decides(folder: Path) -> None:
     """24 images fit on rank 0, 3 on rank 1: both take 3, a divisor of 24. Then none fits on rank 1: both fail."""
     for report in reports_of(folder, "agreement"):

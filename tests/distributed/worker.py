@@ -38,6 +38,7 @@ from ddpm_hf.evaluation.likelihood import ReverseProcess, estimate_second_moment
 from ddpm_hf.evaluation.report import SmallSampleScorer
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.batches import resolve_micro_batch_size
+from ddpm_hf.training.callbacks import TrainerCallback
 from ddpm_hf.training.trainer import Score, Trainer, build_network, save_preview
 from tests.conftest import run_arguments, tiny_unet
 from tests.runs import EVERYTHING_BUT_DROPOUT, EVERYTHING_RANDOM
@@ -161,9 +162,9 @@ def slow(folder: Path) -> Report:
         for number, name in enumerate(("_log", "_validate", "_preview", "_save")):
             whole = getattr(trainer, name)
 
-            def delayed(*, whole: Callable[..., None] = whole, number: int = number, **arguments: bool) -> None:
+            def delayed(*, whole: Callable[..., Any] = whole, number: int = number, **arguments: bool) -> Any:
                 late((number + trainer.global_step) % 2)
-                whole(**arguments)
+                return whole(**arguments)
 
             setattr(trainer, name, delayed)
 
@@ -385,6 +386,41 @@ def background(folder: Path) -> Report:
     return {"seen": seen, "message": message, "best": trainer.best}
 
 
+class Requests(TrainerCallback):
+    """Rank 1 alone asks for a checkpoint after step 1, for a validation after step 2, and for the end after step 4."""
+
+    def __init__(self) -> None:
+        self.saved: list[str] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask."""
+        control.should_save |= state.global_step == 1
+        control.should_evaluate |= state.global_step == 2
+        control.should_training_stop |= state.global_step == 4
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the checkpoint."""
+        self.saved.append(kwargs["checkpoint"].name)
+
+
+def callbacks(folder: Path) -> Report:
+    """Requests of one rank, which the other one has no callback for."""
+    changes: dict[str, object] = {
+        "training__num_steps": 9, "training__checkpoint_every_steps": 9, "training__log_every_steps": 9,
+        "training__validate_every_steps": 9, "data__validation_fraction": 0.1,
+    }  # fmt: skip
+    config, _ = parse_command_line(run_arguments(folder, **changes), "test")
+    requests = Requests()
+    trainer = Trainer(config, callbacks=[requests] if RANK == 1 else [])
+    try:
+        output = trainer.fit()
+        labels = torch.zeros(1, dtype=torch.int64)
+        image = trainer.pipeline(batch_size=1, num_inference_steps=2, class_labels=labels, output_type="np").images
+    finally:
+        trainer.folder.release()
+    return {"output": output, "saved": requests.saved, "image": image.tolist()}
+
+
 SCENARIOS = (
     agreement,
     preview,
@@ -397,6 +433,7 @@ SCENARIOS = (
     score,
     other_optimizer,
     background,
+    callbacks,
 )
 
 
