@@ -127,7 +127,8 @@ class ModelFlags:
     """The model.
 
     Args:
-        folder: Folder of a pipeline or of a run, or a Hub repository.
+        folder: Folder of a run, a checkpoint or a pipeline, or a Hub repository. A run that is not finished stands for
+            the EMA of its newest valid checkpoint.
         revision: Branch, tag or commit of a Hub repository.
         variant: Variant of the weights, such as fp16.
     """

@@ -107,7 +107,7 @@ def _fit(trainer: "Trainer") -> int:
     """
     from ddpm_hf.data import DataError
     from ddpm_hf.distributed import ProcessesDiffer, SharedOSError, TrainingStopped
-    from ddpm_hf.training.checkpoint import CheckpointError
+    from ddpm_hf.model_folder import CheckpointError
     from ddpm_hf.training.optim import NonFiniteTraining
 
     try:

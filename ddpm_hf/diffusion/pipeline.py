@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
@@ -530,10 +531,37 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
         """Load a folder or repository of this class or of a stock DDPMPipeline; see `DiffusionPipeline`.
 
+        Where ddpm_hf is installed, the folder may also be that of a run, which stands for its pipeline, or, with a
+        warning, for the EMA of its newest valid checkpoint if the run is not finished; a checkpoint, which stands for
+        its EMA; or one network of a checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: The folder or repository.
+            **kwargs: Those of `DiffusionPipeline`, and `subfolder`, a path in a local folder.
+
         Raises:
-            ValueError: If the weights exist only as pickles and `use_safetensors=False` was not given, or a part is of
-                a module that is not loaded.
+            ValueError: If the weights exist only as pickles and `use_safetensors=False` was not given, a part is of a
+                module that is not loaded, or a folder holds no model.
         """
+        name, folder = pretrained_model_name_or_path, Path(pretrained_model_name_or_path).expanduser()
+        if (subfolder := kwargs.pop("subfolder", None)) is not None:
+            if not folder.is_dir():
+                raise ValueError(
+                    f"subfolder is {subfolder!r}, but {name} is not a local folder; download it with"
+                    " huggingface_hub.snapshot_download, and pass the path of the subfolder."
+                )
+            name = folder = folder / subfolder
+        is_local = bool(str(name)) and folder.exists()  # the path of an empty name is the working directory
+        is_pipeline = (folder / "model_index.json").is_file() or not (is_local or str(name).count("/") > 1)
+        if is_pipeline or __package__ != "ddpm_hf.diffusion":
+            return cls._load(folder if is_local else name, **kwargs)
+        # Not an import statement: diffusers would require its module wherever it runs the code of a saved folder.
+        models = import_module("ddpm_hf.models")
+        return models.load_model(models.find_model(folder), lambda found: cls._load(found, **kwargs))
+
+    @classmethod
+    def _load(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
+        """Load a folder with a model index, or a repository."""
         if kwargs.get("use_safetensors", True) and Path(pretrained_model_name_or_path).is_dir():
             check_shards(Path(pretrained_model_name_or_path))
         try:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ddpm_hf.config import TrainingConfig
+from ddpm_hf.files import EMA_DIR
 
 MAX_SIGMA_REL = 12.0**-0.5
 """sigma_rel of the plain mean of all weights; longer EMAs would weigh the oldest most."""
@@ -83,7 +84,7 @@ def combine(
     return weights, math.sqrt(max(0.0, float(distance)) / whole)
 
 
-EMA_NAME = "ema"
+EMA_NAME = EMA_DIR
 """The EMA that is sampled and saved; also its folder in a checkpoint."""
 
 POSTHOC_SIGMA_RELS = (0.05, 0.10)

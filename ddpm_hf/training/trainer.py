@@ -63,6 +63,7 @@ from ddpm_hf.files import (
     write_json,
     write_text,
 )
+from ddpm_hf.model_folder import find_latest
 from ddpm_hf.models import PRESETS, Pretrained, build_unet, load_pretrained, read_config_file, take_weights
 from ddpm_hf.plots import image_grid
 from ddpm_hf.rng import normal_by_pair, numpy_generator, sampling_generators, seed_global_generators
@@ -78,7 +79,7 @@ from ddpm_hf.training.batches import (
     resolve_prefetch_factor,
 )
 from ddpm_hf.training.callbacks import Callback, Callbacks, TrainerArguments
-from ddpm_hf.training.checkpoint import Checkpointer, DataState, find_latest, stored_class_order, stored_precision
+from ddpm_hf.training.checkpoint import Checkpointer, DataState, stored_class_order, stored_precision
 from ddpm_hf.training.ema import EMA, EMA_NAME, decay_schedules, is_snapshot_due
 from ddpm_hf.training.engine import compile_for_training, start_engine, use_channels_last
 from ddpm_hf.training.logging import MetricsLog, Progress, Trackers, say
@@ -791,6 +792,7 @@ class Trainer:
             "micro_batch_size": self.micro_batch_size,
             "scaler": None if scaler is None else scaler.state_dict(),
             "best": self.best,
+            "class_names": self.class_names,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
