@@ -411,7 +411,7 @@ def callbacks(folder: Path) -> Report:
     }  # fmt: skip
     config, _ = parse_command_line(run_arguments(folder, **changes), "test")
     requests = Requests()
-    trainer = Trainer(config, callbacks=[requests] if RANK == 1 else [])
+    trainer = Trainer(config, callbacks=[requests] if distributed.rank() == 1 else [])
     try:
         output = trainer.fit()
         labels = torch.zeros(1, dtype=torch.int64)
