@@ -116,7 +116,19 @@ def find_folder(config: DataConfig, split: str, class_order: ClassOrder = "numbe
     if _is_table(path, files):
         return None
     _check_no_columns(config, path)
+    if (shards := _shards(path, files)) is not None:
+        name = _name_of_split(split, config.source)
+        if name not in shards:
+            raise DataError(f"{path} has no split {name!r}; its shards are those of {', '.join(shards)}.")
+        return open_tar(path, split.replace(name, "train"), config.layout, class_order, shards[name])
     return open_folder(path, split, config.layout, class_order, files)
+
+
+def _shards(folder: Path, files: Iterable[Path]) -> dict[str, list[Path]] | None:
+    """Return split -> tar files of a folder, with these files below it, that contains no other images."""
+    shards = [file for file in _visible_other_files(folder, files) if file.name.lower().endswith(TAR_SUFFIXES)]
+    has_images = any(_why_ignored(file.relative_to(folder).as_posix()) is None for file in files)
+    return _tables_by_split(sorted(shards), folder) if shards and not has_images else None
 
 
 def _check_no_columns(config: DataConfig, path: Path) -> None:
@@ -303,8 +315,89 @@ class _TarMember(tarfile.TarInfo):
         return member
 
 
-def open_tar(path: Path, split: str, layout: Kind | None = None, class_order: ClassOrder = "numbers") -> Source:
-    """Find the images of a tar file, compressed or not, in the order of the archive."""
+def open_tar(
+    path: Path,
+    split: str,
+    layout: Kind | None = None,
+    class_order: ClassOrder = "numbers",
+    shards: Sequence[Path] | None = None,
+) -> Source:
+    """Find the images of a tar file, compressed or not, in the order of the archive.
+
+    Files that are named like the images and end in .cls contain their labels, as in WebDataset.
+
+    Args:
+        path: The file, or the folder of the shards.
+        split: The split, or a part of it.
+        layout: data.layout.
+        class_order: As in `find_source`.
+        shards: Several files that are one dataset.
+    """
+    files: list[_File] = []
+    others: list[str] = []
+    label_files: dict[tuple[Path, str], _File] = {}
+    for shard in shards or [path]:
+        found, ignored = _members_of_tar(shard)
+        files += found
+        others += ignored
+        label_files |= {(shard, _key(file)): file for file in found if file.name.endswith(_LABEL_SUFFIX)}
+    keys = {(file.handle.path, _key(file)) for file in files if _why_ignored(file.name) is None}
+    label_files = {key: file for key, file in label_files.items() if key in keys}
+
+    def read(name: str, file: _File) -> EncodedImage:
+        image: EncodedImage = file.handle.read(name)
+        return image
+
+    def read_label(image: _File) -> str | None:
+        file = label_files.get((image.handle.path, _key(image)))
+        content = None if file is None else file.handle.read(file.name).data
+        return None if content is None else content.decode("utf-8", "replace").strip()
+
+    if label_files:
+        used = set(map(id, label_files.values()))
+        files = [file for file in files if id(file) not in used]
+    return _source_of_files(
+        path, "tar", files, split, layout, class_order, read, others, read_label if label_files else None
+    )
+
+
+_LABEL_SUFFIX = ".cls"
+
+
+def _key(file: _File) -> str:
+    """Return the name up to the first dot of the file name, which the files of a sample share in WebDataset."""
+    folder, _, name = file.name.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}"
+
+
+@dataclass(frozen=True)
+class _TarFile:
+    """A file in a tar archive.
+
+    Args:
+        path: Path of the archive.
+        archive: The open archive.
+        member: Its header.
+        sizes: Bytes of the whole archive, unpacked and packed.
+    """
+
+    path: Path
+    archive: tarfile.TarFile
+    member: tarfile.TarInfo
+    sizes: tuple[int, int]
+
+    def read(self, name: str) -> EncodedImage:
+        """Unpack it, unless it is suspiciously well compressed; `name` is for messages."""
+
+        def read_content() -> bytes | None:
+            content = self.archive.extractfile(self.member)
+            return content.read() if content else None
+
+        return _read_member(name, self.member.size, *self.sizes, read_content)
+
+
+def _members_of_tar(path: Path) -> tuple[list[_File], list[str]]:
+    """Return the files of a tar archive, and the names of its members that are not files."""
     try:
         archive = tarfile.open(path, tarinfo=_TarMember)
         members = archive.getmembers()
@@ -315,8 +408,8 @@ def open_tar(path: Path, split: str, layout: Kind | None = None, class_order: Cl
         raise DataError(f"{path} cannot be read as a tar file ({' '.join(str(error).split())}).") from None
     if not is_complete:
         raise DataError(f"{path} cannot be read as a tar file (its end is missing).")
-    archive_size, archive_time = file_identity(path)
-    unpacked_size = sum(member.size for member in members)
+    identity = file_identity(path)
+    sizes = sum(member.size for member in members), identity[0]
     # A hard link has the content of an earlier member. If there is none, it is a bad image.
     contents: dict[str, tarfile.TarInfo] = {}
     files, others = [], []
@@ -325,18 +418,10 @@ def open_tar(path: Path, split: str, layout: Kind | None = None, class_order: Cl
         if member.isfile() or member.islnk():
             content = contents.get(member.linkname.removeprefix("./"), member) if member.islnk() else member
             contents[name] = content
-            files.append(_File(name, (content.size, archive_size, archive_time), content))
+            files.append(_File(name, (content.size, *identity), _TarFile(path, archive, content, sizes)))
         elif not member.isdir():  # the target of a symbolic link may be anywhere
             others.append(f"{name} (a link or a device)")
-
-    def read(name: str, file: _File) -> EncodedImage:
-        def read_content() -> bytes | None:
-            content = archive.extractfile(file.handle)
-            return content.read() if content else None
-
-        return _read_member(name, file.handle.size, unpacked_size, archive_size, read_content)
-
-    return _source_of_files(path, "tar", files, split, layout, class_order, read, others)
+    return files, others
 
 
 def _read_member(
@@ -398,8 +483,21 @@ def _source_of_files(
     class_order: ClassOrder,
     read: Callable[[str, _File], EncodedImage],
     others: Sequence[str] = (),
+    read_label: Callable[[_File], str | None] | None = None,
 ) -> Source:
-    """Return the source of a folder or an archive; `others` names the members that are not files."""
+    """Return the source of a folder or an archive.
+
+    Args:
+        path: The folder or the archive.
+        kind: "folder", "zip" or "tar".
+        files: All its files.
+        split: The split, or a part of it.
+        layout: data.layout.
+        class_order: As in `find_source`.
+        read: Read an image, given its name for messages.
+        others: Names of members that are not files.
+        read_label: Return the label of an image, None if it has none; labels are those of the folders otherwise.
+    """
     reasons = [_why_ignored(file.name) for file in files]
     images = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
     ignored = (*filter(None, reasons), *others)
@@ -410,7 +508,10 @@ def _source_of_files(
         raise DataError(f"{path} contains no images (split {split!r}): {rest}. Images end in .png, .jpg and so on.")
     left_out = tuple(f"{file.name} (in no split)" for file in images if found.split_of(file.folders) is None)
     chosen = [inside[row] for row in _rows_of_split(split, str(path), len(inside))]
-    labels, class_names = _class_folders(chosen, images, found, class_order)
+    if read_label is None:
+        labels, class_names = _class_folders(chosen, images, found, class_order)
+    else:
+        labels, class_names = encode_labels([read_label(file) for file in chosen], str(path))
     identities = [[file.name, *file.identity] for file in chosen]
     return Source(
         name=str(path),

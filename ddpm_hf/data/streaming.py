@@ -289,6 +289,8 @@ def _open(config: DataConfig, rank: int, class_order: ClassOrder) -> "IterableDa
     if folder is None:
         stream: IterableDataset = load_table(config, config.split, is_streaming=True)
         return stream
+    if folder.kind != "folder":
+        raise DataError(f"data.streaming does not support tar files such as those in {folder.name}; set it to false.")
     if folder.ignored_files and rank == 0:
         log_ignored_files(folder)
     return _stream_of_folder(folder)
