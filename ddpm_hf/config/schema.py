@@ -82,6 +82,10 @@ DIFFUSION_ALIASES: dict[str, dict[str, str]] = {
 }
 
 
+TRAIN_DATASET, EVAL_DATASET = "memory:train_dataset", "memory:eval_dataset"
+"""The values of data.source and data.validation_split that stand for the images given to a Trainer."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Training and validation images.

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data.decode import MODE_OF_CHANNELS, DataError, EncodedImage, Geometry, num_threads
+from ddpm_hf.data.decode import MODE_OF_CHANNELS, BadImage, DataError, EncodedImage, Geometry, Header, num_threads
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.layout import SPLIT_NAMES, Kind, Layout, read_layout
 from ddpm_hf.files import format_count
@@ -53,7 +53,7 @@ class Source:
 
     Args:
         name: `data.source`.
-        kind: "folder", "zip", "tar", "dataset" or "npz", for messages.
+        kind: "folder", "zip", "tar", "dataset", "npz" or "memory", for messages.
         fingerprint: Changes when the data change.
         num_images: Number of images in the split.
         read: Return the encoded images of rows given in ascending order. Archives decompress one image at a time.
@@ -61,6 +61,7 @@ class Source:
         class_names: Names of the classes, or None.
         ignored_files: Names of files that are not read as images, with the reason.
         layout: What the folders mean, for messages; "" without folders.
+        headers: The header of each image, or the error of a bad one, if all images have already been read.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Source:
     class_names: tuple[str, ...] | None = None
     ignored_files: tuple[str, ...] = ()
     layout: str = ""
+    headers: Sequence[Header | BadImage] | None = None
 
 
 def find_source(config: DataConfig, split: str, class_order: ClassOrder = "numbers") -> Source | ImageSet:
@@ -187,7 +189,7 @@ def _rows_of_split(split: str, source: str, num_images: int) -> Sequence[int]:
     return rows
 
 
-def _labels_and_classes(
+def labels_and_classes(
     labels: Sequence[int] | NDArray[np.integer], source: str, class_names: tuple[str, ...] | None = None
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
     """Return labels as int64, and the names of their classes; None twice if no image has a label.
@@ -589,11 +591,22 @@ def _visible_other_files(folder: Path, files: Iterable[Path]) -> Iterator[Path]:
 
 def _open_table(config: DataConfig, split: str, class_order: ClassOrder) -> Source:
     """Find the images and labels of a dataset with rows and columns."""
-    import datasets
-
     dataset = load_table(config, split)
     if len(dataset) == 0:
         raise DataError(f"split {split!r} of {config.source} contains no images.")
+    return source_of_table(dataset, config)
+
+
+def source_of_table(dataset: "Dataset", config: DataConfig, *, is_trusted: bool = False) -> Source:
+    """Return the images and labels of a loaded dataset.
+
+    Args:
+        dataset: The dataset.
+        config: Its name for messages, and its columns.
+        is_trusted: Whether its rows may refer to any image file.
+    """
+    import datasets
+
     image_column, label_column = find_columns(dataset.features, config)
     encoded = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     labels, class_names, layout = None, None, ""
@@ -614,11 +627,14 @@ def _open_table(config: DataConfig, split: str, class_order: ClassOrder) -> Sour
     if label_column is not None:
         # A missing label matters only to a class-conditional network.
         values = [NO_LABEL if label is None else label for label in dataset[label_column]]
-        labels, class_names = _labels_and_classes(values, config.source, class_names_of(dataset.features, label_column))
+        labels, class_names = labels_and_classes(values, config.source, class_names_of(dataset.features, label_column))
 
     def read(rows: Sequence[int]) -> list[EncodedImage]:
         values = zip(rows, encoded[list(rows)][image_column], strict=True)
-        return [as_encoded_image(f"image {row} of {config.source}", config, value) for row, value in values]
+        return [
+            as_encoded_image(f"image {row} of {config.source}", config, value, is_trusted=is_trusted)
+            for row, value in values
+        ]
 
     return Source(
         name=config.source,
@@ -843,7 +859,9 @@ def class_names_of(features: "Features", label_column: str) -> tuple[str, ...] |
     return tuple(names) if names else None
 
 
-def as_encoded_image(name: str, config: DataConfig, value: dict[str, Any] | None) -> EncodedImage:
+def as_encoded_image(
+    name: str, config: DataConfig, value: dict[str, Any] | None, *, is_trusted: bool = False
+) -> EncodedImage:
     """Return the image of a row with its file name, if it has one.
 
     Files are read only beside the dataset and in the caches of `datasets` and the Hub. Otherwise, a downloaded table
@@ -856,7 +874,7 @@ def as_encoded_image(name: str, config: DataConfig, value: dict[str, Any] | None
     if value["bytes"] is not None:
         return EncodedImage(name, value["bytes"])
     path = Path(os.path.abspath(value["path"]))
-    if not any(path.is_relative_to(folder) for folder in _allowed_folders(config)):
+    if not is_trusted and not any(path.is_relative_to(folder) for folder in _allowed_folders(config)):
         return EncodedImage(name, None, f"it is {path}, outside of the dataset")
     return EncodedImage(name, path)
 
@@ -905,19 +923,18 @@ def _open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source
     if (wanted := _name_of_split(split, str(path))) != "train":
         raise _no_such_split(path, wanted)
     rows = _rows_of_split(split, str(path), len(images))
-    labels, class_names = (None, None) if labels is None else _labels_and_classes(labels, str(path))
+    labels, class_names = (None, None) if labels is None else labels_and_classes(labels, str(path))
     labels = None if labels is None else labels[rows]
-    if path.suffix == ".npy" and isinstance(rows, range) and not _needs_preprocessing(images, config):
-        geometry = Geometry.of(config)
+    if path.suffix == ".npy" and isinstance(rows, range) and not needs_preprocessing(images, config):
         images = images[rows.start : rows.stop]
         location = {
             "array": os.path.abspath(path),
             "file_identity": list(file_identity(path)),
             "rows": [rows.start, rows.stop],
-            "crop_size": geometry.size if geometry.is_random_crop and geometry.size != images.shape[1:3] else None,
-            "digest": _digest(images, str(path)),
+            "crop_size": crop_size_of(images, config),
+            "digest": digest_of_array(images, str(path)),
         }
-        return _image_set_of_array(images, location)
+        return image_set_of_array(images, location)
 
     def read(numbers: Sequence[int]) -> list[EncodedImage]:
         native = images.dtype.newbyteorder("=")
@@ -930,6 +947,12 @@ def _open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source
     return Source(str(path), path.suffix[1:], fingerprint, len(rows), read, labels, class_names)
 
 
+def crop_size_of(images: NDArray[np.integer], config: DataConfig) -> tuple[int, int] | None:
+    """Return the size of random crops of images (number, height, width, channels), None if they are not cropped."""
+    geometry = Geometry.of(config)
+    return geometry.size if geometry.is_random_crop and geometry.size != images.shape[1:3] else None
+
+
 def map_array(location: dict[str, Any]) -> ImageSet | None:
     """Memory-map the .npy file that another process opened; return None if this machine has no such file."""
     path = Path(location["array"])
@@ -937,10 +960,11 @@ def map_array(location: dict[str, Any]) -> ImageSet | None:
         return None
     images = np.load(path, mmap_mode="r", allow_pickle=False)
     images = images[..., None] if images.ndim == 3 else images
-    return _image_set_of_array(images[slice(*location["rows"])], location)
+    return image_set_of_array(images[slice(*location["rows"])], location)
 
 
-def _image_set_of_array(images: NDArray[np.integer], location: dict[str, Any]) -> ImageSet:
+def image_set_of_array(images: NDArray[np.integer], location: dict[str, Any]) -> ImageSet:
+    """Return an image set of an array (number, height, width, channels), which is not copied."""
     crop_size = location["crop_size"]
     return ImageSet(
         images=images.transpose(0, 3, 1, 2),
@@ -983,7 +1007,7 @@ def _find_images(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig
     return images
 
 
-def _needs_preprocessing(images: NDArray[np.integer], config: DataConfig) -> bool:
+def needs_preprocessing(images: NDArray[np.integer], config: DataConfig) -> bool:
     """Return whether images must be cropped, resized or converted before they are used."""
     _, height, width, channels = images.shape
     keeps_size = Geometry.of(config).size_after(width, height, "each image") == (height, width)
@@ -995,17 +1019,17 @@ def _needs_preprocessing(images: NDArray[np.integer], config: DataConfig) -> boo
     )
 
 
-def _digest(images: NDArray[np.integer], name: str) -> str:
+def digest_of_array(images: NDArray[np.integer], name: str) -> str:
     """Return a digest of all pixels, computed on all cores."""
     num_rows = max(1, _BYTES_PER_DIGEST // max(1, images[0].nbytes))
     starts = range(0, len(images), num_rows)
 
-    def digest_of(start: int) -> bytes:
+    def digest_of_part(start: int) -> bytes:
         return hashlib.sha256(np.ascontiguousarray(images[start : start + num_rows]).data).digest()
 
     digest = hashlib.sha256(f"{images.shape} {images.dtype}".encode())
     with ThreadPoolExecutor(num_threads()) as pool:
-        parts = pool.map(digest_of, starts)
+        parts = pool.map(digest_of_part, starts)
         for part in tqdm(parts, f"Hashing {name}", len(starts), delay=1.0, disable=None, leave=False):
             digest.update(part)
     return digest.hexdigest()[:32]

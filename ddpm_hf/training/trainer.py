@@ -27,7 +27,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ddpm_hf import distributed
-from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, load_config, take_launcher, validate
+from ddpm_hf.config import (
+    ConfigError,
+    DiffusionConfig,
+    PreviewConfig,
+    RunConfig,
+    load_config,
+    take_launcher,
+    use_datasets,
+    validate,
+)
 from ddpm_hf.config.launcher import DEFAULT, LAUNCHER
 from ddpm_hf.data import (
     ClassOrder,
@@ -123,6 +132,8 @@ class Trainer:
     Args:
         config: The configuration, or what `load_config` makes one of. It is checked and copied: later changes of its
             lists and dictionaries have no effect.
+        train_dataset: Training images in memory, which replace data.source; see docs/python.md for the types.
+        eval_dataset: Validation images in memory, which replace data.validation_split and data.validation_fraction.
         scorer: Measures evaluation.score_metric; required with evaluation.score_every_steps.
         publisher: Publishes the EMA weights during training; required with hub.push_every_steps.
 
@@ -140,11 +151,14 @@ class Trainer:
         self,
         config: RunConfig | str | PathLike[str] | Mapping[str, Any],
         *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         scorer: Scorer | None = None,
         publisher: Publisher | None = None,
     ) -> None:
-        config = load_config(config)
-        validate(config)
+        in_memory = {"has_train_dataset": train_dataset is not None, "has_eval_dataset": eval_dataset is not None}
+        config = use_datasets(load_config(config), **in_memory)
+        validate(config, **in_memory)
         push_every_steps = config.hub.push_every_steps if config.hub.push_to_hub else 0
         for name, every_steps, argument, given in (
             ("evaluation.score_every_steps", config.evaluation.score_every_steps, "scorer", scorer),
@@ -172,12 +186,12 @@ class Trainer:
         self.micro_batch_size = largest_micro_batch_size(training, self.accelerator.num_processes)
         distributed.on_rank_0(lambda: self.folder.acquire(training.resume))
         try:
-            self._build()
+            self._build(train_dataset, eval_dataset)
         except BaseException:
             self.folder.release()
             raise
 
-    def _build(self) -> None:
+    def _build(self, train_dataset: Any, eval_dataset: Any) -> None:
         """Collective: build everything that the loop needs."""
         config, training = self.config, self.config.training
         self.scheduler = build_scheduler(config.diffusion)  # before the data, which may take hours to decode
@@ -186,7 +200,9 @@ class Trainer:
 
         found = distributed.on_rank_0(lambda: stored_class_order(self.folder.checkpoints))
         class_order: ClassOrder = distributed.broadcast_json(found)
-        self.images, self.validation_images = open_splits(config, self.accelerator, class_order)
+        self.images, self.validation_images = open_splits(
+            config, self.accelerator, class_order, train_dataset=train_dataset, eval_dataset=eval_dataset
+        )
         self.loader = build_loader(config, self.images, self.device)
         self.class_names = class_names_of(self.images, config)
         has_null_label = config.objective.class_dropout > 0
@@ -616,7 +632,7 @@ def resolve(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[str, 
 
 
 def open_splits(
-    config: RunConfig, accelerator: Accelerator, class_order: ClassOrder = "numbers"
+    config: RunConfig, accelerator: Accelerator, class_order: ClassOrder = "numbers", **datasets: Any
 ) -> tuple[ImageSet | ImageStream, ImageSet]:
     """Collective: open the data. Rank 0 searches and decodes them; the other ranks map what it found.
 
@@ -624,6 +640,7 @@ def open_splits(
         config: The data, and the seed that chooses the validation set.
         accelerator: The processes.
         class_order: How class folders named by numbers are sorted.
+        **datasets: `train_dataset` and `eval_dataset` of `open_sets`.
 
     Returns:
         The training set, or this process's stream of it, and the validation set.
@@ -642,6 +659,7 @@ def open_splits(
             device=accelerator.device,
             locations=locations,
             class_order=class_order,
+            **datasets,
         )
 
     opened = distributed.on_rank_0(open_both)
