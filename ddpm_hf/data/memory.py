@@ -33,16 +33,14 @@ from ddpm_hf.data.decode import (
     warn_of_low_contrast,
 )
 from ddpm_hf.data.image_set import ImageSet
+from ddpm_hf.data.labels import NO_LABEL, encode_labels, sort_classes
 from ddpm_hf.data.sources import (
-    NO_LABEL,
     Source,
     crop_size_of,
     digest_of_array,
     find_columns,
     image_set_of_array,
-    labels_and_classes,
     needs_preprocessing,
-    sort_classes,
     source_of_table,
 )
 
@@ -517,7 +515,7 @@ def _labels_of(
         return None, None
     if not texts:
         numbers = [NO_LABEL if value is None else int(value) for value in values]
-        return labels_and_classes(numbers, name, class_names) if numbers else (None, None)
+        return encode_labels(numbers, f"the labels of {name}", class_names=class_names)
     names = class_names if class_names and texts <= set(class_names) else tuple(sort_classes(texts))
     number_of = {name: number for number, name in enumerate(names)}
     return np.asarray([NO_LABEL if value is None else number_of[str(value)] for value in values], np.int64), names

@@ -35,15 +35,14 @@ from ddpm_hf.data.decode import (
     num_threads,
     read_header,
 )
+from ddpm_hf.data.labels import ClassOrder, label_error
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.data.sources import (
-    ClassOrder,
     Source,
     as_encoded_image,
     class_names_of,
     find_columns,
     find_folder,
-    label_error,
     load_table,
     log_ignored_files,
 )
