@@ -486,7 +486,7 @@ def _source_of_files(
         labels=labels,
         class_names=class_names,
         ignored_files=(*ignored, *left_out),
-        layout=str(found),
+        layout="" if read_label else str(found),
     )
 
 
