@@ -16,27 +16,32 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DynamoBackend,
     GradientAccumulationPlugin,
     TorchDynamoPlugin,
 )
+from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_hf.config import ConfigError, Launcher, read_launcher
+from ddpm_hf.config import ConfigError, Launcher, log_warning, read_launcher
+from ddpm_hf.rng import global_generator_states, restore_global_generators
+from ddpm_hf.signals import STOP_SIGNALS, exit_code_of, is_main_thread, restore_handlers
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +90,12 @@ def join(*, cpu: bool = False) -> Launcher:
     # Without cpu=True, Accelerate starts several processes on a machine without a GPU as unrelated ones.
     cpu = cpu or launcher.cpu or not torch.accelerator.is_available()
     device = PartialState(cpu=cpu, timeout=_STEP_TIMEOUT).device
+    if _is_forked and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        log_warning(
+            "This process was forked, so it computes on one thread of the CPU: OpenMP hangs on more if the parent used "
+            "them. Start it with spawn, or with torchrun, for more."
+        )
     if device.type == "xla":
         raise ConfigError(
             "this process runs on a TPU, which is not supported; use GPUs, or a CPU with accelerate launch --cpu."
@@ -152,10 +163,132 @@ def start(
     return accelerator
 
 
+_ENVIRONMENT = ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ENABLE_MPS_FALLBACK")  # Accelerate sets the latter
+_SINGLETONS = (PartialState, AcceleratorState, GradientState)
+_Values: TypeAlias = dict[str, Any]
+
+
+class ProcessSettings:
+    """What a run sets for its whole process: set inside the context, put back after it. Re-entrant.
+
+    These are flags of torch, its global generators and number of threads, environment variables, the singletons of
+    Accelerate, the progress bars of diffusers, and on a CPU the memory that the C library keeps. The run takes its
+    values along from one context to the next, so several runs of a process may be built and trained in any order. The
+    process group stays, because it belongs to the processes, which cannot join it twice.
+    """
+
+    _entered: ClassVar[list[tuple["ProcessSettings", int]]] = []
+    """The contexts that are entered, from outer to inner, each with its thread."""
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self) -> None:
+        self._of_run: _Values | None = None
+        self._of_process: list[_Values] = []
+
+    def __enter__(self) -> "ProcessSettings":
+        thread = threading.get_ident()
+        with self._lock:
+            settings, owner = self._entered[-1] if self._entered else (self, thread)
+            if settings is not self and owner != thread:
+                raise ConfigError(
+                    "another Trainer of this process is at work in another thread, and precision, determinism and "
+                    "random numbers belong to the whole process; train after it, or in a process of its own."
+                )
+            self._entered.append((self, thread))
+        self._of_process.append(_read_settings())
+        if self._of_run is None:
+            for singleton in _SINGLETONS:
+                singleton._shared_state = {}
+        else:
+            _write_settings(self._of_run)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._of_run = _read_settings()
+        _write_settings(self._of_process.pop())
+        with self._lock:
+            self._entered.pop()
+
+    @classmethod
+    def _after_fork(cls) -> None:
+        """Forget the threads of the parent, which a forked process does not have."""
+        global _is_forked
+        _is_forked = True
+        cls._entered, cls._lock = [], threading.Lock()
+
+
+_is_forked = False
+os.register_at_fork(after_in_child=ProcessSettings._after_fork)
+
+
+def _read_settings() -> _Values:
+    """Return the values of everything that a run may change."""
+    return {
+        "deterministic": torch.get_deterministic_debug_mode(),
+        # These raise an error after the precision of one backend was set, which is restored below.
+        "matmul_precision": _unless_mixed(torch.get_float32_matmul_precision),
+        "cudnn_tf32": _unless_mixed(torch._C._get_cudnn_allow_tf32),
+        "precisions": [backend.fp32_precision for backend in _fp32_backends()],
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "num_threads": torch.get_num_threads(),
+        "generators": global_generator_states(),
+        "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},
+        "singletons": [vars(singleton)["_shared_state"] for singleton in _SINGLETONS],
+        "progress_bars": diffusers_logging.is_progress_bar_enabled(),
+        "keeps_freed_memory": _keeps_freed_memory,
+    }
+
+
+def _write_settings(values: _Values) -> None:
+    """Restore values that `_read_settings` returned."""
+    torch.set_deterministic_debug_mode(values["deterministic"])
+    if values["matmul_precision"] is not None:
+        torch.set_float32_matmul_precision(values["matmul_precision"])
+    if values["cudnn_tf32"] is not None:
+        torch.backends.cudnn.allow_tf32 = values["cudnn_tf32"]
+    for backend, precision in zip(_fp32_backends(), values["precisions"], strict=True):
+        if backend.fp32_precision != precision:
+            backend.fp32_precision = precision
+    torch.backends.cudnn.benchmark = values["cudnn_benchmark"]
+    if values["num_threads"] != torch.get_num_threads():
+        torch.set_num_threads(values["num_threads"])
+    restore_global_generators(values["generators"])
+    for name, value in values["environment"].items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    for singleton, state in zip(_SINGLETONS, values["singletons"], strict=True):
+        singleton._shared_state = state
+    if values["progress_bars"]:
+        diffusers_logging.enable_progress_bar()
+    else:
+        diffusers_logging.disable_progress_bar()
+    if values["keeps_freed_memory"] != _keeps_freed_memory:
+        keep_freed_memory() if values["keeps_freed_memory"] else return_freed_memory()
+
+
+def _fp32_backends() -> tuple[Any, ...]:
+    """Return the backends of torch with a precision of float32 products of their own."""
+    backends: Any = torch.backends
+    return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul
+
+
+def _unless_mixed(read: Callable[[], Result]) -> Result | None:
+    try:
+        return read()
+    except RuntimeError:
+        return None
+
+
 def set_tf32(is_allowed: bool) -> None:
     """Allow or forbid TF32 in float32 products and convolutions on NVIDIA GPUs."""
     torch.set_float32_matmul_precision("high" if is_allowed else "highest")
     torch.backends.cudnn.allow_tf32 = is_allowed
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_keeps_freed_memory = False
 
 
 def keep_freed_memory() -> None:
@@ -165,13 +298,28 @@ def keep_freed_memory() -> None:
     1 GiB is kept. Does nothing if the environment sets a threshold (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`
     or `GLIBC_TUNABLES`), or without glibc 2.35 or later. No result changes.
     """
+    global _keeps_freed_memory
     is_set = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
     if sys.platform != "linux" or is_set or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    trim_threshold, mmap_threshold, size = -1, -3, 2**30  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
-    if mallopt is not None and mallopt(mmap_threshold, size):  # earlier versions accept at most 32 MiB
-        mallopt(trim_threshold, size)
+    mallopt, size = getattr(ctypes.CDLL(None), "mallopt", None), 2**30
+    if mallopt is not None and mallopt(_M_MMAP_THRESHOLD, size):  # earlier versions accept at most 32 MiB
+        mallopt(_M_TRIM_THRESHOLD, size)
+        _keeps_freed_memory = True
+
+
+def return_freed_memory() -> None:
+    """Undo `keep_freed_memory`.
+
+    The thresholds cannot be read, and the C library no longer adapts them once they were set: they become the largest
+    ones that it would have chosen itself. What is free now is returned to the system.
+    """
+    global _keeps_freed_memory
+    library = ctypes.CDLL(None)
+    library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+    library.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
+    library.malloc_trim(0)
+    _keeps_freed_memory = False
 
 
 def _cpu_emulates_bf16() -> bool:
@@ -355,60 +503,120 @@ def _checksum(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A terminal's Ctrl-C reaches the workers directly and once more through torchrun; both are one request.
 _SAME_REQUEST_SECONDS = 2.0
-# Read at import: the launcher may exit while the data are decoded.
-_PARENT_AT_START = os.getppid()
 
 
-class TrainingStopped(Exception):
-    """Training was stopped by a signal, after saving a checkpoint.
+class Agreement:
+    """Numbers that all ranks agree on while they go on, without waiting for the device. Collective: create it together.
 
     Args:
-        exit_code: 130 for SIGINT, 143 for other signals and for a launcher that exited.
+        num_values: How many numbers there are.
+    """
+
+    def __init__(self, num_values: int) -> None:
+        self._group = dist.new_group(backend="gloo")
+        self._agreed = torch.zeros(num_values, dtype=torch.int64)
+        self._work: dist.Work | None = None
+
+    def send(self, values: Sequence[int]) -> None:
+        """Collective: pass on the numbers of this rank."""
+        self.receive()
+        self._agreed = torch.tensor(values)
+        self._work = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def receive(self) -> list[int]:
+        """Collective: return the maxima over all ranks of what was sent last, or zeros."""
+        if self._work is not None:
+            self._work.wait()
+        return [int(value) for value in self._agreed]
+
+    def close(self) -> None:
+        """Collective: wait for what was sent last, and destroy the group."""
+        self.receive()
+        dist.destroy_process_group(self._group)
+
+
+class TrainingStopped(BaseException):
+    """Training was stopped, after saving a checkpoint. No Exception, so that no `except Exception` goes on after it.
+
+    `TrainingStopped.of(exit_code)` is a KeyboardInterrupt after SIGINT, otherwise a SystemExit, so that a script that
+    does not catch it ends with the exit code.
+
+    Attributes:
+        exit_code: 130 for SIGINT, 129 for SIGHUP, 143 for other signals and for a launcher that exited.
     """
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__(f"stopped by a signal (exit code {exit_code})")
+        super().__init__(f"training was stopped and saved (exit code {exit_code})")
         self.exit_code = exit_code
+
+    @staticmethod
+    def of(exit_code: int) -> "TrainingStopped":
+        """Return the exception for an exit code."""
+        is_interrupt = exit_code == exit_code_of(signal.SIGINT)
+        return (_TrainingInterrupted if is_interrupt else _TrainingTerminated)(exit_code)
+
+
+class _TrainingInterrupted(TrainingStopped, KeyboardInterrupt):
+    pass
+
+
+class _TrainingTerminated(TrainingStopped, SystemExit):
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.code = exit_code
 
 
 class StopWatcher:
     """Turn signals into a stop that all ranks agree on, one step later and without waiting for the device.
 
-    A second signal ends the process immediately. A launcher that exited counts as SIGTERM, because `accelerate launch`
-    does not pass SIGTERM on. Use it as a context manager on every rank: leaving it restores the previous signal
-    handlers and re-raises a signal that arrived after the last check.
+    A second signal ends the process immediately; a second SIGINT raises KeyboardInterrupt where it would have without
+    this class, as in a notebook. A launcher that exited counts as SIGTERM, because `accelerate launch` does not pass
+    SIGTERM on. Use it as a context manager on every rank: leaving it restores the previous signal handlers and
+    re-raises a signal that arrived after the last check. In another thread than the main one, which receives no
+    signals, only `request` and the launcher stop a run.
+
+    Args:
+        parent: The parent process when the run was built, as the launcher may exit while the data are decoded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parent: int) -> None:
         self._requested = 0
         self._requested_at = 0.0
         self._is_handled = False
-        self._launcher = _PARENT_AT_START if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
+        self._launcher = parent if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
         self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
-        self._old_handlers: dict[int, object] = {}
+        self._old_handlers: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopWatcher":
-        for number in STOP_SIGNALS:
-            self._old_handlers[number] = signal.signal(number, self._handle)
+        for number in STOP_SIGNALS if is_main_thread() else ():
+            # nohup ignores SIGHUP. torchrun does not: it passes SIGHUP on and kills its workers half a minute later.
+            is_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not is_nohup or "TORCHELASTIC_RUN_ID" in os.environ:
+                self._old_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error on this rank alone, the others may never answer.
         if kind is None or issubclass(kind, TrainingStopped):
             self.agreed()
-        for number, handler in self._old_handlers.items():
-            # None stands for a handler that was not installed from Python, which Python cannot restore.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
-        if kind is None and self._requested and not self._is_handled:
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+        restore_handlers(self._old_handlers)
+        if kind is None and self._requested_at and not self._is_handled:
             signal.raise_signal(self._requested)
+
+    def request(self) -> None:
+        """Stop as after SIGTERM; may be called in any thread."""
+        self._requested = self._requested or signal.SIGTERM
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         """Remember the first signal; let a later one end the process."""
         if self._requested and time.monotonic() - self._requested_at > _SAME_REQUEST_SECONDS:
+            if self._old_handlers[signal.Signals(number)] is signal.default_int_handler:
+                raise KeyboardInterrupt
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if not self._requested:
@@ -421,9 +629,9 @@ class StopWatcher:
             The exit code to end with, or 0 to continue. With several ranks it is the state of the previous call.
         """
         if self._launcher is not None and os.getppid() != self._launcher:
-            self._requested = self._requested or signal.SIGTERM
+            self.request()
         self._is_handled = bool(self._requested)
-        exit_code = {0: 0, signal.SIGINT: 130}.get(self._requested, 143)
+        exit_code = exit_code_of(self._requested) if self._requested else 0
         if self._group is None:
             return exit_code
         agreed = self.agreed()

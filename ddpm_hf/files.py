@@ -21,6 +21,8 @@ CHECKPOINTS_DIR = "checkpoints"
 PREVIEWS_DIR = "previews"
 PIPELINE_DIR = "pipeline"
 HUB_DIR = "hub"
+EMA_SNAPSHOTS_DIR = "ema_snapshots"
+EVALUATIONS_DIR = "evaluations"
 TRACKERS = "trackers.json"
 README = "README.md"  # also the model card of a published pipeline
 SAMPLES_PICTURE = "samples.png"
@@ -30,6 +32,7 @@ LOSS_PICTURE = "loss.png"
 RECOGNITION = "recognition.json"
 
 # A checkpoint.
+EMA_DIR = "ema"
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 

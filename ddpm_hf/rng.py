@@ -46,6 +46,21 @@ def seed_global_generators(seed: int, stream: str, *counters: int) -> None:
     torch.manual_seed(derive_seed(seed, stream, *counters))
 
 
+def global_generator_states() -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """Return the states of torch's global generators: of the CPU, and of all GPUs if CUDA was used."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+
+def restore_global_generators(states: tuple[torch.Tensor, list[torch.Tensor] | None]) -> None:
+    """Restore states that `global_generator_states` returned."""
+    of_cpu, of_gpus = states
+    torch.set_rng_state(of_cpu)
+    if of_gpus is not None:
+        torch.cuda.set_rng_state_all(of_gpus)
+    elif torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(torch.initial_seed())  # as its first use would have seeded them
+
+
 def normal_by_position(
     seed: int, stream: str, step: int, positions: range, shape: Sequence[int], device: torch.device | str
 ) -> torch.Tensor:

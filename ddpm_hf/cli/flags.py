@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import inspect
 import math
 import types
 import typing
@@ -128,7 +127,8 @@ class ModelFlags:
     """The model.
 
     Args:
-        folder: Folder of a pipeline or of a run, or a Hub repository.
+        folder: Folder of a run, a checkpoint or a pipeline, or a Hub repository. A run that is not finished stands for
+            the EMA of its newest valid checkpoint.
         revision: Branch, tag or commit of a Hub repository.
         variant: Variant of the weights, such as fp16.
     """
@@ -181,12 +181,12 @@ class SamplingFlags:
 
     def check_scheduler(self) -> None:
         """Refuse a scheduler that does not exist, or that has no eta if --eta is given. Imports torch."""
+        from ddpm_hf.diffusion.scheduler import takes_eta
         from ddpm_hf.evaluation.generate import scheduler_class
 
         if self.scheduler is None:
             return
-        arguments = inspect.signature(scheduler_class(self.scheduler).step).parameters
-        if self.eta is not None and "eta" not in arguments:
+        if self.eta is not None and not takes_eta(scheduler_class(self.scheduler)):
             raise ConfigError(f"--eta is {self.eta}, but {self.scheduler} has no eta; remove one of them.")
 
     def label_list(self, pipeline: "GaussianDiffusionPipeline") -> list[int] | None:

@@ -5,14 +5,16 @@ signal (training saves a checkpoint first).
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from ddpm_hf import __version__
-from ddpm_hf.cli.common import RankError, Terminated, format_os_error, print_error
+from ddpm_hf.cli.common import RankError, format_os_error, print_error
 from ddpm_hf.redaction import redact
+from ddpm_hf.signals import Terminated, exit_code_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,10 +134,10 @@ def _exit_code(command: Callable[[], int]) -> int:
         return 1
     except Terminated as error:
         print_error(f"ended by {error.name}; the same command repeats this part.")
-        return 143
+        return error.exit_code
     except KeyboardInterrupt:
         print_error("interrupted")
-        return 130
+        return exit_code_of(signal.SIGINT)
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -186,7 +186,7 @@ def use_datasets(config: RunConfig, *, has_train_dataset: bool, has_eval_dataset
     data, default = config.data, DataConfig()
     replaced: dict[str, Any] = {}
     if has_train_dataset:
-        names = ("subset", "revision", "split", "validation_split", "streaming")
+        names = ("subset", "revision", "split", "validation_split", "layout", "streaming")
         replaced = {"source": TRAIN_DATASET} | {name: getattr(default, name) for name in names}
         if data.validation_split == EVAL_DATASET:
             del replaced["validation_split"]

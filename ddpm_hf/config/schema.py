@@ -154,8 +154,8 @@ class ModelConfig:
             "ddpm_256" are the networks of Ho et al. 2020 (35.7 and 113.7 M parameters). Ignored with config_file or
             from_pretrained.
         config_file: config.json of a UNet2DModel, or a folder or Hub repository that contains one.
-        from_pretrained: Folder or Hub repository of a pipeline or UNet2DModel to fine-tune; weights and EMA start from
-            it.
+        from_pretrained: Run, checkpoint (its EMA), pipeline or UNet2DModel to fine-tune, a folder or Hub repository;
+            weights and EMA start from it.
         revision: Branch, tag or commit of the Hub repository in config_file or from_pretrained.
         overrides: UNet2DModel settings that replace those of the preset, config_file or from_pretrained, for example
             {dropout: 0.1}.

@@ -62,7 +62,7 @@ def open_images(
         return found
     name = config.source if dataset is None else in_words(split or config.source)
     if dataset is not None:
-        source = find_in_memory(dataset, name, config, with_labels=with_labels)
+        source = find_in_memory(dataset, name, config, with_labels=with_labels, known=known)
     else:
         source = find_source(config, split or config.split, class_order, known)
     if isinstance(source, Source) and split not in (None, config.split):

@@ -18,6 +18,7 @@ the samples and the dtype to which torch promotes the operands.
 import math
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from .schedule import Transition
@@ -145,15 +146,23 @@ def posterior_mean(x_0: torch.Tensor, x_t: torch.Tensor, coef_x_0: Coefficient, 
     return weighted_sum(coef_x_0, x_0, coef_x_t, x_t)
 
 
+def noise_direction(step: Transition, eta: float) -> float:
+    """Return the factor of eps in the mean of a reverse step, sqrt(alpha_bar_prev) x_0 + direction eps.
+
+    This and the next function also take all steps of a run in one, and then return arrays.
+    """
+    # Eq. 12, Song et al. 2021, with sigma_t^2 = eta^2 posterior_variance
+    direction: float = np.sqrt(np.maximum(1 - step.alpha_bar_prev - eta**2 * step.posterior_variance, 0.0))
+    return direction
+
+
 def reverse_mean_coefficients(step: Transition, eta: float) -> tuple[float, float]:
     """Return the factors of x_0 and x_t in the mean of a reverse step from DDIM (eta = 0) to DDPM (eta = 1).
 
-    The mean is sqrt(alpha_bar_prev) x_0 + direction eps, where eps = (x_t - alpha x_0) / sigma.
+    The mean is that of `noise_direction` with eps = (x_t - alpha x_0) / sigma.
     """
-    # Eq. 12, Song et al. 2021, with sigma_t^2 = eta^2 posterior_variance
-    direction = math.sqrt(max(1 - step.alpha_bar_prev - eta**2 * step.posterior_variance, 0.0))
-    coef_x_t = direction / math.sqrt(1 - step.alpha_bar)
-    coef_x_0 = math.sqrt(step.alpha_bar_prev) - coef_x_t * math.sqrt(step.alpha_bar)
+    coef_x_t = noise_direction(step, eta) / np.sqrt(1 - step.alpha_bar)
+    coef_x_0 = np.sqrt(step.alpha_bar_prev) - coef_x_t * np.sqrt(step.alpha_bar)
     return coef_x_0, coef_x_t
 
 

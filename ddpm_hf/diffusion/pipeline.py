@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
@@ -53,14 +54,14 @@ from .saved_folder import (
     PORTABLE_FILES,
     check_parts,
     check_shards,
-    clean_component_configs,
+    clean_network_config,
     find_second_moments,
     without_list_form,
     write_code,
     write_index,
 )
 from .schedule import whole_number
-from .scheduler import CHOICES, GaussianDiffusionScheduler, splits_variance
+from .scheduler import CHOICES, GaussianDiffusionScheduler, splits_variance, takes_eta
 
 # The code of ddpm_hf 0.1 refuses to run beside loaded modules of another version.
 _forget_loaded_code()
@@ -377,15 +378,19 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         # Arguments of the scheduler, of which others than GaussianDiffusionScheduler have fewer
         accepted = inspect.signature(scheduler.step).parameters
         step_kwargs: dict[str, Any] = {"generator": given.generator} if "generator" in accepted else {}
+        run_parameters = inspect.signature(scheduler.set_timesteps).parameters
+        names = ["num_inference_steps", "timesteps", "timestep_spacing"]
         if given.eta is not None:
-            if "eta" not in accepted:
+            if not takes_eta(scheduler):
                 raise ValueError(f"eta is {given.eta}, but {type(scheduler).__name__} has no eta; leave it out.")
-            step_kwargs["eta"] = given.eta
+            if "eta" in run_parameters:
+                names.append("eta")
+            else:
+                step_kwargs["eta"] = given.eta
         if given.num_inference_steps is None and given.timesteps is None:
             given.num_inference_steps = scheduler.config["num_train_timesteps"]
-        names = ("num_inference_steps", "timesteps", "timestep_spacing")
         timesteps = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-        if unknown := timesteps.keys() - inspect.signature(scheduler.set_timesteps).parameters.keys():
+        if unknown := timesteps.keys() - run_parameters.keys():
             raise ValueError(
                 f"{type(scheduler).__name__} takes no {' and no '.join(sorted(unknown))}; leave it out, or use"
                 " GaussianDiffusionScheduler.from_config(pipe.scheduler.config)."
@@ -508,7 +513,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
     def save_config(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write code and index. `save_pretrained` calls this after saving the components and before an upload."""
         write_code(Path(save_directory), self._portable_code)
-        clean_component_configs(Path(save_directory), self.scheduler)
+        clean_network_config(Path(save_directory))
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | PathLike[str]) -> None:
@@ -526,10 +531,37 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
         """Load a folder or repository of this class or of a stock DDPMPipeline; see `DiffusionPipeline`.
 
+        Where ddpm_hf is installed, the folder may also be that of a run, which stands for its pipeline, or, with a
+        warning, for the EMA of its newest valid checkpoint if the run is not finished; a checkpoint, which stands for
+        its EMA; or one network of a checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: The folder or repository.
+            **kwargs: Those of `DiffusionPipeline`, and `subfolder`, a path in a local folder.
+
         Raises:
-            ValueError: If the weights exist only as pickles and `use_safetensors=False` was not given, or a part is of
-                a module that is not loaded.
+            ValueError: If the weights exist only as pickles and `use_safetensors=False` was not given, a part is of a
+                module that is not loaded, or a folder holds no model.
         """
+        name, folder = pretrained_model_name_or_path, Path(pretrained_model_name_or_path).expanduser()
+        if (subfolder := kwargs.pop("subfolder", None)) is not None:
+            if not folder.is_dir():
+                raise ValueError(
+                    f"subfolder is {subfolder!r}, but {name} is not a local folder; download it with"
+                    " huggingface_hub.snapshot_download, and pass the path of the subfolder."
+                )
+            name = folder = folder / subfolder
+        is_local = bool(str(name)) and folder.exists()  # the path of an empty name is the working directory
+        is_pipeline = (folder / "model_index.json").is_file() or not (is_local or str(name).count("/") > 1)
+        if is_pipeline or __package__ != "ddpm_hf.diffusion":
+            return cls._load(folder if is_local else name, **kwargs)
+        # Not an import statement: diffusers would require its module wherever it runs the code of a saved folder.
+        models = import_module("ddpm_hf.models")
+        return models.load_model(models.find_model(folder), lambda found: cls._load(found, **kwargs))
+
+    @classmethod
+    def _load(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
+        """Load a folder with a model index, or a repository."""
         if kwargs.get("use_safetensors", True) and Path(pretrained_model_name_or_path).is_dir():
             check_shards(Path(pretrained_model_name_or_path))
         try:

@@ -7,7 +7,7 @@ beside it. No local path is stored.
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -71,19 +71,13 @@ def write_code(folder: Path, code: Mapping[str, str]) -> None:
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
-def clean_component_configs(folder: Path, scheduler: Any) -> None:
-    """Name the stock scheduler in place of the native one, and remove the path that the network was loaded from."""
-    _edit_json(folder / "unet" / "config.json", lambda config: config.pop("_name_or_path", None))
-    if type(scheduler).__name__ == NATIVE_SCHEDULER:
-        scheduler_config = folder / "scheduler" / "scheduler_config.json"
-        _edit_json(scheduler_config, lambda config: config.update(_class_name="DDPMScheduler"))
-
-
-def _edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+def clean_network_config(folder: Path) -> None:
+    """Remove the path that the network was loaded from."""
+    path = folder / "unet" / "config.json"
     if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        edit(content)
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_index(path: Path, pipeline: DiffusionPipeline) -> None:

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,8 @@ SMALLEST_ALPHA_BAR = 1e-38
 
 class Transition(NamedTuple):
     """One reverse step from timestep t to the next timestep t' of the list, in Python floats.
+
+    `NoiseSchedule.transition_columns` returns all steps of a list in one, each attribute a float64 array.
 
     Attributes:
         timestep: t.
@@ -113,18 +116,27 @@ class NoiseSchedule:
         """Return T."""
         return len(self.betas)
 
+    def transition_columns(self, timesteps: Sequence[int]) -> Transition:
+        """Return the reverse steps from the timesteps of a descending list; the last one leads to clean data."""
+        t = np.array(timesteps, dtype=np.int64)
+        a = np.array(self.alphas_cumprod.tolist())[t]
+        a_prev = np.append(a[1:], 1.0)
+        # Section 4, Nichol and Dhariwal 2021. The ratio of two numbers near 1e-308 has too few digits; there, neither
+        # state contains any signal, and the step adds fresh noise.
+        has_ratio = a_prev > 1e-300
+        beta = np.where(has_ratio, 1 - a / np.where(has_ratio, a_prev, 1.0), 1.0)
+        columns: Any = (t, np.append(t[1:], -1), a, a_prev, beta, beta * (1 - a_prev) / (1 - a))
+        return Transition(*columns)
+
     def transitions(self, timesteps: Sequence[int]) -> list[Transition]:
         """Return the reverse step from each timestep of a descending list; the last one leads to clean data."""
-        table: list[float] = self.alphas_cumprod.tolist()
-        transitions = []
-        for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
-            a, a_prev = table[t], table[t_prev] if t_prev >= 0 else 1.0
-            # Section 4, Nichol and Dhariwal 2021. The ratio of two numbers near 1e-308 has too few digits; there,
-            # neither state contains any signal, and the step adds fresh noise.
-            beta = 1 - a / a_prev if a_prev > 1e-300 else 1.0
-            posterior_variance = beta * (1 - a_prev) / (1 - a)
-            transitions.append(Transition(t, t_prev, a, a_prev, beta, posterior_variance))
-        return transitions
+        return rows_of(self.transition_columns(timesteps))
+
+
+def rows_of(columns: Transition) -> list[Transition]:
+    """Return each of the steps that `NoiseSchedule.transition_columns` returns in one."""
+    arrays: Any = columns
+    return [Transition(*row) for row in zip(*(column.tolist() for column in arrays), strict=True)]
 
 
 # Beta schedules
@@ -329,26 +341,35 @@ class InferenceTimesteps:
         self, schedule: NoiseSchedule, timesteps: Iterable[int], device: str | torch.device | None = None
     ) -> None:
         try:
-            timesteps = [whole_number("A timestep", t) for t in timesteps]
+            timesteps = [t if type(t) is int else whole_number("A timestep", t) for t in timesteps]
         except TypeError as error:
             raise ValueError(f"timesteps is {timesteps!r}; it must be a list of whole numbers.") from error
         if not timesteps:
             raise ValueError("timesteps is empty; at least one step is needed.")
-        if any(after >= before for before, after in itertools.pairwise(timesteps)):
+        if timesteps != sorted(set(timesteps), reverse=True):
             raise ValueError("timesteps must be strictly descending.")
         if timesteps[0] >= len(schedule) or timesteps[-1] < 0:
             raise ValueError(
                 f"timesteps run from {timesteps[0]} to {timesteps[-1]}, outside 0 ... {len(schedule) - 1};"
                 " lower num_inference_steps or steps_offset, or change the list."
             )
-        self.transitions = schedule.transitions(timesteps)
-        self._transition_from = {transition.timestep: transition for transition in self.transitions}
+        self.columns = schedule.transition_columns(timesteps)
+        self._row_of = {t: row for row, t in enumerate(timesteps)}
         with torch.inference_mode(False):  # inference tensors have no version counter
             self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
         self._version = self.timesteps._version
 
-    def transition(self, timestep: int | torch.Tensor) -> Transition:
-        """Return the step from a timestep, without reading from the device if it is an element of `self.timesteps`.
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self._row_of)
+
+    @cached_property
+    def transitions(self) -> list[Transition]:
+        """The steps."""
+        return rows_of(self.columns)
+
+    def row(self, timestep: int | torch.Tensor) -> int:
+        """Return the position of a timestep, without reading from the device if it is an element of `self.timesteps`.
 
         Raises:
             ValueError: If the timestep is not one number of the list.
@@ -363,18 +384,24 @@ class InferenceTimesteps:
                 and timestep.dtype == self.timesteps.dtype
                 and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
                 and self.timesteps._version == self._version  # no value was changed in place
-                and 0 <= offset < len(self.transitions)
+                and 0 <= offset < len(self)
             )
             if is_element:
-                return self.transitions[offset]
+                return offset
             value = timestep.item()
+        elif isinstance(value, np.ndarray) and value.ndim == 0:
+            value = value.item()
         is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if not is_number or value not in self._transition_from:
+        if not is_number or value not in self._row_of:
             raise ValueError(
-                f"timestep {value!r} is not in the list of {len(self.transitions)} timesteps being run"
+                f"timestep {value!r} is not in the list of {len(self)} timesteps being run"
                 f" ({self.transitions[0].timestep} ... {self.transitions[-1].timestep}); call set_timesteps first."
             )
-        return self._transition_from[value]
+        return self._row_of[value]
+
+    def transition(self, timestep: int | torch.Tensor) -> Transition:
+        """Return the step from a timestep; see `row`."""
+        return self.transitions[self.row(timestep)]
 
 
 def whole_number(name: str, value: object) -> int:

@@ -4,6 +4,7 @@ Tables are float64. A step reads no device tensor and computes in float32, or in
 the dtype of the model output. `docs/compatibility.md` of ddpm_hf lists every difference from diffusers.
 """
 
+import inspect
 import json
 import math
 import os
@@ -65,6 +66,7 @@ SECOND_MOMENTS_FILE = "reverse_variance.json"
 """Stored beside the scheduler's configuration. Not a safetensors file: if there were one in `scheduler/`, diffusers
 would skip the weights of the network in a download."""
 SECOND_MOMENTS_KEY = "eps_second_moments"
+_SMALLEST_ALPHA = math.sqrt(SMALLEST_ALPHA_BAR)
 NATIVE_SCHEDULER = "GaussianDiffusionScheduler"
 
 
@@ -92,6 +94,32 @@ class Posterior(NamedTuple):
     mean: torch.Tensor
     variance: torch.Tensor
     log_variance: torch.Tensor
+
+
+class ReverseStep(NamedTuple):
+    """The coefficients of one step of a run, in Python floats.
+
+    Attributes:
+        alpha: Factor of x_0 in x_t.
+        sigma: Factor of the noise in x_t.
+        coef_x_0: Factor of x_0 in the mean of the previous sample.
+        coef_x_t: Factor of x_t in it, or of the predicted noise without `use_clipped_model_output`.
+        deviation: Standard deviation of the noise, unless the network predicts it.
+        log_variances: Log-variance of a learned variance at the outputs -1 and 1.
+        adds_noise: Whether the step draws noise.
+        eta: 0 (DDIM) to 1 (DDPM).
+        use_clipped_model_output: Whether the noise in the mean is that of the clipped x_0.
+    """
+
+    alpha: float
+    sigma: float
+    coef_x_0: float
+    coef_x_t: float
+    deviation: float
+    log_variances: tuple[float, float]
+    adds_noise: bool
+    eta: float
+    use_clipped_model_output: bool
 
 
 class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
@@ -161,11 +189,27 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         self._device_tables: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
         self._eps_second_moments: torch.Tensor | None = None
         self._analytic_variance = False
-        self._inference = InferenceTimesteps(self.noise_schedule, range(num_train_timesteps)[::-1])
+        self._eta, self._use_clipped_model_output = 1.0, True
+        self._begin_run(InferenceTimesteps(self.noise_schedule, range(num_train_timesteps)[::-1]))
         # Read by code written for DDPMScheduler, not here.
         self.one = torch.tensor(1.0)
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
+
+        # A pipeline of diffusers saves a part as [library of part.__module__, part.__class__.__name__]. Here, these are
+        # the stock scheduler's, which every process can load; `type` still returns this class. Exceptions are
+        # subclasses, and `learned`, with which the stock scheduler cannot sample.
+        if type(self) is GaussianDiffusionScheduler and variance_type != "learned":
+            self.__module__ = "diffusers"
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class under whose name diffusers saves this scheduler; calling it creates a native one."""
+        return _SavedAsStock if "__module__" in vars(self) else type(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by type, which the default requires to be `__class__`."""
+        return object.__new__, (type(self),), vars(self)
 
     @classmethod
     def create(
@@ -413,17 +457,24 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         timesteps: list[int] | None = None,
         *,
         timestep_spacing: str | None = None,
+        eta: float = 1.0,
+        use_clipped_model_output: bool = True,
     ) -> None:
-        """Set the timesteps of the reverse process.
+        """Set the timesteps of the reverse process, and what kind of process it is.
 
         Args:
             num_inference_steps: Number of steps, spaced by `timestep_spacing`.
             device: Device of `timesteps`; the device of the samples avoids a copy in every step.
             timesteps: A custom strictly descending list, instead of a number.
             timestep_spacing: Overrides the configured spacing; may also be `quadratic`.
+            eta: From 0 (deterministic, DDIM) to 1 (ancestral, DDPM).
+            use_clipped_model_output: Whether the noise in the mean of a step is that of the clipped x_0, as in DDPM.
+                False takes the noise that the network predicts, as `DDIMScheduler` does by default. Without clipping
+                both are equal.
 
         Raises:
-            ValueError: If both or neither of number and list are given, or they do not fit the training timesteps.
+            ValueError: If both or neither of number and list are given, they do not fit the training timesteps, or eta
+                is outside [0, 1].
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass either num_inference_steps or timesteps, not both and not neither.")
@@ -436,9 +487,21 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"num_inference_steps {count} is not between 1 and {len(self)}.")
             spacing = self.config["timestep_spacing"] if timestep_spacing is None else timestep_spacing
             chosen = spaced_timesteps(spacing, count, len(self), self.config["steps_offset"])
-        self._inference = InferenceTimesteps(self.noise_schedule, chosen, device)
+        run = InferenceTimesteps(self.noise_schedule, chosen, device)
+        self._eta, self._use_clipped_model_output = _check_eta(eta), bool(use_clipped_model_output)
+        self._begin_run(run)
         self.custom_timesteps = timesteps is not None
-        self.num_inference_steps = len(self._inference.transitions)
+        self.num_inference_steps = len(run)
+
+    def _begin_run(self, run: InferenceTimesteps) -> None:
+        self._inference = run
+        self._compute_rows()
+
+    def _compute_rows(self) -> None:
+        """Compute the coefficients of the steps of the run, which depend on the configuration."""
+        self._rows = self._make_rows(self._eta, self._use_clipped_model_output)
+        self._other_rows: tuple[tuple[float, bool], list[ReverseStep]] | None = None
+        self._config_of_rows = self._internal_dict
 
     @property
     def timesteps(self) -> torch.Tensor:
@@ -447,7 +510,8 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     @timesteps.setter
     def timesteps(self, timesteps: torch.Tensor) -> None:
-        self._inference = InferenceTimesteps(self.noise_schedule, timesteps.tolist(), timesteps.device)
+        timesteps = torch.as_tensor(timesteps)
+        self._begin_run(InferenceTimesteps(self.noise_schedule, timesteps.tolist(), timesteps.device))
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> torch.Tensor:
         """Return the next timestep of the list, -1 after the last, as a CPU tensor in the shape of the argument."""
@@ -473,10 +537,12 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-        *,
-        eta: float = 1.0,
+        **options: Any,
     ) -> GaussianDiffusionSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """Go from x_t to x at the next timestep of the list, or to x_0 after the last. The last step adds no noise.
+
+        Pipelines of diffusers look for `eta` among the named arguments of `step`, and pass their default 0 to a
+        scheduler that has it. As DDPMScheduler has none, it is not named here.
 
         Args:
             model_output: Output of the network, (batch, channels, ...), twice the channels for a learned variance.
@@ -484,33 +550,71 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
             sample: x_t, (batch, channels, ...).
             generator: Source of the noise, or one for each sample.
             return_dict: Return an output object instead of the tuple (prev_sample, pred_original_sample).
-            eta: From 0 (deterministic, DDIM) to 1 (ancestral, DDPM).
+            **options: `eta` and `use_clipped_model_output` override those of `set_timesteps` for this step.
 
         Raises:
             ValueError: If the timestep is not in the list, eta is outside [0, 1], the channels do not fit
                 variance_type, or the network predicts noise and x_t contains no signal.
         """
-        transition = self._inference.transition(timestep)
-        if not (isinstance(eta, int | float | np.number) and 0 <= eta <= 1):
-            raise ValueError(f"eta is {eta!r}; it must be a number between 0 (deterministic) and 1 (ancestral).")
-        self.check_signal(transition)
+        row = self._inference.row(timestep)
+        if self._config_of_rows is not self._internal_dict:
+            self._compute_rows()
+        step = (self._rows_with(options) if options else self._rows)[row]
+        if step.alpha <= _SMALLEST_ALPHA:
+            self.check_signal(self._inference.transitions[row])
         dtype = compute_dtype(sample)
         x_t = _cast(sample, dtype)
         output, variance_output = self.split_variance(_cast(model_output, dtype), x_t)
-        alpha, sigma = math.sqrt(transition.alpha_bar), math.sqrt(1 - transition.alpha_bar)
+        prediction_type = self._internal_dict["prediction_type"]
         # 1. Predict x_0. Eq. 15, Ho et al. 2020
-        x_0 = gaussian.predict_x_0(self.config["prediction_type"], output, x_t, alpha, sigma)
+        x_0 = gaussian.predict_x_0(prediction_type, output, x_t, step.alpha, step.sigma)
         # 2. Clip it
         x_0 = self.clip(x_0)
         # 3. Mean of the previous sample. Eq. 7, Ho et al. 2020; Eq. 12, Song et al. 2021
-        x_prev = gaussian.posterior_mean(x_0, x_t, *gaussian.reverse_mean_coefficients(transition, float(eta)))
+        if not step.use_clipped_model_output:
+            x_t = gaussian.predict_eps(prediction_type, output, x_t, step.alpha, step.sigma)
+        x_prev = gaussian.posterior_mean(x_0, x_t, step.coef_x_0, step.coef_x_t)
         # 4. Add noise
-        if (eta > 0 or self._analytic_variance) and transition.previous_timestep >= 0:
-            x_prev = self._add_reverse_noise(x_prev, transition, variance_output, generator, float(eta))
+        if step.adds_noise:
+            x_prev = self._add_reverse_noise(x_prev, step, variance_output, generator)
         x_prev, x_0 = _cast(x_prev, sample.dtype), _cast(x_0, sample.dtype)
         if not return_dict:
             return x_prev, x_0
         return GaussianDiffusionSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0)
+
+    def _rows_with(self, options: dict[str, Any]) -> list[ReverseStep]:
+        """Return the coefficients of the run with options of a step that are not those of the run."""
+        if unknown := options.keys() - {"eta", "use_clipped_model_output"}:
+            raise TypeError(f"step() got unexpected keyword arguments: {', '.join(sorted(unknown))}")
+        eta = _check_eta(options.get("eta", self._eta))
+        use_clipped = options.get("use_clipped_model_output")
+        key = eta, self._use_clipped_model_output if use_clipped is None else bool(use_clipped)
+        if self._other_rows is None or self._other_rows[0] != key:
+            self._other_rows = key, self._make_rows(*key)
+        return self._other_rows[1]
+
+    def _make_rows(self, eta: float, use_clipped_model_output: bool) -> list[ReverseStep]:
+        run, steps = self._inference, self._inference.columns
+        if use_clipped_model_output:
+            coef_x_0, coef_x_t = gaussian.reverse_mean_coefficients(steps, eta)
+        else:
+            coef_x_0, coef_x_t = np.sqrt(steps.alpha_bar_prev), gaussian.noise_direction(steps, eta)
+        # For `learned`, the range from -1 to 1 makes the interpolated log-variance equal to the output.
+        log_variances = [(-1.0, 1.0)] * len(run)
+        if self.config["variance_type"] == "learned_range":
+            # The last step adds no noise, and the logarithm of its variance is not finite.
+            log_variances[:-1] = [
+                (math.log(step.posterior_variance), math.log(step.beta)) for step in run.transitions[:-1]
+            ]
+        if self._analytic_variance:
+            variances: Any = np.array([self.sampling_variance(step, eta) for step in run.transitions])
+        else:
+            variances = self.sampling_variance(steps, eta)
+        columns: Any = (np.sqrt(steps.alpha_bar), np.sqrt(1 - steps.alpha_bar), coef_x_0, coef_x_t, np.sqrt(variances))
+        adds_noise = [eta > 0 or self._analytic_variance] * (len(run) - 1) + [False]
+        options = [eta] * len(run), [use_clipped_model_output] * len(run)
+        rows = zip(*(column.tolist() for column in columns), log_variances, adds_noise, *options, strict=True)
+        return list(map(ReverseStep._make, rows))
 
     def check_signal(self, transition: Transition) -> None:
         """Raise a ValueError if the network predicts noise and x_t contains no signal to recover x_0 from."""
@@ -523,10 +627,9 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
     def _add_reverse_noise(
         self,
         mean: torch.Tensor,
-        transition: Transition,
+        step: ReverseStep,
         variance_output: torch.Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None,
-        eta: float,
     ) -> torch.Tensor:
         if isinstance(generator, list) and len(generator) != len(mean):
             raise ValueError(f"generator is a list of {len(generator)} for a batch of {len(mean)}; pass one for each.")
@@ -536,12 +639,8 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         else:
             noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         if variance_output is None:
-            return mean.add_(noise, alpha=math.sqrt(self.sampling_variance(transition, eta)))
-        # For `learned`, the range from -1 to 1 makes the interpolated log-variance equal to the output.
-        log_min, log_max = -1.0, 1.0
-        if self.config["variance_type"] == "learned_range":
-            log_min, log_max = math.log(transition.posterior_variance), math.log(transition.beta)
-        return gaussian.add_learned_noise(mean, noise, variance_output, log_min, log_max, eta)
+            return mean.add_(noise, alpha=step.deviation)
+        return gaussian.add_learned_noise(mean, noise, variance_output, *step.log_variances, step.eta)
 
     # The variance of a reverse step that the network does not predict
 
@@ -587,6 +686,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
                 " them with --estimate_variance, or set eps_second_moments."
             )
         self._analytic_variance = bool(value)
+        self._compute_rows()
 
     @property
     def eps_second_moments(self) -> torch.Tensor | None:
@@ -597,6 +697,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
     def eps_second_moments(self, moments: torch.Tensor | None) -> None:
         if moments is None:
             self._eps_second_moments, self._analytic_variance = None, False
+            self._compute_rows()
             return
         moments = torch.as_tensor(moments).detach().to("cpu", torch.float64)
         if moments.shape != (len(self),) or not bool((moments.isfinite() & (moments >= 0)).all()):
@@ -610,6 +711,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
                 " one replaces a fixed one only."
             )
         self._eps_second_moments = moments
+        self._compute_rows()
 
     # Files
 
@@ -648,6 +750,14 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         self.eps_second_moments = moments
 
 
+class _SavedAsStock(GaussianDiffusionScheduler):
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        return GaussianDiffusionScheduler(*args, **options)
+
+
+_SavedAsStock.__name__ = "DDPMScheduler"
+
+
 def _check_config(config: Mapping[str, Any]) -> None:
     """Raise a ValueError if an option is unknown or out of range; `NoiseSchedule` checks the betas."""
     for name, choices in CHOICES.items():
@@ -667,6 +777,13 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(f"trained_betas has {len(trained_betas)} values, num_train_timesteps is {num_timesteps}.")
 
 
+def _check_eta(eta: object) -> float:
+    """Return eta as a float; raise a ValueError if it is not a number in [0, 1]. A tensor would have to be read."""
+    if not (isinstance(eta, int | float | np.number) and 0 <= eta <= 1):
+        raise ValueError(f"eta is {eta!r}; it must be a number between 0 (deterministic) and 1 (ancestral).")
+    return float(eta)
+
+
 def splits_variance(scheduler: Any) -> bool:
     """Return whether `step` of this or a stock scheduler expects the variance channels of the network.
 
@@ -674,6 +791,11 @@ def splits_variance(scheduler: Any) -> bool:
     """
     learned = scheduler.config.get("variance_type") in LEARNED_VARIANCE_TYPES
     return learned and type(scheduler).__name__ in (NATIVE_SCHEDULER, "DDPMScheduler", "DDPMParallelScheduler")
+
+
+def takes_eta(scheduler: Any) -> bool:
+    """Return whether a scheduler, or a class of them, has an eta: of the run, or of each step as in stock ones."""
+    return any("eta" in inspect.signature(f).parameters for f in (scheduler.set_timesteps, scheduler.step))
 
 
 def compute_dtype(sample: torch.Tensor) -> torch.dtype:

@@ -29,6 +29,7 @@ from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionSchedu
 from ddpm_hf.diffusion.compiled import compiled_call
 from ddpm_hf.diffusion.images import image_size, to_images
 from ddpm_hf.diffusion.pipeline import ClassNumbers, did_you_mean
+from ddpm_hf.diffusion.scheduler import NATIVE_SCHEDULER
 from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_value, read_json, save_array, write_json
 from ddpm_hf.rng import sampling_generators
 
@@ -158,13 +159,13 @@ def scheduler_class(name: str) -> Any:
     Raises:
         ValueError: diffusers has no scheduler of this name, or it does not run a DDPM process.
     """
-    if name == GaussianDiffusionScheduler.__name__:
+    if name == NATIVE_SCHEDULER:
         return GaussianDiffusionScheduler
     found = getattr(diffusers, name, None)
     examples = "DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler"
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         names = [one for one in dir(diffusers) if one.endswith("Scheduler")]
-        known = [GaussianDiffusionScheduler.__name__, *(one for one in names if _runs_ddpm(getattr(diffusers, one)))]
+        known = [NATIVE_SCHEDULER, *(one for one in names if _runs_ddpm(getattr(diffusers, one)))]
         hint = did_you_mean(name, known, cutoff=0.8)  # all names end alike, so any two are similar
         raise ValueError(
             f"scheduler is {name}, which diffusers {diffusers.__version__} does not have{hint}; give a name such as "

@@ -15,15 +15,18 @@ outputs/digits/
 import errno
 import fcntl
 import filecmp
+import gc
 import logging
 import os
 import platform
 import shutil
+import socket
+import weakref
 from collections.abc import Sized
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -34,8 +37,10 @@ from ddpm_hf.config import ConfigError, RunConfig
 from ddpm_hf.data import ImageSet, ImageStream
 from ddpm_hf.files import (
     CHECKPOINTS_DIR,
+    EMA_SNAPSHOTS_DIR,
     EVALUATION,
     EVALUATION_PICTURE,
+    EVALUATIONS_DIR,
     HUB_DIR,
     METRICS,
     MODEL_INDEX,
@@ -48,14 +53,13 @@ from ddpm_hf.files import (
     read_json,
     write_text,
 )
+from ddpm_hf.model_folder import RUN_MARK, content_of, has_run_mark, name_or_id
 from ddpm_hf.training.logging import MetricsLog
 
 logger = logging.getLogger(__name__)
 
-EMA_SNAPSHOTS_DIR = "ema_snapshots"
 _LOCK = ".lock"
 _NUM_LOCK_ATTEMPTS = 10
-_MARK = "# A run of ddpm_hf. `ddpm-hf train --config` of this file repeats it.\n"
 # Files of ours in a folder where no run was started: the lock, and a configuration that a kill left half written.
 _NOT_CONTENT = (_LOCK, f".{RUN_CONFIG}.writing")
 
@@ -63,31 +67,60 @@ _NOT_CONTENT = (_LOCK, f".{RUN_CONFIG}.writing")
 class RunLock:
     """Lock a run folder for one process; the system releases the lock when the process ends.
 
+    A lock that is not used any more is released with the object. A forked process does not inherit it.
+
+    Args:
+        output_dir: The folder.
+        holder: What holds the lock, for another Trainer of this process that is refused.
+
     Raises:
-        ValueError: Another process holds the lock.
+        ValueError: This or another process holds the lock.
         OSError: The lock file cannot be opened, or is a link.
     """
 
-    def __init__(self, output_dir: Path) -> None:
-        self._path = output_dir / _LOCK
+    _held: ClassVar["weakref.WeakSet[RunLock]"] = weakref.WeakSet()
+    """The locks of this process."""
+
+    def __init__(self, output_dir: Path, holder: str = "") -> None:
+        self._path, self._holder = output_dir / _LOCK, holder
         for _ in range(_NUM_LOCK_ATTEMPTS):
             self._acquire()
             if self.is_held():
-                return
+                break
             # Another process removed the file after we had opened it, so nobody else will see the file that we locked.
             self.release()
-        raise OSError(errno.ESTALE, "its lock file keeps being replaced", str(self._path))
+        else:
+            raise OSError(errno.ESTALE, "its lock file keeps being replaced", str(self._path))
+        with suppress(OSError):  # a full disk
+            os.truncate(self._descriptor, 0)
+            os.write(self._descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
 
     def _acquire(self) -> None:
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            raise ValueError(
-                f"another process is training in {self._path.parent}; wait for it, stop it, or choose another "
-                "training.output_dir."
-            ) from None
+            if not _lock(descriptor):
+                gc.collect()  # a Trainer of this process that nothing refers to any more
+                if not _lock(descriptor):
+                    raise ValueError(self._refusal(descriptor))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        self._release = weakref.finalize(self, _unlock, descriptor)
+        self._held.add(self)
+
+    def _refusal(self, descriptor: int) -> str:
+        """Return who holds the lock of a file, and what to do."""
+        for lock in self._held:
+            if os.path.sameopenfile(lock._descriptor, descriptor):
+                holder = f" ({lock._holder})" if lock._holder else ""
+                return (
+                    f"another Trainer of this process holds {self._path.parent}{holder}; call its close() first, or "
+                    "choose another training.output_dir."
+                )
+        pid, _, host = os.read(descriptor, 300).decode(errors="replace").strip().partition(" ")
+        who = f"another process (pid {pid} on {host})" if pid.isdecimal() and host else "another process"
+        return f"{who} is training in {self._path.parent}; wait for it, stop it, or choose another training.output_dir."
 
     def is_held(self) -> bool:
         """Return whether the locked file is still the lock file of the folder."""
@@ -96,9 +129,38 @@ class RunLock:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
+    def is_own(self) -> bool:
+        """Return whether this process holds the lock, and not its parent."""
+        return self._release.alive
+
     def release(self) -> None:
         """Release the lock."""
-        os.close(self._descriptor)
+        self._held.discard(self)
+        self._release()
+
+    @classmethod
+    def _after_fork(cls) -> None:
+        """Leave the locks to the parent, which releases them at its end although this process goes on."""
+        for lock in list(cls._held):
+            lock._release.detach()
+            os.close(lock._descriptor)
+        cls._held.clear()
+
+
+os.register_at_fork(after_in_child=RunLock._after_fork)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _unlock(descriptor: int) -> None:
+    fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked without Python still has the file open
+    os.close(descriptor)
 
 
 class RunFolder:
@@ -106,16 +168,17 @@ class RunFolder:
 
     Args:
         path: training.output_dir.
+        holder: See `RunLock`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, holder: str = "") -> None:
+        self.path, self._holder = path, holder
         self.config = path / RUN_CONFIG
         self.checkpoints = path / CHECKPOINTS_DIR
         self.ema_snapshots = path / EMA_SNAPSHOTS_DIR
         self.metrics = path / METRICS
         self.pipeline = path / PIPELINE_DIR
-        self.evaluations = path / "evaluations"
+        self.evaluations = path / EVALUATIONS_DIR
         self.previews = path / PREVIEWS_DIR
         self.hub = path / HUB_DIR
         self._lock: RunLock | None = None
@@ -135,9 +198,9 @@ class RunFolder:
             self._created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             content = self._content()
-            if content and not self._is_run():
+            if content and not has_run_mark(self.path):
                 raise ConfigError(
-                    f"training.output_dir {self.path} holds something else ({sorted(content)[0]}); choose an empty or "
+                    f"training.output_dir {self.path} holds something else ({content[0]}); choose an empty or "
                     "a new folder."
                 )
             if content and resume == "none":
@@ -145,7 +208,7 @@ class RunFolder:
                     f"training.output_dir {self.path} holds a run; set training.resume to auto to continue it, or "
                     "choose another folder."
                 )
-            self._lock = RunLock(self.path)
+            self._lock = RunLock(self.path, self._holder)
         except OSError as error:
             raise ConfigError(
                 f"training.output_dir {self.path} cannot be written ({error.strerror or error}); choose another folder."
@@ -166,11 +229,11 @@ class RunFolder:
         if has_content and not (self.config.is_file() and self.config.read_text(encoding="utf-8") == self._config_text):
             raise ConfigError(
                 f"training.output_dir {self.path} was removed during training and now holds something else "
-                f"({sorted(self._content())[0]}), which is left untouched; start again in another folder."
+                f"({self._content()[0]}), which is left untouched; start again in another folder."
             )
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            lock = RunLock(self.path)
+            lock = RunLock(self.path, self._holder)
         except ValueError as error:
             raise ConfigError(f"training.output_dir was removed during training, and now {error}") from None
         logger.warning("training.output_dir %s was removed during training; it is created again.", self.path)
@@ -180,7 +243,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Release the lock; remove folders that this process created and wrote nothing to."""
-        if self._lock is None:
+        if self._lock is None or not self._lock.is_own():
             return
         if self._lock.is_held() and not self._content():
             for name in _NOT_CONTENT:
@@ -193,14 +256,11 @@ class RunFolder:
 
     def write_config(self, content: str) -> None:
         """Write the resolved configuration, which marks the folder as a run."""
-        self._config_text = _MARK + content
+        self._config_text = RUN_MARK + content
         write_text(self.config, self._config_text)
 
-    def _is_run(self) -> bool:
-        return self.config.is_file() and self.config.read_bytes().startswith(_MARK.encode())
-
     def _content(self) -> list[str]:
-        return [entry.name for entry in self.path.iterdir() if entry.name not in _NOT_CONTENT]
+        return [name for name in content_of(self.path) if name not in _NOT_CONTENT]
 
 
 def summarize(
@@ -238,9 +298,9 @@ def summarize(
         "num_processes": num_processes,
         "engine": engine,
         "num_parameters": sum(parameter.numel() for parameter in unet.parameters()),
-        "base_model": _name_or_id(config.model.from_pretrained) if config.model.from_pretrained else None,
+        "base_model": name_or_id(config.model.from_pretrained) if config.model.from_pretrained else None,
         "data": {
-            "source": _name_or_id(config.data.source),
+            "source": name_or_id(config.data.source),
             "num_images": len(images) if isinstance(images, Sized) else None,
             "num_classes": unet.config.num_class_embeds and unet.config.num_class_embeds - has_null_label,
         },
@@ -248,11 +308,6 @@ def summarize(
         "score": {name: value for name, value in scored.items() if name.startswith("score")} or None,
         "versions": {"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }
-
-
-def _name_or_id(source: str) -> str:
-    """Return only the name of a local path, since readers of a model card need not know where it is; else a Hub id."""
-    return Path(source).name if Path(source).expanduser().exists() else source
 
 
 def device_name(device: torch.device) -> str:

@@ -125,7 +125,9 @@ def test_a_run_does_not_touch_its_folder_after_another_run_took_it_over(
     at_step(3, take_its_place, monkeypatch)
     assert train(run_arguments(run, training__log_every_steps=100)) == 2
     expected = (
-        "another process is training in" if is_running else "now holds something else (theirs), which is left untouched"
+        "another Trainer of this process holds"
+        if is_running
+        else "now holds something else (theirs), which is left untouched"
     )
     assert expected in capsys.readouterr().err
     assert {path.name for path in run.iterdir()} == ({".lock"} if is_running else {"theirs"})

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from ddpm_hf.cli.common import Terminated, temporary_folder
+from ddpm_hf.cli.common import temporary_folder
+from ddpm_hf.signals import Terminated
 
 ENDING = {signal.SIGTERM: Terminated, signal.SIGUSR1: Terminated, signal.SIGINT: KeyboardInterrupt}
 PARTS = ("created", "used", "removed", "removed after a second signal")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from diffusers import DDPMPipeline
 
 from tests import version_0_1
 from tests.load_and_sample import Outcome, Task, carry_out, carry_out_elsewhere, draws_in_float32, sample
@@ -64,6 +65,8 @@ def save_folders(folder: Path) -> dict[str, torch.Tensor]:
     save_folder_of_a_later_version(folder / "plain", folder / "later")
     shutil.copytree(version_0_1.SAVED, folder / "0.1")
     make_pipeline("plain").to(torch.float16).save_pretrained(folder / "half", variant="fp16")
+    plain = make_pipeline("plain")
+    DDPMPipeline(plain.unet, plain.scheduler).save_pretrained(folder / "stock")
     save_early_folder(folder / "early")
     save_early_folder(folder / "pickled", pickled=True)
     return expected
@@ -96,6 +99,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
         *tasks_of(1),
         Task("1 early", 1, "early"),
         Task("1 0.1", 1, "0.1"),
+        Task("1 stock", 1, "stock"),
         Task("3 without ddpm_hf", 3, "plain"),
     ]
     with_ddpm_hf = [
@@ -104,6 +108,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
         Task("2 0.1 beside ddpm_hf", 2, "0.1", call=labels),
         Task("2 plain beside ddpm_hf", 2, "plain"),
         Task("3 early", 3, "early"),
+        Task("3 stock", 3, "stock"),
         Task("3 later", 3, "later"),
         Task("3 half", 3, "half"),
         Task("3 pickled", 3, "pickled"),
@@ -242,6 +247,14 @@ def test_a_folder_of_the_stock_pipeline_samples_the_same_as_stock(loaded: Loaded
     """Like google/ddpm-cifar10-32, with fewer options than diffusers has today. 1e-3: float32 tables of stock."""
     assert loaded.outcomes["3 early"].scheduler_class.endswith("GaussianDiffusionScheduler")
     torch.testing.assert_close(loaded.images(3, "early"), loaded.images(1, "early"), rtol=0, atol=1e-3)
+
+
+def test_a_folder_that_the_stock_pipeline_saved_with_our_scheduler_needs_no_ddpm_hf(loaded: Loaded) -> None:
+    """As train_unconditional.py saves it. The second moments are there for ddpm_hf. 1e-3: float32 tables of stock."""
+    assert loaded.outcomes["1 stock"].scheduler_class.startswith("diffusers.")
+    torch.testing.assert_close(loaded.images(1, "stock"), loaded.expected["plain"], rtol=0, atol=1e-3)
+    assert torch.equal(loaded.images(3, "stock"), loaded.expected["plain"])
+    assert loaded.outcomes["3 stock"].second_moments == loaded.outcomes["3 plain"].second_moments is not None
 
 
 def test_a_folder_with_half_precision_only_asks_for_its_variant(loaded: Loaded) -> None:

@@ -261,7 +261,7 @@ def test_a_pipeline_that_is_not_what_was_saved_is_not_published(
     ("damage", "sentence"),
     [
         (lambda run: shutil.rmtree(run / "pipeline"), "holds no pipeline"),
-        (lambda run: (run / "pipeline").rename(run / "checkpoints"), "unfinished run"),
+        (lambda run: (run / "pipeline").rename(run / "models"), "holds 1 pipeline, "),
         (lambda run: shutil.rmtree(run), ""),
         (lambda run: (run / "pipeline" / "evaluation.json").write_text("{"), "evaluation.json is not valid JSON"),
         (lambda run: (run / "pipeline" / "evaluation.json").write_text("[]"), "evaluation.json must contain"),

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from ddpm_hf.cli.main import train
-from ddpm_hf.config import HubConfig
+from ddpm_hf.config import HubConfig, parse_command_line
 from ddpm_hf.hub.background import BackgroundPush
+from ddpm_hf.training.trainer import Trainer
 from tests.conftest import FINISHED_RUN, run_arguments
 from tests.integration.conftest import SECRET
 from tests.loopback_hub import LoopbackHub, files_of
@@ -44,6 +45,15 @@ def test_a_refused_push_is_reported_and_the_last_one_publishes_the_finished_mode
     assert published[WEIGHTS] == (tmp_path / "run" / "pipeline" / WEIGHTS).read_bytes() == alone
     assert SECRET not in printed.out + printed.err + caplog.text
     assert SECRET.encode() not in hub.seen + b"".join(files_of(tmp_path).values())
+
+
+def test_a_trainer_in_python_pushes_the_finished_run(hub: LoopbackHub, tmp_path: Path) -> None:
+    trainer = Trainer(parse_command_line(run_arguments(tmp_path / "run", **PUSHING))[0])
+    trainer.fit()
+    trainer.folder.release()
+    published = hub.repositories["user/birds"].files()
+    assert hub.uploaded[-1].message == "Push the finished run"
+    assert published[WEIGHTS] == (tmp_path / "run" / "pipeline" / WEIGHTS).read_bytes()
 
 
 def test_a_push_that_is_not_possible_is_reported_before_the_first_step(

@@ -183,7 +183,7 @@ def test_a_command_that_contradicts_the_run_is_refused_and_changes_nothing(
             assert [message for message in messages if message not in error] == []
     lock = RunLock(run)
     assert train(run_arguments(run, **EVERYTHING_RANDOM)) == 2
-    assert "another process is training" in capsys.readouterr().err
+    assert "another Trainer of this process holds" in capsys.readouterr().err
     lock.release()
     assert train([*run_arguments(run, **EVERYTHING_RANDOM), "--dry_run"]) == 0
     assert (run / "config.yaml").read_text() == before

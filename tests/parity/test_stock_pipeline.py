@@ -1,10 +1,19 @@
 """The pipeline against the stock pipelines, on the same weights and seed."""
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    LDMSuperResolutionPipeline,
+    UNet2DModel,
+    VQModel,
+)
 
-from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 
 
 def unet(sample_size: int | tuple[int, int] = 8, channels: int = 3, out_channels: int = 3) -> UNet2DModel:
@@ -50,6 +59,20 @@ def test_deterministic_images_are_those_of_the_stock_ddim_pipeline() -> None:
     expected = stock(2, generator, 0.0, 20, use_clipped_model_output=True, output_type="np").images
     native = images(GaussianDiffusionPipeline(network, DDPMScheduler()), eta=0.0)
     torch.testing.assert_close(native.permute(0, 2, 3, 1), torch.from_numpy(expected), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_pipelines_that_look_for_eta_sample_as_with_ddpm_scheduler(eta: float) -> None:
+    """They pass their eta, 0 by default, to a scheduler whose step names it. As above, 1e-3 of the range."""
+    decoder = VQModel(block_out_channels=(4,), latent_channels=3, num_vq_embeddings=4, norm_num_groups=2).eval()
+    results = []
+    for scheduler in (DDPMScheduler(), GaussianDiffusionScheduler()):
+        pipe = LDMSuperResolutionPipeline(decoder, unet(channels=6), scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        low = torch.zeros(1, 3, 8, 8)
+        results.append(pipe(low, num_inference_steps=10, eta=eta, generator=generator, output_type="np").images)
+    np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-3)
 
 
 def test_oblong_grayscale_images_are_those_of_the_stock_pipeline() -> None:

@@ -35,9 +35,7 @@ def largest_difference(native: Any, stock: Any, dtype: torch.dtype, channels: in
         sample = torch.randn(1, 2, 4, 4, dtype=dtype, generator=generator)
         output = torch.randn(1, channels, 4, 4, dtype=dtype, generator=generator)
         output[:, 2:].clamp_(-1, 1)
-        ours = native.step(
-            output, t, sample, torch.Generator().manual_seed(t), eta=stock_arguments.get("eta", 1.0)
-        ).prev_sample
+        ours = native.step(output, t, sample, torch.Generator().manual_seed(t), **stock_arguments).prev_sample
         theirs = stock.step(
             output, t, sample, generator=torch.Generator().manual_seed(t), **stock_arguments
         ).prev_sample
@@ -77,15 +75,17 @@ def test_every_step_of_the_full_chain_is_that_of_stock_in_float64(prediction_typ
 
 @pytest.mark.parametrize(("prediction_type", "eta"), [("epsilon", 0.0), ("sample", 0.5), ("v_prediction", 1.0)])
 def test_ddim_steps_are_those_of_stock_in_float64(prediction_type: str, eta: float) -> None:
-    """With stock's use_clipped_model_output, and for counts that divide T: elsewhere its previous timestep is wrong."""
-    for spacing, beta_schedule in itertools.product(("leading", "trailing"), BETA_SCHEDULES[:3]):
+    """For counts that divide T: elsewhere stock's previous timestep is wrong."""
+    for spacing, beta_schedule, use_clipped in itertools.product(
+        ("leading", "trailing"), BETA_SCHEDULES[:3], (True, False)
+    ):
         config = {"prediction_type": prediction_type, "timestep_spacing": spacing, "beta_schedule": beta_schedule}
         native = GaussianDiffusionScheduler(**config)
         stock = in_float64(DDIMScheduler(**config), native)
         for scheduler in (native, stock):
             scheduler.set_timesteps(20)
-        difference = largest_difference(native, stock, torch.float64, eta=eta, use_clipped_model_output=True)
-        assert difference < 1e-10, (spacing, beta_schedule)
+        difference = largest_difference(native, stock, torch.float64, eta=eta, use_clipped_model_output=use_clipped)
+        assert difference < 1e-10, (spacing, beta_schedule, use_clipped)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

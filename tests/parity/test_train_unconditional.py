@@ -95,10 +95,15 @@ def test_the_training_script_of_diffusers_runs_with_our_scheduler(
     saved = json.loads((output / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     options = {"num_train_timesteps": 20, "beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction_type}
     stock = json.loads(DDPMScheduler(**options).to_json_string())
-    assert saved == stock | {"_class_name": "GaussianDiffusionScheduler"}
-    for pipeline_class in (GaussianDiffusionPipeline, DDPMPipeline):
+    assert saved == stock
+    index = json.loads((output / "model_index.json").read_text(encoding="utf-8"))
+    assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    for pipeline_class, scheduler_class in (
+        (GaussianDiffusionPipeline, GaussianDiffusionScheduler),
+        (DDPMPipeline, DDPMScheduler),
+    ):
         pipe = pipeline_class.from_pretrained(output)
-        assert type(pipe.scheduler) is GaussianDiffusionScheduler
+        assert type(pipe.scheduler) is scheduler_class
         pipe.set_progress_bar_config(disable=True)
         result = pipe(2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
         assert result.shape == (2, 8, 8, 3)

@@ -17,7 +17,8 @@ import torch
 
 from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError
-from ddpm_hf.distributed import STOP_SIGNALS, StopWatcher
+from ddpm_hf.distributed import StopWatcher
+from ddpm_hf.signals import STOP_SIGNALS
 from tests import forked
 from tests.runs import exit_code_of_child
 
@@ -230,9 +231,12 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_launcher")
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+@pytest.mark.parametrize(
+    ("number", "exit_code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGHUP, 129)],
+)
 def test_a_signal_is_remembered_and_the_step_continues(number: signal.Signals, exit_code: int) -> None:
-    with StopWatcher() as watcher:
+    with StopWatcher(os.getppid()) as watcher:
         assert watcher.exit_code_if_stopped() == 0
         os.kill(os.getpid(), number)
         assert watcher.exit_code_if_stopped() == exit_code
@@ -241,7 +245,7 @@ def test_a_signal_is_remembered_and_the_step_continues(number: signal.Signals, e
 
 @pytest.mark.usefixtures("no_launcher")
 def test_the_first_signal_decides_the_exit_code() -> None:
-    with StopWatcher() as watcher:
+    with StopWatcher(os.getppid()) as watcher:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         assert watcher.exit_code_if_stopped() == 130
@@ -250,7 +254,7 @@ def test_the_first_signal_decides_the_exit_code() -> None:
 @pytest.mark.usefixtures("no_launcher")
 def test_the_previous_handlers_are_restored_even_after_an_error() -> None:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    with pytest.raises(RuntimeError, match="in a step"), StopWatcher():
+    with pytest.raises(RuntimeError, match="in a step"), StopWatcher(os.getppid()):
         assert all(signal.getsignal(number) != before[number] for number in before)
         raise RuntimeError("in a step")
     assert {number: signal.getsignal(number) for number in before} == before
@@ -262,7 +266,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatc
 
     def send_two(pause: float) -> None:
         monkeypatch.setattr(distributed, "_SAME_REQUEST_SECONDS", pause)
-        with StopWatcher() as watcher:
+        with StopWatcher(os.getppid()) as watcher:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
             os._exit(watcher.exit_code_if_stopped())
@@ -276,7 +280,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatc
 def test_a_launcher_that_went_away_stops_the_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """`accelerate launch` does not pass SIGTERM on; the worker is left without its parent."""
     monkeypatch.setenv(name, "0")
-    with StopWatcher() as watcher:
+    with StopWatcher(os.getppid()) as watcher:
         assert watcher.exit_code_if_stopped() == 0
         monkeypatch.setattr(os, "getppid", lambda: 1)
         assert watcher.exit_code_if_stopped() == 143
@@ -285,14 +289,15 @@ def test_a_launcher_that_went_away_stops_the_run(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("no_launcher")
 def test_a_launcher_that_went_away_while_the_data_were_decoded_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
+    parent = os.getppid()
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    with StopWatcher() as watcher:
+    with StopWatcher(parent) as watcher:
         assert watcher.exit_code_if_stopped() == 143
 
 
 @pytest.mark.usefixtures("no_launcher")
 def test_without_a_launcher_a_parent_that_went_away_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with nohup or a closed terminal."""
-    with StopWatcher() as watcher:
+    with StopWatcher(os.getppid()) as watcher:
         monkeypatch.setattr(os, "getppid", lambda: 1)
         assert watcher.exit_code_if_stopped() == 0

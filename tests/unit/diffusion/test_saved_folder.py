@@ -1,8 +1,10 @@
 """The saved folder: its index, its code, and what it must not contain."""
 
 import ast
+import copy
 import inspect
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -147,12 +149,59 @@ def test_another_scheduler_is_saved_as_itself(tmp_path: Path) -> None:
     assert type(GaussianDiffusionPipeline.from_pretrained(tmp_path).scheduler) is DDIMScheduler
 
 
-def test_a_folder_that_the_stock_pipeline_saved_with_our_scheduler_loads(tmp_path: Path) -> None:
-    """As train_unconditional.py with our scheduler does; the index then names our module."""
-    DDPMPipeline(tiny_unet(), GaussianDiffusionScheduler()).save_pretrained(tmp_path)
-    assert "ddpm_hf" in (tmp_path / "model_index.json").read_text()
-    for kind in (GaussianDiffusionPipeline, DDPMPipeline):
-        assert type(kind.from_pretrained(tmp_path).scheduler) is GaussianDiffusionScheduler
+class CommunityPipeline(DiffusionPipeline):
+    """A pipeline of pipelines, such as those of Kandinsky and Stable Cascade."""
+
+    def __init__(self, unet: UNet2DModel, scheduler: Any, prior: DDPMPipeline) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, prior=prior)
+
+
+def pipeline_with(scheduler: Any, way: str) -> DiffusionPipeline:
+    """A stock or community pipeline that holds a scheduler."""
+    if way == "assigned":
+        pipe = DDPMPipeline(tiny_unet(), DDIMScheduler())
+        pipe.scheduler = scheduler
+        return pipe
+    if way == "from_pipe":
+        return DDPMPipeline.from_pipe(GaussianDiffusionPipeline(tiny_unet(), scheduler))
+    pipe = DDPMPipeline(tiny_unet(), scheduler)
+    return CommunityPipeline(tiny_unet(), scheduler, pipe) if way == "nested" else pipe
+
+
+@pytest.mark.parametrize("way", ["passed", "assigned", "from_pipe", "nested"])
+def test_pipelines_of_diffusers_save_our_scheduler_as_the_stock_one(tmp_path: Path, way: str) -> None:
+    """Byte for byte the folder that the stock scheduler gives; also after a copy and a pickle."""
+    config = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "variance_type": "learned_range"}
+    pipeline_with(DDPMScheduler(**config), way).save_pretrained(tmp_path / "stock")
+    ours = GaussianDiffusionScheduler(**config)
+    for i, scheduler in enumerate((ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)))):  # noqa: S301
+        pipeline_with(scheduler, way).save_pretrained(tmp_path / str(i))
+        assert contents(tmp_path / str(i)) == contents(tmp_path / "stock")
+    if way != "nested":
+        loaded = GaussianDiffusionPipeline.from_pretrained(tmp_path / "0")
+        assert type(loaded.scheduler) is GaussianDiffusionScheduler
+
+
+def test_a_scheduler_that_stock_cannot_sample_with_is_saved_under_its_own_name(tmp_path: Path) -> None:
+    """The stock scheduler takes the log-variance of `learned` for a variance. A subclass may do anything."""
+
+    class Derived(GaussianDiffusionScheduler):
+        pass
+
+    for scheduler in (GaussianDiffusionScheduler(variance_type="learned"), Derived()):
+        DDPMPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        assert index["scheduler"] == [type(scheduler).__module__, type(scheduler).__name__]
+
+
+def test_the_class_that_diffusers_sees_creates_our_scheduler() -> None:
+    """Code writes `scheduler.__class__.from_config(scheduler.config)`."""
+    scheduler = GaussianDiffusionScheduler()
+    again = scheduler.__class__.from_config(scheduler.config, timestep_spacing="trailing")
+    assert type(again) is type(scheduler) is GaussianDiffusionScheduler
+    assert again.config.timestep_spacing == "trailing"
+    assert isinstance(again, scheduler.__class__)
 
 
 def test_half_precision_weights_can_be_saved_beside_the_others(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils import BaseOutput
 from hypothesis import HealthCheck, example, given, settings
@@ -28,7 +29,7 @@ from hypothesis import strategies as st
 from oracles import GaussianData, OperationCounter, seeded
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ddpm_hf.diffusion import GaussianDiffusionScheduler
+from ddpm_hf.diffusion import GaussianDiffusionScheduler, gaussian
 from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCE_TYPES
 from ddpm_hf.diffusion.schedule import (
     BETA_RANGES,
@@ -83,11 +84,10 @@ def test_attributes_that_other_code_reads_are_those_of_ddpm_scheduler() -> None:
     ],
 )
 def test_stock_configuration_survives_a_round_trip_byte_for_byte(tmp_path: Path, changes: dict) -> None:
-    """But for the class name, which the pipeline's folder puts back."""
     DDPMScheduler(**changes).save_pretrained(tmp_path / "stock")
     GaussianDiffusionScheduler.from_pretrained(tmp_path / "stock").save_pretrained(tmp_path / "ours")
     stock, ours = ((tmp_path / name / "scheduler_config.json").read_text() for name in ("stock", "ours"))
-    assert ours.replace("GaussianDiffusionScheduler", "DDPMScheduler") == stock
+    assert ours == stock
     again = GaussianDiffusionScheduler.from_pretrained(tmp_path / "ours")
     again.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "scheduler_config.json").read_text() == ours
@@ -220,7 +220,8 @@ def test_scheduler_survives_copy_and_pickle() -> None:
     scheduler = started()
     output, sample = tensors(1, 1, 2, 2)
     expected = scheduler.step(output, scheduler.timesteps[3], sample, generator=seeded()).prev_sample
-    for twin in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):  # noqa: S301
+    for twin in (copy.copy(scheduler), copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):  # noqa: S301
+        assert type(twin) is GaussianDiffusionScheduler
         for t in (scheduler.timesteps[3], twin.timesteps[3], 600):
             assert torch.equal(twin.step(output, t, sample, generator=seeded()).prev_sample, expected)
 
@@ -531,6 +532,7 @@ def test_every_way_to_name_a_timestep_is_the_same_step() -> None:
             "low word of the same storage": run.view(torch.int32)[2 * row],
             "float": run[row].float(),
             "numpy": np.int64(t),
+            "numpy array": np.array(t),
         }
         for way, timestep in ways.items():
             result = scheduler.step(output, timestep, sample, generator=seeded()).prev_sample
@@ -743,6 +745,58 @@ def test_an_eta_may_be_a_number_of_any_type() -> None:
     expected = started().step(output, 500, sample, seeded(), eta=0.5).prev_sample
     for eta in (np.float64(0.5), np.float32(0.5)):
         assert torch.equal(started().step(output, 500, sample, seeded(), eta=eta).prev_sample, expected)
+
+
+def test_eta_and_convention_of_a_run_are_those_of_each_step() -> None:
+    """A step may override them; the next run begins with the defaults, those of DDPMScheduler."""
+    output, sample = tensors(2, 1, 3, 3)
+    plain, run = started(), GaussianDiffusionScheduler()
+    results = []
+    for options in ({}, {"eta": 0.0}, {"eta": 0.5}, {"eta": 0.5, "use_clipped_model_output": False}):
+        run.set_timesteps(10, **options)
+        for t in (900, 500, 0):
+            expected = plain.step(output, t, sample, seeded(), **options).prev_sample
+            assert torch.equal(run.step(output, t, sample, seeded()).prev_sample, expected)
+            back = run.step(output, t, sample, seeded(), eta=1.0, use_clipped_model_output=True).prev_sample
+            assert torch.equal(back, plain.step(output, t, sample, seeded()).prev_sample)
+        results.append(run.step(output, 500, sample, seeded()).prev_sample)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(results, 2))
+    run.timesteps = run.timesteps[5:]
+    assert torch.equal(
+        run.step(output, 400, sample, seeded()).prev_sample,
+        plain.step(output, 400, sample, seeded(), **options).prev_sample,
+    )
+    with pytest.raises(ValueError, match="eta is 2"):
+        run.set_timesteps(5, eta=2)
+    assert len(run.timesteps) == 5
+    run.set_timesteps(10)
+    assert torch.equal(run.step(output, 500, sample, seeded()).prev_sample, results[0])
+
+
+def test_a_step_computes_no_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are rows of the run, computed once; again after a change of the configuration, as SD pipelines make one."""
+    calls = []
+    for name in ("reverse_mean_coefficients", "noise_direction"):
+        function = getattr(gaussian, name)
+        monkeypatch.setattr(gaussian, name, lambda *a, f=function: calls.append(a) or f(*a))
+    scheduler = started()
+    output, sample = tensors(1, 1, 2, 2)
+    calls.clear()
+    for t in (900, 500, 500):
+        scheduler.step(output, t, sample)
+    assert not calls
+    for t in (900, 500, 500):
+        scheduler.step(output, t, sample, eta=0.0)
+    assert len(calls) == 2
+    scheduler._internal_dict = FrozenDict({**scheduler.config, "variance_type": "fixed_large"})
+    large = scheduler.step(output, 500, sample, seeded()).prev_sample
+    assert torch.equal(large, started(variance_type="fixed_large").step(output, 500, sample, seeded()).prev_sample)
+
+
+def test_options_of_a_step_that_do_not_exist_are_rejected() -> None:
+    output, sample = tensors(1, 1, 2, 2)
+    with pytest.raises(TypeError, match="unexpected keyword arguments: variance_noise"):
+        started().step(output, 500, sample, eta=0.0, variance_noise=sample)
 
 
 def test_outputs_that_do_not_fit_are_rejected() -> None:

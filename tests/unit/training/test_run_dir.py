@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,36 @@ def test_a_folder_that_holds_something_else_is_refused_and_untouched(tmp_path: P
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, data)]
 
 
+LEFT_BY_OTHERS = (
+    ".DS_Store", "._train.log", ".gitkeep", ".gitignore", ".ipynb_checkpoints/run-checkpoint.ipynb", "Thumbs.db",
+    "desktop.ini", ".nfs00000001", "lost+found/x", "train.log", "train.err", "nohup.out", "slurm-12345.out",
+    "train.sh.o12345", "train.sh.e12345", "log.txt", "logs/0.out", "logs/.gitkeep",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_BY_OTHERS)
+def test_a_folder_that_holds_only_redirected_output_or_litter_is_new(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    folder = RunFolder(tmp_path)
+    folder.acquire("none")
+    folder.release()
+    assert (tmp_path / name).read_text() == "mine"
+    begin(tmp_path).release()
+    assert "holds a run; set training.resume" in refusal(tmp_path, resume="none")
+
+
+@pytest.mark.parametrize("name", ["logs/notes.md", "logs/old/a.log", "train.log/part", "weights.pt", "out"])
+def test_other_files_among_redirected_output_are_something_else(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    (tmp_path / "nohup.out").touch()
+    assert f"holds something else ({Path(name).parts[0]}); choose an empty or a new folder" in refusal(tmp_path)
+
+
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     folder = begin(tmp_path)
-    assert "another process is training in" in refusal(tmp_path)
+    assert "another Trainer of this process holds" in refusal(tmp_path)
     folder.release()
     begin(tmp_path).release()
 
@@ -132,7 +160,7 @@ def test_a_folder_that_was_removed_during_training_is_created_and_locked_again(
     shutil.rmtree(tmp_path / "run")
     folder.ensure_held()
     assert f"training.output_dir {tmp_path / 'run'} was removed during training; it is created again." in caplog.text
-    assert "another process is training in" in refusal(tmp_path / "run")
+    assert "another Trainer of this process holds" in refusal(tmp_path / "run")
     folder.release()
     begin(tmp_path / "run").release()
 
@@ -142,7 +170,7 @@ def test_a_removed_lock_file_is_locked_again(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / ".lock").unlink()
     folder.ensure_held()
-    assert "another process is training in" in refusal(tmp_path)
+    assert "another Trainer of this process holds" in refusal(tmp_path)
     folder.release()
 
 
@@ -163,7 +191,7 @@ def test_a_folder_replaced_by_another_run_is_not_touched(tmp_path: Path) -> None
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").mkdir()
     lock = RunLock(tmp_path / "run")
-    with pytest.raises(ConfigError, match="and now another process is training in"):
+    with pytest.raises(ConfigError, match="and now another Trainer of this process holds"):
         folder.ensure_held()
     folder.release()
     assert lock.is_held()
@@ -189,13 +217,24 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- lock
 
 
-def test_a_run_folder_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
-    lock = RunLock(tmp_path)
-    with pytest.raises(ValueError, match=r"another process is training in .*; wait for it, stop it, or choose another"):
+def test_a_run_folder_belongs_to_one_trainer_at_a_time(tmp_path: Path) -> None:
+    """Another one of the same process is told which one to close."""
+    lock = RunLock(tmp_path, "`trainer = Trainer(config)`")
+    with pytest.raises(
+        ValueError, match=r"another Trainer of this process holds .* \(`trainer = Trainer\(config\)`\); call its close"
+    ):
         RunLock(tmp_path)
     lock.release()
-    again = RunLock(tmp_path)
-    again.release()
+    lock.release()
+    RunLock(tmp_path).release()
+
+
+def test_a_lock_that_nothing_refers_to_is_released(tmp_path: Path) -> None:
+    """Also one in a cycle of references, as of a Trainer."""
+    lock = RunLock(tmp_path)
+    lock.cycle = [lock]  # type: ignore[attr-defined]
+    del lock
+    RunLock(tmp_path).release()
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
@@ -208,17 +247,45 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     RunLock(tmp_path).release()
 
 
-def test_another_process_is_refused(tmp_path: Path) -> None:
+def test_another_process_is_refused_and_told_who_holds_the_lock(tmp_path: Path) -> None:
+    holder = f"another process (pid {os.getpid()} on {socket.gethostname()}) is training in {tmp_path}; wait for it"
     lock = RunLock(tmp_path)
 
     def enter() -> None:
         try:
             RunLock(tmp_path)
-        except ValueError:
-            os._exit(0)
+        except ValueError as error:
+            os._exit(0 if holder in str(error) else 1)
 
     assert exit_code_of_child(enter) == 0
     lock.release()
+
+
+def test_a_forked_process_neither_keeps_nor_releases_the_lock_of_its_parent(tmp_path: Path) -> None:
+    lock, folder = RunLock(tmp_path), begin(tmp_path / "run")
+    (started, start), (ended, end) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        lock.release()
+        folder.release()
+        os.write(start, b"1")
+        os.read(ended, 1)
+        os._exit(0)
+    try:
+        os.read(started, 1)
+        assert lock.is_held()
+        for path in (tmp_path, tmp_path / "run"):
+            with pytest.raises(ValueError, match="another Trainer of this process holds"):
+                RunLock(path)
+        assert lock._release.detach() is not None
+        os.close(lock._descriptor)  # as the end of this process would
+        RunLock(tmp_path).release()
+    finally:
+        os.write(end, b"1")
+        os.waitpid(child, 0)
+        for descriptor in (started, start, ended, end):
+            os.close(descriptor)
+    folder.release()
 
 
 def test_a_lock_is_taken_on_the_file_that_others_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +301,7 @@ def test_a_lock_is_taken_on_the_file_that_others_see(tmp_path: Path, monkeypatch
     monkeypatch.setattr(fcntl, "flock", leave_then_lock)
     lock = RunLock(tmp_path)
     assert lock.is_held()
-    with pytest.raises(ValueError, match="another process is training in"):
+    with pytest.raises(ValueError, match="another Trainer of this process holds"):
         RunLock(tmp_path)
     lock.release()
 
