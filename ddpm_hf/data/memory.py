@@ -6,13 +6,12 @@ those of files are, or an `ImageSet` of an array that needs no preprocessing, wh
 
 import hashlib
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,16 +33,14 @@ from ddpm_hf.data.decode import (
     warn_of_low_contrast,
 )
 from ddpm_hf.data.image_set import ImageSet
+from ddpm_hf.data.labels import Labels, encode_labels
 from ddpm_hf.data.sources import (
-    NO_LABEL,
     Source,
     crop_size_of,
     digest_of_array,
     find_columns,
     image_set_of_array,
-    labels_and_classes,
     needs_preprocessing,
-    sort_classes,
     source_of_table,
 )
 
@@ -59,8 +56,6 @@ _KINDS = (
 _LEVEL_TOLERANCE = 0.02
 # The largest minimum of images in [-1, 1]. Images in [0, 1] may be slightly negative after resizing.
 _HIGHEST_MINIMUM = -0.5
-
-Label: TypeAlias = int | str | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,9 @@ class _Samples:
     class_names: tuple[str, ...] | None = None
 
 
-def find_in_memory(data: Any, name: str, config: DataConfig, *, with_labels: bool) -> Source | ImageSet:
+def find_in_memory(
+    data: Any, name: str, config: DataConfig, *, with_labels: bool, known: tuple[str, ...] | None = None
+) -> Source | ImageSet:
     """Find the images and labels of a data set in memory.
 
     Args:
@@ -86,6 +83,7 @@ def find_in_memory(data: Any, name: str, config: DataConfig, *, with_labels: boo
         name: How messages refer to it.
         config: The preprocessing, and the names of columns.
         with_labels: Whether labels are needed; if not, labels of unknown types are ignored.
+        known: Names of the classes in another part of the data.
 
     Raises:
         DataError: The type is not supported, there are no images, or a sample cannot be used.
@@ -95,7 +93,7 @@ def find_in_memory(data: Any, name: str, config: DataConfig, *, with_labels: boo
     if library and isinstance(data, library.Dataset) and data.format["type"] != "custom":
         data = data.with_format(None)
         if len(data) and _has_image_files(data, config):
-            return source_of_table(data, replace(config, source=name), is_trusted=True)
+            return source_of_table(data, replace(config, source=name), known=known, is_trusted=True)
     arrays = _arrays_of(data, name, config)
     samples = _samples_of(data, name, config) if arrays is None else arrays.samples()
     if not samples.number:
@@ -103,8 +101,8 @@ def find_in_memory(data: Any, name: str, config: DataConfig, *, with_labels: boo
     if arrays is not None and arrays.are_integers:
         pixels = _channels_last(arrays.images, name, config, is_batch=True)
         if not needs_preprocessing(pixels, config):
-            return _image_set(pixels, arrays.labels, name, config, with_labels=with_labels)
-    return _scan(samples, name, config, with_labels=with_labels)
+            return _image_set(pixels, arrays.labels, name, config, known, with_labels=with_labels)
+    return _scan(samples, name, config, known, with_labels=with_labels)
 
 
 def _datasets() -> ModuleType | None:
@@ -415,10 +413,16 @@ class _Levels:
 
 
 def _image_set(
-    pixels: Pixels, labels: NDArray[Any] | None, name: str, config: DataConfig, *, with_labels: bool
+    pixels: Pixels,
+    labels: NDArray[Any] | None,
+    name: str,
+    config: DataConfig,
+    known: tuple[str, ...] | None,
+    *,
+    with_labels: bool,
 ) -> ImageSet:
     """Return the images of an array (number, height, width, channels) without a copy."""
-    values, class_names = _labels_of([] if labels is None else labels.tolist(), name, None, with_labels=with_labels)
+    values, class_names = _labels_of([] if labels is None else labels, name, None, known, with_labels=with_labels)
     digest = digest_of_array(pixels, name)
     if values is not None:
         digest = hashlib.sha256(digest.encode() + values.tobytes()).hexdigest()[:32]
@@ -434,7 +438,9 @@ def _image_set(
 # --------------------------------------------------------------------------------------------------------------- scan
 
 
-def _scan(samples: _Samples, name: str, config: DataConfig, *, with_labels: bool) -> Source:
+def _scan(
+    samples: _Samples, name: str, config: DataConfig, known: tuple[str, ...] | None, *, with_labels: bool
+) -> Source:
     """Read all samples once, for their labels, the headers of their images and a digest of their content.
 
     The images are read again when they are decoded, unless the cache has them, so that they are never all in memory.
@@ -443,7 +449,7 @@ def _scan(samples: _Samples, name: str, config: DataConfig, *, with_labels: bool
     labels: list[Any] = []
     headers: list[Header | BadImage] = []
     digests: list[bytes] = []
-    known: dict[Header, Header] = {}  # so that equal headers are one object
+    distinct: dict[Header, Header] = {}  # so that equal headers are one object
     with tqdm(total=samples.number, desc=f"Reading {name}", unit="img", delay=1.0, disable=None, leave=False) as bar:
         for row, (value, label) in enumerate(samples.read(range(samples.number))):
             labels.append(label)
@@ -452,7 +458,7 @@ def _scan(samples: _Samples, name: str, config: DataConfig, *, with_labels: bool
                 image = _encoded(value, f"image {row} of {name}", config)
                 header = read_header(image)
                 digest = _digest(image)
-                headers.append(known.setdefault(header, header))
+                headers.append(distinct.setdefault(header, header))
                 if (pixels := _float_pixels(image)) is not None:
                     levels.add(pixels, image.name)
             except BadImage as error:
@@ -461,8 +467,10 @@ def _scan(samples: _Samples, name: str, config: DataConfig, *, with_labels: bool
             bar.update()
     levels.check()
     has_16_bits = levels.dtype == np.uint16
-    final = {header: replace(header, is_16_bit=has_16_bits) for header in known if header.stored_mode.startswith("f")}
-    values, class_names = _labels_of(labels, name, samples.class_names, with_labels=with_labels)
+    final = {
+        header: replace(header, is_16_bit=has_16_bits) for header in distinct if header.stored_mode.startswith("f")
+    }
+    values, class_names = _labels_of(labels, name, samples.class_names, known, with_labels=with_labels)
 
     def read(rows: Sequence[int]) -> Iterator[EncodedImage]:
         for row, (value, _) in zip(rows, samples.read(rows), strict=True):
@@ -505,40 +513,17 @@ def _digest(image: EncodedImage) -> bytes:
 
 
 def _labels_of(
-    labels: Sequence[Any], name: str, class_names: tuple[str, ...] | None, *, with_labels: bool
-) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Return labels as int64 and the names of their classes; None twice if there are none.
-
-    Labels of unknown types are an error only if they are needed.
-    """
+    labels: Sequence[Any] | NDArray[Any],
+    name: str,
+    class_names: tuple[str, ...] | None,
+    known: tuple[str, ...] | None,
+    *,
+    with_labels: bool,
+) -> Labels:
+    """Number the classes of labels, which may be of other types if they are not needed."""
     try:
-        values = [_label_of(label, f"image {row} of {name}") for row, label in enumerate(labels)]
-        texts = {value for value in values if isinstance(value, str)}
-        if texts and any(isinstance(value, int) for value in values):
-            raise DataError(f"{name} has labels that are text, such as {min(texts)!r}, and others that are numbers.")
+        return encode_labels(labels, f"the labels of {name}", class_names=class_names, known=known)
     except DataError:
         if with_labels:
             raise
         return None, None
-    if not texts:
-        numbers = [NO_LABEL if value is None else int(value) for value in values]
-        return labels_and_classes(numbers, name, class_names) if numbers else (None, None)
-    names = class_names if class_names and texts <= set(class_names) else tuple(sort_classes(texts))
-    number_of = {name: number for number, name in enumerate(names)}
-    return np.asarray([NO_LABEL if value is None else number_of[str(value)] for value in values], np.int64), names
-
-
-def _label_of(label: Any, image: str) -> Label:
-    """Return a label as a number or text, None if there is none; raise a DataError for anything else."""
-    value = label.numpy(force=True) if isinstance(label, torch.Tensor) else label
-    if isinstance(value, np.ndarray | np.generic) and value.size == 1:
-        value = value.item()
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    shown = str(value.tolist() if isinstance(value, np.ndarray) else value)
-    raise DataError(
-        f"{image} has the label {textwrap.shorten(shown, 60)}, but a label is a whole number or the name of a class; "
-        "convert the labels, for example one-hot vectors with argmax."
-    )

@@ -12,8 +12,9 @@ from ddpm_hf.config import EVAL_DATASET, TRAIN_DATASET, DataConfig
 from ddpm_hf.data.cache import map_cache, open_cache
 from ddpm_hf.data.decode import DataError
 from ddpm_hf.data.image_set import ImageSet
+from ddpm_hf.data.labels import MAX_CLASSES, ClassOrder, label_error
 from ddpm_hf.data.memory import find_in_memory
-from ddpm_hf.data.sources import MAX_CLASSES, ClassOrder, Source, find_source, label_error, map_array
+from ddpm_hf.data.sources import Source, find_source, map_array
 from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.files import format_count
 
@@ -30,6 +31,7 @@ def open_images(
     split: str | None = None,
     location: Location | None = None,
     class_order: ClassOrder = "numbers",
+    known: tuple[str, ...] | None = None,
     dataset: Any = None,
 ) -> ImageSet:
     """Open one split of a dataset; decode it first if necessary.
@@ -41,6 +43,7 @@ def open_images(
         location: Where another process has already opened the same split. The dataset is then not searched again,
             unless this machine cannot read the arrays.
         class_order: As in `find_source`.
+        known: As in `find_source`.
         dataset: The images of the split, if they are in memory.
 
     Returns:
@@ -59,9 +62,9 @@ def open_images(
         return found
     name = config.source if dataset is None else in_words(split or config.source)
     if dataset is not None:
-        source = find_in_memory(dataset, name, config, with_labels=with_labels)
+        source = find_in_memory(dataset, name, config, with_labels=with_labels, known=known)
     else:
-        source = find_source(config, split or config.split, class_order)
+        source = find_source(config, split or config.split, class_order, known)
     if isinstance(source, Source) and split not in (None, config.split):
         source = replace(source, ignored_files=())  # logged for the training split only
     if with_labels:
@@ -134,6 +137,7 @@ def open_sets(
             split=config.validation_split,
             location=locations[1],
             class_order=class_order,
+            known=training.class_names if with_labels else None,
             dataset=eval_dataset,
         )
         _check_same_kind(training, validation, config, with_labels=with_labels)
@@ -161,9 +165,11 @@ def _check_labels(source: Source | ImageSet, name: str) -> None:
     """Raise a DataError if a class-conditional network cannot be trained with the labels."""
     if source.labels is not None and source.class_names is None:
         raise DataError(
-            f"{name} has label {source.labels.max()}, but classes are numbered from 0 and there are at most "
-            f"{MAX_CLASSES:,}; set data.label_column to the column of the classes."
+            f"{name} has more than {MAX_CLASSES:,} different labels, such as {source.labels.max()}, which cannot be "
+            "classes; set data.label_column to the column of the classes."
         )
+    if isinstance(source, Source) and source.labels_problem is not None:
+        raise DataError(f"{source.labels_problem[:-1]}; convert them, or set data.label_column to another column.")
     if source.labels is None or source.class_names is None:
         is_in_memory = name in map(in_words, (TRAIN_DATASET, EVAL_DATASET))
         raise DataError(

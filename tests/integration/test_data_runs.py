@@ -259,9 +259,9 @@ def bad_input(tmp_path: Path, kind: str) -> tuple[Path, dict[str, object], str]:
             return table, {}, f"image 1 of {table} has no label; every image needs one from 0 to 1."
         case "no labels":
             return write_files(folder, {"a.png": image, "b.png": image}), {}, f"{folder} has no labels, but the network"
-        case "labels that are not integers":
-            write_parquet(table, [image] * 2, ["cat", "dog"], datasets.Value("string"))
-            return table, {"data__label_column": "label"}, f"column 'label' of {table} contains Value('string')"
+        case "labels that are no classes":
+            write_parquet(table, [image] * 2, [0.5, 1.0], datasets.Value("float64"))
+            return table, {}, f"the labels in column 'label' of {table} contain 0.5 (row 0); a label is a whole number,"
         case "sizes that cannot be batched":
             wide = encode(np.zeros((8, 9), np.uint8))
             folder = write_files(folder, {"cat/a.png": image, "dog/b.png": wide})
@@ -283,7 +283,7 @@ def bad_input(tmp_path: Path, kind: str) -> tuple[Path, dict[str, object], str]:
     "kind",
     [
         "no images", "one image", "a column that is not images", "a column of other bytes", "labels missing",
-        "no labels", "labels that are not integers", "sizes that cannot be batched", "more channels than asked",
+        "no labels", "labels that are no classes", "sizes that cannot be batched", "more channels than asked",
         "no space",
     ],
 )  # fmt: skip

@@ -253,7 +253,7 @@ def test_labels_matter_only_to_a_class_conditional_network(tmp_path: Path, with_
     """Targets of other tasks, as boxes or masks, are no classes."""
     data = Photos(lambda row: (PICTURES[row], {"boxes": [1, 2]}))
     if with_labels:
-        assert "image 0 of train_dataset has the label {'boxes'" in refusal(data, tmp_path, with_labels=True)
+        assert "the labels of train_dataset contain {'boxes'" in refusal(data, tmp_path, with_labels=True)
         assert (
             "train_dataset has no labels, but the network is class-conditional; pass pairs (image, label)"
             in refusal(PIXELS, tmp_path, with_labels=True)
@@ -357,9 +357,9 @@ def test_other_data_are_refused_in_one_sentence(tmp_path: Path, kind: str) -> No
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
-        (np.eye(NUMBER), "has the label [1.0, 0.0"),
-        ([0.5] * NUMBER, "has the label 0.5, but a label is a whole number or the name of a class"),
-        (["a"] + [1] * (NUMBER - 1), "has labels that are text, such as 'a', and others that are numbers"),
+        (np.ones((NUMBER, 3)), "the labels of train_dataset contain [1.0, 1.0, 1.0] (row 0); a label is"),
+        ([0.5] * NUMBER, "the labels of train_dataset contain 0.5 (row 0); a label is a whole number, text, a boolean"),
+        (["a"] + [1] * (NUMBER - 1), "the labels of train_dataset are numbers and text, such as 'a'; use one of them"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(tmp_path: Path, labels: Any, sentence: str) -> None:
