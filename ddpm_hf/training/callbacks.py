@@ -192,7 +192,6 @@ class Callbacks:
         args: The settings; set by the trainer.
         state: Where the run is.
         control: What the callbacks of this rank ask for.
-        requested: What to do after this step, the same on all ranks.
         context: Further keyword arguments of each event.
         is_used: Whether any rank has callbacks; known after `start`.
         must_wait_for_saves: Whether any rank has a callback that follows checkpoints.
@@ -202,11 +201,12 @@ class Callbacks:
         self._callbacks: list[Callback] = []
         self.args: TrainerArguments
         self.state = TrainerState()
-        self.control = self.requested = TrainerControl()
+        self.control = TrainerControl()
         self.context: dict[str, Any] = {}
         self.is_used = self.must_wait_for_saves = False
         self._due: dict[str, bool] = {}
         self._agreement: distributed.Agreement | None = None
+        self._agreed = TrainerControl()
         if isinstance(callbacks, str | Mapping) or not isinstance(callbacks, Iterable | None):
             raise ConfigError(f"callbacks is a {type(callbacks).__name__}; give a list of callbacks.")
         for callback in callbacks or ():
@@ -227,7 +227,13 @@ class Callbacks:
                 f"callbacks holds a {type(created).__name__}, but must hold callbacks; derive it from "
                 "ddpm_hf.TrainerCallback, and override on_step_end, for example."
             )
-        is_of_transformers = type(created).__module__.startswith("transformers.")
+        module = type(created).__module__
+        if module.startswith("transformers.integrations."):
+            raise ConfigError(
+                f"callbacks holds {type(created).__name__}, which reports runs of transformers only; set "
+                "tracking.trackers, or log in on_log of a callback of your own."
+            )
+        is_of_transformers = module.startswith("transformers.")
         for name, instead in _NEVER_CALLED.items():
             if _overrides(created, name) and not is_of_transformers:
                 logger.warning(
@@ -253,38 +259,44 @@ class Callbacks:
 
     def start(self) -> None:
         """Collective: forget the requests of an earlier training, and learn whether a rank has callbacks."""
-        self.control = self.requested = TrainerControl()
+        self.control, self._agreed, self._due = TrainerControl(), TrainerControl(), {}
         self.state.log_history = []
         needs = [bool(self), any(_overrides(callback, "on_save") for callback in self._callbacks)]
         self.is_used, self.must_wait_for_saves = (distributed.reduce(float(need), "sum") > 0 for need in needs)
         self._agreement = None
         if self.is_used and distributed.world_size() > 1:
-            self._agreement, self.requested = distributed.Agreement(len(_REQUESTS)), TrainerControl()
+            self._agreement = distributed.Agreement(len(_REQUESTS))
+
+    @property
+    def requested(self) -> TrainerControl:
+        """What to do after this step beyond what is due, the same on all ranks.
+
+        With several ranks, what any of them asked for in the step before.
+        """
+        return self._of_this_rank() if self._agreement is None else self._agreed
+
+    def _of_this_rank(self) -> TrainerControl:
+        requests = {name: getattr(self.control, name) and not self._due.get(name, False) for name in _REQUESTS}
+        return TrainerControl(**requests)
 
     def call(self, event: str, **values: Any) -> None:
         """Call a method of each callback; what it raises propagates."""
-        is_own = self.requested is self.control
         for callback in self._callbacks:
             if (method := getattr(callback, event, None)) is not None:
                 control = method(self.args, self.state, self.control, **self.context, **values)
                 if control is not None and control is not self.control:  # transformers has a class of its own
                     self.control = TrainerControl(**{name: bool(getattr(control, name, False)) for name in _REQUESTS})
-        if is_own:
-            self.requested = self.control
 
     def begin_step(self) -> None:
-        """Reset the requests for one step."""
+        """Reset the requests, except that to stop, and call `on_step_begin`."""
         self.control.should_save = self.control.should_evaluate = self.control.should_log = False
         self.call("on_step_begin")
 
     def end_step(self, **due: bool) -> None:
-        """Collective: call `on_step_end`, showing what is due after this step.
-
-        With several ranks, `requested` becomes what any of them asked for in the step before.
-        """
+        """Collective: learn what was asked for in the step before; call `on_step_end`, showing what is due."""
         if self._agreement is not None:
             agreed = map(bool, self._agreement.receive())
-            self.requested = TrainerControl(**dict(zip(_REQUESTS, agreed, strict=True)))
+            self._agreed = TrainerControl(**dict(zip(_REQUESTS, agreed, strict=True)))
         self._due = due
         for name, is_due in due.items():
             if is_due:
@@ -297,7 +309,8 @@ class Callbacks:
         With several ranks, tell the others what this one asks for. The host does not wait.
         """
         if self._agreement is not None:
-            self._agreement.send([int(getattr(self.control, name) and not self._due.get(name)) for name in _REQUESTS])
+            mine = self._of_this_rank()
+            self._agreement.send([int(getattr(mine, name)) for name in _REQUESTS])
         return self.requested.should_training_stop
 
     def finish(self) -> None:

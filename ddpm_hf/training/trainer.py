@@ -619,19 +619,18 @@ class Trainer:
             )
         requested = self.callbacks.requested
         must_log |= requested.should_log
-        must_validate |= requested.should_evaluate and len(self.validation_images) > 0
-        must_score |= requested.should_evaluate and self._scorer is not None
-        if (
-            not any(
-                (must_read, must_log, must_validate, must_score, must_preview, must_store_ema, must_save, must_publish)
-            )
-            and not requested.should_save
+        is_asked = requested.should_evaluate or requested.should_save
+        if not is_asked and not any(
+            (must_read, must_log, must_validate, must_score, must_preview, must_store_ema, must_save, must_publish)
         ):
             return
 
         self._read_guard()
         if must_log:
             self._log()
+        must_evaluate = self.callbacks.requested.should_evaluate  # a callback may ask for it after the log line
+        must_validate |= must_evaluate and len(self.validation_images) > 0
+        must_score |= must_evaluate and self._scorer is not None
         with self.meter.paused():
             measured: dict[str, Any] = {}
             if must_validate:
@@ -754,7 +753,7 @@ class Trainer:
 
     def _begin_step(self) -> None:
         """Call the callbacks before a step, and restore the mode of the network, which any of them may have changed."""
-        if self.callbacks:
+        if self.callbacks.is_used:
             self._update_state()
             self.callbacks.begin_step()
             self.unet.train()

@@ -248,6 +248,7 @@ def test_ranks_agree_on_what_the_callbacks_of_one_ask_for(folder: Path) -> None:
     assert first["image"] == second["image"]
     run = folder / "callbacks"
     assert [row["step"] for row in metrics_of(run) if "validation_loss" in row] == [3]
+    assert [row["step"] for row in metrics_of(run) if "loss" in row] == [2, 4]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000005"]
 
 

@@ -406,7 +406,7 @@ class Requests(TrainerCallback):
 def callbacks(folder: Path) -> Report:
     """Requests of one rank, which the other one has no callback for."""
     changes: dict[str, object] = {
-        "training__num_steps": 9, "training__checkpoint_every_steps": 9, "training__log_every_steps": 9,
+        "training__num_steps": 9, "training__checkpoint_every_steps": 9, "training__log_every_steps": 2,
         "training__validate_every_steps": 9, "data__validation_fraction": 0.1,
     }  # fmt: skip
     config, _ = parse_command_line(run_arguments(folder, **changes), "test")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback
 from transformers import TrainerCallback as CallbackOfTransformers
+from transformers.integrations import TensorBoardCallback
 
 from ddpm_hf.config import ConfigError, parse_command_line
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
@@ -121,6 +122,23 @@ def test_a_callback_asks_for_more_lines(tmp_path: Path, request_: str, column: s
     assert [row["step"] for row in metrics_of(tmp_path / "run") if column in row] == steps
 
 
+def test_a_callback_asks_while_it_follows_a_line_of_metrics(tmp_path: Path) -> None:
+    class Asking(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_evaluate = state.global_step == 4
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_save = control.should_training_stop = True
+
+    changes = {
+        "training__checkpoint_every_steps": 100,
+        "training__log_every_steps": 2,
+        "data__validation_fraction": 0.1,
+    }
+    assert fit(tmp_path / "run", Asking, **changes).metrics.keys() == {"loss", "validation_loss"}
+    assert steps_of(tmp_path / "run") == ["step_00000004"]
+
+
 def test_a_callback_asks_for_a_checkpoint(tmp_path: Path) -> None:
     fit(tmp_path / "run", At(3, "should_save"), training__checkpoint_every_steps=100)
     assert steps_of(tmp_path / "run") == ["step_00000003", "step_00000006"]
@@ -144,9 +162,14 @@ class Vandal(TrainerCallback):
 
 
 def test_a_callback_does_not_change_the_losses(tmp_path: Path) -> None:
-    """With dropout, and everything else that is random."""
-    fit(tmp_path / "alone", **EVERYTHING_RANDOM)
-    fit(tmp_path / "observed", Vandal, **EVERYTHING_RANDOM)
+    """With dropout, and everything else that is random. Score, validation and log lines are due at different steps."""
+    changes: dict[str, Any] = EVERYTHING_RANDOM | {
+        "data__validation_fraction": 0.1, "training__validate_every_steps": 3, "evaluation__score_every_steps": 2,
+        "evaluation__score_metric": "bits_per_dim", "evaluation__score_num_terms": 2,
+        "evaluation__score_num_samples": 4,
+    }  # fmt: skip
+    fit(tmp_path / "alone", **changes)
+    fit(tmp_path / "observed", Vandal, **changes)
     assert metrics_of(tmp_path / "observed") == metrics_of(tmp_path / "alone")
     assert steps_of(tmp_path / "observed") == steps_of(tmp_path / "alone")
 
@@ -191,6 +214,7 @@ def test_early_stopping_of_transformers_stops_when_the_loss_no_longer_improves(t
     [
         ([print], "callbacks holds a builtin_function_or_method, but must hold callbacks; derive it from"),
         ([None], "callbacks holds a NoneType"),
+        ([TensorBoardCallback], "callbacks holds TensorBoardCallback, which reports runs of transformers only; set "),
         (TrainerCallback(), "callbacks is a TrainerCallback; give a list of callbacks."),
     ],
 )
