@@ -538,6 +538,13 @@ def test_files_of_webdataset_are_read_with_their_labels(tmp_path: Path, names: l
         assert "has no split 'val'; its shards are those of " in refusal(folder, tmp_path / "cache", split="val")
 
 
+def test_class_folders_whose_names_are_not_utf_8(tmp_path: Path) -> None:
+    """The names go into files in UTF-8."""
+    folder = write_files(tmp_path / "x", {"caf\udce9/1.png": FILES["cat/1.png"], "été/2.png": FILES["dog/1.png"]})
+    images = open_source(folder, tmp_path / "cache", with_labels=True)
+    assert [images.class_names, images.labels.tolist()] == [("café", "été"), [0, 1]]
+
+
 @pytest.mark.parametrize("name", KINDS[:3])
 def test_images_in_no_split_are_named(tmp_path: Path, name: str) -> None:
     files = {"train/1.png": b"1", "test/1.png": b"2", "unlabeled/1.png": b"3"}
