@@ -272,6 +272,14 @@ def test_a_missing_label_and_one_that_is_no_class_are_refused_if_needed(tmp_path
     )
 
 
+def test_a_mode_that_datasets_converts_to_is_kept(tmp_path: Path) -> None:
+    gray = hub_dataset().cast_column("image", datasets.Image(mode="L"))
+    expected = np.stack([np.asarray(picture.convert("L")) for picture in PICTURES])
+    assert np.array_equal(pixels_of(open_memory(gray, tmp_path, with_labels=True))[..., 0], expected)
+    chosen = hub_dataset().shuffle(seed=0).select(range(5))
+    assert np.array_equal(pixels_of(open_memory(chosen, tmp_path)), np.stack([np.asarray(x) for x in chosen["image"]]))
+
+
 def test_columns_are_chosen_by_the_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"a": PICTURES[row], "b": PICTURES[0], "kind": LABELS[row]} for row in range(NUMBER)]
     images = open_memory(rows, tmp_path, with_labels=True, image_column="a", label_column="kind")
@@ -384,6 +392,10 @@ def test_the_validation_set_may_be_in_memory_too(tmp_path: Path) -> None:
     options: dict[str, Any] = {"with_labels": True, "seed": 0, "device": torch.device("cpu")}
     sets = open_sets(config, train_dataset=training, eval_dataset=validation, **options)
     assert [len(images) for images in sets if isinstance(images, ImageSet)] == [8, 4]
+    without_dog = [(PICTURES[2], "owl"), (PICTURES[0], "cat")]
+    _, images = open_sets(config, train_dataset=training, eval_dataset=without_dog, **options)
+    assert images.labels is not None
+    assert images.labels.tolist() == [2, 0]
     for other, sentence in (
         (Photos(lambda row: (UNIT[row, :, :4], 0)), "eval_dataset has images of 3x4x6, but train_dataset has 3x8x6"),
         ([(PICTURES[0], "ant")] * 2, "eval_dataset has the classes ant, but train_dataset has cat, dog, owl"),
