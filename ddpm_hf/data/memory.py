@@ -456,7 +456,7 @@ def _scan(
     with tqdm(total=samples.number, desc=f"Reading {name}", unit="img", delay=1.0, disable=None, leave=False) as bar:
         for row, (value, label) in enumerate(samples.read(range(samples.number))):
             labels.append(label)
-            digest = b""
+            digest = _NO_DIGEST
             try:
                 image = _encoded(value, f"image {row} of {name}", config)
                 header = read_header(image)
@@ -480,7 +480,7 @@ def _scan(
             image = EncodedImage(f"image {row} of {name}", None)
             with suppress(BadImage):
                 image = _encoded(value, image.name, config)
-                if digests[row] and _digest(image) != digests[row]:
+                if _digest(image) != digests[row] != _NO_DIGEST:
                     raise DataError(
                         f"{image.name} is another one when it is read again, as with a random transform; remove random "
                         "transforms, and set data.random_flip, or data.crop to random."
@@ -499,6 +499,10 @@ def _scan(
         class_names=class_names,
         headers=[header if isinstance(header, BadImage) else final.get(header, header) for header in headers],
     )
+
+
+_NO_DIGEST = bytes(16)
+"""Of an image that cannot be read."""
 
 
 def _float_pixels(image: EncodedImage) -> NDArray[Any] | None:

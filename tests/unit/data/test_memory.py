@@ -248,6 +248,14 @@ def test_unreadable_images_are_skipped_like_those_of_files(tmp_path: Path) -> No
     )
 
 
+def test_a_missing_image_at_another_place_is_another_data_set(tmp_path: Path) -> None:
+    skip = {"on_bad_image": "skip", "max_bad_fraction": 0.5}
+    for row in (0, 2, 1):
+        data: list[Any] = [PICTURES[0], PICTURES[1]]
+        data.insert(row, None)
+        assert open_memory(data, tmp_path, **skip).bad_rows.tolist() == [row]
+
+
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_labels_matter_only_to_a_class_conditional_network(tmp_path: Path, with_labels: bool) -> None:
     """Targets of other tasks, as boxes or masks, are no classes."""
