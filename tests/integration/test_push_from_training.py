@@ -59,13 +59,17 @@ def test_a_refused_push_is_reported_and_the_last_one_publishes_the_finished_mode
     assert SECRET.encode() not in hub.seen + b"".join(files_of(tmp_path).values())
 
 
-def test_a_trainer_in_python_pushes_the_finished_run(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_a_trainer_in_python_pushes_the_finished_run(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the command of the test above, which is printed here instead."""
+    monkeypatch.setattr(background, "_CHILD", "import sys; print(*sys.argv[1:])")
     trainer = Trainer(parse_command_line(run_arguments(tmp_path / "run", **PUSHING))[0])
+    assert hub.requests, "the Hub is asked before training"
     trainer.fit()
     trainer.folder.release()
-    published = hub.repositories["user/birds"].files()
-    assert hub.uploaded[-1].message == "Push the finished run"
-    assert published[WEIGHTS] == (tmp_path / "run" / "pipeline" / WEIGHTS).read_bytes()
+    command = f"push {tmp_path / 'run'} birds --license mit --message Push the finished run"
+    assert f"Pushed the finished run: {command}" in capfd.readouterr().out
 
 
 def test_a_push_that_is_not_possible_is_reported_before_the_first_step(
