@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ddpm_hf.cli.common import find_folder, load_pipeline, out_of_memory_advice
 from ddpm_hf.cli.flags import CALL_FLAGS, CompilationFlags, ModelFlags, Parser, SamplingFlags, flag, read_flags
 from ddpm_hf.config import (
+    EVAL_DATASET,
     ConfigError,
     DataConfig,
     ModelConfig,
@@ -241,6 +242,8 @@ def _read_data_settings(path: Path) -> tuple[dict[str, Any], int]:
     content = read_config_dict(path)
     data: dict[str, Any] = {name: getattr(_DATA, name) for name in (*_WHICH_DATA, *_VALIDATION)}
     data |= {name: value for name, value in content.get("data", {}).items() if name in data}
+    if data["validation_split"] == EVAL_DATASET:  # no files of this name exist
+        data["validation_split"] = None
     fraction, seed = data["validation_fraction"], content.get("training", {}).get("seed", 0)
     names_are_text = all(isinstance(data[name], str | None) for name in (*_WHICH_DATA, "validation_split"))
     is_valid = names_are_text and isinstance(data["source"], str) and isinstance(fraction, int | float)

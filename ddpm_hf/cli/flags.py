@@ -35,6 +35,10 @@ class Parser(ArgumentParser):
         options = {"allow_abbrev": False, "formatter_class": RawDescriptionHelpFormatter, **options}
         super().__init__(**options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse words, which may be numbers and paths if they are not from a shell."""
+        return super().parse_known_args(None if args is None else [str(word) for word in args], namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print usage and error, and exit with 2."""
         super().error(redact(message))

@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from ddpm_hf.config import TRAIN_DATASET
 from ddpm_hf.evaluation.metrics import BITS_PER_DIM, SCHEMA_VERSION, TITLES
 from ddpm_hf.files import (
     EVALUATION,
@@ -221,7 +222,8 @@ class Facts:
         names = self.index.get("class_names")
         self.class_names = [str(names[key]) for key in sorted(names, key=int)] if isinstance(names, dict) else []
         records = (self.summary, self.evaluation, self.config)
-        self.data_source = _public_name(next(filter(None, (_entry(record, "data.source") for record in records)), None))
+        source = next(filter(None, (_entry(record, "data.source") for record in records)), None)
+        self.data_source = None if source == TRAIN_DATASET else _public_name(source)
         self.base_model = _public_name(self.summary.get("base_model") or _entry(self.config, "model.from_pretrained"))
 
 

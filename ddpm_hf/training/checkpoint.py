@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ddpm_hf import distributed
-from ddpm_hf.config import ConfigError, RunConfig, changed_settings, changed_too_late, read_config_dict
+from ddpm_hf.config import TRAIN_DATASET, ConfigError, RunConfig, changed_settings, changed_too_late, read_config_dict
 from ddpm_hf.config.launcher import PRECISIONS, Precision
 from ddpm_hf.data import ClassOrder, ImageSet, ImageStream
 from ddpm_hf.files import (
@@ -325,9 +325,12 @@ class DataState:
         has_other_number = state["num_images"] != num_images
         now = f"{num_images} training images" if has_other_number else "different images or labels"
         before = f"{state['num_images']}" if has_other_number else "others"
+        is_in_memory = self._source == TRAIN_DATASET
+        name = "train_dataset" if is_in_memory else f"data.source {self._source}"
+        fix = "pass the same images in the same order" if is_in_memory else "restore the data"
         raise ConfigError(
-            f"data.source {self._source} has {now}, but the run in {self._output_dir} started with {before}; restore "
-            "the data, or choose another training.output_dir."
+            f"{name} has {now}, but the run in {self._output_dir} started with {before}; {fix}, or choose another "
+            "training.output_dir."
         )
 
 

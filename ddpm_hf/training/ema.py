@@ -146,11 +146,13 @@ class EMA:
     host can save the cost of the updates between.
 
     Args:
-        model: The model to follow; each EMA starts at its weights.
-        schedules: Name -> decay schedule; see `decay_schedules`.
+        model: The model to follow, without a wrapper such as DDP; each EMA starts at its weights.
+        decay: The decay of one EMA, with the warmup of training.ema_warmup "ramp"; or name -> decay schedule of several
+            EMAs, as `decay_schedules` returns them.
     """
 
-    def __init__(self, model: nn.Module, schedules: Mapping[str, DecaySchedule]) -> None:
+    def __init__(self, model: nn.Module, decay: float | Mapping[str, DecaySchedule] = 0.9999) -> None:
+        schedules = decay if isinstance(decay, Mapping) else decay_schedules(TrainingConfig(ema_decay=decay))
         self._schedules = dict(schedules)
         self._parameters: list[torch.Tensor] = list(model.parameters())
         self._averages = {

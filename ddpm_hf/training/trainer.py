@@ -33,7 +33,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ddpm_hf import distributed
-from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, load_config, take_launcher, validate
+from ddpm_hf.config import (
+    ConfigError,
+    DiffusionConfig,
+    PreviewConfig,
+    RunConfig,
+    load_config,
+    take_launcher,
+    use_datasets,
+    validate,
+)
 from ddpm_hf.config.launcher import DEFAULT, LAUNCHER
 from ddpm_hf.data import (
     ClassOrder,
@@ -152,6 +161,8 @@ class Trainer:
     Args:
         config: The configuration, or what `load_config` makes one of. It is checked and copied: later changes of its
             lists and dictionaries have no effect.
+        train_dataset: Training images in memory, which replace data.source; see docs/data.md for the types.
+        eval_dataset: Validation images in memory, which replace data.validation_split and data.validation_fraction.
         callbacks: Callbacks, derived from `TrainerCallback` or that of transformers, or their classes.
         scorer: Measures the score of evaluation.score_every_steps instead of evaluation.score_metric.
         publisher: Publishes the EMA weights every hub.push_every_steps. None pushes them, and at the end of `fit` the
@@ -171,12 +182,15 @@ class Trainer:
         self,
         config: RunConfig | str | PathLike[str] | Mapping[str, Any],
         *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         callbacks: Iterable[Callback] | None = None,
         scorer: Scorer | None = None,
         publisher: Publisher | None = None,
     ) -> None:
-        config = load_config(config)
-        validate(config)
+        in_memory = {"has_train_dataset": train_dataset is not None, "has_eval_dataset": eval_dataset is not None}
+        config = use_datasets(load_config(config), **in_memory)
+        validate(config, **in_memory)
         self.callbacks = Callbacks(callbacks)
         self._scorer, self._publisher = scorer, publisher
         self._push: BackgroundPush | None = None  # of this trainer, which then also pushes the finished run
@@ -188,9 +202,9 @@ class Trainer:
         self._training_thread = threading.get_ident()
         self._has_ended = threading.Event()
         with self.process_settings:
-            self._start(config)
+            self._start(config, train_dataset, eval_dataset)
 
-    def _start(self, config: RunConfig) -> None:
+    def _start(self, config: RunConfig, train_dataset: Any, eval_dataset: Any) -> None:
         """Collective: join the other processes, lock the run folder and build."""
         diffusers_logging.disable_progress_bar()  # diffusers shows one for each part of a pipeline
         self.config, self.origins = resolve(config, self.folder)
@@ -208,14 +222,14 @@ class Trainer:
         self.micro_batch_size = largest_micro_batch_size(training, self.accelerator.num_processes)
         distributed.on_rank_0(lambda: self.folder.acquire(training.resume))
         try:
-            self._build()
+            self._build(train_dataset, eval_dataset)
             self._start_callbacks()
             self.callbacks.call("on_init_end")
         except BaseException:
             self.folder.release()
             raise
 
-    def _build(self) -> None:
+    def _build(self, train_dataset: Any, eval_dataset: Any) -> None:
         """Collective: build everything that the loop needs."""
         config, training = self.config, self.config.training
         self.scheduler = build_scheduler(config.diffusion)  # before the data, which may take hours to decode
@@ -224,7 +238,9 @@ class Trainer:
 
         found = distributed.on_rank_0(lambda: stored_class_order(self.folder.checkpoints))
         class_order: ClassOrder = distributed.broadcast_json(found)
-        self.images, self.validation_images = open_splits(config, self.accelerator, class_order)
+        self.images, self.validation_images = open_splits(
+            config, self.accelerator, class_order, train_dataset=train_dataset, eval_dataset=eval_dataset
+        )
         self.loader = build_loader(config, self.images, self.device)
         self.class_names = class_names_of(self.images, config)
         has_null_label = config.objective.class_dropout > 0
@@ -884,7 +900,7 @@ def resolve(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[str, 
 
 
 def open_splits(
-    config: RunConfig, accelerator: Accelerator, class_order: ClassOrder = "numbers"
+    config: RunConfig, accelerator: Accelerator, class_order: ClassOrder = "numbers", **datasets: Any
 ) -> tuple[ImageSet | ImageStream, ImageSet]:
     """Collective: open the data. Rank 0 searches and decodes them; the other ranks map what it found.
 
@@ -892,6 +908,7 @@ def open_splits(
         config: The data, and the seed that chooses the validation set.
         accelerator: The processes.
         class_order: How class folders named by numbers are sorted.
+        **datasets: `train_dataset` and `eval_dataset` of `open_sets`.
 
     Returns:
         The training set, or this process's stream of it, and the validation set.
@@ -910,6 +927,7 @@ def open_splits(
             device=accelerator.device,
             locations=locations,
             class_order=class_order,
+            **datasets,
         )
 
     opened = distributed.on_rank_0(open_both)

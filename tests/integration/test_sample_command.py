@@ -274,8 +274,12 @@ def test_images_of_any_channels_are_written(
 @pytest.mark.parametrize(
     ("model", "flags", "sentence"),
     [
-        ("animals", "--labels dgo", "--labels has 'dgo' (did you mean 'dog'?); a label is a number 0 to 2, 3 for no"),
-        ("animals", "--labels 4", "--labels has 4; a label is a number 0 to 2, 3 for no class"),
+        (
+            "animals",
+            "--labels dgo",
+            "--labels has 'dgo' (did you mean 'dog'?); a label is a whole number 0 to 2, 3 for no",
+        ),
+        ("animals", "--labels 4", "--labels has 4; a label is a whole number 0 to 2, 3 for no class"),
         ("animals", "--labels cat,,dog", "--labels is 'cat,,dog'; give names or numbers"),
         ("plain", "--labels 1", "--labels are given, but the model is unconditional; leave them out."),
         ("plain", "--guidance_scale 2", "no null label to guide against"),
