@@ -245,7 +245,6 @@ def test_the_card_of_a_run_that_is_not_finished_says_so(
     monkeypatch.setattr(card, "make_card", noted)
     pushed = push.push(path, push.Target(repo_id="user/digits"), dry_run=True)
     assert {"training_config.yaml", "training_summary.json", "samples/loss.png"} <= pushed.sizes.keys()
-    assert (
-        f"**This model is from a training run that is not finished**: it has the {weights} of step 3 of 6." in cards[0]
-    )
+    sentence = f"**The training run has not reached its last step**: these are the {weights} of step 3 of 6."
+    assert sentence in cards[0]
     assert "| Training steps | 3 of 6 |" in cards[0]
