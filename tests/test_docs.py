@@ -155,6 +155,8 @@ def run_command(line: str) -> None:
 def run_ddpm_hf(name: str, arguments: list[str]) -> None:
     assert name in cli.COMMANDS, name
     options = dict(itertools.pairwise(arguments))
+    if int(options.get("--num_inference_steps", 0)) > 10:
+        arguments = [*arguments, "--num_inference_steps", "10"]
     if name == "train":
         config, _ = parse_command_line(arguments)
         if not Path(config.data.source).exists():

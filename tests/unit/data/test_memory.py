@@ -248,6 +248,14 @@ def test_unreadable_images_are_skipped_like_those_of_files(tmp_path: Path) -> No
     )
 
 
+def test_a_missing_image_at_another_place_is_another_data_set(tmp_path: Path) -> None:
+    skip = {"on_bad_image": "skip", "max_bad_fraction": 0.5}
+    for row in (0, 2, 1):
+        data: list[Any] = [PICTURES[0], PICTURES[1]]
+        data.insert(row, None)
+        assert open_memory(data, tmp_path, **skip).bad_rows.tolist() == [row]
+
+
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_labels_matter_only_to_a_class_conditional_network(tmp_path: Path, with_labels: bool) -> None:
     """Targets of other tasks, as boxes or masks, are no classes."""
@@ -270,6 +278,14 @@ def test_a_missing_label_and_one_that_is_no_class_are_refused_if_needed(tmp_path
     assert "image 3 of train_dataset has label 3; every image needs one from 0 to 2" in refusal(
         data, tmp_path, with_labels=True
     )
+
+
+def test_a_mode_that_datasets_converts_to_is_kept(tmp_path: Path) -> None:
+    gray = hub_dataset().cast_column("image", datasets.Image(mode="L"))
+    expected = np.stack([np.asarray(picture.convert("L")) for picture in PICTURES])
+    assert np.array_equal(pixels_of(open_memory(gray, tmp_path, with_labels=True))[..., 0], expected)
+    chosen = hub_dataset().shuffle(seed=0).select(range(5))
+    assert np.array_equal(pixels_of(open_memory(chosen, tmp_path)), np.stack([np.asarray(x) for x in chosen["image"]]))
 
 
 def test_columns_are_chosen_by_the_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -384,6 +400,10 @@ def test_the_validation_set_may_be_in_memory_too(tmp_path: Path) -> None:
     options: dict[str, Any] = {"with_labels": True, "seed": 0, "device": torch.device("cpu")}
     sets = open_sets(config, train_dataset=training, eval_dataset=validation, **options)
     assert [len(images) for images in sets if isinstance(images, ImageSet)] == [8, 4]
+    without_dog = [(PICTURES[2], "owl"), (PICTURES[0], "cat")]
+    _, images = open_sets(config, train_dataset=training, eval_dataset=without_dog, **options)
+    assert images.labels is not None
+    assert images.labels.tolist() == [2, 0]
     for other, sentence in (
         (Photos(lambda row: (UNIT[row, :, :4], 0)), "eval_dataset has images of 3x4x6, but train_dataset has 3x8x6"),
         ([(PICTURES[0], "ant")] * 2, "eval_dataset has the classes ant, but train_dataset has cat, dog, owl"),
