@@ -249,11 +249,11 @@ def test_code_beside_a_dataset_is_not_run(watch: Watch) -> None:
 
 
 @pytest.mark.parametrize("label", [2**40, 2**62])
-def test_large_labels_do_not_fill_the_memory(watch: Watch, capsys: pytest.CaptureFixture[str], label: int) -> None:
+def test_large_labels_do_not_fill_the_memory(watch: Watch, caplog: pytest.LogCaptureFixture, label: int) -> None:
     images = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.full((4, 8, 8, 3), 60, np.uint8)
     np.savez(watch.folder / "data.npz", images=images, labels=np.array([0, 1, 2, label]))
     exit_code, memory = show(watch.folder / "data.npz", watch.folder, is_measured=True)
     assert (exit_code, memory < MOST_MEMORY) == (0, True)
     run = ["--data.source", str(watch.folder / "data.npz"), "--training.output_dir", str(watch.folder / "run")]
     assert main.train([*run, "--model.class_conditional", "true", "--model.preset", "digits_8", "--dry_run"]) == 0
-    assert f"are 0, 1, 2, {label}: classes are numbered from 0 to 3" in capsys.readouterr().err
+    assert f"are 0, 1, 2, {label}: classes are numbered from 0 to 3" in caplog.text
