@@ -82,6 +82,8 @@ _OTHER_NAMES = {
     "latents": "sample",
     "noise": "sample",
     "num_images": "batch_size",
+    "num_images_per_prompt": "batch_size",
+    "num_steps": "num_inference_steps",
     "seed": "generator",
     "steps": "num_inference_steps",
 }
@@ -451,7 +453,13 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                 f"{type(scheduler).__name__} takes no {' and no '.join(sorted(unknown))}; leave it out, or use"
                 " GaussianDiffusionScheduler.from_config(pipe.scheduler.config)."
             )
-        scheduler.set_timesteps(device=device, **timesteps)
+        try:
+            scheduler.set_timesteps(device=device, **timesteps)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if type(scheduler).__name__ == NATIVE_SCHEDULER:
+                raise
+            given_as = ", ".join(f"{name} {value}" for name, value in timesteps.items())
+            raise ValueError(f"{type(scheduler).__name__} cannot run {given_as} ({error}); change it.") from error
         keeps_variance = splits_variance(scheduler)
         shows_x_0 = given.callback_on_step_end and "pred_original_sample" in given.callback_on_step_end_tensor_inputs
         num_outputs = self.num_channels * (2 if keeps_variance else 1)
@@ -723,7 +731,7 @@ def check_names(method: str, options: Iterable[str], names: Iterable[str], other
         if name in names:
             continue
         known = [*names, *others]
-        meant = _OTHER_NAMES.get(name) or min((one for one in known if name in one), key=len, default=None)
+        meant = _OTHER_NAMES.get(name) or min((one for one in known if name in one.split("_")), key=len, default=None)
         hint = f" (did you mean {meant!r}?)" if meant in known else did_you_mean(name, known)
         raise UnexpectedArgumentError(f"{method} has no argument {name!r}{'' if name in known else hint}.")
 

@@ -428,7 +428,7 @@ def test_positional_arguments_may_have_the_order_of_ddpm_pipeline() -> None:
 def test_unsupported_arguments_are_rejected_before_the_network_is_called() -> None:
     unconditional, unguided = pipeline(), pipeline(tiny_unet(num_class_embeds=3))
     no_size = pipeline(tiny_unet(sample_size=None))
-    ddim, euler = pipeline(), pipeline()
+    ddim, euler, pndm = pipeline(), pipeline(), pipeline(scheduler=diffusers.PNDMScheduler())
     ddim.scheduler = DDIMScheduler.from_config(ddim.scheduler.config)
     euler.scheduler = EulerDiscreteScheduler.from_config(euler.scheduler.config)
     rejected: list[tuple[GaussianDiffusionPipeline, dict[str, Any], str]] = [
@@ -437,6 +437,9 @@ def test_unsupported_arguments_are_rejected_before_the_network_is_called() -> No
         (unguided, {"class_labels": 0, "guidance_scale": 2.0}, "no null label to guide against"),
         (no_size, {}, "no sample_size; pass start noise as sample"),
         (euler, {"eta": 0.5}, "EulerDiscreteScheduler has no eta"),
+        (pndm, {"num_inference_steps": 3}, r"PNDMScheduler cannot run num_inference_steps 3 \(.*\); change it"),
+        (ddim, {"num_inference_steps": 0}, "num_inference_steps 0 is not between 1 and 1000"),
+        (ddim, {"eta": 2.0}, "eta is 2.0; it must be a number from 0 to 1"),
         (ddim, {"timesteps": [5, 2]}, "DDIMScheduler takes no timesteps"),
         (ddim, {"timestep_spacing": "quadratic"}, "DDIMScheduler takes no timestep_spacing"),
     ]
