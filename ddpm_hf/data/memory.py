@@ -232,7 +232,14 @@ def _samples_of(data: Any, name: str, config: DataConfig) -> _Samples:
     number = len(data)
     if not number:
         return _Samples(0, lambda rows: ())
-    first = data[0]
+
+    def get(row: int) -> Any:
+        try:
+            return data[row]
+        except OSError as error:  # a damaged file; errors of other types are mistakes in the data set
+            return BadImage(f"image {row} of {name} cannot be read ({error}).")
+
+    first = next((item for item in map(get, range(number)) if not isinstance(item, BadImage)), None)
     keys = _keys_of(first, name, config) if isinstance(first, Mapping) else None
     if keys is None:
         for setting in ("image_column", "label_column"):
@@ -250,10 +257,9 @@ def _samples_of(data: Any, name: str, config: DataConfig) -> _Samples:
             data = data.with_format("numpy", [keys[0]], output_all_columns=True, dtype=getattr(feature, "dtype", None))
 
     def sample(row: int) -> tuple[Any, Any]:
-        try:
-            item = data[row]
-        except OSError as error:  # a damaged file; errors of other types are mistakes in the data set
-            return BadImage(f"image {row} of {name} cannot be read ({error})."), None
+        item = get(row)
+        if isinstance(item, BadImage):
+            return item, None
         if keys is not None:
             if not isinstance(item, Mapping) or keys[0] not in item:
                 raise DataError(f"sample {row} of {name} lacks {keys[0]!r}, which others have; return the same keys.")

@@ -161,7 +161,7 @@ class Trainer:
     Args:
         config: The configuration, or what `load_config` makes one of. It is checked and copied: later changes of its
             lists and dictionaries have no effect.
-        train_dataset: Training images in memory, which replace data.source; see docs/data.md for the types.
+        train_dataset: Training images in memory, which replace data.source; see docs/python.md for the types.
         eval_dataset: Validation images in memory, which replace data.validation_split and data.validation_fraction.
         callbacks: Callbacks, derived from `TrainerCallback` or that of transformers, or their classes.
         scorer: Measures the score of evaluation.score_every_steps instead of evaluation.score_metric.

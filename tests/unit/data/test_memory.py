@@ -236,14 +236,14 @@ def test_pixels_that_are_no_8_bit_levels_keep_16_bits(tmp_path: Path) -> None:
 
 def test_unreadable_images_are_skipped_like_those_of_files(tmp_path: Path) -> None:
     def sample(row: int) -> Any:
-        if row == 3:
+        if row in (0, 4):
             raise OSError("truncated")
-        return [PICTURES[0], None, b"no image"][row % 3], 0
+        return {"image": [PICTURES[0], None, b"no image"][row % 3], "label": 0}
 
     skip = {"on_bad_image": "skip", "max_bad_fraction": 0.9}
     images = open_memory(Photos(sample), tmp_path, **skip)
-    assert images.bad_rows.tolist() == [1, 2, 3, 4, 5, 7, 8, 10, 11]
-    assert "image 1 of train_dataset cannot be read (it is missing); repair or remove it" in refusal(
+    assert images.bad_rows.tolist() == [0, 1, 2, 4, 5, 7, 8, 10, 11]
+    assert "image 0 of train_dataset cannot be read (truncated); repair or remove it" in refusal(
         Photos(sample), tmp_path
     )
 

@@ -476,8 +476,8 @@ def source_of(path: Path, split: str = "train") -> Source:
 
 @pytest.mark.parametrize("name", KINDS[:3])
 def test_other_files_are_ignored_files_and_named(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    path = store(tmp_path, name, FILES | {"cat/photo.heic": b"x", "README.md": b"x"})
-    assert set(source_of(path).ignored_files) == {"cat/photo.heic", "README.md"}
+    path = store(tmp_path, name, FILES | {"cat/photo.psd": b"x", "README.md": b"x"})
+    assert set(source_of(path).ignored_files) == {"cat/photo.psd", "README.md"}
     open_source(path, tmp_path / "cache")
     assert f"2 files ignored in {path} (not an image, hidden, a link, in no split or table)" in caplog.text
 
