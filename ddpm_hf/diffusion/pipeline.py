@@ -24,10 +24,12 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn import DataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 
 def _forget_loaded_code() -> None:
@@ -209,6 +211,9 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         self._was_interrupted = False
         if type(scheduler) is DDPMScheduler:
             scheduler = GaussianDiffusionScheduler.from_config(scheduler.config)
+        unet = bare_network(unet)
+        if not hasattr(unet, "config"):
+            raise ValueError(f"unet is a {type(unet).__name__}; it must be a UNet2DModel.")
         self.register_modules(unet=unet, scheduler=scheduler)
         extras = {"class_names": class_names, "has_null_label": has_null_label, "self_conditioned": self_conditioned}
         self.register_to_config(**{name: value for name, value in extras.items() if value})
@@ -219,7 +224,8 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         if config.out_channels not in (self.num_channels, 2 * self.num_channels):
             raise ValueError(
                 f"unet has {config.out_channels} out_channels for images of {self.num_channels} channels; it needs as"
-                " many, or twice as many with a learned variance."
+                " many, or twice as many with a learned variance. A network that takes its last prediction as input"
+                " needs self_conditioned=True."
             )
         if has_null_label and config.num_class_embeds is None:
             raise ValueError("has_null_label is true, but unet has no num_class_embeds.")
@@ -228,6 +234,10 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                 f"class_names must name each of the network's {self.num_classes} classes, by keys that are strings:"
                 ' {"0": ..., "1": ...}.'
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. A network in DataParallel or DistributedDataParallel is taken out of it."""
+        super().__setattr__(name, bare_network(value) if name == "unet" else value)
 
     @property
     def num_channels(self) -> int:
@@ -417,7 +427,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             if labels is None or not has_null_label:
                 raise ValueError(
                     f"guidance_scale is {given.guidance_scale}, but the model has no null label to guide against; use"
-                    " 1.0, or a model trained with label dropout."
+                    " 1.0, or a model trained with label dropout, whose pipeline has has_null_label=True."
                 )
             labels = labels + [self.num_classes] * batch_size
 
@@ -582,6 +592,17 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
 
     # Saving and loading
 
+    @functools.wraps(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the pipeline; see `DiffusionPipeline`, which leaves out a network that it does not know."""
+        network = getattr(self.unet, "_orig_mod", self.unet)
+        if not isinstance(network, ModelMixin):
+            raise ValueError(
+                f"unet is a {type(network).__name__}, which diffusers cannot save; assign the UNet2DModel inside it,"
+                " for a PeftModel pipe.unet = pipe.unet.merge_and_unload()."
+            )
+        super().save_pretrained(*args, **kwargs)
+
     def save_config(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write code and index. `save_pretrained` calls this after saving the components and before an upload."""
         write_code(Path(save_directory), self._portable_code)
@@ -665,6 +686,12 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         if kwargs.get("use_safetensors"):
             check_shards(Path(folder))
         return folder
+
+
+def bare_network(network: Any) -> Any:
+    """Return the network inside DataParallel or DistributedDataParallel; any other as it is."""
+    inside = getattr(network, "_orig_mod", network)  # torch.compile around them
+    return inside.module if isinstance(inside, DataParallel | DistributedDataParallel) else network
 
 
 def check_process(scheduler: Any) -> None:

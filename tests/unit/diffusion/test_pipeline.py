@@ -9,6 +9,7 @@ import threading
 import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -423,6 +424,27 @@ def test_positional_arguments_may_have_the_order_of_ddpm_pipeline() -> None:
         pipe(2, seeded(), 3, "pt", True, 0)
     with pytest.raises(TypeError, match="multiple values"):
         pipe(2, seeded(), 3, generator=seeded())
+
+
+@pytest.mark.parametrize("assigned", [False, True])
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda unet: torch.compile(torch.nn.DataParallel(unet))])
+def test_a_network_in_data_parallel_is_taken_out_of_it(
+    wrap: Callable[[UNet2DModel], Any], assigned: bool, tmp_path: Path
+) -> None:
+    """A pipeline has one device. DistributedDataParallel is the same case, in a process group."""
+    unet, scheduler = tiny_unet(), GaussianDiffusionScheduler()
+    pipe = GaussianDiffusionPipeline(unet if assigned else wrap(unet), scheduler)
+    if assigned:
+        pipe.unet = wrap(unet)
+    assert pipe.unet is unet
+    pipe.save_pretrained(tmp_path)
+    assert pipe.config.unet == ("diffusers", "UNet2DModel")
+
+
+def test_anything_else_than_a_network_is_rejected() -> None:
+    for other in (None, torch.nn.Conv2d(3, 3, 3), lambda x, t: x):
+        with pytest.raises(ValueError, match=r"unet is a \w+; it must be a UNet2DModel"):
+            GaussianDiffusionPipeline(other, GaussianDiffusionScheduler())
 
 
 def test_unsupported_arguments_are_rejected_before_the_network_is_called() -> None:
