@@ -592,16 +592,29 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
 
     # Saving and loading
 
-    @functools.wraps(DiffusionPipeline.save_pretrained)
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save the pipeline; see `DiffusionPipeline`, which leaves out a network that it does not know."""
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the pipeline; see `DiffusionPipeline`, which would leave out a network that it does not know.
+
+        Raises:
+            ValueError: If the network is none of diffusers.
+        """
         network = getattr(self.unet, "_orig_mod", self.unet)
         if not isinstance(network, ModelMixin):
             raise ValueError(
                 f"unet is a {type(network).__name__}, which diffusers cannot save; assign the UNet2DModel inside it,"
                 " for a PeftModel pipe.unet = pipe.unet.merge_and_unload()."
             )
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(
+            save_directory, safe_serialization, variant, max_shard_size, push_to_hub=push_to_hub, **kwargs
+        )
 
     def save_config(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write code and index. `save_pretrained` calls this after saving the components and before an upload."""
