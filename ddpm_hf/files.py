@@ -89,10 +89,11 @@ def save_array(path: Path, array: "NDArray[Any]") -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a UTF-8 text file with `atomic_write`."""
+    """Write a UTF-8 text file with `atomic_write`; bytes of file names that are not UTF-8 become escapes."""
 
     def write(temporary: Path) -> None:
-        with temporary.open("x", encoding="utf-8") as file:  # "x": never write through a symbolic link
+        # "x": never write through a symbolic link
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(content)
 
     atomic_write(path, write)

@@ -260,11 +260,13 @@ def pipeline_folder(model: ModelFolder) -> Iterator[Path]:
         model: A pipeline or a verified checkpoint.
 
     Raises:
-        ConfigError: The configuration is missing, or this version cannot read it.
+        ConfigError: The configuration is missing, or this version cannot read it; or the checkpoint was removed since.
     """
     if model.kind == "pipeline":
         yield model.path
         return
+    if not model.path.is_dir():
+        raise ConfigError(f"{model.path} was removed, as training does with old checkpoints; run the same again.")
     index = {name: value for name, value in pipeline_settings(model).items() if value}
     index["_class_name"] = LIST_FORM
     index |= {"unet": ["diffusers", UNet2DModel.__name__], "scheduler": ["diffusers", DDPMScheduler.__name__]}

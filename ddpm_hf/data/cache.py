@@ -224,7 +224,8 @@ def _decode_into(building: Path, source: Source, config: DataConfig, bad: "BadIm
         else:
             statistics.add(header, name)
     if not statistics.sizes:
-        raise DataError(f"none of the {source.num_images} images of {source.name} can be read.")
+        first = bad.reasons[min(bad.reasons)]
+        raise DataError(f"none of the {source.num_images} images of {source.name} can be read; the first: {first}")
     output = statistics.output_format(config)
     sizes = statistics.sizes_after(output.geometry)
     shape = (output.num_channels, *next(iter(sizes))) if len(sizes) == 1 else None

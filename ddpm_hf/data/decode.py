@@ -47,6 +47,7 @@ class UnreachableImage(BadImage):
 MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 # Pillow opens no other formats, because some of its plugins start external programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # 8-bit modes and the mode that they convert to without loss.
 _CANONICAL_MODE = {
     "1": "L", "L": "L", "RGB": "RGB", "RGBA": "RGBA", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LA": "RGBA",
@@ -202,12 +203,29 @@ def _open(image: EncodedImage) -> Iterator[Image.Image]:
     """Open an image file with Pillow; errors in the `with` block become errors that name the image."""
     path = image.data if isinstance(image.data, Path) and image.data.is_file() and image.num_bytes else None
     source = path or io.BytesIO(image.read())
-    with _named_errors(image.name), Image.open(source, formats=_FORMATS) as opened:
+    with _named_errors(image.name), _open_file(source, image.name) as opened:
         limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns up to twice as many
         if limit is not None and opened.width * opened.height > limit:
             raise Image.DecompressionBombError
         _check_mode(opened, image.name)
         yield opened
+
+
+def _open_file(source: Path | io.BytesIO, name: str) -> Image.Image:
+    """Open a file, also a HEIC or HEIF photo, which pillow-heif decodes."""
+    try:
+        return Image.open(source, formats=_FORMATS)
+    except UnidentifiedImageError:
+        with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as file:
+            start = file.read(12)
+        if start[4:8] != b"ftyp" or start[8:] not in _HEIF_BRANDS:
+            raise
+    try:
+        import pillow_heif
+    except ImportError:
+        raise DataError(f'{name} is a HEIC or HEIF image; run pip install "ddpm_hf[heif]" to read it.') from None
+    pillow_heif.register_heif_opener()
+    return Image.open(source, formats=("HEIF",))
 
 
 def _check_mode(opened: Image.Image, name: str) -> None:

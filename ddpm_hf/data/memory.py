@@ -143,8 +143,10 @@ def _refuse_other_types(data: Any, name: str) -> None:
 def _has_image_files(table: Any, config: DataConfig) -> bool:
     """Return whether a `datasets.Dataset` holds encoded images and integer labels, or no labels."""
     try:
-        _, label_column = find_columns(table.features, config)
+        image_column, label_column = find_columns(table.features, config)
     except DataError:
+        return False
+    if getattr(table.features[image_column], "mode", None) is not None:  # `datasets` converts to it
         return False
     return label_column is not None or not any(key in table.features for key in LABEL_KEYS)
 
@@ -230,7 +232,14 @@ def _samples_of(data: Any, name: str, config: DataConfig) -> _Samples:
     number = len(data)
     if not number:
         return _Samples(0, lambda rows: ())
-    first = data[0]
+
+    def get(row: int) -> Any:
+        try:
+            return data[row]
+        except OSError as error:  # a damaged file; errors of other types are mistakes in the data set
+            return BadImage(f"image {row} of {name} cannot be read ({error}).")
+
+    first = next((item for item in map(get, range(number)) if not isinstance(item, BadImage)), None)
     keys = _keys_of(first, name, config) if isinstance(first, Mapping) else None
     if keys is None:
         for setting in ("image_column", "label_column"):
@@ -238,19 +247,19 @@ def _samples_of(data: Any, name: str, config: DataConfig) -> _Samples:
                 log_warning(f"data.{setting} has no effect with {name}, whose samples have no columns.")
     library = _datasets()
     if keys and library and isinstance(data, library.Dataset) and data.format["type"] != "custom":
-        if isinstance(data.features[keys[0]], library.Image):
+        if isinstance(image := data.features[keys[0]], library.Image) and image.mode is None:
             data = data.cast_column(keys[0], library.Image(decode=False))
-        else:  # without a format, the rows of an array are lists, and with one all integers are int64
+        elif not isinstance(image, library.Image):
+            # Without a format, the rows of an array are lists. With one, all integers would be int64.
             feature = data.features[keys[0]]
             while hasattr(feature, "feature"):
                 feature = feature.feature
             data = data.with_format("numpy", [keys[0]], output_all_columns=True, dtype=getattr(feature, "dtype", None))
 
     def sample(row: int) -> tuple[Any, Any]:
-        try:
-            item = data[row]
-        except OSError as error:  # a damaged file; errors of other types are mistakes in the data set
-            return BadImage(f"image {row} of {name} cannot be read ({error})."), None
+        item = get(row)
+        if isinstance(item, BadImage):
+            return item, None
         if keys is not None:
             if not isinstance(item, Mapping) or keys[0] not in item:
                 raise DataError(f"sample {row} of {name} lacks {keys[0]!r}, which others have; return the same keys.")
@@ -453,7 +462,7 @@ def _scan(
     with tqdm(total=samples.number, desc=f"Reading {name}", unit="img", delay=1.0, disable=None, leave=False) as bar:
         for row, (value, label) in enumerate(samples.read(range(samples.number))):
             labels.append(label)
-            digest = b""
+            digest = _NO_DIGEST
             try:
                 image = _encoded(value, f"image {row} of {name}", config)
                 header = read_header(image)
@@ -477,7 +486,7 @@ def _scan(
             image = EncodedImage(f"image {row} of {name}", None)
             with suppress(BadImage):
                 image = _encoded(value, image.name, config)
-                if digests[row] and _digest(image) != digests[row]:
+                if _digest(image) != digests[row] != _NO_DIGEST:
                     raise DataError(
                         f"{image.name} is another one when it is read again, as with a random transform; remove random "
                         "transforms, and set data.random_flip, or data.crop to random."
@@ -496,6 +505,10 @@ def _scan(
         class_names=class_names,
         headers=[header if isinstance(header, BadImage) else final.get(header, header) for header in headers],
     )
+
+
+_NO_DIGEST = bytes(16)
+"""Of an image that cannot be read."""
 
 
 def _float_pixels(image: EncodedImage) -> NDArray[Any] | None:

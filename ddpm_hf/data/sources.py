@@ -191,8 +191,8 @@ def _rows_of_split(split: str, source: str, num_images: int) -> Sequence[int]:
 # ---------------------------------------------------------------------------------------------- folders and archives
 
 IMAGE_SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".ppm",
-    ".pgm", ".pbm", ".pnm", ".tga", ".ico",
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic",
+    ".heif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico",
 )  # fmt: skip
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -516,7 +516,16 @@ def _class_folders(
         return None, None
     numbers: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
     labels = [numbers.get(layout.class_of(file.folders), NO_LABEL) for file in files]
-    return np.asarray(labels, np.int64), tuple(class_names)
+    return np.asarray(labels, np.int64), tuple(map(_as_unicode, class_names))
+
+
+def _as_unicode(name: str) -> str:
+    """Return the name of a folder; bytes that are not UTF-8 are read as Latin-1, which older systems used."""
+    content = os.fsencode(name)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

@@ -24,10 +24,12 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn import DataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 
 def _forget_loaded_code() -> None:
@@ -82,6 +84,8 @@ _OTHER_NAMES = {
     "latents": "sample",
     "noise": "sample",
     "num_images": "batch_size",
+    "num_images_per_prompt": "batch_size",
+    "num_steps": "num_inference_steps",
     "seed": "generator",
     "steps": "num_inference_steps",
 }
@@ -207,6 +211,9 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         self._was_interrupted = False
         if type(scheduler) is DDPMScheduler:
             scheduler = GaussianDiffusionScheduler.from_config(scheduler.config)
+        unet = bare_network(unet)
+        if not hasattr(unet, "config"):
+            raise ValueError(f"unet is a {type(unet).__name__}; it must be a UNet2DModel.")
         self.register_modules(unet=unet, scheduler=scheduler)
         extras = {"class_names": class_names, "has_null_label": has_null_label, "self_conditioned": self_conditioned}
         self.register_to_config(**{name: value for name, value in extras.items() if value})
@@ -217,7 +224,8 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         if config.out_channels not in (self.num_channels, 2 * self.num_channels):
             raise ValueError(
                 f"unet has {config.out_channels} out_channels for images of {self.num_channels} channels; it needs as"
-                " many, or twice as many with a learned variance."
+                " many, or twice as many with a learned variance. A network that takes its last prediction as input"
+                " needs self_conditioned=True."
             )
         if has_null_label and config.num_class_embeds is None:
             raise ValueError("has_null_label is true, but unet has no num_class_embeds.")
@@ -226,6 +234,10 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                 f"class_names must name each of the network's {self.num_classes} classes, by keys that are strings:"
                 ' {"0": ..., "1": ...}.'
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. A network in DataParallel or DistributedDataParallel is taken out of it."""
+        super().__setattr__(name, bare_network(value) if name == "unet" else value)
 
     @property
     def num_channels(self) -> int:
@@ -415,7 +427,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             if labels is None or not has_null_label:
                 raise ValueError(
                     f"guidance_scale is {given.guidance_scale}, but the model has no null label to guide against; use"
-                    " 1.0, or a model trained with label dropout."
+                    " 1.0, or a model trained with label dropout, whose pipeline has has_null_label=True."
                 )
             labels = labels + [self.num_classes] * batch_size
 
@@ -451,7 +463,13 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                 f"{type(scheduler).__name__} takes no {' and no '.join(sorted(unknown))}; leave it out, or use"
                 " GaussianDiffusionScheduler.from_config(pipe.scheduler.config)."
             )
-        scheduler.set_timesteps(device=device, **timesteps)
+        try:
+            scheduler.set_timesteps(device=device, **timesteps)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if type(scheduler).__name__ == NATIVE_SCHEDULER:
+                raise
+            given_as = ", ".join(f"{name} {value}" for name, value in timesteps.items())
+            raise ValueError(f"{type(scheduler).__name__} cannot run {given_as} ({error}); change it.") from error
         keeps_variance = splits_variance(scheduler)
         shows_x_0 = given.callback_on_step_end and "pred_original_sample" in given.callback_on_step_end_tensor_inputs
         num_outputs = self.num_channels * (2 if keeps_variance else 1)
@@ -574,6 +592,30 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
 
     # Saving and loading
 
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the pipeline; see `DiffusionPipeline`, which would leave out a network that it does not know.
+
+        Raises:
+            ValueError: If the network is none of diffusers.
+        """
+        network = getattr(self.unet, "_orig_mod", self.unet)
+        if not isinstance(network, ModelMixin):
+            raise ValueError(
+                f"unet is a {type(network).__name__}, which diffusers cannot save; assign the UNet2DModel inside it,"
+                " for a PeftModel pipe.unet = pipe.unet.merge_and_unload()."
+            )
+        super().save_pretrained(
+            save_directory, safe_serialization, variant, max_shard_size, push_to_hub=push_to_hub, **kwargs
+        )
+
     def save_config(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write code and index. `save_pretrained` calls this after saving the components and before an upload."""
         write_code(Path(save_directory), self._portable_code)
@@ -659,6 +701,12 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         return folder
 
 
+def bare_network(network: Any) -> Any:
+    """Return the network inside DataParallel or DistributedDataParallel; any other as it is."""
+    inside = getattr(network, "_orig_mod", network)  # torch.compile around them
+    return inside.module if isinstance(inside, DataParallel | DistributedDataParallel) else network
+
+
 def check_process(scheduler: Any) -> None:
     """Raise a ValueError if a scheduler of diffusers does not run the process that the network was trained on.
 
@@ -723,7 +771,7 @@ def check_names(method: str, options: Iterable[str], names: Iterable[str], other
         if name in names:
             continue
         known = [*names, *others]
-        meant = _OTHER_NAMES.get(name) or min((one for one in known if name in one), key=len, default=None)
+        meant = _OTHER_NAMES.get(name) or min((one for one in known if name in one.split("_")), key=len, default=None)
         hint = f" (did you mean {meant!r}?)" if meant in known else did_you_mean(name, known)
         raise UnexpectedArgumentError(f"{method} has no argument {name!r}{'' if name in known else hint}.")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_hf.cli.main import train
+from ddpm_hf.cli.main import evaluate, train
 from ddpm_hf.data import cache, sources
 from ddpm_hf.training.checkpoint import DataState
 from tests.conftest import DIGITS, run_arguments
@@ -145,6 +145,17 @@ def test_a_run_of_0_1_keeps_the_order_of_its_classes(tmp_path: Path, streaming: 
     assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
     names = json.loads((tmp_path / "run/pipeline/model_index.json").read_text())["class_names"]
     assert [names[str(number)] for number in range(5)] == ["0", "1", "10", "11", "2"]
+    # An evaluation of its pipeline keeps it too: the same as with numbered labels in that order.
+    names = sorted(map(str, range(12)))
+    pixels = [np.asarray(Image.open(source / name / "1.png")) for name in names]
+    np.savez(tmp_path / "x.npz", images=np.stack(pixels), labels=np.arange(12))
+    values = []
+    for data in (source, tmp_path / "x.npz"):
+        bound = ["--metrics", "bits_per_dim", "--num_terms", "2", "--num_samples", "1", "--num_inference_steps", "1"]
+        output = tmp_path / f"evaluation_{data.name}"
+        assert evaluate([str(tmp_path / "run"), "--data", str(data), "--output", str(output), *bound]) == 0
+        values += [row["value"] for row in json.loads((output / "evaluation.json").read_text())["metrics"]]
+    assert values[0] == values[1]
     assert train(run_arguments(tmp_path / "new", **changes)) == 0
     names = json.loads((tmp_path / "new/pipeline/model_index.json").read_text())["class_names"]
     assert names == {str(number): str(number) for number in range(12)}

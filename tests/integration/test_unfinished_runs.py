@@ -16,7 +16,7 @@ from ddpm_hf.cli.main import main
 from ddpm_hf.config import ConfigError, ModelConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler, pipeline
 from ddpm_hf.model_folder import find_model, verify_checkpoint
-from ddpm_hf.models import load_pretrained, save_second_moments
+from ddpm_hf.models import load_model, load_pretrained, save_second_moments
 from tests import version_0_1
 from tests.conftest import DIGITS, run_arguments, tiny_unet
 
@@ -183,6 +183,13 @@ def test_second_moments_of_a_pipeline_hold_for_the_checkpoint_with_its_weights(s
     assert GaussianDiffusionPipeline.from_pretrained(ema.parent).scheduler.eps_second_moments is None
 
 
+def test_a_checkpoint_that_training_removes_before_it_is_loaded_is_reported(stopped: Path) -> None:
+    model = find_model(stopped)
+    shutil.rmtree(model.path)
+    with pytest.raises(ConfigError, match="step_00000003 was removed, as training does with old checkpoints; run the"):
+        load_model(model, GaussianDiffusionPipeline.from_pretrained)
+
+
 def test_verify_reports_every_damaged_checkpoint(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (stopped / "checkpoints" / "step_00000003" / "ema" / WEIGHTS).write_bytes(b"x")
     for path in ("run", "run/checkpoints/step_00000003/unet"):
@@ -238,7 +245,6 @@ def test_the_card_of_a_run_that_is_not_finished_says_so(
     monkeypatch.setattr(card, "make_card", noted)
     pushed = push.push(path, push.Target(repo_id="user/digits"), dry_run=True)
     assert {"training_config.yaml", "training_summary.json", "samples/loss.png"} <= pushed.sizes.keys()
-    assert (
-        f"**This model is from a training run that is not finished**: it has the {weights} of step 3 of 6." in cards[0]
-    )
+    sentence = f"**The training run has not reached its last step**: these are the {weights} of step 3 of 6."
+    assert sentence in cards[0]
     assert "| Training steps | 3 of 6 |" in cards[0]

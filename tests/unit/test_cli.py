@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import io
 import os
 import subprocess
 import sys
@@ -256,6 +257,18 @@ def test_only_rank_0_prints_an_error_of_all_ranks(
     monkeypatch.setenv("RANK", "1")
     assert main.train(["--training.num_stepz", "1"]) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_that_lacks_a_character_shows_its_escape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("caf\udce9", "été"):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "x" / name / "1.png")
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    arguments = [f"--data.cache_dir={tmp_path / 'cache'}", f"--picture={tmp_path / 'x.png'}"]
+    assert main.main(["data", str(tmp_path / "x"), *arguments]) == 0
+    sys.stdout.flush()
+    assert rb"classes   2: caf\xe9 (1), \xe9t\xe9 (1)" in printed.getvalue().splitlines()
 
 
 def test_ctrl_c_before_the_first_step_prints_no_traceback(

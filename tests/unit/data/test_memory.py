@@ -236,16 +236,24 @@ def test_pixels_that_are_no_8_bit_levels_keep_16_bits(tmp_path: Path) -> None:
 
 def test_unreadable_images_are_skipped_like_those_of_files(tmp_path: Path) -> None:
     def sample(row: int) -> Any:
-        if row == 3:
+        if row in (0, 4):
             raise OSError("truncated")
-        return [PICTURES[0], None, b"no image"][row % 3], 0
+        return {"image": [PICTURES[0], None, b"no image"][row % 3], "label": 0}
 
     skip = {"on_bad_image": "skip", "max_bad_fraction": 0.9}
     images = open_memory(Photos(sample), tmp_path, **skip)
-    assert images.bad_rows.tolist() == [1, 2, 3, 4, 5, 7, 8, 10, 11]
-    assert "image 1 of train_dataset cannot be read (it is missing); repair or remove it" in refusal(
+    assert images.bad_rows.tolist() == [0, 1, 2, 4, 5, 7, 8, 10, 11]
+    assert "image 0 of train_dataset cannot be read (truncated); repair or remove it" in refusal(
         Photos(sample), tmp_path
     )
+
+
+def test_a_missing_image_at_another_place_is_another_data_set(tmp_path: Path) -> None:
+    skip = {"on_bad_image": "skip", "max_bad_fraction": 0.5}
+    for row in (0, 2, 1):
+        data: list[Any] = [PICTURES[0], PICTURES[1]]
+        data.insert(row, None)
+        assert open_memory(data, tmp_path, **skip).bad_rows.tolist() == [row]
 
 
 @pytest.mark.parametrize("with_labels", [False, True])
@@ -270,6 +278,14 @@ def test_a_missing_label_and_one_that_is_no_class_are_refused_if_needed(tmp_path
     assert "image 3 of train_dataset has label 3; every image needs one from 0 to 2" in refusal(
         data, tmp_path, with_labels=True
     )
+
+
+def test_a_mode_that_datasets_converts_to_is_kept(tmp_path: Path) -> None:
+    gray = hub_dataset().cast_column("image", datasets.Image(mode="L"))
+    expected = np.stack([np.asarray(picture.convert("L")) for picture in PICTURES])
+    assert np.array_equal(pixels_of(open_memory(gray, tmp_path, with_labels=True))[..., 0], expected)
+    chosen = hub_dataset().shuffle(seed=0).select(range(5))
+    assert np.array_equal(pixels_of(open_memory(chosen, tmp_path)), np.stack([np.asarray(x) for x in chosen["image"]]))
 
 
 def test_columns_are_chosen_by_the_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -384,6 +400,10 @@ def test_the_validation_set_may_be_in_memory_too(tmp_path: Path) -> None:
     options: dict[str, Any] = {"with_labels": True, "seed": 0, "device": torch.device("cpu")}
     sets = open_sets(config, train_dataset=training, eval_dataset=validation, **options)
     assert [len(images) for images in sets if isinstance(images, ImageSet)] == [8, 4]
+    without_dog = [(PICTURES[2], "owl"), (PICTURES[0], "cat")]
+    _, images = open_sets(config, train_dataset=training, eval_dataset=without_dog, **options)
+    assert images.labels is not None
+    assert images.labels.tolist() == [2, 0]
     for other, sentence in (
         (Photos(lambda row: (UNIT[row, :, :4], 0)), "eval_dataset has images of 3x4x6, but train_dataset has 3x8x6"),
         ([(PICTURES[0], "ant")] * 2, "eval_dataset has the classes ant, but train_dataset has cat, dog, owl"),

@@ -476,8 +476,8 @@ def source_of(path: Path, split: str = "train") -> Source:
 
 @pytest.mark.parametrize("name", KINDS[:3])
 def test_other_files_are_ignored_files_and_named(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    path = store(tmp_path, name, FILES | {"cat/photo.heic": b"x", "README.md": b"x"})
-    assert set(source_of(path).ignored_files) == {"cat/photo.heic", "README.md"}
+    path = store(tmp_path, name, FILES | {"cat/photo.psd": b"x", "README.md": b"x"})
+    assert set(source_of(path).ignored_files) == {"cat/photo.psd", "README.md"}
     open_source(path, tmp_path / "cache")
     assert f"2 files ignored in {path} (not an image, hidden, a link, in no split or table)" in caplog.text
 
@@ -536,6 +536,13 @@ def test_files_of_webdataset_are_read_with_their_labels(tmp_path: Path, names: l
     if len(names) == 3:
         assert len(open_source(folder, tmp_path / "cache", split="test")) == 2
         assert "has no split 'val'; its shards are those of " in refusal(folder, tmp_path / "cache", split="val")
+
+
+def test_class_folders_whose_names_are_not_utf_8(tmp_path: Path) -> None:
+    """The names go into files in UTF-8."""
+    folder = write_files(tmp_path / "x", {"caf\udce9/1.png": FILES["cat/1.png"], "été/2.png": FILES["dog/1.png"]})
+    images = open_source(folder, tmp_path / "cache", with_labels=True)
+    assert [images.class_names, images.labels.tolist()] == [("café", "été"), [0, 1]]
 
 
 @pytest.mark.parametrize("name", KINDS[:3])

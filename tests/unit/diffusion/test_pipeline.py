@@ -9,6 +9,7 @@ import threading
 import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -425,10 +426,31 @@ def test_positional_arguments_may_have_the_order_of_ddpm_pipeline() -> None:
         pipe(2, seeded(), 3, generator=seeded())
 
 
+@pytest.mark.parametrize("assigned", [False, True])
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda unet: torch.compile(torch.nn.DataParallel(unet))])
+def test_a_network_in_data_parallel_is_taken_out_of_it(
+    wrap: Callable[[UNet2DModel], Any], assigned: bool, tmp_path: Path
+) -> None:
+    """A pipeline has one device. DistributedDataParallel is the same case, in a process group."""
+    unet, scheduler = tiny_unet(), GaussianDiffusionScheduler()
+    pipe = GaussianDiffusionPipeline(unet if assigned else wrap(unet), scheduler)
+    if assigned:
+        pipe.unet = wrap(unet)
+    assert pipe.unet is unet
+    pipe.save_pretrained(tmp_path)
+    assert pipe.config.unet == ("diffusers", "UNet2DModel")
+
+
+def test_anything_else_than_a_network_is_rejected() -> None:
+    for other in (None, torch.nn.Conv2d(3, 3, 3), lambda x, t: x):
+        with pytest.raises(ValueError, match=r"unet is a \w+; it must be a UNet2DModel"):
+            GaussianDiffusionPipeline(other, GaussianDiffusionScheduler())
+
+
 def test_unsupported_arguments_are_rejected_before_the_network_is_called() -> None:
     unconditional, unguided = pipeline(), pipeline(tiny_unet(num_class_embeds=3))
     no_size = pipeline(tiny_unet(sample_size=None))
-    ddim, euler = pipeline(), pipeline()
+    ddim, euler, pndm = pipeline(), pipeline(), pipeline(scheduler=diffusers.PNDMScheduler())
     ddim.scheduler = DDIMScheduler.from_config(ddim.scheduler.config)
     euler.scheduler = EulerDiscreteScheduler.from_config(euler.scheduler.config)
     rejected: list[tuple[GaussianDiffusionPipeline, dict[str, Any], str]] = [
@@ -437,6 +459,9 @@ def test_unsupported_arguments_are_rejected_before_the_network_is_called() -> No
         (unguided, {"class_labels": 0, "guidance_scale": 2.0}, "no null label to guide against"),
         (no_size, {}, "no sample_size; pass start noise as sample"),
         (euler, {"eta": 0.5}, "EulerDiscreteScheduler has no eta"),
+        (pndm, {"num_inference_steps": 3}, r"PNDMScheduler cannot run num_inference_steps 3 \(.*\); change it"),
+        (ddim, {"num_inference_steps": 0}, "num_inference_steps 0 is not between 1 and 1000"),
+        (ddim, {"eta": 2.0}, "eta is 2.0; it must be a number from 0 to 1"),
         (ddim, {"timesteps": [5, 2]}, "DDIMScheduler takes no timesteps"),
         (ddim, {"timestep_spacing": "quadratic"}, "DDIMScheduler takes no timestep_spacing"),
     ]
