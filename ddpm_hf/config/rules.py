@@ -321,9 +321,15 @@ def _check_training(config: RunConfig, has_validation_set: bool) -> None:
             "torch.optim.SGD."
         )
     if training.validate_every_steps > 0 and not has_validation_set:
-        which = "data.validation_split" if config.data.streaming else "data.validation_fraction, for example to 0.05"
+        fix = (
+            "set data.validation_split"
+            if config.data.streaming
+            else "set data.validation_fraction, for example to 0.05"
+        )
+        if config.data.source == TRAIN_DATASET:
+            fix = f"pass eval_dataset, or {fix}"
         raise ConfigError(
-            f"training.validate_every_steps {training.validate_every_steps} needs a validation set; set {which}."
+            f"training.validate_every_steps {training.validate_every_steps} needs a validation set; {fix}."
         )
     if training.cudnn_benchmark is True and training.deterministic:
         raise ConfigError(

@@ -7,6 +7,7 @@ those of files are, or an `ImageSet` of an array that needs no preprocessing, wh
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from ddpm_hf.data.decode import (
     Header,
     Pixels,
     decode_picture,
+    num_threads,
     read_header,
     warn_of_low_contrast,
 )
@@ -37,7 +39,6 @@ from ddpm_hf.data.labels import Labels, encode_labels
 from ddpm_hf.data.sources import (
     Source,
     crop_size_of,
-    digest_of_array,
     find_columns,
     image_set_of_array,
     needs_preprocessing,
@@ -56,6 +57,7 @@ _KINDS = (
 _LEVEL_TOLERANCE = 0.02
 # The largest minimum of images in [-1, 1]. Images in [0, 1] may be slightly negative after resizing.
 _HIGHEST_MINIMUM = -0.5
+_BYTES_PER_TASK = 2**24
 
 
 @dataclass(frozen=True)
@@ -432,9 +434,7 @@ def _image_set(
 ) -> ImageSet:
     """Return the images of an array (number, height, width, channels) without a copy."""
     values, class_names = _labels_of([] if labels is None else labels, name, None, known, with_labels=with_labels)
-    digest = digest_of_array(pixels, name)
-    if values is not None:
-        digest = hashlib.sha256(digest.encode() + values.tobytes()).hexdigest()[:32]
+    digest = _content_digest(pixels, values, name)
     warn_of_low_contrast(name, int(pixels.min()), int(pixels.max()), pixels.dtype)
     images = image_set_of_array(pixels, {"digest": digest, "crop_size": crop_size_of(pixels, config)})
     images = replace(images, labels=values, class_names=class_names)
@@ -442,6 +442,24 @@ def _image_set(
         return images
     # torch chooses kernels by strides, also by the one of the only channel: make it that of images from files.
     return replace(images, images=pixels[..., 0].reshape(len(pixels), 1, *pixels.shape[1:3]))
+
+
+def _content_digest(pixels: Pixels, labels: NDArray[np.int64] | None, name: str) -> str:
+    """Return the digest that the cache of the same images has, see `decode_all`; computed on all cores."""
+    num_rows = max(1, _BYTES_PER_TASK // pixels[0].nbytes)
+    starts = range(0, len(pixels), num_rows)
+
+    def digests_of(start: int) -> bytes:
+        digests = (hashlib.blake2b(image.tobytes(), digest_size=16) for image in pixels[start : start + num_rows])
+        return b"".join(row.to_bytes(8, "little") + digest.digest() for row, digest in enumerate(digests, start))
+
+    digest = hashlib.blake2b(digest_size=16)
+    with ThreadPoolExecutor(num_threads()) as pool:
+        parts = pool.map(digests_of, starts)
+        for part in tqdm(parts, f"Hashing {name}", len(starts), delay=1.0, disable=None, leave=False):
+            digest.update(part)
+    digest.update(b"" if labels is None else labels.tobytes())
+    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------------- scan

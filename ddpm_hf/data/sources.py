@@ -950,7 +950,7 @@ def _open_array(
             "file_identity": list(file_identity(path)),
             "rows": [rows.start, rows.stop],
             "crop_size": crop_size_of(images, config),
-            "digest": digest_of_array(images, str(path)),
+            "digest": _digest(images, str(path)),
         }
         return image_set_of_array(images, location)
 
@@ -1050,17 +1050,17 @@ def needs_preprocessing(images: NDArray[np.integer], config: DataConfig) -> bool
     )
 
 
-def digest_of_array(images: NDArray[np.integer], name: str) -> str:
+def _digest(images: NDArray[np.integer], name: str) -> str:
     """Return a digest of all pixels, computed on all cores."""
     num_rows = max(1, _BYTES_PER_DIGEST // max(1, images[0].nbytes))
     starts = range(0, len(images), num_rows)
 
-    def digest_of_part(start: int) -> bytes:
+    def digest_of(start: int) -> bytes:
         return hashlib.sha256(np.ascontiguousarray(images[start : start + num_rows]).data).digest()
 
     digest = hashlib.sha256(f"{images.shape} {images.dtype}".encode())
     with ThreadPoolExecutor(num_threads()) as pool:
-        parts = pool.map(digest_of_part, starts)
+        parts = pool.map(digest_of, starts)
         for part in tqdm(parts, f"Hashing {name}", len(starts), delay=1.0, disable=None, leave=False):
             digest.update(part)
     return digest.hexdigest()[:32]

@@ -113,7 +113,7 @@ def test_a_run_resumes_exactly_with_the_same_images_only(
     with pytest.raises(ConfigError, match=f"data.source was '{TRAIN_DATASET}', is '{source}'"):
         fit(tmp_path / "run", None, **EVERYTHING_RANDOM, data__source=source)
     assert files == {path.name for path in (tmp_path / "run").rglob("*")}
-    fit(tmp_path / "run", data_sets()[kind], **EVERYTHING_RANDOM)
+    fit(tmp_path / "run", data_sets()["tensors"], **EVERYTHING_RANDOM)  # the same images in another type
     assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
 
 
@@ -179,6 +179,11 @@ def test_scores_are_measured_on_images_in_memory(tmp_path: Path) -> None:
     }
     fit(tmp_path / "run", PIXELS[:12], PIXELS[12:], **changes)
     assert [row["step"] for row in metrics_of(tmp_path / "run") if "score" in row] == [3, 6]
+
+
+def test_a_validation_loss_needs_a_validation_set(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pass eval_dataset, or set data"):
+        fit(tmp_path / "run", PIXELS, training__validate_every_steps=3)
 
 
 def test_images_that_cannot_be_used_leave_no_folder(tmp_path: Path) -> None:

@@ -248,6 +248,17 @@ def test_unreadable_images_are_skipped_like_those_of_files(tmp_path: Path) -> No
     )
 
 
+def test_the_same_content_is_the_same_data_set_in_another_type(tmp_path: Path) -> None:
+    types = (PIXELS, CHANNELS_FIRST, UNIT, SIGNED, PICTURES, Photos(lambda row: SIGNED[row]))
+    assert len({open_memory(data, tmp_path).digest for data in types}) == 1
+    labeled = (
+        (PIXELS, np.array(LABELS)),
+        TensorDataset(UNIT, torch.tensor(LABELS)),
+        list(zip(PICTURES, LABELS, strict=True)),
+    )
+    assert len({open_memory(data, tmp_path).digest for data in labeled}) == 1
+
+
 def test_a_missing_image_at_another_place_is_another_data_set(tmp_path: Path) -> None:
     skip = {"on_bad_image": "skip", "max_bad_fraction": 0.5}
     for row in (0, 2, 1):
