@@ -231,7 +231,11 @@ def test_every_help_has_examples_with_known_flags(name: str) -> None:
 def python_blocks(path: Path) -> list[str]:
     """Return the Python blocks of a document, which train a hundredth of their steps."""
     steps = re.compile(r'(?<="training\.num_steps": )\d+')
-    return [steps.sub(lambda found: str(max(1, int(found[0]) // 100)), block) for block in blocks(text_of(path), "python")]
+
+    def shortened(found: re.Match[str]) -> str:
+        return str(max(1, int(found[0]) // 100))
+
+    return [steps.sub(shortened, block) for block in blocks(text_of(path), "python")]
 
 
 # The code of docs/hub.md pushes: tests/integration/test_push.py runs it.
