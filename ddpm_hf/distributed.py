@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -505,6 +505,36 @@ def _checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 # A terminal's Ctrl-C reaches the workers directly and once more through torchrun; both are one request.
 _SAME_REQUEST_SECONDS = 2.0
+
+
+class Agreement:
+    """Numbers that all ranks agree on while they go on, without waiting for the device. Collective: create it together.
+
+    Args:
+        num_values: How many numbers there are.
+    """
+
+    def __init__(self, num_values: int) -> None:
+        self._group = dist.new_group(backend="gloo")
+        self._agreed = torch.zeros(num_values, dtype=torch.int64)
+        self._work: dist.Work | None = None
+
+    def send(self, values: Sequence[int]) -> None:
+        """Collective: pass on the numbers of this rank."""
+        self.receive()
+        self._agreed = torch.tensor(values)
+        self._work = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def receive(self) -> list[int]:
+        """Collective: return the maxima over all ranks of what was sent last, or zeros."""
+        if self._work is not None:
+            self._work.wait()
+        return [int(value) for value in self._agreed]
+
+    def close(self) -> None:
+        """Collective: wait for what was sent last, and destroy the group."""
+        self.receive()
+        dist.destroy_process_group(self._group)
 
 
 class TrainingStopped(BaseException):

@@ -21,6 +21,8 @@ CHECKPOINTS_DIR = "checkpoints"
 PREVIEWS_DIR = "previews"
 PIPELINE_DIR = "pipeline"
 HUB_DIR = "hub"
+EMA_SNAPSHOTS_DIR = "ema_snapshots"
+EVALUATIONS_DIR = "evaluations"
 TRACKERS = "trackers.json"
 README = "README.md"  # also the model card of a published pipeline
 SAMPLES_PICTURE = "samples.png"
@@ -30,6 +32,7 @@ LOSS_PICTURE = "loss.png"
 RECOGNITION = "recognition.json"
 
 # A checkpoint.
+EMA_DIR = "ema"
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 
@@ -86,10 +89,11 @@ def save_array(path: Path, array: "NDArray[Any]") -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a UTF-8 text file with `atomic_write`."""
+    """Write a UTF-8 text file with `atomic_write`; bytes of file names that are not UTF-8 become escapes."""
 
     def write(temporary: Path) -> None:
-        with temporary.open("x", encoding="utf-8") as file:  # "x": never write through a symbolic link
+        # "x": never write through a symbolic link
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(content)
 
     atomic_write(path, write)

@@ -1,24 +1,41 @@
 """UNet2DModel presets, the initialization of the paper, and pretrained networks; no layers of our own.
 
-A pretrained network is loaded from a local folder or the Hub: a pipeline (model_index.json, unet/, scheduler/), the
-same files side by side as in the google/ddpm-* repositories, or a UNet2DModel alone (config.json and weights).
+A pretrained network is loaded from a local folder or the Hub: a run or a checkpoint (see model_folder.py), a pipeline
+(model_index.json, unet/, scheduler/), the same files side by side as in the google/ddpm-* repositories, or a
+UNet2DModel alone (config.json and weights).
 """
 
+import functools
 import inspect
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 
-from ddpm_hf.config import ConfigError, ModelConfig, UNetOverride
+from ddpm_hf.config import ConfigError, DiffusionConfig, ModelConfig, UNetOverride, log_warning
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
-from ddpm_hf.diffusion.saved_folder import check_shards
-from ddpm_hf.files import MODEL_CONFIG, MODEL_INDEX, SCHEDULER_CONFIG, read_json
+from ddpm_hf.diffusion.saved_folder import LIST_FORM, check_shards, second_moments_file
+from ddpm_hf.diffusion.scheduler import SECOND_MOMENTS_FILE
+from ddpm_hf.files import (
+    MANIFEST,
+    MODEL_CONFIG,
+    MODEL_INDEX,
+    PIPELINE_DIR,
+    SCHEDULER_CONFIG,
+    read_json,
+    sha256_of_file,
+    write_json,
+)
+from ddpm_hf.model_folder import ModelFolder, class_names_of, find_model, settings_of
 from ddpm_hf.redaction import reason_of
 
 logger = logging.getLogger(__name__)
@@ -138,7 +155,7 @@ def build_unet(
         "num_class_embeds": num_class_embeds,
     }
     try:
-        _check_forward(settings, image_shape)
+        _check_forward(json.dumps(settings), image_shape)
         unet = UNet2DModel(**settings)
     except Exception as error:  # diffusers raises many types for settings that do not fit together
         reason = " ".join(str(error).split())
@@ -174,8 +191,10 @@ def _base(config: ModelConfig, file_config: Mapping[str, Any] | None) -> Mapping
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
-def _check_forward(settings: dict[str, Any], image_shape: tuple[int, int, int]) -> None:
-    """Run one forward pass on the meta device; some invalid settings fail only there."""
+@functools.cache
+def _check_forward(arguments: str, image_shape: tuple[int, int, int]) -> None:
+    """Run one forward pass on the meta device; some invalid arguments, here as JSON, fail only there."""
+    settings = json.loads(arguments)
     with torch.device("meta"):
         images = torch.empty(1, settings["in_channels"], *image_shape[1:])
         zeros = torch.zeros(1, dtype=torch.int64)
@@ -224,6 +243,129 @@ def initialize_as_paper(unet: UNet2DModel) -> None:
                 nn.init.zeros_(module.bias)
 
 
+# ------------------------------------------------------------------------------------- the pipeline of a checkpoint
+
+_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+_WEIGHTS_KEY = "weights_sha256"  # in the second moments of a checkpoint
+
+
+@contextmanager
+def pipeline_folder(model: ModelFolder) -> Iterator[Path]:
+    """Give a folder that `from_pretrained` loads: that of a pipeline, or one made of a checkpoint.
+
+    The latter is temporary and links to the weights. Scheduler, null label and self-conditioning are those of the
+    configuration beside the checkpoint.
+
+    Args:
+        model: A pipeline or a verified checkpoint.
+
+    Raises:
+        ConfigError: The configuration is missing, or this version cannot read it; or the checkpoint was removed since.
+    """
+    if model.kind == "pipeline":
+        yield model.path
+        return
+    if not model.path.is_dir():
+        raise ConfigError(f"{model.path} was removed, as training does with old checkpoints; run the same again.")
+    index = {name: value for name, value in pipeline_settings(model).items() if value}
+    index["_class_name"] = LIST_FORM
+    index |= {"unet": ["diffusers", UNet2DModel.__name__], "scheduler": ["diffusers", DDPMScheduler.__name__]}
+    with tempfile.TemporaryDirectory(prefix="ddpm-hf-checkpoint-") as temporary:
+        folder = Path(temporary)
+        write_json(folder / MODEL_INDEX, index)
+        checkpoint_scheduler(model).save_pretrained(folder / "scheduler")
+        (folder / "unet").symlink_to(model.weights.resolve(), target_is_directory=True)
+        if (moments := _second_moments(model)) is not None:
+            shutil.copyfile(moments, second_moments_file(folder))
+        yield folder
+
+
+def load_model(model: ModelFolder, load: Callable[[Path], Any]) -> Any:
+    """Return what `load`, such as `from_pretrained`, loads from the folder that `pipeline_folder` gives."""
+    with pipeline_folder(model) as folder:
+        loaded = load(folder)
+    if model.kind == "checkpoint":
+        pipeline = loaded[0] if isinstance(loaded, tuple) else loaded
+        pipeline.register_to_config(_name_or_path=str(model.path))
+        if str(pipeline.unet.config.get("_name_or_path")).startswith(str(folder)):
+            pipeline.unet.register_to_config(_name_or_path=str(model.weights))
+    return loaded
+
+
+def checkpoint_scheduler(model: ModelFolder) -> GaussianDiffusionScheduler:
+    """Return the forward process of the run of a checkpoint.
+
+    Raises:
+        ConfigError: The configuration beside it is not one that this version can read.
+    """
+    try:
+        options = DiffusionConfig(**settings_of(model.path)["diffusion"]).scheduler_options()
+        scheduler: GaussianDiffusionScheduler = GaussianDiffusionScheduler.create(**options)
+    except ConfigError:
+        raise
+    except Exception as error:  # torch raises many types for tables of an absurd size
+        raise ConfigError(
+            f"{model.path} has settings of diffusion that this version cannot use ({reason_of(error)}); use the "
+            "version that wrote it."
+        ) from error
+    return scheduler
+
+
+def pipeline_settings(model: ModelFolder) -> dict[str, Any]:
+    """Return class_names, has_null_label and self_conditioned of the pipeline of a checkpoint."""
+    objective = settings_of(model.path)["objective"]
+    num_labels = read_json(model.weights / MODEL_CONFIG).get("num_class_embeds")
+    has_null_label = num_labels is not None and (objective.get("class_dropout") or 0) > 0
+    num_classes = (num_labels or 0) - has_null_label
+    names = class_names_of(model)
+    if names is not None and set(names) != {str(number) for number in range(num_classes)}:
+        names = None
+    if num_classes and names is None:
+        log_warning(f"{model.path} does not hold the names of its {num_classes} classes; give labels as numbers.")
+    is_self_conditioned = (objective.get("self_conditioning") or 0) > 0
+    return {"class_names": names, "has_null_label": has_null_label, "self_conditioned": is_self_conditioned}
+
+
+def save_second_moments(model: ModelFolder, scheduler: GaussianDiffusionScheduler) -> Path:
+    """Save the second moments of a network where `from_pretrained` finds them, and return the file.
+
+    Nothing may be added to a checkpoint, so those of a checkpoint are kept in the run, with the sha256 of its weights.
+
+    Raises:
+        ConfigError: The checkpoint is not in a run.
+    """
+    if model.kind == "pipeline":
+        file = second_moments_file(model.path)
+        scheduler.save_second_moments(file.parent)
+        return file
+    if model.evaluation is None:
+        raise ConfigError(f"{model.path} is not in a run, which would keep the variance; move it into checkpoints/.")
+    model.evaluation.mkdir(parents=True, exist_ok=True)
+    scheduler.save_second_moments(model.evaluation)
+    file = model.evaluation / SECOND_MOMENTS_FILE
+    write_json(file, read_json(file) | {_WEIGHTS_KEY: _weights_sha256(model)})
+    return file
+
+
+def _second_moments(model: ModelFolder) -> Path | None:
+    """Return the second moments of the network of a checkpoint, or of a pipeline of the run with the same weights."""
+    if model.evaluation is None or model.run is None:
+        return None
+    sha256, file = _weights_sha256(model), model.evaluation / SECOND_MOMENTS_FILE
+    if file.is_file() and read_json(file).get(_WEIGHTS_KEY) == sha256:
+        return file
+    pipeline = model.run / PIPELINE_DIR
+    file, weights = second_moments_file(pipeline), pipeline / "unet" / _WEIGHTS_FILE
+    return file if file.is_file() and weights.is_file() and sha256_of_file(weights) == sha256 else None
+
+
+def _weights_sha256(model: ModelFolder) -> str:
+    """Return the sha256 of the weights of a verified checkpoint."""
+    return str(read_json(model.path / MANIFEST)["files"][f"{model.network}/{_WEIGHTS_FILE}"]["sha256"])
+
+
+# ------------------------------------------------------------------------------------------------ pretrained networks
+
 _CONFIG_FILES = (MODEL_CONFIG, f"unet/{MODEL_CONFIG}")
 _SCHEDULER_FILES = (f"scheduler/{SCHEDULER_CONFIG}", SCHEDULER_CONFIG)
 _FILES = (
@@ -264,8 +406,7 @@ def read_config_file(model: ModelConfig) -> dict[str, Any]:
     name = f"model.config_file {model.config_file}"
     path = Path(model.config_file).expanduser()
     if not path.is_file():
-        folder = _find_folder(name, model.config_file, model.revision, _CONFIG_FILES)
-        path = _unet_folder(folder, name) / MODEL_CONFIG
+        path = _unet_folder(_find_model(name, model.config_file, model.revision, _CONFIG_FILES), name) / MODEL_CONFIG
     return _read_unet_config(path, name)
 
 
@@ -277,8 +418,8 @@ def load_pretrained(model: ModelConfig) -> Pretrained:
     """
     assert model.from_pretrained is not None
     name = f"model.from_pretrained {model.from_pretrained}"
-    folder = _find_folder(name, model.from_pretrained, model.revision, _FILES)
-    unet_folder = _unet_folder(folder, name)
+    found = _find_model(name, model.from_pretrained, model.revision, _FILES)
+    unet_folder = _unet_folder(found, name)
     _read_unet_config(unet_folder / MODEL_CONFIG, name)
     if not any(unet_folder.glob("diffusion_pytorch_model*.safetensors*")):
         raise ConfigError(
@@ -292,11 +433,15 @@ def load_pretrained(model: ModelConfig) -> Pretrained:
         raise ConfigError(f"{name} cannot be loaded ({reason_of(error)}).") from error
     if missing := loaded["missing_keys"]:
         raise ConfigError(f"{name} lacks weights of its own network ({', '.join(sorted(missing)[:3])}, ...).")
-    index = _read_json(folder / MODEL_INDEX, name) if (folder / MODEL_INDEX).is_file() else None
+    index = None
+    if found.kind == "checkpoint":
+        index = pipeline_settings(found)
+    elif (found.path / MODEL_INDEX).is_file():
+        index = _read_json(found.path / MODEL_INDEX, name)
     return Pretrained(
         name=name,
         unet=unet,
-        scheduler=_read_scheduler(folder, name),
+        scheduler=checkpoint_scheduler(found) if found.kind == "checkpoint" else _read_scheduler(found.path, name),
         class_names=index.get("class_names") if index else None,
         has_null_label=bool(index.get("has_null_label")) if index else None,
     )
@@ -413,14 +558,17 @@ def _read_scheduler(folder: Path, name: str) -> GaussianDiffusionScheduler | Non
     return None
 
 
-def _find_folder(name: str, source: str, revision: str | None, files: Sequence[str]) -> Path:
-    """Return a local folder, or download it from the Hub."""
+def _find_model(name: str, source: str, revision: str | None, files: Sequence[str]) -> ModelFolder:
+    """Return what a local path holds, or download it from the Hub."""
     path = Path(source).expanduser()
-    if path.exists():
+    if path.is_dir():
         if revision is not None:
             raise ConfigError(f"model.revision {revision} applies to the Hub, but {source} is a local path; remove it.")
-        if path.is_dir():
-            return path
+        try:
+            return find_model(path, accept_network=True)
+        except ConfigError as error:
+            raise ConfigError(f"{name.partition(' ')[0]} {error}") from None
+    if path.exists():
         raise ConfigError(f"{name} is a file; give the folder of a pipeline or of a UNet2DModel.")
     if source.startswith((".", "~", "/")) or source.count("/") > 1 or path.suffix == ".json":
         raise ConfigError(f"{name} does not exist; check the path (the working directory is {Path.cwd()}).")
@@ -428,7 +576,7 @@ def _find_folder(name: str, source: str, revision: str | None, files: Sequence[s
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+        return ModelFolder("network", Path(snapshot_download(source, revision=revision, allow_patterns=list(files))))
     except Exception as error:  # errors of the Hub, the network and the disk
         raise ConfigError(
             f"{name} is not a local folder and cannot be downloaded from the Hub ({reason_of(error)}); check the name, "
@@ -436,13 +584,12 @@ def _find_folder(name: str, source: str, revision: str | None, files: Sequence[s
         ) from error
 
 
-def _unet_folder(folder: Path, name: str) -> Path:
+def _unet_folder(model: ModelFolder, name: str) -> Path:
     """Return the folder with config.json and weights of the network."""
-    for candidate in (folder / "unet", folder):
+    for candidate in (model.weights,) if model.kind == "checkpoint" else (model.path / "unet", model.path):
         if (candidate / MODEL_CONFIG).is_file():
             return candidate
-    hint = f"; did you mean {folder / 'pipeline'}?" if (folder / "pipeline").is_dir() else "."
-    raise ConfigError(f"{name} has neither unet/config.json nor config.json of a UNet2DModel{hint}")
+    raise ConfigError(f"{name} has neither unet/config.json nor config.json of a UNet2DModel.")
 
 
 def _read_unet_config(path: Path, name: str) -> dict[str, Any]:

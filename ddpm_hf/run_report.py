@@ -55,7 +55,7 @@ _CONTENTS = {
     (f"{PREVIEWS_DIR}/",): "samples from the same noise during training",
     (f"{HUB_DIR}/",): "the last push during training and its output",
     ("ema_snapshots/",): "EMA weights, from which `ddpm-hf ema` makes an EMA of any length",
-    ("evaluations/",): "evaluations of pipelines that the run replaced",
+    ("evaluations/",): "evaluations of checkpoints, and of pipelines that the run replaced",
     (f"{CHECKPOINTS_DIR}/",): "checkpoints; the same command continues from the newest one",
 }
 

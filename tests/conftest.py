@@ -3,6 +3,7 @@
 Comparisons of runs and ways to disturb one are in runs.py, processes that start quickly in forked.py.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -18,6 +19,8 @@ import torch
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
+# Until all tests are collected; see pytest_collection_finish.
+gc.disable()
 # One thread: the tests share the cores, and exact comparisons need one order of additions.
 torch.set_num_threads(1)
 # The tests use caches of their own, which are deleted with the process. The libraries of the Hub read these variables
@@ -39,6 +42,13 @@ import datasets  # noqa: E402, F401
 
 REPOSITORY = Path(__file__).parents[1]
 DIGITS = REPOSITORY / "data" / "digits.parquet"
+
+
+def pytest_collection_finish() -> None:
+    """Exempt all modules and tests from garbage collection, which would walk over them in every full collection."""
+    gc.freeze()
+    gc.enable()
+
 
 # A run of a second: 8x8 digits, a network of 45 thousand parameters, every feature at its default.
 TINY_RUN = {

@@ -4,6 +4,7 @@ For promises about a process of its own: exit codes, signals, kills, several ran
 or about variables that a library reads while it is imported, needs `tests.conftest.run_process`.
 """
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -27,6 +28,7 @@ import torch
 import torch._dynamo  # by the first step of an optimizer
 
 diffusers.DDPMPipeline, diffusers.UNet2DModel  # noqa: B018 - imported by their first use
+gc.freeze()  # these objects are never garbage, and a collection after the fork would copy their memory
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 

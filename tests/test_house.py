@@ -27,25 +27,29 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"files", "redaction"},
     "distributed": {"config", "files", "rng", "signals"},
     "data": {"config", "files", "rng"},
-    "models": {"config", "diffusion", "files", "redaction"},
+    "model_folder": {"config", "files"},
+    "models": {"config", "diffusion", "files", "model_folder", "redaction"},
     "evaluation": {"config", "data", "diffusion", "distributed", "files", "plots", "redaction", "rng"},
     "training": {
-        "__init__", "config", "data", "diffusion", "distributed", "evaluation.verify", "files", "models", "plots",
-        "redaction", "rng", "signals",
+        "__init__", "config", "data", "diffusion", "distributed", "evaluation", "files", "hub.background",
+        "model_folder", "models", "plots", "redaction", "rng", "signals",
     },
-    "hub": {"config", "data", "diffusion", "evaluation", "files", "plots", "redaction", "run_report"},
+    "hub": {
+        "config", "data", "diffusion", "evaluation", "files", "model_folder", "models", "plots", "redaction",
+        "run_report",
+    },
     "run_report": {"evaluation", "files", "plots", "redaction"},
     "cli": {
-        "__init__", "config", "data", "diffusion", "distributed", "evaluation", "files", "hub", "models", "plots",
-        "redaction", "rng", "run_report", "signals", "training",
+        "__init__", "config", "data", "diffusion", "distributed", "evaluation", "files", "hub", "model_folder",
+        "models", "plots", "redaction", "rng", "run_report", "signals", "training",
     },
     "__init__": {"config", "diffusion", "training"},
     "__main__": {"cli"},
 }  # fmt: skip
 # Imported inside functions, so that a command starts quickly and runs without what it does not use.
 LAZY_LIBRARIES = {
-    "cv2", "datasets", "matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "tensorboard", "torch_fidelity",
-    "torchvision", "trackio", "transformers", "wandb",
+    "cv2", "datasets", "matplotlib", "pandas", "pillow_heif", "pyarrow", "scipy", "sklearn", "tensorboard",
+    "torch_fidelity", "torchvision", "trackio", "transformers", "wandb",
 }  # fmt: skip
 # The core travels with every saved pipeline to machines that have no more than this.
 CORE_LIBRARIES = {"torch", "diffusers", "numpy", "PIL", "typing_extensions", "huggingface_hub"}
@@ -70,12 +74,14 @@ FORBIDDEN_METHODS = {"extract", "extractall", "register_for_checkpointing", "sav
 MUST_BE_FALSE = {"allow_pickle", "shell", "trust_remote_code"}
 # Module -> what is meant: an optimizer or feature network by import path is code by its user's own wish, the package
 # imports its own modules on first use, torch.hub downloads a file whose sha256 is known, and `verify` runs code that is
-# the installed one byte by byte, or that the caller has consented to. mallopt of the C library has no other interface.
+# the installed one byte by byte, or that the caller has consented to. `from_pretrained` opens folders of runs with the
+# installed package. mallopt of the C library has no other interface.
 # The checkpoints of other trainers are pickles, which are written and never read.
 ALLOWED = {
     "benchmarks/bench.py": {"ctypes"},
     "benchmarks/peers.py": {"save_state", "torch.save"},
     "ddpm_hf/__init__.py": {"importlib.import_module"},
+    "ddpm_hf/diffusion/pipeline.py": {"importlib.import_module"},
     "ddpm_hf/distributed.py": {"ctypes"},
     "ddpm_hf/evaluation/features.py": {"importlib.import_module", "torch.hub"},
     "ddpm_hf/evaluation/verify.py": {"trust_remote_code=True"},

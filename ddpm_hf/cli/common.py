@@ -11,17 +11,19 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.config import ConfigError
-from ddpm_hf.files import CHECKPOINTS_DIR, MODEL_INDEX, PIPELINE_DIR, VERIFICATION
+from ddpm_hf.files import MODEL_INDEX, VERIFICATION
 from ddpm_hf.redaction import reason_of, redact
 from ddpm_hf.signals import deferred_signals, raise_on_signals
 
 if TYPE_CHECKING:
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
+    from ddpm_hf.model_folder import ModelFolder
 
 _DISK_ADVICE = {
     errno.ENOSPC: "free some space, or write to another disk",
@@ -100,49 +102,54 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
                     folder.cleanup()
 
 
-def find_folder(name: str, revision: str | None = None) -> Path | None:
-    """Return the local folder of a pipeline, that of a run included; None for a Hub repository."""
-    folder = Path(name).expanduser()
-    if not name or not folder.is_dir():
-        if folder.exists() or name.startswith(("/", ".", "~")) or not _REPOSITORY_ID.fullmatch(name):
-            raise ConfigError(
-                f"{name or 'an empty name'} is neither a local folder nor a valid repository id; give the "
-                "folder of a run or pipeline, or an id such as google/ddpm-cifar10-32."
-            )
+def find_folder(name: str, revision: str | None = None) -> "ModelFolder | None":
+    """Return the local pipeline or verified checkpoint that a path stands for; None for a Hub repository.
+
+    Raises:
+        ConfigError: The path holds no model, or is neither a folder nor a valid repository id.
+    """
+    from ddpm_hf.model_folder import find_model
+
+    if is_repository_id(name):
         return None
-    for candidate in (folder, folder / PIPELINE_DIR):
-        if (candidate / MODEL_INDEX).is_file():
-            if revision is not None:
-                raise ConfigError(f"--revision is for Hub repositories, but {name} is a local folder; remove it.")
-            return candidate
-    if (folder / CHECKPOINTS_DIR).is_dir():
-        raise ConfigError(f"{folder} holds an unfinished run; finish it with the command that started it.")
-    raise ConfigError(f"{folder} holds no pipeline ({MODEL_INDEX}); give the folder that training saved.")
+    if revision is not None:
+        raise ConfigError(f"--revision is for Hub repositories, but {name} is a local folder; remove it.")
+    return find_model(name)
 
 
-def load_pipeline(name: str, folder: Path | None, **options: Any) -> "GaussianDiffusionPipeline":
+def is_repository_id(name: str) -> bool:
+    """Return whether a name is that of a Hub repository, and not an existing path or one that cannot be an id."""
+    exists = os.path.lexists(Path(name).expanduser())  # also of an empty name
+    return not exists and not name.startswith(("/", ".", "~")) and _REPOSITORY_ID.fullmatch(name) is not None
+
+
+def load_pipeline(name: str, model: "ModelFolder | None", **options: Any) -> "GaussianDiffusionPipeline":
     """Load a pipeline from a folder or from the Hub.
 
     Args:
         name: Folder or repository id, as given by the user.
-        folder: The result of `find_folder`.
+        model: The result of `find_folder`.
         **options: Arguments of `from_pretrained`; None stands for the default.
     """
     import torch
     from diffusers.utils.logging import disable_progress_bar
 
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
+    from ddpm_hf.models import load_model
 
     if not sys.stderr.isatty():
         disable_progress_bar()
     given = {key: value for key, value in options.items() if value is not None}
     try:
         with _diffusers_messages_on_success():
-            pipeline = GaussianDiffusionPipeline.from_pretrained(folder or name, **given)
+            if model is None:
+                pipeline = GaussianDiffusionPipeline.from_pretrained(name, **given)
+            else:
+                pipeline = load_model(model, partial(GaussianDiffusionPipeline.from_pretrained, **given))
     except (torch.OutOfMemoryError, MemoryError, ValueError):
         raise
     except Exception as error:  # diffusers, safetensors and httpx raise many types
-        if folder is None:
+        if model is None:
             raise ConfigError(f"{name} {_hub_reason(error, options.get('revision'))}") from error
         raise ConfigError(f"{name} holds no pipeline that can be loaded: {reason_of(error)}.") from error
     assert isinstance(pipeline, GaussianDiffusionPipeline)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_hf.cli.flags import Parser
+from ddpm_hf.config import ConfigError
+from ddpm_hf.model_folder import find_run
 
 
 def ema(arguments: Sequence[str]) -> int:
@@ -14,7 +16,7 @@ def ema(arguments: Sequence[str]) -> int:
         "training.posthoc_ema stored (Karras et al. 2024).",
         epilog="example: ddpm-hf ema outputs/mnist --length 0.08",
     )
-    parser.add_argument("folder", type=Path, help="folder of the run")
+    parser.add_argument("folder", type=Path, help="folder of the run, finished or not, or a folder in it")
     parser.add_argument(
         "--length",
         type=float,
@@ -25,10 +27,13 @@ def ema(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="new folder; by default pipeline_ema_LENGTH in the run folder")
     options = parser.parse_args(arguments)
 
+    folder, length, step = options.folder.expanduser(), options.length, options.step
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; give that of a run with training.posthoc_ema.")
+
     from ddpm_hf.training.posthoc_ema import reconstruct
 
-    folder, length, step = options.folder, options.length, options.step
-    output = options.output
+    folder, output = find_run(folder) or folder, options.output and options.output.expanduser()
     if output is None:
         output = folder / f"pipeline_ema_{length:.3f}{'' if step is None else f'_step_{step:08d}'}"
     result = reconstruct(folder, length, step, output)

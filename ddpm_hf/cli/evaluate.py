@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ddpm_hf.cli.common import find_folder, load_pipeline, out_of_memory_advice
 from ddpm_hf.cli.flags import CALL_FLAGS, CompilationFlags, ModelFlags, Parser, SamplingFlags, flag, read_flags
 from ddpm_hf.config import (
+    EVAL_DATASET,
     ConfigError,
     DataConfig,
     ModelConfig,
@@ -20,7 +21,7 @@ from ddpm_hf.config import (
     validate,
     warn_of_training_flags,
 )
-from ddpm_hf.files import EVALUATION, EVALUATION_PICTURE, TRAINING_CONFIG, atomic_write, write_text
+from ddpm_hf.files import EVALUATION, EVALUATION_PICTURE, RUN_CONFIG, TRAINING_CONFIG, atomic_write, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ddpm_hf.evaluation.features import FeatureNetwork
     from ddpm_hf.evaluation.generate import Images, Sampler
     from ddpm_hf.evaluation.likelihood import ReverseProcess, VariationalBound
+    from ddpm_hf.model_folder import ModelFolder
 
 SAMPLES = "evaluation_samples"
 # If no metric needs samples, a few are sampled in few steps for the picture.
@@ -128,8 +130,9 @@ class MeasuringFlags:
         num_terms: Timesteps of the bound per image, or all.
         likelihood_steps: Number of timesteps for bits_per_dim; by default as in training.
         estimate_variance: First estimate the analytic variance on this many training images per timestep, and save it
-            in the folder.
-        output: Folder for evaluation.json and evaluation.png; by default that of the pipeline.
+            with the model.
+        output: Folder for evaluation.json and evaluation.png; by default that of the pipeline, or for a checkpoint a
+            folder in evaluations/ of its run.
         cpu: Use the CPU even if there is a GPU.
     """
 
@@ -203,15 +206,19 @@ def parse(arguments: Sequence[str]) -> EvaluateFlags:
     return flags
 
 
-def use_validation_set_of_run(flags: EvaluateFlags, folder: Path | None) -> tuple[EvaluateFlags, str | None]:
+def use_validation_set_of_run(flags: EvaluateFlags, config: Path | None) -> tuple[EvaluateFlags, str | None]:
     """Set flags about the validation set that were not given to those of the run, if it used the same data.
+
+    Args:
+        flags: The flags.
+        config: The configuration of the run.
 
     Returns:
         The flags with a split seed, and a line about what was set, or what to give if the data may differ.
     """
     line = None
-    if folder is not None and (path := folder / TRAINING_CONFIG).is_file():
-        data, seed = _read_data_settings(path)
+    if config is not None and config.is_file():
+        data, seed = _read_data_settings(config)
         run = {"split_seed": seed} | {f"data_{name}": data[name] for name in _VALIDATION}
         if any(getattr(flags, f"data_{name}") is not None for name in _VALIDATION):
             run = {"split_seed": seed}  # the split and the fraction exclude each other
@@ -223,7 +230,7 @@ def use_validation_set_of_run(flags: EvaluateFlags, folder: Path | None) -> tupl
         is_same["source"] = Path(data["source"]).expanduser().resolve() == Path(flags.data).expanduser().resolve()
         if run and all(is_same.values()):
             flags = replace(flags, **run)
-            line = f"Validation set of the run ({TRAINING_CONFIG}): {shown}"
+            line = f"Validation set of the run ({config.name}): {shown}"
         elif run:
             known = ", ".join(f"data.{name} {data[name]}" for name in _WHICH_DATA if data[name])
             line = f"The run was trained on {known}. If these are the same images, give its validation set: {shown}"
@@ -235,6 +242,8 @@ def _read_data_settings(path: Path) -> tuple[dict[str, Any], int]:
     content = read_config_dict(path)
     data: dict[str, Any] = {name: getattr(_DATA, name) for name in (*_WHICH_DATA, *_VALIDATION)}
     data |= {name: value for name, value in content.get("data", {}).items() if name in data}
+    if data["validation_split"] == EVAL_DATASET:  # no files of this name exist
+        data["validation_split"] = None
     fraction, seed = data["validation_fraction"], content.get("training", {}).get("seed", 0)
     names_are_text = all(isinstance(data[name], str | None) for name in (*_WHICH_DATA, "validation_split"))
     is_valid = names_are_text and isinstance(data["source"], str) and isinstance(fraction, int | float)
@@ -256,7 +265,7 @@ class _Work:
     """What is evaluated, and on which images."""
 
     flags: EvaluateFlags
-    folder: Path | None
+    model: "ModelFolder | None"
     output: Path
     device: "torch.device"
     pipeline: "GaussianDiffusionPipeline"
@@ -274,11 +283,11 @@ class _Work:
 def _evaluate(flags: EvaluateFlags) -> None:
     """Collective: measure everything that the flags ask for, and write and print the results."""
     from ddpm_hf import distributed
-    from ddpm_hf.diffusion.saved_folder import second_moments_file
     from ddpm_hf.evaluation.generate import sample_to_folder, settings_of
     from ddpm_hf.evaluation.likelihood import estimate_second_moments, variational_bound
     from ddpm_hf.evaluation.metrics import check_metrics, measure_fidelity
     from ddpm_hf.evaluation.report import as_json, table
+    from ddpm_hf.models import save_second_moments
 
     check_metrics(flags.metric_names())
     work = _prepare(flags)
@@ -290,7 +299,7 @@ def _evaluate(flags: EvaluateFlags) -> None:
     flags.compile_network(sampler.prepare(work.pipeline), len(full_batch), call)
     distributed.on_rank_0(lambda: work.output.mkdir(parents=True, exist_ok=True))
     if flags.estimate_variance:
-        scheduler, folder = work.pipeline.scheduler, work.folder
+        scheduler, model = work.pipeline.scheduler, work.model
         scheduler.eps_second_moments = estimate_second_moments(
             work.pipeline,
             work.training,
@@ -298,8 +307,8 @@ def _evaluate(flags: EvaluateFlags) -> None:
             num_images=flags.estimate_variance,
             batch_size=flags.batch_size,
         )
-        assert folder is not None
-        distributed.on_rank_0(lambda: scheduler.save_second_moments(second_moments_file(folder).parent))
+        assert model is not None
+        distributed.on_rank_0(lambda: save_second_moments(model, scheduler))
     pipeline = work.sampler.prepare(work.pipeline)
     if settings is None:
         settings = settings_of(pipeline, work.sampler, flags.seed, flags.batch_size)
@@ -371,23 +380,25 @@ def _prepare(flags: EvaluateFlags) -> _Work:
 
     warn_of_training_flags(distributed.join(cpu=flags.cpu))
     accelerator = distributed.start(cpu=flags.cpu)
-    folder = find_folder(flags.folder, flags.revision)
+    model = _find_model(flags)
     flags.check_scheduler()
-    output = flags.output or folder
-    if output is None or (folder is None and flags.estimate_variance):
+    place = None if model is None else model.evaluation
+    output = flags.output or place
+    if output is None or (place is None and flags.estimate_variance):
+        what = "not a local folder" if model is None else "a checkpoint outside of a run"
         raise ConfigError(
-            f"{flags.folder} is not a local folder; give --output for the results, and a local folder for "
+            f"{flags.folder} is {what}; give --output for the results, and a local pipeline or run for "
             "--estimate_variance."
         )
     dtype = getattr(torch, flags.dtype)
-    pipeline = load_pipeline(flags.folder, folder, dtype=dtype, revision=flags.revision, variant=flags.variant).to(
+    pipeline = load_pipeline(flags.folder, model, dtype=dtype, revision=flags.revision, variant=flags.variant).to(
         accelerator.device
     )
     flags.set_up_network(pipeline)
     height, width, num_channels = image_shape(pipeline)
     metrics = flags.metric_names()
     needs_labels = pipeline.num_classes > 0 and (BITS_PER_DIM in metrics or flags.estimate_variance > 0)
-    flags, line = use_validation_set_of_run(flags, folder)
+    flags, line = use_validation_set_of_run(flags, _config_of(model))
     if line and accelerator.is_main_process:
         print(line)
     config = RunConfig(
@@ -418,7 +429,7 @@ def _prepare(flags: EvaluateFlags) -> _Work:
     num_terms = None if isinstance(flags.num_terms, str) else flags.num_terms
     return _Work(
         flags=flags,
-        folder=folder,
+        model=model,
         output=output,
         device=accelerator.device,
         pipeline=pipeline,
@@ -432,6 +443,23 @@ def _prepare(flags: EvaluateFlags) -> _Work:
         process=process,
         num_terms=num_terms if process is None or (num_terms or 0) < len(process) else None,
     )
+
+
+def _find_model(flags: EvaluateFlags) -> "ModelFolder | None":
+    """Collective: find the model on rank 0, because a run that is being trained may have a newer checkpoint later."""
+    from ddpm_hf import distributed
+    from ddpm_hf.model_folder import ModelFolder
+
+    found = distributed.on_rank_0(lambda: find_folder(flags.folder, flags.revision))
+    values = distributed.broadcast_json(found and found.to_dict())
+    return None if values is None else ModelFolder.from_dict(values)
+
+
+def _config_of(model: "ModelFolder | None") -> Path | None:
+    """Return the file with the configuration that a model was trained with, which may not exist."""
+    if model is None:
+        return None
+    return model.path / (RUN_CONFIG if model.kind == "checkpoint" else TRAINING_CONFIG)
 
 
 def _check(work: _Work) -> "tuple[dict[str, Any] | None, FeatureNetwork | None]":
@@ -524,7 +552,8 @@ def _draw(work: _Work, samples: "Images", bound: "VariationalBound | None") -> N
 
     shown = choose_images(work.training, min(NUM_PICTURE_SAMPLES, len(work.training)), work.flags.seed)
     neighbors, _, distances = nearest_images(samples[:NUM_NEIGHBORS], work.training)
-    title = f"{Path(work.flags.folder).name}, {Path(work.flags.data).name}"
+    step = f" at {work.model.progress}" if work.model is not None and work.model.kind == "checkpoint" else ""
+    title = f"{Path(work.flags.folder).resolve().name}{step}, {Path(work.flags.data).name}"
     if bound is not None:
         title += f": {bound.bits_per_dim:.3f} bits per dimension"
     atomic_write(

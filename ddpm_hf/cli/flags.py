@@ -35,6 +35,10 @@ class Parser(ArgumentParser):
         options = {"allow_abbrev": False, "formatter_class": RawDescriptionHelpFormatter, **options}
         super().__init__(**options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse words, which may be numbers and paths if they are not from a shell."""
+        return super().parse_known_args(None if args is None else [str(word) for word in args], namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print usage and error, and exit with 2."""
         super().error(redact(message))
@@ -127,7 +131,8 @@ class ModelFlags:
     """The model.
 
     Args:
-        folder: Folder of a pipeline or of a run, or a Hub repository.
+        folder: Folder of a run, a checkpoint or a pipeline, or a Hub repository. A run that is not finished stands for
+            the EMA of its newest valid checkpoint.
         revision: Branch, tag or commit of a Hub repository.
         variant: Variant of the weights, such as fp16.
     """

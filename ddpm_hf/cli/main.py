@@ -4,6 +4,7 @@ Exit codes: 0 success, 1 failure while running, 2 invalid input, 3 training beca
 signal (training saves a checkpoint first).
 """
 
+import io
 import os
 import signal
 import sys
@@ -115,6 +116,9 @@ def _exit_code(command: Callable[[], int]) -> int:
     Errors of all ranks are printed by rank 0, and `RankError` by the rank that raises it.
     """
     sys.excepthook = _print_traceback
+    for stream in (sys.stdout, sys.stderr):  # a name of a file or class may not exist in the encoding of the terminal
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         exit_code = _run(command)
     finally:

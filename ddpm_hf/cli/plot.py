@@ -11,6 +11,7 @@ from ddpm_hf.cli.sample import overviews_in
 from ddpm_hf.config import ConfigError, DataConfig, RunConfig, read_config
 from ddpm_hf.files import (
     EVALUATION,
+    EVALUATIONS_DIR,
     METRICS,
     PIPELINE_DIR,
     RUN_CONFIG,
@@ -19,6 +20,7 @@ from ddpm_hf.files import (
     atomic_write,
     read_json,
 )
+from ddpm_hf.model_folder import find_run
 from ddpm_hf.redaction import reason_of
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def _parser() -> ArgumentParser:
     def add_kind(name: str, draw: Callable[[Namespace], Plot], description: str) -> ArgumentParser:
         example = next(line for line in _EXAMPLES.splitlines() if f" plot {name} " in line).strip()
         kind = kinds.add_parser(name, help=description, description=description, epilog=f"example: {example}")
-        kind.add_argument("--output", type=Path, default=Path(f"{name}.png"), help="(default: %(default)s)")
+        kind.add_argument("--output", type=_path, default=Path(f"{name}.png"), help="(default: %(default)s)")
         kind.set_defaults(draw=draw)
         return kind
 
@@ -79,29 +81,33 @@ def _parser() -> ArgumentParser:
         text = f"resize the shorter side to this, and crop a centered square; by default {default}"
         kind.add_argument("--resolution", type=_positive_int, help=text)
 
-    source_of_schedule = "YAML of a run, run folder, pipeline folder or scheduler_config.json"
+    source_of_schedule = "YAML of a run, folder of a run, checkpoint or pipeline, or scheduler_config.json"
     kind = add_kind("schedule", _plot_schedules, "betas, alpha_bar, log SNR and loss weights of noise schedules")
-    kind.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help=source_of_schedule)
+    kind.add_argument("sources", nargs="+", type=_path, metavar="SOURCE", help=source_of_schedule)
 
     kind = add_kind("noising", _plot_noising, "the forward process on an image, with t and SNR")
-    kind.add_argument("image", type=Path, metavar="IMAGE", help="image file")
-    kind.add_argument("--config", type=Path, required=True, metavar="SOURCE", help=source_of_schedule)
+    kind.add_argument("image", type=_path, metavar="IMAGE", help="image file")
+    kind.add_argument("--config", type=_path, required=True, metavar="SOURCE", help=source_of_schedule)
     kind.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="by default 8, evenly spaced")
     add_resolution(kind, "that of the configuration, or the size of the image")
     kind.add_argument("--seed", type=int, default=0, help="seed of the noise, which is the same at each t")
 
     kind = add_kind("loss", _plot_losses, "losses and scores of one or more runs")
-    kind.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a metrics.jsonl")
+    kind.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="run folder, or a metrics.jsonl")
 
     kind = add_kind("timesteps", _plot_timesteps, "loss by timestep of a run or an evaluation")
-    kind.add_argument("run", type=Path, metavar="RUN", help="run folder, or a folder with an evaluation.json")
+    kind.add_argument("run", type=_path, metavar="RUN", help="run folder, or a folder with an evaluation.json")
 
     kind = add_kind("grid", _plot_grid, "images of a folder, with a column for each subfolder")
-    kind.add_argument("folder", type=Path, metavar="FOLDER", help="folder of images")
+    kind.add_argument("folder", type=_path, metavar="FOLDER", help="folder of images")
     kind.add_argument("--columns", type=_positive_int, default=10, help="largest number (default: %(default)s)")
     kind.add_argument("--rows", type=_positive_int, default=8, help="largest number (default: %(default)s)")
     add_resolution(kind, "the size of the images")
     return parser
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _positive_int(text: str) -> int:
@@ -137,12 +143,14 @@ class Process:
 
 
 def read_process(path: Path) -> Process:
-    """Read a forward process from a YAML file, a run folder, a pipeline folder or a scheduler_config.json."""
+    """Read a forward process from a YAML file, a scheduler_config.json, or the folder of a run or model."""
     if not path.exists():
-        raise ValueError(f"{path} does not exist; give a YAML file, a run folder or a pipeline folder.")
+        raise ValueError(f"{path} does not exist; give a YAML file, or the folder of a run, checkpoint or pipeline.")
     file = path
     if path.is_dir():
-        candidates = (path / "scheduler" / SCHEDULER_CONFIG, path / SCHEDULER_CONFIG, path / RUN_CONFIG)
+        candidates = [path / "scheduler" / SCHEDULER_CONFIG, path / SCHEDULER_CONFIG, path / RUN_CONFIG]
+        if (run := find_run(path)) is not None:  # of a network in a checkpoint
+            candidates.append(run / RUN_CONFIG)
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
             raise ValueError(
@@ -242,6 +250,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the metrics of a run folder or a metrics.jsonl, without an incomplete last line."""
     from ddpm_hf.training.logging import MetricsLog
 
+    if path.is_dir() and not (path / METRICS).exists():
+        path = find_run(path) or path
     file = path / METRICS if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file} does not exist; give the folder of a run, which holds {METRICS}.")
@@ -266,10 +276,14 @@ def _plot_timesteps(options: Namespace) -> Plot:
     from ddpm_hf.plots import timestep_curves
 
     run: Path = options.run
+    if run.is_dir() and not any((run / name).exists() for name in (METRICS, EVALUATION)):
+        run = find_run(run) or run
     if not run.is_dir():
         raise ValueError(f"{run} is not a folder; give that of a run, or one with an {EVALUATION}.")
     rows = read_metrics(run) if (run / METRICS).exists() else []
-    evaluations = [path for path in (run / EVALUATION, run / PIPELINE_DIR / EVALUATION) if path.is_file()]
+    of_checkpoints = sorted(run.glob(f"{EVALUATIONS_DIR}/step_*/{EVALUATION}"), reverse=True)
+    places = (run / EVALUATION, run / PIPELINE_DIR / EVALUATION, *of_checkpoints)
+    evaluations = [path for path in places if path.is_file()]
     bounds = {path: bound for path in evaluations if (bound := read_json(path).get("bound")) is not None}
     path_of_bound, bound = next(iter(bounds.items()), (None, None))
     found = [f"loss by quartile in {run / METRICS}"] if any("loss_q0" in row for row in rows) else []

@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ddpm_hf.cli.common import find_folder, temporary_folder
+from ddpm_hf.cli.common import is_repository_id, temporary_folder
 from ddpm_hf.cli.flags import Parser
 from ddpm_hf.config import ConfigError
 from ddpm_hf.files import format_bytes
@@ -26,7 +26,11 @@ def parse(arguments: Sequence[str]) -> Namespace:
         epilog=_EXAMPLES,
     )
     add = parser.add_argument
-    add("folder", help="folder of a finished run or of a pipeline")
+    add(
+        "folder",
+        help="folder of a run, a checkpoint or a pipeline; of a run that is not finished, the EMA of its newest valid "
+        "checkpoint is published, and the card says so",
+    )
     add("repo_id", help='"user/name", "organization/name", or "name" for your own account')
     add("--private", action="store_true", help="create the repository as private; an existing public one is refused")
     add("--pull_request", action="store_true", help="open a pull request instead of committing")
@@ -55,8 +59,10 @@ def push(arguments: Sequence[str]) -> int:
     logging.disable_progress_bar()  # of the parts of the pipeline
     if not sys.stderr.isatty():
         disable_progress_bars()
-    if find_folder(options.folder) is None:
-        raise ConfigError(f"{options.folder} is not a local folder; give the folder of a run or of a pipeline.")
+    if is_repository_id(options.folder):
+        raise ConfigError(
+            f"{options.folder} is not a local folder; give the folder of a run, a checkpoint or a pipeline."
+        )
     target = hub.Target(
         repo_id=options.repo_id,
         private=options.private,
@@ -70,7 +76,7 @@ def push(arguments: Sequence[str]) -> int:
             target,
             fp16=options.fp16,
             with_real_images=options.with_real_images,
-            message=options.message or hub.MESSAGE,
+            message=options.message,
             dry_run=options.dry_run,
             workspace=workspace,
         )

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.diffusion.pipeline import ClassNumbers
+    from ddpm_hf.model_folder import ModelFolder
 
 ImageArray: TypeAlias = NDArray[np.float32]
 """An image in [0, 1], (height, width, channels)."""
@@ -398,9 +399,12 @@ class _Work:
     starts: NDArray[np.float32] | None  # the given images, (number, height, width, channels) in [0, 1]
     masks: NDArray[np.bool_] | None  # one for all of them or one for each, (number, height, width)
     call: dict[str, Any]  # arguments of the pipeline that all images share
+    step: int | None  # of a checkpoint
 
 
-def _prepare(flags: SampleFlags, model: Path | None, images: list[ImageArray], masks: list[ImageArray]) -> _Work:
+def _prepare(
+    flags: SampleFlags, model: "ModelFolder | None", images: list[ImageArray], masks: list[ImageArray]
+) -> _Work:
     """Load the model, and check everything before a folder is created."""
     import torch
 
@@ -439,7 +443,7 @@ def _prepare(flags: SampleFlags, model: Path | None, images: list[ImageArray], m
     starts, cover = np.stack(fitted) if fitted else None, np.stack(covers) if covers else None
     batch = pictures[: flags.batch_size]
     flags.compile_network(pipeline, len(batch), call | {"class_labels": _labels_of(batch), "generator": generator[0]})
-    return _Work(flags, pipeline, pictures, starts, cover, call)
+    return _Work(flags, pipeline, pictures, starts, cover, call, None if model is None else model.step)
 
 
 def _device(name: str | None) -> "torch.device":
@@ -585,6 +589,7 @@ def _settings(work: _Work) -> dict[str, Any]:
         "revision": flags.revision,
         "variant": flags.variant,
         "commit": commit_of(pipeline),
+        **({} if work.step is None else {"step": work.step}),
         "sha256": fingerprint(pipeline),
         "scheduler": type(scheduler).__name__,
         **work.call,

@@ -3,9 +3,8 @@
 import importlib.util
 import logging
 import shlex
-import shutil
 import sys
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,9 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ddpm_hf.data import ImageSet, ImageStream
-    from ddpm_hf.evaluation.report import SmallSampleScorer
     from ddpm_hf.hub.background import BackgroundPush
-    from ddpm_hf.training.trainer import Publisher, Score, Scorer, Trainer
+    from ddpm_hf.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -50,25 +48,21 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     program = f"python {prog}" if prog.endswith(".py") else prog
     command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     advice = "lower training.micro_batch_size, or evaluation.batch_size if it was while sampling the report"
-    hub_folder = Path(config.training.output_dir).expanduser() / HUB_DIR
     push = None
     if config.hub.push_to_hub:
         from ddpm_hf.hub.background import BackgroundPush
 
-        push = BackgroundPush(config.hub, hub_folder)
+        push = BackgroundPush(config.hub, Path(config.training.output_dir).expanduser() / HUB_DIR)
     with out_of_memory_advice(advice), push or nullcontext():
-        publisher = None if push is None else make_publisher(push, hub_folder)
-        measure, scorer = _make_scorer(config)
-        # The report is sampled with the precision and determinism of the run.
-        with Trainer(config, scorer=scorer, publisher=publisher) as trainer, trainer.process_settings:
-            exit_code = _run(trainer, measure, push, command, is_dry_run=is_dry_run)
+        # This command publishes the finished run, with its report, which is sampled with the settings of the run.
+        with Trainer(config, publisher=None if push is None else push.publish) as trainer, trainer.process_settings:
+            exit_code = _run(trainer, push, command, is_dry_run=is_dry_run)
     trainer.shutdown()
     return exit_code
 
 
 def _run(
     trainer: "Trainer",
-    measure: "SmallSampleScorer | None",
     push: "BackgroundPush | None",
     command: str,
     *,
@@ -79,7 +73,6 @@ def _run(
     from ddpm_hf.training.trainer import describe
 
     _check_classes(trainer)
-    _check_score(trainer, measure)
     if push is not None:
         distributed.on_rank_0(push.check)
     if trainer.is_main_process:
@@ -106,54 +99,6 @@ def _run(
     return 0
 
 
-def make_publisher(push: "BackgroundPush", hub_folder: Path) -> "Publisher":
-    """Return a publisher that starts a push, or prints a warning while the previous push is still running."""
-
-    def publish(step: int, write: Callable[[Path], None]) -> None:
-        if not push.is_free():
-            logger.warning("Step %d is not pushed to the Hub: the previous push is still running.", step)
-            return
-        folder = hub_folder / "run"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write(folder)
-        push.start(folder, step)
-
-    return publish
-
-
-def _make_scorer(config: RunConfig) -> "tuple[SmallSampleScorer | None, Scorer | None]":
-    """Return the measurement of evaluation.score_metric and the trainer's scorer, or None if there is no score."""
-    if not config.evaluation.score_every_steps:
-        return None, None
-
-    from ddpm_hf.diffusion import GaussianDiffusionPipeline
-    from ddpm_hf.evaluation.report import SmallSampleScorer
-    from ddpm_hf.training.trainer import Score
-
-    measure = SmallSampleScorer(config)
-
-    def score(
-        pipeline: GaussianDiffusionPipeline, training: "ImageSet | ImageStream", validation: "ImageSet"
-    ) -> "Score":
-        found = measure(pipeline, training, validation)
-        return Score(found.value, found.kind, found.lower_is_better, found.row())
-
-    return measure, score
-
-
-def _check_score(trainer: "Trainer", measure: "SmallSampleScorer | None") -> None:
-    """Collective: raise before training if the score cannot be measured."""
-    if measure is None:
-        return
-
-    from ddpm_hf.evaluation.metrics import SAMPLE_METRICS
-
-    if trainer.config.evaluation.score_metric in SAMPLE_METRICS:
-        images = trainer.images
-        measure.open_network(images.image_shape, len(images) if isinstance(images, Sized) else 0, trainer.device)
-
-
 def _fit(trainer: "Trainer") -> int:
     """Train and return the exit code.
 
@@ -162,7 +107,7 @@ def _fit(trainer: "Trainer") -> int:
     """
     from ddpm_hf.data import DataError
     from ddpm_hf.distributed import ProcessesDiffer, SharedOSError, TrainingStopped
-    from ddpm_hf.training.checkpoint import CheckpointError
+    from ddpm_hf.model_folder import CheckpointError
     from ddpm_hf.training.optim import NonFiniteTraining
 
     try:

@@ -2,8 +2,18 @@
 
 from ddpm_hf.config.launcher import Launcher, read_launcher, take_launcher, warn_of_training_flags
 from ddpm_hf.config.parse import load_config, load_data_config, parse_command_line, read_config, read_config_dict
-from ddpm_hf.config.rules import ConfigError, changed_settings, changed_too_late, log_warning, refuse_secrets, validate
+from ddpm_hf.config.rules import (
+    ConfigError,
+    changed_settings,
+    changed_too_late,
+    log_warning,
+    refuse_secrets,
+    use_datasets,
+    validate,
+)
 from ddpm_hf.config.schema import (
+    EVAL_DATASET,
+    TRAIN_DATASET,
     DataConfig,
     DiffusionConfig,
     EvaluationConfig,
@@ -19,6 +29,8 @@ from ddpm_hf.config.schema import (
 )
 
 __all__ = [
+    "EVAL_DATASET",
+    "TRAIN_DATASET",
     "ConfigError",
     "DataConfig",
     "DiffusionConfig",
@@ -44,6 +56,7 @@ __all__ = [
     "read_launcher",
     "refuse_secrets",
     "take_launcher",
+    "use_datasets",
     "validate",
     "warn_of_training_flags",
 ]

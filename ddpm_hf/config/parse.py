@@ -6,6 +6,7 @@ jsonargparse parses files and command lines. Python values have types already, w
 import builtins
 import dataclasses
 import difflib
+import functools
 import itertools
 import os
 import re
@@ -208,7 +209,7 @@ def parse_command_line(arguments: Sequence[str] | None = None, prog: str = "ddpm
     Raises:
         ConfigError: A key is unknown, a value has the wrong type, or settings contradict each other.
     """
-    config, namespace = _parse(_parser(prog), arguments)
+    config, namespace = _parse(_shared_parser(prog), arguments)
     check(config)
     return config, bool(namespace.dry_run)
 
@@ -219,7 +220,7 @@ def read_config(path: Path) -> RunConfig:
     Raises:
         ConfigError: The file is not valid YAML, a key is unknown, or a value has the wrong type.
     """
-    return _parse(_parser("ddpm-hf"), ["--config", str(path)])[0]
+    return _parse(_shared_parser("ddpm-hf"), ["--config", str(path)])[0]
 
 
 def load_data_config(arguments: Sequence[str], prog: str = "ddpm-hf data") -> tuple[RunConfig, Path]:
@@ -249,6 +250,8 @@ def load_data_config(arguments: Sequence[str], prog: str = "ddpm-hf data") -> tu
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> tuple[RunConfig, Namespace]:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # jsonargparse would import a class path given in place of a section before refusing it.
+    set_parsing_settings(import_path_denylist=["*"])
     try:
         with _no_imports():
             parsed = parser.parse_args(arguments)
@@ -271,6 +274,12 @@ def _no_imports() -> Iterator[None]:
         yield
     finally:
         parsing_settings.update(before)
+
+
+@functools.cache
+def _shared_parser(prog: str) -> ArgumentParser:
+    """Build a parser once: that takes longer than its use, which does not change it."""
+    return _parser(prog)
 
 
 def _parser(prog: str) -> ArgumentParser:

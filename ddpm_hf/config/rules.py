@@ -3,12 +3,22 @@
 Contradictions raise `ConfigError`. A setting that has no effect beside another one is a warning.
 """
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from ddpm_hf.config.schema import BETA_RANGES, DIFFUSION_ALIASES, DataConfig, HubConfig, ModelConfig, RunConfig
+from ddpm_hf.config.schema import (
+    BETA_RANGES,
+    DIFFUSION_ALIASES,
+    EVAL_DATASET,
+    TRAIN_DATASET,
+    DataConfig,
+    HubConfig,
+    ModelConfig,
+    RunConfig,
+)
 from ddpm_hf.files import format_value
 from ddpm_hf.redaction import find_secret
 
@@ -91,7 +101,7 @@ def check(config: RunConfig, *, has_train_dataset: bool = False, has_eval_datase
     """Refuse settings as `validate` does, without warnings."""
     refuse_secrets(config)
     _check_ranges(config)
-    _check_data(config.data, has_train_dataset)
+    _check_data(config.data, has_train_dataset, has_eval_dataset)
     has_validation_set = has_eval_dataset or _has_validation_set(config.data)
     _check_model(config.model)
     _check_objective(config)
@@ -165,7 +175,44 @@ def _check_ranges(config: RunConfig) -> None:
         )
 
 
-def _check_data(data: DataConfig, has_train_dataset: bool) -> None:
+def use_datasets(config: RunConfig, *, has_train_dataset: bool, has_eval_dataset: bool) -> RunConfig:
+    """Return the configuration of a run on images in memory, which replace the settings of where images are.
+
+    Raises:
+        ConfigError: There are neither images nor data.source.
+    """
+    if not config.data.source and not has_train_dataset:
+        raise ConfigError("data.source is not set; set it, or pass the images as train_dataset.")
+    data, default = config.data, DataConfig()
+    replaced: dict[str, Any] = {}
+    if has_train_dataset:
+        names = ("subset", "revision", "split", "validation_split", "layout", "streaming")
+        replaced = {"source": TRAIN_DATASET} | {name: getattr(default, name) for name in names}
+        if data.validation_split == EVAL_DATASET:
+            del replaced["validation_split"]
+    if has_eval_dataset:
+        replaced |= {"validation_split": EVAL_DATASET, "validation_fraction": 0.0}
+    unused = [
+        f"data.{name} {format_value(value)}"
+        for name, new in replaced.items()
+        if (value := getattr(data, name)) not in (new, getattr(default, name))
+    ]
+    if unused:
+        given = ["train_dataset"] * has_train_dataset + ["eval_dataset"] * has_eval_dataset
+        log_warning(f"{' and '.join(given)} {'replaces' if len(given) == 1 else 'replace'} {', '.join(unused)}.")
+    return dataclasses.replace(config, data=dataclasses.replace(data, **replaced))
+
+
+def _check_data(data: DataConfig, has_train_dataset: bool, has_eval_dataset: bool) -> None:
+    for name, argument, is_given in (
+        (data.source, TRAIN_DATASET, has_train_dataset),
+        (data.validation_split, EVAL_DATASET, has_eval_dataset),
+    ):
+        if name == argument and not is_given:
+            raise ConfigError(
+                f"the images of the run were in memory ({name}); pass them to Trainer as "
+                f"{argument.removeprefix('memory:')}, or set data.source."
+            )
     if not data.source and not has_train_dataset:
         raise ConfigError("data.source is not set; give an image folder, a parquet file or a Hub dataset id.")
     if data.validation_split is not None and data.validation_fraction > 0:
@@ -274,9 +321,15 @@ def _check_training(config: RunConfig, has_validation_set: bool) -> None:
             "torch.optim.SGD."
         )
     if training.validate_every_steps > 0 and not has_validation_set:
-        which = "data.validation_split" if config.data.streaming else "data.validation_fraction, for example to 0.05"
+        fix = (
+            "set data.validation_split"
+            if config.data.streaming
+            else "set data.validation_fraction, for example to 0.05"
+        )
+        if config.data.source == TRAIN_DATASET:
+            fix = f"pass eval_dataset, or {fix}"
         raise ConfigError(
-            f"training.validate_every_steps {training.validate_every_steps} needs a validation set; set {which}."
+            f"training.validate_every_steps {training.validate_every_steps} needs a validation set; {fix}."
         )
     if training.cudnn_benchmark is True and training.deterministic:
         raise ConfigError(

@@ -82,13 +82,17 @@ DIFFUSION_ALIASES: dict[str, dict[str, str]] = {
 }
 
 
+TRAIN_DATASET, EVAL_DATASET = "memory:train_dataset", "memory:eval_dataset"
+"""The values of data.source and data.validation_split that stand for the images given to a Trainer."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Training and validation images.
 
     Args:
-        source: Image folder (class subfolders become labels), .zip or .tar of one, .parquet or .arrow file or a folder
-            of them, .npy or .npz file, or Hub dataset id.
+        source: Image folder (class subfolders become labels), .zip or .tar of one, folder of .tar shards, .parquet,
+            .arrow, .csv, .tsv or .jsonl file, folder of parquet or arrow files, .npy or .npz file, or Hub dataset id.
         subset: Configuration name of a Hub dataset that has several.
         revision: Branch, tag or commit of a Hub dataset; null uses the default branch.
         split: Split to train on, or a part of one, such as "train[:90%]".
@@ -97,7 +101,7 @@ class DataConfig:
         layout: Meaning of the folders in a folder or archive: "flat" (none), "classes", "splits", or "splits/classes";
             null decides by their names.
         image_column: Column or array of the images; null uses the only one.
-        label_column: Column or array of integer labels; null uses the only ClassLabel column, or "label".
+        label_column: Column or array of labels; null uses the only ClassLabel column, or "label".
         crop_before_resize: First crop: side of a centered square, or [left, top, right, bottom].
         resolution: Image size, one side or [height, width]: the shorter side is resized (antialiased), then the image
             is cropped. null keeps the original size, which all images must share.
@@ -150,8 +154,8 @@ class ModelConfig:
             "ddpm_256" are the networks of Ho et al. 2020 (35.7 and 113.7 M parameters). Ignored with config_file or
             from_pretrained.
         config_file: config.json of a UNet2DModel, or a folder or Hub repository that contains one.
-        from_pretrained: Folder or Hub repository of a pipeline or UNet2DModel to fine-tune; weights and EMA start from
-            it.
+        from_pretrained: Run, checkpoint (its EMA), pipeline or UNet2DModel to fine-tune, a folder or Hub repository;
+            weights and EMA start from it.
         revision: Branch, tag or commit of the Hub repository in config_file or from_pretrained.
         overrides: UNet2DModel settings that replace those of the preset, config_file or from_pretrained, for example
             {dropout: 0.1}.

@@ -2,8 +2,8 @@
 
 from ddpm_hf.data.decode import DataError, normalize, to_uint8
 from ddpm_hf.data.image_set import ImageSet
+from ddpm_hf.data.labels import ClassOrder, class_order_of
 from ddpm_hf.data.loader import ImageLoader, SampleOrder
-from ddpm_hf.data.sources import ClassOrder, class_order_of
 from ddpm_hf.data.splits import describe_sets, locations_of, open_images, open_sets
 from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.data.summary import summarize

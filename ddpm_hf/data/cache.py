@@ -47,6 +47,7 @@ from ddpm_hf.data.decode import (
     decode,
     num_threads,
     read_header,
+    warn_of_low_contrast,
 )
 from ddpm_hf.data.image_set import ImageSet, UnequalImages
 from ddpm_hf.data.sources import Source, log_ignored_files
@@ -217,13 +218,14 @@ def _build(source: Source, config: DataConfig, folder: Path, bad: "BadImages") -
 def _decode_into(building: Path, source: Source, config: DataConfig, bad: "BadImages") -> dict[str, Any]:
     """Decode all images into a folder and return the metadata."""
     statistics = HeaderStatistics()
-    for row, name, header in _map_images(source, read_header, "Reading image headers"):
+    for row, name, header in _headers_of(source):
         if isinstance(header, BadImage):
             bad.add(row, header)
         else:
             statistics.add(header, name)
     if not statistics.sizes:
-        raise DataError(f"none of the {source.num_images} images of {source.name} can be read.")
+        first = bad.reasons[min(bad.reasons)]
+        raise DataError(f"none of the {source.num_images} images of {source.name} can be read; the first: {first}")
     output = statistics.output_format(config)
     sizes = statistics.sizes_after(output.geometry)
     shape = (output.num_channels, *next(iter(sizes))) if len(sizes) == 1 else None
@@ -257,13 +259,7 @@ def _decode_into(building: Path, source: Source, config: DataConfig, bad: "BadIm
         )
     if source.ignored_files:
         log_ignored_files(source)
-    full_range = np.iinfo(output.dtype).max
-    if decoded.highest - decoded.lowest < full_range / 4:
-        logger.warning(
-            "The pixels of %s use only the values %d to %d of 0 to %d, so the contrast is low; rescale them if that is "
-            "not intended.",
-            source.name, decoded.lowest, decoded.highest, full_range,
-        )  # fmt: skip
+    warn_of_low_contrast(source.name, decoded.lowest, decoded.highest, output.dtype)
     widths, heights = zip(*statistics.sizes, strict=True)
     crop_size = output.geometry.size if output.geometry.is_random_crop else None
     return {
@@ -287,6 +283,14 @@ def _decode_into(building: Path, source: Source, config: DataConfig, bad: "BadIm
         "unreachable": sorted(bad.unreachable),
         "files": {path.name: path.stat().st_size for path in sorted(building.iterdir())},
     }
+
+
+def _headers_of(source: Source) -> Iterator[tuple[int, str, Header | BadImage]]:
+    """Yield row, name and header of all images in order, for a bad image its error."""
+    if source.headers is None:
+        yield from _map_images(source, read_header, "Reading image headers")
+    else:
+        yield from ((row, f"image {row} of {source.name}", header) for row, header in enumerate(source.headers))
 
 
 @dataclass

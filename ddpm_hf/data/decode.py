@@ -6,6 +6,7 @@ does not fit the output format is an error.
 """
 
 import io
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm_hf.config import DataConfig
+
+logger = logging.getLogger(__name__)
 
 Pixels: TypeAlias = NDArray[np.integer]
 
@@ -44,6 +47,7 @@ class UnreachableImage(BadImage):
 MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 # Pillow opens no other formats, because some of its plugins start external programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # 8-bit modes and the mode that they convert to without loss.
 _CANONICAL_MODE = {
     "1": "L", "L": "L", "RGB": "RGB", "RGBA": "RGBA", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LA": "RGBA",
@@ -199,30 +203,57 @@ def _open(image: EncodedImage) -> Iterator[Image.Image]:
     """Open an image file with Pillow; errors in the `with` block become errors that name the image."""
     path = image.data if isinstance(image.data, Path) and image.data.is_file() and image.num_bytes else None
     source = path or io.BytesIO(image.read())
+    with _named_errors(image.name), _open_file(source, image.name) as opened:
+        limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns up to twice as many
+        if limit is not None and opened.width * opened.height > limit:
+            raise Image.DecompressionBombError
+        _check_mode(opened, image.name)
+        yield opened
+
+
+def _open_file(source: Path | io.BytesIO, name: str) -> Image.Image:
+    """Open a file, also a HEIC or HEIF photo, which pillow-heif decodes."""
     try:
-        with Image.open(source, formats=_FORMATS) as opened:
-            limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns up to twice as many
-            if limit is not None and opened.width * opened.height > limit:
-                raise Image.DecompressionBombError
-            # Mode I has 32 bits. Its value range is known only in formats with at most 16 bits.
-            is_gray = opened.mode in _GRAY_16_BIT_MODES and (opened.mode != "I" or opened.format in ("PNG", "PPM"))
-            if opened.mode not in _CANONICAL_MODE and not is_gray:
-                raise BadImage(f"{image.name} has mode {opened.mode}; convert it to L, RGB or RGBA with 8 or 16 bits.")
-            yield opened
+        return Image.open(source, formats=_FORMATS)
+    except UnidentifiedImageError:
+        with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as file:
+            start = file.read(12)
+        if start[4:8] != b"ftyp" or start[8:] not in _HEIF_BRANDS:
+            raise
+    try:
+        import pillow_heif
+    except ImportError:
+        raise DataError(f'{name} is a HEIC or HEIF image; run pip install "ddpm_hf[heif]" to read it.') from None
+    pillow_heif.register_heif_opener()
+    return Image.open(source, formats=("HEIF",))
+
+
+def _check_mode(opened: Image.Image, name: str) -> None:
+    # Mode I has 32 bits. Its value range is known only in formats with at most 16 bits.
+    is_gray = opened.mode in _GRAY_16_BIT_MODES and (opened.mode != "I" or opened.format in ("PNG", "PPM"))
+    if opened.mode not in _CANONICAL_MODE and not is_gray:
+        raise BadImage(f"{name} has mode {opened.mode}; convert it to L, RGB or RGBA with 8 or 16 bits.")
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Turn the errors of Pillow into errors that name the image."""
+    try:
+        yield
     except DataError:
         raise
     except Image.DecompressionBombError:
         raise BadImage(
-            f"{image.name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against decompression "
+            f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against decompression "
             "bombs; make it smaller."
         ) from None
     except UnidentifiedImageError:
-        raise BadImage(f"{image.name} cannot be decoded (it is not an image in a supported format).") from None
+        raise BadImage(f"{name} cannot be decoded (it is not an image in a supported format).") from None
     except Exception as error:  # Pillow raises many types for damaged files
         if isinstance(error, OSError) and error.errno is not None:
-            raise UnreachableImage(f"{image.name} cannot be read ({error.strerror}).") from None
+            raise UnreachableImage(f"{name} cannot be read ({error.strerror}).") from None
         reason = " ".join(str(error).split()) or "no reason given"
-        raise BadImage(f"{image.name} cannot be decoded ({type(error).__name__}: {reason}).") from error
+        raise BadImage(f"{name} cannot be decoded ({type(error).__name__}: {reason}).") from error
 
 
 def _canonical_mode(opened: Image.Image) -> str:
@@ -244,14 +275,32 @@ def _decode_file(image: EncodedImage) -> Pixels:
     with _open(image) as opened:
         if _has_16_bit_color(opened):
             return _decode_16_bit_color(image, opened)
-        is_16_bit = opened.mode in _GRAY_16_BIT_MODES
-        mode = _canonical_mode(opened)
-        opened.load()  # also reads EXIF tags behind the pixels
-        upright = ImageOps.exif_transpose(opened) if _orientation(opened) in range(2, 9) else opened
-        if is_16_bit:
-            return np.asarray(upright).astype(np.uint16)[..., None]
-        pixels = np.asarray(upright if upright.mode == mode else upright.convert(mode))
-        return pixels[..., None] if pixels.ndim == 2 else pixels
+        return _decode_opened(opened)
+
+
+def decode_picture(picture: Image.Image, name: str) -> Pixels:
+    """Return the pixels of a Pillow image as those of a file, (height, width, channels).
+
+    Raises:
+        BadImage: It cannot be decoded, or has another mode.
+        DataError: It was opened from a file with 16-bit color, which Pillow would reduce to 8 bits.
+    """
+    with _named_errors(name):
+        _check_mode(picture, name)
+        if _has_16_bit_color(picture):
+            raise DataError(f"{name} has 16-bit color, which Pillow reduces to 8 bits; pass the path of its file.")
+        return _decode_opened(picture)
+
+
+def _decode_opened(opened: Image.Image) -> Pixels:
+    is_16_bit = opened.mode in _GRAY_16_BIT_MODES
+    mode = _canonical_mode(opened)
+    opened.load()  # also reads EXIF tags behind the pixels
+    upright = ImageOps.exif_transpose(opened) if _orientation(opened) in range(2, 9) else opened
+    if is_16_bit:
+        return np.asarray(upright).astype(np.uint16)[..., None]
+    pixels = np.asarray(upright if upright.mode == mode else upright.convert(mode))
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _has_16_bit_color(opened: Image.Image) -> bool:
@@ -491,6 +540,17 @@ def to_uint8(pixels: Pixels) -> NDArray[np.uint8]:
     if pixels.dtype == np.uint8:
         return pixels.view(np.uint8)
     return np.rint(pixels / 257).astype(np.uint8)
+
+
+def warn_of_low_contrast(name: str, lowest: int, highest: int, dtype: np.dtype[Any]) -> None:
+    """Warn if the pixels of a dataset use less than a quarter of their range."""
+    full_range = np.iinfo(dtype).max
+    if highest - lowest < full_range / 4:
+        logger.warning(
+            "The pixels of %s use only the values %d to %d of 0 to %d, so the contrast is low; rescale them if that is "
+            "not intended.",
+            name, lowest, highest, full_range,
+        )  # fmt: skip
 
 
 def num_threads(num_processes: int = 1) -> int:

@@ -58,7 +58,7 @@ class Layout:
         """Return the folders of a split, given its name, the name of a folder, or another word for it, such as val."""
         if wanted in self.splits and wanted not in SPLIT_NAMES:
             return {wanted}
-        split = _SPLIT_OF_WORD.get(wanted.lower(), wanted)
+        split = split_of_word(wanted) or wanted
         return {name for name, found in self.splits.items() if found == split}
 
     def class_of(self, folders: Folders) -> str | None:
@@ -74,6 +74,11 @@ class Layout:
             self.kind, f"splits {folders}{classes}"
         )
         return found + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
+
+
+def split_of_word(word: str) -> str | None:
+    """Return the split that a word such as val stands for, None if there is none."""
+    return _SPLIT_OF_WORD.get(word.lower())
 
 
 def read_layout(files: Collection[Folders], source: str, kind: Kind | None = None, *, is_archive: bool) -> Layout:

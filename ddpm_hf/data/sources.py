@@ -21,31 +21,25 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data.decode import MODE_OF_CHANNELS, DataError, EncodedImage, Geometry, num_threads
+from ddpm_hf.data.decode import MODE_OF_CHANNELS, BadImage, DataError, EncodedImage, Geometry, Header, num_threads
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.layout import SPLIT_NAMES, Kind, Layout, read_layout
+from ddpm_hf.data.labels import NO_LABEL, ClassOrder, Labels, encode_labels, sort_classes
+from ddpm_hf.data.layout import SPLIT_NAMES, Kind, Layout, read_layout, split_of_word
 from ddpm_hf.files import format_count
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 logger = logging.getLogger(__name__)
-
-NO_LABEL = -1
-"""Label of an image without one, as in `datasets`."""
-MAX_CLASSES = 2**20
-"""Larger integer labels without class names are assumed to be something else, such as ids."""
-ClassOrder: TypeAlias = Literal["numbers", "text"]
-"""How class folders that are all named by numbers are sorted; others are always sorted as text."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Source:
 
     Args:
         name: `data.source`.
-        kind: "folder", "zip", "tar", "dataset" or "npz", for messages.
+        kind: "folder", "zip", "tar", "dataset", "npz" or "memory", for messages.
         fingerprint: Changes when the data change.
         num_images: Number of images in the split.
         read: Return the encoded images of rows given in ascending order. Archives decompress one image at a time.
@@ -62,6 +56,8 @@ class Source:
         class_names: Names of the classes, or None.
         ignored_files: Names of files that are not read as images, with the reason.
         layout: What the folders mean, for messages; "" without folders.
+        labels_problem: Why labels that were found cannot be used.
+        headers: The header of each image, or the error of a bad one, if all images have already been read.
     """
 
     name: str
@@ -73,15 +69,20 @@ class Source:
     class_names: tuple[str, ...] | None = None
     ignored_files: tuple[str, ...] = ()
     layout: str = ""
+    labels_problem: str | None = None
+    headers: Sequence[Header | BadImage] | None = None
 
 
-def find_source(config: DataConfig, split: str, class_order: ClassOrder = "numbers") -> Source | ImageSet:
+def find_source(
+    config: DataConfig, split: str, class_order: ClassOrder = "numbers", known: tuple[str, ...] | None = None
+) -> Source | ImageSet:
     """Find one split of a dataset.
 
     Args:
         config: The dataset.
         split: The split, or a part of it.
-        class_order: "text" for a run or pipeline of version 0.1, which sorted all class folders as text.
+        class_order: How classes are numbered, "text" for a run or pipeline of version 0.1.
+        known: Names of the classes in another split, for labels of tables and arrays.
 
     Returns:
         The encoded images, or the images themselves if they are a .npy file that needs no preprocessing.
@@ -91,14 +92,14 @@ def find_source(config: DataConfig, split: str, class_order: ClassOrder = "numbe
         return folder
     path = Path(config.source).expanduser()
     name = path.name.lower()
-    if path.is_dir() or not path.exists() or name.endswith(_TABLE_SUFFIXES):
-        return _open_table(config, split, class_order)
+    if path.is_dir() or not path.exists() or name.endswith((*_TABLE_SUFFIXES, *_TEXT_TABLES)):
+        return _open_table(config, split, class_order, known)
     if name.endswith((".npz", ".npy")):
-        return _open_array(path, config, split)
+        return _open_array(path, config, split, class_order, known)
     if not name.endswith((*ZIP_SUFFIXES, *TAR_SUFFIXES)):
         raise DataError(
             f"data.source {path} has an unsupported type ({path.suffix or 'no suffix'}); use a folder or a .parquet, "
-            ".arrow, .zip, .tar, .npz or .npy file."
+            ".arrow, .csv, .tsv, .jsonl, .zip, .tar, .npz or .npy file."
         )
     _check_no_columns(config, path)
     return (open_zip if name.endswith(ZIP_SUFFIXES) else open_tar)(path, split, config.layout, class_order)
@@ -117,7 +118,19 @@ def find_folder(config: DataConfig, split: str, class_order: ClassOrder = "numbe
     if _is_table(path, files):
         return None
     _check_no_columns(config, path)
+    if (shards := _shards(path, files)) is not None:
+        name = _name_of_split(split, config.source)
+        if name not in shards:
+            raise DataError(f"{path} has no split {name!r}; its shards are those of {', '.join(shards)}.")
+        return open_tar(path, split.replace(name, "train"), config.layout, class_order, shards[name])
     return open_folder(path, split, config.layout, class_order, files)
+
+
+def _shards(folder: Path, files: Iterable[Path]) -> dict[str, list[Path]] | None:
+    """Return split -> tar files of a folder, with these files below it, that contains no other images."""
+    shards = [file for file in _visible_other_files(folder, files) if file.name.lower().endswith(TAR_SUFFIXES)]
+    has_images = any(_why_ignored(file.relative_to(folder).as_posix()) is None for file in files)
+    return _tables_by_split(sorted(shards), folder) if shards and not has_images else None
 
 
 def _check_no_columns(config: DataConfig, path: Path) -> None:
@@ -176,48 +189,11 @@ def _rows_of_split(split: str, source: str, num_images: int) -> Sequence[int]:
     return rows
 
 
-def _labels_and_classes(
-    labels: Sequence[int] | NDArray[np.integer], source: str, class_names: tuple[str, ...] | None = None
-) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Return labels as int64, and the names of their classes; None twice if no image has a label.
-
-    Classes without names are named by their numbers, unless the numbers are too large for classes.
-    """
-    highest = int(max(labels))
-    if highest > np.iinfo(np.int64).max:
-        raise DataError(
-            f"{source} has label {highest}, which is too large for a class; choose another data.label_column."
-        )
-    if highest < 0:
-        return None, None
-    if class_names is None and highest < MAX_CLASSES:
-        class_names = tuple(map(str, range(highest + 1)))
-    return np.asarray(labels).astype(np.int64), class_names
-
-
-def sort_classes(names: Iterable[str]) -> list[str]:
-    """Sort class names: by value if all of them are numbers, otherwise as text."""
-    names = sorted(names)
-    return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
-
-
-def class_order_of(class_names: Mapping[str, str]) -> ClassOrder:
-    """Return how the class folders of a pipeline were sorted, given its class names by number."""
-    names = [class_names[number] for number in sorted(class_names, key=int)]
-    return "text" if names == sorted(names) != sort_classes(names) else "numbers"
-
-
-def label_error(image: str, label: int | None, num_classes: int) -> DataError:
-    """Return the error for an image without a label, or with one that is no class."""
-    found = "no label" if label in (None, NO_LABEL) else f"label {label}"
-    return DataError(f"{image} has {found}; every image needs one from 0 to {num_classes - 1}.")
-
-
 # ---------------------------------------------------------------------------------------------- folders and archives
 
 IMAGE_SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".ppm",
-    ".pgm", ".pbm", ".pnm", ".tga", ".ico",
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic",
+    ".heif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico",
 )  # fmt: skip
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -304,8 +280,89 @@ class _TarMember(tarfile.TarInfo):
         return member
 
 
-def open_tar(path: Path, split: str, layout: Kind | None = None, class_order: ClassOrder = "numbers") -> Source:
-    """Find the images of a tar file, compressed or not, in the order of the archive."""
+def open_tar(
+    path: Path,
+    split: str,
+    layout: Kind | None = None,
+    class_order: ClassOrder = "numbers",
+    shards: Sequence[Path] | None = None,
+) -> Source:
+    """Find the images of a tar file, compressed or not, in the order of the archive.
+
+    Files that are named like the images and end in .cls contain their labels, as in WebDataset.
+
+    Args:
+        path: The file, or the folder of the shards.
+        split: The split, or a part of it.
+        layout: data.layout.
+        class_order: As in `find_source`.
+        shards: Several files that are one dataset.
+    """
+    files: list[_File] = []
+    others: list[str] = []
+    label_files: dict[tuple[Path, str], _File] = {}
+    for shard in shards or [path]:
+        found, ignored = _members_of_tar(shard)
+        files += found
+        others += ignored
+        label_files |= {(shard, _key(file)): file for file in found if file.name.endswith(_LABEL_SUFFIX)}
+    keys = {(file.handle.path, _key(file)) for file in files if _why_ignored(file.name) is None}
+    label_files = {key: file for key, file in label_files.items() if key in keys}
+
+    def read(name: str, file: _File) -> EncodedImage:
+        image: EncodedImage = file.handle.read(name)
+        return image
+
+    def read_label(image: _File) -> str | None:
+        file = label_files.get((image.handle.path, _key(image)))
+        content = None if file is None else file.handle.read(file.name).data
+        return None if content is None else content.decode("utf-8", "replace").strip()
+
+    if label_files:
+        used = set(map(id, label_files.values()))
+        files = [file for file in files if id(file) not in used]
+    return _source_of_files(
+        path, "tar", files, split, layout, class_order, read, others, read_label if label_files else None
+    )
+
+
+_LABEL_SUFFIX = ".cls"
+
+
+def _key(file: _File) -> str:
+    """Return the name up to the first dot of the file name, which the files of a sample share in WebDataset."""
+    folder, _, name = file.name.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}"
+
+
+@dataclass(frozen=True)
+class _TarFile:
+    """A file in a tar archive.
+
+    Args:
+        path: Path of the archive.
+        archive: The open archive.
+        member: Its header.
+        sizes: Bytes of the whole archive, unpacked and packed.
+    """
+
+    path: Path
+    archive: tarfile.TarFile
+    member: tarfile.TarInfo
+    sizes: tuple[int, int]
+
+    def read(self, name: str) -> EncodedImage:
+        """Unpack it, unless it is suspiciously well compressed; `name` is for messages."""
+
+        def read_content() -> bytes | None:
+            content = self.archive.extractfile(self.member)
+            return content.read() if content else None
+
+        return _read_member(name, self.member.size, *self.sizes, read_content)
+
+
+def _members_of_tar(path: Path) -> tuple[list[_File], list[str]]:
+    """Return the files of a tar archive, and the names of its members that are not files."""
     try:
         archive = tarfile.open(path, tarinfo=_TarMember)
         members = archive.getmembers()
@@ -316,8 +373,8 @@ def open_tar(path: Path, split: str, layout: Kind | None = None, class_order: Cl
         raise DataError(f"{path} cannot be read as a tar file ({' '.join(str(error).split())}).") from None
     if not is_complete:
         raise DataError(f"{path} cannot be read as a tar file (its end is missing).")
-    archive_size, archive_time = file_identity(path)
-    unpacked_size = sum(member.size for member in members)
+    identity = file_identity(path)
+    sizes = sum(member.size for member in members), identity[0]
     # A hard link has the content of an earlier member. If there is none, it is a bad image.
     contents: dict[str, tarfile.TarInfo] = {}
     files, others = [], []
@@ -326,18 +383,10 @@ def open_tar(path: Path, split: str, layout: Kind | None = None, class_order: Cl
         if member.isfile() or member.islnk():
             content = contents.get(member.linkname.removeprefix("./"), member) if member.islnk() else member
             contents[name] = content
-            files.append(_File(name, (content.size, archive_size, archive_time), content))
+            files.append(_File(name, (content.size, *identity), _TarFile(path, archive, content, sizes)))
         elif not member.isdir():  # the target of a symbolic link may be anywhere
             others.append(f"{name} (a link or a device)")
-
-    def read(name: str, file: _File) -> EncodedImage:
-        def read_content() -> bytes | None:
-            content = archive.extractfile(file.handle)
-            return content.read() if content else None
-
-        return _read_member(name, file.handle.size, unpacked_size, archive_size, read_content)
-
-    return _source_of_files(path, "tar", files, split, layout, class_order, read, others)
+    return files, others
 
 
 def _read_member(
@@ -399,8 +448,21 @@ def _source_of_files(
     class_order: ClassOrder,
     read: Callable[[str, _File], EncodedImage],
     others: Sequence[str] = (),
+    read_label: Callable[[_File], str | None] | None = None,
 ) -> Source:
-    """Return the source of a folder or an archive; `others` names the members that are not files."""
+    """Return the source of a folder or an archive.
+
+    Args:
+        path: The folder or the archive.
+        kind: "folder", "zip" or "tar".
+        files: All its files.
+        split: The split, or a part of it.
+        layout: data.layout.
+        class_order: As in `find_source`.
+        read: Read an image, given its name for messages.
+        others: Names of members that are not files.
+        read_label: Return the label of an image, None if it has none; labels are those of the folders otherwise.
+    """
     reasons = [_why_ignored(file.name) for file in files]
     images = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
     ignored = (*filter(None, reasons), *others)
@@ -411,7 +473,10 @@ def _source_of_files(
         raise DataError(f"{path} contains no images (split {split!r}): {rest}. Images end in .png, .jpg and so on.")
     left_out = tuple(f"{file.name} (in no split)" for file in images if found.split_of(file.folders) is None)
     chosen = [inside[row] for row in _rows_of_split(split, str(path), len(inside))]
-    labels, class_names = _class_folders(chosen, images, found, class_order)
+    if read_label is None:
+        labels, class_names = _class_folders(chosen, images, found, class_order)
+    else:
+        labels, class_names = encode_labels([read_label(file) for file in chosen], str(path))
     identities = [[file.name, *file.identity] for file in chosen]
     return Source(
         name=str(path),
@@ -422,7 +487,7 @@ def _source_of_files(
         labels=labels,
         class_names=class_names,
         ignored_files=(*ignored, *left_out),
-        layout=str(found),
+        layout="" if read_label else str(found),
     )
 
 
@@ -452,12 +517,25 @@ def _class_folders(
         return None, None
     numbers: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
     labels = [numbers.get(layout.class_of(file.folders), NO_LABEL) for file in files]
-    return np.asarray(labels, np.int64), tuple(class_names)
+    return np.asarray(labels, np.int64), tuple(map(_as_unicode, class_names))
+
+
+def _as_unicode(name: str) -> str:
+    """Return the name of a folder; bytes that are not UTF-8 are read as Latin-1, which older systems used."""
+    content = os.fsencode(name)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
 
 _TABLE_SUFFIXES = (".parquet", ".arrow")
+_TEXT_TABLES = {".csv": {"path": "csv"}, ".tsv": {"path": "csv", "sep": "\t"}, ".jsonl": {"path": "json"}}
+"""Suffix -> arguments of `load_dataset`."""
+_PATH_COLUMNS = ("image", "img", "file_name", "filename", "file", "path", "image_path", "filepath", "file_path")
+"""Names of columns that contain paths of images, if their values are text."""
 _METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -487,49 +565,88 @@ def _visible_other_files(folder: Path, files: Iterable[Path]) -> Iterator[Path]:
             yield file
 
 
-def _open_table(config: DataConfig, split: str, class_order: ClassOrder) -> Source:
+def _open_table(config: DataConfig, split: str, class_order: ClassOrder, known: tuple[str, ...] | None) -> Source:
     """Find the images and labels of a dataset with rows and columns."""
-    import datasets
-
     dataset = load_table(config, split)
     if len(dataset) == 0:
         raise DataError(f"split {split!r} of {config.source} contains no images.")
-    image_column, label_column = find_columns(dataset.features, config)
-    encoded = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    labels, class_names, layout = None, None, ""
-    ignored: tuple[str, ...] = ()
+    source = source_of_table(dataset, config, class_order=class_order, known=known)
     path = Path(config.source).expanduser()
-    if path.is_dir() and (tables := _metadata_of(path)):
-        name = _name_of_split(split, config.source)
-        whole = dataset if split == name else load_table(config, name)
-        listed = [_File(file, (), None) for file in _files_of_rows(whole, image_column, path)]
-        ignored = _unlisted(path, {file.name for file in listed}, tables, name)
-        if label_column is not None:
-            _check_unset(config, ("layout",), f"{config.source}, whose column {label_column!r} contains the labels")
-        else:
-            found = read_layout([file.folders for file in listed], config.source, config.layout, is_archive=False)
-            chosen = [_File(file, (), None) for file in _files_of_rows(encoded, image_column, path)]
-            labels, class_names = _class_folders(chosen, listed, found, class_order)
-            layout = str(found)
+    tables = _metadata_of(path) if path.is_dir() else {}
+    if not tables:
+        return source
+    name = _name_of_split(split, config.source)
+    whole = dataset if split == name else load_table(config, name)
+    image_column, label_column = find_columns(dataset.features, config)
+    listed = [_File(file, (), None) for file in _files_of_rows(whole, image_column, path)]
+    source = replace(source, ignored_files=_unlisted(path, {file.name for file in listed}, tables, name))
     if label_column is not None:
-        # A missing label matters only to a class-conditional network.
-        values = [NO_LABEL if label is None else label for label in dataset[label_column]]
-        labels, class_names = _labels_and_classes(values, config.source, class_names_of(dataset.features, label_column))
+        _check_unset(config, ("layout",), f"{config.source}, whose column {label_column!r} contains the labels")
+        return source
+    if class_order == "text":  # version 0.1 ignored the folders
+        return source
+    layout = read_layout([file.folders for file in listed], config.source, config.layout, is_archive=False)
+    chosen = [_File(file, (), None) for file in _files_of_rows(dataset, image_column, path)]
+    labels, class_names = _class_folders(chosen, listed, layout, class_order)
+    return replace(source, labels=labels, class_names=class_names, layout=str(layout))
+
+
+def source_of_table(
+    dataset: "Dataset",
+    config: DataConfig,
+    *,
+    class_order: ClassOrder = "numbers",
+    known: tuple[str, ...] | None = None,
+    is_trusted: bool = False,
+) -> Source:
+    """Return the images and labels of a loaded dataset.
+
+    Args:
+        dataset: The dataset.
+        config: Its name for messages, and its columns.
+        class_order: As in `find_source`.
+        known: As in `find_source`.
+        is_trusted: Whether its rows may refer to any image file.
+    """
+    import datasets
+
+    image_column, label_column = find_columns(dataset.features, config)
+    encoded = dataset.select_columns([image_column])
+    if not isinstance(dataset.features[image_column], dict):
+        encoded = encoded.cast_column(image_column, datasets.Image(decode=False))
+    labels: Labels = None, None
+    problem = None
+    if class_order == "text" and label_column is not None:  # version 0.1 ignored other columns
+        is_integer = str(getattr(dataset.features[label_column], "dtype", "")).startswith(("int", "uint"))
+        label_column = label_column if is_integer else None
+    if label_column is not None:
+        where = f"the labels in column {label_column!r} of {config.source}"
+        names = class_names_of(dataset.features, label_column)
+        values = dataset.with_format(None)[label_column]
+        try:
+            labels = encode_labels(list(values), where, class_names=names, known=known, class_order=class_order)
+        except DataError as error:
+            if config.label_column is not None:
+                raise
+            problem = str(error)
 
     def read(rows: Sequence[int]) -> list[EncodedImage]:
         values = zip(rows, encoded[list(rows)][image_column], strict=True)
-        return [as_encoded_image(f"image {row} of {config.source}", config, value) for row, value in values]
+        return [
+            as_encoded_image(f"image {row} of {config.source}", config, value, is_trusted=is_trusted)
+            for row, value in values
+        ]
 
+    files = _identity_of_files(encoded, image_column, config)
     return Source(
         name=config.source,
         kind="dataset",
-        fingerprint=f"{dataset._fingerprint} {image_column} {label_column} {_identity_of_files(encoded, image_column)}",
+        fingerprint=f"{dataset._fingerprint} {image_column} {label_column} {files}",
         num_images=len(dataset),
         read=read,
-        labels=labels,
-        class_names=class_names,
-        ignored_files=ignored,
-        layout=layout,
+        labels=labels[0],
+        class_names=labels[1],
+        labels_problem=problem,
     )
 
 
@@ -555,13 +672,20 @@ def _unlisted(folder: Path, listed: Collection[str], tables: Mapping[str, list[P
     )
 
 
-def _identity_of_files(encoded: "Dataset", image_column: str) -> str:
+def _identity_of_files(encoded: "Dataset", image_column: str, config: DataConfig) -> str:
     """Return a digest that changes with the image files that a table refers to."""
     identities = []
     for images in encoded.data.column(image_column).chunks:
-        paths = images.field("path").filter(images.field("bytes").is_null()).to_pylist()
-        identities += [file_identity(Path(path)) for path in paths if path is not None]
+        if images.type.get_field_index("path") >= 0:
+            paths = images.field("path").filter(images.field("bytes").is_null()).to_pylist()
+            identities += [file_identity(_path_in_table(path, config)) for path in paths if path is not None]
     return hashlib.sha256(json.dumps(identities).encode()).hexdigest()
+
+
+def _path_in_table(path: str, config: DataConfig) -> Path:
+    """Return a path of a table; it is relative to the folder that contains the table."""
+    source = Path(config.source).expanduser()
+    return Path(os.path.abspath((source if source.is_dir() else source.parent) / path))
 
 
 def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) -> Any:
@@ -579,10 +703,10 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
         if path.is_dir():
             arguments = _tables_of_saved(path) if is_saved else _tables_of_folder(path)
         elif path.is_file():
-            kind = path.suffix[1:].lower()
-            if kind not in ("parquet", "arrow"):
+            suffix = path.suffix.lower()
+            if suffix not in (*_TABLE_SUFFIXES, *_TEXT_TABLES):
                 raise DataError(f"data.streaming does not support {path.suffix} files such as {path}; set it to false.")
-            arguments = {"path": kind, "data_files": _without_patterns(path)}
+            arguments = {"path": suffix[1:]} | _TEXT_TABLES.get(suffix, {}) | {"data_files": _without_patterns(path)}
         elif path.suffix[1:].isalpha() or config.source.startswith((".", "~", "/")) or config.source.count("/") > 1:
             raise DataError(
                 f"data.source {config.source} does not exist; check the path (working directory {Path.cwd()})."
@@ -634,6 +758,7 @@ def _load_saved(path: Path, split: str) -> "Dataset":
         saved = saved[name]
     elif name != "train":
         raise _no_such_split(path, name)
+    saved = saved.with_format(None)  # it may have been saved with some of its columns only
     return saved if split == name else saved.select(_rows_of_split(split, str(path), len(saved)))
 
 
@@ -714,11 +839,11 @@ def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | N
 
     def may_hold_images(feature: Any) -> bool:
         if isinstance(feature, dict):
-            return set(feature) == {"bytes", "path"}
+            return "bytes" in feature and getattr(feature["bytes"], "dtype", "") in ("binary", "large_binary")
         return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
 
-    def is_integer(feature: Any) -> bool:
-        return str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
+    def is_text(feature: Any) -> bool:
+        return getattr(feature, "dtype", "") in ("string", "large_string")
 
     columns = ", ".join(features)
     for setting, column in (("image_column", config.image_column), ("label_column", config.label_column)):
@@ -728,12 +853,13 @@ def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | N
     if image_column is None:
         found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         found = found or [name for name, feature in features.items() if may_hold_images(feature)]
+        found = found or [name for name in _PATH_COLUMNS if is_text(features.get(name))]
         if len(found) != 1:
             raise DataError(
                 f"{config.source} has {len(found)} image columns among {columns}; set data.image_column to one of them."
             )
         image_column = found[0]
-    if not may_hold_images(features[image_column]):
+    if not (may_hold_images(features[image_column]) or is_text(features[image_column])):
         raise DataError(
             f"column {image_column!r} of {config.source} contains {features[image_column]}, not images; set "
             "data.image_column to another one."
@@ -742,12 +868,7 @@ def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | N
     if label_column is None:
         found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         found = found or [name for name in ("label",) if name in features]
-        label_column = found[0] if len(found) == 1 and is_integer(features[found[0]]) else None
-    elif not is_integer(features[label_column]):
-        raise DataError(
-            f"column {label_column!r} of {config.source} contains {features[label_column]}, not integer labels; set "
-            "data.label_column to another one."
-        )
+        label_column = found[0] if len(found) == 1 else None
     return image_column, label_column
 
 
@@ -757,20 +878,21 @@ def class_names_of(features: "Features", label_column: str) -> tuple[str, ...] |
     return tuple(names) if names else None
 
 
-def as_encoded_image(name: str, config: DataConfig, value: dict[str, Any] | None) -> EncodedImage:
-    """Return the image of a row with its file name, if it has one.
+def as_encoded_image(
+    name: str, config: DataConfig, value: dict[str, Any] | None, *, is_trusted: bool = False
+) -> EncodedImage:
+    """Return the image of a row, or of a path in it, with its file name, if it has one.
 
     Files are read only beside the dataset and in the caches of `datasets` and the Hub. Otherwise, a downloaded table
     could make a network learn any image file of this machine.
     """
-    if value is None or (value["bytes"] is None and value["path"] is None):
-        return EncodedImage(name, None)
-    if value["path"]:
-        name += f" ({Path(value['path']).name})"
-    if value["bytes"] is not None:
-        return EncodedImage(name, value["bytes"])
-    path = Path(os.path.abspath(value["path"]))
-    if not any(path.is_relative_to(folder) for folder in _allowed_folders(config)):
+    content, file = (None, None) if value is None else (value.get("bytes"), value.get("path"))
+    if file:
+        name += f" ({Path(file).name})"
+    if content is not None or not file:
+        return EncodedImage(name, content)
+    path = _path_in_table(file, config)
+    if not is_trusted and not any(path.is_relative_to(folder) for folder in _allowed_folders(config)):
         return EncodedImage(name, None, f"it is {path}, outside of the dataset")
     return EncodedImage(name, path)
 
@@ -792,7 +914,9 @@ def _allowed_folders(config: DataConfig) -> list[str]:
 _BYTES_PER_DIGEST = 2**24
 
 
-def _open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source:
+def _open_array(
+    path: Path, config: DataConfig, split: str, class_order: ClassOrder, known: tuple[str, ...] | None
+) -> ImageSet | Source:
     """Open uint8 or uint16 images (number, height, width, channels) from .npy, or with labels from .npz."""
     _check_unset(config, ("layout",), f"{path}, which is no folder or archive of images")
     try:
@@ -806,6 +930,14 @@ def _open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source
             arrays = dict(content)
     except Exception as error:  # NumPy and its decompressors raise many types for damaged files
         raise DataError(f"{path} cannot be read as a NumPy array ({' '.join(str(error).split())}).") from None
+    wanted = _name_of_split(split, str(path))
+    splits = {} if config.image_column or "images" in arrays else _splits_of_arrays(arrays)
+    if splits:
+        if (parts := splits.get(split_of_word(wanted) or wanted)) is None:
+            raise DataError(f"{path} has no split {wanted!r}; it has {', '.join(splits)}.")
+        arrays = {name: arrays[part] for name, part in parts.items()} | arrays
+    elif wanted != "train":
+        raise _no_such_split(path, wanted)
     images = _find_images(arrays, path, config)
     if config.label_column is not None and config.label_column not in arrays:
         raise DataError(
@@ -814,24 +946,28 @@ def _open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source
     labels = arrays.get(config.label_column or "labels")
     if len(images) == 0:
         raise DataError(f"{path} contains no images.")
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
-        raise DataError(f"{path}: labels are {labels.dtype} {labels.shape}, but {len(images)} integers are expected.")
-    if (wanted := _name_of_split(split, str(path))) != "train":
-        raise _no_such_split(path, wanted)
+    if labels is not None and len(labels) != len(images):
+        raise DataError(f"{path} has {len(images)} images, but {len(labels)} labels; save one label for each image.")
     rows = _rows_of_split(split, str(path), len(images))
-    labels, class_names = (None, None) if labels is None else _labels_and_classes(labels, str(path))
+    class_names, problem = None, None
+    if labels is not None:
+        try:
+            labels, class_names = encode_labels(labels, f"the labels of {path}", known=known, class_order=class_order)
+        except DataError as error:
+            if config.label_column is not None:
+                raise
+            labels, problem = None, str(error)
     labels = None if labels is None else labels[rows]
-    if path.suffix == ".npy" and isinstance(rows, range) and not _needs_preprocessing(images, config):
-        geometry = Geometry.of(config)
+    if path.suffix == ".npy" and isinstance(rows, range) and not needs_preprocessing(images, config):
         images = images[rows.start : rows.stop]
         location = {
             "array": os.path.abspath(path),
             "file_identity": list(file_identity(path)),
             "rows": [rows.start, rows.stop],
-            "crop_size": geometry.size if geometry.is_random_crop and geometry.size != images.shape[1:3] else None,
+            "crop_size": crop_size_of(images, config),
             "digest": _digest(images, str(path)),
         }
-        return _image_set_of_array(images, location)
+        return image_set_of_array(images, location)
 
     def read(numbers: Sequence[int]) -> list[EncodedImage]:
         native = images.dtype.newbyteorder("=")
@@ -841,7 +977,26 @@ def _open_array(path: Path, config: DataConfig, split: str) -> ImageSet | Source
         ]
 
     fingerprint = f"{file_identity(path)} {config.image_column} {rows} {images.dtype} {images.shape}"
-    return Source(str(path), path.suffix[1:], fingerprint, len(rows), read, labels, class_names)
+    source = Source(str(path), path.suffix[1:], fingerprint, len(rows), read, labels, class_names)
+    return replace(source, labels_problem=problem)
+
+
+def _splits_of_arrays(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return split -> "images" and "labels" -> array, as in MedMNIST (train_images) and Keras (x_train)."""
+    splits: dict[str, dict[str, str]] = {}
+    for name in names:
+        words = name.lower().split("_")
+        split = next(filter(None, map(split_of_word, words)), None) if len(words) == 2 else None
+        for kind, others in (("images", {"images", "image", "x", "data"}), ("labels", {"labels", "label", "y"})):
+            if split is not None and others.intersection(words):
+                splits.setdefault(split, {})[kind] = name
+    return {split: parts for split, parts in splits.items() if "images" in parts}
+
+
+def crop_size_of(images: NDArray[np.integer], config: DataConfig) -> tuple[int, int] | None:
+    """Return the size of random crops of images (number, height, width, channels), None if they are not cropped."""
+    geometry = Geometry.of(config)
+    return geometry.size if geometry.is_random_crop and geometry.size != images.shape[1:3] else None
 
 
 def map_array(location: dict[str, Any]) -> ImageSet | None:
@@ -851,10 +1006,11 @@ def map_array(location: dict[str, Any]) -> ImageSet | None:
         return None
     images = np.load(path, mmap_mode="r", allow_pickle=False)
     images = images[..., None] if images.ndim == 3 else images
-    return _image_set_of_array(images[slice(*location["rows"])], location)
+    return image_set_of_array(images[slice(*location["rows"])], location)
 
 
-def _image_set_of_array(images: NDArray[np.integer], location: dict[str, Any]) -> ImageSet:
+def image_set_of_array(images: NDArray[np.integer], location: dict[str, Any]) -> ImageSet:
+    """Return an image set of an array (number, height, width, channels), which is not copied."""
     crop_size = location["crop_size"]
     return ImageSet(
         images=images.transpose(0, 3, 1, 2),
@@ -897,7 +1053,7 @@ def _find_images(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig
     return images
 
 
-def _needs_preprocessing(images: NDArray[np.integer], config: DataConfig) -> bool:
+def needs_preprocessing(images: NDArray[np.integer], config: DataConfig) -> bool:
     """Return whether images must be cropped, resized or converted before they are used."""
     _, height, width, channels = images.shape
     keeps_size = Geometry.of(config).size_after(width, height, "each image") == (height, width)

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm_hf.config import DataConfig
+from ddpm_hf.config import EVAL_DATASET, TRAIN_DATASET, DataConfig
 from ddpm_hf.data.cache import map_cache, open_cache
 from ddpm_hf.data.decode import DataError
 from ddpm_hf.data.image_set import ImageSet
-from ddpm_hf.data.sources import MAX_CLASSES, ClassOrder, Source, find_source, label_error, map_array
+from ddpm_hf.data.labels import MAX_CLASSES, ClassOrder, label_error
+from ddpm_hf.data.memory import find_in_memory
+from ddpm_hf.data.sources import Source, find_source, map_array
 from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.files import format_count
 
@@ -29,6 +31,8 @@ def open_images(
     split: str | None = None,
     location: Location | None = None,
     class_order: ClassOrder = "numbers",
+    known: tuple[str, ...] | None = None,
+    dataset: Any = None,
 ) -> ImageSet:
     """Open one split of a dataset; decode it first if necessary.
 
@@ -39,6 +43,8 @@ def open_images(
         location: Where another process has already opened the same split. The dataset is then not searched again,
             unless this machine cannot read the arrays.
         class_order: As in `find_source`.
+        known: As in `find_source`.
+        dataset: The images of the split, if they are in memory.
 
     Returns:
         All images of the split.
@@ -47,19 +53,31 @@ def open_images(
         DataError: There are no images, an image does not fit the settings, labels are needed and missing, or the images
             differ from those at `location`.
     """
-    if location is not None:
-        found = map_cache(location) if "cache" in location else map_array(location)
-        if found is not None:
-            return found
-    source = find_source(config, split or config.split, class_order)
+    found = None
+    if location is not None and "cache" in location:
+        found = map_cache(location)
+    elif location is not None and "array" in location:
+        found = map_array(location)
+    if found is not None:
+        return found
+    name = config.source if dataset is None else in_words(split or config.source)
+    if dataset is not None:
+        source = find_in_memory(dataset, name, config, with_labels=with_labels, known=known)
+    else:
+        source = find_source(config, split or config.split, class_order, known)
     if isinstance(source, Source) and split not in (None, config.split):
         source = replace(source, ignored_files=())  # logged for the training split only
     if with_labels:
-        _check_labels(source, config.source)
+        _check_labels(source, name)
     images = source if isinstance(source, ImageSet) else open_cache(source, config)
     if location is not None and images.digest != location["digest"]:
-        raise DataError(f"{config.source} has other images or labels here than on rank 0; copy the same data to both.")
+        raise DataError(f"{name} has other images or labels here than on rank 0; use the same data on both.")
     return images
+
+
+def in_words(source: str) -> str:
+    """Return how messages refer to data.source or data.validation_split: as "train_dataset" if it is in memory."""
+    return source.removeprefix("memory:") if source in (TRAIN_DATASET, EVAL_DATASET) else source
 
 
 def open_sets(
@@ -72,6 +90,8 @@ def open_sets(
     device: torch.device,
     locations: Sequence[Location | None] = (None, None),
     class_order: ClassOrder = "numbers",
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
 ) -> tuple[ImageSet | ImageStream, ImageSet]:
     """Open the training and the validation set: two splits, or one split divided at random by the seed.
 
@@ -84,6 +104,8 @@ def open_sets(
         device: Device of the samples of a stream.
         locations: `locations_of` the sets that rank 0 has opened, so that other ranks do not search the dataset again.
         class_order: As in `find_source`.
+        train_dataset: The images that data.source stands for, if they are in memory.
+        eval_dataset: The images that data.validation_split stands for, if they are in memory.
 
     Returns:
         The training set, or this process's stream of it, and the validation set, which may be empty.
@@ -104,7 +126,9 @@ def open_sets(
         )
         validation = ImageSet(np.zeros((1, *training.image_shape), np.uint8), None, None, np.zeros(0, np.int64))
     else:
-        images = open_images(config, with_labels=with_labels, location=locations[0], class_order=class_order)
+        images = open_images(
+            config, with_labels=with_labels, location=locations[0], class_order=class_order, dataset=train_dataset
+        )
         training, validation = images.split(config.validation_fraction, seed)
     if config.validation_split is not None:
         validation = open_images(
@@ -113,12 +137,14 @@ def open_sets(
             split=config.validation_split,
             location=locations[1],
             class_order=class_order,
+            known=training.class_names if with_labels else None,
+            dataset=eval_dataset,
         )
         _check_same_kind(training, validation, config, with_labels=with_labels)
         if isinstance(training, ImageSet) and rank == 0:
             _warn_of_missing_classes(training, validation, config)
     if isinstance(training, ImageSet) and len(training) == 1:
-        raise DataError(f"{config.source} contains a single training image; at least two are required.")
+        raise DataError(f"{in_words(config.source)} contains a single training image; at least two are required.")
     return training, validation
 
 
@@ -139,13 +165,17 @@ def _check_labels(source: Source | ImageSet, name: str) -> None:
     """Raise a DataError if a class-conditional network cannot be trained with the labels."""
     if source.labels is not None and source.class_names is None:
         raise DataError(
-            f"{name} has label {source.labels.max()}, but classes are numbered from 0 and there are at most "
-            f"{MAX_CLASSES:,}; set data.label_column to the column of the classes."
+            f"{name} has more than {MAX_CLASSES:,} different labels, such as {source.labels.max()}, which cannot be "
+            "classes; set data.label_column to the column of the classes."
         )
+    if isinstance(source, Source) and source.labels_problem is not None:
+        raise DataError(f"{source.labels_problem[:-1]}; convert them, or set data.label_column to another column.")
     if source.labels is None or source.class_names is None:
+        is_in_memory = name in map(in_words, (TRAIN_DATASET, EVAL_DATASET))
         raise DataError(
-            f"{name} has no labels, but the network is class-conditional; set data.label_column, use one folder per "
-            "class, or set model.class_conditional to false."
+            f"{name} has no labels, but the network is class-conditional; "
+            f"{'pass pairs (image, label)' if is_in_memory else 'use one folder per class'}, set data.label_column, or "
+            "set model.class_conditional to false."
         )
     num_classes = len(source.class_names)
     if num_classes == 1:
@@ -168,15 +198,24 @@ def _check_same_kind(
     """Raise a DataError if the validation split has other image shapes or classes than the training set."""
     if training.image_shape != validation.image_shape:
         raise DataError(
-            f"split {config.validation_split!r} of {config.source} has images of {_shape(validation)}, but "
-            f"{config.split!r} has {_shape(training)}; set data.resolution and data.num_channels."
+            f"{_validation_set(config)} has images of {_shape(validation)}, but {_training_set(config)} has "
+            f"{_shape(training)}; set data.resolution and data.num_channels."
         )
     known, found = training.class_names or (), validation.class_names or ()
     if with_labels and found != known[: len(found)]:  # classes without names may end earlier in the smaller set
         raise DataError(
-            f"split {config.validation_split!r} of {config.source} has the classes {', '.join(found)}, but "
-            f"{config.split!r} has {', '.join(known)}; both need the same classes."
+            f"{_validation_set(config)} has the classes {', '.join(found)}, but {_training_set(config)} has "
+            f"{', '.join(known)}; both need the same classes."
         )
+
+
+def _validation_set(config: DataConfig) -> str:
+    split = config.validation_split
+    return in_words(split) if split == EVAL_DATASET else f"split {split!r} of {config.source}"
+
+
+def _training_set(config: DataConfig) -> str:
+    return repr(config.split) if config.source != TRAIN_DATASET else in_words(config.source)
 
 
 def _warn_of_missing_classes(training: ImageSet, validation: ImageSet, config: DataConfig) -> None:

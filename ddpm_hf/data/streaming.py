@@ -36,15 +36,14 @@ from ddpm_hf.data.decode import (
     num_threads,
     read_header,
 )
+from ddpm_hf.data.labels import ClassOrder, label_error
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.data.sources import (
-    ClassOrder,
     Source,
     as_encoded_image,
     class_names_of,
     find_columns,
     find_folder,
-    label_error,
     load_table,
     log_ignored_files,
 )
@@ -297,6 +296,8 @@ def _open(config: DataConfig, rank: int, class_order: ClassOrder) -> "IterableDa
     if folder is None:
         stream: IterableDataset = load_table(config, config.split, is_streaming=True)
         return stream
+    if folder.kind != "folder":
+        raise DataError(f"data.streaming does not support tar files such as those in {folder.name}; set it to false.")
     if folder.ignored_files and rank == 0:
         log_ignored_files(folder)
     return _stream_of_folder(folder)

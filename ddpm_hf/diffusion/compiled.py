@@ -8,9 +8,10 @@ one for each batch size with and without gradients.
 
 import inspect
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -46,6 +47,7 @@ class CompiledCall:
         self.mode, self.backend = mode, backend
         self.batch_size: int | None = None  # see `full_batches`
         self._has_cuda_graphs = uses_cuda_graphs(mode, backend)
+        self._compiling, self._compiled = threading.RLock(), set[tuple[object, ...]]()
         self._call_eagerly: Callable[..., Any] = unet._call_impl
         # Static shapes: each batch size has its own kernels, and no call changes those of another. torch limits the
         # number of compilations, for all networks of the process together unless it can count those of each.
@@ -84,8 +86,12 @@ class CompiledCall:
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
     def _evaluate(self, *inputs: torch.Tensor) -> torch.Tensor:
+        form = (torch.is_grad_enabled(), *((x.shape, x.dtype, x.device) for x in inputs))
         try:
-            output: torch.Tensor = self._call(*inputs, return_dict=False)[0]
+            # Threads that meet a new batch size at once would each compile it.
+            with nullcontext() if form in self._compiled else self._compiling:
+                output: torch.Tensor = self._call(*inputs, return_dict=False)[0]
+            self._compiled.add(form)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             logger.warning(
                 "The network was called with too many different batch sizes, so %d images are not compiled.",

@@ -6,15 +6,19 @@ order.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from . import gaussian
 from .images import ImageInput, from_mask
+from .schedule import positive_number, real_number
 from .scheduler import NATIVE_SCHEDULER
+
+_NOT_IN_ENCODE = ("eta", "callback_on_step_end", "return_trajectory")
 
 
 class EditingMixin:
@@ -22,7 +26,7 @@ class EditingMixin:
 
     `image` may be a PIL image or a list of them, a numpy array (batch, height, width, channels) or a tensor (batch,
     channels, height, width), uint8 in 0 ... 255 or floats in [0, 1], as returned by the pipeline. `batch_size` and
-    `sample` are not accepted as options.
+    `sample` are not among the options.
     """
 
     scheduler: Any
@@ -55,7 +59,7 @@ class EditingMixin:
             ValueError: If an argument does not fit, or the scheduler is not GaussianDiffusionScheduler.
         """
         x_0 = self._read(image, "image", "denoise_from")
-        with self._begin(len(x_0), **options) as call:
+        with self._begin(len(x_0), options, "denoise_from") as call:
             level = start_level(strength, len(call.timesteps))
             x_t = self._noise_to_level(call, x_0.to(call.device, call.dtype), level)
             return self._result(call, self._denoise(call, x_t, call.timesteps[level:]))
@@ -65,7 +69,7 @@ class EditingMixin:
         self,
         image: ImageInput,
         other: ImageInput,
-        weights: float | Sequence[float] = 0.5,
+        weights: float | Iterable[float] = 0.5,
         strength: float = 0.5,
         mixing: Literal["linear", "spherical"] = "linear",
         **options: Any,
@@ -92,10 +96,14 @@ class EditingMixin:
             raise ValueError(f"image is {tuple(left.shape)} and other {tuple(right.shape)}; pass two of one shape.")
         if mixing not in ("linear", "spherical"):
             raise ValueError(f"mixing {mixing!r} is not one of linear, spherical.")
-        given = [weights] if isinstance(weights, int | float) else list(weights)
-        if not given or not all(0 <= weight <= 1 for weight in given):
-            raise ValueError(f"weights is {weights}; give one or more numbers from 0 (image) to 1 (other).")
-        with self._begin(len(left) * len(given), **options) as call:
+        weights = weights.tolist() if isinstance(weights, np.ndarray | torch.Tensor) else weights
+        try:
+            given = [real_number("weights", w, 0, 1) for w in (weights if isinstance(weights, Iterable) else [weights])]
+        except ValueError:
+            given = []
+        if not given:
+            raise ValueError(f"weights is {weights!r}; give one or more numbers from 0 (image) to 1 (other).")
+        with self._begin(len(left) * len(given), options, "interpolate") as call:
             level = start_level(strength, len(call.timesteps))
 
             def endpoint(x_0: torch.Tensor) -> torch.Tensor:
@@ -138,12 +146,11 @@ class EditingMixin:
         """
         known = self._read(image, "image", "inpaint")
         fill = from_mask(mask, known)
-        for name, count in (("num_resamples", num_resamples), ("jump_length", jump_length)):
-            if type(count) is not int or count < 1:
-                raise ValueError(f"{name} is {count!r}; it must be a whole number, at least 1.")
+        num_resamples = positive_number("num_resamples", num_resamples)
+        jump_length = positive_number("jump_length", jump_length)
         if options.get("num_inference_steps") is None and options.get("timesteps") is None:
             options["num_inference_steps"] = min(250, len(self.scheduler))
-        with self._begin(len(known), **options) as call:
+        with self._begin(len(known), options, "inpaint") as call:
             known, fill = known.to(call.device, call.dtype), fill.to(call.device)
             sample = self._draw_noise(call, tuple(known.shape))
             self._record(call, sample)
@@ -173,7 +180,7 @@ class EditingMixin:
             image: Images to encode.
             num_iterations: Evaluations of the network per step; 1 is plain DDIM inversion.
             **options: `num_inference_steps`, `timesteps`, `timestep_spacing`, `class_labels` and guidance, as they will
-                be used to decode.
+                be used to decode. `generator`, `output_type` and `return_dict` have no effect.
 
         Returns:
             The start noise, float32 (float64 for a float64 network), (batch, channels, height, width), to be passed as
@@ -184,13 +191,14 @@ class EditingMixin:
                 self-conditioned: each of its steps depends on the step before, which is not known yet.
         """
         x = self._read(image, "image", "encode")
-        if type(num_iterations) is not int or num_iterations < 1:
-            raise ValueError(f"num_iterations is {num_iterations!r}; it must be a whole number, at least 1.")
+        num_iterations = positive_number("num_iterations", num_iterations)
         if self.config.get("self_conditioned"):
             raise ValueError(
                 "encode cannot invert a self-conditioned network: each step takes the prediction before it."
             )
-        with self._begin(len(x), **options) as call:
+        with self._begin(len(x), options | {"eta": 0.0}, "encode") as call:
+            if unused := [name for name in _NOT_IN_ENCODE if options.get(name)]:
+                raise ValueError(f"encode has no {' and no '.join(unused)}; leave it out.")
             x = x.to(call.device, call.dtype)
             for level in self.progress_bar(range(len(call.timesteps))[::-1]):
                 if call.interrupt:
@@ -233,7 +241,7 @@ class EditingMixin:
         alpha_prev, sigma_prev = math.sqrt(alpha_bar_prev), math.sqrt(1 - alpha_bar_prev)
         x = x_prev
         for _ in range(num_iterations):
-            x_0 = call.scheduler.step(self._predict(call, x, t), t, x, eta=0.0).pred_original_sample
+            x_0 = call.scheduler.step(self._predict(call, x, t), t, x).pred_original_sample
             eps = gaussian.eps_from_x_0(x, x_0, alpha, sigma)
             x = alpha / alpha_prev * (x_prev - sigma_prev * eps) + sigma * eps
         return x
@@ -245,6 +253,7 @@ def start_level(strength: float, num_steps: int) -> int:
     Raises:
         ValueError: If strength is not in (0, 1], or rounds to no step.
     """
+    strength = real_number("strength", strength)
     if not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}; it must be above 0 and at most 1.")
     num_run = round(strength * num_steps)

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .schedule import whole_number
+
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8")
 ImageInput: TypeAlias = Image.Image | Sequence[Image.Image] | np.ndarray[Any, Any] | torch.Tensor
 
@@ -22,8 +24,8 @@ def image_size(unet: Any) -> tuple[int, int]:
     size = unet.config.sample_size
     if size is None:
         raise ValueError("The network has no sample_size; pass start noise as sample, or set it in unet/config.json.")
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return whole_number("sample_size", height), whole_number("sample_size", width)
 
 
 def to_unit_range(sample: torch.Tensor) -> torch.Tensor:
@@ -82,10 +84,8 @@ def from_mask(mask: ImageInput, image: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If the mask does not fit the images.
     """
-    if isinstance(mask, Image.Image):
-        mask = mask.convert("L")
-    elif not isinstance(mask, np.ndarray | torch.Tensor):
-        mask = [one.convert("L") for one in mask]
+    if not isinstance(mask, np.ndarray | torch.Tensor):
+        mask = [one.convert("L") for one in _list_of_pil(mask, "mask")]
     elif mask.ndim == 2:
         mask = mask[None] if isinstance(mask, torch.Tensor) else mask[..., None]
     elif mask.ndim == 3 and isinstance(mask, np.ndarray) and mask.shape[-1] != 1:
@@ -113,10 +113,15 @@ def _to_batch(images: ImageInput, num_channels: int, name: str) -> torch.Tensor:
     if isinstance(images, torch.Tensor):
         x = images if images.ndim == 4 else images[None]
     elif isinstance(images, np.ndarray):
-        x = torch.from_numpy(np.ascontiguousarray(images if images.ndim == 4 else images[None]))
+        try:
+            x = torch.from_numpy(np.ascontiguousarray(images if images.ndim == 4 else images[None]))
+        except TypeError as error:  # a dtype that torch does not have, such as object
+            raise ValueError(
+                f"{name} has dtype {images.dtype}; pass uint8 in 0 ... 255 or floats in [0, 1]."
+            ) from error
         x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x
     else:
-        x = _from_pil([images] if isinstance(images, Image.Image) else list(images), num_channels, name)
+        x = _from_pil(_list_of_pil(images, name), num_channels, name)
     if x.dtype in (torch.uint8, torch.bool):
         return x.float() / (255 if x.dtype == torch.uint8 else 1)
     if not x.is_floating_point():
@@ -129,11 +134,18 @@ def _to_batch(images: ImageInput, num_channels: int, name: str) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _from_pil(images: list[Any], num_channels: int, name: str) -> torch.Tensor:
-    """Stack PIL images of one size to uint8 (batch, channels, height, width)."""
-    if not images or not all(isinstance(image, Image.Image) for image in images):
-        kind = type(images[0]).__name__ if images else "an empty list"
+def _list_of_pil(images: Any, name: str) -> list[Image.Image]:
+    """Return a PIL image, or a list of them, as a list; raise a ValueError for anything else."""
+    given = list(images) if isinstance(images, list | tuple) else [images]
+    wrong = [type(image).__name__ for image in given if not isinstance(image, Image.Image)]
+    if wrong or not given:
+        kind = wrong[0] if wrong else "an empty list"
         raise ValueError(f"{name} must be PIL images, a numpy array or a tensor, not {kind}.")
+    return given
+
+
+def _from_pil(images: list[Image.Image], num_channels: int, name: str) -> torch.Tensor:
+    """Stack PIL images of one size to uint8 (batch, channels, height, width)."""
     mode = _MODES.get(num_channels)
     for image in images:
         if image.mode != mode:

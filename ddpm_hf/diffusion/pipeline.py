@@ -7,24 +7,29 @@ where ddpm_hf is installed. See `docs/compatibility.md` of ddpm_hf.
 
 import copy
 import difflib
+import functools
 import inspect
+import operator
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn import DataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 
 def _forget_loaded_code() -> None:
@@ -59,8 +64,8 @@ from .saved_folder import (
     write_code,
     write_index,
 )
-from .schedule import whole_number
-from .scheduler import CHOICES, GaussianDiffusionScheduler, splits_variance, takes_eta
+from .schedule import descending_timesteps, is_bool, positive_number, real_number, whole_number
+from .scheduler import CHOICES, NATIVE_SCHEDULER, GaussianDiffusionScheduler, splits_variance, takes_eta
 
 # The code of ddpm_hf 0.1 refuses to run beside loaded modules of another version.
 _forget_loaded_code()
@@ -72,6 +77,47 @@ _BEGIN_OR_END = threading.Lock()
 
 Generators = torch.Generator | list[torch.Generator] | None
 ClassLabels = int | str | Iterable[int | str] | torch.Tensor
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+_ORDER_OF_DDPM_PIPELINE = ("batch_size", "generator", "num_inference_steps", "output_type", "return_dict")
+_OTHER_NAMES = {
+    "latents": "sample",
+    "noise": "sample",
+    "num_images": "batch_size",
+    "num_images_per_prompt": "batch_size",
+    "num_steps": "num_inference_steps",
+    "seed": "generator",
+    "steps": "num_inference_steps",
+}
+
+
+class UnexpectedArgumentError(TypeError, ValueError):
+    """A keyword argument that does not exist: a TypeError as in Python, and a ValueError as any wrong argument."""
+
+
+def takes_order_of_ddpm_pipeline(method: Method) -> Method:
+    """Let a call take positional arguments in the order of DDPMPipeline, too, and name arguments that do not exist.
+
+    The order is told by the second argument, which is a generator there and a number here.
+    """
+    names = inspect.signature(method).parameters.keys() - {"self"}
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        check_names("the pipeline", options, names)
+        second, third = (*args[1:3], None, None)[:2]
+        generators = second if isinstance(second, list) else [second]
+        has_generator = any(isinstance(one, torch.Generator) for one in generators)
+        if has_generator or (second is None and isinstance(third, int | float | np.number)):
+            if len(args) > len(_ORDER_OF_DDPM_PIPELINE):
+                raise UnexpectedArgumentError(
+                    f"There are {len(args)} positional arguments, but DDPMPipeline has {len(_ORDER_OF_DDPM_PIPELINE)}:"
+                    f" {', '.join(_ORDER_OF_DDPM_PIPELINE)}; pass the others by name."
+                )
+            return method(self, **dict(zip(_ORDER_OF_DDPM_PIPELINE, args, strict=False)), **options)
+        return method(self, *args, **options)
+
+    return call  # type: ignore[return-value]
 
 
 @dataclass
@@ -165,6 +211,9 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         self._was_interrupted = False
         if type(scheduler) is DDPMScheduler:
             scheduler = GaussianDiffusionScheduler.from_config(scheduler.config)
+        unet = bare_network(unet)
+        if not hasattr(unet, "config"):
+            raise ValueError(f"unet is a {type(unet).__name__}; it must be a UNet2DModel.")
         self.register_modules(unet=unet, scheduler=scheduler)
         extras = {"class_names": class_names, "has_null_label": has_null_label, "self_conditioned": self_conditioned}
         self.register_to_config(**{name: value for name, value in extras.items() if value})
@@ -175,7 +224,8 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         if config.out_channels not in (self.num_channels, 2 * self.num_channels):
             raise ValueError(
                 f"unet has {config.out_channels} out_channels for images of {self.num_channels} channels; it needs as"
-                " many, or twice as many with a learned variance."
+                " many, or twice as many with a learned variance. A network that takes its last prediction as input"
+                " needs self_conditioned=True."
             )
         if has_null_label and config.num_class_embeds is None:
             raise ValueError("has_null_label is true, but unet has no num_class_embeds.")
@@ -184,6 +234,10 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                 f"class_names must name each of the network's {self.num_classes} classes, by keys that are strings:"
                 ' {"0": ..., "1": ...}.'
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. A network in DataParallel or DistributedDataParallel is taken out of it."""
+        super().__setattr__(name, bare_network(value) if name == "unet" else value)
 
     @property
     def num_channels(self) -> int:
@@ -247,6 +301,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
 
     # Sampling
 
+    @takes_order_of_ddpm_pipeline
     @torch.no_grad()
     def __call__(
         self,
@@ -268,6 +323,9 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
     ) -> Any:
         """Generate images. Samples are float32 whatever the dtype of the weights (float64 for float64).
 
+        Positional arguments may also have the order of DDPMPipeline: batch_size, generator, num_inference_steps,
+        output_type, return_dict. Numbers may be of any type, also of numpy.
+
         Args:
             batch_size: Number of images; by default the number of class labels, generators or start samples, or 1.
             num_inference_steps: Number of denoising steps; by default the number of training timesteps.
@@ -277,23 +335,26 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             guidance_scale: Scale of classifier-free guidance; 1 turns it off.
             guidance_rescale: Factor phi of the rescaling of guidance, 0 ... 1. Section 3.4, Lin et al. 2024.
             eta: 0 (deterministic) to 1 (ancestral); by default the scheduler's own default.
-            sample: Start noise (batch, channels, height, width), standard normal; by default drawn from `generator`.
+            sample: Start noise (batch, channels, height, width), a standard normal tensor of floating-point numbers; by
+                default drawn from `generator`.
             timesteps: A custom descending list instead of `num_inference_steps`.
             timestep_spacing: Overrides the scheduler's spacing; may also be `quadratic`.
             output_type: `pil`; `np`: float32 (batch, height, width, channels) in [0, 1]; `uint8`: the same in 0 ...
                 255; `pt`: float32 (batch, channels, height, width) in [0, 1].
             return_dict: Return an output object instead of a tuple.
             callback_on_step_end: `callback(pipeline, step, timestep, tensors)`. It may return {"sample": ...} to
-                replace the sample, and set `pipeline.interrupt = True` to stop and return the current sample.
+                replace the sample by one of the same shape, dtype and device, and set `pipeline.interrupt = True` to
+                stop and return the current sample.
             callback_on_step_end_tensor_inputs: The tensors passed to it: `sample`, `model_output`,
                 `pred_original_sample` (x_0).
             return_trajectory: Also return every state from x_T to x_0.
 
         Raises:
-            ValueError: If an argument does not fit the model, the scheduler or another argument.
+            ValueError: If an argument does not fit the model, the scheduler or another argument, before the network is
+                called; or if the callback returns anything else.
         """
         options = {name: value for name, value in locals().items() if name not in ("self", "batch_size", "sample")}
-        with self._begin(number_of_images(batch_size, class_labels, generator, sample), **options) as call:
+        with self._begin(number_of_images(batch_size, class_labels, generator, sample), options) as call:
             x_t = self._start_noise(call, sample) * call.scheduler.init_noise_sigma
             return self._result(call, self._denoise(call, x_t, call.timesteps))
 
@@ -310,13 +371,13 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         Raises:
             ValueError: If an argument does not fit the model, the scheduler or another argument.
         """
-        return len(self._prepare(self.scheduler, batch_size, **options).timesteps)
+        return len(self._prepare(self.scheduler, batch_size, options, "check_inputs").timesteps)
 
     @contextmanager
-    def _begin(self, batch_size: int, **options: Any) -> Iterator[SamplingCall]:
+    def _begin(self, batch_size: int, options: dict[str, Any], method: str = "__call__") -> Iterator[SamplingCall]:
         """Check the options of a call, and count it as running until the end of the context."""
         scheduler = self.scheduler
-        call = self._prepare(scheduler, batch_size, **options)
+        call = self._prepare(scheduler, batch_size, options, method)
         state = dict(vars(call.scheduler))
         with _BEGIN_OR_END:
             self._calls.append(call)
@@ -330,23 +391,19 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                 if not self._calls:
                     self.maybe_free_model_hooks()
 
-    def _prepare(self, shared: Any, batch_size: int, **options: Any) -> SamplingCall:
+    def _prepare(self, shared: Any, batch_size: int, options: dict[str, Any], method: str) -> SamplingCall:
         """Check the options of a call, whose defaults are those of `__call__`, and set the timesteps of a scheduler."""
         parameters = inspect.signature(GaussianDiffusionPipeline.__call__).parameters
         defaults = {name: parameters[name].default for name in parameters.keys() - {"self", "batch_size", "sample"}}
-        if unexpected := options.keys() - defaults.keys():
-            raise TypeError(f"got unexpected keyword arguments: {', '.join(sorted(unexpected))}")
+        own = [name for name in inspect.signature(getattr(self, method)).parameters if name != "options"]
+        check_names(method, options, defaults, own)
         given = SimpleNamespace(**defaults | options)
         scheduler = copy_scheduler(shared)
         check_process(scheduler)
+        device = self._execution_device
 
-        batch_size = whole_number("batch_size", batch_size)
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1.")
-        if isinstance(given.generator, list) and len(given.generator) != batch_size:
-            raise ValueError(
-                f"generator is a list of {len(given.generator)} for {batch_size} images; pass one for each image."
-            )
+        batch_size = positive_number("batch_size", batch_size)
+        check_generator(given.generator, batch_size, device)
         given.output_type = "np" if given.output_type == "numpy" else given.output_type  # as in stock pipelines
         if given.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {given.output_type!r} is not one of {', '.join(OUTPUT_TYPES)}.")
@@ -354,23 +411,23 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             raise ValueError(
                 f"output_type pil cannot show images of {self.num_channels} channels; use np, pt or uint8."
             )
-        given.callback_on_step_end_tensor_inputs = list(given.callback_on_step_end_tensor_inputs)
-        if unknown := set(given.callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; choose from {CALLBACK_TENSORS}."
-            )
+        for name in ("return_dict", "return_trajectory"):
+            if not isinstance(getattr(given, name), bool | np.bool_):
+                raise ValueError(f"{name} is {getattr(given, name)!r}; it must be True or False.")
+        check_callback(given.callback_on_step_end)
+        given.callback_on_step_end_tensor_inputs = tensor_inputs(given.callback_on_step_end_tensor_inputs)
 
         # Labels and guidance
         has_null_label = bool(self.config.get("has_null_label"))
         num_labels, class_names = self.unet.config.num_class_embeds, self.config.get("class_names")
         labels = label_numbers(given.class_labels, batch_size, num_labels, has_null_label, class_names)
-        if not 0 <= given.guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale is {given.guidance_rescale}; it must lie between 0 and 1.")
+        given.guidance_rescale = real_number("guidance_rescale", given.guidance_rescale, 0, 1)
+        given.guidance_scale = real_number("guidance_scale", given.guidance_scale)
         if given.guidance_scale != 1.0:
             if labels is None or not has_null_label:
                 raise ValueError(
                     f"guidance_scale is {given.guidance_scale}, but the model has no null label to guide against; use"
-                    " 1.0, or a model trained with label dropout."
+                    " 1.0, or a model trained with label dropout, whose pipeline has has_null_label=True."
                 )
             labels = labels + [self.num_classes] * batch_size
 
@@ -380,22 +437,52 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         run_parameters = inspect.signature(scheduler.set_timesteps).parameters
         names = ["num_inference_steps", "timesteps", "timestep_spacing"]
         if given.eta is not None:
+            given.eta = real_number("eta", given.eta, 0, 1)
             if not takes_eta(scheduler):
                 raise ValueError(f"eta is {given.eta}, but {type(scheduler).__name__} has no eta; leave it out.")
             if "eta" in run_parameters:
                 names.append("eta")
             else:
                 step_kwargs["eta"] = given.eta
-        if given.num_inference_steps is None and given.timesteps is None:
-            given.num_inference_steps = scheduler.config["num_train_timesteps"]
+        num_train_timesteps = int(scheduler.config["num_train_timesteps"])
+        if given.timesteps is not None:
+            if given.num_inference_steps is not None:
+                raise ValueError("Pass either num_inference_steps or timesteps, not both.")
+            given.timesteps = descending_timesteps(given.timesteps, num_train_timesteps)
+        elif given.num_inference_steps is None:
+            given.num_inference_steps = num_train_timesteps
+        else:
+            given.num_inference_steps = whole_number("num_inference_steps", given.num_inference_steps)
+            if not 1 <= given.num_inference_steps <= num_train_timesteps:
+                raise ValueError(
+                    f"num_inference_steps {given.num_inference_steps} is not between 1 and {num_train_timesteps}."
+                )
         timesteps = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
         if unknown := timesteps.keys() - run_parameters.keys():
             raise ValueError(
                 f"{type(scheduler).__name__} takes no {' and no '.join(sorted(unknown))}; leave it out, or use"
                 " GaussianDiffusionScheduler.from_config(pipe.scheduler.config)."
             )
-        device = self._execution_device
-        scheduler.set_timesteps(device=device, **timesteps)
+        try:
+            scheduler.set_timesteps(device=device, **timesteps)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if type(scheduler).__name__ == NATIVE_SCHEDULER:
+                raise
+            given_as = ", ".join(f"{name} {value}" for name, value in timesteps.items())
+            raise ValueError(f"{type(scheduler).__name__} cannot run {given_as} ({error}); change it.") from error
+        keeps_variance = splits_variance(scheduler)
+        shows_x_0 = given.callback_on_step_end and "pred_original_sample" in given.callback_on_step_end_tensor_inputs
+        num_outputs = self.num_channels * (2 if keeps_variance else 1)
+        if (shows_x_0 or self.config.get("self_conditioned")) and not returns_x_0(
+            scheduler,
+            torch.zeros(1, num_outputs, 1, 1, device=device),
+            torch.zeros(1, self.num_channels, 1, 1, device=device),
+        ):
+            user = "the callback" if shows_x_0 else "a self-conditioned unet"
+            raise ValueError(
+                f"{type(scheduler).__name__} does not return pred_original_sample, which {user} needs; use"
+                " GaussianDiffusionScheduler or DDIMScheduler."
+            )
         show_changes(scheduler, vars(shared), shared)
         return SamplingCall(
             scheduler=scheduler,
@@ -406,7 +493,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             labels=None if labels is None else torch.tensor(labels, device=device),
             options=given,
             step_kwargs=step_kwargs,
-            keeps_variance=splits_variance(scheduler),
+            keeps_variance=keeps_variance,
             states=[] if given.return_trajectory else None,
         )
 
@@ -414,13 +501,19 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         """Check or draw standard normal noise of the shape of the images."""
         if sample is None:
             return self._draw_noise(call, (call.batch_size, self.num_channels, *image_size(self.unet)))
+        if not isinstance(sample, torch.Tensor) or not sample.is_floating_point():
+            kind = f"a tensor of {sample.dtype}" if isinstance(sample, torch.Tensor) else f"a {type(sample).__name__}"
+            raise ValueError(f"sample is {kind}; it must be a tensor of floating-point numbers.")
         if sample.ndim != 4 or sample.shape[:2] != (call.batch_size, self.num_channels):
             raise ValueError(
                 f"sample has shape {tuple(sample.shape)}; it must be ({call.batch_size}, {self.num_channels}, height,"
                 " width), according to batch_size and the network."
             )
         check_size(sample.shape[2], sample.shape[3], self.size_divisor, "sample")
-        return sample.to(call.device, call.dtype)
+        sample = sample.to(call.device, call.dtype)
+        if not sample.isfinite().all():
+            raise ValueError("sample has values that are not finite; pass standard normal noise.")
+        return sample
 
     def _draw_noise(self, call: SamplingCall, shape: tuple[int, ...]) -> torch.Tensor:
         noise: torch.Tensor = randn_tensor(shape, generator=call.generator, device=call.device, dtype=call.dtype)
@@ -441,16 +534,6 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         model_output = self._predict(call, sample, t)
         result = call.scheduler.step(model_output, t, sample, **call.step_kwargs)
         call.pred_original_sample = result.get("pred_original_sample")
-        is_shown = (
-            call.options.callback_on_step_end
-            and "pred_original_sample" in call.options.callback_on_step_end_tensor_inputs
-        )
-        if call.pred_original_sample is None and (self.config.get("self_conditioned") or is_shown):
-            user = "the callback" if is_shown else "a self-conditioned unet"
-            raise ValueError(
-                f"{type(call.scheduler).__name__} does not return pred_original_sample, which {user} needs; use"
-                " GaussianDiffusionScheduler or DDIMScheduler."
-            )
         return result.prev_sample, model_output
 
     def _predict(self, call: SamplingCall, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -487,7 +570,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             }
             shown = {name: tensors[name] for name in call.options.callback_on_step_end_tensor_inputs}
             changes = call.options.callback_on_step_end(self, call.num_steps_done, t, shown)
-            sample = (changes or {}).get("sample", sample)
+            sample = changed_sample(changes, tensors)
         call.num_steps_done += 1
         self._record(call, sample)
         return sample
@@ -508,6 +591,30 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         return from_images(image, self.num_channels, self.size_divisor, name)
 
     # Saving and loading
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the pipeline; see `DiffusionPipeline`, which would leave out a network that it does not know.
+
+        Raises:
+            ValueError: If the network is none of diffusers.
+        """
+        network = getattr(self.unet, "_orig_mod", self.unet)
+        if not isinstance(network, ModelMixin):
+            raise ValueError(
+                f"unet is a {type(network).__name__}, which diffusers cannot save; assign the UNet2DModel inside it,"
+                " for a PeftModel pipe.unet = pipe.unet.merge_and_unload()."
+            )
+        super().save_pretrained(
+            save_directory, safe_serialization, variant, max_shard_size, push_to_hub=push_to_hub, **kwargs
+        )
 
     def save_config(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write code and index. `save_pretrained` calls this after saving the components and before an upload."""
@@ -530,10 +637,37 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
         """Load a folder or repository of this class or of a stock DDPMPipeline; see `DiffusionPipeline`.
 
+        Where ddpm_hf is installed, the folder may also be that of a run, which stands for its pipeline, or, with a
+        warning, for the EMA of its newest valid checkpoint if the run is not finished; a checkpoint, which stands for
+        its EMA; or one network of a checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: The folder or repository.
+            **kwargs: Those of `DiffusionPipeline`, and `subfolder`, a path in a local folder.
+
         Raises:
-            ValueError: If the weights exist only as pickles and `use_safetensors=False` was not given, or a part is of
-                a module that is not loaded.
+            ValueError: If the weights exist only as pickles and `use_safetensors=False` was not given, a part is of a
+                module that is not loaded, or a folder holds no model.
         """
+        name, folder = pretrained_model_name_or_path, Path(pretrained_model_name_or_path).expanduser()
+        if (subfolder := kwargs.pop("subfolder", None)) is not None:
+            if not folder.is_dir():
+                raise ValueError(
+                    f"subfolder is {subfolder!r}, but {name} is not a local folder; download it with"
+                    " huggingface_hub.snapshot_download, and pass the path of the subfolder."
+                )
+            name = folder = folder / subfolder
+        is_local = bool(str(name)) and folder.exists()  # the path of an empty name is the working directory
+        is_pipeline = (folder / "model_index.json").is_file() or not (is_local or str(name).count("/") > 1)
+        if is_pipeline or __package__ != "ddpm_hf.diffusion":
+            return cls._load(folder if is_local else name, **kwargs)
+        # Not an import statement: diffusers would require its module wherever it runs the code of a saved folder.
+        models = import_module("ddpm_hf.models")
+        return models.load_model(models.find_model(folder), lambda found: cls._load(found, **kwargs))
+
+    @classmethod
+    def _load(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
+        """Load a folder with a model index, or a repository."""
         if kwargs.get("use_safetensors", True) and Path(pretrained_model_name_or_path).is_dir():
             check_shards(Path(pretrained_model_name_or_path))
         try:
@@ -565,6 +699,12 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         if kwargs.get("use_safetensors"):
             check_shards(Path(folder))
         return folder
+
+
+def bare_network(network: Any) -> Any:
+    """Return the network inside DataParallel or DistributedDataParallel; any other as it is."""
+    inside = getattr(network, "_orig_mod", network)  # torch.compile around them
+    return inside.module if isinstance(inside, DataParallel | DistributedDataParallel) else network
 
 
 def check_process(scheduler: Any) -> None:
@@ -614,6 +754,104 @@ def show_changes(copied: Any, since: Mapping[str, Any], scheduler: Any) -> None:
     )
 
 
+def returns_x_0(scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> bool:
+    """Return whether `step` of a scheduler returns the predicted x_0; if unknown, by the first step of a copy."""
+    if type(scheduler).__name__ == NATIVE_SCHEDULER:
+        return True
+    trial = copy_scheduler(scheduler)
+    takes_generator = "generator" in inspect.signature(trial.step).parameters
+    options = {"generator": torch.default_generator.clone_state()} if takes_generator else {}
+    result = trial.step(model_output, trial.timesteps[0], sample, **options)
+    return result.get("pred_original_sample") is not None
+
+
+def check_names(method: str, options: Iterable[str], names: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Raise an UnexpectedArgumentError if an option is not among the names; `others` are only proposed."""
+    for name in options:
+        if name in names:
+            continue
+        known = [*names, *others]
+        meant = _OTHER_NAMES.get(name) or min((one for one in known if name in one.split("_")), key=len, default=None)
+        hint = f" (did you mean {meant!r}?)" if meant in known else did_you_mean(name, known)
+        raise UnexpectedArgumentError(f"{method} has no argument {name!r}{'' if name in known else hint}.")
+
+
+def check_generator(generator: object, batch_size: int, device: torch.device) -> None:
+    """Raise a ValueError if the generator of a call is not one, or a list of one for each image, for its device."""
+    generators: list[Any] = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    for one in generators:
+        if not isinstance(one, torch.Generator):
+            seed = one if isinstance(one, int | np.integer) and not isinstance(one, bool) else "seed"
+            raise ValueError(
+                f"generator {'has' if isinstance(generator, list) else 'is'} {one!r}; pass"
+                f" torch.Generator().manual_seed({seed}), or a list of one for each image."
+            )
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(f"generator is a list of {len(generator)} for {batch_size} images; pass one for each image.")
+    devices = sorted({str(one.device) for one in generators})
+    if len(devices) > 1:
+        raise ValueError(f"generator is a list on {' and '.join(devices)}; create all of them on one device.")
+    if devices and not devices[0].startswith("cpu") and torch.device(devices[0]).type != device.type:
+        raise ValueError(f"generator is on {devices[0]}, but the network on {device}; create it on the CPU or there.")
+
+
+def check_callback(callback: object) -> None:
+    """Raise a ValueError if a callback cannot be called with (pipeline, step, timestep, tensors)."""
+    if callback is None:
+        return
+    try:
+        inspect.signature(callback).bind(None, 0, 0, {})  # type: ignore[arg-type]
+    except ValueError:  # a function without a signature
+        pass
+    except TypeError as error:
+        raise ValueError(
+            f"callback_on_step_end is {callback!r}; it must be a function of (pipeline, step, timestep, tensors)."
+        ) from error
+
+
+def tensor_inputs(given: object) -> list[str]:
+    """Return the names of the tensors that a callback is to get.
+
+    Raises:
+        ValueError: If it is not a list, or a name is unknown.
+    """
+    is_list = isinstance(given, Iterable) and not isinstance(given, str)
+    names = list(given) if is_list else []  # type: ignore[call-overload]
+    unknown = [name for name in names if name not in CALLBACK_TENSORS]
+    if unknown or not is_list:
+        found = f"has {unknown}" if is_list else f"is {given!r}"
+        raise ValueError(f"callback_on_step_end_tensor_inputs {found}; choose from {CALLBACK_TENSORS}, in a list.")
+    return names
+
+
+def changed_sample(changes: object, tensors: dict[str, Any]) -> torch.Tensor:
+    """Return the sample that a callback returned, or the sample of the step.
+
+    Args:
+        changes: What the callback returned.
+        tensors: The tensors of the step.
+
+    Raises:
+        ValueError: If something else than the sample was changed, or its shape, dtype or device.
+    """
+    sample: torch.Tensor = tensors["sample"]
+    if changes is None:
+        return sample
+    if not isinstance(changes, Mapping):
+        raise ValueError(f'callback_on_step_end returned a {type(changes).__name__}; return None or {{"sample": ...}}.')
+    for name, value in changes.items():
+        if name != "sample" and value is not tensors.get(name, tensors):
+            hint = did_you_mean(name, ["sample"]) if name not in tensors else ""
+            raise ValueError(f"callback_on_step_end returned {name!r}{hint}; only the sample can be replaced.")
+    new = changes.get("sample", sample)
+    if not isinstance(new, torch.Tensor):
+        raise ValueError(f"callback_on_step_end returned a sample that is a {type(new).__name__}; return a tensor.")
+    if (new.shape, new.dtype, new.device) != (sample.shape, sample.dtype, sample.device):
+        kinds = [f"{tuple(x.shape)}, {x.dtype}, on {x.device}" for x in (new, sample)]
+        raise ValueError(f"callback_on_step_end returned a sample of {kinds[0]}; it must be {kinds[1]}.")
+    return new
+
+
 def number_of_images(
     batch_size: int | None, class_labels: ClassLabels | None, generator: Generators, sample: torch.Tensor | None
 ) -> int:
@@ -621,9 +859,9 @@ def number_of_images(
     if batch_size is not None:
         return batch_size
     for given in (class_labels, generator, sample):
-        is_one = isinstance(given, str) or (isinstance(given, torch.Tensor) and given.ndim == 0)
+        is_one = isinstance(given, str | bytes) or getattr(given, "ndim", 1) == 0
         if isinstance(given, Sized) and not is_one:
-            return len(given)
+            return len(given) or 1  # an empty list is refused for what it is
     return 1
 
 
@@ -654,18 +892,27 @@ def label_numbers(
     if class_labels is None:
         raise ValueError(f"The model is class-conditional: pass class_labels, numbers from 0 to {num_classes - 1}.")
     if isinstance(class_labels, torch.Tensor | np.ndarray | np.generic):
+        if class_labels.ndim > 1:
+            raise ValueError(
+                f"class_labels has shape {tuple(class_labels.shape)}; pass one number for each image:"
+                " class_labels.flatten() for a column, class_labels.argmax(1) for one-hot labels."
+            )
         class_labels = class_labels.tolist()
-    given = [class_labels] * batch_size if isinstance(class_labels, int | str) else list(class_labels)
+    labels_given: Any = class_labels
+    is_list = isinstance(class_labels, Iterable) and not isinstance(class_labels, str | bytes | Mapping | Set)
+    given = list(labels_given) if is_list else [labels_given] * batch_size
     if len(given) != batch_size:
         raise ValueError(f"class_labels has {len(given)} entries for batch_size {batch_size}; pass one for each image.")
     names = {} if isinstance(class_labels, ClassNumbers) else class_names or {}
     numbers = {names[number]: int(number) for number in sorted(names, key=int)}
     labels = []
     for label in given:
-        number = None if isinstance(label, bool) else number_of_label(label, numbers, num_classes, has_null_label)
+        number = number_of_label(label, numbers, num_classes, has_null_label)
         if number is None:
             null = f", {num_classes} for no class" if has_null_label else ""
-            expected = f"a number 0 to {num_classes - 1}{null}{', or a name: ' if numbers else ''}{', '.join(numbers)}"
+            expected = (
+                f"a whole number 0 to {num_classes - 1}{null}{', or a name: ' if numbers else ''}{', '.join(numbers)}"
+            )
             if numbers_of_numeric_names(numbers):
                 expected = f"the name of a class: {', '.join(numbers)}{null}"
             shown = label if isinstance(label, str) and is_number(label) else repr(label)
@@ -678,7 +925,7 @@ class ClassNumbers(list[int]):
     """Labels that are numbers of the network's classes, also if the classes are named by other numbers."""
 
 
-def number_of_label(label: int | str, numbers: dict[str, int], num_classes: int, has_null_label: bool) -> int | None:
+def number_of_label(label: Any, numbers: dict[str, int], num_classes: int, has_null_label: bool) -> int | None:
     """Return the number of a label, which may be text or a number; None if there is no such class.
 
     A label is the name of a class if there is one, else the number of a class. If all names are numbers, a number is
@@ -690,7 +937,13 @@ def number_of_label(label: int | str, numbers: dict[str, int], num_classes: int,
         num_classes: Number of classes without the null label, whose number it is.
         has_null_label: Whether there is a null label.
     """
-    text = label if isinstance(label, str) else str(int(label)) if label == int(label) else ""
+    if isinstance(label, str):
+        text = str(label)
+    else:
+        try:
+            text = "" if is_bool(label) else str(operator.index(label))
+        except TypeError:  # not a whole number: 1.0, None, [1], b"cat"
+            text = ""
     if text in numbers:
         return numbers[text]
     if not is_number(text):

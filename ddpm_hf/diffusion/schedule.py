@@ -6,6 +6,7 @@ alpha_bar_t = prod_{s <= t} (1 - beta_s), and alpha_bar_{-1} = 1 is clean data. 
 
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -325,6 +326,29 @@ def spaced_timesteps(spacing: str, num_inference_steps: int, num_train_timesteps
     return [int(t) for t in ascending[::-1]]
 
 
+def descending_timesteps(timesteps: Iterable[int], num_train_timesteps: int) -> list[int]:
+    """Return timesteps of any kind as a list of ints.
+
+    Raises:
+        ValueError: If the list is empty, not strictly descending, outside 0 ... T-1, or not of whole numbers.
+    """
+    timesteps = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else timesteps
+    try:
+        descending = [t if type(t) is int else whole_number("A timestep", t) for t in timesteps]
+    except TypeError as error:
+        raise ValueError(f"timesteps is {timesteps!r}; it must be a list of whole numbers.") from error
+    if not descending:
+        raise ValueError("timesteps is empty; at least one step is needed.")
+    if descending != sorted(set(descending), reverse=True):
+        raise ValueError("timesteps must be strictly descending.")
+    if descending[0] >= num_train_timesteps or descending[-1] < 0:
+        raise ValueError(
+            f"timesteps run from {descending[0]} to {descending[-1]}, outside 0 ... {num_train_timesteps - 1};"
+            " lower num_inference_steps or steps_offset, or change the list."
+        )
+    return descending
+
+
 class InferenceTimesteps:
     """A descending list of timesteps: the tensor that a sampling loop iterates over, and the transition of each step.
 
@@ -340,19 +364,7 @@ class InferenceTimesteps:
     def __init__(
         self, schedule: NoiseSchedule, timesteps: Iterable[int], device: str | torch.device | None = None
     ) -> None:
-        try:
-            timesteps = [t if type(t) is int else whole_number("A timestep", t) for t in timesteps]
-        except TypeError as error:
-            raise ValueError(f"timesteps is {timesteps!r}; it must be a list of whole numbers.") from error
-        if not timesteps:
-            raise ValueError("timesteps is empty; at least one step is needed.")
-        if timesteps != sorted(set(timesteps), reverse=True):
-            raise ValueError("timesteps must be strictly descending.")
-        if timesteps[0] >= len(schedule) or timesteps[-1] < 0:
-            raise ValueError(
-                f"timesteps run from {timesteps[0]} to {timesteps[-1]}, outside 0 ... {len(schedule) - 1};"
-                " lower num_inference_steps or steps_offset, or change the list."
-            )
+        timesteps = descending_timesteps(timesteps, len(schedule))
         self.columns = schedule.transition_columns(timesteps)
         self._row_of = {t: row for row, t in enumerate(timesteps)}
         with torch.inference_mode(False):  # inference tensors have no version counter
@@ -412,9 +424,40 @@ def whole_number(name: str, value: object) -> int:
     """
     try:
         number = int(value)  # type: ignore[call-overload]
-        is_whole = number == value and not isinstance(value, bool)
+        is_whole = number == value and not is_bool(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         is_whole = False
     if not is_whole:
         raise ValueError(f"{name} is {value!r}; it must be a whole number.")
     return int(number)
+
+
+def positive_number(name: str, value: object) -> int:
+    """Return a whole number of at least 1 of any numeric type as an int.
+
+    Raises:
+        ValueError: If it is not; the message begins with `name`.
+    """
+    number = whole_number(name, value)
+    if number < 1:
+        raise ValueError(f"{name} is {number}; it must be a whole number, at least 1.")
+    return number
+
+
+def real_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+    """Return a finite number of any numeric type as a float.
+
+    Raises:
+        ValueError: If it is not a number from `low` to `high`; the message begins with `name`.
+    """
+    number = value.item() if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0 else value
+    is_real = isinstance(number, numbers.Real) and not is_bool(number)
+    if not (is_real and math.isfinite(number) and low <= number <= high):  # type: ignore[arg-type,operator]
+        limits = "a finite number" if high == math.inf else f"a number from {low:g} to {high:g}"
+        raise ValueError(f"{name} is {value!r}; it must be {limits}.")
+    return float(number)  # type: ignore[arg-type]
+
+
+def is_bool(value: object) -> bool:
+    """Return whether a value, a scalar of numpy or a tensor is True or False, which would count as a number."""
+    return isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) in (torch.bool, np.bool_)

@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -45,6 +45,15 @@ CHOICES: dict[str, tuple[str | bool, ...]] = {
     "clip_sample": (True, False),
     "thresholding": (True, False),
     "rescale_betas_zero_snr": (True, False),
+}
+_SWITCHES = tuple(name for name, choices in CHOICES.items() if choices == (True, False))
+_PROCESS_OPTIONS = {
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
 }
 _CREATE = " GaussianDiffusionScheduler.create also takes aliases and every schedule in schedule.py."
 _HINTS = {
@@ -177,22 +186,16 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         # from_config of another class drops values recorded as defaults and takes its own instead. Without the record,
         # a swap in memory keeps them, as a swap through a saved folder does.
-        self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "_use_default_values"})
-        _check_config(self.config)
-        named = (beta_schedule, num_train_timesteps, beta_start, beta_end)
-        self.noise_schedule = NoiseSchedule.from_betas(make_betas(*named) if trained_betas is None else trained_betas)
-        if rescale_betas_zero_snr:
-            self.noise_schedule = NoiseSchedule.from_betas(rescale_to_zero_terminal_snr(self.noise_schedule.betas))
-        self.betas = self.noise_schedule.betas.float()
-        self.alphas = (1 - self.noise_schedule.betas).float()
-        self.alphas_cumprod = self.noise_schedule.alphas_cumprod.float()
-        self._device_tables: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
-        self._eps_second_moments: torch.Tensor | None = None
-        self._analytic_variance = False
+        config = {name: _as_json(name, value) for name, value in self.config.items() if name != "_use_default_values"}
+        self._internal_dict = FrozenDict(config)
+        _check_config(config)
+        named = [config[name] for name in ("beta_schedule", "num_train_timesteps", "beta_start", "beta_end")]
+        schedule = NoiseSchedule.from_betas(make_betas(*named) if trained_betas is None else trained_betas)
+        if config["rescale_betas_zero_snr"]:
+            schedule = NoiseSchedule.from_betas(rescale_to_zero_terminal_snr(schedule.betas))
         self._eta, self._use_clipped_model_output = 1.0, True
-        self._begin_run(InferenceTimesteps(self.noise_schedule, range(num_train_timesteps)[::-1]))
+        self._set_noise_schedule(schedule, range(len(schedule))[::-1])
         # Read by code written for DDPMScheduler, not here.
-        self.one = torch.tensor(1.0)
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
 
@@ -271,12 +274,28 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         """Create a scheduler from the configuration of this or another class; see `SchedulerMixin`.
 
         Defaults of the other class and its positional arguments are kept, as they are after a save; diffusers would
-        replace them by the defaults of this class. Only None, the variance_type of DPM-Solver, becomes the default
-        here.
+        replace them by the defaults of this class. None becomes the default, as for the variance_type of DPM-Solver,
+        and False for `clip_sample`, `thresholding` and `rescale_betas_zero_snr`.
         """
         if isinstance(config, Mapping):
-            config = {k: v for k, v in config.items() if k != "_use_default_values" and v is not None}
+            kept = (name for name in config if name in _SWITCHES or config[name] is not None)
+            config = {name: config[name] for name in kept if name != "_use_default_values"}
         return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def register_to_config(self, **options: Any) -> None:
+        """Change options of the configuration; see `ConfigMixin`.
+
+        Raises:
+            ValueError: If the betas would be others, which the tables of a scheduler do not follow.
+        """
+        if "noise_schedule" in vars(self):
+            for name in _PROCESS_OPTIONS & options.keys():
+                if not np.array_equal(_as_json(name, options[name]), self.config[name]):
+                    raise ValueError(
+                        f"{name} of a scheduler cannot be changed; create another one with"
+                        f" from_config(scheduler.config, {name}=...)."
+                    )
+        super().register_to_config(**options)
 
     def __len__(self) -> int:
         """Return the number of training timesteps."""
@@ -287,6 +306,109 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         """The configured variance type."""
         return str(self.config["variance_type"])
 
+    # The public tables of DDPMScheduler. Code assigns them: moved to another device, or those of another process.
+
+    @property
+    def betas(self) -> torch.Tensor:
+        """beta_t, float32 (T,). Assigning other values than the present ones changes the process.
+
+        This also holds for `alphas` and `alphas_cumprod`. The others follow, and the configuration gets the new
+        `trained_betas`, so that a save or a swap keeps them. Second moments are dropped: they are those of the former
+        process.
+
+        Raises:
+            ValueError: If they are not T numbers that give betas in (0, 1].
+        """
+        return self._public_tables["betas"]
+
+    @betas.setter
+    def betas(self, values: torch.Tensor) -> None:
+        self._assign_table("betas", values)
+
+    @property
+    def alphas(self) -> torch.Tensor:
+        """1 - beta_t, float32 (T,). May be assigned; see `betas`."""
+        return self._public_tables["alphas"]
+
+    @alphas.setter
+    def alphas(self, values: torch.Tensor) -> None:
+        self._assign_table("alphas", values)
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """alpha_bar_t, float32 (T,). May be assigned; see `betas`."""
+        return self._public_tables["alphas_cumprod"]
+
+    @alphas_cumprod.setter
+    def alphas_cumprod(self, values: torch.Tensor) -> None:
+        self._assign_table("alphas_cumprod", values)
+
+    @property
+    def one(self) -> torch.Tensor:
+        """alpha_bar of clean data, which is 1."""
+        return torch.tensor(1.0)
+
+    @one.setter
+    def one(self, value: float | torch.Tensor) -> None:
+        if value != 1:
+            raise ValueError(f"one is alpha_bar after the last step, which leads to clean data; it cannot be {value}.")
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Number T of training timesteps."""
+        return len(self)
+
+    @num_train_timesteps.setter
+    def num_train_timesteps(self, value: int) -> None:
+        if value != len(self):
+            raise ValueError(
+                f"num_train_timesteps cannot be changed from {len(self)} to {value!r}; create another scheduler with"
+                f" from_config(scheduler.config, num_train_timesteps={value!r})."
+            )
+
+    def _set_noise_schedule(self, schedule: NoiseSchedule, timesteps: Iterable[int], device: Any = None) -> None:
+        """Take the tables of a process, and begin a run of it."""
+        self.noise_schedule = schedule
+        self._public_tables = {
+            "betas": schedule.betas.float(),
+            "alphas": (1 - schedule.betas).float(),
+            "alphas_cumprod": schedule.alphas_cumprod.float(),
+        }
+        self._device_tables: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
+        self._eps_second_moments: torch.Tensor | None = None
+        self._analytic_variance = False
+        self._begin_run(InferenceTimesteps(schedule, timesteps, device))
+
+    def _assign_table(self, name: str, values: torch.Tensor) -> None:
+        """Replace a public table, and the process if the values are others. See `betas`."""
+        values = torch.as_tensor(values)
+        table = values.detach().to("cpu", torch.float64)
+        exact = {
+            "betas": self.noise_schedule.betas,
+            "alphas": 1 - self.noise_schedule.betas,
+            "alphas_cumprod": self.noise_schedule.alphas_cumprod,
+        }[name]
+        # The present table in half precision or float32, or a float32 product of as many factors.
+        dtype = values.dtype if values.is_floating_point() else torch.float32
+        rounding = max(
+            torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * len(exact) ** (name == "alphas_cumprod")
+        )
+        if table.shape != exact.shape or not bool(((table - exact).abs() <= rounding * exact).all()):
+            if name == "alphas_cumprod" and table.ndim == 1:
+                before = torch.cat([torch.ones(1, dtype=torch.float64), table[:-1]])
+                betas = torch.where(before > 0, 1 - table / before, 1.0)
+            else:
+                betas = table if name == "betas" else 1 - table
+            try:
+                schedule = NoiseSchedule.from_betas(betas)
+                if len(schedule) != len(self):
+                    raise ValueError(f"There are {len(schedule)} values for {len(self)} training timesteps.")
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be assigned: {error}") from error
+            super().register_to_config(trained_betas=schedule.betas.tolist(), rescale_betas_zero_snr=False)
+            self._set_noise_schedule(schedule, self.timesteps.tolist(), self.timesteps.device)
+        self._public_tables[name] = values
+
     # Tables for batches: each sample has its own timestep, which is never read on the host.
 
     def gather(self, name: str, timesteps: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -294,7 +416,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             name: A table of `NoiseSchedule`, for example `snr`.
-            timesteps: (batch,), or one timestep for all samples; integers on any device.
+            timesteps: (batch,), or one timestep for all samples; integers on any device. A single sample may have many.
             like: Samples (batch, ...) to which the result broadcasts.
 
         Returns:
@@ -310,7 +432,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
             table = getattr(self.noise_schedule, name).to(device, dtype)
             self._device_tables[name, device, dtype] = table
         index = _as_index(timesteps, device).reshape(-1)
-        if len(index) not in (1, len(like)):
+        if len(index) != len(like) and 1 not in (len(index), len(like)):
             raise ValueError(f"There are {len(index)} timesteps for {len(like)} samples; pass one for all or for each.")
         try:
             return table.index_select(0, index).view(-1, *[1] * (like.ndim - 1))
@@ -499,6 +621,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     def _compute_rows(self) -> None:
         """Compute the coefficients of the steps of the run, which depend on the configuration."""
+        _check_config(self._internal_dict)
         self._rows = self._make_rows(self._eta, self._use_clipped_model_output)
         self._other_rows: tuple[tuple[float, bool], list[ReverseStep]] | None = None
         self._config_of_rows = self._internal_dict
@@ -509,9 +632,10 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         return self._inference.timesteps
 
     @timesteps.setter
-    def timesteps(self, timesteps: torch.Tensor) -> None:
-        timesteps = torch.as_tensor(timesteps)
-        self._begin_run(InferenceTimesteps(self.noise_schedule, timesteps.tolist(), timesteps.device))
+    def timesteps(self, timesteps: torch.Tensor | list[int]) -> None:
+        device = timesteps.device if isinstance(timesteps, torch.Tensor) else None
+        chosen = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else timesteps
+        self._begin_run(InferenceTimesteps(self.noise_schedule, chosen, device))
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> torch.Tensor:
         """Return the next timestep of the list, -1 after the last, as a CPU tensor in the shape of the argument."""
@@ -756,6 +880,14 @@ class _SavedAsStock(GaussianDiffusionScheduler):
 
 
 _SavedAsStock.__name__ = "DDPMScheduler"
+
+
+def _as_json(name: str, value: Any) -> Any:
+    """Return an option in the form that a JSON file has: numbers of numpy as Python's, None of a switch as False."""
+    if value is None and name in _SWITCHES:
+        return False
+    is_number = isinstance(value, np.generic) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0)
+    return value.item() if is_number else value
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

@@ -271,10 +271,10 @@ def call_with_trajectory(
         dtype=torch.promote_types(torch.float32, pipeline.unet.dtype),
     )
     states: list[Images] = [to_images(noise, "uint8")]
+    num_steps = pipeline.check_inputs(len(generator), generator=generator, **options)
+    intervals = min(num_steps, MAX_FRAMES - 1)
 
     def keep_state(pipeline: Any, step: int, _: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        num_steps = len(pipeline.scheduler.timesteps)
-        intervals = min(num_steps, MAX_FRAMES - 1)
         if step + 1 in {round(frame * num_steps / intervals) for frame in range(1, intervals + 1)}:
             states.append(to_images(tensors["sample"], "uint8"))
         return {}

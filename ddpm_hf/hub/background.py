@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -69,6 +70,17 @@ class BackgroundPush:
             repo_id=config.repo_id or "", private=config.private, branch=config.branch, license=config.license
         )
         tqdm.write(f"Will be pushed to {check_access(target)}.")
+
+    def publish(self, step: int, write: Callable[[Path], None]) -> None:
+        """Start to push what `write` puts into an empty folder, or warn if the previous push is still running."""
+        if not self.is_free():
+            logger.warning("Step %d is not pushed to the Hub: the previous push is still running.", step)
+            return
+        folder = self._folder / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write(folder)
+        self.start(folder, step)
 
     def is_free(self) -> bool:
         """Return whether no push is running, and report the last one."""

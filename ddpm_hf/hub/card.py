@@ -4,6 +4,7 @@ The card follows the convention of the Hugging Face Trainer: its text begins wit
 comment is there, each push writes the text again. Without it the text is left alone and only the metadata is updated.
 """
 
+import functools
 import hashlib
 import math
 import re
@@ -18,6 +19,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from ddpm_hf.config import TRAIN_DATASET
 from ddpm_hf.evaluation.metrics import BITS_PER_DIM, SCHEMA_VERSION, TITLES
 from ddpm_hf.files import (
     EVALUATION,
@@ -220,7 +222,8 @@ class Facts:
         names = self.index.get("class_names")
         self.class_names = [str(names[key]) for key in sorted(names, key=int)] if isinstance(names, dict) else []
         records = (self.summary, self.evaluation, self.config)
-        self.data_source = _public_name(next(filter(None, (_entry(record, "data.source") for record in records)), None))
+        source = next(filter(None, (_entry(record, "data.source") for record in records)), None)
+        self.data_source = None if source == TRAIN_DATASET else _public_name(source)
         self.base_model = _public_name(self.summary.get("base_model") or _entry(self.config, "model.from_pretrained"))
 
 
@@ -353,11 +356,8 @@ def _eval_result(result: Mapping[str, Any], facts: Facts) -> EvalResult:
 
 def _render(facts: Facts, data: ModelCardData) -> str:
     """Return the text of a card; what the folder does not record is left out."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.ChainableUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
-    )
     license = data.get("license_name", "other") if data.license == "other" else data.license
-    text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    text = _template().render(
         vars(facts),
         comment=COMMENT,
         license=None if license == UNKNOWN_LICENSE else license,
@@ -367,6 +367,14 @@ def _render(facts: Facts, data: ModelCardData) -> str:
         format_duration=format_duration,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.ChainableUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _shown(value: Any) -> Any:

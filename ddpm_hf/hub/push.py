@@ -6,11 +6,12 @@ names them, so an interrupted push publishes nothing.
 """
 
 import json
+import math
 import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,6 +31,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
+from safetensors import safe_open
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.generate import Sampler, sample_images, sample_trajectory
@@ -40,17 +42,19 @@ from ddpm_hf.files import (
     EVALUATION,
     EVALUATION_PICTURE,
     LOSS_PICTURE,
-    MODEL_INDEX,
-    PIPELINE_DIR,
     README,
     RECOGNITION,
+    RUN_CONFIG,
     SAMPLES_PICTURE,
     TRAINING_CONFIG,
     TRAINING_SUMMARY,
     VERIFICATION,
+    write_json,
 )
 from ddpm_hf.hub import card
-from ddpm_hf.plots import schedule_plot
+from ddpm_hf.model_folder import ModelFolder, find_model, rows_until, summary_of
+from ddpm_hf.models import pipeline_folder
+from ddpm_hf.plots import points, schedule_plot, training_curves
 from ddpm_hf.redaction import reason_of
 from ddpm_hf.run_report import draw_samples
 
@@ -152,18 +156,19 @@ def push(
     *,
     fp16: bool = False,
     with_real_images: bool = False,
-    message: str = MESSAGE,
+    message: str | None = None,
     dry_run: bool = False,
     workspace: Path | None = None,
 ) -> Pushed:
     """Publish the pipeline of a run with a model card, in one commit.
 
     Args:
-        folder: A finished run, or a saved pipeline.
+        folder: A saved pipeline, a checkpoint or a run. A run that is not finished stands for the EMA of its newest
+            valid checkpoint; the card states its step.
         target: Where to push.
         fp16: Add half-precision weights.
         with_real_images: Also publish evaluation.png, which shows training images.
-        message: First line of the commit message.
+        message: First line of the commit message; None writes one.
         dry_run: Assemble everything, send no request, and push nothing.
         workspace: Folder for temporary files; None uses that of the system.
 
@@ -174,12 +179,15 @@ def push(
         ValueError: The pipeline cannot be published; HubRefused if the user may not push.
         OSError: HubFailed if the Hub cannot be reached.
     """
-    run = Path(folder).expanduser()
-    pipeline_dir = run if (run / MODEL_INDEX).is_file() else run / PIPELINE_DIR
+    model = find_model(folder)
     repo_id = target.repo_id if dry_run else check_access(target)
-    card.Facts(pipeline_dir, repo_id)  # broken records are refused before any work
-    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=workspace) as temporary:
-        assembled = Path(temporary) / "repository"
+    with ExitStack() as stack:
+        pipeline_dir = stack.enter_context(pipeline_folder(model))
+        if model.kind == "checkpoint":
+            _write_records(model, pipeline_dir)
+        card.Facts(pipeline_dir, repo_id)  # broken records are refused before any work
+        assembled = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX, dir=workspace))) / "repository"
+        run = pipeline_dir if model.kind == "checkpoint" else model.run
         assemble(pipeline_dir, assembled, run=run, fp16=fp16, with_real_images=with_real_images)
         remote = Remote(repo_id) if dry_run else look_up(target, repo_id)
         written = card.make_card(assembled, repo_id=repo_id, license=target.license, existing=remote.card)
@@ -187,11 +195,25 @@ def push(
         sizes = {name: path.stat().st_size for name, path in _files(assembled).items()}
         if dry_run:
             return Pushed(url=None, is_new=False, sizes=sizes)
-        url, is_new = upload(assembled, target, remote, message)
+        step = "" if model.step is None or model.is_finished else f": {model.progress}"
+        url, is_new = upload(assembled, target, remote, message or MESSAGE + step)
     return Pushed(url=url, is_new=is_new, sizes=sizes, notes=written.notes)
 
 
 # What is published
+
+
+def _write_records(model: ModelFolder, folder: Path) -> None:
+    """Write the records of a checkpoint that a finished run would have saved with its pipeline."""
+    with safe_open(model.weights / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+        num_parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    write_json(folder / TRAINING_SUMMARY, summary_of(model, num_parameters))
+    shutil.copyfile(model.path / RUN_CONFIG, folder / TRAINING_CONFIG)
+    if points(rows := rows_until(model), "loss")[1].size:
+        training_curves({"": rows}, folder / LOSS_PICTURE)
+    for name in (EVALUATION, EVALUATION_PICTURE):
+        if model.evaluation is not None and (model.evaluation / name).is_file():
+            shutil.copyfile(model.evaluation / name, folder / name)
 
 
 def assemble(

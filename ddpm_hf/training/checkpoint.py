@@ -1,4 +1,4 @@
-"""Checkpoints: format, write, verify, prune, resume.
+"""Checkpoints: format, write, prune, resume. `model_folder.py` finds and verifies them.
 
     checkpoints/step_00001000/
         unet/  ema/              networks in diffusers format; ema_sigma_*/ with training.posthoc_ema
@@ -21,15 +21,13 @@ return it there and restore it in `load_state_dict`; counts begin with num_ and 
 
 import json
 import logging
-import os
-import re
 import shutil
 import stat
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -41,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ddpm_hf import distributed
-from ddpm_hf.config import ConfigError, RunConfig, changed_settings, changed_too_late, read_config_dict
+from ddpm_hf.config import TRAIN_DATASET, ConfigError, RunConfig, changed_settings, changed_too_late, read_config_dict
 from ddpm_hf.config.launcher import PRECISIONS, Precision
 from ddpm_hf.data import ClassOrder, ImageSet, ImageStream
 from ddpm_hf.files import (
@@ -52,9 +50,19 @@ from ddpm_hf.files import (
     format_bytes,
     format_count,
     read_json,
-    sha256_of_file,
     sync,
     sync_tree,
+)
+from ddpm_hf.model_folder import (
+    CHECKPOINT_SCHEMA,
+    Checkpoint,
+    CheckpointError,
+    checkpoint_files,
+    checkpoint_folders,
+    describe_file,
+    find_latest,
+    step_of,
+    verify_checkpoint,
 )
 from ddpm_hf.training.batches import TimestepSampler
 from ddpm_hf.training.ema import EMA, is_snapshot_due
@@ -64,30 +72,11 @@ from ddpm_hf.training.run_dir import RunFolder
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
 _OPTIMIZER = "optimizer.safetensors"
 _OBJECTIVE = "objective.safetensors"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_STEP_NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY_PREFIX = ".writing-"
 _DAMAGED_PREFIX = "damaged-"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A verified checkpoint.
-
-    Args:
-        path: Its folder.
-        step: Optimizer updates when it was written.
-    """
-
-    path: Path
-    step: int
 
 
 # ----------------------------------------------------------------------------------------------------------- write
@@ -128,107 +117,14 @@ def write_checkpoint(root: Path, step: int, write_content: Callable[[Path], None
 
 def write_manifest(folder: Path, step: int) -> None:
     """Write the manifest of a folder, and give its files the permissions of the umask (safetensors writes 0600)."""
-    files = {str(file.relative_to(folder)): _describe(file) for file in _files(folder)}
-    content = json.dumps({"schema_version": SCHEMA_VERSION, "step": step, "files": files}, indent=2)
+    files = {str(file.relative_to(folder)): describe_file(file) for file in checkpoint_files(folder)}
+    content = json.dumps({"schema_version": CHECKPOINT_SCHEMA, "step": step, "files": files}, indent=2)
     manifest = folder / MANIFEST
     manifest.write_text(content, encoding="utf-8")
     # The umask can only be read by changing it, which would affect files that other threads create.
     mode = stat.S_IMODE(manifest.stat().st_mode)
-    for file in _files(folder):
+    for file in checkpoint_files(folder):
         file.chmod(mode)
-
-
-def _describe(path: Path) -> dict[str, object]:
-    return {"sha256": sha256_of_file(path), "size": path.stat().st_size}
-
-
-def _files(folder: Path) -> list[Path]:
-    """Return all files below a folder; refuse links, which may lead anywhere."""
-
-    def refuse(error: OSError) -> None:
-        raise error  # Path.rglob would skip a folder that cannot be listed
-
-    found = []
-    for parent, subfolders, names in os.walk(folder, onerror=refuse):
-        for file in (Path(parent, name) for name in (*subfolders, *names)):
-            mode = file.lstat().st_mode
-            if stat.S_ISLNK(mode):
-                raise CheckpointError(f"{file.relative_to(folder)} is a link")
-            if stat.S_ISREG(mode):
-                found.append(file)
-    return sorted(found)
-
-
-# ------------------------------------------------------------------------------------------------- verify and find
-
-
-def verify_checkpoint(path: Path) -> Checkpoint:
-    """Check that a checkpoint has exactly the files of its manifest, unchanged.
-
-    Raises:
-        CheckpointError: The folder is not a checkpoint, or a file is missing, damaged, additional or a link.
-        PermissionError: This user may not read it, which says nothing about its content.
-    """
-    if _STEP_NAME.fullmatch(path.name) is None:
-        raise CheckpointError(f"{path.name} is not named like a checkpoint (step_00001000)")
-    if path.is_symlink():
-        raise CheckpointError(f"{path.name} is a link")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, step, files = manifest["schema_version"], manifest["step"], dict(manifest["files"])
-        expected_name = f"step_{step:08d}"
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise CheckpointError(f"{MANIFEST} is missing or unreadable") from None
-    if version != SCHEMA_VERSION:
-        raise CheckpointError(f"it was written by another version (schema {version}, this is {SCHEMA_VERSION})")
-    if path.name != expected_name:
-        raise CheckpointError(f"it was renamed: {MANIFEST} says step {step}")
-    try:
-        present = {str(file.relative_to(path)) for file in _files(path)} - {MANIFEST}
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"its files cannot be listed ({error.strerror or error})") from None
-    if missing := sorted(files.keys() - present):
-        raise CheckpointError(f"{missing[0]} is missing")
-    if additional := sorted(present - files.keys()):
-        raise CheckpointError(f"{additional[0]} does not belong to it")
-    for name, expected in sorted(files.items()):
-        try:
-            is_intact = _describe(path / name) == expected
-        except PermissionError:
-            raise
-        except OSError as error:
-            raise CheckpointError(f"{name} cannot be read ({error.strerror or error})") from None
-        if not is_intact:
-            raise CheckpointError(f"{name} is damaged (its sha256 is not the one in {MANIFEST})")
-    return Checkpoint(path, step)
-
-
-def find_latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Find the newest valid checkpoint.
-
-    Returns:
-        The checkpoint, or None if there are none, and a line "name: reason" for each newer one that is damaged.
-
-    Raises:
-        CheckpointError: There are checkpoints, but none is valid.
-    """
-    candidates = sorted(_checkpoint_folders(root), key=_step_of, reverse=True)
-    damaged: list[str] = []
-    for path in candidates:
-        try:
-            return verify_checkpoint(path), damaged
-        except CheckpointError as error:
-            damaged.append(f"{path.name}: {error}")
-    if candidates:
-        raise CheckpointError(
-            f"no checkpoint in {root} can be used ({'; '.join(damaged)}); restore one, or start again in another "
-            "training.output_dir"
-        )
-    return None, damaged
 
 
 def set_aside(path: Path) -> Path:
@@ -239,33 +135,18 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def _checkpoint_folders(root: Path) -> list[Path]:
-    """Return the folders named like checkpoints. A root that cannot be listed is an error, not an empty folder."""
-    try:
-        with os.scandir(root) as entries:
-            return [Path(entry.path) for entry in entries if _STEP_NAME.fullmatch(entry.name) and entry.is_dir()]
-    except FileNotFoundError:
-        if root.is_symlink():
-            raise CheckpointError(f"{root} is a broken link; mount the disk that it points to") from None
-        return []
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
-
-
 # ----------------------------------------------------------------------------------------------------------- prune
 
 
 def prune(root: Path, num_kept: int, best_step: int | None = None) -> None:
     """Remove all but the newest checkpoints and the best one; warn about one that cannot be removed."""
     try:
-        old = sorted(_checkpoint_folders(root), key=_step_of)[:-num_kept]
+        old = checkpoint_folders(root)[:-num_kept]
     except OSError as error:
         logger.warning("Old checkpoints in %s could not be listed: %s", root, error)
         return
     for path in old:
-        if _step_of(path) == best_step:
+        if step_of(path) == best_step:
             continue
         try:
             shutil.rmtree(path)
@@ -275,8 +156,8 @@ def prune(root: Path, num_kept: int, best_step: int | None = None) -> None:
 
 def remove_after(root: Path, step: int) -> None:
     """Remove the folders of later steps, which the run is about to repeat."""
-    for path in _checkpoint_folders(root):
-        if _step_of(path) > step:
+    for path in checkpoint_folders(root):
+        if step_of(path) > step:
             shutil.rmtree(path)
 
 
@@ -444,9 +325,12 @@ class DataState:
         has_other_number = state["num_images"] != num_images
         now = f"{num_images} training images" if has_other_number else "different images or labels"
         before = f"{state['num_images']}" if has_other_number else "others"
+        is_in_memory = self._source == TRAIN_DATASET
+        name = "train_dataset" if is_in_memory else f"data.source {self._source}"
+        fix = "pass the same images in the same order" if is_in_memory else "restore the data"
         raise ConfigError(
-            f"data.source {self._source} has {now}, but the run in {self._output_dir} started with {before}; restore "
-            "the data, or choose another training.output_dir."
+            f"{name} has {now}, but the run in {self._output_dir} started with {before}; {fix}, or choose another "
+            "training.output_dir."
         )
 
 
@@ -588,7 +472,7 @@ def stored_precision(root: Path) -> Precision | None:
     """Return training.mixed_precision of the newest checkpoint, which is not verified yet; None if there is none."""
     for path in (folder for folder in _newest_first(root) if (folder / RUN_CONFIG).is_file()):
         try:
-            precision = _settings_of(Checkpoint(path, _step_of(path)))["training"]["mixed_precision"]
+            precision = _settings_of(Checkpoint(path, step_of(path)))["training"]["mixed_precision"]
         except (OSError, KeyError, CheckpointError):
             continue
         return next((known for known in PRECISIONS if known == precision), None)
@@ -612,7 +496,7 @@ def stored_class_order(root: Path) -> ClassOrder:
 def _newest_first(root: Path) -> list[Path]:
     """Return the folders of the checkpoints; none if they cannot be listed, which `choose_checkpoint` reports."""
     try:
-        return sorted(_checkpoint_folders(root), key=_step_of, reverse=True)
+        return checkpoint_folders(root)[::-1]
     except (OSError, CheckpointError):
         return []
 

@@ -6,6 +6,7 @@ Dynamics of Diffusion Models", section 3 and appendix C. Profiles are computed i
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ddpm_hf.config import TrainingConfig
+from ddpm_hf.files import EMA_DIR
 
 MAX_SIGMA_REL = 12.0**-0.5
 """sigma_rel of the plain mean of all weights; longer EMAs would weigh the oldest most."""
@@ -82,7 +84,7 @@ def combine(
     return weights, math.sqrt(max(0.0, float(distance)) / whole)
 
 
-EMA_NAME = "ema"
+EMA_NAME = EMA_DIR
 """The EMA that is sampled and saved; also its folder in a checkpoint."""
 
 POSTHOC_SIGMA_RELS = (0.05, 0.10)
@@ -144,17 +146,22 @@ class EMA:
     host can save the cost of the updates between.
 
     Args:
-        model: The model to follow; each EMA starts at its weights.
-        schedules: Name -> decay schedule; see `decay_schedules`.
+        model: The model to follow, without a wrapper such as DDP; each EMA starts at its weights.
+        decay: The decay of one EMA, with the warmup of training.ema_warmup "ramp"; or name -> decay schedule of several
+            EMAs, as `decay_schedules` returns them.
     """
 
-    def __init__(self, model: nn.Module, schedules: Mapping[str, DecaySchedule]) -> None:
+    def __init__(self, model: nn.Module, decay: float | Mapping[str, DecaySchedule] = 0.9999) -> None:
+        schedules = decay if isinstance(decay, Mapping) else decay_schedules(TrainingConfig(ema_decay=decay))
         self._schedules = dict(schedules)
         self._parameters: list[torch.Tensor] = list(model.parameters())
         self._averages = {
             name: [parameter.detach().to(torch.float32, copy=True) for parameter in self._parameters]
             for name in schedules
         }
+        # Held while the averages change or are exchanged, so that other threads copy one state of them.
+        self._lock = threading.RLock()
+        self._swapped: str | None = None
         self._position = torch.zeros(1, dtype=torch.int64, device=self._parameters[0].device)
         self._start_at(0)
 
@@ -183,6 +190,10 @@ class EMA:
         Args:
             is_skipped: bool (), on the device: whether the optimizer step was skipped. None means that it was not.
         """
+        with self._lock:
+            self._update(is_skipped)
+
+    def _update(self, is_skipped: torch.Tensor | None) -> None:
         if self._latest == len(self._table):
             self._compute_table()
         weights = self._weights.index_select(0, self._position)[0]
@@ -212,11 +223,23 @@ class EMA:
     @contextmanager
     def swapped_in(self, name: str = EMA_NAME) -> Iterator[None]:
         """Exchange the weights of the model and an EMA inside the context; both are restored even after an error."""
-        self._swap(name)
-        try:
-            yield
-        finally:
+        with self._lock:
             self._swap(name)
+            self._swapped = name
+            try:
+                yield
+            finally:
+                self._swapped = None
+                self._swap(name)
+
+    def copy(self, name: str = EMA_NAME) -> list[torch.Tensor]:
+        """Return copies of the tensors of an EMA in the order of the model's parameters, in any thread.
+
+        A thread that is not that of the training waits until an update, a validation or a preview has ended.
+        """
+        with self._lock:
+            tensors = self._parameters if self._swapped == name else self._averages[name]
+            return [tensor.detach().clone() for tensor in tensors]
 
     @torch.no_grad()
     def _swap(self, name: str) -> None:

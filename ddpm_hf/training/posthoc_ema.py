@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from ddpm_hf.config import ConfigError
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.evaluation.verify import write_verification
-from ddpm_hf.files import RUN_CONFIG, TRAINING_CONFIG, replace_folder, write_json
+from ddpm_hf.files import EMA_SNAPSHOTS_DIR, RUN_CONFIG, TRAINING_CONFIG, replace_folder, write_json
+from ddpm_hf.model_folder import CheckpointError, verify_checkpoint
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.ema import EMA, MAX_SIGMA_REL, POSTHOC_SIGMA_RELS, combine, gamma_of, posthoc_name
-from ddpm_hf.training.run_dir import EMA_SNAPSHOTS_DIR
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +155,8 @@ def _find(run: Path) -> list[StoredEMA]:
     found: list[StoredEMA] = []
     for folder in sorted((run / EMA_SNAPSHOTS_DIR).glob("step_*")):
         try:
-            step = checkpoint.verify_checkpoint(folder).step
-        except checkpoint.CheckpointError as error:
+            step = verify_checkpoint(folder).step
+        except CheckpointError as error:
             logger.warning("%s is ignored: %s.", folder, error)
             continue
         for path in sorted(folder.glob("*.safetensors")):

@@ -37,8 +37,10 @@ from ddpm_hf.config import ConfigError, RunConfig
 from ddpm_hf.data import ImageSet, ImageStream
 from ddpm_hf.files import (
     CHECKPOINTS_DIR,
+    EMA_SNAPSHOTS_DIR,
     EVALUATION,
     EVALUATION_PICTURE,
+    EVALUATIONS_DIR,
     HUB_DIR,
     METRICS,
     MODEL_INDEX,
@@ -51,14 +53,13 @@ from ddpm_hf.files import (
     read_json,
     write_text,
 )
+from ddpm_hf.model_folder import RUN_MARK, content_of, has_run_mark, name_or_id
 from ddpm_hf.training.logging import MetricsLog
 
 logger = logging.getLogger(__name__)
 
-EMA_SNAPSHOTS_DIR = "ema_snapshots"
 _LOCK = ".lock"
 _NUM_LOCK_ATTEMPTS = 10
-_MARK = "# A run of ddpm_hf. `ddpm-hf train --config` of this file repeats it.\n"
 # Files of ours in a folder where no run was started: the lock, and a configuration that a kill left half written.
 _NOT_CONTENT = (_LOCK, f".{RUN_CONFIG}.writing")
 
@@ -177,7 +178,7 @@ class RunFolder:
         self.ema_snapshots = path / EMA_SNAPSHOTS_DIR
         self.metrics = path / METRICS
         self.pipeline = path / PIPELINE_DIR
-        self.evaluations = path / "evaluations"
+        self.evaluations = path / EVALUATIONS_DIR
         self.previews = path / PREVIEWS_DIR
         self.hub = path / HUB_DIR
         self._lock: RunLock | None = None
@@ -197,9 +198,9 @@ class RunFolder:
             self._created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             content = self._content()
-            if content and not self._is_run():
+            if content and not has_run_mark(self.path):
                 raise ConfigError(
-                    f"training.output_dir {self.path} holds something else ({sorted(content)[0]}); choose an empty or "
+                    f"training.output_dir {self.path} holds something else ({content[0]}); choose an empty or "
                     "a new folder."
                 )
             if content and resume == "none":
@@ -228,7 +229,7 @@ class RunFolder:
         if has_content and not (self.config.is_file() and self.config.read_text(encoding="utf-8") == self._config_text):
             raise ConfigError(
                 f"training.output_dir {self.path} was removed during training and now holds something else "
-                f"({sorted(self._content())[0]}), which is left untouched; start again in another folder."
+                f"({self._content()[0]}), which is left untouched; start again in another folder."
             )
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -255,14 +256,11 @@ class RunFolder:
 
     def write_config(self, content: str) -> None:
         """Write the resolved configuration, which marks the folder as a run."""
-        self._config_text = _MARK + content
+        self._config_text = RUN_MARK + content
         write_text(self.config, self._config_text)
 
-    def _is_run(self) -> bool:
-        return self.config.is_file() and self.config.read_bytes().startswith(_MARK.encode())
-
     def _content(self) -> list[str]:
-        return [entry.name for entry in self.path.iterdir() if entry.name not in _NOT_CONTENT]
+        return [name for name in content_of(self.path) if name not in _NOT_CONTENT]
 
 
 def summarize(
@@ -300,9 +298,9 @@ def summarize(
         "num_processes": num_processes,
         "engine": engine,
         "num_parameters": sum(parameter.numel() for parameter in unet.parameters()),
-        "base_model": _name_or_id(config.model.from_pretrained) if config.model.from_pretrained else None,
+        "base_model": name_or_id(config.model.from_pretrained) if config.model.from_pretrained else None,
         "data": {
-            "source": _name_or_id(config.data.source),
+            "source": name_or_id(config.data.source),
             "num_images": len(images) if isinstance(images, Sized) else None,
             "num_classes": unet.config.num_class_embeds and unet.config.num_class_embeds - has_null_label,
         },
@@ -310,11 +308,6 @@ def summarize(
         "score": {name: value for name, value in scored.items() if name.startswith("score")} or None,
         "versions": {"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }
-
-
-def _name_or_id(source: str) -> str:
-    """Return only the name of a local path, since readers of a model card need not know where it is; else a Hub id."""
-    return Path(source).name if Path(source).expanduser().exists() else source
 
 
 def device_name(device: torch.device) -> str:

@@ -17,12 +17,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -33,7 +33,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ddpm_hf import distributed
-from ddpm_hf.config import ConfigError, DiffusionConfig, PreviewConfig, RunConfig, load_config, take_launcher, validate
+from ddpm_hf.config import (
+    ConfigError,
+    DiffusionConfig,
+    PreviewConfig,
+    RunConfig,
+    load_config,
+    take_launcher,
+    use_datasets,
+    validate,
+)
 from ddpm_hf.config.launcher import DEFAULT, LAUNCHER
 from ddpm_hf.data import (
     ClassOrder,
@@ -63,6 +72,7 @@ from ddpm_hf.files import (
     write_json,
     write_text,
 )
+from ddpm_hf.model_folder import find_latest
 from ddpm_hf.models import PRESETS, Pretrained, build_unet, load_pretrained, read_config_file, take_weights
 from ddpm_hf.plots import image_grid
 from ddpm_hf.rng import normal_by_pair, numpy_generator, sampling_generators, seed_global_generators
@@ -77,8 +87,9 @@ from ddpm_hf.training.batches import (
     resolve_micro_batch_size,
     resolve_prefetch_factor,
 )
-from ddpm_hf.training.checkpoint import Checkpointer, DataState, find_latest, stored_class_order, stored_precision
-from ddpm_hf.training.ema import EMA, decay_schedules, is_snapshot_due
+from ddpm_hf.training.callbacks import Callback, Callbacks, TrainerArguments
+from ddpm_hf.training.checkpoint import Checkpointer, DataState, stored_class_order, stored_precision
+from ddpm_hf.training.ema import EMA, EMA_NAME, decay_schedules, is_snapshot_due
 from ddpm_hf.training.engine import compile_for_training, start_engine, use_channels_last
 from ddpm_hf.training.logging import MetricsLog, Progress, Trackers, say
 from ddpm_hf.training.loss import DenoisingLoss
@@ -93,6 +104,9 @@ from ddpm_hf.training.optim import (
     learning_rate_at,
 )
 from ddpm_hf.training.run_dir import RunFolder, carry_over_additions
+
+if TYPE_CHECKING:
+    from ddpm_hf.hub.background import BackgroundPush
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +136,21 @@ class Score:
 Scorer: TypeAlias = Callable[[GaussianDiffusionPipeline, ImageSet | ImageStream, ImageSet], Score]
 """Collective: score a pipeline, given the training set and the validation set."""
 
+
+class TrainOutput(NamedTuple):
+    """What `Trainer.fit` returns, the same on all ranks.
+
+    Args:
+        global_step: Optimizer updates; fewer than training.num_steps if a callback stopped the run.
+        training_loss: The newest loss in metrics.jsonl, a mean over a log interval; None if there is none.
+        metrics: The newest "loss", "validation_loss" and "score", as far as they were measured.
+    """
+
+    global_step: int
+    training_loss: float | None
+    metrics: dict[str, float]
+
+
 Publisher: TypeAlias = Callable[[int, Callable[[Path], None]], None]
 """Publish the pipeline of a step in the background; the callable it is given writes into an empty folder."""
 
@@ -132,8 +161,12 @@ class Trainer:
     Args:
         config: The configuration, or what `load_config` makes one of. It is checked and copied: later changes of its
             lists and dictionaries have no effect.
-        scorer: Measures evaluation.score_metric; required with evaluation.score_every_steps.
-        publisher: Publishes the EMA weights during training; required with hub.push_every_steps.
+        train_dataset: Training images in memory, which replace data.source; see docs/python.md for the types.
+        eval_dataset: Validation images in memory, which replace data.validation_split and data.validation_fraction.
+        callbacks: Callbacks, derived from `TrainerCallback` or that of transformers, or their classes.
+        scorer: Measures the score of evaluation.score_every_steps instead of evaluation.score_metric.
+        publisher: Publishes the EMA weights every hub.push_every_steps. None pushes them, and at the end of `fit` the
+            finished run, if hub.push_to_hub is set.
 
     Attributes:
         config: The configuration, with the values of settings that were left to the launcher.
@@ -149,22 +182,18 @@ class Trainer:
         self,
         config: RunConfig | str | PathLike[str] | Mapping[str, Any],
         *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        callbacks: Iterable[Callback] | None = None,
         scorer: Scorer | None = None,
         publisher: Publisher | None = None,
     ) -> None:
-        config = load_config(config)
-        validate(config)
-        push_every_steps = config.hub.push_every_steps if config.hub.push_to_hub else 0
-        for name, every_steps, argument, given in (
-            ("evaluation.score_every_steps", config.evaluation.score_every_steps, "scorer", scorer),
-            ("hub.push_every_steps", push_every_steps, "publisher", publisher),
-        ):
-            if every_steps and given is None:
-                raise ConfigError(
-                    f"{name} {every_steps} needs Trainer(config, {argument}=...), which `ddpm-hf train` sets; set "
-                    f"{name} to 0, or pass one."
-                )
+        in_memory = {"has_train_dataset": train_dataset is not None, "has_eval_dataset": eval_dataset is not None}
+        config = use_datasets(load_config(config), **in_memory)
+        validate(config, **in_memory)
+        self.callbacks = Callbacks(callbacks)
         self._scorer, self._publisher = scorer, publisher
+        self._push: BackgroundPush | None = None  # of this trainer, which then also pushes the finished run
         self.folder = RunFolder(Path(config.training.output_dir).expanduser(), _calling_line())
         self.process_settings = distributed.ProcessSettings()
         self._process, self._parent = os.getpid(), os.getppid()
@@ -173,9 +202,9 @@ class Trainer:
         self._training_thread = threading.get_ident()
         self._has_ended = threading.Event()
         with self.process_settings:
-            self._start(config)
+            self._start(config, train_dataset, eval_dataset)
 
-    def _start(self, config: RunConfig) -> None:
+    def _start(self, config: RunConfig, train_dataset: Any, eval_dataset: Any) -> None:
         """Collective: join the other processes, lock the run folder and build."""
         diffusers_logging.disable_progress_bar()  # diffusers shows one for each part of a pipeline
         self.config, self.origins = resolve(config, self.folder)
@@ -193,12 +222,14 @@ class Trainer:
         self.micro_batch_size = largest_micro_batch_size(training, self.accelerator.num_processes)
         distributed.on_rank_0(lambda: self.folder.acquire(training.resume))
         try:
-            self._build()
+            self._build(train_dataset, eval_dataset)
+            self._start_callbacks()
+            self.callbacks.call("on_init_end")
         except BaseException:
             self.folder.release()
             raise
 
-    def _build(self) -> None:
+    def _build(self, train_dataset: Any, eval_dataset: Any) -> None:
         """Collective: build everything that the loop needs."""
         config, training = self.config, self.config.training
         self.scheduler = build_scheduler(config.diffusion)  # before the data, which may take hours to decode
@@ -207,7 +238,9 @@ class Trainer:
 
         found = distributed.on_rank_0(lambda: stored_class_order(self.folder.checkpoints))
         class_order: ClassOrder = distributed.broadcast_json(found)
-        self.images, self.validation_images = open_splits(config, self.accelerator, class_order)
+        self.images, self.validation_images = open_splits(
+            config, self.accelerator, class_order, train_dataset=train_dataset, eval_dataset=eval_dataset
+        )
         self.loader = build_loader(config, self.images, self.device)
         self.class_names = class_names_of(self.images, config)
         has_null_label = config.objective.class_dropout > 0
@@ -230,6 +263,9 @@ class Trainer:
         self.timestep_sampler = build_timestep_sampler(config)
 
         self.global_step = 0
+        self._saved_step = -1
+        self._is_resumed = False
+        self._copied: tuple[int | None, GaussianDiffusionPipeline] | None = None
         self.best: dict[str, Any] | None = None  # step, kind and value of the best score
         self._previous_best: dict[str, Any] | None = None  # before the last save
         self.guard = NonFiniteGuard(training.max_consecutive_nonfinite)
@@ -252,6 +288,59 @@ class Trainer:
         )
         # The micro-batch size of a resumed run with "auto"; None in a new one.
         self._stored_micro_batch_size: int | None = None
+        if self._scorer is None and config.evaluation.score_every_steps:
+            self._scorer = build_scorer(config, self.images, self.device)
+        if self._publisher is None and config.hub.push_to_hub:
+            from ddpm_hf.hub.background import BackgroundPush
+
+            self._push = BackgroundPush(config.hub, self.folder.hub)
+            self._publisher = self._push.publish
+            distributed.on_rank_0(self._push.check)
+
+    def _start_callbacks(self) -> None:
+        """Set what the callbacks are called with."""
+        config, accelerator = self.config, self.accelerator
+        metric = None
+        if config.evaluation.score_every_steps:
+            metric = "score"
+        elif config.training.validate_every_steps:
+            metric = "loss"
+        self.callbacks.args = TrainerArguments(
+            config, metric, process_index=accelerator.process_index, world_size=accelerator.num_processes
+        )
+        self.callbacks.context = {"trainer": self, "model": self.unet, "optimizer": self.optimizer}
+        state = self.callbacks.state
+        state.max_steps = config.training.num_steps
+        state.is_world_process_zero = bool(accelerator.is_main_process)
+        state.is_local_process_zero = bool(accelerator.is_local_main_process)
+        self.callbacks.check()
+
+    @property
+    def pipeline(self) -> GaussianDiffusionPipeline:
+        """A pipeline with a copy of the EMA weights of this step, which has no effect on the training.
+
+        Until `fit` is called, the weights are those of the newest checkpoint in the run folder, if there is one.
+        Between two steps it is always the same object. On any rank and in any thread: not collective.
+        """
+        key = self.global_step if self._is_resumed else None
+        if self._copied is None or self._copied[0] != key:
+            latest = None if self._is_resumed else find_latest(self.folder.checkpoints)[0]
+            if latest is None:
+                unet = copy_network(self.unet, self.ema.copy())
+            else:
+                unet = UNet2DModel.from_pretrained(latest.path / EMA_NAME, use_safetensors=True).to(self.device)
+            scheduler = GaussianDiffusionScheduler.from_config(self.scheduler.config)
+            self._copied = key, GaussianDiffusionPipeline(unet, scheduler, **self.pipeline_settings)
+        return self._copied[1]
+
+    def add_callback(self, callback: Callback) -> None:
+        """Add a callback, or create one of a class. With several processes, call it on every rank and before `fit`."""
+        self.callbacks.add(callback)
+        self.callbacks.check()
+
+    def remove_callback(self, callback: Callback) -> Callback | None:
+        """Remove and return the first callback that is this one, or of this class; return None if there is none."""
+        return self.callbacks.remove(callback)
 
     @property
     def is_main_process(self) -> bool:
@@ -295,11 +384,16 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------------- loop
 
-    def fit(self) -> None:
-        """Collective: train until `num_steps`, continuing from the newest valid checkpoint.
+    def fit(self) -> TrainOutput:
+        """Collective: train until `num_steps`, continuing from the newest valid checkpoint, and save the pipeline.
 
-        At the end, also that by an exception, the run folder is given back, see `close`. In the main thread a signal
-        saves a checkpoint and raises TrainingStopped, which is KeyboardInterrupt for SIGINT and SystemExit for others.
+        A callback that stops the run ends it in the same way, with a checkpoint of the step that was reached. Another
+        trainer with the same configuration continues from there. At the end, also that by an exception, the run folder
+        is given back, see `close`. In the main thread a signal saves a checkpoint and raises TrainingStopped, which is
+        KeyboardInterrupt for SIGINT and SystemExit for others.
+
+        Returns:
+            What was reached.
 
         Raises:
             TrainingStopped: After a signal and a checkpoint.
@@ -323,7 +417,8 @@ class Trainer:
                 # Also while it prepares; the launcher may have exited since the trainer was built.
                 self._watcher, self._training_thread = StopWatcher(self._parent), threading.get_ident()
                 self._has_trained = True
-                self._fit(self._watcher)
+                with self._push or nullcontext():
+                    return self._fit(self._watcher)
         finally:
             self._watcher = None
             self._has_ended.set()
@@ -331,11 +426,14 @@ class Trainer:
             if not self._is_entered:
                 self.close()
 
-    def _fit(self, watcher: StopWatcher) -> None:
+    def _fit(self, watcher: StopWatcher) -> TrainOutput:
         """Collective: resume, train and save the pipeline."""
         self.checkpointer.resume()
+        self._is_resumed, self._copied = True, None
         self._prepare()
         first_step, num_steps = self.global_step, self.config.training.num_steps
+        self._begin_callbacks()
+        self._call_back("on_train_begin")
         self._progress = Progress(first_step, num_steps, is_main_process=self.is_main_process)
         with watcher, self._progress, self.trackers, self.checkpointer, self._prefetcher:
             if first_step < num_steps:
@@ -343,17 +441,32 @@ class Trainer:
             started_at = time.monotonic()
             timed = self.metrics.last("seconds") or {}
             self.meter.start(first_step, timed.get("seconds", 0.0))
-            while self.global_step < num_steps:
+            must_stop = False
+            while self.global_step < num_steps and not must_stop:
+                self._begin_step()
                 self._train_step(self.global_step)
                 self.global_step += 1
                 self._progress.update()
                 self._after_step()
                 self._stop_if_requested(watcher.exit_code_if_stopped())
+                must_stop = self.callbacks.agree()
             self._stop_if_requested(watcher.agreed())  # a signal in the last step
+            self.callbacks.finish()
+            if self.global_step < num_steps:
+                self._read_guard()
+                if self._saved_step != self.global_step or not self._confirm_best():
+                    self._save(must_succeed=True)
         self._save_pipeline()
         if self.is_main_process:
             minutes, seconds = divmod(round(time.monotonic() - started_at), 60)
-            say(f"Trained from step {first_step} to {num_steps} in {minutes}:{seconds:02}.")
+            stopped = "" if self.global_step == num_steps else f" of {num_steps}, where a callback stopped it,"
+            say(f"Trained from step {first_step} to {self.global_step}{stopped} in {minutes}:{seconds:02}.")
+        self._call_back("on_train_end")
+        if self._push is not None and self.is_main_process and not self._push.finish(self.folder.path):
+            logger.warning(
+                "The trained pipeline is not on the Hub; it is in %s, and fit() tries again.", self.folder.pipeline
+            )
+        return self._output()
 
     def _restore_network(self) -> None:
         """Undo what `_prepare` did to the network, which stays usable for sampling."""
@@ -479,7 +592,7 @@ class Trainer:
         self.guard.read(warn)
 
     def _after_step(self) -> None:
-        """Collective: log, validate, score, preview, save and publish if due.
+        """Collective: log, validate, score, preview, save and publish if due, or if a callback asks for it.
 
         The last step is logged, validated, scored and saved whatever its number.
         """
@@ -498,7 +611,15 @@ class Trainer:
         # The finished pipeline is published by the command, after the report.
         must_publish = config.hub.push_to_hub and is_due(config.hub.push_every_steps, also_last=False) and not is_last
         must_read = self.guard.num_recorded >= _MAX_RECORDED
-        if not any(
+        if self.callbacks.is_used:
+            self._update_state()
+            self.callbacks.end_step(
+                should_log=must_log, should_evaluate=must_validate or must_score, should_save=must_save
+            )
+        requested = self.callbacks.requested
+        must_log |= requested.should_log
+        is_asked = requested.should_evaluate or requested.should_save
+        if not is_asked and not any(
             (must_read, must_log, must_validate, must_score, must_preview, must_store_ema, must_save, must_publish)
         ):
             return
@@ -506,13 +627,21 @@ class Trainer:
         self._read_guard()
         if must_log:
             self._log()
+        must_evaluate = self.callbacks.requested.should_evaluate  # a callback may ask for it after the log line
+        must_validate |= must_evaluate and len(self.validation_images) > 0
+        must_score |= must_evaluate and self._scorer is not None
         with self.meter.paused():
+            measured: dict[str, Any] = {}
             if must_validate:
                 with self._progress.doing("Validating"):
-                    self._validate()
+                    measured |= self._validate()
             if must_score:
                 with self._progress.doing("Measuring the score"):
-                    new_best = self._score()
+                    row, new_best = self._score()
+                    measured |= row
+            if measured:
+                self._call_back("on_evaluate", metrics=measured)
+                self._update_best_metric(measured)
             # Before the checkpoint: a run that is resumed from it does not repeat this step.
             if must_preview:
                 with self._progress.doing("Drawing a preview"):
@@ -520,7 +649,7 @@ class Trainer:
             if must_store_ema:
                 snapshots = self.folder.ema_snapshots
                 distributed.on_rank_0(lambda: posthoc_ema.store(snapshots, step, self.ema, self._pipeline()))
-            if must_save or new_best:
+            if must_save or new_best or self.callbacks.requested.should_save:
                 with self._progress.doing("Saving"):
                     self._save(must_succeed=is_last, new_best=new_best)
             if must_publish:
@@ -551,8 +680,8 @@ class Trainer:
         self._write(row)
         self._progress.show(row, self.config.training.train_batch_size)
 
-    def _validate(self) -> None:
-        """Collective: write the validation loss of the EMA weights."""
+    def _validate(self) -> dict[str, Any]:
+        """Collective: write and return the validation loss of the EMA weights."""
         with self.ema.swapped_in(), full_batches(self.unet, self.micro_batch_size):
             loss = validation_loss(
                 self.unet,
@@ -563,16 +692,20 @@ class Trainer:
                 num_processes=self.accelerator.num_processes,
                 batch_size=self.micro_batch_size,
             )
-        self._write({**self._clock(), "validation_loss": finite_or_none(loss)})
+        row = {**self._clock(), "validation_loss": finite_or_none(loss)}
+        self._write(row)
+        return row | {"eval_loss": row["validation_loss"]}
 
-    def _score(self) -> dict[str, Any] | None:
-        """Collective: write the score of the EMA weights; return the new `best`, or None if it is not better."""
+    def _score(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Collective: write and return the score of the EMA weights; also return the new `best` if it is better."""
         assert self._scorer is not None
         with self.ema.swapped_in(), full_batches(self.unet, self.config.evaluation.batch_size):
             score = self._scorer(self._pipeline(), self.images, self.validation_images)
-        self._write({**self._clock(), **score.row})
+        row = {**self._clock(), **score.row}
+        self._write(row)
         self._confirm_best()
-        return best_of(score, self.global_step, self.best)
+        self.callbacks.args.greater_is_better = not score.lower_is_better
+        return row | {"eval_score": finite_or_none(score.value)}, best_of(score, self.global_step, self.best)
 
     def _preview(self) -> None:
         """Collective: sample a preview grid from the EMA weights."""
@@ -591,6 +724,60 @@ class Trainer:
         if self.is_main_process:
             self.metrics.append(row)
             self.trackers.log(row)
+        if self.callbacks:
+            self.callbacks.state.log_history.append(dict(row))
+            self._call_back("on_log", logs=dict(row))
+
+    # --------------------------------------------------------------------------------------------------- callbacks
+
+    def _begin_callbacks(self) -> None:
+        """Collective: prepare the callbacks for a training, with the best validation loss or score so far."""
+        self.callbacks.start()
+        if not self.callbacks.is_used:
+            return
+
+        def best_metric() -> float | None:
+            if self.callbacks.args.metric_for_best_model == "score":
+                return None if self.best is None else self.best["value"]
+            losses = [row["validation_loss"] for row in self.metrics.rows() if row.get("validation_loss") is not None]
+            return min(losses, default=None)
+
+        self.callbacks.state.best_metric = distributed.broadcast_json(distributed.on_rank_0(best_metric))
+
+    def _call_back(self, event: str, **values: Any) -> None:
+        """Call a method of the callbacks of this rank."""
+        if self.callbacks:
+            self._update_state()
+            self.callbacks.call(event, **values)
+
+    def _begin_step(self) -> None:
+        """Call the callbacks before a step, and restore the mode of the network, which any of them may have changed."""
+        if self.callbacks.is_used:
+            self._update_state()
+            self.callbacks.begin_step()
+            self.unet.train()
+
+    def _update_state(self) -> None:
+        state, num_images = self.callbacks.state, self.global_step * self.config.training.train_batch_size
+        state.global_step = self.global_step
+        state.epoch = None if isinstance(self.images, ImageStream) else num_images / len(self.images)
+
+    def _update_best_metric(self, measured: Mapping[str, Any]) -> None:
+        args, state = self.callbacks.args, self.callbacks.state
+        value = measured.get(f"eval_{args.metric_for_best_model}")
+        if value is not None:
+            best = max if args.greater_is_better else min
+            state.best_metric = value if state.best_metric is None else best(value, state.best_metric)
+
+    def _output(self) -> TrainOutput:
+        """Collective: return the newest loss, validation loss and score of the run."""
+
+        def newest() -> dict[str, float]:
+            rows = {name: self.metrics.last(name) for name in ("loss", "validation_loss", "score")}
+            return {name: row[name] for name, row in rows.items() if row is not None}
+
+        metrics = distributed.broadcast_json(distributed.on_rank_0(newest))
+        return TrainOutput(self.global_step, metrics.get("loss"), metrics)
 
     # -------------------------------------------------------------------------------------------------------- save
 
@@ -600,11 +787,16 @@ class Trainer:
         self._previous_best = self.best
         self.best = new_best or self.best
         self.checkpointer.save(must_succeed=must_succeed)
+        self._saved_step = self.global_step
+        if self.callbacks.must_wait_for_saves and self._confirm_best():
+            self._call_back("on_save", checkpoint=self.folder.checkpoints / f"step_{self.global_step:08d}")
 
-    def _confirm_best(self) -> None:
-        """Collective: wait until the last checkpoint is written; if it was not, it is not the best one either."""
-        if not self.checkpointer.wait():
+    def _confirm_best(self) -> bool:
+        """Collective: wait for the last checkpoint; return False if it was not written, and so is not the best."""
+        is_written = self.checkpointer.wait()
+        if not is_written:
             self.best = self._previous_best
+        return is_written
 
     def state_dict(self) -> dict[str, Any]:
         """Return the trainer's own values of trainer_state.json."""
@@ -614,6 +806,7 @@ class Trainer:
             "micro_batch_size": self.micro_batch_size,
             "scaler": None if scaler is None else scaler.state_dict(),
             "best": self.best,
+            "class_names": self.class_names,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -705,7 +898,7 @@ def resolve(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[str, 
 
 
 def open_splits(
-    config: RunConfig, accelerator: Accelerator, class_order: ClassOrder = "numbers"
+    config: RunConfig, accelerator: Accelerator, class_order: ClassOrder = "numbers", **datasets: Any
 ) -> tuple[ImageSet | ImageStream, ImageSet]:
     """Collective: open the data. Rank 0 searches and decodes them; the other ranks map what it found.
 
@@ -713,6 +906,7 @@ def open_splits(
         config: The data, and the seed that chooses the validation set.
         accelerator: The processes.
         class_order: How class folders named by numbers are sorted.
+        **datasets: `train_dataset` and `eval_dataset` of `open_sets`.
 
     Returns:
         The training set, or this process's stream of it, and the validation set.
@@ -731,6 +925,7 @@ def open_splits(
             device=accelerator.device,
             locations=locations,
             class_order=class_order,
+            **datasets,
         )
 
     opened = distributed.on_rank_0(open_both)
@@ -747,6 +942,26 @@ def build_loader(config: RunConfig, images: ImageSet | ImageStream, device: torc
     if isinstance(images, ImageStream):
         return images
     return distributed.on_every_rank(lambda: ImageLoader(images, config.data, config.training.seed, device))
+
+
+def build_scorer(config: RunConfig, images: ImageSet | ImageStream, device: torch.device) -> Scorer:
+    """Collective: build the scorer of evaluation.score_metric, and open its feature network.
+
+    Raises:
+        ValueError: The score cannot be measured.
+    """
+    from ddpm_hf.evaluation.metrics import SAMPLE_METRICS
+    from ddpm_hf.evaluation.report import SmallSampleScorer
+
+    measure = SmallSampleScorer(config)
+    if config.evaluation.score_metric in SAMPLE_METRICS:
+        measure.open_network(images.image_shape, 0 if isinstance(images, ImageStream) else len(images), device)
+
+    def score(pipeline: GaussianDiffusionPipeline, training: ImageSet | ImageStream, validation: ImageSet) -> Score:
+        found = measure(pipeline, training, validation)
+        return Score(found.value, found.kind, found.lower_is_better, found.row())
+
+    return score
 
 
 def class_names_of(images: ImageSet | ImageStream, config: RunConfig) -> dict[str, str] | None:
@@ -842,6 +1057,21 @@ def build_network(
     unet.to(device)
     distributed.broadcast_tensors(unet.parameters())
     return unet
+
+
+def copy_network(unet: UNet2DModel, weights: Sequence[torch.Tensor]) -> UNet2DModel:
+    """Return a network for sampling with other weights, without what training has put around it.
+
+    Args:
+        unet: The network.
+        weights: Tensors in the order of its parameters, which become those of the copy.
+    """
+    with torch.device("meta"):  # draws nothing from the global generators
+        copied = UNet2DModel.from_config(unet.config)
+    names = [name for name, _ in unet.named_parameters()]
+    buffers = {name: buffer.clone() for name, buffer in unet.named_buffers()}
+    copied.load_state_dict(buffers | dict(zip(names, weights, strict=True)), assign=True)
+    return copied.eval()
 
 
 # ------------------------------------------------------------------------------------------------------ validation

@@ -11,11 +11,11 @@ from ddpm_hf.cli.main import train
 from ddpm_hf.training.checkpoint import find_latest
 from tests.conftest import REPOSITORY, process_environment, run_arguments
 from tests.distributed.ranks import two_ranks
-from tests.distributed.test_two_processes import TORCHRUN
 from tests.forked import wait_for_line
 from tests.runs import metrics_of
 
 pytestmark = pytest.mark.distributed
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_ddpm.py")
 
 
 def assert_run_continues(run: Path) -> None:
@@ -30,7 +30,7 @@ def assert_run_continues(run: Path) -> None:
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_rank_that_dies_ends_the_other_and_the_run_can_be_continued(tmp_path: Path, killed: int) -> None:
     """Without a launcher that would end the other rank."""
-    with two_ranks(run_arguments(tmp_path / "run", training__num_steps=100_000), tmp_path) as ranks:
+    with two_ranks(tmp_path, train, run_arguments(tmp_path / "run", training__num_steps=100_000)) as ranks:
         wait_for_line(ranks[0], tmp_path / "log_0", "step 4/")
         ranks[killed].kill()
         ranks[1 - killed].join()

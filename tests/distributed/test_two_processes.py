@@ -1,8 +1,7 @@
-"""Two processes on the CPU, started by torchrun as a user would. All scenarios of worker.py share one start."""
+"""Two ranks on the CPU. All scenarios of worker.py share one start."""
 
 import inspect
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpm_hf.cli.main import train
 from ddpm_hf.config import TrainingConfig
 from ddpm_hf.training.checkpoint import find_latest
 from ddpm_hf.training.optim import learning_rate_at
-from tests.conftest import run_arguments, run_process, tiny_unet
+from tests.conftest import run_arguments, tiny_unet
 from tests.distributed import worker
 from tests.distributed.ranks import two_ranks
 from tests.runs import assert_same_run, loss_columns, metrics_of, tensors_of
 from tests.unit.data.helpers import encode, write_parquet
 
 pytestmark = pytest.mark.distributed
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_ddpm.py")
 NUM_IMAGES = 24
 
 
@@ -51,18 +50,21 @@ def begun_alone(few_images: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(few_images: Path, begun_alone: list[str]) -> subprocess.CompletedProcess[str]:
-    """The result of all scenarios on two ranks."""
+def printed(few_images: Path, begun_alone: list[str]) -> str:
+    """What both ranks print in all scenarios."""
     folder = few_images.parent
     tiny_unet(None).save_pretrained(folder / "unconditional")
     tiny_unet(10).save_pretrained(folder / "conditional")
-    result = run_process([*TORCHRUN[:-1], "-m", "tests.distributed.worker", str(folder)])
-    assert result.returncode == 0, result.stderr
-    return result
+    with two_ranks(folder, worker.main, folder) as ranks:
+        for rank in ranks:
+            rank.join()
+    text = "".join((folder / f"log_{rank}.err").read_text(encoding="utf-8") for rank in (0, 1))
+    assert [rank.exitcode for rank in ranks] == [0, 0], text
+    return text
 
 
 @pytest.fixture(scope="module")
-def folder(few_images: Path, finished: subprocess.CompletedProcess[str]) -> Path:
+def folder(few_images: Path, printed: str) -> Path:
     """The folder with the runs of the scenarios."""
     return few_images.parent
 
@@ -147,7 +149,7 @@ def test_another_optimizer_and_ema_snapshots_match_one_process(folder: Path) -> 
 def test_a_run_resumed_on_more_and_on_fewer_processes_uses_every_image_once(
     folder: Path,
     begun_alone: list[str],
-    finished: subprocess.CompletedProcess[str],
+    printed: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One process, then two, then one, each stopped in the middle of an epoch and between two rows of metrics.
@@ -162,7 +164,7 @@ def test_a_run_resumed_on_more_and_on_fewer_processes_uses_every_image_once(
     changes, seen, whole = worker.COVERAGE | {"data__source": folder / "few.parquet"}, list[str](), list[str]()
     worker.train(folder / "coverage", changes, worker.recording(seen))
     assert "The run used 2 processes and now uses 1. It continues with the same images" in caplog.text
-    assert finished.stderr.count("The run used 1 process and now uses 2. It continues with the same images") == 1
+    assert printed.count("The run used 1 process and now uses 2. It continues with the same images") == 1
     worker.train(folder / "whole", changes, worker.recording(whole))
 
     shares = np.array([report["seen"] for report in two]).reshape(2, 4, 4)  # rank, step, image
@@ -237,6 +239,19 @@ def test_ranks_train_on_while_rank_0_writes_and_agree_on_a_write_that_failed(fol
     assert [path.name for path in (folder / "background" / "checkpoints").iterdir()] == ["step_00000002"]
 
 
+def test_ranks_agree_on_what_the_callbacks_of_one_ask_for(folder: Path) -> None:
+    """One step later. The pipeline of the trainer is the same on both, and not collective."""
+    first, second = reports_of(folder, "callbacks")
+    assert second["saved"] == ["step_00000002", "step_00000005"]
+    assert first["output"] == second["output"]
+    assert first["output"][0] == 5
+    assert first["image"] == second["image"]
+    run = folder / "callbacks"
+    assert [row["step"] for row in metrics_of(run) if "validation_loss" in row] == [3]
+    assert [row["step"] for row in metrics_of(run) if "loss" in row] == [2, 4]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000005"]
+
+
 def test_an_error_of_one_rank_is_raised_on_both_and_the_smallest_memory_decides(folder: Path) -> None:
     """24 images fit on rank 0, 3 on rank 1: both take 3, a divisor of 24. Then none fits on rank 1: both fail."""
     for report in reports_of(folder, "agreement"):
@@ -271,12 +286,10 @@ def test_a_preview_is_the_same_bit_by_bit_on_one_process_and_on_two(folder: Path
     assert (first["sampled"], second["sampled"]) == ([8, 8, 4, 4], [8, 8])
 
 
-def test_a_rank_without_memory_for_a_preview_costs_the_preview_alone(
-    folder: Path, finished: subprocess.CompletedProcess[str]
-) -> None:
+def test_a_rank_without_memory_for_a_preview_costs_the_preview_alone(folder: Path, printed: str) -> None:
     assert [report["drawn"] for report in reports_of(folder, "preview")] == [[True, False], [False, False]]
     assert not (folder / "preview" / "none.png").exists()
-    assert finished.stderr.count("No memory for the preview; training continues. Lower preview.num_images.") == 1
+    assert printed.count("No memory for the preview; training continues. Lower preview.num_images.") == 1
 
 
 def test_previews_of_a_run_are_those_of_one_process(folder: Path, alone: dict[str, Path]) -> None:
@@ -294,7 +307,7 @@ def test_previews_of_a_run_are_those_of_one_process(folder: Path, alone: dict[st
 
 def errors_of_two_ranks(arguments: list[str], folder: Path) -> list[str]:
     """Return the error lines of both ranks of a run that ends with an error on each."""
-    with two_ranks(arguments, folder) as ranks:
+    with two_ranks(folder, train, arguments) as ranks:
         for rank in ranks:
             rank.join()
             assert rank.exitcode not in (0, None)

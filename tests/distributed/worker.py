@@ -1,4 +1,4 @@
-"""All scenarios of two ranks in one torchrun, which is slow to start: torchrun ... -m tests.distributed.worker FOLDER.
+"""All scenarios of two ranks, in one process group.
 
 Each scenario leaves a run folder and a report per rank, SCENARIO_RANK.json. Faults are injected into the trainer from
 outside; the data, weights, clock and signals are real.
@@ -38,13 +38,13 @@ from ddpm_hf.evaluation.likelihood import ReverseProcess, estimate_second_moment
 from ddpm_hf.evaluation.report import SmallSampleScorer
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.batches import resolve_micro_batch_size
+from ddpm_hf.training.callbacks import TrainerCallback
 from ddpm_hf.training.trainer import Score, Trainer, build_network, save_preview
 from tests.conftest import run_arguments, tiny_unet
 from tests.runs import EVERYTHING_BUT_DROPOUT, EVERYTHING_RANDOM
 
-RANK = int(os.environ.get("RANK", "0"))
 CURVE: dict[str, object] = EVERYTHING_BUT_DROPOUT | {
-    "data__validation_fraction": 0.1,
+    "data__validation_fraction": 0.02,
     "training__validate_every_steps": 3,
     "tracking__trackers": ["tensorboard"],
     "preview__every_steps": 3,
@@ -98,7 +98,7 @@ def before_step(step: int, action: Callable[[Trainer], None]) -> Fault:
 
 def signalled(number: signal.Signals, step: int, rank: int) -> Fault:
     """Return a fault that sends a signal to one rank in a step."""
-    return before_step(step, lambda _: os.kill(os.getpid(), number) if rank == RANK else None)
+    return before_step(step, lambda _: os.kill(os.getpid(), number) if rank == distributed.rank() else None)
 
 
 def recording(seen: list[str]) -> Fault:
@@ -155,16 +155,16 @@ def slow(folder: Path) -> Report:
     """The same run with one rank late at a time: with the data and before everything that the ranks do together."""
 
     def late(rank: int, seconds: float = 0.2) -> None:
-        if rank == RANK:
+        if rank == distributed.rank():
             time.sleep(seconds)
 
     def inject(trainer: Trainer) -> None:
         for number, name in enumerate(("_log", "_validate", "_preview", "_save")):
             whole = getattr(trainer, name)
 
-            def delayed(*, whole: Callable[..., None] = whole, number: int = number, **arguments: bool) -> None:
+            def delayed(*, whole: Callable[..., Any] = whole, number: int = number, **arguments: bool) -> Any:
                 late((number + trainer.global_step) % 2)
-                whole(**arguments)
+                return whole(**arguments)
 
             setattr(trainer, name, delayed)
 
@@ -207,14 +207,14 @@ def not_a_number(folder: Path) -> Report:
 
         def spoilt(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
             x_0, labels = samples(start, stop)
-            if start // 8 == 2 and RANK == 1:
+            if start // 8 == 2 and distributed.rank() == 1:
                 x_0[0, 0, 0, 0] = float("nan")
             return x_0, labels
 
         trainer.loader.samples = spoilt  # type: ignore[method-assign]
 
     def spoil_gradient(trainer: Trainer) -> None:
-        if RANK == 1:
+        if distributed.rank() == 1:
             weight = trainer.unet.conv_out.weight
             hook = weight.register_hook(lambda gradient: (hook.remove(), gradient * float("inf"))[1])
 
@@ -237,7 +237,7 @@ def differing(folder: Path) -> Report:
         save = trainer._save
 
         def save_flipped(**arguments: Any) -> None:
-            if trainer.global_step == 4 and RANK == 1:
+            if trainer.global_step == 4 and distributed.rank() == 1:
                 tensors()[0].detach().view(torch.int32).flatten()[-1] ^= 1
             save(**arguments)
 
@@ -256,8 +256,8 @@ def differing(folder: Path) -> Report:
         except ProcessesDiffer as error:
             messages.append(str(error))
     large = torch.zeros(1 << 20).repeat(2)
-    large[-1] = float(RANK)
-    swapped = torch.tensor([0.0, 1.0] if RANK else [1.0, 0.0])
+    large[-1] = float(distributed.rank())
+    swapped = torch.tensor([0.0, 1.0] if distributed.rank() else [1.0, 0.0])
     for tensors in ({"same": torch.ones(3), "large": large}, {"swapped": swapped}, {"same": torch.ones(0)}):
         try:
             distributed.check_same(tensors)
@@ -272,15 +272,15 @@ def agreement(folder: Path) -> Report:
     messages = []
 
     def fail_on_rank_1() -> None:
-        if RANK == 1:
+        if distributed.rank() == 1:
             raise ValueError("only rank 1 sees this")
 
     def attempt(size: int) -> None:
-        if size > (24, 3)[RANK]:
+        if size > (24, 3)[distributed.rank()]:
             raise torch.OutOfMemoryError(f"no room for {size}")
 
     def network(path: str) -> str:
-        source = path if RANK == 0 else "/a/disk/that/only/rank/0/has"
+        source = path if distributed.rank() == 0 else "/a/disk/that/only/rank/0/has"
         config = RunConfig(model=ModelConfig(preset=None, from_pretrained=source))
         scheduler, device = GaussianDiffusionScheduler.create(), torch.device("cpu")
         return digest(*build_network(config, (1, 8, 8), None, scheduler, Path("/nowhere"), device).parameters())
@@ -290,7 +290,7 @@ def agreement(folder: Path) -> Report:
         lambda: distributed.on_every_rank(fail_on_rank_1),
         lambda: resolve_micro_batch_size(config, 24, None, attempt),
         lambda: resolve_micro_batch_size(config, 24, None, lambda size: attempt(size + 3)),
-        lambda: distributed.gather_json([RANK, "ö"]),
+        lambda: distributed.gather_json([distributed.rank(), "ö"]),
         lambda: network(str(folder.parent / "unconditional")),
         lambda: network(str(folder.parent / "gone")),
         lambda: train(folder / "nine", {"training__train_batch_size": 9})[1],
@@ -300,7 +300,7 @@ def agreement(folder: Path) -> Report:
         except ConfigError as error:
             messages.append(str(error))
     part = torch.tensor([[200, 0], [0, 7]], dtype=torch.uint8)
-    part[1 - RANK] = 0
+    part[1 - distributed.rank()] = 0
     distributed.sum_arrays(part.numpy())
     groups = (dist.group.WORLD, distributed._cpu_group())
     timeouts = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
@@ -323,7 +323,7 @@ def preview(folder: Path) -> Report:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    if RANK == 1:
+    if distributed.rank() == 1:
         network.conv_out.register_forward_pre_hook(fail)
     drawn += [draw(folder / "none.png", network)]
     return {"sampled": sampled, "drawn": drawn}
@@ -373,7 +373,7 @@ def background(folder: Path) -> Report:
     config, _ = parse_command_line(run_arguments(folder, evaluation__score_every_steps=2), "test")
     trainer = Trainer(config, scorer=lambda *_: Score(next(scores), "test", True, {}))
     # Rank 1 says by a collective operation that it is in step 4, too.
-    before_step(3, lambda _: (seen.extend(distributed.gather_json([RANK])), has_gone_on.set()))(trainer)
+    before_step(3, lambda _: (seen.extend(distributed.gather_json([distributed.rank()])), has_gone_on.set()))(trainer)
     checkpoint.write_checkpoint = write
     message = ""
     try:
@@ -384,6 +384,41 @@ def background(folder: Path) -> Report:
         checkpoint.write_checkpoint = write_checkpoint
         trainer.folder.release()
     return {"seen": seen, "message": message, "best": trainer.best}
+
+
+class Requests(TrainerCallback):
+    """Rank 1 alone asks for a checkpoint after step 1, for a validation after step 2, and for the end after step 4."""
+
+    def __init__(self) -> None:
+        self.saved: list[str] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask."""
+        control.should_save |= state.global_step == 1
+        control.should_evaluate |= state.global_step == 2
+        control.should_training_stop |= state.global_step == 4
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the checkpoint."""
+        self.saved.append(kwargs["checkpoint"].name)
+
+
+def callbacks(folder: Path) -> Report:
+    """Requests of one rank, which the other one has no callback for."""
+    changes: dict[str, object] = {
+        "training__num_steps": 9, "training__checkpoint_every_steps": 9, "training__log_every_steps": 2,
+        "training__validate_every_steps": 9, "data__validation_fraction": 0.1,
+    }  # fmt: skip
+    config, _ = parse_command_line(run_arguments(folder, **changes), "test")
+    requests = Requests()
+    trainer = Trainer(config, callbacks=[requests] if distributed.rank() == 1 else [])
+    try:
+        output = trainer.fit()
+        labels = torch.zeros(1, dtype=torch.int64)
+        image = trainer.pipeline(batch_size=1, num_inference_steps=2, class_labels=labels, output_type="np").images
+    finally:
+        trainer.folder.release()
+    return {"output": output, "saved": requests.saved, "image": image.tolist()}
 
 
 SCENARIOS = (
@@ -398,19 +433,15 @@ SCENARIOS = (
     score,
     other_optimizer,
     background,
+    callbacks,
 )
 
 
-def main() -> None:
-    """Run all scenarios one after the other."""
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
+    """Run all scenarios one after the other on this rank."""
     distributed.start(cpu=True)
     for scenario in SCENARIOS:
         report = scenario(folder / scenario.__name__)
-        (folder / f"{scenario.__name__}_{RANK}.json").write_text(json.dumps(report), encoding="utf-8")
+        (folder / f"{scenario.__name__}_{distributed.rank()}.json").write_text(json.dumps(report), encoding="utf-8")
         dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

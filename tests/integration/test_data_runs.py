@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_hf.cli.main import train
+from ddpm_hf.cli.main import evaluate, train
 from ddpm_hf.data import cache, sources
 from ddpm_hf.training.checkpoint import DataState
 from tests.conftest import DIGITS, run_arguments
@@ -145,6 +145,17 @@ def test_a_run_of_0_1_keeps_the_order_of_its_classes(tmp_path: Path, streaming: 
     assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
     names = json.loads((tmp_path / "run/pipeline/model_index.json").read_text())["class_names"]
     assert [names[str(number)] for number in range(5)] == ["0", "1", "10", "11", "2"]
+    # An evaluation of its pipeline keeps it too: the same as with numbered labels in that order.
+    names = sorted(map(str, range(12)))
+    pixels = [np.asarray(Image.open(source / name / "1.png")) for name in names]
+    np.savez(tmp_path / "x.npz", images=np.stack(pixels), labels=np.arange(12))
+    values = []
+    for data in (source, tmp_path / "x.npz"):
+        bound = ["--metrics", "bits_per_dim", "--num_terms", "2", "--num_samples", "1", "--num_inference_steps", "1"]
+        output = tmp_path / f"evaluation_{data.name}"
+        assert evaluate([str(tmp_path / "run"), "--data", str(data), "--output", str(output), *bound]) == 0
+        values += [row["value"] for row in json.loads((output / "evaluation.json").read_text())["metrics"]]
+    assert values[0] == values[1]
     assert train(run_arguments(tmp_path / "new", **changes)) == 0
     names = json.loads((tmp_path / "new/pipeline/model_index.json").read_text())["class_names"]
     assert names == {str(number): str(number) for number in range(12)}
@@ -259,9 +270,9 @@ def bad_input(tmp_path: Path, kind: str) -> tuple[Path, dict[str, object], str]:
             return table, {}, f"image 1 of {table} has no label; every image needs one from 0 to 1."
         case "no labels":
             return write_files(folder, {"a.png": image, "b.png": image}), {}, f"{folder} has no labels, but the network"
-        case "labels that are not integers":
-            write_parquet(table, [image] * 2, ["cat", "dog"], datasets.Value("string"))
-            return table, {"data__label_column": "label"}, f"column 'label' of {table} contains Value('string')"
+        case "labels that are no classes":
+            write_parquet(table, [image] * 2, [0.5, 1.0], datasets.Value("float64"))
+            return table, {}, f"the labels in column 'label' of {table} contain 0.5 (row 0); a label is a whole number,"
         case "sizes that cannot be batched":
             wide = encode(np.zeros((8, 9), np.uint8))
             folder = write_files(folder, {"cat/a.png": image, "dog/b.png": wide})
@@ -283,7 +294,7 @@ def bad_input(tmp_path: Path, kind: str) -> tuple[Path, dict[str, object], str]:
     "kind",
     [
         "no images", "one image", "a column that is not images", "a column of other bytes", "labels missing",
-        "no labels", "labels that are not integers", "sizes that cannot be batched", "more channels than asked",
+        "no labels", "labels that are no classes", "sizes that cannot be batched", "more channels than asked",
         "no space",
     ],
 )  # fmt: skip

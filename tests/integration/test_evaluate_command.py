@@ -235,7 +235,7 @@ def test_everything_is_checked_before_the_network_runs_and_a_folder_is_created(
         ([*BOUND, "--data.resolution", "16"], "digits.parquet has images of 1x16x16 and the network makes 1x8x8"),
         ([*BOUND, "--data.num_channels", "3"], "has images of 3x8x8 and the network makes 1x8x8"),
         ([*BOUND, "--num_images", "1798"], "num_images is 1798, but there are 1797 images"),
-        ([*BOUND, "--labels", "10"], "--labels has 10; a label is a number 0 to 9"),
+        ([*BOUND, "--labels", "10"], "--labels has 10; a label is a whole number 0 to 9"),
         ([*BOUND, "--labels", "eigth"], "--labels has 'eigth' (did you mean 'eight'?)"),
         ([*BOUND, "--scheduler", "UniPCMultistepScheduler", "--eta", "0"], "UniPCMultistepScheduler has no eta"),
         ([*BOUND, "--scheduler", "Fancy"], "scheduler is Fancy, which diffusers"),

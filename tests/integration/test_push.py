@@ -1,12 +1,15 @@
 """A finished run or a pipeline is published on a Hub, completely or not at all, and without anything private."""
 
+import hashlib
 import json
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,6 +24,7 @@ from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.hub import push as hub_push
 from ddpm_hf.hub.background import BackgroundPush
 from ddpm_hf.hub.push import HubFailed, HubRefused, Target, assemble, check_access, look_up, upload
+from ddpm_hf.plots import schedule_plot
 from tests import version_0_1
 from tests.conftest import REPOSITORY
 from tests.documents import blocks
@@ -29,6 +33,22 @@ from tests.loopback_hub import LoopbackHub, files_of
 from tests.saved_folders import make_pipeline
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def schedules_are_drawn_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Draw each schedule once: the file depends on the numbers only, and half of the time of a push is spent on it."""
+    folder = tmp_path_factory.mktemp("schedules")
+
+    def draw(schedules: Mapping[str, np.ndarray], path: Path) -> None:
+        name = hashlib.sha256(b"".join(table.tobytes() for table in schedules.values())).hexdigest()
+        if not (folder / name).exists():
+            schedule_plot(schedules, folder / name)
+        shutil.copyfile(folder / name, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub_push, "schedule_plot", draw)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +281,7 @@ def test_a_pipeline_that_is_not_what_was_saved_is_not_published(
     ("damage", "sentence"),
     [
         (lambda run: shutil.rmtree(run / "pipeline"), "holds no pipeline"),
-        (lambda run: (run / "pipeline").rename(run / "checkpoints"), "unfinished run"),
+        (lambda run: (run / "pipeline").rename(run / "models"), "holds 1 pipeline, "),
         (lambda run: shutil.rmtree(run), ""),
         (lambda run: (run / "pipeline" / "evaluation.json").write_text("{"), "evaluation.json is not valid JSON"),
         (lambda run: (run / "pipeline" / "evaluation.json").write_text("[]"), "evaluation.json must contain"),

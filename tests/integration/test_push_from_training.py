@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from ddpm_hf.cli.main import train
-from ddpm_hf.config import HubConfig
+from ddpm_hf.config import HubConfig, parse_command_line
+from ddpm_hf.hub import background
 from ddpm_hf.hub.background import BackgroundPush
+from ddpm_hf.training.trainer import Trainer
 from tests.conftest import FINISHED_RUN, run_arguments
 from tests.integration.conftest import SECRET
 from tests.loopback_hub import LoopbackHub, files_of
@@ -26,13 +28,24 @@ def test_a_refused_push_is_reported_and_the_last_one_publishes_the_finished_mode
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The weights are those of a run that pushes nothing, and the token is in no file of the run."""
-    hub.fail("/commit/", 403)
+    """The weights are those of a run that pushes nothing, and the token is in no file of the run.
+
+    The first process ends at once, as that of a refused push does; its imports would take longer than the training.
+    """
+    start = BackgroundPush.start
+
+    def refused(self: BackgroundPush, folder: Path, step: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(background, "_CHILD", "raise SystemExit('error: you may not write to user/birds (403)')")
+            start(self, folder, step)
+
+    monkeypatch.setattr(BackgroundPush, "start", refused)
     assert train(run_arguments(tmp_path / "run", **FINISHED_RUN | PUSHING)) == 0
     printed = capfd.readouterr()
     assert "Will be pushed to user/birds." in printed.out + printed.err
-    assert "The push of step 4 failed (error: you may not write to user/birds (403" in caplog.text
+    assert "The push of step 4 failed (error: you may not write to user/birds (403)" in caplog.text
     assert f"Pushed the finished run: {hub.endpoint}/user/birds" in printed.out + printed.err
     [upload] = hub.uploaded
     assert upload.message == "Push the finished run"
@@ -44,6 +57,19 @@ def test_a_refused_push_is_reported_and_the_last_one_publishes_the_finished_mode
     assert published[WEIGHTS] == (tmp_path / "run" / "pipeline" / WEIGHTS).read_bytes() == alone
     assert SECRET not in printed.out + printed.err + caplog.text
     assert SECRET.encode() not in hub.seen + b"".join(files_of(tmp_path).values())
+
+
+def test_a_trainer_in_python_pushes_the_finished_run(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the command of the test above, which is printed here instead."""
+    monkeypatch.setattr(background, "_CHILD", "import sys; print(*sys.argv[1:])")
+    trainer = Trainer(parse_command_line(run_arguments(tmp_path / "run", **PUSHING))[0])
+    assert hub.requests, "the Hub is asked before training"
+    trainer.fit()
+    trainer.folder.release()
+    command = f"push {tmp_path / 'run'} birds --license mit --message Push the finished run"
+    assert f"Pushed the finished run: {command}" in capfd.readouterr().out
 
 
 def test_a_push_that_is_not_possible_is_reported_before_the_first_step(

@@ -274,8 +274,12 @@ def test_images_of_any_channels_are_written(
 @pytest.mark.parametrize(
     ("model", "flags", "sentence"),
     [
-        ("animals", "--labels dgo", "--labels has 'dgo' (did you mean 'dog'?); a label is a number 0 to 2, 3 for no"),
-        ("animals", "--labels 4", "--labels has 4; a label is a number 0 to 2, 3 for no class"),
+        (
+            "animals",
+            "--labels dgo",
+            "--labels has 'dgo' (did you mean 'dog'?); a label is a whole number 0 to 2, 3 for no",
+        ),
+        ("animals", "--labels 4", "--labels has 4; a label is a whole number 0 to 2, 3 for no class"),
         ("animals", "--labels cat,,dog", "--labels is 'cat,,dog'; give names or numbers"),
         ("plain", "--labels 1", "--labels are given, but the model is unconditional; leave them out."),
         ("plain", "--guidance_scale 2", "no null label to guide against"),
@@ -328,7 +332,7 @@ def test_only_pickles_and_broken_folders_are_refused(tmp_path: Path, capsys: pyt
     broken = save(tmp_path / "broken")
     (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"short")
     assert f"{broken} holds no pipeline that can be loaded: " in error_of(capsys, broken, tmp_path / "a")
-    assert "holds no pipeline (model_index.json)" in error_of(capsys, tmp_path, tmp_path / "a")
+    assert "holds 2 pipelines, " in error_of(capsys, tmp_path, tmp_path / "a")
 
 
 def test_a_stock_folder_of_an_early_release_is_sampled(tmp_path: Path) -> None:

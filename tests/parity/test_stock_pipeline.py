@@ -1,5 +1,7 @@
 """The pipeline against the stock pipelines, on the same weights and seed."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,27 @@ def test_deterministic_images_are_those_of_the_stock_ddim_pipeline() -> None:
     expected = stock(2, generator, 0.0, 20, use_clipped_model_output=True, output_type="np").images
     native = images(GaussianDiffusionPipeline(network, DDPMScheduler()), eta=0.0)
     torch.testing.assert_close(native.permute(0, 2, 3, 1), torch.from_numpy(expected), rtol=0, atol=1e-3)
+
+
+def test_the_two_conventions_of_ddim_differ_as_documented() -> None:
+    """DDPM_HF_DIGITS names the pipeline of the quickstart. Twice the documented differences at most, half at least."""
+    folder = os.environ.get("DDPM_HF_DIGITS")
+    if not folder:
+        pytest.skip("DDPM_HF_DIGITS does not name the pipeline of the digits model")
+    pipe = GaussianDiffusionPipeline.from_pretrained(folder)
+    results = []
+    for scheduler in (pipe.scheduler, DDIMScheduler.from_config(pipe.scheduler.config)):
+        pipe.scheduler = scheduler
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(100)]
+        labels = [seed % 10 for seed in range(100)]
+        results.append(
+            pipe(class_labels=labels, generator=generators, num_inference_steps=50, eta=0.0, output_type="pt").images
+        )
+    difference = (results[0] - results[1]).abs()
+    print(f"mean {difference.mean():.4f}, max {difference.max():.4f}")
+    assert 0.0065 < difference.mean().item() < 0.026
+    assert 0.08 < difference.max().item() < 0.32
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -19,7 +19,7 @@ def folder_of(folder: Path, seed: int = 3, **data: Any) -> Path:
 
 
 def read(folder: Path | None, *flags: str, data: str = "digits.parquet") -> tuple[EvaluateFlags, str | None]:
-    return use_validation_set_of_run(parse(["x", "--data", data, *flags]), folder)
+    return use_validation_set_of_run(parse(["x", "--data", data, *flags]), folder and folder / "training_config.yaml")
 
 
 def split_of(flags: EvaluateFlags) -> tuple[str | None, float, int | None]:

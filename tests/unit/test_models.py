@@ -495,10 +495,8 @@ def test_a_path_that_does_not_exist_is_not_downloaded(tmp_path: Path) -> None:
         read_config_file(ModelConfig(preset=None, config_file="gone/config.json"))
 
 
-def test_the_folder_of_a_run_names_the_pipeline_in_it(tmp_path: Path) -> None:
-    assert "has neither unet/config.json nor config.json of a UNet2DModel." in refusal(tmp_path)
-    (tmp_path / "pipeline").mkdir()
-    assert f"UNet2DModel; did you mean {tmp_path / 'pipeline'}?" in refusal(tmp_path)
+def test_a_folder_without_a_network_is_refused(tmp_path: Path) -> None:
+    assert f"model.from_pretrained {tmp_path} holds no pipeline" in refusal(tmp_path)
 
 
 def test_a_revision_of_a_local_folder_is_refused(folders: Path) -> None:

@@ -23,6 +23,7 @@ SETUP.read(REPOSITORY / "setup.cfg")
 IMPORT_NAMES = {
     "opencv-python-headless": "cv2",
     "pillow": "PIL",
+    "pillow-heif": "pillow_heif",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
     "torch-fidelity": "torch_fidelity",

@@ -266,7 +266,7 @@ def bad_inputs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "sentence"),
     [
-        ("schedule nowhere", 2, "nowhere does not exist; give a YAML file, a run folder or a pipeline folder."),
+        ("schedule nowhere", 2, "nowhere does not exist; give a YAML file, or the folder of a run, checkpoint"),
         ("schedule empty", 2, "empty holds no schedule: it has no scheduler/scheduler_config.json, "),
         ("schedule typo.yaml", 2, "typo.yaml is not the configuration of a run: there is no setting diffusion.beta_sc"),
         ("schedule photo.png", 2, "photo.png is not the configuration of a run: "),

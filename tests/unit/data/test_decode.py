@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data import DataError, normalize, to_uint8
-from ddpm_hf.data.decode import Geometry
+from ddpm_hf.data.decode import EncodedImage, Geometry, read_header
 from tests.unit.data.helpers import (
     DEEP_GRAY,
     DEEP_RGB,
@@ -560,3 +560,17 @@ def test_to_uint8_rounds_to_the_nearest_value() -> None:
     every = np.arange(65536, dtype=np.uint16)
     assert np.array_equal(to_uint8(every), np.rint(every / 65535 * 255))
     assert np.array_equal(to_uint8(np.arange(256, dtype=np.uint8)), np.arange(256))
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_heic_needs_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_file: bool) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    path = tmp_path / "x.heic"
+    pillow_heif.from_pillow(Image.new("RGB", (16, 8), (255, 0, 0))).save(path)
+    image = EncodedImage("x.heic", path if as_file else path.read_bytes())
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, "pillow_heif", None)
+        with pytest.raises(DataError, match=r'x.heic is a HEIC or HEIF image; run pip install "ddpm_hf\[heif\]"'):
+            read_header(image)
+    header = read_header(image)
+    assert (header.width, header.height, header.mode) == (16, 8, "RGB")

@@ -22,6 +22,7 @@ from tests.unit.data.helpers import (
     encode,
     open_source,
     pixels_of,
+    refusal,
     write_files,
     write_parquet,
 )
@@ -44,6 +45,21 @@ def test_a_validation_split_is_opened_by_its_name(tmp_path: Path, cache_dir: Pat
     assert (len(training), len(validation)) == (1617, 180)
     whole = pixels_of(open_source(DIGITS, cache_dir))
     assert np.array_equal(np.concatenate([pixels_of(training), pixels_of(validation)]), whole)
+
+
+@pytest.mark.parametrize("names", ["{}_images {}_labels", "x_{} y_{}"])
+def test_the_parts_of_an_npz_file_are_splits(tmp_path: Path, cache_dir: Path, names: str) -> None:
+    """As MedMNIST and Keras write them; labels may have one more axis."""
+    arrays = {}
+    for split, labels in (("train", [0, 1, 2, 2]), ("val", [2, 0])):
+        images, targets = names.format(split, split).split()
+        arrays |= {images: np.stack([RGB] * len(labels)), targets: np.array(labels, np.uint8)[:, None]}
+    np.savez(tmp_path / "x.npz", **arrays)
+    for opened, labels in zip(
+        open_both(tmp_path / "x.npz", cache_dir, validation_split="val"), ([0, 1, 2, 2], [2, 0]), strict=True
+    ):
+        assert [opened.labels.tolist(), opened.class_names] == [labels, ("0", "1", "2")]
+    assert "has no split 'test'; it has train, validation." in refusal(tmp_path / "x.npz", cache_dir, split="test")
 
 
 def test_a_validation_split_of_another_kind_is_refused(tmp_path: Path, cache_dir: Path) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ddpm_hf.cli.main import main
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data import ImageLoader, ImageSet, open_sets, summarize
+from ddpm_hf.data import DataError, ImageLoader, ImageSet, open_sets, summarize
 from tests.conftest import DIGITS
 from tests.unit.data.helpers import RANDOM, RGB, encode, write_files
 
@@ -49,7 +49,7 @@ def test_unusual_images_are_counted(
 ) -> None:
     files = {"cat/1.png": RGB, "cat/2.png": RGB[:4], "dog/1.png": RGB[..., 0], "dog/2.png": RGB[:, :4]}
     encoded = {name: encode(pixels) for name, pixels in files.items()}
-    encoded |= {"dog/3.png": b"text", "cat/4.png": b"", "cat/notes.txt": b"", "photo.heic": b""}
+    encoded |= {"dog/3.png": b"text", "cat/4.png": b"", "cat/notes.txt": b"", "photo.psd": b""}
     frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
     encoded["dog/4.gif"] = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     folder = write_files(tmp_path / "pets", encoded)
@@ -60,7 +60,7 @@ def test_unusual_images_are_counted(
         "sizes     3 from 4x4 to 5x6, the most frequent 5x6 (3), 5x4 (1), 4x6 (1)",
         "modes     RGB (3), L (1), P (1)",
         "animated  1 image with several frames (only the first is used)",
-        "ignored   2 files (not an image, hidden, a link, in no split or table): cat/notes.txt, photo.heic",
+        "ignored   2 files (not an image, hidden, a link, in no split or table): cat/notes.txt, photo.psd",
         "bad       2 cannot be read",
         f"          image 2 of {folder} (cat/4.png) is empty (0 bytes).",
         f"          image 5 of {folder} (dog/3.png) cannot be decoded (it is not an image in a supported format).",
@@ -199,3 +199,14 @@ def test_the_help_names_the_source(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert "ddpm-hf data photos/ --data.resolution 64" in output
     assert "--data.crop_before_resize" in output
+
+
+def test_a_reason_is_given_if_no_image_can_be_read(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "x", {"1.png": b"junk", "2.png": b"junk"})
+    config = DataConfig(source=str(folder), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DataError) as caught:
+        summarize(config, with_labels=False, seed=0, num_samples=1)
+    assert str(caught.value) == (
+        f"none of the 2 images of {folder} can be read; the first: image 0 of {folder} (1.png) cannot be decoded (it "
+        "is not an image in a supported format)."
+    )

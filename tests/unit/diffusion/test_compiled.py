@@ -1,7 +1,10 @@
 """The compiled network. A fake of torch.compile records what a compiler would see; one slow test counts real graphs."""
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,30 @@ def test_a_second_compilation_changes_nothing_and_other_settings_replace_it(comp
     assert compiler.options["mode"] == "max-autotune-no-cudagraphs"
     uncompile(pipeline.unet)
     assert compiled_call(pipeline.unet) is None
+
+
+def test_threads_that_meet_a_new_batch_size_at_once_compile_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call is alone in the compiler, which takes half a second; later calls run at the same time."""
+    together, met = threading.Barrier(2, timeout=0.5), []
+
+    def compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def call(*inputs: torch.Tensor, **others: Any) -> Any:
+            with suppress(threading.BrokenBarrierError):
+                together.wait()
+                met.append(len(inputs[0]))
+            return function(*inputs, **others)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    pipeline = pipeline_of(tiny_unet(10))
+    pipeline.compile(backend="eager")
+    with ThreadPoolExecutor(2) as pool:
+        for expected in ([], [1, 1]):
+            calls = [pool.submit(pipeline, class_labels=0, num_inference_steps=1) for _ in range(2)]
+            assert all(call.result().images for call in calls)
+            assert met == expected
+            together = threading.Barrier(2, timeout=60)
 
 
 def test_only_inductor_is_given_the_mode(compiler: FakeCompiler) -> None:

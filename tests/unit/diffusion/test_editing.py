@@ -341,6 +341,23 @@ def test_invalid_images_and_arguments_are_rejected() -> None:
         ("interpolate", (x, x, 1.5), {}, "weights is 1.5; give one or more numbers from 0"),
         ("interpolate", (x, x, []), {}, r"weights is \[\]"),
         ("interpolate", (x, x, 0.5, 0.5, "cubic"), {}, "mixing 'cubic' is not one of"),
+        ("denoise_from", (None,), {}, "must be PIL images, a numpy array or a tensor, not NoneType"),
+        ("denoise_from", ([x, x],), {}, "must be PIL images, a numpy array or a tensor, not Tensor"),
+        ("denoise_from", (np.array([[["a"]]], object),), {}, "image has dtype object; pass uint8"),
+        ("denoise_from", (x * float("nan"),), {}, "image has values from nan to nan"),
+        ("denoise_from", (x, "0.5"), {}, "strength is '0.5'; it must be a finite number"),
+        ("denoise_from", (x, float("nan")), {}, "strength is nan"),
+        ("denoise_from", (x, True), {}, "strength is True"),
+        ("denoise_from", (x,), {"batch_size": 2}, "denoise_from has no argument 'batch_size'"),
+        ("denoise_from", (x,), {"strenght": 0.5}, r"has no argument 'strenght' \(did you mean 'strength'\?\)"),
+        ("interpolate", (x, x, "0.5"), {}, "weights is '0.5'; give one or more numbers"),
+        ("interpolate", (x, x, [0.5, float("nan")]), {}, r"weights is \[0.5, nan\]"),
+        ("interpolate", (x, x, None), {}, "weights is None"),
+        ("inpaint", (x, None), {}, "mask must be PIL images, a numpy array or a tensor, not NoneType"),
+        ("inpaint", (x, [mask, mask]), {}, "mask must be PIL images, a numpy array or a tensor, not Tensor"),
+        ("inpaint", (x, mask, True), {}, "num_resamples is True; it must be a whole number"),
+        ("encode", (x,), {"eta": 0.5}, "encode has no eta; leave it out"),
+        ("encode", (x,), {"callback_on_step_end": lambda *_: None}, "encode has no callback_on_step_end"),
         ("inpaint", (x, mask[:4]), {}, r"mask is read as .* = \(1, 1, 4, 8\); it must have the image's height 8"),
         ("inpaint", (x, mask.expand(3, 1, SIZE, SIZE)), {}, "one for all images or one for each of the 2"),
         ("inpaint", (x, mask * 2), {}, "mask has values from 2 to 2"),
@@ -353,8 +370,6 @@ def test_invalid_images_and_arguments_are_rejected() -> None:
         with pytest.raises(ValueError, match=sentence):
             getattr(pipe, method)(*arguments, **options)
         assert calls == []
-    with pytest.raises(TypeError, match="batch_size"):
-        pipe.denoise_from(x, batch_size=2)
 
 
 def test_editing_needs_the_native_scheduler() -> None:

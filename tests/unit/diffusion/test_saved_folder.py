@@ -204,6 +204,30 @@ def test_the_class_that_diffusers_sees_creates_our_scheduler() -> None:
     assert isinstance(again, scheduler.__class__)
 
 
+class Adapted(torch.nn.Module):
+    """Passes everything on to a network, as a PeftModel does."""
+
+    def __init__(self, network: UNet2DModel) -> None:
+        super().__init__()
+        self.network = network
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.network, name)
+
+
+def test_a_network_that_diffusers_leaves_out_of_a_folder_is_not_saved(tmp_path: Path) -> None:
+    pipe = GaussianDiffusionPipeline(Adapted(tiny_unet()), GaussianDiffusionScheduler())
+    with pytest.raises(ValueError, match=r"unet is a Adapted, which diffusers cannot save; .*merge_and_unload"):
+        pipe.save_pretrained(tmp_path / "pipe")
+    assert not (tmp_path / "pipe").exists()
+    pipe.unet = pipe.unet.network
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert (tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+
 def test_half_precision_weights_can_be_saved_beside_the_others(tmp_path: Path) -> None:
     save(tmp_path)
     half = GaussianDiffusionPipeline(tiny_unet().half(), GaussianDiffusionScheduler())

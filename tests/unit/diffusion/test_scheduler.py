@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils import BaseOutput
@@ -139,7 +139,7 @@ def test_options_that_stock_accepts_silently_are_rejected() -> None:
         "sample_max_value is '1'; it must be a number above 0": {"sample_max_value": "1"},
         "dynamic_thresholding_ratio is 1.5; it must be a number between 0 and 1": {"dynamic_thresholding_ratio": 1.5},
         "clip_sample 'no' is not one of True, False": {"clip_sample": "no"},
-        "thresholding None is not one of True, False": {"thresholding": None},
+        "thresholding 'off' is not one of True, False": {"thresholding": "off"},
         "rescale_betas_zero_snr needs at least 2 timesteps": {"num_train_timesteps": 1, "rescale_betas_zero_snr": True},
     }
     for sentence, config in rejected.items():
@@ -365,6 +365,18 @@ def test_one_timestep_applies_to_the_whole_batch() -> None:
         assert torch.equal(scheduler.add_noise(x_0, noise, t), expected)
 
 
+def test_one_sample_is_noised_at_many_timesteps() -> None:
+    """As in DDPMScheduler: a row of the result for each timestep."""
+    x_0, noise = (x[:1] for x in batch())
+    scheduler = GaussianDiffusionScheduler()
+    many = scheduler.add_noise(x_0, noise, TIMESTEPS)
+    assert many.shape == (4, 2, 3, 3)
+    for row, t in enumerate(TIMESTEPS):
+        assert torch.equal(many[row : row + 1], scheduler.add_noise(x_0, noise, t))
+    with pytest.raises(ValueError, match="There are 4 timesteps for 3 samples"):
+        scheduler.add_noise(x_0.expand(3, -1, -1, -1), noise, TIMESTEPS)
+
+
 def test_samples_of_any_rank_are_noised() -> None:
     scheduler = GaussianDiffusionScheduler()
     for shape in ((4,), (4, 7), (4, 2, 3, 3, 3)):
@@ -404,6 +416,115 @@ def test_public_tables_are_float32_and_stay_where_they_are() -> None:
         assert getattr(scheduler, name).dtype == torch.float32
     assert torch.equal(scheduler.alphas_cumprod, scheduler.noise_schedule.alphas_cumprod.float())
     assert torch.equal(scheduler.alphas, (1 - scheduler.noise_schedule.betas).float())
+
+
+def zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """The fix that training scripts carry with them, in float32 (Algorithm 1, Lin et al. 2024)."""
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    alphas_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - torch.cat([alphas_bar[:1], alphas_bar[1:] / alphas_bar[:-1]])
+
+
+@pytest.mark.parametrize("names", [("betas",), ("alphas",), ("alphas_cumprod",), ("betas", "alphas", "alphas_cumprod")])
+def test_assigned_tables_are_followed(names: tuple[str, ...], tmp_path: Path) -> None:
+    """By noising, steps, copies, saves and swaps. Float32 tables: 1e-3 of alpha_bar, and of the samples."""
+    expected = GaussianDiffusionScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    scheduler = started(prediction_type="v_prediction", timestep_spacing="trailing")
+    betas = zero_terminal_snr(scheduler.betas)
+    tables = {"betas": betas, "alphas": 1 - betas, "alphas_cumprod": torch.cumprod(1 - betas, dim=0)}
+    for name in names:
+        setattr(scheduler, name, tables[name])
+    scheduler.save_pretrained(tmp_path)
+    saved, stock = (kind.from_pretrained(tmp_path) for kind in (GaussianDiffusionScheduler, DDPMScheduler))
+    swapped = DDPMScheduler.from_config(scheduler.config)
+    x_0, noise = batch()
+    for each in (scheduler, saved, stock, swapped, copy.deepcopy(scheduler)):
+        torch.testing.assert_close(each.alphas_cumprod, expected.alphas_cumprod, rtol=0, atol=1e-3)
+        assert each.alphas_cumprod[-1].item() == 0
+        assert torch.equal(each.add_noise(x_0, noise, TIMESTEPS)[3], noise[3])
+    expected.set_timesteps(10, timesteps=None, timestep_spacing="trailing")
+    assert torch.equal(scheduler.timesteps, expected.timesteps)
+    for t in scheduler.timesteps:
+        results = [each.step(noise, t, x_0, seeded()).prev_sample for each in (scheduler, expected)]
+        torch.testing.assert_close(*results, rtol=0, atol=1e-3)
+
+
+def test_tables_that_are_moved_or_rounded_do_not_change_the_process() -> None:
+    """As in `scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)`, and recomputed from assigned betas."""
+    scheduler = GaussianDiffusionScheduler()
+    before, config = scheduler.noise_schedule, dict(scheduler.config)
+    scheduler.eps_second_moments = torch.ones(1000)
+    for name in ("betas", "alphas", "alphas_cumprod"):
+        table = getattr(scheduler, name)
+        for moved in (table.half(), table.double(), table.clone()):
+            setattr(scheduler, name, moved)
+            assert getattr(scheduler, name) is moved
+    scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas, dim=0)
+    scheduler.one = scheduler.one.to(torch.float64)
+    scheduler.num_train_timesteps = 1000
+    assert scheduler.noise_schedule is before
+    assert dict(scheduler.config) == config
+    assert scheduler.eps_second_moments is not None
+    scheduler.betas = scheduler.betas * 1.01
+    assert scheduler.eps_second_moments is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("betas", [2.0] * 1000, "betas cannot be assigned: beta at timestep 0 is 2.0"),
+        (
+            "alphas",
+            torch.full((10,), 0.9),
+            "alphas cannot be assigned: There are 10 values for 1000 training timesteps",
+        ),
+        ("alphas_cumprod", torch.linspace(0.1, 0.9, 1000), "alphas_cumprod cannot be assigned: beta at timestep 1"),
+        ("alphas_cumprod", torch.ones(2, 500), "alphas_cumprod cannot be assigned: betas must be one"),
+        ("one", 0.5, "cannot be 0.5"),
+        ("num_train_timesteps", 500, r"from_config\(scheduler.config, num_train_timesteps=500\)"),
+    ],
+)
+def test_tables_that_are_none_are_rejected(name: str, value: Any, sentence: str) -> None:
+    scheduler = GaussianDiffusionScheduler()
+    before = scheduler.noise_schedule
+    with pytest.raises(ValueError, match=sentence):
+        setattr(scheduler, name, value)
+    assert scheduler.noise_schedule is before
+
+
+def test_options_changed_later_are_followed_or_rejected() -> None:
+    scheduler = started()
+    output, sample = tensors(1, 1, 2, 2)
+    scheduler.register_to_config(prediction_type="v_prediction", num_train_timesteps=1000)
+    expected = started(prediction_type="v_prediction").step(output, 500, sample, seeded()).prev_sample
+    assert torch.equal(scheduler.step(output, 500, sample, seeded()).prev_sample, expected)
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr of a scheduler cannot be changed; create another one"):
+        scheduler.register_to_config(rescale_betas_zero_snr=True)
+    scheduler.register_to_config(prediction_type="v")
+    with pytest.raises(ValueError, match="prediction_type 'v' is not one of"):
+        scheduler.step(output, 500, sample)
+
+
+def test_options_of_foreign_configurations_are_those_of_ddpm_scheduler(tmp_path: Path) -> None:
+    """No clipping for "clip_sample": null; set_alpha_to_one has no effect; numbers of numpy are saved as numbers."""
+    DDIMScheduler(clip_sample=None, set_alpha_to_one=False).save_pretrained(tmp_path / "ddim")
+    scheduler = GaussianDiffusionScheduler.from_pretrained(tmp_path / "ddim")
+    stock = DDPMScheduler.from_pretrained(tmp_path / "ddim")
+    output, sample = tensors(1, 1, 2, 2)
+    for each in (scheduler, stock):
+        each.set_timesteps(10)
+    for t in scheduler.timesteps:
+        results = [each.step(output, t, sample, generator=seeded()).prev_sample for each in (scheduler, stock)]
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+    options = {
+        "num_train_timesteps": np.int64(10),
+        "beta_end": np.float64(0.5),
+        "clip_sample": np.False_,
+        "clip_sample_range": torch.tensor(2.0),
+    }
+    GaussianDiffusionScheduler(**options).save_pretrained(tmp_path / "numpy")
+    saved = json.loads((tmp_path / "numpy" / "scheduler_config.json").read_text())
+    assert {name: saved[name] for name in options} == {name: value.item() for name, value in options.items()}
 
 
 def test_tables_first_used_in_inference_mode_can_be_used_in_training() -> None:
@@ -571,7 +692,9 @@ def test_timesteps_can_be_assigned() -> None:
     scheduler.timesteps = scheduler.timesteps[7:]
     assert scheduler.timesteps.tolist() == [200, 100, 0]
     assert [scheduler.previous_timestep(t).item() for t in scheduler.timesteps] == [100, 0, -1]
-    scheduler.timesteps = torch.tensor([200, 50])
+    for assigned in ([200, 50], np.array([200, 50]), torch.tensor([200, 50])):
+        scheduler.timesteps = assigned
+        assert scheduler.timesteps.tolist() == [200, 50]
     assert scheduler.previous_timestep(scheduler.timesteps[0]).item() == 50
 
 

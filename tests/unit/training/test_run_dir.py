@@ -65,6 +65,33 @@ def test_a_folder_that_holds_something_else_is_refused_and_untouched(tmp_path: P
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, data)]
 
 
+LEFT_BY_OTHERS = (
+    ".DS_Store", "._train.log", ".gitkeep", ".gitignore", ".ipynb_checkpoints/run-checkpoint.ipynb", "Thumbs.db",
+    "desktop.ini", ".nfs00000001", "lost+found/x", "train.log", "train.err", "nohup.out", "slurm-12345.out",
+    "train.sh.o12345", "train.sh.e12345", "log.txt", "logs/0.out", "logs/.gitkeep",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_BY_OTHERS)
+def test_a_folder_that_holds_only_redirected_output_or_litter_is_new(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    folder = RunFolder(tmp_path)
+    folder.acquire("none")
+    folder.release()
+    assert (tmp_path / name).read_text() == "mine"
+    begin(tmp_path).release()
+    assert "holds a run; set training.resume" in refusal(tmp_path, resume="none")
+
+
+@pytest.mark.parametrize("name", ["logs/notes.md", "logs/old/a.log", "train.log/part", "weights.pt", "out"])
+def test_other_files_among_redirected_output_are_something_else(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    (tmp_path / "nohup.out").touch()
+    assert f"holds something else ({Path(name).parts[0]}); choose an empty or a new folder" in refusal(tmp_path)
+
+
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     folder = begin(tmp_path)
     assert "another Trainer of this process holds" in refusal(tmp_path)

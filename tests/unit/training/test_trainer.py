@@ -17,10 +17,10 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf.cli.main import train as train_command
-from ddpm_hf.cli.train import make_publisher
 from ddpm_hf.config import (
     ConfigError,
     DataConfig,
+    HubConfig,
     ModelConfig,
     PreviewConfig,
     RunConfig,
@@ -29,6 +29,7 @@ from ddpm_hf.config import (
 )
 from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.hub.background import BackgroundPush
 from ddpm_hf.training.checkpoint import CheckpointError, write_manifest
 from ddpm_hf.training.ema import EMA, decay_schedules
 from ddpm_hf.training.loss import DenoisingLoss
@@ -399,17 +400,19 @@ def test_a_trainer_copies_its_configuration(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize(
-    ("changes", "argument"),
-    [
-        ({"evaluation__score_every_steps": 1}, "scorer"),
-        ({"hub__push_to_hub": True, "hub__repo_id": "user/name", "hub__push_every_steps": 1}, "publisher"),
-    ],
-)
-def test_a_missing_scorer_or_publisher_is_an_error(tmp_path: Path, changes: dict[str, Any], argument: str) -> None:
-    with pytest.raises(ConfigError, match=rf"needs Trainer\(config, {argument}=...\)"):
-        fit(tmp_path / "run", **changes)
-    assert not (tmp_path / "run").exists()
+def test_a_trainer_measures_the_score_itself(tmp_path: Path) -> None:
+    """The command does, too; a metric that cannot be measured is an error before the first step."""
+    changes: dict[str, Any] = {
+        "training__num_steps": 2, "evaluation__score_every_steps": 2, "evaluation__score_metric": "frechet_distance",
+        "evaluation__score_features": "tests.feature_networks:Pooled", "evaluation__score_num_samples": 9,
+        "evaluation__num_inference_steps": 2,
+    }  # fmt: skip
+    trainer = fit(tmp_path / "run", **changes)
+    assert trainer.best is not None and trainer.best["step"] == 2
+    changes["evaluation__score_features"] = "nowhere:Network"
+    with pytest.raises(ValueError, match="nowhere"):
+        fit(tmp_path / "other", **changes)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(("metric", "minimum"), [("fid", 2049), ("inception_score", 1000), ("kid", 1)])
@@ -508,10 +511,11 @@ def test_what_cannot_be_written_is_told_and_training_goes_on(tmp_path: Path, cap
     assert (tmp_path / "run" / "pipeline").exists()
 
 
-class Push:
+class Push(BackgroundPush):
     """A push that is free or busy."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        super().__init__(HubConfig(push_to_hub=True, repo_id="user/name"), folder)
         self.free = True
         self.started: list[tuple[int, list[str]]] = []
 
@@ -523,8 +527,8 @@ class Push:
 
 
 def test_while_a_push_is_running_its_folder_is_not_touched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    push = Push()
-    publish = make_publisher(push, tmp_path / "hub")  # type: ignore[arg-type]
+    push = Push(tmp_path / "hub")
+    publish = push.publish
     publish(1, lambda folder: (folder / "one").mkdir())
     publish(2, lambda folder: (folder / "two").mkdir())
     push.free = False
