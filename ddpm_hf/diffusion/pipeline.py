@@ -788,11 +788,14 @@ def check_generator(generator: object, batch_size: int, device: torch.device) ->
             )
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(f"generator is a list of {len(generator)} for {batch_size} images; pass one for each image.")
-    devices = sorted({str(one.device) for one in generators})
+    devices = {one.device for one in generators}
     if len(devices) > 1:
-        raise ValueError(f"generator is a list on {' and '.join(devices)}; create all of them on one device.")
-    if devices and not devices[0].startswith("cpu") and torch.device(devices[0]).type != device.type:
-        raise ValueError(f"generator is on {devices[0]}, but the network on {device}; create it on the CPU or there.")
+        names = " and ".join(sorted(map(str, devices)))
+        raise ValueError(f"generator is a list on {names}; create all of them on one device.")
+    for given in devices:
+        is_other_index = None not in (given.index, device.index) and given.index != device.index
+        if given.type != "cpu" and (given.type != device.type or is_other_index):
+            raise ValueError(f"generator is on {given}, but the network on {device}; create it on the CPU or there.")
 
 
 def check_callback(callback: object) -> None:

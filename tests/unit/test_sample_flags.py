@@ -44,6 +44,11 @@ OF_SAMPLE = [
 ]
 
 
+def test_words_of_a_command_in_python_may_be_numbers_and_paths(tmp_path: Path) -> None:
+    flags = parse([tmp_path, "--num_images", np.int64(3), "--eta", 0.5, "--num_inference_steps", 20])
+    assert (flags.folder, flags.num_images, flags.eta, flags.num_inference_steps) == (str(tmp_path), 3, 0.5, 20)
+
+
 @pytest.mark.parametrize(
     ("command", "flags", "sentence"),
     [

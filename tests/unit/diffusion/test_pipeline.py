@@ -30,7 +30,7 @@ from oracles import GaussianData, OperationCounter, seeded, tiny_unet
 from ddpm_hf.cli.flags import SamplingFlags
 from ddpm_hf.config import ConfigError
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.diffusion.pipeline import ClassNumbers, check_process, copy_scheduler
+from ddpm_hf.diffusion.pipeline import ClassNumbers, check_generator, check_process, copy_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
@@ -370,6 +370,26 @@ def test_every_mistake_in_the_arguments_is_a_sentence_before_the_network_is_call
         with pytest.raises(ValueError, match=sentence):
             getattr(pipe, method)(*images, **options | {"class_labels": 0} | arguments)
     assert calls == []
+
+
+class GeneratorOnGpu(torch.Generator):
+    """A generator that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+def test_generators_must_be_on_the_cpu_or_on_the_device_of_the_network() -> None:
+    cpu, gpus = torch.device("cpu"), [torch.device("cuda", index) for index in (0, 1)]
+    check_generator([seeded(), seeded()], 2, gpus[0])
+    check_generator(GeneratorOnGpu(), 1, gpus[0])
+    check_generator(GeneratorOnGpu(), 1, torch.device("cuda"))
+    for generator, device, sentence in (
+        ([seeded(), GeneratorOnGpu()], gpus[0], "a list on cpu and cuda:0; create all of them on one device"),
+        (GeneratorOnGpu(), cpu, "on cuda:0, but the network on cpu; create it on the CPU or there"),
+        ([GeneratorOnGpu()] * 2, gpus[1], "on cuda:0, but the network on cuda:1"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            check_generator(generator, 2, device)
 
 
 def test_numbers_may_be_of_any_type() -> None:
