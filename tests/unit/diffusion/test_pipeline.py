@@ -829,7 +829,7 @@ def test_calls_in_two_threads_give_the_images_of_calls_alone() -> None:
 
     def wait(p: Any, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         if step < 5:
-            together.wait(60)
+            together.wait(600)
 
     with ThreadPoolExecutor(2) as pool:
         runs = {
@@ -847,8 +847,8 @@ def test_a_callback_stops_its_own_call_and_another_thread_every_call() -> None:
         if step == 0:
             assert pipe(1, 5, callback_on_step_end=stop, return_trajectory=True).trajectory.shape[0] == 2
             assert not pipe.interrupt
-            started.wait(60)
-            go_on.wait(60)
+            started.wait(600)
+            go_on.wait(600)
 
     def stop(p: Any, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         p._interrupt = True
@@ -856,7 +856,7 @@ def test_a_callback_stops_its_own_call_and_another_thread_every_call() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(pipe, 1, 9, callback_on_step_end=wait, return_trajectory=True) for _ in range(2)]
-        started.wait(60)
+        started.wait(600)
         pipe.interrupt = True
         go_on.set()
     assert [len(run.result().trajectory) for run in runs] == [2, 2]
