@@ -144,6 +144,7 @@ class SamplingCall:
         generator: Source of all noise, or one for each image.
         device: Device of the samples.
         dtype: Dtype of the samples: float32, or float64 for a float64 network.
+        network_dtype: Dtype of the network's inputs, for which diffusers searches the modules each time.
         labels: (batch,), or with guidance (2 batch,) with the null label in the second half; None if unconditional.
         options: The other arguments of the call.
         step_kwargs: Further arguments of `scheduler.step`.
@@ -160,6 +161,7 @@ class SamplingCall:
     generator: Generators
     device: torch.device
     dtype: torch.dtype
+    network_dtype: torch.dtype
     labels: torch.Tensor | None
     options: SimpleNamespace
     step_kwargs: dict[str, Any]
@@ -484,12 +486,14 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                 " GaussianDiffusionScheduler or DDIMScheduler."
             )
         show_changes(scheduler, vars(shared), shared)
+        network_dtype: torch.dtype = self.unet.dtype
         return SamplingCall(
             scheduler=scheduler,
             batch_size=batch_size,
             generator=given.generator,
             device=device,
-            dtype=torch.promote_types(torch.float32, self.unet.dtype),
+            dtype=torch.promote_types(torch.float32, network_dtype),
+            network_dtype=network_dtype,
             labels=None if labels is None else torch.tensor(labels, device=device),
             options=given,
             step_kwargs=step_kwargs,
@@ -545,7 +549,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         is_guided = call.options.guidance_scale != 1.0
         if is_guided:
             x = torch.cat([x, x])
-        output: torch.Tensor = self.unet(x.to(self.unet.dtype), t, class_labels=call.labels, return_dict=False)[0]
+        output: torch.Tensor = self.unet(x.to(call.network_dtype), t, class_labels=call.labels, return_dict=False)[0]
         prediction, variance = output.to(sample.dtype), None
         if prediction.shape[1] == 2 * sample.shape[1]:
             prediction, variance = prediction.chunk(2, dim=1)

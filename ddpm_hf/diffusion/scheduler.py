@@ -761,6 +761,12 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
             # The same numbers as below, where the choice of device takes as long as drawing a small image.
             noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         else:
+            given = generator if isinstance(generator, list) else [generator]
+            if not all(isinstance(one, torch.Generator) for one in given):
+                raise ValueError(
+                    f"generator is {generator!r}; pass a torch.Generator, or a list of one for each sample. eta is a"
+                    " keyword of set_timesteps and of step."
+                )
             noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         if variance_output is None:
             return mean.add_(noise, alpha=step.deviation)

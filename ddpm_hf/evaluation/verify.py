@@ -22,7 +22,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -31,6 +31,7 @@ import ddpm_hf.diffusion
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.diffusion.images import image_size
 from ddpm_hf.diffusion.saved_folder import LIST_FORM, PORTABLE_FILES, stock_pipeline_samples
+from ddpm_hf.diffusion.scheduler import NATIVE_SCHEDULER
 from ddpm_hf.files import MODEL_INDEX, VERIFICATION, format_value, read_json, sha256_of_file, write_json
 from ddpm_hf.redaction import reason_of
 from ddpm_hf.rng import torch_generator
@@ -236,7 +237,9 @@ def _compare_settings(
     """Compare settings; one that is missing on one side, as in other versions of diffusers, has its default there."""
     components = {"the network": type(pipeline.unet), "the scheduler": type(pipeline.scheduler)}
     for part, new in found.items():
-        old, defaults = expected.get(part, {}), {}
+        old, defaults = dict(expected.get(part, {})), {}
+        if old.get("_class_name") == NATIVE_SCHEDULER:  # the name that earlier versions recorded
+            old["_class_name"] = DDPMScheduler.__name__
         if part in components:
             parameters = inspect.signature(components[part]).parameters.values()
             defaults = {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}

@@ -159,8 +159,8 @@ class EMA:
             name: [parameter.detach().to(torch.float32, copy=True) for parameter in self._parameters]
             for name in schedules
         }
-        # Held while the averages change or are exchanged, so that other threads copy one state of them.
-        self._lock = threading.RLock()
+        # Held while the averages change, so that other threads copy one state of them.
+        self._lock = threading.Lock()
         self._swapped: str | None = None
         self._position = torch.zeros(1, dtype=torch.int64, device=self._parameters[0].device)
         self._start_at(0)
@@ -223,20 +223,14 @@ class EMA:
     @contextmanager
     def swapped_in(self, name: str = EMA_NAME) -> Iterator[None]:
         """Exchange the weights of the model and an EMA inside the context; both are restored even after an error."""
-        with self._lock:
+        self._swap(name)
+        try:
+            yield
+        finally:
             self._swap(name)
-            self._swapped = name
-            try:
-                yield
-            finally:
-                self._swapped = None
-                self._swap(name)
 
     def copy(self, name: str = EMA_NAME) -> list[torch.Tensor]:
-        """Return copies of the tensors of an EMA in the order of the model's parameters, in any thread.
-
-        A thread that is not that of the training waits until an update, a validation or a preview has ended.
-        """
+        """Return copies of an EMA's tensors in the order of the model's parameters, at any time and in any thread."""
         with self._lock:
             tensors = self._parameters if self._swapped == name else self._averages[name]
             return [tensor.detach().clone() for tensor in tensors]
@@ -244,10 +238,12 @@ class EMA:
     @torch.no_grad()
     def _swap(self, name: str) -> None:
         # In place, so that DDP and compiled graphs keep their storage.
-        for average, parameter in zip(self._averages[name], self._parameters, strict=True):
-            weight = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(weight)
+        with self._lock:
+            for average, parameter in zip(self._averages[name], self._parameters, strict=True):
+                weight = parameter.detach().clone()
+                parameter.copy_(average)
+                average.copy_(weight)
+            self._swapped = None if self._swapped == name else name
 
     def tensors(self, *names: str) -> list[torch.Tensor]:
         """Return the tensors of some EMAs, or of all, each in the order of the model's parameters."""

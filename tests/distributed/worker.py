@@ -367,7 +367,7 @@ def background(folder: Path) -> Report:
     def write(root: Path, step: int, content: Callable[[Path], None]) -> checkpoint.Checkpoint:
         if step > 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        assert has_gone_on.wait(60), "training waits for the checkpoint"
+        assert has_gone_on.wait(600), "training waits for the checkpoint"
         return write_checkpoint(root, step, content)
 
     config, _ = parse_command_line(run_arguments(folder, evaluation__score_every_steps=2), "test")

@@ -340,7 +340,7 @@ def test_a_closed_pipe_is_not_an_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     process = subprocess.run(
-        [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, cwd=REPOSITORY, timeout=60
+        [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, cwd=REPOSITORY, timeout=600
     )
     os.close(writing)
     assert (process.returncode, process.stderr) == (141, b"")

@@ -309,8 +309,8 @@ def test_a_full_disk_is_an_error_with_a_fix(tmp_path: Path, cache_dir: Path) -> 
     messages = FORK.Queue()
     process = FORK.Process(target=attempt, args=(messages,))
     process.start()
-    message = messages.get(timeout=60)
-    process.join(timeout=60)
+    message = messages.get(timeout=600)
+    process.join(timeout=600)
     assert (
         f"cannot be written to {cache_dir} ({os.strerror(errno.EFBIG)}); set data.cache_dir to another folder"
         in message
@@ -358,7 +358,7 @@ class Builder:
         socket.gethostname = lambda: host
         self._events.put(int(pixels_of(open_source(source, cache_dir)).astype(int).sum()))
 
-    def next(self, timeout: float = 60) -> object:
+    def next(self, timeout: float = 600) -> object:
         """Return the next report."""
         return self._events.get(timeout=timeout)
 
@@ -370,7 +370,7 @@ class Builder:
         self._may_continue.set()
 
     def join(self) -> None:
-        self.process.join(timeout=60)
+        self.process.join(timeout=600)
         assert self.process.exitcode == 0
 
 

@@ -829,7 +829,7 @@ def test_calls_in_two_threads_give_the_images_of_calls_alone() -> None:
 
     def wait(p: Any, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         if step < 5:
-            together.wait(60)
+            together.wait(600)
 
     with ThreadPoolExecutor(2) as pool:
         runs = {
@@ -847,8 +847,8 @@ def test_a_callback_stops_its_own_call_and_another_thread_every_call() -> None:
         if step == 0:
             assert pipe(1, 5, callback_on_step_end=stop, return_trajectory=True).trajectory.shape[0] == 2
             assert not pipe.interrupt
-            started.wait(60)
-            go_on.wait(60)
+            started.wait(600)
+            go_on.wait(600)
 
     def stop(p: Any, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         p._interrupt = True
@@ -856,7 +856,7 @@ def test_a_callback_stops_its_own_call_and_another_thread_every_call() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(pipe, 1, 9, callback_on_step_end=wait, return_trajectory=True) for _ in range(2)]
-        started.wait(60)
+        started.wait(600)
         pipe.interrupt = True
         go_on.set()
     assert [len(run.result().trajectory) for run in runs] == [2, 2]
@@ -934,17 +934,28 @@ def test_an_offloaded_network_stays_on_its_device_while_another_call_runs(monkey
 
 
 def test_a_call_costs_the_operations_of_its_network_and_of_its_steps() -> None:
-    """The copy of the scheduler copies no tensor, and a step launches nothing of its own."""
-    pipe, scheduler = pipeline(), GaussianDiffusionScheduler()
+    """The copy of the scheduler copies no tensor, and a step launches and looks up nothing of its own."""
+    lookups = []
+
+    class Watched(UNet2DModel):
+        @property
+        def dtype(self) -> torch.dtype:
+            lookups.append(None)
+            return torch.float32
+
+    pipe, scheduler = pipeline(Watched(**tiny_unet().config)), GaussianDiffusionScheduler()
     scheduler.set_timesteps(3)
     x = torch.randn(1, 3, 8, 8, generator=seeded())
+    lookups.clear()
     with torch.no_grad(), OperationCounter() as step:
         scheduler.step(pipe.unet(x, scheduler.timesteps[0], return_dict=False)[0], scheduler.timesteps[0], x)
-    counts = {}
+    step_lookups, counts = len(lookups), {}  # the network looks its own dtype up
     for steps in (3, 5):
+        lookups.clear()
         with OperationCounter() as call:
             pipe(1, steps, seeded(), output_type="pt")
         counts[steps] = call.launched
+        assert len(lookups) == step_lookups * steps + 1
     assert counts[5] - counts[3] == 2 * step.launched
 
 

@@ -933,6 +933,9 @@ def test_outputs_that_do_not_fit_are_rejected() -> None:
             started().step(other, 500, sample)
     with pytest.raises(ValueError, match="generator is a list of 3 for a batch of 2"):
         started().step(sample, 500, sample, generator=[seeded()] * 3)
+    for generator in (0.5, [seeded(), 0], (seeded(), seeded())):  # DDIMScheduler has eta in its place
+        with pytest.raises(ValueError, match=r"pass a torch.Generator, or a list.* eta is a keyword"):
+            started().step(sample, 500, sample, generator)
     with pytest.raises(ValueError, match="takes one for the whole batch"):
         started().step(sample, torch.tensor([500, 400]), sample)
 

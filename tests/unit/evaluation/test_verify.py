@@ -181,7 +181,7 @@ def test_one_changed_label_embedding_is_another_pipeline(labeled_copy: Path, lab
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": False}, "the scheduler",
          "rescale_betas_zero_snr was true, is false"),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "the scheduler",
-         "_class_name was GaussianDiffusionScheduler, is DDIMScheduler"),
+         "_class_name was DDPMScheduler, is DDIMScheduler"),
         ("unet/config.json", {"dropout": 0.5}, "the network", "dropout was 0.0, is 0.5"),
         ("model_index.json", {"has_null_label": False}, "model_index.json", "has_null_label was true, is false"),
     ],

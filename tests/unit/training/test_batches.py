@@ -336,7 +336,7 @@ def test_as_many_steps_are_prepared_ahead_as_asked_for_and_none_beyond_the_end(i
     source, loader = recording_source(images)
     with Prefetcher(source, 2, end_step=5) as prefetcher:
         list(prefetcher.micro_batches(0))
-        assert loader.step_2_is_prepared.wait(60), "steps 1 and 2 are prepared without being asked for"
+        assert loader.step_2_is_prepared.wait(600), "steps 1 and 2 are prepared without being asked for"
         assert loader.requests == [0, 48, 96]
         for step in (1, 2, 3, 4):
             list(prefetcher.micro_batches(step))

@@ -16,6 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from ddpm_hf.config import ConfigError, parse_command_line
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.training.callbacks import EVENTS, TrainerCallback
+from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.trainer import Trainer, TrainOutput
 from tests.conftest import run_arguments
 from tests.runs import EVERYTHING_RANDOM, metrics_of, tensors_of
@@ -290,19 +291,43 @@ def test_a_trainer_has_a_pipeline_before_during_and_after_training(tmp_path: Pat
     assert np.array_equal(images_of(again.pipeline), saved), "of the newest checkpoint, before fit"
 
 
-def test_another_thread_never_copies_weights_that_are_exchanged(tmp_path: Path) -> None:
+class Signal(torch.Tensor):
+    """An average that starts a thread when it is written to, and gives it time."""
+
+    start: Any = None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_ and cls.start is not None:
+            start, cls.start = cls.start, None
+            start()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def test_another_thread_never_copies_weights_that_are_exchanged() -> None:
     """During a validation the network has the EMA weights, and the EMA those of the network."""
-    trainer = trainer_of(tmp_path / "run", training__num_steps=2)
-    trainer.fit()
-    trainer.folder.release()
-    expected = [tensor.clone() for tensor in trainer.ema.tensors("ema")]
+    model = torch.nn.Linear(3, 3)
+    ema = EMA(model, decay=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    expected = [tensor.clone() for tensor in ema.tensors()]
     copies: list[list[torch.Tensor]] = []
-    thread = threading.Thread(target=lambda: copies.append(trainer.ema.copy()))
-    with trainer.ema.swapped_in():
-        copies.append(trainer.ema.copy())  # in the thread of the training
+
+    def copy_in_a_thread(waits: bool) -> threading.Thread:
+        thread = threading.Thread(target=lambda: copies.append(ema.copy()))
         thread.start()
-        thread.join(0.2)
-    thread.join()
-    assert len(copies) == 2
+        thread.join(None if waits else 0.2)
+        return thread
+
+    threads: list[threading.Thread] = []
+    ema._averages["ema"][-1] = ema._averages["ema"][-1].as_subclass(Signal)
+    Signal.start = lambda: threads.append(copy_in_a_thread(waits=False))  # in the middle of the exchange
+    with ema.swapped_in():
+        copy_in_a_thread(waits=True)
+        copies.append(ema.copy())
+    threads[0].join()
+    assert len(copies) == 3
     for copied in copies:
         assert all(torch.equal(one, other) for one, other in zip(copied, expected, strict=True))
