@@ -415,16 +415,17 @@ class Trainer:
         try:
             with self.process_settings, raise_on_signals(_TERMINATING_SIGNALS):
                 # Also while it prepares; the launcher may have exited since the trainer was built.
-                self._watcher, self._training_thread = StopWatcher(self._parent), threading.get_ident()
                 self._has_trained = True
+                self._watcher, self._training_thread = StopWatcher(self._parent), threading.get_ident()
                 with self._push or nullcontext():
                     return self._fit(self._watcher)
         finally:
-            self._watcher = None
-            self._has_ended.set()
-            self._restore_network()
-            if not self._is_entered:
-                self.close()
+            if self._has_trained:  # and is not refused because another trainer is at work
+                self._watcher = None
+                self._has_ended.set()
+                self._restore_network()
+                if not self._is_entered:
+                    self.close()
 
     def _fit(self, watcher: StopWatcher) -> TrainOutput:
         """Collective: resume, train and save the pipeline."""

@@ -293,7 +293,6 @@ def test_two_trainers_do_not_train_at_once_in_threads_of_one_process(
     Trainer(configuration(tmp_path / "run")).fit()
     assert isinstance(raised[0], ConfigError)
     assert "another Trainer of this process is at work in another thread" in str(raised[0])
-    other = Trainer(configuration(tmp_path / "other"))
     other.fit()
     assert other.global_step == 6
 
