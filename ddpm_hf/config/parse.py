@@ -250,8 +250,6 @@ def load_data_config(arguments: Sequence[str], prog: str = "ddpm-hf data") -> tu
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> tuple[RunConfig, Namespace]:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # jsonargparse would import a class path given in place of a section before refusing it.
-    set_parsing_settings(import_path_denylist=["*"])
     try:
         with _no_imports():
             parsed = parser.parse_args(arguments)

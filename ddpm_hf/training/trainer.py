@@ -464,7 +464,8 @@ class Trainer:
         self._call_back("on_train_end")
         if self._push is not None and self.is_main_process and not self._push.finish(self.folder.path):
             logger.warning(
-                "The trained pipeline is not on the Hub; it is in %s. `ddpm-hf push` pushes it.", self.folder.pipeline
+                "The trained pipeline is not on the Hub; it is in %s, and the same run tries again.",
+                self.folder.pipeline,
             )
         return self._output()
 

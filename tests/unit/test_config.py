@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from jsonargparse._common import parsing_settings
 
 from ddpm_hf.config import (
     ConfigError,
@@ -614,3 +615,9 @@ def test_a_setting_without_effect_in_both_runs_may_change() -> None:
     assert changed_settings(old, with_changes(diffusion__beta_schedule="cosine")) == ([], free)
     fixed, _ = changed_settings(with_changes(diffusion__beta_end=0.03).to_dict(), with_changes())
     assert fixed == ["diffusion.beta_end was 0.03, is 0.02"]
+
+
+def test_parsing_leaves_the_settings_of_jsonargparse_to_the_process() -> None:
+    before = dict(parsing_settings)
+    parse_command_line(["--data.source", "x"])
+    assert parsing_settings == before

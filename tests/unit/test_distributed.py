@@ -275,6 +275,32 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatc
     assert exit_code_of_child(lambda: send_two(pause=100)) == 143
 
 
+def test_a_second_interrupt_of_a_notebook_does_not_end_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raises what the first one would have raised without training."""
+    monkeypatch.setattr(distributed, "_SAME_REQUEST_SECONDS", -1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), StopWatcher(os.getppid()):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_sighup_that_is_ignored_stays_so_except_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    try:
+        for exit_code in (0, 129):
+            with StopWatcher(os.getppid()) as watcher:
+                signal.raise_signal(signal.SIGHUP)
+                assert watcher.exit_code_if_stopped() == exit_code
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.usefixtures("no_launcher")
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"])
 def test_a_launcher_that_went_away_stops_the_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

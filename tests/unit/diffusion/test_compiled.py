@@ -1,6 +1,7 @@
 """The compiled network. A fake of torch.compile records what a compiler would see; one slow test counts real graphs."""
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -236,6 +237,21 @@ def test_more_batch_sizes_than_the_compiler_keeps_run_without_it(
         assert network(torch.ones(size, 1, 8, 8), 0, return_dict=False)[0].shape == (size, 1, 8, 8)
     assert len(counting_backend) == torch._dynamo.config.recompile_limit
     assert "too many different batch sizes" in caplog.text
+
+
+@pytest.mark.skipif("isolate_recompiles" not in inspect.signature(torch.compile).parameters, reason="an older torch")
+def test_each_network_of_a_process_has_compilations_of_its_own(
+    counting_backend: list[torch.fx.GraphModule], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sweep over sizes of the network is compiled to its end."""
+    num_networks = torch._dynamo.config.recompile_limit + 2
+    for size in range(1, num_networks + 1):
+        network = Plain()
+        network.weight = torch.nn.Parameter(torch.ones(size, 1, 1))
+        compile_network(network, backend="counting")
+        network(torch.ones(1, size, 8, 8), 0)
+    assert len(counting_backend) == num_networks
+    assert "too many" not in caplog.text
 
 
 def test_a_backend_that_fails_is_named() -> None:

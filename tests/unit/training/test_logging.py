@@ -3,7 +3,9 @@
 W&B and Trackio need processes of their own: integration/test_trackers.py.
 """
 
+import contextlib
 import json
+import os
 import resource
 import sys
 import time
@@ -18,7 +20,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from ddpm_hf.config import ConfigError, TrackingConfig
-from ddpm_hf.training.logging import MetricsLog, Progress, Trackers
+from ddpm_hf.training.logging import MetricsLog, Progress, Trackers, say
 
 ROWS = [{"step": step, "loss": 1 / step, "grad_norm": None} for step in range(1, 6)]
 
@@ -280,3 +282,27 @@ def test_without_a_terminal_nothing_is_drawn(capsys: pytest.CaptureFixture[str])
     with Progress(0, 9, is_main_process=True) as progress, progress.doing("Drawing a preview"):
         progress.update()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["closed", "full", "pipe", "missing"])
+def test_nothing_that_is_printed_stops_a_run(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed stream, a full disk, a pipe that nobody reads, and a process without stdout."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    streams = {
+        "closed": lambda: open(os.devnull, "w"),
+        "full": lambda: open("/dev/full", "w"),
+        "pipe": lambda: os.fdopen(os.dup(writing), "w"),
+        "missing": lambda: None,
+    }
+    stream = streams[kind]()
+    if kind == "closed":
+        stream.close()
+    monkeypatch.setattr(sys, "stdout", stream)
+    say("lost")
+    say("lost, too")
+    monkeypatch.undo()
+    os.close(writing)
+    if stream is not None:
+        with contextlib.suppress(OSError):
+            stream.close()
