@@ -249,8 +249,6 @@ def test_pickled_weights_are_read_only_on_request(tmp_path: Path) -> None:
 
 
 def test_other_load_errors_are_those_of_diffusers(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"model_index\.json"):
-        GaussianDiffusionPipeline.from_pretrained(tmp_path)
     save(tmp_path)
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
