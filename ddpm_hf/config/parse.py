@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import sys
+import threading
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ _TYPE_NAMES: dict[object, str] = {
     type(None): "null",
 }
 _SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+_PARSING = threading.Lock()
 
 
 def load_config(
@@ -264,14 +266,15 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> tuple[Run
 def _no_imports() -> Iterator[None]:
     """Keep jsonargparse from importing a class path given in place of a section before refusing it.
 
-    Its settings are those of the whole process, which may have parsers of its own.
+    Its settings are those of the whole process, which may have parsers of its own, so one thread parses at a time.
     """
-    before = dict(parsing_settings)
-    set_parsing_settings(import_path_denylist=["*"])
-    try:
-        yield
-    finally:
-        parsing_settings.update(before)
+    with _PARSING:
+        before = dict(parsing_settings)
+        set_parsing_settings(import_path_denylist=["*"])
+        try:
+            yield
+        finally:
+            parsing_settings.update(before)
 
 
 @functools.cache

@@ -4,7 +4,10 @@ import dataclasses
 import logging
 import math
 import re
+import threading
 import typing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from ddpm_hf.config import (
     changed_settings,
     changed_too_late,
     load_config,
+    parse,
     parse_command_line,
     read_config,
     read_config_dict,
@@ -617,7 +621,18 @@ def test_a_setting_without_effect_in_both_runs_may_change() -> None:
     assert fixed == ["diffusion.beta_end was 0.03, is 0.02"]
 
 
-def test_parsing_leaves_the_settings_of_jsonargparse_to_the_process() -> None:
-    before = dict(parsing_settings)
-    parse_command_line(["--data.source", "x"])
+def test_parsing_leaves_the_settings_of_jsonargparse_to_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with threads: one parses while the other waits, so that the two never meet."""
+    check_nulls, together, before = parse._check_nulls, threading.Barrier(2), dict(parsing_settings)
+
+    def meet(parsed: Any) -> None:
+        with suppress(threading.BrokenBarrierError):
+            together.wait(0.5)
+        check_nulls(parsed)
+
+    monkeypatch.setattr(parse, "_check_nulls", meet)
+    with ThreadPoolExecutor(2) as pool:
+        configs = pool.map(lambda seed: parse_command_line(["--data.source", "x", "--training.seed", seed])[0], "12")
+    assert [config.training.seed for config in configs] == [1, 2]
+    assert together.broken
     assert parsing_settings == before
