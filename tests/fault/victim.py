@@ -9,7 +9,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from ddpm_hf import distributed
+from ddpm_hf import distributed, model_folder
 from ddpm_hf.cli.main import train
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.trainer import Trainer
@@ -29,8 +29,8 @@ def start(
         arguments: Its command line.
         log: The file for what it prints and, at the end, the number of its changes to the file system.
         kill_at: Kill it before this change; None never kills it.
-        kill_in: Kill it in a call of a function of `checkpoint`, counted from 1, by the thread that writes the
-            checkpoint of step 4, when step 6 begins.
+        kill_in: Kill it in a call of a function of `checkpoint` or `model_folder`, counted from 1, by the thread that
+            writes the checkpoint of step 4, when step 6 begins.
     """
     return forked.start(_train, list(arguments), kill_at, kill_in, log=log)
 
@@ -71,8 +71,9 @@ def _train_interrupted(arguments: list[str]) -> int:
 
 
 def _kill_in_background(name: str, call: int) -> None:
-    """Replace a function of `checkpoint` by one that ends the process in a call by the thread of step 4."""
-    original, train_step = getattr(checkpoint, name), Trainer._train_step
+    """Replace a function by one that ends the process in a call by the thread of step 4."""
+    owner = checkpoint if hasattr(checkpoint, name) else model_folder
+    original, train_step = getattr(owner, name), Trainer._train_step
     has_gone_on = threading.Event()
     calls = iter(range(1, 1000))
 
@@ -88,7 +89,7 @@ def _kill_in_background(name: str, call: int) -> None:
         return original(*arguments)
 
     Trainer._train_step = noted  # type: ignore[method-assign]
-    setattr(checkpoint, name, killed)
+    setattr(owner, name, killed)
 
 
 def _train(arguments: list[str], kill_at: int | None, kill_in: tuple[str, int] | None) -> int:
