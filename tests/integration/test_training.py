@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf import GaussianDiffusionPipeline
@@ -469,9 +471,11 @@ def test_a_bug_in_training_or_in_the_report_is_not_reported_as_a_users_mistake(
 def test_a_class_without_training_images_is_refused_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
-    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(20) % 2 * 2)
-    changes = {"data__source": tmp_path / "images.npz", "data__validation_fraction": 0.2}
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    columns = {"image": list(map(Image.fromarray, pixels)), "label": [0, 2] * 10}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "owl"])})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "images.parquet")
+    changes = {"data__source": tmp_path / "images.parquet", "data__validation_fraction": 0.2}
     changes |= {"evaluation__recognition": True, "evaluation__num_samples": 6}
     assert train(run_arguments(tmp_path / "run", **changes)) == 2
     assert "error: " in capsys.readouterr().err

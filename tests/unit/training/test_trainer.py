@@ -367,7 +367,7 @@ def test_the_best_checkpoint_is_saved_when_it_is_found_and_kept_over_a_resume(tm
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        (RunConfig(), "data.source is not set; give an image folder"),
+        (RunConfig(), "data.source is not set; set it, or pass the images as train_dataset."),
         (RunConfig(data=DataConfig(source="x"), training=TrainingConfig(ema_decay=1.5)), "training.ema_decay is 1.5"),
         (RunConfig(training=TrainingConfig(num_steps="4")), "training.num_steps is '4', but must be a whole number"),  # type: ignore[arg-type]
         (RunConfig(data={"sourze": "x"}), "there is no setting data.sourze; did you mean data.source?"),  # type: ignore[arg-type]
