@@ -9,6 +9,7 @@ Data and settings that cannot be used raise a `DataError`.
 import functools
 import glob
 import hashlib
+import io
 import json
 import logging
 import lzma
@@ -439,6 +440,11 @@ def _why_ignored(name: str) -> str | None:
     return None if is_image else name
 
 
+def _is_array(name: str) -> bool:
+    """Return whether a file is an array of NumPy, which is an image if there are no others."""
+    return name.lower().endswith(".npy") and _why_ignored(name) == name
+
+
 def _source_of_files(
     path: Path,
     kind: str,
@@ -465,6 +471,9 @@ def _source_of_files(
     """
     reasons = [_why_ignored(file.name) for file in files]
     images = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
+    if not images and any(_is_array(file.name) for file in files):
+        images = [file for file in files if _is_array(file.name)]
+        reasons = [None if _is_array(file.name) else reason for file, reason in zip(files, reasons, strict=True)]
     ignored = (*filter(None, reasons), *others)
     found = read_layout([file.folders for file in images], str(path), layout, is_archive=kind != "folder")
     inside = _files_of_split(images, found, _name_of_split(split, str(path)), path) if images else []
@@ -477,13 +486,18 @@ def _source_of_files(
         labels, class_names = _class_folders(chosen, images, found, class_order)
     else:
         labels, class_names = encode_labels([read_label(file) for file in chosen], str(path))
+
+    def read_image(row: int) -> EncodedImage:
+        image = read(f"image {row} of {path} ({chosen[row].name})", chosen[row])
+        return _image_of_array(image) if _is_array(chosen[row].name) else image
+
     identities = [[file.name, *file.identity] for file in chosen]
     return Source(
         name=str(path),
         kind=kind,
         fingerprint=hashlib.sha256(json.dumps(identities).encode()).hexdigest(),
         num_images=len(chosen),
-        read=lambda rows: (read(f"image {row} of {path} ({chosen[row].name})", chosen[row]) for row in rows),
+        read=lambda rows: map(read_image, rows),
         labels=labels,
         class_names=class_names,
         ignored_files=(*ignored, *left_out),
@@ -917,7 +931,10 @@ _BYTES_PER_DIGEST = 2**24
 def _open_array(
     path: Path, config: DataConfig, split: str, class_order: ClassOrder, known: tuple[str, ...] | None
 ) -> ImageSet | Source:
-    """Open uint8 or uint16 images (number, height, width, channels) from .npy, or with labels from .npz."""
+    """Open uint8, uint16 or bool images from .npy, or with labels from .npz.
+
+    Their shape is (number, height, width), (number, height, width, channels) or (number, channels, height, width).
+    """
     _check_unset(config, ("layout",), f"{path}, which is no folder or archive of images")
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -938,7 +955,7 @@ def _open_array(
         arrays = {name: arrays[part] for name, part in parts.items()} | arrays
     elif wanted != "train":
         raise _no_such_split(path, wanted)
-    images = _find_images(arrays, path, config)
+    images, is_as_stored = _find_images(arrays, path, config)
     if config.label_column is not None and config.label_column not in arrays:
         raise DataError(
             f"data.label_column {config.label_column!r} is not an array of {path}, which contains {', '.join(arrays)}."
@@ -958,7 +975,8 @@ def _open_array(
                 raise
             labels, problem = None, str(error)
     labels = None if labels is None else labels[rows]
-    if path.suffix == ".npy" and isinstance(rows, range) and not needs_preprocessing(images, config):
+    is_mappable = path.suffix == ".npy" and is_as_stored and not needs_preprocessing(images, config)
+    if is_mappable and isinstance(rows, range):
         images = images[rows.start : rows.stop]
         location = {
             "array": os.path.abspath(path),
@@ -970,11 +988,7 @@ def _open_array(
         return image_set_of_array(images, location)
 
     def read(numbers: Sequence[int]) -> list[EncodedImage]:
-        native = images.dtype.newbyteorder("=")
-        return [
-            EncodedImage(f"image {number} of {path}", images[rows[number]].astype(native, copy=False))
-            for number in numbers
-        ]
+        return [EncodedImage(f"image {number} of {path}", _as_native(images[rows[number]])) for number in numbers]
 
     fingerprint = f"{file_identity(path)} {config.image_column} {rows} {images.dtype} {images.shape}"
     source = Source(str(path), path.suffix[1:], fingerprint, len(rows), read, labels, class_names)
@@ -1023,11 +1037,39 @@ def image_set_of_array(images: NDArray[np.integer], location: dict[str, Any]) ->
     )
 
 
-def _find_images(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig) -> NDArray[np.integer]:
-    """Return the images with a channel axis."""
+def _as_native(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Return pixels in the byte order of this machine; those of a bool array are black and white."""
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * np.uint8(255)
+    native: NDArray[Any] = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    return native
+
+
+def _image_of_array(image: EncodedImage) -> EncodedImage:
+    """Return the image in an .npy file of its own."""
+    try:
+        content: Any = image.data if isinstance(image.data, Path) else io.BytesIO(image.read())
+        pixels = np.load(content, allow_pickle=False)
+    except DataError:
+        return image
+    except Exception as error:  # NumPy raises many types for damaged files
+        return EncodedImage(image.name, None, " ".join(str(error).split()))
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    elif pixels.ndim == 3 and pixels.shape[-1] not in MODE_OF_CHANNELS and pixels.shape[0] in MODE_OF_CHANNELS:
+        pixels = np.moveaxis(pixels, 0, -1)
+    is_image = pixels.ndim == 3 and pixels.shape[-1] in MODE_OF_CHANNELS and pixels.size > 0
+    if not is_image or pixels.dtype.name not in ("uint8", "uint16", "bool"):
+        reason = f"it contains {pixels.dtype} {pixels.shape}; an image is uint8, uint16 or bool with 1, 3 or 4 channels"
+        return EncodedImage(image.name, None, reason)
+    return EncodedImage(image.name, _as_native(pixels))
+
+
+def _find_images(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig) -> tuple[NDArray[np.integer], bool]:
+    """Return the images (number, height, width, channels), and whether they are stored in this order as integers."""
     name = config.image_column
     if name is None:
-        found = [name for name, array in arrays.items() if array.ndim >= 3 and array.dtype.kind in "iuf"]
+        found = [name for name, array in arrays.items() if array.ndim >= 3 and array.dtype.kind in "iufb"]
         name = "images" if "images" in arrays or len(found) != 1 else found[0]
     if name not in arrays:
         setting = f"data.image_column {name!r}" if config.image_column else "'images'"
@@ -1042,15 +1084,19 @@ def _find_images(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig
             f"{path} contains an array of shape ({shape}), which is a single image, or gray images {images.shape[-1]} "
             f"pixels wide; save it as (1, {shape}) or ({shape}, 1)."
         )
+    channels = (*MODE_OF_CHANNELS, config.num_channels)
+    is_as_stored = images.dtype != bool
     if images.ndim == 3:
         images = images[..., None]
-    is_readable = images.dtype.name in ("uint8", "uint16") and images.ndim == 4
-    if not is_readable or images.shape[-1] not in (*MODE_OF_CHANNELS, config.num_channels):
+    elif images.ndim == 4 and images.shape[-1] not in channels and images.shape[1] in channels:
+        images, is_as_stored = np.moveaxis(images, 1, -1), False
+    is_readable = images.dtype.name in ("uint8", "uint16", "bool") and images.ndim == 4
+    if not is_readable or images.shape[-1] not in channels:
         raise DataError(
-            f"{path} contains {images.dtype} {images.shape}; it must be uint8 or uint16 (number, height, width, "
-            "channels) with 1, 3 or 4 channels, or data.num_channels of them."
+            f"{path} contains {images.dtype} {images.shape}; it must be uint8, uint16 or bool (number, height, width, "
+            "channels) or (number, channels, height, width), with 1, 3 or 4 channels or data.num_channels of them."
         )
-    return images
+    return images, is_as_stored
 
 
 def needs_preprocessing(images: NDArray[np.integer], config: DataConfig) -> bool:

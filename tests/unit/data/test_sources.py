@@ -546,6 +546,27 @@ def test_class_folders_whose_names_are_not_utf_8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS[:3])
+def test_each_array_of_a_folder_is_an_image(tmp_path: Path, name: str) -> None:
+    """Unless there are images of other types. Arrays of other shapes are bad images."""
+
+    def array(pixels: np.ndarray) -> bytes:
+        np.save(content := io.BytesIO(), pixels)
+        return content.getvalue()
+
+    files = {"cat/1.npy": array(RGB), "dog/1.npy": array(RGB.transpose(2, 0, 1)), "dog/2.npy": array(GRAY > 127)}
+    images = open_source(store(tmp_path, name, files), tmp_path / "cache", with_labels=True)
+    assert [images.labels.tolist(), images.class_names] == [[0, 1, 1], ("cat", "dog")]
+    masks = np.repeat(np.where(GRAY > 127, 255, 0)[..., None], 3, axis=-1)
+    assert np.array_equal(pixels_of(images), [RGB, RGB, masks])
+    (tmp_path / "bad").mkdir()
+    bad = store(tmp_path / "bad", name, files | {"dog/3.npy": array(np.zeros((2, 4, 4, 3)))})
+    assert "cannot be read (it contains float64 (2, 4, 4, 3); an image is uint8" in refusal(bad, tmp_path / "cache")
+    (tmp_path / "mixed").mkdir()
+    mixed = store(tmp_path / "mixed", name, files | {"cat/1.png": encode(RGB)})
+    assert source_of(mixed).num_images == 1
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
 def test_images_in_no_split_are_named(tmp_path: Path, name: str) -> None:
     files = {"train/1.png": b"1", "test/1.png": b"2", "unlabeled/1.png": b"3"}
     source = source_of(store(tmp_path, name, {f"x/{file}": data for file, data in files.items()}))
@@ -881,6 +902,23 @@ def test_arrays_are_detected_or_configured(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_channels_may_come_first(tmp_path: Path, name: str) -> None:
+    first = save(tmp_path / name, PIXELS.transpose(0, 3, 1, 2))
+    assert np.array_equal(pixels_of(open_source(first, tmp_path / "cache")), PIXELS)
+    assert len(open_source(first, tmp_path / "cache", split="train[1:]")) == 3
+    wide = save(tmp_path / f"wide{name}", np.arange(2 * 5 * 6 * 7, dtype=np.uint8).reshape(2, 5, 6, 7))
+    assert open_source(wide, tmp_path / "cache", num_channels=5).image_shape == (5, 6, 7)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_bool_is_black_and_white(tmp_path: Path, name: str) -> None:
+    masks = PIXELS[..., 0] > 127
+    images = open_source(save(tmp_path / name, masks), tmp_path / "cache")
+    assert images.image_shape[0] == 1
+    assert np.array_equal(pixels_of(images)[..., 0], np.where(masks, 255, 0))
+
+
 def test_labels_that_are_no_classes_matter_only_to_class_conditional_networks(tmp_path: Path) -> None:
     path = save(tmp_path / "x.npz", PIXELS, labels=np.ones((4, 3)))
     assert open_source(path, tmp_path / "cache").labels is None
@@ -890,10 +928,13 @@ def test_labels_that_are_no_classes_matter_only_to_class_conditional_networks(tm
 @pytest.mark.parametrize(
     ("arrays", "sentence"),
     [
-        ({"images": np.zeros((2, 8, 8, 1), np.float32)}, "contains float32 (2, 8, 8, 1); it must be uint8 or uint16"),
-        ({"images": np.zeros((2, 8, 8, 1), np.int64)}, "contains int64 (2, 8, 8, 1); it must be uint8 or uint16"),
-        ({"images": np.zeros((8, 8), np.uint8)}, "it must be uint8 or uint16 (number, height, width, channels)"),
-        ({"images": np.zeros((2, 3, 8, 8), np.uint8)}, "with 1, 3 or 4 channels, or data.num_channels of them"),
+        (
+            {"images": np.zeros((2, 8, 8, 1), np.float32)},
+            "contains float32 (2, 8, 8, 1); it must be uint8, uint16 or bool",
+        ),
+        ({"images": np.zeros((2, 8, 8, 1), np.int64)}, "contains int64 (2, 8, 8, 1); it must be uint8, uint16 or bool"),
+        ({"images": np.zeros((8, 8), np.uint8)}, "it must be uint8, uint16 or bool (number, height, width, "),
+        ({"images": np.zeros((2, 5, 8, 8), np.uint8)}, "with 1, 3 or 4 channels or data.num_channels of them"),
         ({"images": np.zeros((0, 8, 8, 1), np.uint8)}, "contains no images"),
         ({"images": np.zeros((2, 8, 8, 1), np.uint8), "labels": np.zeros(3, np.int64)}, "but 3 labels; save one"),
         ({"images": np.array([{}])}, "cannot be read as a NumPy array"),
