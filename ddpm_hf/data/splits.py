@@ -68,7 +68,7 @@ def open_images(
     if isinstance(source, Source) and split not in (None, config.split):
         source = replace(source, ignored_files=())  # logged for the training split only
     if with_labels:
-        _check_labels(source, name)
+        check_labels(source, name)
     images = source if isinstance(source, ImageSet) else open_cache(source, config)
     if location is not None and images.digest != location["digest"]:
         raise DataError(f"{name} has other images or labels here than on rank 0; use the same data on both.")
@@ -161,7 +161,7 @@ def describe_sets(training: ImageSet | ImageStream, validation: ImageSet) -> str
     return f"{number} training and {len(validation):,} validation images of {_shape(training)}{note}"
 
 
-def _check_labels(source: Source | ImageSet, name: str) -> None:
+def check_labels(source: Source | ImageSet, name: str) -> None:
     """Raise a DataError if a class-conditional network cannot be trained with the labels."""
     if source.labels is not None and source.class_names is None:
         raise DataError(

@@ -14,7 +14,7 @@ from ddpm_hf.data.decode import DataError
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.loader import ImageLoader
 from ddpm_hf.data.sources import Source, find_source
-from ddpm_hf.data.splits import open_sets
+from ddpm_hf.data.splits import check_labels, open_sets
 from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.files import format_bytes, format_count
 
@@ -68,10 +68,11 @@ def summarize(config: DataConfig, *, with_labels: bool, seed: int, num_samples: 
     facts.append(("classes", _classes(images)))
     shown = images
     if problem is None:
-        known = None if with_labels else images.location  # labels are checked when a dataset is searched
         try:
+            if with_labels:  # as when a dataset is searched, which it is not again
+                check_labels(source, config.source)
             training, validation = open_sets(
-                config, with_labels=with_labels, seed=seed, device=cpu, locations=(known, None)
+                config, with_labels=with_labels, seed=seed, device=cpu, locations=(images.location, None)
             )
             assert isinstance(training, ImageSet)
             shown = training

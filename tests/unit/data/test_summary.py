@@ -210,3 +210,11 @@ def test_a_reason_is_given_if_no_image_can_be_read(tmp_path: Path) -> None:
         f"none of the 2 images of {folder} can be read; the first: image 0 of {folder} (1.png) cannot be decoded (it "
         "is not an image in a supported format)."
     )
+
+
+def test_a_warning_is_printed_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((4, 8, 8), np.uint8) + 200, labels=[3, 7, 3, 7])
+    config = DataConfig(source=str(tmp_path / "x.npz"), cache_dir=str(tmp_path / "cache"))
+    summary = summarize(config, with_labels=True, seed=0, num_samples=1)
+    assert "classes   2: 3 (2), 7 (2)" in summary.lines
+    assert len([line for line in caplog.messages if "classes are numbered" in line]) == 1
