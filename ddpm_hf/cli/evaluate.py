@@ -406,8 +406,9 @@ def _prepare(flags: EvaluateFlags) -> _Work:
         model=ModelConfig(class_conditional=needs_labels),
         training=TrainingConfig(seed=flags.split_seed or 0),
     )
-    class_order = class_order_of(pipeline.config.get("class_names") or {})
-    training, validation = open_splits(config, accelerator, class_order)
+    class_names = pipeline.config.get("class_names") or {}
+    known = tuple(class_names[number] for number in sorted(class_names, key=int)) or None
+    training, validation = open_splits(config, accelerator, class_order_of(class_names), known=known)
     assert isinstance(training, ImageSet)
     if training.image_shape != (num_channels, height, width):
         raise ConfigError(

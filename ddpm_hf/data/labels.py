@@ -42,7 +42,8 @@ def encode_labels(
         values: One label for each image.
         source: How messages refer to them.
         class_names: Names of the classes, if labels are their numbers or names.
-        known: Names of the classes in another part of the dataset, which has the same numbers.
+        known: Names of the classes in another part of the dataset or of a network, whose numbers are kept. Whole
+            numbers are names among names that are numbers, and otherwise the numbers themselves.
         class_order: How classes without names are numbered.
 
     Raises:
@@ -58,6 +59,8 @@ def encode_labels(
     whole = {value for value in given if isinstance(value, int)}
     if whole and min(whole) < 0:
         raise DataError(f"{source} contain {min(whole)}; a class is a number of at least 0, and -1 stands for none.")
+    if whole and class_names is None and known and not any(map(str.isdecimal, known)) and max(whole) < len(known):
+        class_names = known
     if whole and class_names is None:
         class_names = _names_of_numbers(whole, source, known, class_order)
         if class_names is None or class_names == tuple(map(str, range(len(class_names)))):

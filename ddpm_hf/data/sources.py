@@ -83,12 +83,12 @@ def find_source(
         config: The dataset.
         split: The split, or a part of it.
         class_order: How classes are numbered, "text" for a run or pipeline of version 0.1.
-        known: Names of the classes in another split, for labels of tables and arrays.
+        known: Names of the classes in another split or of a network, whose numbers are kept if they contain all.
 
     Returns:
         The encoded images, or the images themselves if they are a .npy file that needs no preprocessing.
     """
-    folder = find_folder(config, split, class_order)
+    folder = find_folder(config, split, class_order, known)
     if folder is not None:
         return folder
     path = Path(config.source).expanduser()
@@ -103,10 +103,13 @@ def find_source(
             ".arrow, .csv, .tsv, .jsonl, .zip, .tar, .npz or .npy file."
         )
     _check_no_columns(config, path)
-    return (open_zip if name.endswith(ZIP_SUFFIXES) else open_tar)(path, split, config.layout, class_order)
+    source = (open_zip if name.endswith(ZIP_SUFFIXES) else open_tar)(path, split, config.layout, class_order)
+    return _with_known_classes(source, known)
 
 
-def find_folder(config: DataConfig, split: str, class_order: ClassOrder = "numbers") -> Source | None:
+def find_folder(
+    config: DataConfig, split: str, class_order: ClassOrder = "numbers", known: tuple[str, ...] | None = None
+) -> Source | None:
     """Find the images of a local folder; return None for a folder with tables and for any other source."""
     if not config.source:  # a path of no name is the working directory
         raise DataError("data.source is not set; give an image folder, a parquet file or a Hub dataset id.")
@@ -123,8 +126,22 @@ def find_folder(config: DataConfig, split: str, class_order: ClassOrder = "numbe
         name = _name_of_split(split, config.source)
         if name not in shards:
             raise DataError(f"{path} has no split {name!r}; its shards are those of {', '.join(shards)}.")
-        return open_tar(path, split.replace(name, "train"), config.layout, class_order, shards[name])
-    return open_folder(path, split, config.layout, class_order, files)
+        source = open_tar(path, split.replace(name, "train"), config.layout, class_order, shards[name])
+        return _with_known_classes(source, known)
+    return _with_known_classes(open_folder(path, split, config.layout, class_order, files), known)
+
+
+def _with_known_classes(source: Source, known: tuple[str, ...] | None) -> Source:
+    """Number the classes of a folder or an archive as they are in another split or a network, if it has all of them."""
+    if (
+        known is None
+        or source.labels is None
+        or source.class_names is None
+        or not set(source.class_names) <= set(known)
+    ):
+        return source
+    numbers = np.asarray([*map(known.index, source.class_names), NO_LABEL], np.int64)  # NO_LABEL is the last row
+    return replace(source, labels=numbers[source.labels], class_names=known)
 
 
 def _shards(folder: Path, files: Iterable[Path]) -> dict[str, list[Path]] | None:

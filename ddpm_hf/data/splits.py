@@ -90,6 +90,7 @@ def open_sets(
     device: torch.device,
     locations: Sequence[Location | None] = (None, None),
     class_order: ClassOrder = "numbers",
+    known: tuple[str, ...] | None = None,
     train_dataset: Any = None,
     eval_dataset: Any = None,
 ) -> tuple[ImageSet | ImageStream, ImageSet]:
@@ -104,6 +105,7 @@ def open_sets(
         device: Device of the samples of a stream.
         locations: `locations_of` the sets that rank 0 has opened, so that other ranks do not search the dataset again.
         class_order: As in `find_source`.
+        known: As in `find_source`.
         train_dataset: The images that data.source stands for, if they are in memory.
         eval_dataset: The images that data.validation_split stands for, if they are in memory.
 
@@ -127,7 +129,12 @@ def open_sets(
         validation = ImageSet(np.zeros((1, *training.image_shape), np.uint8), None, None, np.zeros(0, np.int64))
     else:
         images = open_images(
-            config, with_labels=with_labels, location=locations[0], class_order=class_order, dataset=train_dataset
+            config,
+            with_labels=with_labels,
+            location=locations[0],
+            class_order=class_order,
+            known=known,
+            dataset=train_dataset,
         )
         training, validation = images.split(config.validation_fraction, seed)
     if config.validation_split is not None:

@@ -900,7 +900,7 @@ def resolve(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[str, 
 
 
 def open_splits(
-    config: RunConfig, accelerator: Accelerator, class_order: ClassOrder = "numbers", **datasets: Any
+    config: RunConfig, accelerator: Accelerator, class_order: ClassOrder = "numbers", **options: Any
 ) -> tuple[ImageSet | ImageStream, ImageSet]:
     """Collective: open the data. Rank 0 searches and decodes them; the other ranks map what it found.
 
@@ -908,7 +908,7 @@ def open_splits(
         config: The data, and the seed that chooses the validation set.
         accelerator: The processes.
         class_order: How class folders named by numbers are sorted.
-        **datasets: `train_dataset` and `eval_dataset` of `open_sets`.
+        **options: `known`, `train_dataset` and `eval_dataset` of `open_sets`.
 
     Returns:
         The training set, or this process's stream of it, and the validation set.
@@ -927,7 +927,7 @@ def open_splits(
             device=accelerator.device,
             locations=locations,
             class_order=class_order,
-            **datasets,
+            **options,
         )
 
     opened = distributed.on_rank_0(open_both)

@@ -145,10 +145,10 @@ def test_a_run_of_0_1_keeps_the_order_of_its_classes(tmp_path: Path, streaming: 
     assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
     names = json.loads((tmp_path / "run/pipeline/model_index.json").read_text())["class_names"]
     assert [names[str(number)] for number in range(5)] == ["0", "1", "10", "11", "2"]
-    # An evaluation of its pipeline keeps it too: the same as with numbered labels in that order.
+    # An evaluation of its pipeline keeps it too: labels are the names of its classes.
     names = sorted(map(str, range(12)))
     pixels = [np.asarray(Image.open(source / name / "1.png")) for name in names]
-    np.savez(tmp_path / "x.npz", images=np.stack(pixels), labels=np.arange(12))
+    np.savez(tmp_path / "x.npz", images=np.stack(pixels), labels=np.array(names, np.int64))
     values = []
     for data in (source, tmp_path / "x.npz"):
         bound = ["--metrics", "bits_per_dim", "--num_terms", "2", "--num_samples", "1", "--num_inference_steps", "1"]

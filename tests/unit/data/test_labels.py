@@ -64,6 +64,11 @@ def test_the_classes_of_another_part_keep_their_numbers(values: list[Any], known
     assert [known[number] for number in labels.tolist()] == list(map(str, values))
 
 
+def test_whole_numbers_are_the_numbers_of_known_classes_with_other_names() -> None:
+    labels, names = encode_labels([2, 1], "the labels", known=("a", "b", "c"))
+    assert (labels.tolist(), names) == ([2, 1], ("a", "b", "c"))
+
+
 def test_version_0_1_numbered_classes_by_their_labels() -> None:
     labels, names = encode_labels([3, 1], "the labels", class_order="text")
     assert (labels.tolist(), names) == ([3, 1], ("0", "1", "2", "3"))

@@ -567,6 +567,17 @@ def test_each_array_of_a_folder_is_an_image(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS[:3])
+def test_class_folders_have_the_numbers_of_a_network(tmp_path: Path, name: str) -> None:
+    """Also if some of its classes are missing."""
+    path = store(tmp_path, name, {"dog/1.png": b"1", "owl/1.png": b"2"})
+    for known, labels in ((("cat", "dog", "owl"), [1, 2]), (("owl", "dog"), [1, 0]), (("cat", "dog"), [0, 1])):
+        source = find_source(DataConfig(source=str(path)), "train", known=known)
+        assert isinstance(source, Source)
+        assert source.labels.tolist() == labels
+        assert source.class_names == (known if "owl" in known else ("dog", "owl"))
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
 def test_images_in_no_split_are_named(tmp_path: Path, name: str) -> None:
     files = {"train/1.png": b"1", "test/1.png": b"2", "unlabeled/1.png": b"3"}
     source = source_of(store(tmp_path, name, {f"x/{file}": data for file, data in files.items()}))
