@@ -65,14 +65,14 @@ def encode_labels(
         class_names = _names_of_numbers(whole, source, known, class_order)
         if class_names is None or class_names == tuple(map(str, range(len(class_names)))):
             return np.asarray([NO_LABEL if value is None else value for value in plain], np.int64), class_names
-        plain = [None if value in (None, NO_LABEL) else str(value) for value in plain]
     elif whole:
         return np.asarray([NO_LABEL if value is None else value for value in plain], np.int64), class_names
     texts = set(map(str, given))
     names = next((names for names in (class_names, known) if names and texts <= set(names)), None)
     names = names or tuple(sort_classes(texts) if class_order == "numbers" else sorted(texts))
     number_of = {name: number for number, name in enumerate(names)}
-    return np.asarray([NO_LABEL if value is None else number_of[str(value)] for value in plain], np.int64), names
+    numbered = [NO_LABEL if value in (None, NO_LABEL) else number_of[str(value)] for value in plain]
+    return np.asarray(numbered, np.int64), names
 
 
 def _plain_labels(
