@@ -31,6 +31,7 @@ from ddpm_hf.files import (
     MODEL_INDEX,
     PIPELINE_DIR,
     SCHEDULER_CONFIG,
+    TRAINER_STATE,
     read_json,
     sha256_of_file,
     write_json,
@@ -312,7 +313,7 @@ def checkpoint_scheduler(model: ModelFolder) -> GaussianDiffusionScheduler:
 
 
 def pipeline_settings(model: ModelFolder) -> dict[str, Any]:
-    """Return class_names, has_null_label and self_conditioned of the pipeline of a checkpoint."""
+    """Return class_names, has_null_label, self_conditioned and value_range of the pipeline of a checkpoint."""
     objective = settings_of(model.path)["objective"]
     num_labels = read_json(model.weights / MODEL_CONFIG).get("num_class_embeds")
     has_null_label = num_labels is not None and (objective.get("class_dropout") or 0) > 0
@@ -323,7 +324,12 @@ def pipeline_settings(model: ModelFolder) -> dict[str, Any]:
     if num_classes and names is None:
         log_warning(f"{model.path} does not hold the names of its {num_classes} classes; give labels as numbers.")
     is_self_conditioned = (objective.get("self_conditioning") or 0) > 0
-    return {"class_names": names, "has_null_label": has_null_label, "self_conditioned": is_self_conditioned}
+    return {
+        "class_names": names,
+        "has_null_label": has_null_label,
+        "self_conditioned": is_self_conditioned,
+        "value_range": read_json(model.path / TRAINER_STATE).get("value_range"),
+    }
 
 
 def save_second_moments(model: ModelFolder, scheduler: GaussianDiffusionScheduler) -> Path:

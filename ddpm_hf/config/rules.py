@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from math import isfinite, nan
 from typing import Any, TypeAlias
 
 from ddpm_hf.config.schema import (
@@ -230,8 +231,19 @@ def _check_data(data: DataConfig, has_train_dataset: bool, has_eval_dataset: boo
     shorter = min(resolution) if isinstance(resolution, list) else resolution
     if data.resize_to and shorter and data.resize_to < shorter:
         raise ConfigError(f"data.resize_to {data.resize_to} is less than data.resolution {shorter}; increase it.")
+    if isinstance(data.value_range, list):
+        low, high = (*data.value_range, nan, nan)[:2]
+        if len(data.value_range) != 2 or not (isfinite(low) and isfinite(high) and low < high):
+            raise ConfigError(
+                f"data.value_range is {data.value_range}, but must be [low, high] with low < high, or auto."
+            )
     if not data.streaming:
         return
+    if data.value_range == "auto":
+        raise ConfigError(
+            "data.value_range auto takes the range from all images, which data.streaming does not read in advance; set "
+            "data.value_range to [low, high]."
+        )
     if resolution is None or data.num_channels not in (1, 3, 4):
         raise ConfigError(
             "data.streaming does not inspect the images before training; set data.resolution, and data.num_channels to "

@@ -111,6 +111,9 @@ class DataConfig:
         crop: Crop to resolution in the center, or at a random position in every epoch.
         random_flip: Flip images horizontally with probability 1/2, drawn in every epoch.
         num_channels: 1 (gray), 3 (RGB), 4 (RGBA), or that of an array; null uses the smallest that fits every image.
+        value_range: [low, high], the values that become -1 and 1, of floating-point, signed and 32-bit data, and of
+            integers that do not use the range of their type; values outside are clipped. "auto" takes the smallest and
+            the largest value of split. null takes 0 and 255, or 0 and 65535 for 16 bits. Saved with the pipeline.
         background: Color behind transparent pixels when num_channels has no alpha channel; null refuses such images.
         on_bad_image: Stop at an unreadable image, or replace it by the next readable one and count it.
         max_bad_fraction: Stop if more than this fraction of the images is unreadable.
@@ -136,6 +139,7 @@ class DataConfig:
     crop: Literal["center", "random"] = "center"
     random_flip: bool = False
     num_channels: int | None = None
+    value_range: list[float] | Literal["auto"] | None = None
     background: Literal["white", "black"] | None = None
     on_bad_image: Literal["error", "skip"] = "error"
     max_bad_fraction: float = 0.01

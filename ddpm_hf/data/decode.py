@@ -24,7 +24,9 @@ from ddpm_hf.config import DataConfig
 
 logger = logging.getLogger(__name__)
 
-Pixels: TypeAlias = NDArray[np.integer]
+Pixels: TypeAlias = NDArray[np.integer | np.floating]
+ValueRange: TypeAlias = tuple[float, float]
+"""The values that become -1 and 1."""
 
 
 class DataError(ValueError):
@@ -350,7 +352,7 @@ def _decode_16_bit_color(image: EncodedImage, opened: Image.Image) -> Pixels:
 def _convert_channels(pixels: Pixels, output: OutputFormat, name: str) -> Pixels:
     """Convert an image to the number of channels of its dataset, if nothing is lost."""
     have, want = pixels.shape[2], output.num_channels
-    highest = np.iinfo(pixels.dtype).max
+    highest = np.iinfo(pixels.dtype.name).max
     if have == want:
         return pixels
     if have not in MODE_OF_CHANNELS or want not in MODE_OF_CHANNELS:
@@ -507,39 +509,52 @@ def _resize(
     values = np.stack([np.asarray(plane.resize(size, resize_filter, box)) for plane in planes], axis=-1)
     if channels == 4:
         values[..., :3] /= np.maximum(values[..., 3:], 1e-6)
-    return np.rint(values).clip(0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
+    return np.rint(values).clip(0, np.iinfo(pixels.dtype.name).max).astype(pixels.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ value range
 
 
-def normalize(images: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
+def normalize(
+    images: torch.Tensor, mirrored: torch.Tensor | None = None, value_range: ValueRange | None = None
+) -> torch.Tensor:
     """Scale stored pixels to [-1, 1], on any device.
 
     Args:
-        images: uint8 or uint16 (batch, channels, height, width).
+        images: Stored pixels (batch, channels, height, width).
         mirrored: bool (batch,), which images to flip horizontally; None flips none.
+        value_range: The values that become -1 and 1; those outside are clipped. None for 0 and 255 (65535 for uint16).
 
     Returns:
-        float32 of the same shape: 0 becomes -1, and 255 (65535 for uint16) becomes 1.
+        float32 of the same shape.
     """
-    half_range = torch.iinfo(images.dtype).max / 2
+    low, high = (0, torch.iinfo(images.dtype).max) if value_range is None else value_range
     if mirrored is not None:
         bits = as_bits(images)
         images = torch.where(mirrored[:, None, None, None], bits.flip(-1), bits).view(images.dtype)
-    return images.to(torch.float32).div_(half_range).sub_(1.0)
+    values = images.to(torch.float32, copy=True)
+    if low:
+        values.sub_(low)
+    values.div_((high - low) / 2).sub_(1.0)
+    return values if value_range is None else values.clamp_(-1, 1)
 
 
 def as_bits(images: torch.Tensor) -> torch.Tensor:
-    """View uint16 as int16, because torch implements few operations for uint16; return uint8 unchanged."""
+    """View uint16 as int16, because torch implements few operations for uint16; return other types unchanged."""
     return images.view(torch.int16) if images.dtype == torch.uint16 else images
 
 
-def to_uint8(pixels: Pixels) -> NDArray[np.uint8]:
-    """Round 16-bit pixels to the nearest 8-bit value; return 8-bit pixels unchanged."""
+def to_uint8(pixels: Pixels, value_range: ValueRange | None = None) -> NDArray[np.uint8]:
+    """Scale pixels to the nearest 8-bit value; return 8-bit pixels without a value range unchanged."""
+    if value_range is not None:
+        low, high = value_range
+        unit = ((pixels.astype(np.float64) - low) / (high - low)).clip(0, 1)
+        rounded: NDArray[np.uint8] = np.rint(unit * 255).astype(np.uint8)
+        return rounded
     if pixels.dtype == np.uint8:
         return pixels.view(np.uint8)
-    return np.rint(pixels / 257).astype(np.uint8)
+    rounded = np.rint(pixels / 257).astype(np.uint8)
+    return rounded
 
 
 def warn_of_low_contrast(name: str, lowest: int, highest: int, dtype: np.dtype[Any]) -> None:

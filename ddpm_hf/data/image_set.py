@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_hf.data.decode import DataError
+from ddpm_hf.data.decode import DataError, Pixels, ValueRange, to_uint8
 from ddpm_hf.rng import numpy_generator
 
 
@@ -21,7 +21,7 @@ class UnequalImages:
         num_channels: Channels of every image.
     """
 
-    flat: NDArray[np.integer]
+    flat: Pixels
     layout: NDArray[np.int64]
     num_channels: int
 
@@ -33,7 +33,7 @@ class UnequalImages:
     def __len__(self) -> int:
         return len(self.layout)
 
-    def __getitem__(self, row: int) -> NDArray[np.integer]:
+    def __getitem__(self, row: int) -> Pixels:
         """Return one image (channels, height, width)."""
         start, height, width = self.layout[row].tolist()
         return self.flat[start : start + self.num_channels * height * width].reshape(-1, height, width)
@@ -44,7 +44,7 @@ class ImageSet:
     """Decoded images and their labels.
 
     Args:
-        images: uint8 or uint16 (number, channels, height, width), usually memory-mapped.
+        images: uint8, uint16, int16, float16 or float32 (number, channels, height, width), usually memory-mapped.
         labels: int64 (number,), or None if the data have none.
         class_names: Names of the classes, or None if there are no labels.
         indices: Rows of `images` in this set.
@@ -52,9 +52,10 @@ class ImageSet:
         bad_rows: Rows of `images` that could not be decoded, in ascending order.
         digest: Identifies the data; empty if unknown.
         location: Where another process finds the same arrays, as JSON; None if they are only in memory.
+        value_range: The values that become -1 and 1; None for 0 and the largest value of the type.
     """
 
-    images: NDArray[np.integer] | UnequalImages
+    images: Pixels | UnequalImages
     labels: NDArray[np.int64] | None
     class_names: tuple[str, ...] | None
     indices: NDArray[np.int64]
@@ -62,6 +63,7 @@ class ImageSet:
     bad_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     digest: str = ""
     location: dict[str, Any] | None = None
+    value_range: ValueRange | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -100,7 +102,7 @@ class ImageSet:
 
     def take(
         self, positions: NDArray[np.int64], corners: NDArray[np.float32] | None = None
-    ) -> tuple[NDArray[np.integer], NDArray[np.int64] | None]:
+    ) -> tuple[Pixels, NDArray[np.int64] | None]:
         """Return images and labels.
 
         Args:
@@ -122,6 +124,10 @@ class ImageSet:
         for number, (row, (top, left)) in enumerate(zip(rows.tolist(), origins.tolist(), strict=True)):
             pixels[number] = self.images[row][:, top : top + height, left : left + width]
         return pixels, labels
+
+    def pictures(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return images, cropped from the center, as 8-bit pictures (number, channels, height, width)."""
+        return to_uint8(self.take(positions)[0], self.value_range)
 
     def crop_origins(
         self, positions: NDArray[np.int64], corners: NDArray[np.float32] | None = None

@@ -125,7 +125,8 @@ class ImageLoader:
             stored = to_device(pixels, self._device)
         else:
             stored, labels = self._take_on_device(self._resident, positions, corners)
-        return normalize(stored, mirrored), None if labels is None else to_device(labels, self._device)
+        images = normalize(stored, mirrored, self._images.value_range)
+        return images, None if labels is None else to_device(labels, self._device)
 
     def numbers(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return the rows in the dataset of samples start to stop - 1, int64 (number,)."""
@@ -195,7 +196,7 @@ def _copy_to_device(images: ImageSet, config: DataConfig, device: torch.device) 
                 f"{format_bytes(free)} free; set it to false."
             )
     # In parts, so that the images are never all in host memory.
-    dtype = torch.uint16 if stored.dtype == np.uint16 else torch.uint8
+    dtype = torch.from_numpy(np.empty(0, stored.dtype)).dtype
     resident = torch.empty(stored.shape, dtype=dtype, device=device)
     num_rows = max(1, _BYTES_PER_COPY // max(1, stored[:1].nbytes))
     for start in range(0, len(stored), num_rows):

@@ -31,7 +31,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data.decode import MODE_OF_CHANNELS, BadImage, DataError, EncodedImage, Geometry, Header, num_threads
+from ddpm_hf.data.decode import (
+    MODE_OF_CHANNELS,
+    BadImage,
+    DataError,
+    EncodedImage,
+    Geometry,
+    Header,
+    Pixels,
+    num_threads,
+)
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.labels import NO_LABEL, ClassOrder, Labels, encode_labels, sort_classes
 from ddpm_hf.data.layout import SPLIT_NAMES, Kind, Layout, read_layout, split_of_word
@@ -1024,7 +1033,7 @@ def _splits_of_arrays(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return {split: parts for split, parts in splits.items() if "images" in parts}
 
 
-def crop_size_of(images: NDArray[np.integer], config: DataConfig) -> tuple[int, int] | None:
+def crop_size_of(images: Pixels, config: DataConfig) -> tuple[int, int] | None:
     """Return the size of random crops of images (number, height, width, channels), None if they are not cropped."""
     geometry = Geometry.of(config)
     return geometry.size if geometry.is_random_crop and geometry.size != images.shape[1:3] else None
@@ -1040,7 +1049,7 @@ def map_array(location: dict[str, Any]) -> ImageSet | None:
     return image_set_of_array(images[slice(*location["rows"])], location)
 
 
-def image_set_of_array(images: NDArray[np.integer], location: dict[str, Any]) -> ImageSet:
+def image_set_of_array(images: Pixels, location: dict[str, Any]) -> ImageSet:
     """Return an image set of an array (number, height, width, channels), which is not copied."""
     crop_size = location["crop_size"]
     return ImageSet(

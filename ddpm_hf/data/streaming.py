@@ -30,6 +30,7 @@ from ddpm_hf.data.decode import (
     Geometry,
     OutputFormat,
     Pixels,
+    ValueRange,
     bad_image_error,
     decode,
     normalize,
@@ -134,6 +135,9 @@ class ImageStream:
         self._size = geometry.size
         self._output = OutputFormat(config.num_channels, np.dtype(np.uint8), config.background, geometry)
         self.image_shape = (config.num_channels, *geometry.size)
+        self.value_range: ValueRange | None = None
+        if isinstance(config.value_range, list):
+            self.value_range = (config.value_range[0], config.value_range[1])
         stream = _open(config, rank, class_order)
         if stream.features is None:
             raise DataError(f"{config.source} does not declare its columns; set data.streaming to false.")

@@ -127,7 +127,7 @@ def _facts_of_array(images: ImageSet, config: DataConfig) -> list[tuple[str, str
     """Return the facts of a .npy file that is used without a cache."""
     assert isinstance(images.images, np.ndarray)
     number, channels, height, width = images.images.shape
-    highest = np.iinfo(images.images.dtype).max
+    highest = np.iinfo(images.images.dtype.name).max
     return [
         ("source", f"{config.source} (array, split {config.split}), used without a cache"),
         ("images", f"{number:,}"),

@@ -25,8 +25,8 @@ class EditingMixin:
     """The editing methods of GaussianDiffusionPipeline; `**options` are the arguments of its call.
 
     `image` may be a PIL image or a list of them, a numpy array (batch, height, width, channels) or a tensor (batch,
-    channels, height, width), uint8 in 0 ... 255 or floats in [0, 1], as returned by the pipeline. `batch_size` and
-    `sample` are not among the options.
+    channels, height, width), uint8 in 0 ... 255 or floats in [0, 1] or the value range of the model, as returned by
+    the pipeline. `batch_size` and `sample` are not among the options.
     """
 
     scheduler: Any

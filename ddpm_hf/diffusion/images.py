@@ -1,5 +1,6 @@
-"""Conversion between images (PIL, numpy, tensors in [0, 1]) and samples (tensors in [-1, 1])."""
+"""Conversion between images (PIL, numpy, tensors in [0, 1] or the range of the data) and samples (in [-1, 1])."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -11,6 +12,8 @@ from .schedule import whole_number
 
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8")
 ImageInput: TypeAlias = Image.Image | Sequence[Image.Image] | np.ndarray[Any, Any] | torch.Tensor
+ValueRange: TypeAlias = Sequence[float]
+"""The two values of the data, low and high, that the samples -1 and 1 stand for."""
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -33,29 +36,54 @@ def to_unit_range(sample: torch.Tensor) -> torch.Tensor:
     return (sample / 2 + 0.5).clamp(0, 1).float()
 
 
-def to_images(sample: torch.Tensor, output_type: str) -> Any:
-    """Convert samples (batch, channels, height, width) in [-1, 1] to one of the pipeline's output types."""
+def check_value_range(value_range: Any) -> list[float] | None:
+    """Return a value range as floats, None for None; raise a ValueError if it is not two increasing numbers."""
+    if value_range is None:
+        return None
+    try:
+        low, high = map(float, value_range)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"value_range is {value_range!r}; it must be two numbers, [low, high], with low < high.")
+    return [low, high]
+
+
+def to_images(sample: torch.Tensor, output_type: str, value_range: ValueRange | None = None) -> Any:
+    """Convert samples (batch, channels, height, width) in [-1, 1] to one of the pipeline's output types.
+
+    `np` and `pt` are values in [0, 1], or in the value range if there is one.
+    """
     images = to_unit_range(sample)
-    if output_type == "pt":
-        return images
+    if output_type in ("np", "pt"):
+        if value_range is not None:
+            low, high = value_range
+            images = (images * (high - low) + low).clamp(low, high)
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
     images = images.permute(0, 2, 3, 1)
-    if output_type == "np":
-        return images.cpu().numpy()
     pixels = (images * 255).round().to(torch.uint8).cpu().numpy()
     if output_type == "uint8":
         return pixels
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
 
 
-def from_images(images: ImageInput, num_channels: int, size_divisor: int, name: str = "image") -> torch.Tensor:
+def from_images(
+    images: ImageInput,
+    num_channels: int,
+    size_divisor: int,
+    name: str = "image",
+    value_range: ValueRange | None = None,
+) -> torch.Tensor:
     """Convert images to samples; the inverse of `to_images`, also for single images.
 
     Args:
         images: A PIL image or a list of them; a numpy array (batch, height, width, channels) or without batch; a tensor
-            (batch, channels, height, width) or without batch. uint8 in 0 ... 255 or floats in [0, 1].
+            (batch, channels, height, width) or without batch. uint8 in 0 ... 255 or floats in [0, 1]; with a value
+            range, uint8 is a picture of it, and all other numbers are values in it.
         num_channels: Channels of the model's images.
         size_divisor: Height and width must be multiples of it.
         name: Name of the argument, for errors.
+        value_range: The values of the data that become -1 and 1.
 
     Returns:
         float32, or float64 for float64, (batch, channels, height, width) in [-1, 1].
@@ -63,7 +91,7 @@ def from_images(images: ImageInput, num_channels: int, size_divisor: int, name: 
     Raises:
         ValueError: If the shape, the mode of a PIL image, or the range of the values does not fit.
     """
-    x = _to_batch(images, num_channels, name)
+    x = _to_batch(images, num_channels, name, value_range)
     if x.ndim != 4 or x.shape[1] != num_channels or x.numel() == 0:
         raise ValueError(
             f"{name} is read as (batch, channels, height, width) = {tuple(x.shape)}, but the model's images have"
@@ -108,7 +136,7 @@ def check_size(height: int, width: int, divisor: int, name: str) -> None:
         )
 
 
-def _to_batch(images: ImageInput, num_channels: int, name: str) -> torch.Tensor:
+def _to_batch(images: ImageInput, num_channels: int, name: str, value_range: ValueRange | None = None) -> torch.Tensor:
     """Return images of any kind as floats in [0, 1], (batch, channels, height, width)."""
     if isinstance(images, torch.Tensor):
         x = images if images.ndim == 4 else images[None]
@@ -124,6 +152,8 @@ def _to_batch(images: ImageInput, num_channels: int, name: str) -> torch.Tensor:
         x = _from_pil(_list_of_pil(images, name), num_channels, name)
     if x.dtype in (torch.uint8, torch.bool):
         return x.float() / (255 if x.dtype == torch.uint8 else 1)
+    if value_range is not None:
+        return _from_value_range(x, value_range, name)
     if not x.is_floating_point():
         raise ValueError(f"{name} has dtype {x.dtype}; pass uint8 in 0 ... 255 or floats in [0, 1].")
     if x.numel() and not (x.min() >= 0 and x.max() <= 1):
@@ -132,6 +162,20 @@ def _to_batch(images: ImageInput, num_channels: int, name: str) -> torch.Tensor:
             " (for data in [-1, 1] pass image / 2 + 0.5)."
         )
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _from_value_range(x: torch.Tensor, value_range: ValueRange, name: str) -> torch.Tensor:
+    """Map values of the range to [0, 1]; raise a ValueError for values outside of it."""
+    low, high = value_range
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    unit = (x - low) / (high - low)
+    rounding = 1e-5  # of the ends of the range in float32
+    if x.numel() and not (unit.min() >= -rounding and unit.max() <= 1 + rounding):
+        raise ValueError(
+            f"{name} has values from {x.min().item():g} to {x.max().item():g}; the model's images have values in"
+            f" [{low:g}, {high:g}]. Clip them to this range, or pass uint8 in 0 ... 255, a picture of it."
+        )
+    return unit.clamp(0, 1)
 
 
 def _list_of_pil(images: Any, name: str) -> list[Image.Image]:

@@ -53,7 +53,7 @@ _forget_loaded_code()
 from .compiled import CompileMode, compile_network
 from .editing import EditingMixin
 from .gaussian import classifier_free_guidance
-from .images import OUTPUT_TYPES, ImageInput, check_size, from_images, image_size, to_images, to_unit_range
+from .images import OUTPUT_TYPES, ImageInput, check_size, check_value_range, from_images, image_size, to_images
 from .saved_folder import (
     PORTABLE_FILES,
     check_parts,
@@ -126,8 +126,8 @@ class GaussianDiffusionPipelineOutput(BaseOutput):
 
     Attributes:
         images: As specified by `output_type`.
-        trajectory: With `return_trajectory`, every state from the first to the last, mapped to [0, 1] like images:
-            float32 on the CPU, (steps + 1, batch, channels, height, width).
+        trajectory: With `return_trajectory`, every state from the first to the last, mapped to [0, 1] or the value
+            range like images: float32 on the CPU, (steps + 1, batch, channels, height, width).
     """
 
     images: Any
@@ -189,9 +189,10 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         has_null_label: Whether the last of `num_class_embeds` means "no class", as guidance needs.
         self_conditioned: Whether the network takes the last predicted x_0 as channels C ... 2C of its input (Chen et
             al. 2022), zeros in the first step.
+        value_range: The values of the training data, [low, high], that -1 and 1 stand for; None for pictures.
 
     Raises:
-        ValueError: If the parts do not fit each other.
+        ValueError: If the parts do not fit each other, or the value range is not two increasing numbers.
     """
 
     model_cpu_offload_seq = "unet"
@@ -207,6 +208,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         class_names: dict[str, str] | None = None,
         has_null_label: bool = False,
         self_conditioned: bool = False,
+        value_range: list[float] | None = None,
     ) -> None:
         super().__init__()
         self._calls: list[SamplingCall] = []  # those that are running
@@ -217,7 +219,12 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         if not hasattr(unet, "config"):
             raise ValueError(f"unet is a {type(unet).__name__}; it must be a UNet2DModel.")
         self.register_modules(unet=unet, scheduler=scheduler)
-        extras = {"class_names": class_names, "has_null_label": has_null_label, "self_conditioned": self_conditioned}
+        extras = {
+            "class_names": class_names,
+            "has_null_label": has_null_label,
+            "self_conditioned": self_conditioned,
+            "value_range": check_value_range(value_range),
+        }
         self.register_to_config(**{name: value for name, value in extras.items() if value})
 
         config = unet.config
@@ -341,8 +348,8 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                 default drawn from `generator`.
             timesteps: A custom descending list instead of `num_inference_steps`.
             timestep_spacing: Overrides the scheduler's spacing; may also be `quadratic`.
-            output_type: `pil`; `np`: float32 (batch, height, width, channels) in [0, 1]; `uint8`: the same in 0 ...
-                255; `pt`: float32 (batch, channels, height, width) in [0, 1].
+            output_type: `pil`; `np`: float32 (batch, height, width, channels) in [0, 1], or in the value range of the
+                model if it has one; `uint8`: the same in 0 ... 255; `pt`: as `np`, (batch, channels, height, width).
             return_dict: Return an output object instead of a tuple.
             callback_on_step_end: `callback(pipeline, step, timestep, tensors)`. It may return {"sample": ...} to
                 replace the sample by one of the same shape, dtype and device, and set `pipeline.interrupt = True` to
@@ -585,14 +592,15 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
 
     def _result(self, call: SamplingCall, sample: torch.Tensor) -> Any:
         """Return the images, and the trajectory if requested."""
-        images = to_images(sample, call.options.output_type)
-        trajectory = None if call.states is None else to_unit_range(torch.stack(call.states))
+        value_range = self.config.get("value_range")
+        images = to_images(sample, call.options.output_type, value_range)
+        trajectory = None if call.states is None else to_images(torch.stack(call.states), "pt", value_range)
         output = GaussianDiffusionPipelineOutput(images=images, trajectory=trajectory)
         return output if call.options.return_dict else output.to_tuple()
 
     def _to_samples(self, image: ImageInput, name: str) -> torch.Tensor:
         """Convert images to samples on the CPU, (batch, channels, height, width) in [-1, 1]."""
-        return from_images(image, self.num_channels, self.size_divisor, name)
+        return from_images(image, self.num_channels, self.size_divisor, name, self.config.get("value_range"))
 
     # Saving and loading
 

@@ -104,7 +104,9 @@ def without_list_form(content: dict[str, Any]) -> dict[str, Any]:
 def check_parts(index: Mapping[str, Any]) -> None:
     """Raise a ValueError if an index names a module that is not loaded; diffusers below 0.42 would import it."""
     for part, value in index.items():
-        if isinstance(value, list) and not part.startswith("_") and value[0] and value[0] not in sys.modules:
+        if not isinstance(value, list) or part.startswith("_") or not isinstance(value[0], str):
+            continue  # a setting, such as value_range
+        if value[0] and value[0] not in sys.modules:
             raise ValueError(f"model_index.json names {value} for {part}, which is not a class of diffusers.")
 
 

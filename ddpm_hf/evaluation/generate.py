@@ -83,7 +83,7 @@ class Sampler:
         self.labels_of(pipeline, range(1))
         scheduler_type = scheduler_class(self.scheduler) if self.scheduler else type(pipeline.scheduler)
         scheduler = scheduler_type.from_config(pipeline.scheduler.config)
-        names = ("class_names", "has_null_label", "self_conditioned")
+        names = ("class_names", "has_null_label", "self_conditioned", "value_range")
         extras = {name: pipeline.config[name] for name in names if pipeline.config.get(name)}
         prepared = GaussianDiffusionPipeline(pipeline.unet, scheduler, **extras)
         if isinstance(prepared.scheduler, GaussianDiffusionScheduler):
@@ -309,6 +309,8 @@ def fingerprint(pipeline: GaussianDiffusionPipeline) -> str:
     scheduler = pipeline.scheduler
     names = ("class_names", "has_null_label", "self_conditioned")
     extras = {name: pipeline.config.get(name) or None for name in names}
+    if value_range := pipeline.config.get("value_range"):
+        extras["value_range"] = list(value_range)
     config: Mapping[str, Any]
     for config in (pipeline.unet.config, scheduler.config, extras, {"scheduler": type(scheduler).__name__}):
         # Names with an underscore are notes of diffusers, among them its version.

@@ -271,7 +271,7 @@ class ReverseProcess:
     def load(self, images: ImageSet, positions: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return images in [-1, 1] in float64, and the labels of a class-conditional network, on its device."""
         pixels, labels = images.take(positions)
-        x_0 = normalize(to_device(pixels, self.device)).double()
+        x_0 = normalize(to_device(pixels, self.device), value_range=images.value_range).double()
         if not self.pipeline.num_classes or labels is None:
             return x_0, None
         return x_0, to_device(labels, self.device)
@@ -280,8 +280,9 @@ class ReverseProcess:
 def check_bound(process: ReverseProcess, images: ImageSet, num_terms: int | None) -> None:
     """Raise ValueError if `variational_bound` cannot be computed; does not call the network."""
     num_channels = process.pipeline.num_channels
-    if images.images.dtype != np.uint8:
-        raise ValueError(f"the images have {images.images.dtype} values; bits per dimension need 8-bit images.")
+    if images.images.dtype != np.uint8 or images.value_range not in (None, (0, 255)):
+        values = "a value range" if images.images.dtype == np.uint8 else f"{images.images.dtype} values"
+        raise ValueError(f"the images have {values}; bits per dimension need 8-bit images, so leave the metric out.")
     if len(images) == 0:
         raise ValueError("there are no images to compute bits per dimension of.")
     if images.image_shape[0] != num_channels:

@@ -385,7 +385,11 @@ def _is_own_code(folder: Path) -> bool:
     installed = Path(ddpm_hf.diffusion.__file__).parent
     known = {_code_digest(installed, PORTABLE_FILES), _CODE_OF_0_1}
     index = read_json(folder / MODEL_INDEX)
-    components = [value for key, value in index.items() if isinstance(value, list) and key != "_class_name"]
+    components = [
+        value
+        for key, value in index.items()
+        if isinstance(value, list) and key != "_class_name" and not all(isinstance(x, int | float) for x in value)
+    ]
     return (
         _code_digest(folder, [path.relative_to(folder).as_posix() for path in folder.rglob("*.py")]) in known
         and index.get("_class_name") in (LIST_FORM, "DDPMPipeline")

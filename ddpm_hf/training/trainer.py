@@ -256,6 +256,7 @@ class Trainer:
             "class_names": self.class_names,
             "has_null_label": has_null_label,
             "self_conditioned": config.objective.self_conditioning > 0,
+            "value_range": None if self.images.value_range is None else list(self.images.value_range),
         }
         self.ema = EMA(self.unet, decay_schedules(training))
         self.optimizer = build_optimizer(self.parameters, training)
@@ -809,6 +810,7 @@ class Trainer:
             "scaler": None if scaler is None else scaler.state_dict(),
             "best": self.best,
             "class_names": self.class_names,
+            "value_range": self.pipeline_settings["value_range"],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -1134,7 +1136,7 @@ def validation_loss(
             draws, positions = np.divmod(np.arange(start, min(start + batch_size, num_pairs)), stop - first)
             positions += first
             pixels, labels = images.take(positions)
-            x_0 = normalize(to_device(pixels, unet.device))
+            x_0 = normalize(to_device(pixels, unet.device), value_range=images.value_range)
             class_labels = to_device(labels, unet.device) if with_labels and labels is not None else None
             noise = normal_by_pair(seed, "validation_noise", draws, positions, x_0.shape[1:], unet.device)
             losses.append(loss(unet, x_0, noise, to_device(timesteps[draws, positions], unet.device), class_labels))
@@ -1173,6 +1175,7 @@ def save_preview(
     class_names: dict[str, str] | None,
     has_null_label: bool,
     self_conditioned: bool = False,
+    value_range: list[float] | None = None,
 ) -> bool:
     """Collective: sample one grid of images, a part on each rank, and write it as PNG on rank 0.
 
@@ -1188,13 +1191,19 @@ def save_preview(
         class_names: Class index -> name, which the images cycle through; None without classes.
         has_null_label: Whether the network was trained with label dropout.
         self_conditioned: Whether the network is self-conditioned.
+        value_range: Of the pipeline; pictures do not depend on it.
 
     Returns:
         Whether this rank has written the file.
     """
     sampler = GaussianDiffusionScheduler.from_config(scheduler.config)
     pipeline = GaussianDiffusionPipeline(
-        unet, sampler, class_names=class_names, has_null_label=has_null_label, self_conditioned=self_conditioned
+        unet,
+        sampler,
+        class_names=class_names,
+        has_null_label=has_null_label,
+        self_conditioned=self_conditioned,
+        value_range=value_range,
     )
     pipeline.set_progress_bar_config(disable=True)
     labels = None if class_names is None else [number % len(class_names) for number in range(config.num_images)]
