@@ -90,6 +90,8 @@ PRESETS: dict[str, dict[str, UNetOverride]] = {
     "ddpm_32": {**_PAPER, **_levels([128, 256, 256, 256], {1}), "dropout": 0.1},
     # The same design in Song, Meng & Ermon 2021, CelebA: 78,700,803 parameters, attention at 16x16.
     "ddpm_64": {**_PAPER, **_levels([128, 256, 256, 256, 512], {2}), "dropout": 0.1},
+    # The same design for 128x128: 71,436,803 parameters, attention at 16x16.
+    "ddpm_128": {**_PAPER, **_levels([128, 128, 256, 256, 512], {3})},
     # Ho et al. 2020, appendix B, CelebA-HQ and LSUN: 113,673,219 parameters, attention at 16x16.
     "ddpm_256": {**_PAPER, **_levels([128, 128, 256, 256, 512, 512], {4})},
     # Nichol & Dhariwal 2021, CIFAR-10: 52,542,979 parameters, attention at 16x16 and 8x8.
@@ -98,6 +100,8 @@ PRESETS: dict[str, dict[str, UNetOverride]] = {
     "improved_64": {**_IMPROVED, **_levels([128, 256, 384, 512], {2, 3})},
     # The design of the paper for 8x8 digits on a laptop: 0.7 M parameters, attention at 4x4.
     "digits_8": {**_PAPER, **_levels([32, 64], {1}), "layers_per_block": 1, "norm_num_groups": 8},
+    # The same for color images of 16x16: 1.7 M parameters, attention at 8x8.
+    "emoji_16": {**_PAPER, **_levels([32, 64, 96], {1}), "layers_per_block": 1, "norm_num_groups": 8},
     # The same for 28x28 digits, which can be halved only twice: 3.7 M parameters, attention at 14x14.
     "mnist_28": {**_PAPER, **_levels([32, 64, 128], {1}), "norm_num_groups": 8},
     # The same for a few thousand photographs of 64x64: 20.8 M parameters, attention at 16x16.

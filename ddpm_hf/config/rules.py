@@ -131,7 +131,7 @@ def refuse_secrets(config: RunConfig) -> None:
 
 def _check_ranges(config: RunConfig) -> None:
     positive = (
-        "diffusion.num_train_timesteps", "training.num_steps", "training.train_batch_size",
+        "diffusion.num_train_timesteps", "diffusion.schedule_shift", "training.num_steps", "training.train_batch_size",
         "training.micro_batch_size", "training.checkpoint_every_steps", "training.log_every_steps",
         "training.max_consecutive_nonfinite", "training.learning_rate", "training.max_grad_norm",
         "training.adam_epsilon", "training.ema_inv_gamma", "training.ema_power", "training.ema_every_steps",

@@ -170,9 +170,12 @@ class ModelConfig:
     """
 
     preset: (
-        Literal["ddpm_32", "ddpm_64", "ddpm_256", "improved_32", "improved_64", "digits_8", "mnist_28", "flowers_64"]
+        Literal[
+            "ddpm_32", "ddpm_64", "ddpm_128", "ddpm_256", "improved_32", "improved_64", "digits_8", "emoji_16",
+            "mnist_28", "flowers_64",
+        ]
         | None
-    ) = "ddpm_32"
+    ) = "ddpm_32"  # fmt: skip
     config_file: str | None = None
     from_pretrained: str | None = None
     revision: str | None = None
@@ -195,6 +198,9 @@ class DiffusionConfig:
         beta_end: Last beta of these schedules, and the beta of const.
         scale_betas_to_timesteps: Multiply beta_start and beta_end by 1000 / num_train_timesteps, so that processes of
             any length end at about the same SNR (Nichol & Dhariwal 2021). The scaled values are saved.
+        schedule_shift: Multiply the noise-to-signal ratio sqrt(1 - alpha_bar) / sqrt(alpha_bar) of every timestep by
+            this; resolution / 64 gives large images the noise that 64x64 images get (Hoogeboom et al. 2023, who shift
+            log SNR by 2 log(64 / resolution)). The betas are saved as trained_betas.
         prediction_type: Output of the network: epsilon (alias eps), sample (alias x0) or v_prediction (alias v).
         variance_type: Variance of the reverse process: fixed_large (beta_t), fixed_small (posterior variance),
             learned_range (between the two, Nichol & Dhariwal 2021) or learned (unconstrained). The learned ones double
@@ -212,6 +218,7 @@ class DiffusionConfig:
     beta_start: float = 1e-4
     beta_end: float = 0.02
     scale_betas_to_timesteps: bool = False
+    schedule_shift: float = 1.0
     prediction_type: Literal["epsilon", "sample", "v_prediction", "eps", "x0", "v"] = "epsilon"
     variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = "fixed_large"
     clip_sample: bool = True

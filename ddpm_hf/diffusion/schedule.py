@@ -290,6 +290,22 @@ def rescale_to_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     return 1 - ratio.nan_to_num()  # 0 / 0 after the signal has reached 0
 
 
+def shift_betas(betas: torch.Tensor, shift: float) -> torch.Tensor:
+    """Multiply sqrt(1 - alpha_bar) / sqrt(alpha_bar) by `shift` at every timestep: log SNR falls by 2 log(shift).
+
+    Section 3.1, Hoogeboom et al. 2023, where shift = resolution / 64.
+
+    Raises:
+        ValueError: If `shift` is not a positive number.
+    """
+    if real_number("schedule_shift", shift) <= 0:
+        raise ValueError(f"schedule_shift is {shift}; it must be greater than 0, for example resolution / 64.")
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    shifted = alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar))
+    before = torch.cat([torch.ones(1, dtype=betas.dtype), shifted[:-1]])
+    return torch.where(before > 0, 1 - shifted / before, 1.0)
+
+
 # Timesteps
 
 

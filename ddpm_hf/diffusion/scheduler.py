@@ -32,6 +32,7 @@ from .schedule import (
     make_betas,
     rescale_to_zero_terminal_snr,
     scale_beta_range,
+    shift_betas,
     spaced_timesteps,
     whole_number,
 )
@@ -223,6 +224,7 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
         beta_start: float = 0.0001,
         beta_end: float = 0.02,
         scale_betas_to_timesteps: bool = False,
+        schedule_shift: float = 1.0,
         trained_betas: np.ndarray | list[float] | None = None,
         prediction_type: str = "epsilon",
         variance_type: str = "fixed_small",
@@ -241,6 +243,8 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
             beta_end: Last beta of a schedule in `BETA_RANGES`.
             scale_betas_to_timesteps: Multiply beta_start and beta_end by 1000 / T, so that about the same signal is
                 left at the last timestep for any T. The product is stored. See `scale_beta_range`.
+            schedule_shift: Factor of the noise-to-signal ratio sqrt(1 - alpha_bar) / sqrt(alpha_bar), such as
+                resolution / 64 (Hoogeboom et al. 2023). Other values than 1 are stored as `trained_betas`.
             trained_betas: T betas instead of a schedule.
             prediction_type: `epsilon` (`eps`), `sample` (`x0`) or `v_prediction` (`v`).
             variance_type: As in the constructor.
@@ -250,12 +254,16 @@ class GaussianDiffusionScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If an option is unknown, out of range, or has no effect beside another one.
         """
         beta_schedule = BETA_SCHEDULE_ALIASES.get(str(beta_schedule), beta_schedule)
-        if trained_betas is not None and (beta_schedule != "linear" or scale_betas_to_timesteps):
-            raise ValueError("trained_betas replaces beta_schedule and scale_betas_to_timesteps; leave these out.")
+        is_shifted = schedule_shift != 1
+        if trained_betas is not None and (beta_schedule != "linear" or scale_betas_to_timesteps or is_shifted):
+            raise ValueError(
+                "trained_betas replaces beta_schedule, scale_betas_to_timesteps and schedule_shift; leave these out."
+            )
         if scale_betas_to_timesteps:
             beta_start, beta_end = scale_beta_range(beta_schedule, num_train_timesteps, beta_start, beta_end)
-        if beta_schedule not in STOCK_BETA_SCHEDULES:
-            trained_betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end).tolist()
+        if beta_schedule not in STOCK_BETA_SCHEDULES or is_shifted:
+            betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+            trained_betas = (shift_betas(betas, schedule_shift) if is_shifted else betas).tolist()
             beta_schedule = "linear"
         scheduler: GaussianDiffusionScheduler = cls(
             num_train_timesteps=num_train_timesteps,

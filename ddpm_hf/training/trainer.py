@@ -112,6 +112,10 @@ logger = logging.getLogger(__name__)
 
 # SIGINT raises KeyboardInterrupt already.
 _TERMINATING_SIGNALS = [number for number in STOP_SIGNALS if number != signal.SIGINT]
+LARGEST_TERMINAL_AMPLITUDE = 0.1
+"""Of an image at the last timestep, sqrt(alpha_bar): 0.006 for linear betas, 0.07 for those of Stable Diffusion."""
+LARGEST_UNSHIFTED_RESOLUTION = 256
+"""Ho et al. 2020 trained on 256x256 with linear betas."""
 _MAX_RECORDED = 1000
 """Updates after which the host reads which ones were skipped, if nothing else is due."""
 
@@ -1319,9 +1323,22 @@ def overlooked_settings(config: RunConfig, image_shape: tuple[int, int, int]) ->
             f"training.learning_rate_warmup_steps {num_warmup:,} is more than training.num_steps {num_steps:,}: the "
             f"run ends at {reached:.0%} of training.learning_rate; lower it unless the run is to be continued."
         )
+    diffusion, (height, width) = config.diffusion, image_shape[1:]
+    amplitude = build_scheduler(diffusion).noise_schedule.sqrt_alphas_cumprod[-1].item()
+    if diffusion.beta_schedule in BETA_RANGES and amplitude > LARGEST_TERMINAL_AMPLITUDE:
+        is_scalable = diffusion.num_train_timesteps < 1000 and not diffusion.scale_betas_to_timesteps
+        yield (
+            f"diffusion.beta_schedule {diffusion.beta_schedule} leaves {amplitude:.0%} of the amplitude of an image at "
+            f"the last of {diffusion.num_train_timesteps} timesteps, but sampling begins with noise alone; "
+            f"{'set diffusion.scale_betas_to_timesteps to true' if is_scalable else 'raise diffusion.beta_end'}."
+        )
+    if min(height, width) > LARGEST_UNSHIFTED_RESOLUTION and diffusion.schedule_shift == 1:
+        yield (
+            f"diffusion.schedule_shift is 1, which leaves the coarse structure of images of {height}x{width} visible "
+            f"in the noise; consider resolution / 64, {min(height, width) / 64:g}."
+        )
     is_preset = not (model.config_file or model.from_pretrained or "block_out_channels" in model.overrides)
     if is_preset and model.preset is not None:
-        _, height, width = image_shape
         sizes = {name: int(name.rpartition("_")[2]) for name in PRESETS}
         octaves = {name: abs(math.log2(size / max(height, width))) for name, size in sizes.items()}
         family = model.preset.partition("_")[0]

@@ -72,6 +72,7 @@ EPSILON = {"diffusion__beta_schedule": "linear", "diffusion__prediction_type": "
         (EPSILON | {"diffusion__beta_end": 0.2}, "diffusion.beta_schedule linear leaves no signal"),
         (EPSILON | {"diffusion__beta_start": 0.9}, "diffusion: beta_start is 0.9 and beta_end 0.02; they must be"),
         ({"training__mixed_precision": "fp16", "training__cpu": True}, "fp16 needs a CUDA GPU"),
+        (EPSILON | {"diffusion__schedule_shift": 0}, "diffusion.schedule_shift is 0"),
         ({"model__overrides": {"dropuot": 0.1}}, "model.overrides.dropuot is not a setting of UNet2DModel"),
         ({"model__overrides": {"in_channels": 3}}, "model.overrides.in_channels is decided by the data"),
         ({"model__overrides": {"block_out_channels": [5, 10]}}, "model.overrides do not make a UNet2DModel"),

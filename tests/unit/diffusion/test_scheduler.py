@@ -200,6 +200,19 @@ def test_betas_scaled_with_the_length_are_stored_as_plain_betas() -> None:
     assert (plain.config.beta_start, plain.config.beta_end) == (0.0001, 0.02)
 
 
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2", "jsd"])
+def test_a_shift_lowers_log_snr_by_twice_its_logarithm_and_is_stored_as_betas(beta_schedule: str) -> None:
+    """Section 3.1, Hoogeboom et al. 2023: log SNR(64) + 2 log(64 / resolution)."""
+    plain = GaussianDiffusionScheduler.create(beta_schedule=beta_schedule)
+    shifted = GaussianDiffusionScheduler.create(beta_schedule=beta_schedule, schedule_shift=256 / 64)
+    expected = plain.noise_schedule.snr * (64 / 256) ** 2
+    torch.testing.assert_close(shifted.noise_schedule.snr, expected, rtol=1e-9, atol=0)
+    assert "schedule_shift" not in shifted.config
+    stock = DDPMScheduler.from_config(shifted.config)
+    torch.testing.assert_close(stock.alphas_cumprod, shifted.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    assert GaussianDiffusionScheduler.create(schedule_shift=1).config.trained_betas is None
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -20,6 +20,7 @@ from ddpm_hf.cli.main import train as train_command
 from ddpm_hf.config import (
     ConfigError,
     DataConfig,
+    DiffusionConfig,
     HubConfig,
     ModelConfig,
     PreviewConfig,
@@ -561,12 +562,33 @@ def test_a_warmup_longer_than_the_run_is_a_warning() -> None:
         ("ddpm_32", (48, 192), "ddpm_256"),
         ("ddpm_32", (28, 28), None),
         ("ddpm_32", (48, 48), None),
-        ("ddpm_256", (512, 512), None),
+        ("ddpm_32", (128, 128), "ddpm_128"),
+        ("ddpm_256", (512, 256), None),
     ],
 )
 def test_a_preset_for_another_size_is_a_warning(preset: str, size: tuple[int, int], nearest: str | None) -> None:
     found = warnings_of((3, *size), preset=preset)
     assert f"consider {nearest}." in found if nearest else found == ""
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "size", "sentence"),
+    [
+        ({"num_train_timesteps": 100}, 32, "leaves 60% of the amplitude of an image at the last of 100 timesteps"),
+        ({"num_train_timesteps": 100}, 32, "set diffusion.scale_betas_to_timesteps to true."),
+        ({"beta_end": 0.005}, 32, "raise diffusion.beta_end."),
+        ({"beta_schedule": "cosine"}, 512, "consider resolution / 64, 8."),
+        ({"num_train_timesteps": 100, "scale_betas_to_timesteps": True}, 32, ""),
+        ({"beta_schedule": "laplace"}, 256, ""),
+        ({"beta_schedule": "cosine", "schedule_shift": 8.0}, 512, ""),
+    ],
+)
+def test_a_schedule_that_leaves_signal_is_a_warning(diffusion: dict[str, Any], size: int, sentence: str) -> None:
+    config = RunConfig(
+        model=ModelConfig(config_file="x"), diffusion=DiffusionConfig(**diffusion), training=TrainingConfig()
+    )
+    found = " ".join(overlooked_settings(config, (3, size, size)))
+    assert sentence in found if sentence else found == ""
 
 
 @pytest.mark.parametrize("changes", [{"config_file": "x"}, {"overrides": {"block_out_channels": [8, 16]}}])
