@@ -24,7 +24,7 @@ from torch.distributed.run import get_args_parser
 
 from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.cli import main as cli
-from ddpm_hf.config import parse_command_line
+from ddpm_hf.config import RunConfig, parse_command_line
 from tests.conftest import REPOSITORY
 from tests.documents import DOCUMENTS, FENCED, blocks, text_of
 
@@ -295,6 +295,14 @@ def test_relative_links_and_anchors_resolve(path: Path) -> None:
 def test_the_files_that_a_document_names_exist(path: Path) -> None:
     named = re.findall(r"`(?:python )?((?:\.ci|benchmarks|configs|ddpm_hf|docs|tests)/[\w/.*]+)", text_of(path))
     assert [name for name in named if not list(REPOSITORY.glob(name))] == []
+
+
+@pytest.mark.parametrize("name", ["README", "docs/coming_from", "docs/python", "docs/sampling", "docs/training"])
+def test_the_settings_that_a_document_names_exist(name: str) -> None:
+    sections = RunConfig().to_dict()
+    text = text_of(REPOSITORY / f"{name}.md")
+    named = re.findall(rf"`(?:--)?({'|'.join(sections)})\.([a-z0-9_]+)(?=[ `])", text)
+    assert [(section, setting) for section, setting in named if setting not in sections[section]] == []
 
 
 @pytest.mark.parametrize(("script", "name"), [("make_training", "settings"), ("make_performance", "performance")])
