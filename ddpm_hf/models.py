@@ -21,7 +21,14 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 
-from ddpm_hf.config import ConfigError, DiffusionConfig, ModelConfig, UNetOverride, log_warning
+from ddpm_hf.config import (
+    ConfigError,
+    DiffusionConfig,
+    ModelConfig,
+    UNetOverride,
+    log_warning,
+    read_config_dict,
+)
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from ddpm_hf.diffusion.saved_folder import LIST_FORM, check_shards, second_moments_file
 from ddpm_hf.diffusion.scheduler import SECOND_MOMENTS_FILE
@@ -30,8 +37,10 @@ from ddpm_hf.files import (
     MODEL_CONFIG,
     MODEL_INDEX,
     PIPELINE_DIR,
+    RUN_CONFIG,
     SCHEDULER_CONFIG,
     TRAINER_STATE,
+    TRAINING_CONFIG,
     read_json,
     sha256_of_file,
     write_json,
@@ -372,6 +381,24 @@ def _second_moments(model: ModelFolder) -> Path | None:
 def _weights_sha256(model: ModelFolder) -> str:
     """Return the sha256 of the weights of a verified checkpoint."""
     return str(read_json(model.path / MANIFEST)["files"][f"{model.network}/{_WEIGHTS_FILE}"]["sha256"])
+
+
+def check_same_data(pipeline: Any, guide: Any) -> None:
+    """Raise ConfigError if the folders of two pipelines say that they were trained on images of different names."""
+    ours, theirs = (_source_name(Path(str(each.config.get("_name_or_path")))) for each in (pipeline, guide))
+    if ours and theirs and ours != theirs:
+        raise ConfigError(
+            f"guide was trained on {theirs}, but the model on {ours}; pass a version of the model itself or, if the "
+            "images are the same, GaussianDiffusionPipeline(guide.unet, guide.scheduler)."
+        )
+
+
+def _source_name(folder: Path) -> str | None:
+    """Return the last part of data.source of a saved pipeline or a checkpoint; None if unknown or in memory."""
+    files = [folder / name for name in (TRAINING_CONFIG, RUN_CONFIG)]
+    contents = [read_config_dict(file) for file in files if file.is_file()]
+    source = str(contents[0].get("data", {}).get("source") or "") if contents else ""
+    return None if source.startswith("memory:") else Path(source).name or None
 
 
 # ------------------------------------------------------------------------------------------------ pretrained networks

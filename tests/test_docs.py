@@ -117,13 +117,18 @@ def commands_of(path: Path) -> list[str]:
     return [line for line in lines if shlex.split(line, comments=True)]
 
 
+def of_small_runs(text: str) -> str:
+    """Replace the checkpoints that a text names by the last one of the small runs."""
+    return re.sub(r"step_\d{8}", "step_00000002", text)
+
+
 def run_command(line: str) -> None:
     """Run a command of ddpm_hf at a small size, or parse it where it cannot run here.
 
     Args:
         line: A command as a document shows it. Flags alone are settings of a training run.
     """
-    words = shlex.split(re.sub(r"step_\d{8}", "step_00000002", line), comments=True)  # the last one of the small runs
+    words = shlex.split(of_small_runs(line), comments=True)
     missing = [word for word in words if re.match(r"(benchmarks|configs|data|docs|tests)/\w", word)]
     assert all(Path(word.partition("::")[0]).exists() for word in missing), line
     while re.match(r"[A-Z_]+=", words[0]):
@@ -246,7 +251,7 @@ def python_blocks(path: Path) -> list[str]:
     ids=lambda path: path.name,
 )
 def test_the_python_blocks_of_a_document_run_from_top_to_bottom(path: Path) -> None:
-    code = "\n".join(python_blocks(path))
+    code = of_small_runs("\n".join(python_blocks(path)))
     exec(compile(code, path.name, "exec"), {})  # noqa: S102
 
 

@@ -107,11 +107,11 @@ def classifier_free_guidance(
 
     Args:
         conditional: Predictions with labels, (batch, ...).
-        null: Predictions with the null label, in the same shape.
+        null: Predictions with the null label, or those of the guide of autoguidance, in the same shape.
         scale: Guidance scale; 1 returns `conditional`.
         rescale: Factor phi of the rescaling; 0 leaves it out.
     """
-    # Eq. 6, Ho and Salimans 2022
+    # Eq. 6, Ho and Salimans 2022; Eq. 3, Karras et al. 2024
     guided = torch.lerp(null, conditional, scale)
     if rescale == 0:
         return guided

@@ -53,6 +53,7 @@ _forget_loaded_code()
 from .compiled import CompileMode, compile_network
 from .editing import EditingMixin
 from .gaussian import classifier_free_guidance
+from .guidance import WHOLE_INTERVAL, Guide, check_interval, guided_steps, make_guide, warn, with_self_conditioning
 from .images import OUTPUT_TYPES, ImageInput, check_size, check_value_range, from_images, image_size, to_images
 from .saved_folder import (
     PORTABLE_FILES,
@@ -145,8 +146,11 @@ class SamplingCall:
         device: Device of the samples.
         dtype: Dtype of the samples: float32, or float64 for a float64 network.
         network_dtype: Dtype of the network's inputs, for which diffusers searches the modules each time.
-        labels: (batch,), or with guidance (2 batch,) with the null label in the second half; None if unconditional.
+        labels: (batch,), or with classifier-free guidance (2 batch,) with the null label in the second half; None if
+            unconditional.
         options: The other arguments of the call.
+        guide: The guide of autoguidance; None without it.
+        guided: For each of the timesteps, whether it is guided; empty without guidance.
         step_kwargs: Further arguments of `scheduler.step`.
         keeps_variance: Whether `scheduler.step` needs the variance channels of the network.
         pred_original_sample: The predicted x_0 of the last step, if the scheduler returns it.
@@ -164,6 +168,8 @@ class SamplingCall:
     network_dtype: torch.dtype
     labels: torch.Tensor | None
     options: SimpleNamespace
+    guide: Guide | None
+    guided: list[bool]
     step_kwargs: dict[str, Any]
     keeps_variance: bool
     pred_original_sample: torch.Tensor | None = None
@@ -177,6 +183,13 @@ class SamplingCall:
         """The timesteps of the scheduler."""
         timesteps: torch.Tensor = self.scheduler.timesteps
         return timesteps
+
+    def is_guided(self, t: torch.Tensor) -> bool:
+        """Return whether an element of `timesteps` is guided, without reading it from the device."""
+        timesteps = self.timesteps
+        return (
+            bool(self.guided) and self.guided[(t.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)]
+        )
 
 
 class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
@@ -329,6 +342,8 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         callback_on_step_end: Callable[..., dict[str, torch.Tensor] | None] | None = None,
         callback_on_step_end_tensor_inputs: Iterable[str] = ("sample",),
         return_trajectory: bool = False,
+        guidance_interval: tuple[float, float] = WHOLE_INTERVAL,
+        guide: Any = None,
     ) -> Any:
         """Generate images. Samples are float32 whatever the dtype of the weights (float64 for float64).
 
@@ -341,7 +356,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             generator: Source of all noise. With a list of `batch_size` generators, each image depends on its own only.
             class_labels: One label for all images or one for each: names from `class_names`, or numbers. A number that
                 is the name of a class means that class.
-            guidance_scale: Scale of classifier-free guidance; 1 turns it off.
+            guidance_scale: Scale of classifier-free guidance, or of autoguidance by `guide`; 1 turns it off.
             guidance_rescale: Factor phi of the rescaling of guidance, 0 ... 1. Section 3.4, Lin et al. 2024.
             eta: 0 (deterministic) to 1 (ancestral); by default the scheduler's own default.
             sample: Start noise (batch, channels, height, width), a standard normal tensor of floating-point numbers; by
@@ -357,6 +372,11 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs: The tensors passed to it: `sample`, `model_output`,
                 `pred_original_sample` (x_0).
             return_trajectory: Also return every state from x_T to x_0.
+            guidance_interval: (start, stop), the fractions of the steps between which guidance is on, 0 at the noise
+                and 1 at the image, as `start` and `stop` of the guiders of diffusers. Other steps evaluate only the
+                conditional network. Kynkäänniemi et al. 2024.
+            guide: A worse version of the model, which takes the place of the null label in guidance: a pipeline, or the
+                folder or repository of one, which is loaded in each call. Karras et al. 2024.
 
         Raises:
             ValueError: If an argument does not fit the model, the scheduler or another argument, before the network is
@@ -432,13 +452,19 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         labels = label_numbers(given.class_labels, batch_size, num_labels, has_null_label, class_names)
         given.guidance_rescale = real_number("guidance_rescale", given.guidance_rescale, 0, 1)
         given.guidance_scale = real_number("guidance_scale", given.guidance_scale)
-        if given.guidance_scale != 1.0:
+        given.guidance_interval = check_interval(given.guidance_interval)
+        guide = None if given.guide is None else self._make_guide(given.guide, labels)
+        is_guided = given.guidance_scale != 1.0
+        if is_guided and guide is None:
             if labels is None or not has_null_label:
                 raise ValueError(
                     f"guidance_scale is {given.guidance_scale}, but the model has no null label to guide against; use"
-                    " 1.0, or a model trained with label dropout, whose pipeline has has_null_label=True."
+                    " 1.0, a guide, or a model trained with label dropout, whose pipeline has has_null_label=True."
                 )
             labels = labels + [self.num_classes] * batch_size
+        if not is_guided and (guide is not None or given.guidance_interval != WHOLE_INTERVAL):
+            name = "guidance_interval" if guide is None else "guide"
+            warn(f"{name} has no effect with guidance_scale 1; set guidance_scale, for example to 2.")
 
         # Arguments of the scheduler, of which others than GaussianDiffusionScheduler have fewer
         accepted = inspect.signature(scheduler.step).parameters
@@ -503,10 +529,27 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             network_dtype=network_dtype,
             labels=None if labels is None else torch.tensor(labels, device=device),
             options=given,
+            guide=guide,
+            guided=guided_steps(given.guidance_interval, scheduler.timesteps) if is_guided else [],
             step_kwargs=step_kwargs,
             keeps_variance=keeps_variance,
             states=[] if given.return_trajectory else None,
         )
+
+    def _make_guide(self, guide: Any, labels: list[int] | None) -> Guide:
+        """Return the guide of a call, given a pipeline or its folder."""
+        if isinstance(guide, str | PathLike):
+            try:
+                loaded = GaussianDiffusionPipeline.from_pretrained(guide, dtype=self.unet.dtype)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"guide {guide} cannot be loaded ({error}); pass a pipeline, or the folder of one."
+                ) from error
+            guide = loaded.to(self._execution_device)
+        made = make_guide(self, guide, labels)
+        if __package__ == "ddpm_hf.diffusion":
+            import_module("ddpm_hf.models").check_same_data(self, guide)
+        return made
 
     def _start_noise(self, call: SamplingCall, sample: torch.Tensor | None) -> torch.Tensor:
         """Check or draw standard normal noise of the shape of the images."""
@@ -548,22 +591,26 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         return result.prev_sample, model_output
 
     def _predict(self, call: SamplingCall, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Evaluate the network once, with guidance if enabled. Keep variance channels if the scheduler uses them."""
-        x = call.scheduler.scale_model_input(sample, t)
-        if self.config.get("self_conditioned"):
-            x_0 = call.pred_original_sample
-            x = torch.cat([x, torch.zeros_like(x) if x_0 is None else x_0], dim=1)
-        is_guided = call.options.guidance_scale != 1.0
-        if is_guided:
+        """Evaluate the network, with guidance if it is on. Keep variance channels if the scheduler uses them."""
+        state = call.scheduler.scale_model_input(sample, t)
+        x_0 = call.pred_original_sample
+        is_guided = call.is_guided(t)
+        has_null_half = is_guided and call.guide is None
+        labels = call.labels if call.labels is None or has_null_half else call.labels[: call.batch_size]
+        x = with_self_conditioning(state, x_0) if self.config.get("self_conditioned") else state
+        if has_null_half:
             x = torch.cat([x, x])
-        output: torch.Tensor = self.unet(x.to(call.network_dtype), t, class_labels=call.labels, return_dict=False)[0]
+        output: torch.Tensor = self.unet(x.to(call.network_dtype), t, class_labels=labels, return_dict=False)[0]
         prediction, variance = output.to(sample.dtype), None
         if prediction.shape[1] == 2 * sample.shape[1]:
             prediction, variance = prediction.chunk(2, dim=1)
         if is_guided:
-            conditional, null = prediction.chunk(2)
+            if call.guide is None:
+                prediction, other = prediction.chunk(2)
+            else:
+                other = call.guide.predict(state, x_0, t)
             prediction = classifier_free_guidance(
-                conditional, null, call.options.guidance_scale, call.options.guidance_rescale
+                prediction, other, call.options.guidance_scale, call.options.guidance_rescale
             )
         if variance is not None and call.keeps_variance:
             return torch.cat([prediction, variance[: len(prediction)]], dim=1)

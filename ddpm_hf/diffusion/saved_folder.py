@@ -27,6 +27,7 @@ PORTABLE_FILES = (
     "saved_folder.py",
     "scheduler.py",
     "gaussian.py",
+    "guidance.py",
     "schedule.py",
 )
 _FILES_OF_VERSION_1_2 = (
