@@ -6,7 +6,7 @@ pyplot, so a plot does not change the caller's matplotlib session.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -408,40 +408,60 @@ def _draw_terms(axes: Any, columns: Mapping[str, FloatArray]) -> None:
     _finish_axes(axes, r"timestep $t$", r"$L_t$, bits per dimension")
 
 
+class Ratios(NamedTuple):
+    """Ratios of the nearest to the second nearest distance to training images, in [0, 1].
+
+    Args:
+        name: What the distances were measured in.
+        samples: Ratio of each sample.
+        validation: Ratio of each validation image; may be empty.
+        threshold: Ratio below which a sample counts as a copy.
+    """
+
+    name: str
+    samples: FloatArray
+    validation: FloatArray
+    threshold: float
+
+
 def evaluation_plot(
     path: Path,
     *,
     samples: UInt8Array,
     real: UInt8Array,
+    compared: UInt8Array,
     neighbors: UInt8Array,
     distances: npt.NDArray[np.float64],
     bound: Mapping[str, Any] | None,
+    memorization: Sequence[Ratios] = (),
     title: str,
 ) -> None:
-    """Draw samples, real images and nearest neighbors in one row, and the curves of a bound in a second row.
+    """Draw samples, real images and nearest neighbors in one row, and curves in further rows.
 
     Args:
         path: The PNG file.
-        samples: uint8 (number, height, width, channels), as `real` and `neighbors`.
+        samples: uint8 (number, height, width, channels), as `real`, `compared` and `neighbors`.
         real: Real images, drawn at random.
-        neighbors: The nearest real image of each of the first samples.
+        compared: Samples that are shown with their nearest real image.
+        neighbors: The nearest real image of each of them.
         distances: Distances of these, root mean square in [0, 1].
         bound: The entry `bound` of evaluation.json, if there is one.
+        memorization: Ratios of distances, at most three; they get a row.
         title: Title of the figure.
     """
-    num_rows = 1 if bound is None else 2
+    num_rows = 1 + (bound is not None) + bool(memorization)
     figure = new_figure(13, 4.6 * num_rows)
     figure.suptitle(title, parse_math=False)
     axes = figure.subplots(num_rows, 3, squeeze=False)
     pairs = [
         images[start : start + EVALUATION_COLUMNS]
         for start in range(0, len(neighbors), EVALUATION_COLUMNS)
-        for images in (samples[: len(neighbors)], neighbors)
+        for images in (compared, neighbors)
     ]
     grids = {
         "samples, not selected": samples,
         "real images": real,
-        "samples and, below each, the nearest real image\n"
+        f"{'samples most like one image' if memorization else 'samples'} and, below each, the nearest real image\n"
         f"distance {distances.min():.3f} to {distances.max():.3f}": np.concatenate(pairs),
     }
     for panel, (label, images) in zip(axes[0], grids.items(), strict=True):
@@ -461,7 +481,26 @@ def evaluation_plot(
         _finish_axes(axes[1, 2], "bits per dimension sent", "root mean squared error, 0 to 255")
         axes[1, 2].set_ylim(bottom=0)
         axes[1, 2].set_title("rate and distortion", fontsize=10)
+    for panel, ratios in zip(axes[-1], memorization, strict=False):
+        _draw_ratios(panel, ratios)
+    for panel in axes[-1, len(memorization) :] if memorization else ():
+        panel.axis("off")
     save_figure(figure, path)
+
+
+def _draw_ratios(axes: Any, ratios: Ratios) -> None:
+    """Draw the cumulative distribution of ratios of samples and validation images."""
+    curves = {"samples": (ratios.samples, LINE_COLOR), "validation images": (ratios.validation, VALIDATION_COLOR)}
+    for label, (values, color) in curves.items():
+        if len(values):
+            label += f", {(values < ratios.threshold).mean():.1%} memorized"
+            axes.ecdf(values, lw=1.6, color=color, label=label)
+    axes.axvline(ratios.threshold, lw=1, ls="--", color=KEY_COLOR)
+    _finish_axes(axes, "nearest / second nearest distance", "fraction")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    axes.set_title(f"distances to training images in {_shorten(ratios.name)}", fontsize=10, parse_math=False)
 
 
 def schedule_plot(

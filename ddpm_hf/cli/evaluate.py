@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ddpm_hf.evaluation.features import FeatureNetwork
     from ddpm_hf.evaluation.generate import Images, Sampler
     from ddpm_hf.evaluation.likelihood import ReverseProcess, VariationalBound
+    from ddpm_hf.evaluation.memorization import Memorization
+    from ddpm_hf.evaluation.metrics import Metric
     from ddpm_hf.model_folder import ModelFolder
 
 SAMPLES = "evaluation_samples"
@@ -122,9 +124,10 @@ class MeasuringFlags:
 
     Args:
         metrics: Separated by commas: fid, kid, inception_score (Inception features), frechet_distance, kernel_distance
-            (any features), precision, recall, bits_per_dim.
-        features: Feature network: inception, dinov2:facebook/dinov2-base or another vision model of transformers, or
-            package.module:factory, which is imported.
+            (any features), precision, recall, memorization (pixels, and the features of --features if given),
+            bits_per_dim.
+        features: Feature network: inception (the default), dinov2:facebook/dinov2-base or another vision model of
+            transformers, or package.module:factory, which is imported.
         weights: File with the weights of Inception; by default they are found or downloaded.
         num_images: Images for bits_per_dim; by default the whole validation set, or all images without one.
         num_terms: Timesteps of the bound per image, or all.
@@ -139,7 +142,7 @@ class MeasuringFlags:
     metrics: list[str] | None = flag(
         None, parse=lambda text: [word.strip() for word in text.split(",") if word.strip()]
     )
-    features: str = "inception"
+    features: str | None = None
     weights: Path | None = None
     num_images: int | None = flag(None, minimum=1)
     num_terms: int | str = flag(50, minimum=2, parse=_int_or_all)
@@ -170,7 +173,7 @@ class EvaluateFlags(ModelFlags, DataFlags, MeasuringFlags, SamplingFlags, Compil
         """Return the metrics, by default all that the features allow."""
         if self.metrics is not None:
             return self.metrics
-        distances = ["fid", "kid"] if self.features == "inception" else ["frechet_distance", "kernel_distance"]
+        distances = ["fid", "kid"] if self.features in (None, "inception") else ["frechet_distance", "kernel_distance"]
         return [*distances, "precision", "recall", "bits_per_dim"]
 
     def data_config(self, size: tuple[int, int], num_channels: int) -> DataConfig:
@@ -276,6 +279,7 @@ class _Work:
     validation: "ImageSet"
     measured: "ImageSet"  # for bits per dimension
     sample_metrics: list[str]  # the metrics that need samples
+    is_mirrored: bool  # whether the network was trained with random flips
     process: "ReverseProcess | None"  # for bits per dimension; None if they are not measured
     num_terms: int | None  # of the bound per image; None computes all
 
@@ -285,7 +289,7 @@ def _evaluate(flags: EvaluateFlags) -> None:
     from ddpm_hf import distributed
     from ddpm_hf.evaluation.generate import sample_to_folder, settings_of
     from ddpm_hf.evaluation.likelihood import estimate_second_moments, variational_bound
-    from ddpm_hf.evaluation.metrics import check_metrics, measure_fidelity
+    from ddpm_hf.evaluation.metrics import check_metrics
     from ddpm_hf.evaluation.report import as_json, table
     from ddpm_hf.models import save_second_moments
 
@@ -322,17 +326,7 @@ def _evaluate(flags: EvaluateFlags) -> None:
         as_png=flags.format == "png",
     )
 
-    metrics = []
-    if network is not None:
-        metrics = measure_fidelity(
-            samples,
-            work.training,
-            network,
-            metrics=work.sample_metrics,
-            batch_size=flags.batch_size,
-            cache_dir=Path(flags.data_cache_dir) if flags.data_cache_dir else None,
-            seed=flags.seed,
-        )
+    metrics, memorization = _measure_samples(work, samples, network)
     bound = None
     if work.process is not None:
         if flags.variance == "analytic":
@@ -358,11 +352,56 @@ def _evaluate(flags: EvaluateFlags) -> None:
             },
             bound_settings=_describe_bound(work, bound),
             flags=given_flags(flags),
+            memorization=[found.to_dict() for found in memorization],
         )
         write_text(work.output / EVALUATION, content)
-        _draw(work, samples, bound)
-        print("\n".join([table(metrics), *_notes(work, bound), ""]))
+        _draw(work, samples, bound, memorization)
+        notes = [*(found.sentence() for found in memorization), *_notes(work, bound)]
+        print("\n".join([table(metrics), *notes, ""]))
         print(f"Everything is in {work.output}: look at {EVALUATION} and {EVALUATION_PICTURE}.")
+
+
+def _measure_samples(
+    work: _Work, samples: "Images", network: "FeatureNetwork | None"
+) -> "tuple[list[Metric], list[Memorization]]":
+    """Collective: return the metrics of samples, and the details of memorization; both are empty on other ranks."""
+    from ddpm_hf.evaluation.features import ReferenceStatistics
+    from ddpm_hf.evaluation.memorization import measure_memorization
+    from ddpm_hf.evaluation.metrics import MEMORIZATION, measure_fidelity
+
+    flags, metrics, found = work.flags, [], []
+    statistics = features = None
+    if network is not None:
+        cache_dir = Path(flags.data_cache_dir) if flags.data_cache_dir else None
+        statistics = ReferenceStatistics(network, work.training, flags.batch_size, cache_dir)
+        features = network.features_of_images(samples, flags.batch_size, "samples")
+        fidelity = [name for name in work.sample_metrics if name != MEMORIZATION]
+        if fidelity:
+            metrics = measure_fidelity(
+                samples,
+                work.training,
+                network,
+                metrics=fidelity,
+                batch_size=flags.batch_size,
+                seed=flags.seed,
+                statistics=statistics,
+                sample_features=features,
+            )
+    if MEMORIZATION in work.sample_metrics:
+        for space in [None] if flags.features is None else [None, network]:
+            memorization = measure_memorization(
+                samples,
+                work.training,
+                work.validation,
+                device=work.device,
+                is_mirrored=work.is_mirrored,
+                network=space,
+                statistics=statistics,
+                sample_features=features,
+                batch_size=flags.batch_size,
+            )
+            found += [] if memorization is None else [memorization]
+    return metrics + [memorization.metric for memorization in found], found
 
 
 def _prepare(flags: EvaluateFlags) -> _Work:
@@ -374,7 +413,7 @@ def _prepare(flags: EvaluateFlags) -> _Work:
     from ddpm_hf.diffusion import GaussianDiffusionScheduler
     from ddpm_hf.evaluation.generate import Sampler, image_shape
     from ddpm_hf.evaluation.likelihood import ReverseProcess
-    from ddpm_hf.evaluation.metrics import BITS_PER_DIM, SAMPLE_METRICS
+    from ddpm_hf.evaluation.metrics import BITS_PER_DIM
     from ddpm_hf.evaluation.report import choose_images
     from ddpm_hf.training.trainer import open_splits
 
@@ -415,7 +454,7 @@ def _prepare(flags: EvaluateFlags) -> _Work:
             f"{config.data.source} has images of {'x'.join(map(str, training.image_shape))} and the network makes "
             f"{num_channels}x{height}x{width}; remove --data.resolution and --data.num_channels, or change them."
         )
-    sample_metrics = [name for name in metrics if name in SAMPLE_METRICS]
+    sample_metrics = [name for name in metrics if name != BITS_PER_DIM]
     settings = {name: getattr(flags, name) for name in ("scheduler", *CALL_FLAGS)}
     if not sample_metrics and flags.num_inference_steps is None:  # the samples are for the picture only
         settings["num_inference_steps"] = min(NUM_PICTURE_STEPS, len(pipeline.scheduler))
@@ -441,6 +480,7 @@ def _prepare(flags: EvaluateFlags) -> _Work:
         validation=validation,
         measured=choose_images(validation if len(validation) else training, flags.num_images, flags.seed),
         sample_metrics=sample_metrics,
+        is_mirrored=_has_random_flips(_config_of(model)),
         process=process,
         num_terms=num_terms if process is None or (num_terms or 0) < len(process) else None,
     )
@@ -463,6 +503,12 @@ def _config_of(model: "ModelFolder | None") -> Path | None:
     return model.path / (RUN_CONFIG if model.kind == "checkpoint" else TRAINING_CONFIG)
 
 
+def _has_random_flips(config: Path | None) -> bool:
+    """Tell whether a run was trained with data.random_flip."""
+    data = read_config_dict(config).get("data", {}) if config is not None and config.is_file() else {}
+    return data.get("random_flip", _DATA.random_flip) is True
+
+
 def _check(work: _Work) -> "tuple[dict[str, Any] | None, FeatureNetwork | None]":
     """Collective: raise errors that would come later, before the network is called or a folder is created.
 
@@ -473,7 +519,8 @@ def _check(work: _Work) -> "tuple[dict[str, Any] | None, FeatureNetwork | None]"
     from ddpm_hf import distributed
     from ddpm_hf.evaluation.generate import check_channels, check_folder, image_shape, settings_of
     from ddpm_hf.evaluation.likelihood import check_bound, check_second_moments
-    from ddpm_hf.evaluation.metrics import check_reference, open_network_for
+    from ddpm_hf.evaluation.memorization import check_training_images
+    from ddpm_hf.evaluation.metrics import MEMORIZATION, check_reference, open_network_for
 
     flags, sampler = work.flags, work.sampler
     unknown: tuple[str, ...] = ()
@@ -488,15 +535,18 @@ def _check(work: _Work) -> "tuple[dict[str, Any] | None, FeatureNetwork | None]"
     check_channels(image_shape(pipeline), as_png=flags.format == "png")
     settings = settings_of(pipeline, sampler, flags.seed, flags.batch_size)
     distributed.on_rank_0(lambda: check_folder(work.samples_dir, settings, unknown=unknown))
+    if MEMORIZATION in work.sample_metrics:
+        check_training_images(len(work.training))
     network = None
-    if work.sample_metrics:
+    fidelity = [name for name in work.sample_metrics if name != MEMORIZATION]
+    if fidelity or (work.sample_metrics and flags.features is not None):
         check_reference(work.training)
         network = open_network_for(
-            work.sample_metrics,
+            fidelity,
             work.training.image_shape,
             work.num_samples,
             len(work.training),
-            features=flags.features,
+            features=flags.features or "inception",
             weights=flags.weights,
             device=work.device,
         )
@@ -546,13 +596,17 @@ def _notes(work: _Work, bound: "VariationalBound | None") -> list[str]:
     return notes
 
 
-def _draw(work: _Work, samples: "Images", bound: "VariationalBound | None") -> None:
+def _draw(work: _Work, samples: "Images", bound: "VariationalBound | None", memorization: "list[Memorization]") -> None:
     """Draw evaluation.png."""
-    from ddpm_hf.evaluation.report import choose_images, nearest_images, real_images
-    from ddpm_hf.plots import evaluation_plot
+    from ddpm_hf.evaluation.memorization import MAX_RATIO, nearest_images
+    from ddpm_hf.evaluation.report import choose_images, real_images
+    from ddpm_hf.plots import Ratios, evaluation_plot
 
     shown = choose_images(work.training, min(NUM_PICTURE_SAMPLES, len(work.training)), work.flags.seed)
-    neighbors, _, distances = nearest_images(samples[:NUM_NEIGHBORS], work.training)
+    compared = samples[:NUM_NEIGHBORS]
+    if memorization:  # in pixels, the samples that may be copies
+        compared = samples[[one.sample for one in memorization[0].closest]]
+    neighbors, _, distances = nearest_images(compared, work.training, work.device)
     step = f" at {work.model.progress}" if work.model is not None and work.model.kind == "checkpoint" else ""
     title = f"{Path(work.flags.folder).resolve().name}{step}, {Path(work.flags.data).name}"
     if bound is not None:
@@ -563,9 +617,13 @@ def _draw(work: _Work, samples: "Images", bound: "VariationalBound | None") -> N
             path,
             samples=samples[:NUM_PICTURE_SAMPLES],
             real=real_images(shown, shown.positions),
+            compared=compared,
             neighbors=neighbors,
             distances=distances,
             bound=None if bound is None else bound.to_dict(),
+            memorization=[
+                Ratios(found.space, found.ratios, found.validation_ratios, MAX_RATIO) for found in memorization
+            ],
             title=title,
         ),
     )

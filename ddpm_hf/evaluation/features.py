@@ -96,6 +96,12 @@ class FeatureNetwork:
             distributed.on_every_rank(lambda: self._features(mine, get_images, batch_size, what))
         )
 
+    def features_of_images(self, images: NDArray[np.uint8], batch_size: int, what: str) -> Features:
+        """Collective: return `features_of` images in the layout of samples (number, height, width, channels)."""
+        return self.features_of(
+            len(images), lambda rows: images[rows.start : rows.stop].transpose(0, 3, 1, 2), batch_size, what
+        )
+
     @torch.no_grad()
     def _features(self, images: range, get_images: GetImages, batch_size: int, what: str) -> Features:
         """Return the features of some images."""

@@ -36,6 +36,7 @@ SCHEMA_VERSION = 1
 """Version of evaluation.json."""
 
 BITS_PER_DIM = "bits_per_dim"
+MEMORIZATION = "memorization"
 # Title of each metric, and which direction is better.
 TITLES = {
     "fid": ("FID", "lower"),
@@ -45,10 +46,12 @@ TITLES = {
     "kernel_distance": ("kernel distance", "lower"),
     "precision": ("precision", "higher"),
     "recall": ("recall", "higher"),
+    MEMORIZATION: ("memorization", "lower"),
     BITS_PER_DIM: ("bits per dimension", "lower"),
 }
 METRICS = tuple(TITLES)
-SAMPLE_METRICS = tuple(name for name in METRICS if name != BITS_PER_DIM)
+SAMPLE_METRICS = tuple(name for name in METRICS if name not in (MEMORIZATION, BITS_PER_DIM))
+"""The metrics of `measure_fidelity`."""
 LOWER_IS_BETTER = tuple(name for name, (_, better) in TITLES.items() if better == "lower")
 # Metrics that are defined with Inception features, and their names with other features.
 _INCEPTION_METRICS = {"fid": "frechet_distance", "kid": "kernel_distance", "inception_score": None}
@@ -81,6 +84,8 @@ class Metric:
         features: Feature network, weights, resizing and library versions; None if there is no network.
         num_samples: Number of samples; for bits per dimension, of real images.
         num_reference: Number of reference images; 0 if there are none.
+        validation_value: The same number for validation images in place of samples; None if it is not measured.
+        num_validation: Number of these validation images.
     """
 
     name: str
@@ -89,6 +94,8 @@ class Metric:
     features: str | None
     num_samples: int
     num_reference: int
+    validation_value: float | None = None
+    num_validation: int | None = None
 
 
 def check_metrics(metrics: Sequence[str], known: Sequence[str] = METRICS) -> None:
@@ -117,7 +124,7 @@ def open_network_for(
     Call it before sampling. Rank 0 opens the network first, and downloads it if needed.
 
     Args:
-        metrics: Names from SAMPLE_METRICS.
+        metrics: Names from SAMPLE_METRICS; may be empty if only the features are needed.
         image_shape: (channels, height, width) of the samples.
         num_samples: Samples that will be drawn.
         num_reference: Number of reference images.
@@ -128,7 +135,8 @@ def open_network_for(
     Raises:
         ValueError: A metric is unknown or does not fit the features, a library is missing, or there are too few images.
     """
-    _check_features(metrics, features)
+    if metrics:
+        _check_features(metrics, features)
     if set(metrics) - _FRECHET and importlib.util.find_spec("torch_fidelity") is None:
         raise ValueError(f'{", ".join(metrics)} need torch-fidelity; install it with pip install "ddpm_hf[eval]".')
 
@@ -154,6 +162,7 @@ def measure_fidelity(
     cache_dir: Path | None = None,
     seed: int = 0,
     statistics: ReferenceStatistics | None = None,
+    sample_features: Features | None = None,
 ) -> list[Metric]:
     """Collective: compare samples with real images in the features of a network.
 
@@ -168,6 +177,7 @@ def measure_fidelity(
         cache_dir: Folder for the reference statistics; None takes a folder in the user's cache.
         seed: Seed of the subsets of kernel distances and the splits of the Inception Score.
         statistics: Statistics of `reference` that were used before; None opens them.
+        sample_features: Features of `samples` that were computed before.
 
     Returns:
         The metrics, in the order of `metrics`; none on other ranks than 0.
@@ -180,9 +190,8 @@ def measure_fidelity(
     _check_images(samples, reference)
     _check_numbers(metrics, network.num_features(reference.image_shape), len(samples), len(reference))
     statistics = statistics or ReferenceStatistics(network, reference, batch_size, cache_dir)
-    sample_features = network.features_of(
-        len(samples), lambda rows: samples[rows.start : rows.stop].transpose(0, 3, 1, 2), batch_size, "samples"
-    )
+    if sample_features is None:
+        sample_features = network.features_of_images(samples, batch_size, "samples")
     wanted = set(metrics)
     # Features before moments, so that the moments are computed from these features.
     features = statistics.features() if wanted & (_KERNEL | {"precision", "recall"}) else None

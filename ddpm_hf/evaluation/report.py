@@ -1,4 +1,4 @@
-"""evaluation.json, the nearest real images of samples, and the score that is measured during training."""
+"""evaluation.json, the table of metrics, and the score that is measured during training."""
 
 import json
 import platform
@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ddpm_hf import distributed
 from ddpm_hf.config import RunConfig
 from ddpm_hf.data import ImageSet, to_uint8
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
-from ddpm_hf.evaluation.features import FeatureNetwork, FloatArray, ReferenceStatistics
+from ddpm_hf.evaluation.features import FeatureNetwork, ReferenceStatistics
 from ddpm_hf.evaluation.generate import Images, Sampler, sample_images
 from ddpm_hf.evaluation.likelihood import ReverseProcess, VariationalBound, variational_bound
 from ddpm_hf.evaluation.metrics import (
@@ -27,11 +26,10 @@ from ddpm_hf.evaluation.metrics import (
     measure_fidelity,
     open_network_for,
 )
-from ddpm_hf.evaluation.recognition import pixel_rows, squared_distances
 from ddpm_hf.rng import numpy_generator
 
+_OF_VALIDATION = ("validation_value", "num_validation")
 _LIBRARIES = ("ddpm_hf", "torch", "diffusers", "numpy")
-_NEIGHBOR_CHUNK_BYTES = 1 << 26
 
 
 def as_json(
@@ -42,6 +40,7 @@ def as_json(
     data: dict[str, Any],
     bound_settings: dict[str, Any],
     flags: Sequence[str] = (),
+    memorization: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Return the content of evaluation.json.
 
@@ -52,11 +51,13 @@ def as_json(
         data: Source, fingerprint and number of the images.
         bound_settings: How bits per dimension were computed.
         flags: Command-line flags of the evaluation, without local paths.
+        memorization: What memorization found, in pixels and in features.
     """
     sampling = {"seed": settings["seed"], "sampler": settings["scheduler"]}
     sampling["num_inference_steps"] = settings["num_inference_steps"]
     rows = [
-        asdict(metric) | ({"seed": settings["seed"], **bound_settings} if metric.name == BITS_PER_DIM else sampling)
+        {name: value for name, value in asdict(metric).items() if value is not None or name not in _OF_VALIDATION}
+        | ({"seed": settings["seed"], **bound_settings} if metric.name == BITS_PER_DIM else sampling)
         for metric in metrics
     ]
     content = {
@@ -66,6 +67,7 @@ def as_json(
         "sampling": {name: value for name, value in settings.items() if name != "schema_version"},
         "flags": list(flags),
         "bound": None if bound is None else bound.to_dict(),
+        **({"memorization": list(memorization)} if memorization else {}),
         "versions": {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
     }
     return json.dumps(content, indent=2) + "\n"
@@ -73,12 +75,17 @@ def as_json(
 
 def table(metrics: Sequence[Metric]) -> str:
     """Return the metrics as a text table."""
-    rows = [("metric", "value", "standard error", "images", "compared with", "features")]
+    rows: list[tuple[str, ...]] = [
+        ("metric", "value", "standard error", "images", "compared with", "of validation images", "features")
+    ]
     for metric in metrics:
         error = "" if metric.standard_error is None else f"{metric.standard_error:.2g}"
         reference = f"{metric.num_reference:,}" if metric.num_reference else ""
-        features = metric.features or ""
-        rows.append((metric.name, f"{metric.value:.4f}", error, f"{metric.num_samples:,}", reference, features))
+        validation = "" if metric.validation_value is None else f"{metric.validation_value:.4f}"
+        numbers = (f"{metric.value:.4f}", error, f"{metric.num_samples:,}", reference, validation)
+        rows.append((metric.name, *numbers, metric.features or ""))
+    if not any(row[5] for row in rows[1:]):
+        rows = [row[:5] + row[6:] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
@@ -101,31 +108,6 @@ def choose_images(images: ImageSet, num_images: int | None, seed: int) -> ImageS
 def real_images(images: ImageSet, positions: NDArray[np.int64]) -> Images:
     """Return images of a set in the layout of samples: uint8 (number, height, width, channels)."""
     return np.ascontiguousarray(to_uint8(images.take(positions)[0]).transpose(0, 2, 3, 1))
-
-
-def nearest_images(samples: Images, images: ImageSet) -> tuple[Images, NDArray[np.int64], FloatArray]:
-    """Find the nearest image of a set for each sample, pixel by pixel: a network that memorized images would copy them.
-
-    Args:
-        samples: uint8 (number, height, width, channels).
-        images: Images of the same size; read in chunks.
-
-    Returns:
-        The nearest images, like the samples; their positions in the set; their distances, root mean square over the
-        values, in [0, 1].
-    """
-    rows = pixel_rows(samples)
-    smallest = np.full(len(rows), np.inf)
-    positions = np.zeros(len(rows), np.int64)
-    chunk_size = max(1, _NEIGHBOR_CHUNK_BYTES // rows[0].nbytes)
-    for start in tqdm(range(0, len(images), chunk_size), "Nearest images", disable=None, leave=False):
-        others = pixel_rows(real_images(images, images.positions[start : start + chunk_size]))
-        squares = squared_distances(rows, others)
-        best = squares.argmin(axis=1)
-        distances = squares[np.arange(len(rows)), best]
-        is_nearer = distances < smallest
-        smallest[is_nearer], positions[is_nearer] = distances[is_nearer], best[is_nearer] + start
-    return real_images(images, positions), positions, np.sqrt(smallest / rows.shape[1]) / 255
 
 
 @dataclass(frozen=True, kw_only=True)

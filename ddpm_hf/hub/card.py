@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ddpm_hf.config import TRAIN_DATASET
-from ddpm_hf.evaluation.metrics import BITS_PER_DIM, SCHEMA_VERSION, TITLES
+from ddpm_hf.evaluation.metrics import BITS_PER_DIM, MEMORIZATION, SCHEMA_VERSION, TITLES
 from ddpm_hf.files import (
     EVALUATION,
     MODEL_INDEX,
@@ -257,6 +257,8 @@ def _evaluation_result(row: Mapping[str, Any], sampling: Mapping[str, Any]) -> d
         if not isinstance(number, int | float):
             raise TypeError(f"{number!r} is not a number")
     metric, network = name[1], name[2] or ("Inception" if row.get("features") else None)
+    if metric == MEMORIZATION:
+        network = name[2] or "pixels"
     title, better = TITLES.get(metric, (metric, ""))
     if metric == BITS_PER_DIM:
         title += f" of {count:,} {'training images' if row.get('images') == 'all' else 'images'}"

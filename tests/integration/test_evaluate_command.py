@@ -169,6 +169,35 @@ def test_fidelity_compares_samples_with_training_images(
     assert "holds samples of other settings (seed was 3, is 4)" in changed
 
 
+def test_copies_of_training_images_are_counted_and_compared_with_the_validation_set(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path
+) -> None:
+    """Of a run with random flips, with copies in place of its samples; no feature network is needed for pixels."""
+    shutil.copytree(saved, tmp_path / "run" / "pipeline")
+    data = DataConfig(source=str(DIGITS), validation_fraction=0.1, random_flip=True)
+    (tmp_path / "run" / "pipeline" / "training_config.yaml").write_text(RunConfig(data=data).to_yaml())
+    options = [tmp_path / "run", *QUICK, "--metrics", "memorization", "--output", tmp_path]
+    assert evaluate(*options) == 0
+    training, _ = open_images(data, with_labels=False).split(0.1, 0)
+    samples = np.load(tmp_path / "evaluation_samples" / "samples.npy")
+    samples[:4] = training.take(np.arange(4))[0].transpose(0, 2, 3, 1)[:, :, ::-1]
+    np.save(tmp_path / "evaluation_samples" / "samples.npy", samples)
+    capsys.readouterr()
+    assert evaluate(*options, "--features", "tests.feature_networks:pooled") == 0
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    pixels, features = report["metrics"]
+    assert features["name"] == "memorization[tests.feature_networks:pooled]"
+    assert (pixels["name"], pixels["value"], pixels["num_validation"]) == ("memorization", 0.25, 180)
+    assert 0 <= pixels["validation_value"] < 0.02 and pixels["num_reference"] <= 1617
+    assert [found["mirrored"] for found in report["memorization"]] == [True, True]
+    assert {one["training_image"] for one in report["memorization"][0]["closest"][:4]} == set(
+        training.rows[:4].tolist()
+    )
+    printed = capsys.readouterr().out
+    assert "memorization: 4 of 16 samples (25.0%) are less than a third as far from one training image" in printed
+    assert "of validation images" in printed
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

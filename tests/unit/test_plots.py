@@ -19,6 +19,7 @@ from ddpm_hf.diffusion.schedule import (
 )
 from ddpm_hf.plots import (
     LABEL_HEIGHT,
+    Ratios,
     betas_of,
     bin_means,
     denoising_strip,
@@ -363,18 +364,24 @@ def test_an_empty_or_invalid_bound_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_bound", [True, False])
-def test_an_evaluation_shows_images_neighbors_and_the_bound(
-    tmp_path: Path, figures: list[Any], with_bound: bool
+@pytest.mark.parametrize("with_ratios", [True, False])
+def test_an_evaluation_shows_images_neighbors_the_bound_and_ratios(
+    tmp_path: Path, figures: list[Any], with_bound: bool, with_ratios: bool
 ) -> None:
     samples = distinct_images(64, 4, 4, 3)
     real, neighbors = samples[::-1].copy(), samples[32:].copy()
     evaluation_plot(
-        tmp_path / "x.png", samples=samples, real=real, neighbors=neighbors, distances=np.linspace(0.1, 0.2, 32),
-        bound=a_bound() if with_bound else None, title="a_b $x",
+        tmp_path / "x.png", samples=samples, real=real, compared=samples[8:40], neighbors=neighbors,
+        distances=np.linspace(0.1, 0.2, 32), bound=a_bound() if with_bound else None, title="a_b $x",
+        memorization=[Ratios("_a $b", np.array([0.1, 0.9, 0.5, 0.2]), np.array([0.6]), 1 / 3)] if with_ratios else [],
     )  # fmt: skip
     panels = figures[0].axes
-    assert len(panels) == (6 if with_bound else 3)
-    rows = [images[start : start + 8] for start in range(0, 32, 8) for images in (samples[:32], neighbors)]
+    assert len(panels) == 3 + 3 * with_bound + 3 * with_ratios
+    if with_ratios:
+        labels = [text.get_text() for text in panels[-3].get_legend().get_texts()]
+        assert labels == ["samples, 50.0% memorized", "validation images, 0.0% memorized"]
+        assert set(lines_of(panels[-3])[0][:, 0].tolist()) >= {0.1, 0.2, 0.5, 0.9}
+    rows = [images[start : start + 8] for start in range(0, 32, 8) for images in (samples[8:40], neighbors)]
     for panel, images in zip(panels, (samples, real, np.concatenate(rows)), strict=False):
         np.testing.assert_array_equal(panel.images[0].get_array(), np.asarray(image_grid(images, 8)))
     if with_bound:
@@ -485,8 +492,8 @@ def test_figures_are_png_files_that_depend_on_the_numbers_only(tmp_path: Path) -
         timestep_curves(folder / "timesteps.png", bound=a_bound())
         schedule_plot({"a $b": alphas_cumprod("linear")}, folder / "schedule.png", loss_weights={"a $b": np.ones(50)})
         evaluation_plot(
-            folder / "evaluation.png", samples=samples, real=samples, neighbors=samples, distances=np.ones(8),
-            bound=a_bound(), title="_a $b",
+            folder / "evaluation.png", samples=samples, real=samples, compared=samples, neighbors=samples,
+            distances=np.ones(8), bound=a_bound(), title="_a $b",
         )  # fmt: skip
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()

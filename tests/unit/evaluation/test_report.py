@@ -21,7 +21,6 @@ from ddpm_hf.evaluation.report import (
     SmallSampleScorer,
     as_json,
     choose_images,
-    nearest_images,
     table,
 )
 from tests.conftest import tiny_unet
@@ -47,30 +46,24 @@ def test_images_are_drawn_from_the_whole_set_by_the_seed() -> None:
         choose_images(images, 101, 0)
 
 
-def test_the_nearest_image_is_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against all distances, in several parts; a copy is found at distance 0."""
-    monkeypatch.setattr("ddpm_hf.evaluation.report._NEIGHBOR_CHUNK_BYTES", 7 * 8 * 48)
-    images = random_images(30)
-    samples = random_images(5, seed=1).images.transpose(0, 2, 3, 1).copy()
-    samples[2] = images.images[13].transpose(1, 2, 0)
-    found, positions, distances = nearest_images(samples, images)
-    real = images.images.transpose(0, 2, 3, 1).astype(float)
-    all_distances = np.sqrt(((samples[:, None].astype(float) - real[None]) ** 2).mean(axis=(2, 3, 4))) / 255
-    np.testing.assert_array_equal(positions, all_distances.argmin(axis=1))
-    np.testing.assert_allclose(distances, all_distances.min(axis=1), rtol=1e-12)
-    assert (positions[2], distances[2]) == (13, 0)
-    np.testing.assert_array_equal(found[2], samples[2])
-
-
 def test_the_table_and_evaluation_json_contain_a_metric() -> None:
     fid = Metric(name="fid", value=3.17, standard_error=None, features="inception", num_samples=50_000, num_reference=7)
     assert table([fid]).splitlines() == [
         "metric  value   standard error  images  compared with  features",
         "fid     3.1700                  50,000  7              inception",
     ]
+    copies = Metric(
+        name="memorization", value=0.02, standard_error=0.01, features="pixels", num_samples=100, num_reference=7,
+        validation_value=0.0, num_validation=3,
+    )  # fmt: skip
+    assert table([fid, copies]).splitlines()[::2] == [
+        "metric        value   standard error  images  compared with  of validation images  features",
+        "memorization  0.0200  0.01            100     7              0.0000                pixels",
+    ]
     settings = {"schema_version": 1, "seed": 5, "scheduler": "DDIMScheduler", "num_inference_steps": 9}
     content = json.loads(as_json([fid], None, settings=settings, data={"source": "x"}, bound_settings={}))
     (row,) = content["metrics"]
+    assert "validation_value" not in row
     assert (row["value"], row["seed"], row["sampler"], row["num_inference_steps"]) == (3.17, 5, "DDIMScheduler", 9)
     assert content["schema_version"] == 1
     assert content["bound"] is None

@@ -240,6 +240,20 @@ def test_evaluation_results_have_errors_and_settings_and_the_recognized_share(fo
     assert "nan" not in text
 
 
+def test_copies_of_training_images_are_stated_with_those_of_the_validation_set(folder_of: Folder) -> None:
+    copies = Metric(
+        name="memorization", value=0.125, standard_error=0.01, features="pixels", num_samples=1000, num_reference=1527,
+        validation_value=0.004, num_validation=270,
+    )  # fmt: skip
+    text = card_of(folder_of(evaluation__json=evaluation(copies, FID))).text
+    assert "| memorization-1k (pixels) | 0.125 | 0.01 | lower | 1,000 | 1,527 |" in text
+    assert "12.5% of the samples are copies" in text
+    assert "of 270 validation images, which the model has not seen, 0.4% are." in text
+    assert f"Features: {INCEPTION}." in text and "Features: pixels" not in text
+    assert "yoon2023diffusion" in text
+    assert metrics_of(text)[0]["args"]["validation_value"] == 0.004
+
+
 def test_bits_per_dimension_name_their_images_and_condition(folder_of: Folder) -> None:
     def title(**bound: Any) -> str:
         return str(metrics_of(card_of(folder_of(evaluation__json=evaluation(BITS, **bound))).text)[0]["name"])
