@@ -461,7 +461,7 @@ def evaluation_plot(
     grids = {
         "samples, not selected": samples,
         "real images": real,
-        f"{'samples most like one image' if memorization else 'samples'} and, below each, the nearest real image\n"
+        f"{'possible copies' if memorization else 'samples'} and, below each, the nearest real image\n"
         f"distance {distances.min():.3f} to {distances.max():.3f}": np.concatenate(pairs),
     }
     for panel, (label, images) in zip(axes[0], grids.items(), strict=True):
