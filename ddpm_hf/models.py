@@ -13,25 +13,27 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch import nn
 
 from ddpm_hf.config import (
     ConfigError,
     DiffusionConfig,
+    DistillationConfig,
     ModelConfig,
     UNetOverride,
     log_warning,
     read_config_dict,
 )
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
+from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCE_TYPES
 from ddpm_hf.diffusion.saved_folder import LIST_FORM, check_shards, second_moments_file
-from ddpm_hf.diffusion.scheduler import SECOND_MOMENTS_FILE
+from ddpm_hf.diffusion.scheduler import DEFAULT_STEPS, DISTILLED_GUIDANCE, SECOND_MOMENTS_FILE
 from ddpm_hf.files import (
     MANIFEST,
     MODEL_CONFIG,
@@ -283,11 +285,13 @@ def pipeline_folder(model: ModelFolder) -> Iterator[Path]:
         raise ConfigError(f"{model.path} was removed, as training does with old checkpoints; run the same again.")
     index = {name: value for name, value in pipeline_settings(model).items() if value}
     index["_class_name"] = LIST_FORM
-    index |= {"unet": ["diffusers", UNet2DModel.__name__], "scheduler": ["diffusers", DDPMScheduler.__name__]}
+    scheduler = checkpoint_scheduler(model)
+    name = DDIMScheduler.__name__ if isinstance(scheduler, DDIMScheduler) else DDPMScheduler.__name__
+    index |= {"unet": ["diffusers", UNet2DModel.__name__], "scheduler": ["diffusers", name]}
     with tempfile.TemporaryDirectory(prefix="ddpm-hf-checkpoint-") as temporary:
         folder = Path(temporary)
         write_json(folder / MODEL_INDEX, index)
-        checkpoint_scheduler(model).save_pretrained(folder / "scheduler")
+        scheduler.save_pretrained(folder / "scheduler")
         (folder / "unet").symlink_to(model.weights.resolve(), target_is_directory=True)
         if (moments := _second_moments(model)) is not None:
             shutil.copyfile(moments, second_moments_file(folder))
@@ -306,15 +310,17 @@ def load_model(model: ModelFolder, load: Callable[[Path], Any]) -> Any:
     return loaded
 
 
-def checkpoint_scheduler(model: ModelFolder) -> GaussianDiffusionScheduler:
-    """Return the forward process of the run of a checkpoint.
+def checkpoint_scheduler(model: ModelFolder) -> GaussianDiffusionScheduler | DDIMScheduler:
+    """Return the scheduler that the run of a checkpoint saves with its pipeline.
 
     Raises:
         ConfigError: The configuration beside it is not one that this version can read.
     """
+    settings = settings_of(model.path)
     try:
-        options = DiffusionConfig(**settings_of(model.path)["diffusion"]).scheduler_options()
-        scheduler: GaussianDiffusionScheduler = GaussianDiffusionScheduler.create(**options)
+        options = DiffusionConfig(**settings["diffusion"]).scheduler_options()
+        distillation = DistillationConfig(**settings.get("distillation", {}))
+        scheduler = sampling_scheduler(GaussianDiffusionScheduler.create(**options), distillation)
     except ConfigError:
         raise
     except Exception as error:  # torch raises many types for tables of an absurd size
@@ -323,6 +329,24 @@ def checkpoint_scheduler(model: ModelFolder) -> GaussianDiffusionScheduler:
             "version that wrote it."
         ) from error
     return scheduler
+
+
+def sampling_scheduler(
+    scheduler: GaussianDiffusionScheduler, distillation: DistillationConfig
+) -> GaussianDiffusionScheduler | DDIMScheduler:
+    """Return the scheduler that a run saves with its pipeline: that of a student is a DDIMScheduler.
+
+    Its configuration also says in how many steps the student samples, and which guidance is part of it.
+    """
+    if distillation.teacher is None:
+        return scheduler
+    student: DDIMScheduler = DDIMScheduler.from_config(
+        scheduler.config, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+    student.register_to_config(**{DEFAULT_STEPS: distillation.num_inference_steps})
+    if distillation.guidance_scale != 1:
+        student.register_to_config(**{DISTILLED_GUIDANCE: distillation.guidance_scale})
+    return student
 
 
 def pipeline_settings(model: ModelFolder) -> dict[str, Any]:
@@ -424,6 +448,7 @@ class Pretrained:
         scheduler: The forward process it was trained for; None if unknown.
         class_names: Names of its classes; None if unknown.
         has_null_label: Whether its last label means "no class"; None if unknown.
+        self_conditioned: Whether it takes its own prediction of x_0 as further channels.
     """
 
     name: str
@@ -431,6 +456,7 @@ class Pretrained:
     scheduler: GaussianDiffusionScheduler | None
     class_names: dict[str, str] | None
     has_null_label: bool | None
+    self_conditioned: bool = False
 
 
 def read_config_file(model: ModelConfig) -> dict[str, Any]:
@@ -454,8 +480,13 @@ def load_pretrained(model: ModelConfig) -> Pretrained:
         ConfigError: The folder or repository has no network, or it cannot be read.
     """
     assert model.from_pretrained is not None
-    name = f"model.from_pretrained {model.from_pretrained}"
-    found = _find_model(name, model.from_pretrained, model.revision, _FILES)
+    return load_network("model.from_pretrained", model.from_pretrained, model.revision)
+
+
+def load_network(setting: str, source: str, revision: str | None) -> Pretrained:
+    """Load the network that a setting names; see `load_pretrained`."""
+    name = f"{setting} {source}"
+    found = _find_model(name, source, revision, _FILES)
     unet_folder = _unet_folder(found, name)
     _read_unet_config(unet_folder / MODEL_CONFIG, name)
     if not any(unet_folder.glob("diffusion_pytorch_model*.safetensors*")):
@@ -478,9 +509,44 @@ def load_pretrained(model: ModelConfig) -> Pretrained:
     return Pretrained(
         name=name,
         unet=unet,
-        scheduler=checkpoint_scheduler(found) if found.kind == "checkpoint" else _read_scheduler(found.path, name),
+        scheduler=_scheduler_of(found, name),
         class_names=index.get("class_names") if index else None,
         has_null_label=bool(index.get("has_null_label")) if index else None,
+        self_conditioned=bool(index and index.get("self_conditioned")),
+    )
+
+
+def as_student(pretrained: Pretrained, prediction_type: str, has_null_label: bool) -> Pretrained:
+    """Return a pretrained network with the outputs and labels of its student.
+
+    The channels of a learned variance are removed, and so is the null label of a guided teacher, whose student is
+    never called with it. A network that predicts epsilon starts to learn another prediction.
+
+    Args:
+        pretrained: The network.
+        prediction_type: What the student predicts.
+        has_null_label: Whether the student has a null label.
+    """
+    unet, scheduler = pretrained.unet, pretrained.scheduler
+    changes, weights = {}, dict(unet.state_dict())
+    if scheduler is not None and scheduler.variance_type in LEARNED_VARIANCE_TYPES:
+        changes["out_channels"] = num_channels = unet.config["out_channels"] // 2
+        weights |= {name: weights[name][:num_channels] for name in ("conv_out.weight", "conv_out.bias")}
+    if pretrained.has_null_label and not has_null_label:
+        changes["num_class_embeds"] = num_classes = unet.config["num_class_embeds"] - 1
+        weights["class_embedding.weight"] = weights["class_embedding.weight"][:num_classes]
+    if changes:
+        with torch.device("meta"):  # draws nothing from the global generators
+            unet = UNet2DModel.from_config(unet.config, **changes)
+        unet.load_state_dict(weights, assign=True)
+    if scheduler is not None:
+        options = {"prediction_type": prediction_type, "variance_type": "fixed_small"}
+        scheduler = GaussianDiffusionScheduler.from_config(scheduler.config, **options)
+    return replace(
+        pretrained,
+        unet=unet,
+        scheduler=scheduler,
+        has_null_label=pretrained.has_null_label and has_null_label,
     )
 
 
@@ -583,6 +649,14 @@ def _schedule(scheduler: GaussianDiffusionScheduler) -> str:
     return f"{kind}, alpha_bar_T {float(scheduler.noise_schedule.alphas_cumprod[-1]):.2e}"
 
 
+def _scheduler_of(model: ModelFolder, name: str) -> GaussianDiffusionScheduler | None:
+    """Return the forward process of a network; None if its folder does not say it."""
+    if model.kind != "checkpoint":
+        return _read_scheduler(model.path, name)
+    scheduler: GaussianDiffusionScheduler = GaussianDiffusionScheduler.from_config(checkpoint_scheduler(model).config)
+    return scheduler
+
+
 def _read_scheduler(folder: Path, name: str) -> GaussianDiffusionScheduler | None:
     """Return the forward process of a folder, whichever scheduler of diffusers it names."""
     for path in (folder / file for file in _SCHEDULER_FILES):
@@ -600,7 +674,8 @@ def _find_model(name: str, source: str, revision: str | None, files: Sequence[st
     path = Path(source).expanduser()
     if path.is_dir():
         if revision is not None:
-            raise ConfigError(f"model.revision {revision} applies to the Hub, but {source} is a local path; remove it.")
+            setting = f"{name.partition('.')[0]}.revision"
+            raise ConfigError(f"{setting} {revision} applies to the Hub, but {source} is a local path; remove it.")
         try:
             return find_model(path, accept_network=True)
         except ConfigError as error:

@@ -230,6 +230,8 @@ COMMANDS_WITHOUT_TORCH = [
     "train --training.num_stepz 5",
     "train --data.source x --training.micro_batch_size 48 --training.train_batch_size 64",
     "data --help",
+    "distill --help",
+    "distill x --steps 8,3",
     "ema --help",
     "sample --help",
     "sample --num_imagez 5",

@@ -55,6 +55,13 @@ def train(arguments: Sequence[str] | None = None, prog: str = "ddpm-hf train") -
     return _exit_code(lambda: command(arguments, prog))
 
 
+def distill(arguments: Sequence[str]) -> int:
+    """Run `ddpm-hf distill`, and return the exit code."""
+    from ddpm_hf.cli.distill import distill as command
+
+    return _exit_code(lambda: command(arguments))
+
+
 def ema(arguments: Sequence[str]) -> int:
     """Run `ddpm-hf ema`, and return the exit code."""
     from ddpm_hf.cli.ema import ema as command
@@ -100,6 +107,7 @@ def verify(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "data": (data, "show what a run would read"),
     "train": (train, "train a DDPM"),
+    "distill": (distill, "distill a trained DDPM into students of few sampling steps"),
     "ema": (ema, "reconstruct an EMA of any length"),
     "sample": (sample, "sample images from a pipeline"),
     "evaluate": (evaluate, "measure how good a pipeline is"),

@@ -581,6 +581,7 @@ def _grid_of_edits(
 
 def _settings(work: _Work) -> dict[str, Any]:
     """Return everything that the images depend on, for JSON."""
+    from ddpm_hf.diffusion.scheduler import default_num_inference_steps
     from ddpm_hf.evaluation.generate import fingerprint
 
     flags, pipeline, scheduler = work.flags, work.pipeline, work.pipeline.scheduler
@@ -593,7 +594,7 @@ def _settings(work: _Work) -> dict[str, Any]:
         "sha256": fingerprint(pipeline),
         "scheduler": type(scheduler).__name__,
         **work.call,
-        "num_inference_steps": work.call["num_inference_steps"] or int(scheduler.config["num_train_timesteps"]),
+        "num_inference_steps": work.call["num_inference_steps"] or default_num_inference_steps(scheduler),
         "timestep_spacing": flags.timestep_spacing or scheduler.config.get("timestep_spacing"),
         "variance": flags.variance,
         "dtype": flags.dtype,

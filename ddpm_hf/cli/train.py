@@ -38,6 +38,21 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     During training a signal saves a checkpoint; before and after, it ends the command.
     """
     config, is_dry_run = parse_command_line(arguments, prog)
+    program = f"python {prog}" if prog.endswith(".py") else prog
+    command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
+    exit_code, trainer = run(config, command, is_dry_run=is_dry_run)
+    trainer.shutdown()
+    return exit_code
+
+
+def run(config: RunConfig, command: str, *, is_dry_run: bool) -> "tuple[int, Trainer]":
+    """Collective: train, report and publish a run; return the exit code and the trainer, which is closed.
+
+    Args:
+        config: The configuration.
+        command: The command line, for the report.
+        is_dry_run: Whether to check only.
+    """
     needs_sklearn = config.evaluation.recognition and config.evaluation.num_samples
     if needs_sklearn and importlib.util.find_spec("sklearn") is None:
         raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
@@ -45,8 +60,6 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
     with paused_garbage_collection():
         from ddpm_hf.training.trainer import Trainer
 
-    program = f"python {prog}" if prog.endswith(".py") else prog
-    command = f"{program} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     advice = "lower training.micro_batch_size, or evaluation.batch_size if it was while sampling the report"
     push = None
     if config.hub.push_to_hub:
@@ -57,8 +70,7 @@ def train(arguments: Sequence[str] | None, prog: str = "ddpm-hf train") -> int:
         # This command publishes the finished run, with its report, which is sampled with the settings of the run.
         with Trainer(config, publisher=None if push is None else push.publish) as trainer, trainer.process_settings:
             exit_code = _run(trainer, push, command, is_dry_run=is_dry_run)
-    trainer.shutdown()
-    return exit_code
+    return exit_code, trainer
 
 
 def _run(

@@ -250,6 +250,109 @@ def load_data_config(arguments: Sequence[str], prog: str = "ddpm-hf data") -> tu
     return config, Path(namespace.picture)
 
 
+@dataclasses.dataclass(frozen=True)
+class DistillCommand:
+    """A command line of `ddpm-hf distill`.
+
+    Args:
+        teacher: Run, checkpoint, pipeline or Hub repository.
+        teacher_config: YAML file with the settings of its run; None for those in its folder.
+        revision: Branch, tag or commit of the Hub repository; None for the default branch.
+        steps: Sampling steps of each student, each half of those before.
+        guidance_scale: Classifier-free guidance scale of the teacher.
+        output: Folder of the students; None for the default.
+        is_dry_run: Whether to check only.
+        arguments: All arguments, also the settings of the training.
+    """
+
+    teacher: str
+    teacher_config: Path | None
+    revision: str | None
+    steps: tuple[int, ...]
+    guidance_scale: float | None
+    output: Path | None
+    is_dry_run: bool
+    arguments: tuple[str, ...]
+
+    def config(self, settings: Mapping[str, Mapping[str, Any]]) -> RunConfig:
+        """Return the configuration of a student: settings that flags of the command line override.
+
+        Raises:
+            ConfigError: As `parse_command_line`.
+        """
+        config, _ = _parse(_distill_parser(settings), self.arguments)
+        check(config)
+        return config
+
+
+def parse_distill_command(arguments: Sequence[str], prog: str = "ddpm-hf distill") -> DistillCommand:
+    """Parse and check a command line of `ddpm-hf distill`, except the settings of the training.
+
+    Raises:
+        ConfigError: As `parse_command_line`, or the steps do not halve, or a setting is given that the command decides.
+    """
+    _, namespace = _parse(_distill_parser({}, prog), arguments)
+    for flag, fix in _DECIDED_BY_DISTILL.items():
+        if any(argument.split("=")[0] == f"--{flag}" for argument in arguments):
+            raise ConfigError(f"--{flag} is decided by ddpm-hf distill; {fix}.")
+    if not namespace.teacher:
+        raise ConfigError("no teacher is given; give the folder of a run, a checkpoint or a pipeline.")
+    words = str(namespace.steps).split(",")
+    steps = tuple(int(word) for word in words if word.strip().isdecimal())
+    if len(steps) != len(words) or 0 in steps:
+        raise ConfigError(f"--steps is {namespace.steps}; give numbers of steps separated by commas, such as 8,4,2,1.")
+    for before, after in itertools.pairwise(steps):
+        if before != 2 * after:
+            expected = f"after {before} comes {before // 2}" if before % 2 == 0 else f"{before} is odd"
+            raise ConfigError(
+                f"--steps is {namespace.steps}, but a student has half as many steps as its teacher, and {expected}; "
+                "give numbers that halve, such as 8,4,2,1."
+            )
+    return DistillCommand(
+        teacher=namespace.teacher,
+        teacher_config=None if namespace.config is None else Path(namespace.config),
+        revision=namespace.revision,
+        steps=steps,
+        guidance_scale=namespace.guidance_scale,
+        output=None if namespace.output is None else Path(namespace.output),
+        is_dry_run=bool(namespace.dry_run),
+        arguments=tuple(arguments),
+    )
+
+
+_DECIDED_BY_DISTILL = {
+    "training.output_dir": "set --output",
+    "distillation.teacher": "give the teacher without a flag",
+    "distillation.revision": "set --revision",
+    "distillation.num_inference_steps": "set --steps",
+    "distillation.guidance_scale": "set --guidance_scale",
+    "model.from_pretrained": "a student starts from its teacher",
+    "model.config_file": "a student has the network of its teacher",
+    "model.preset": "a student has the network of its teacher",
+}
+
+
+def _distill_parser(settings: Mapping[str, Mapping[str, Any]], prog: str = "ddpm-hf distill") -> ArgumentParser:
+    parser = _parser(prog, reads_config=False)
+    parser.description = (
+        "Distill a trained model into students that sample in few steps (Salimans & Ho 2022). Each learns two DDIM "
+        "steps of the one before it as one of its own. The same command resumes a run that was stopped."
+    )
+    parser.epilog = "Example: ddpm-hf distill outputs/digits --steps 8,4,2,1 --output outputs/digits_distilled"
+    parser.add_argument("teacher", nargs="?", help="Folder of a run, a checkpoint or a pipeline, or a Hub repository.")
+    parser.add_argument("--steps", default="8,4,2,1", help="Sampling steps of the students, each half of those before.")
+    parser.add_argument(
+        "--guidance_scale", type=float, help="Classifier-free guidance scale of the teacher; 1 disables guidance."
+    )
+    parser.add_argument("--output", help="Folder of the students; by default that of the teacher with _distilled.")
+    parser.add_argument("--revision", help="Branch, tag or commit of the Hub repository.")
+    parser.add_argument("--config", help="YAML file with the settings of the teacher's run, if its folder has none.")
+    parser.set_defaults(
+        {f"{section}.{name}": value for section in settings for name, value in settings[section].items()}
+    )
+    return parser
+
+
 def _parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> tuple[RunConfig, Namespace]:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -283,7 +386,7 @@ def _shared_parser(prog: str) -> ArgumentParser:
     return _parser(prog)
 
 
-def _parser(prog: str) -> ArgumentParser:
+def _parser(prog: str, *, reads_config: bool = True) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
@@ -291,9 +394,10 @@ def _parser(prog: str) -> ArgumentParser:
         description="Train a DDPM. The same command resumes a run that was stopped.",
         epilog="Example: accelerate launch train_ddpm.py --config configs/digits_8.yaml --training.seed 1",
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of the settings below; flags override it."
-    )
+    if reads_config:
+        parser.add_argument(
+            "--config", action="config", help="YAML file with any of the settings below; flags override it."
+        )
     parser.add_argument("--dry_run", action="store_true", help="Check everything, print the configuration and exit.")
     for section in dataclasses.fields(RunConfig):
         parser.add_class_arguments(section.default_factory, section.name)

@@ -33,6 +33,8 @@ _SAMPLE_METRICS = ("fid", "kid", "inception_score", "frechet_distance", "kernel_
 # Minimum number of samples: one more than the 2048 Inception features; a hundred per split of the Inception Score.
 _MIN_SAMPLES = {"fid": 2049, "inception_score": 1000}
 
+_DISTILLATION = ("revision", "num_inference_steps", "guidance_scale")
+
 # (setting, the setting that it depends on, the values of that one for which it is used; () stands for any true value).
 # Settings of previews and the report are not listed: recipes may keep them when previews or the report are off.
 _USED_ONLY_WITH: tuple[tuple[str, str, tuple[object, ...]], ...] = (
@@ -53,6 +55,7 @@ _USED_ONLY_WITH: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("objective.p2_k", "objective.weighting", ("p2",)),
     *((f"training.{name}", "training.optimizer", _ADAM) for name in ("adam_beta1", "adam_beta2", "adam_epsilon")),
     ("training.weight_decay", "training.optimizer", _ADAM),
+    *((f"distillation.{name}", "distillation.teacher", ()) for name in _DISTILLATION),
     ("training.prefetch_factor", "objective.timestep_sampling", ("uniform", "antithetic")),
     ("training.ema_inv_gamma", "training.ema_warmup", ("power",)),
     ("training.ema_power", "training.ema_warmup", ("power",)),
@@ -106,6 +109,7 @@ def check(config: RunConfig, *, has_train_dataset: bool = False, has_eval_datase
     has_validation_set = has_eval_dataset or _has_validation_set(config.data)
     _check_model(config.model)
     _check_objective(config)
+    _check_distillation(config)
     _check_training(config, has_validation_set)
     _check_evaluation(config, has_validation_set)
     if config.hub.push_to_hub and not config.hub.repo_id:
@@ -138,13 +142,14 @@ def _check_ranges(config: RunConfig) -> None:
         "training.posthoc_ema_every_steps", "data.num_channels", "data.resolution", "data.crop_before_resize",
         "data.shuffle_buffer_size", "preview.num_images", "preview.num_inference_steps", "evaluation.batch_size",
         "evaluation.num_inference_steps", "evaluation.score_num_samples", "objective.huber_delta",
-        "objective.vlb_weight", "objective.min_snr_gamma", "objective.p2_k",
+        "objective.vlb_weight", "objective.min_snr_gamma", "objective.p2_k", "distillation.num_inference_steps",
     )  # fmt: skip
     not_negative = (
         "training.learning_rate_warmup_steps", "training.prefetch_factor", "training.weight_decay", "training.seed",
         "training.validate_every_steps", "training.ema_start_step", "data.resize_to", "preview.every_steps",
         "preview.guidance_scale", "evaluation.num_samples", "evaluation.guidance_scale",
         "evaluation.score_every_steps", "objective.p2_gamma", "objective.offset_noise", "hub.push_every_steps",
+        "distillation.guidance_scale",
     )  # fmt: skip
     below_one = (
         "data.validation_fraction", "data.max_bad_fraction", "objective.class_dropout", "training.adam_beta1",
@@ -322,6 +327,70 @@ def _check_objective(config: RunConfig) -> None:
             )
 
 
+def _check_distillation(config: RunConfig) -> None:
+    """Refuse what a student cannot learn, and a sampler that is not its own."""
+    distillation, objective, diffusion = config.distillation, config.objective, config.diffusion
+    if distillation.teacher is None:
+        return
+    if not distillation.teacher:
+        raise ConfigError("distillation.teacher is empty; give a path, or set it to null.")
+    num_steps = distillation.num_inference_steps
+    if 2 * num_steps > diffusion.num_train_timesteps:
+        raise ConfigError(
+            f"distillation.num_inference_steps {num_steps} needs {2 * num_steps} steps of the teacher, but "
+            f"diffusion.num_train_timesteps is {diffusion.num_train_timesteps}; lower it."
+        )
+    if diffusion.prediction_type == "epsilon":
+        raise ConfigError(
+            "diffusion.prediction_type epsilon cannot be distilled, because x_0 cannot be recovered from it near pure "
+            "noise; set diffusion.prediction_type to v_prediction or sample, also if the teacher predicts epsilon."
+        )
+    # What a student learns is one step of DDIM with trailing timesteps, of the prediction alone.
+    needed: dict[str, object] = {
+        "diffusion.clip_sample": False,
+        "diffusion.timestep_spacing": "trailing",
+        "objective.self_conditioning": 0.0,
+    }
+    sampled = {"preview": config.preview.every_steps, "evaluation": _num_evaluated(config)}
+    for section in (section for section, is_used in sampled.items() if is_used):
+        needed |= {f"{section}.num_inference_steps": num_steps, f"{section}.eta": 0.0}
+    settings = config.to_dict()
+    for name, value in needed.items():
+        if (given := _value_of(settings, name)) != value:
+            raise ConfigError(
+                f"{name} is {format_value(given)}, but a student of distillation.num_inference_steps {num_steps} needs "
+                f"{format_value(value)}; set it to {format_value(value)}."
+            )
+    if diffusion.learns_variance or objective.loss in ("vlb", "hybrid"):
+        name, value = ("diffusion.variance_type", diffusion.variance_type)
+        if not diffusion.learns_variance:
+            name, value = ("objective.loss", objective.loss)
+        raise ConfigError(
+            f"{name} {value} trains a variance, which sampling with DDIM does not use; set diffusion.variance_type to "
+            "fixed_small and objective.loss to mse."
+        )
+    if distillation.guidance_scale != 1 and objective.class_dropout > 0:
+        raise ConfigError(
+            f"distillation.guidance_scale {distillation.guidance_scale:g} makes a student that cannot be guided again; "
+            "set objective.class_dropout to 0."
+        )
+    if distillation.guidance_scale != 1 and not config.model.class_conditional:
+        raise ConfigError(
+            f"distillation.guidance_scale {distillation.guidance_scale:g} needs labels; set model.class_conditional to "
+            "true."
+        )
+    if config.evaluation.score_every_steps and config.evaluation.score_metric == "bits_per_dim":
+        raise ConfigError(
+            "evaluation.score_metric bits_per_dim does not apply to a student, which is no model of all timesteps; set "
+            "evaluation.score_metric to kid, or evaluation.score_every_steps to 0."
+        )
+
+
+def _num_evaluated(config: RunConfig) -> int:
+    """Return the interval or the number of samples of the section evaluation, 0 if it samples nothing."""
+    return config.evaluation.num_samples or config.evaluation.score_every_steps
+
+
 def _check_training(config: RunConfig, has_validation_set: bool) -> None:
     training = config.training
     if not training.output_dir:
@@ -432,7 +501,7 @@ def _value_of(settings: Settings, name: str) -> object:
 
 
 # A checkpoint's tensors, data order or noise depend on these settings: a run cannot be resumed with other values.
-_FIXED_SECTIONS = ("data", "model", "diffusion", "objective")
+_FIXED_SECTIONS = ("data", "model", "diffusion", "objective", "distillation")
 _FIXED_TRAINING = ("seed", "train_batch_size", "optimizer", "optimizer_kwargs", "posthoc_ema")
 _FREE = ("data.cache_dir", "data.device_resident", "model.gradient_checkpointing")
 # Other settings of training change the weights, so a finished run cannot be resumed with another value of them.

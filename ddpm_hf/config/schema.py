@@ -286,6 +286,25 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationConfig:
+    """Progressive distillation of a trained model (Salimans & Ho 2022); `ddpm-hf distill` sets these.
+
+    Args:
+        teacher: Run, checkpoint (its EMA) or pipeline that the network learns from, a folder or Hub repository; null
+            trains on the images alone.
+        revision: Branch, tag or commit of the Hub repository in teacher.
+        num_inference_steps: Sampling steps of the student. Each of them learns two DDIM steps of the teacher.
+        guidance_scale: Classifier-free guidance scale of the teacher, which becomes part of the student; 1 disables
+            guidance.
+    """
+
+    teacher: str | None = None
+    revision: str | None = None
+    num_inference_steps: int = 8
+    guidance_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """Optimization, EMA, checkpoints and devices. One step is one optimizer update.
 
@@ -434,6 +453,7 @@ class RunConfig:
         model: The UNet.
         diffusion: The forward process and the prediction target.
         objective: The training loss, noise and timestep sampling.
+        distillation: The teacher of a distilled model.
         training: Optimization, EMA, checkpoints and devices.
         preview: Sample grids during training.
         evaluation: Sampling and measuring at the end of training, and scores during training.
@@ -445,6 +465,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -66,7 +66,15 @@ from .saved_folder import (
     write_index,
 )
 from .schedule import descending_timesteps, is_bool, positive_number, real_number, whole_number
-from .scheduler import CHOICES, NATIVE_SCHEDULER, GaussianDiffusionScheduler, splits_variance, takes_eta
+from .scheduler import (
+    CHOICES,
+    DISTILLED_GUIDANCE,
+    NATIVE_SCHEDULER,
+    GaussianDiffusionScheduler,
+    default_num_inference_steps,
+    splits_variance,
+    takes_eta,
+)
 
 # The code of ddpm_hf 0.1 refuses to run beside loaded modules of another version.
 _forget_loaded_code()
@@ -352,7 +360,8 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
 
         Args:
             batch_size: Number of images; by default the number of class labels, generators or start samples, or 1.
-            num_inference_steps: Number of denoising steps; by default the number of training timesteps.
+            num_inference_steps: Number of denoising steps; by default the number of training timesteps, or that of a
+                distilled model.
             generator: Source of all noise. With a list of `batch_size` generators, each image depends on its own only.
             class_labels: One label for all images or one for each: names from `class_names`, or numbers. A number that
                 is the name of a class means that class.
@@ -456,6 +465,11 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         guide = None if given.guide is None else self._make_guide(given.guide, labels)
         is_guided = given.guidance_scale != 1.0
         if is_guided and guide is None:
+            if distilled := scheduler.config.get(DISTILLED_GUIDANCE):
+                raise ValueError(
+                    f"guidance_scale is {given.guidance_scale}, but guidance of scale {distilled} is part of this"
+                    " distilled model; leave it out."
+                )
             if labels is None or not has_null_label:
                 raise ValueError(
                     f"guidance_scale is {given.guidance_scale}, but the model has no null label to guide against; use"
@@ -485,7 +499,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                 raise ValueError("Pass either num_inference_steps or timesteps, not both.")
             given.timesteps = descending_timesteps(given.timesteps, num_train_timesteps)
         elif given.num_inference_steps is None:
-            given.num_inference_steps = num_train_timesteps
+            given.num_inference_steps = default_num_inference_steps(scheduler)
         else:
             given.num_inference_steps = whole_number("num_inference_steps", given.num_inference_steps)
             if not 1 <= given.num_inference_steps <= num_train_timesteps:

@@ -6,8 +6,10 @@ the dtype of the model output. `docs/compatibility.md` of ddpm_hf lists every di
 
 import inspect
 import json
+import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +80,20 @@ would skip the weights of the network in a download."""
 SECOND_MOMENTS_KEY = "eps_second_moments"
 _SMALLEST_ALPHA = math.sqrt(SMALLEST_ALPHA_BAR)
 NATIVE_SCHEDULER = "GaussianDiffusionScheduler"
+DEFAULT_STEPS = "default_num_inference_steps"
+"""Key in the configuration of any scheduler: steps of a pipeline call that is given none, of a distilled model."""
+DISTILLED_GUIDANCE = "distilled_guidance_scale"
+"""Key in the configuration of any scheduler: guidance scale of the teacher of a distilled model."""
+
+
+def _is_other_warning(record: logging.LogRecord) -> bool:
+    """Return False for the warning of diffusers that a scheduler ignores the keys above, which a pipeline reads."""
+    ignored = re.match(r"The config attributes \{(.*)\} were passed to", record.getMessage())
+    names = re.findall(r"'(\w+)':", ignored[1]) if ignored else []
+    return not names or not set(names) <= {DEFAULT_STEPS, DISTILLED_GUIDANCE}
+
+
+logging.getLogger("diffusers.configuration_utils").addFilter(_is_other_warning)
 
 
 @dataclass(init=False)
@@ -942,6 +958,11 @@ def splits_variance(scheduler: Any) -> bool:
 def takes_eta(scheduler: Any) -> bool:
     """Return whether a scheduler, or a class of them, has an eta: of the run, or of each step as in stock ones."""
     return any("eta" in inspect.signature(f).parameters for f in (scheduler.set_timesteps, scheduler.step))
+
+
+def default_num_inference_steps(scheduler: Any) -> int:
+    """Return the steps of a pipeline call that is given none: as many as in training, or those of a distilled model."""
+    return int(scheduler.config.get(DEFAULT_STEPS) or scheduler.config["num_train_timesteps"])
 
 
 def compute_dtype(sample: torch.Tensor) -> torch.dtype:

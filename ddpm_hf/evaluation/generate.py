@@ -29,7 +29,7 @@ from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionSchedu
 from ddpm_hf.diffusion.compiled import compiled_call
 from ddpm_hf.diffusion.images import image_size, to_images
 from ddpm_hf.diffusion.pipeline import ClassNumbers, did_you_mean
-from ddpm_hf.diffusion.scheduler import NATIVE_SCHEDULER
+from ddpm_hf.diffusion.scheduler import NATIVE_SCHEDULER, default_num_inference_steps
 from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_value, read_json, save_array, write_json
 from ddpm_hf.rng import sampling_generators
 
@@ -147,7 +147,7 @@ class Sampler:
         scheduler, labels = pipeline.scheduler, self.labels_of(pipeline, range(len(self.labels or ())))
         return asdict(self) | {
             "scheduler": type(scheduler).__name__,
-            "num_inference_steps": self.num_inference_steps or int(scheduler.config["num_train_timesteps"]),
+            "num_inference_steps": self.num_inference_steps or default_num_inference_steps(scheduler),
             "timestep_spacing": self.timestep_spacing or scheduler.config.get("timestep_spacing"),
             "labels": labels or (list(range(pipeline.num_classes)) or None),
         }

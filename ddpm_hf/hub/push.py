@@ -34,6 +34,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.scheduler import default_num_inference_steps
 from ddpm_hf.evaluation.generate import Sampler, sample_images, sample_trajectory
 from ddpm_hf.evaluation.verify import verify_contents, write_verification
 from ddpm_hf.files import (
@@ -301,7 +302,7 @@ def _draw_samples(pipeline: GaussianDiffusionPipeline, folder: Path) -> None:
     num_classes = min(pipeline.num_classes, MAX_CLASSES)
     count = num_classes * NUM_SAMPLES_PER_CLASS or NUM_SAMPLES
     sampler = Sampler(
-        num_inference_steps=min(NUM_STEPS, int(pipeline.scheduler.config["num_train_timesteps"])),
+        num_inference_steps=min(NUM_STEPS, default_num_inference_steps(pipeline.scheduler)),
         eta=0.0 if isinstance(pipeline.scheduler, GaussianDiffusionScheduler) else None,
         labels=tuple(range(num_classes)) or None,
     )

@@ -8,7 +8,7 @@ losses before them, and a stream gives each process the images that it reads nex
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -24,6 +24,7 @@ from ddpm_hf.config import ConfigError, RunConfig, TrainingConfig
 from ddpm_hf.data import ImageLoader, ImageStream
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.data.streaming import StreamPosition
+from ddpm_hf.diffusion.schedule import spaced_timesteps
 from ddpm_hf.rng import NOISE_BLOCK_SIZE, numpy_generator
 from ddpm_hf.training.logging import say
 from ddpm_hf.training.loss import DenoisingLoss, assign_noise, draw_noise
@@ -156,11 +157,51 @@ class LossAwareTimesteps(TimestepSampler):
         self._num_losses = state["num_losses"].cpu().numpy().copy()
 
 
+class ListedTimesteps(TimestepSampler):
+    """Draw from a list of timesteps, of which another sampler draws the positions.
+
+    Args:
+        timesteps: Ascending timesteps.
+        positions: A sampler of len(timesteps) timesteps.
+    """
+
+    def __init__(self, timesteps: Sequence[int], positions: TimestepSampler) -> None:
+        self._timesteps, self._positions = np.array(timesteps, np.int64), positions
+        self.learns = positions.learns
+
+    def draw(self, step: int) -> TimestepDraw:
+        """Return the timesteps of optimizer step `step`."""
+        draw = self._positions.draw(step)
+        return draw._replace(timesteps=self._timesteps[draw.timesteps])
+
+    def record(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        """Learn from the losses (batch,) of a global batch at its timesteps, on any device."""
+        self._positions.record(torch.from_numpy(np.searchsorted(self._timesteps, timesteps.cpu().numpy())), losses)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return a copy of what was learned."""
+        return self._positions.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned, from any device."""
+        self._positions.load_state_dict(state)
+
+
 def build_timestep_sampler(config: RunConfig) -> TimestepSampler:
-    """Return the sampler of objective.timestep_sampling."""
+    """Return the sampler of objective.timestep_sampling, for a student over its own timesteps."""
     kinds = {"uniform": UniformTimesteps, "antithetic": AntitheticTimesteps, "loss_aware": LossAwareTimesteps}
     kind = kinds[config.objective.timestep_sampling]
-    return kind(config.diffusion.num_train_timesteps, config.training.train_batch_size, config.training.seed)
+    timesteps = trained_timesteps(config)
+    sampler = kind(len(timesteps), config.training.train_batch_size, config.training.seed)
+    return sampler if config.distillation.teacher is None else ListedTimesteps(timesteps, sampler)
+
+
+def trained_timesteps(config: RunConfig) -> Sequence[int]:
+    """Return the timesteps at which a network is trained, ascending: all, or those in which a student is sampled."""
+    num_timesteps = config.diffusion.num_train_timesteps
+    if config.distillation.teacher is None:
+        return range(num_timesteps)
+    return spaced_timesteps("trailing", config.distillation.num_inference_steps, num_timesteps)[::-1]
 
 
 _NUM_NAMED_IMAGES = 32

@@ -192,7 +192,8 @@ class DenoisingLoss:
         prediction, variance = self._scheduler.split_variance(output, x_t)
         if self._config.loss == "vlb":
             return self._bound(prediction, variance, x_0, x_t, timesteps)
-        l_simple = self._simple(prediction, self._target(x_0, noise, timesteps), timesteps)
+        target = self._target(x_0, noise, x_t, timesteps, class_labels)
+        l_simple = self._simple(prediction, target, timesteps)
         if self._config.loss != "hybrid":
             return l_simple
         # L_hybrid = L_simple + lambda L_vlb, whose gradient does not reach the mean. Eq. 16, Nichol & Dhariwal 2021.
@@ -222,7 +223,14 @@ class DenoisingLoss:
                 x_0 = self._scheduler.clip(self._scheduler.predict_original_sample(output, timesteps, x_t))
         return evaluate(torch.cat([x_t, x_0], dim=1))
 
-    def _target(self, x_0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def _target(
+        self,
+        x_0: torch.Tensor,
+        noise: torch.Tensor,
+        x_t: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Return the target of the prediction. v: Appendix D, Salimans & Ho 2022."""
         match self._scheduler.config.prediction_type:
             case "epsilon":

@@ -33,7 +33,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf import __version__
-from ddpm_hf.config import ConfigError, RunConfig
+from ddpm_hf.config import ConfigError, DistillationConfig, RunConfig
 from ddpm_hf.data import ImageSet, ImageStream
 from ddpm_hf.files import (
     CHECKPOINTS_DIR,
@@ -304,9 +304,21 @@ def summarize(
             "num_images": len(images) if isinstance(images, Sized) else None,
             "num_classes": unet.config.num_class_embeds and unet.config.num_class_embeds - has_null_label,
         },
+        "distillation": summarize_distillation(config.distillation),
         "loss": learned.get("loss"),
         "score": {name: value for name, value in scored.items() if name.startswith("score")} or None,
         "versions": {"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+
+
+def summarize_distillation(distillation: DistillationConfig) -> dict[str, Any] | None:
+    """Return teacher, steps and guidance of a student; None for a run without a teacher."""
+    if distillation.teacher is None:
+        return None
+    return {
+        "teacher": name_or_id(distillation.teacher),
+        "num_inference_steps": distillation.num_inference_steps,
+        "guidance_scale": distillation.guidance_scale,
     }
 
 

@@ -73,7 +73,16 @@ from ddpm_hf.files import (
     write_text,
 )
 from ddpm_hf.model_folder import find_latest
-from ddpm_hf.models import PRESETS, Pretrained, build_unet, load_pretrained, read_config_file, take_weights
+from ddpm_hf.models import (
+    PRESETS,
+    Pretrained,
+    as_student,
+    build_unet,
+    load_pretrained,
+    read_config_file,
+    sampling_scheduler,
+    take_weights,
+)
 from ddpm_hf.plots import image_grid
 from ddpm_hf.rng import normal_by_pair, numpy_generator, sampling_generators, seed_global_generators
 from ddpm_hf.signals import STOP_SIGNALS, raise_on_signals
@@ -86,9 +95,11 @@ from ddpm_hf.training.batches import (
     make_memory_probe,
     resolve_micro_batch_size,
     resolve_prefetch_factor,
+    trained_timesteps,
 )
 from ddpm_hf.training.callbacks import Callback, Callbacks, TrainerArguments
 from ddpm_hf.training.checkpoint import Checkpointer, DataState, stored_class_order, stored_precision
+from ddpm_hf.training.distillation import DistillationLoss, load_teacher
 from ddpm_hf.training.ema import EMA, EMA_NAME, decay_schedules, is_snapshot_due
 from ddpm_hf.training.engine import compile_for_training, start_engine, use_channels_last
 from ddpm_hf.training.logging import MetricsLog, Progress, Trackers, say
@@ -264,7 +275,9 @@ class Trainer:
         }
         self.ema = EMA(self.unet, decay_schedules(training))
         self.optimizer = build_optimizer(self.parameters, training)
-        self.loss = DenoisingLoss(self.scheduler, config.objective, null_label)
+        self.loss = build_loss(
+            config, self.scheduler, null_label, self.images.image_shape, self.class_names, self.accelerator
+        )
         self.timestep_sampler = build_timestep_sampler(config)
 
         self.global_step = 0
@@ -289,6 +302,7 @@ class Trainer:
                 self.guard,
                 self.meter,
                 DataState(self.images, config.data.source, self.folder.path, class_order),
+                *([self.loss] if isinstance(self.loss, DistillationLoss) else []),
             ],
         )
         # The micro-batch size of a resumed run with "auto"; None in a new one.
@@ -334,8 +348,7 @@ class Trainer:
                 unet = copy_network(self.unet, self.ema.copy())
             else:
                 unet = UNet2DModel.from_pretrained(latest.path / EMA_NAME, use_safetensors=True).to(self.device)
-            scheduler = GaussianDiffusionScheduler.from_config(self.scheduler.config)
-            self._copied = key, GaussianDiffusionPipeline(unet, scheduler, **self.pipeline_settings)
+            self._copied = key, self._pipeline(unet)
         return self._copied[1]
 
     def add_callback(self, callback: Callback) -> None:
@@ -876,9 +889,12 @@ class Trainer:
         )
         write_json(folder / TRAINING_SUMMARY, summary)
 
-    def _pipeline(self) -> GaussianDiffusionPipeline:
-        """Return a pipeline around the network with its current weights."""
-        return GaussianDiffusionPipeline(self.unet, self.scheduler, **self.pipeline_settings)
+    def _pipeline(self, unet: UNet2DModel | None = None) -> GaussianDiffusionPipeline:
+        """Return a pipeline around the network with its current weights, or around another one."""
+        scheduler = GaussianDiffusionScheduler.from_config(self.scheduler.config)
+        return GaussianDiffusionPipeline(
+            unet or self.unet, sampling_scheduler(scheduler, self.config.distillation), **self.pipeline_settings
+        )
 
 
 # ----------------------------------------------------------------------------------------------- parts of the build
@@ -1004,6 +1020,28 @@ def build_scheduler(diffusion: DiffusionConfig) -> GaussianDiffusionScheduler:
     return scheduler
 
 
+def build_loss(
+    config: RunConfig,
+    scheduler: GaussianDiffusionScheduler,
+    null_label: int | None,
+    image_shape: tuple[int, int, int],
+    class_names: dict[str, str] | None,
+    accelerator: Accelerator,
+) -> DenoisingLoss:
+    """Collective: build the objective, for a student with its teacher.
+
+    Raises:
+        ValueError: The teacher cannot be loaded or does not fit the run.
+    """
+    if config.distillation.teacher is None:
+        return DenoisingLoss(scheduler, config.objective, null_label)
+    teacher = load_teacher(
+        config, scheduler, image_shape[0], len(class_names or ()), accelerator.device, accelerator.autocast
+    )
+    num_steps = config.distillation.num_inference_steps
+    return DistillationLoss(scheduler, config.objective, null_label, teacher=teacher, num_inference_steps=num_steps)
+
+
 def build_network(
     config: RunConfig,
     image_shape: tuple[int, int, int],
@@ -1050,6 +1088,8 @@ def build_network(
         if model.config_file is not None:
             return read_config_file(model), None
         pretrained = load_pretrained(model)
+        if config.distillation.teacher is not None:
+            pretrained = as_student(pretrained, scheduler.config["prediction_type"], has_null_label)
         # Names with an underscore are notes of diffusers, among them the path.
         return {name: value for name, value in pretrained.unet.config.items() if not name.startswith("_")}, pretrained
 
@@ -1129,7 +1169,8 @@ def validation_loss(
         batch_size: Pairs of an image and a timestep of one forward pass.
     """
     seed, with_labels = config.training.seed, config.model.class_conditional
-    timesteps = validation_timesteps(len(images), config.diffusion.num_train_timesteps, seed)
+    trained = np.array(trained_timesteps(config))
+    timesteps = trained[validation_timesteps(len(images), len(trained), seed)]
     first, stop = (len(images) * (rank + side) // num_processes for side in (0, 1))
     num_pairs = (stop - first) * NUM_TIMESTEPS_PER_IMAGE
     losses: list[torch.Tensor] = []
