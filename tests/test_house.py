@@ -48,8 +48,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }  # fmt: skip
 # Imported inside functions, so that a command starts quickly and runs without what it does not use.
 LAZY_LIBRARIES = {
-    "cv2", "datasets", "matplotlib", "pandas", "pillow_heif", "pyarrow", "scipy", "sklearn", "tensorboard",
-    "torch_fidelity", "torchvision", "trackio", "transformers", "wandb",
+    "cv2", "datasets", "matplotlib", "pandas", "pillow_heif", "pyarrow", "pydicom", "scipy", "sklearn",
+    "tensorboard", "tifffile", "torch_fidelity", "torchvision", "trackio", "transformers", "wandb",
 }  # fmt: skip
 # The core travels with every saved pipeline to machines that have no more than this.
 CORE_LIBRARIES = {"torch", "diffusers", "numpy", "PIL", "typing_extensions", "huggingface_hub"}

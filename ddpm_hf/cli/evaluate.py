@@ -169,15 +169,17 @@ class EvaluateFlags(ModelFlags, DataFlags, MeasuringFlags, SamplingFlags, Compil
     samples_dir: Path | None = None
     format: Literal["npy", "png"] = "npy"
 
-    def metric_names(self) -> list[str]:
-        """Return the metrics, by default all that the features allow."""
+    def metric_names(self, value_range: Sequence[float] | None = None) -> list[str]:
+        """Return the metrics, by default all that the features allow and that the value range of a model allows."""
         if self.metrics is not None:
             return self.metrics
         distances = ["fid", "kid"] if self.features in (None, "inception") else ["frechet_distance", "kernel_distance"]
-        return [*distances, "precision", "recall", "bits_per_dim"]
+        return [*distances, "precision", "recall", *([] if value_range else ["bits_per_dim"])]
 
-    def data_config(self, size: tuple[int, int], num_channels: int) -> DataConfig:
-        """Return the settings of the images; size and channels are by default those of the network."""
+    def data_config(
+        self, size: tuple[int, int], num_channels: int, value_range: Sequence[float] | None = None
+    ) -> DataConfig:
+        """Return the settings of the images; size, channels and value range are by default those of the model."""
         defaults = {"resolution": list(size), "num_channels": num_channels, "validation_fraction": 0.0}
         given = {
             field.name.removeprefix("data_"): getattr(self, field.name)
@@ -185,6 +187,7 @@ class EvaluateFlags(ModelFlags, DataFlags, MeasuringFlags, SamplingFlags, Compil
             if field.name.startswith("data_") and field.name != "data_streaming"
         }
         given |= {name: default for name, default in defaults.items() if given[name] is None}
+        given["value_range"] = None if value_range is None else list(value_range)
         config = DataConfig(source=self.data, **given)
         validate(RunConfig(data=config))
         return config
@@ -435,13 +438,14 @@ def _prepare(flags: EvaluateFlags) -> _Work:
     )
     flags.set_up_network(pipeline)
     height, width, num_channels = image_shape(pipeline)
-    metrics = flags.metric_names()
+    value_range = pipeline.config.get("value_range")
+    metrics = flags.metric_names(value_range)
     needs_labels = pipeline.num_classes > 0 and (BITS_PER_DIM in metrics or flags.estimate_variance > 0)
     flags, line = use_validation_set_of_run(flags, _config_of(model))
     if line and accelerator.is_main_process:
         print(line)
     config = RunConfig(
-        data=flags.data_config((height, width), num_channels),
+        data=flags.data_config((height, width), num_channels, value_range),
         model=ModelConfig(class_conditional=needs_labels),
         training=TrainingConfig(seed=flags.split_seed or 0),
     )

@@ -348,8 +348,9 @@ def _decode(cells: "Sequence[EncodedImage]", data: DataConfig) -> "list[UInt8Arr
 
     headers = [read_header(cell) for cell in cells]
     for cell, header in zip(cells, headers, strict=True):
-        if header.is_16_bit:
-            raise ValueError(f"{cell.name} has 16 bits per channel, but PNG plots have 8; convert it first.")
+        if header.dtype != "uint8":
+            values = "16 bits per channel" if header.dtype == "uint16" else f"{header.dtype} values"
+            raise ValueError(f"{cell.name} has {values}, but PNG plots have 8; convert it first.")
     geometry = Geometry.of(replace(data, crop="center"))
     channels_of_mode = {mode: channels for channels, mode in MODE_OF_CHANNELS.items()}
     num_channels = data.num_channels or max(channels_of_mode[header.mode] for header in headers)

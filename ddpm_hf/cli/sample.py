@@ -1,7 +1,7 @@
 """`ddpm-hf sample`: sample images from any DDPM into a folder.
 
 settings.json                     everything the images depend on, and the names of all files of this call
-seed_000007_cat.png               one image; .npy if PNG cannot hold its channels
+seed_000007_cat.png               one image; .npy with --format npy, or if PNG cannot hold its channels
 grid.png  strip.png  animation.gif
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,8 @@ class OutputFlags:
         num_images: Number of images; by default 16, or 1 per --image.
         output: New folder for the images.
         overwrite: Replace the images of an earlier call in that folder, and nothing else.
+        format: png; npy: arrays (height, width, channels), uint8, or float32 in the value range of the model if it has
+            one; by default png, if it can hold the channels.
         strip: Also write strip.png, the denoising trajectory of the first images.
         animation: Also write animation.gif, the same as an animation.
     """
@@ -82,6 +84,7 @@ class OutputFlags:
     num_images: int | None = flag(None, minimum=1, maximum=MAX_SEEDS)
     output: Path = Path("samples")
     overwrite: bool = False
+    format: Literal["png", "npy"] | None = None
     strip: bool = False
     animation: bool = False
 
@@ -194,7 +197,10 @@ def sample(arguments: Sequence[str]) -> int:
     warn_of_training_flags(launcher)
     model = find_folder(flags.folder, flags.revision)
     output = OutputFolder(flags.output, flags.overwrite)
-    images, masks = read_images(flags.image or []), read_images(flags.mask or [])
+    images = read_images(flags.image or [])
+    masks = [
+        to_unit_range(mask, path) for mask, path in zip(read_images(flags.mask or []), flags.mask or [], strict=True)
+    ]
     with out_of_memory_advice(f"lower --batch_size, which is {flags.batch_size}"):
         return _sample_all(_prepare(flags, model, images, masks), output)
 
@@ -242,7 +248,7 @@ class OutputFolder:
         """Mark the settings as finished."""
         write_json(self.path / SAMPLING_SETTINGS, self._settings | {"finished": True})
 
-    def write_pixels(self, name: str, pixels: UInt8Array) -> None:
+    def write_pixels(self, name: str, pixels: NDArray[Any]) -> None:
         """Write one image (height, width, channels) as PNG or .npy, as its name says."""
         if name.endswith(".npy"):
             save_array(self.path / name, pixels)
@@ -278,7 +284,9 @@ class Picture:
 def pictures_of(flags: SampleFlags, pipeline: "GaussianDiffusionPipeline") -> list[Picture]:
     """Return one picture per seed, or per given image and seed."""
     seeds, labels, class_names = flags.seed_list(), flags.label_list(pipeline), pipeline.config.get("class_names") or {}
-    ending = "png" if pipeline.num_channels in PNG_CHANNELS else "npy"
+    ending = flags.format or ("png" if pipeline.num_channels in PNG_CHANNELS else "npy")
+    if ending == "png" and pipeline.num_channels not in PNG_CHANNELS:
+        raise ConfigError(f"--format png cannot hold {pipeline.num_channels} channels; use npy, or remove it.")
     stems = [_as_file_name(path.stem) for path in flags.image or []]
     if len({stem.casefold() for stem in stems}) < len(stems):
         stems = [f"{index}_{stem}" for index, stem in enumerate(stems)]
@@ -308,44 +316,62 @@ def _as_file_name(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------ given images
 
 
-def read_images(paths: Sequence[Path]) -> list[ImageArray]:
-    """Read image files, and .npy files (height, width, channels), without loss of channels or precision."""
+def read_images(paths: Sequence[Path]) -> list[NDArray[Any]]:
+    """Read image files, and .npy files, to (height, width, channels), without loss of channels or precision."""
     from ddpm_hf.data.decode import MODE_OF_CHANNELS, EncodedImage, Geometry, OutputFormat, decode, read_header
 
     images = []
     for path in paths:
         if path.suffix.lower() == ".npy":
-            pixels = _read_array(path)
-        else:
-            encoded = EncodedImage(str(path), path.expanduser())
-            header = read_header(encoded)
-            num_channels = next(number for number, mode in MODE_OF_CHANNELS.items() if mode == header.mode)
-            dtype = np.dtype(np.uint16 if header.is_16_bit else np.uint8)
-            target = OutputFormat(num_channels, dtype, None, Geometry.of(DataConfig()))
-            pixels = decode(encoded, target).transpose(1, 2, 0)
-        if np.issubdtype(pixels.dtype, np.integer):
-            pixels = pixels / np.float64(np.iinfo(pixels.dtype).max)
-        images.append(pixels.astype(np.float32))
+            images.append(_read_array(path))
+            continue
+        encoded = EncodedImage(str(path), path.expanduser())
+        header = read_header(encoded)
+        num_channels = next((number for number, mode in MODE_OF_CHANNELS.items() if mode == header.mode), None)
+        target = OutputFormat(num_channels or int(header.mode), np.dtype(header.dtype), None, Geometry.of(DataConfig()))
+        images.append(decode(encoded, target).transpose(1, 2, 0))
     return images
 
 
 def _read_array(path: Path) -> NDArray[Any]:
-    """Read an image of uint8, uint16 or floats in [0, 1], (height, width, channels)."""
+    """Read an array of numbers, (height, width, channels) or (height, width)."""
     try:
         pixels: NDArray[Any] = np.load(path.expanduser(), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{path} cannot be read as an array ({error}).") from None
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    is_float = np.issubdtype(pixels.dtype, np.floating)
-    if pixels.ndim != 3 or pixels.size == 0 or not (is_float or pixels.dtype in (np.uint8, np.uint16)):
+    if pixels.ndim != 3 or pixels.size == 0 or pixels.dtype.kind not in "uif":
         raise ConfigError(
-            f"{path} has {pixels.dtype} of shape {pixels.shape}, but an image must be uint8, uint16 or float in [0, 1] "
-            "with shape (height, width, channels)."
+            f"{path} has {pixels.dtype} of shape {pixels.shape}, but an image must be numbers of shape (height, width, "
+            "channels)."
         )
-    if is_float and not (pixels.min() >= 0 and pixels.max() <= 1):
-        raise ConfigError(f"{path} has values from {pixels.min():g} to {pixels.max():g}, but floats must be in [0, 1].")
     return pixels
+
+
+def to_unit_range(pixels: NDArray[Any], path: Path, value_range: Sequence[float] | None = None) -> ImageArray:
+    """Map an image to [0, 1].
+
+    Args:
+        pixels: (height, width, channels): uint8; without a value range also uint16, or floats in [0, 1]; with one,
+            other numbers are values in it.
+        path: Its file.
+        value_range: That of the model.
+    """
+    if pixels.dtype == np.uint8 or (pixels.dtype == np.uint16 and value_range is None):
+        low, high = 0.0, float(np.iinfo(pixels.dtype.name).max)
+    elif value_range is not None:
+        low, high = value_range
+    elif pixels.dtype.kind == "f":
+        low, high = 0.0, 1.0
+    else:
+        raise ConfigError(f"{path} has {pixels.dtype} values, but an image must be uint8, uint16 or float in [0, 1].")
+    unit = (pixels - np.float64(low)) / (high - low)
+    if not (unit.min() >= -1e-6 and unit.max() <= 1 + 1e-6):
+        limits = "floats must be in [0, 1]" if value_range is None else f"those of the model are in [{low:g}, {high:g}]"
+        raise ConfigError(f"{path} has values from {pixels.min():g} to {pixels.max():g}, but {limits}.")
+    image: ImageArray = unit.clip(0, 1).astype(np.float32)
+    return image
 
 
 def fit(image: ImageArray, path: Path, shape: tuple[int, int, int]) -> ImageArray:
@@ -401,9 +427,15 @@ class _Work:
     call: dict[str, Any]  # arguments of the pipeline that all images share
     step: int | None  # of a checkpoint
 
+    @property
+    def value_range(self) -> Sequence[float] | None:
+        """The value range of the model."""
+        value_range: Sequence[float] | None = self.pipeline.config.get("value_range")
+        return value_range
+
 
 def _prepare(
-    flags: SampleFlags, model: "ModelFolder | None", images: list[ImageArray], masks: list[ImageArray]
+    flags: SampleFlags, model: "ModelFolder | None", images: list[NDArray[Any]], masks: list[ImageArray]
 ) -> _Work:
     """Load the model, and check everything before a folder is created."""
     import torch
@@ -427,8 +459,11 @@ def _prepare(
         raise ConfigError(
             f"--image needs {NATIVE_SCHEDULER}, but the model has {scheduler_name}; add --scheduler {NATIVE_SCHEDULER}."
         )
-    shape = image_shape(pipeline)
-    fitted = [fit(image, path, shape) for image, path in zip(images, flags.image or [], strict=True)]
+    shape, value_range = image_shape(pipeline), pipeline.config.get("value_range")
+    fitted = [
+        fit(to_unit_range(image, path, value_range), path, shape)
+        for image, path in zip(images, flags.image or [], strict=True)
+    ]
     covers = [to_mask(mask, path, shape[:2]) for mask, path in zip(masks, flags.mask or [], strict=True)]
     call = {name: getattr(flags, name) for name in CALL_FLAGS}
     if flags.mask and call["num_inference_steps"] is None:
@@ -480,7 +515,7 @@ def _sample_all(work: _Work, output: OutputFolder) -> int:
             for picture, image in zip(batch, images, strict=True):
                 output.write_pixels(picture.name, image)
                 if picture in in_grid:
-                    shown[picture] = image
+                    shown[picture] = _as_picture(image, work.value_range)
             if states is not None:
                 trajectories.append(states)
         grid = _grid(shown) if work.starts is None else _grid_of_edits(shown, work.starts, work.masks)
@@ -497,7 +532,7 @@ def _sample_all(work: _Work, output: OutputFolder) -> int:
         num_written = sum((output.path / picture.name).exists() for picture in pictures)
         print_error(f"interrupted; {num_written} of {len(pictures)} images are in {output.path}.")
         return 130
-    if not pictures[0].name.endswith(".png"):
+    if work.pipeline.num_channels not in PNG_CHANNELS:
         print(f"PNG cannot hold {work.pipeline.num_channels} channels: images are arrays (height, width, channels).")
     number = format_count(len(pictures), "image")
     print(f"{number} in {output.path}, starting with {pictures[0].name}; overview in {output.path / GRID}.")
@@ -511,7 +546,16 @@ def _labels_of(pictures: Sequence[Picture]) -> "ClassNumbers | None":
     return ClassNumbers(picture.label for picture in pictures if picture.label is not None) or None
 
 
-def _batches(work: _Work) -> Iterator[tuple[list[Picture], UInt8Array, UInt8Array | None]]:
+def _as_picture(image: NDArray[Any], value_range: Sequence[float] | None) -> UInt8Array:
+    """Return an image that was sampled as uint8 or as values as an 8-bit picture."""
+    if value_range is None or image.dtype == np.uint8:
+        return image
+    from ddpm_hf.data import to_uint8
+
+    return to_uint8(image, (value_range[0], value_range[1]))
+
+
+def _batches(work: _Work) -> Iterator[tuple[list[Picture], NDArray[Any], UInt8Array | None]]:
     """Yield batches of images; for the first images also states of the trajectory, (frames, number, ...)."""
     from ddpm_hf.evaluation.generate import call_with_trajectory
     from ddpm_hf.rng import plain_generators
@@ -525,17 +569,20 @@ def _batches(work: _Work) -> Iterator[tuple[list[Picture], UInt8Array, UInt8Arra
         call = work.call | {
             "class_labels": _labels_of(batch),
             "generator": plain_generators([picture.seed for picture in batch]),
-            "output_type": "uint8",
+            "output_type": "np" if work.value_range and batch[0].name.endswith(".npy") else "uint8",
         }
         states = None
         if work.starts is not None:
             sources = [picture.source or 0 for picture in batch]
+            starts = work.starts[sources]
+            if work.value_range:
+                starts = starts * (work.value_range[1] - work.value_range[0]) + work.value_range[0]
             if work.masks is None:
-                images = pipeline.denoise_from(work.starts[sources], flags.strength or STRENGTH, **call).images
+                images = pipeline.denoise_from(starts, flags.strength or STRENGTH, **call).images
             else:
                 masks = work.masks[[source % len(work.masks) for source in sources]]
                 resampling = (flags.num_resamples or NUM_RESAMPLES, flags.jump_length or JUMP_LENGTH)
-                images = pipeline.inpaint(work.starts[sources], masks, *resampling, **call).images
+                images = pipeline.inpaint(starts, masks, *resampling, **call).images
         elif first < num_with_states:
             images, states = call_with_trajectory(pipeline, **call)
             states = states[:, : num_with_states - first]

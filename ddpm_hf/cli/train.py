@@ -214,12 +214,12 @@ def _labels_in_turn(num_samples: int, num_classes: int) -> "NDArray[np.int64]":
 
 def _as_arrays(images: "ImageSet | ImageStream") -> "tuple[NDArray[np.uint8], NDArray[np.int64]]":
     """Return all images of a set as uint8 (number, height, width, channels), and their labels."""
-    from ddpm_hf.data import ImageSet, to_uint8
+    from ddpm_hf.data import ImageSet
 
     assert isinstance(images, ImageSet)
-    pixels, labels = images.take(images.positions)
+    labels = images.take(images.positions)[1]
     assert labels is not None
-    return to_uint8(pixels).transpose(0, 2, 3, 1), labels
+    return images.pictures(images.positions).transpose(0, 2, 3, 1), labels
 
 
 def _main_settings(config: RunConfig) -> dict[str, str]:

@@ -11,6 +11,7 @@ It is built under another name and renamed when it is complete, so no process re
 it keeps other processes, also on other machines that share the disk, from building the same cache.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.decode import (
+    STORED_DTYPES,
     BadImage,
     DataError,
     EncodedImage,
@@ -43,11 +45,14 @@ from ddpm_hf.data.decode import (
     OutputFormat,
     Pixels,
     UnreachableImage,
+    ValueRange,
     bad_image_error,
     decode,
+    find_value_range,
     num_threads,
     read_header,
-    warn_of_low_contrast,
+    unknown_range,
+    warn_of_cubes,
 )
 from ddpm_hf.data.image_set import ImageSet, UnequalImages
 from ddpm_hf.data.sources import Source, log_ignored_files
@@ -94,14 +99,18 @@ def open_cache(source: Source, config: DataConfig, *, max_bad: int | None = None
             ) from None
     bad.reasons = {int(row): reason for row, reason in meta["bad"].items()}
     bad.check()
-    return _map(folder, meta)
+    is_empty = len(bad.reasons) == source.num_images
+    return _map(folder, meta, None if is_empty else find_value_range(config, source.name, meta["pixel_range"]))
 
 
 def map_cache(location: dict[str, Any]) -> ImageSet | None:
     """Memory-map the cache that another process opened; return None if this machine has no such cache."""
     folder = Path(location["cache"])
     meta = read_meta(folder)
-    return None if meta is None or meta["digest"] != location["digest"] else _map(folder, meta)
+    if meta is None or meta["digest"] != location["digest"]:
+        return None
+    value_range = location["value_range"]
+    return _map(folder, meta, value_range and (value_range[0], value_range[1]))
 
 
 def allowed_bad(source: Source, config: DataConfig) -> int:
@@ -124,6 +133,8 @@ def cache_key(source: Source, config: DataConfig) -> str:
     Labels and class names are included, because files of other splits can change the classes of this one.
     """
     settings = [getattr(config, name) for name in _PREPROCESSING_SETTINGS]
+    if config.value_range is not None:
+        settings.append("values")  # in any range, which is applied later
     labels = None if source.labels is None else hashlib.sha256(source.labels.tobytes()).hexdigest()
     key = json.dumps([_VERSION, source.fingerprint, source.num_images, labels, source.class_names, *settings])
     return hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -152,11 +163,11 @@ def _read_valid_meta(folder: Path, source: Source) -> dict[str, Any] | None:
     return meta
 
 
-def _map(folder: Path, meta: dict[str, Any]) -> ImageSet:
+def _map(folder: Path, meta: dict[str, Any], value_range: ValueRange | None) -> ImageSet:
     """Memory-map a cache."""
     flat = np.memmap(folder / "pixels.bin", np.dtype(meta["dtype"]), mode="r")
     num_images, crop_size, class_names = meta["num_images"], meta["crop_size"], meta["class_names"]
-    images: NDArray[np.integer] | UnequalImages
+    images: Pixels | UnequalImages
     if meta["shape"] is None:
         images = UnequalImages(flat, np.load(folder / "layout.npy", allow_pickle=False), meta["num_channels"])
     else:
@@ -169,7 +180,13 @@ def _map(folder: Path, meta: dict[str, Any]) -> ImageSet:
         crop_size=None if crop_size is None else (crop_size[0], crop_size[1]),
         bad_rows=np.asarray(sorted(map(int, meta["bad"])), np.int64),
         digest=meta["digest"],
-        location={"cache": os.path.abspath(folder), "digest": meta["digest"]},
+        location={
+            "cache": os.path.abspath(folder),
+            "digest": meta["digest"],
+            "pixel_range": meta["pixel_range"],
+            "value_range": value_range,
+        },
+        value_range=value_range,
     )
 
 
@@ -218,7 +235,7 @@ def _build(source: Source, config: DataConfig, folder: Path, bad: "BadImages") -
 def _decode_into(building: Path, source: Source, config: DataConfig, bad: "BadImages") -> dict[str, Any]:
     """Decode all images into a folder and return the metadata."""
     statistics = HeaderStatistics()
-    for row, name, header in _headers_of(source):
+    for row, name, header in _headers_of(source, config):
         if isinstance(header, BadImage):
             bad.add(row, header)
         else:
@@ -227,6 +244,8 @@ def _decode_into(building: Path, source: Source, config: DataConfig, bad: "BadIm
         first = bad.reasons[min(bad.reasons)]
         raise DataError(f"none of the {source.num_images} images of {source.name} can be read; the first: {first}")
     output = statistics.output_format(config)
+    if set(statistics.sizes) == {(output.num_channels, output.num_channels)}:
+        warn_of_cubes(source.name, output.num_channels)
     sizes = statistics.sizes_after(output.geometry)
     shape = (output.num_channels, *next(iter(sizes))) if len(sizes) == 1 else None
     num_pixels = sum(height * width * count for (height, width), count in sizes.items())
@@ -259,7 +278,6 @@ def _decode_into(building: Path, source: Source, config: DataConfig, bad: "BadIm
         )
     if source.ignored_files:
         log_ignored_files(source)
-    warn_of_low_contrast(source.name, decoded.lowest, decoded.highest, output.dtype)
     widths, heights = zip(*statistics.sizes, strict=True)
     crop_size = output.geometry.size if output.geometry.is_random_crop else None
     return {
@@ -285,10 +303,11 @@ def _decode_into(building: Path, source: Source, config: DataConfig, bad: "BadIm
     }
 
 
-def _headers_of(source: Source) -> Iterator[tuple[int, str, Header | BadImage]]:
+def _headers_of(source: Source, config: DataConfig) -> Iterator[tuple[int, str, Header | BadImage]]:
     """Yield row, name and header of all images in order, for a bad image its error."""
     if source.headers is None:
-        yield from _map_images(source, read_header, "Reading image headers")
+        read = functools.partial(read_header, num_channels=config.num_channels)
+        yield from _map_images(source, read, "Reading image headers")
     else:
         yield from ((row, f"image {row} of {source.name}", header) for row, header in enumerate(source.headers))
 
@@ -343,7 +362,7 @@ class HeaderStatistics:
         canonical_modes: Every `Header.mode`.
         sizes: Number of images per size (width, height).
         first_of_size: Name of the first image of each size, in order of appearance.
-        num_16_bit: Number of images with 16 bits per channel.
+        first_of_dtype: Name of the first image with each type of values.
         num_animated: Number of images with several frames.
     """
 
@@ -351,7 +370,7 @@ class HeaderStatistics:
     canonical_modes: set[str] = field(default_factory=set)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     first_of_size: dict[tuple[int, int], str] = field(default_factory=dict)
-    num_16_bit: int = 0
+    first_of_dtype: dict[str, str] = field(default_factory=dict)
     num_animated: int = 0
 
     def add(self, header: Header, name: str) -> None:
@@ -360,7 +379,7 @@ class HeaderStatistics:
         self.canonical_modes.add(header.mode)
         self.sizes[header.width, header.height] += 1
         self.first_of_size.setdefault((header.width, header.height), name)
-        self.num_16_bit += header.is_16_bit
+        self.first_of_dtype.setdefault(header.dtype, name)
         self.num_animated += header.num_frames > 1
 
     def output_format(self, config: DataConfig) -> OutputFormat:
@@ -369,8 +388,20 @@ class HeaderStatistics:
         if num_channels is None:
             # If only some images have an alpha channel, it may be opaque. If it is not, decoding raises.
             num_channels = 1 if self.canonical_modes == {"L"} else 4 if self.canonical_modes == {"RGBA"} else 3
-        dtype = np.dtype(np.uint16 if self.num_16_bit else np.uint8)
-        return OutputFormat(num_channels, dtype, config.background, Geometry.of(config))
+        geometry, keeps_values = Geometry.of(config), config.value_range is not None
+        dtype = self._stored_dtype(geometry, keeps_values=keeps_values)
+        return OutputFormat(num_channels, dtype, config.background, geometry, keeps_values)
+
+    def _stored_dtype(self, geometry: Geometry, *, keeps_values: bool) -> np.dtype[Any]:
+        """Return the smallest type that holds all values: exactly, except that float32 is the largest one."""
+        if not keeps_values:
+            for dtype, name in self.first_of_dtype.items():
+                if dtype not in ("uint8", "uint16"):
+                    raise unknown_range(name, dtype)
+        common = np.result_type(*self.first_of_dtype)
+        if common == np.float16 and any(geometry.resizes(*size, name) for size, name in self.first_of_size.items()):
+            return np.dtype(np.float32)
+        return np.dtype(next((stored for stored in STORED_DTYPES if np.can_cast(common, stored)), np.float32))
 
     def sizes_after(self, geometry: Geometry) -> Counter[tuple[int, int]]:
         """Return the number of images per size (height, width) in the cache."""
@@ -403,8 +434,8 @@ class Decoded:
 
     layout: NDArray[np.int64]
     digest: str
-    lowest: int
-    highest: int
+    lowest: float
+    highest: float
 
 
 def decode_all(
@@ -430,7 +461,7 @@ def decode_all(
 
     digest = hashlib.blake2b(digest_size=16)
     layout = np.zeros((source.num_images, 3), np.int64)
-    offset, lowest, highest = 0, np.iinfo(output.dtype).max, 0
+    offset, lowest, highest = 0, math.inf, -math.inf
     gap = bytes(math.prod(shape) * output.dtype.itemsize) if shape else b""
     for row, name, result in _map_images(source, decode_and_digest, "Decoding images", bad.reasons):
         layout[row, 0] = offset
@@ -445,10 +476,12 @@ def decode_all(
             raise _different_size(name, pixels.shape[1:], shape[1:])
         digest.update(row.to_bytes(8, "little") + image_digest)
         layout[row, 1:] = pixels.shape[1:]
-        lowest, highest = min(lowest, int(pixels.min())), max(highest, int(pixels.max()))
+        lowest, highest = min(lowest, pixels.min().item()), max(highest, pixels.max().item())
         file.write(pixels.data)
         offset += pixels.size
     digest.update(b"" if source.labels is None else source.labels.tobytes())
+    if lowest > highest:  # no image can be read
+        lowest = highest = 0
     return Decoded(layout, digest.hexdigest(), lowest, highest)
 
 

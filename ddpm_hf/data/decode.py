@@ -7,9 +7,10 @@ does not fit the output format is an error.
 
 import io
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm_hf.config import DataConfig
+from ddpm_hf.data.numeric import File, MissingLibraryError, Numbers, open_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +44,20 @@ def bad_image_error(message: str) -> DataError:
     return DataError(f"{message.removesuffix('.')}; repair or remove it, or set data.on_bad_image to skip.")
 
 
+def unknown_range(name: str, dtype: object) -> DataError:
+    """Return the error for values whose range no type says."""
+    return DataError(
+        f"{name} has {dtype} values, whose range is unknown; set data.value_range to [low, high], the values that "
+        "become -1 and 1, or to auto."
+    )
+
+
 class UnreachableImage(BadImage):
     """An image that the operating system could not read. It may become readable without being modified."""
 
 
+STORED_DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
+"""Types of decoded images. Other values are stored in the first one that holds all of them, at most float32."""
 MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 # Pillow opens no other formats, because some of its plugins start external programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
@@ -55,9 +67,14 @@ _CANONICAL_MODE = {
     "1": "L", "L": "L", "RGB": "RGB", "RGBA": "RGBA", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LA": "RGBA",
     "PA": "RGBA", "RGBa": "RGBA", "La": "RGBA", "RGBX": "RGB",
 }  # fmt: skip
-_GRAY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_GRAY_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+"""Modes of one channel with more than 8 bits."""
 _COLOR_16_BIT_CODING = re.compile(r"[A-Za-z]+;16[BLN]")
-_TIFF_BITS_PER_SAMPLE, _EXIF_ORIENTATION, _TIFF_PLANAR_CONFIGURATION = 258, 274, 284
+_TIFF_BITS_PER_SAMPLE, _EXIF_ORIENTATION, _TIFF_PLANAR_CONFIGURATION, _TIFF_SAMPLE_FORMAT = 258, 274, 284, 339
+_FEWEST_STEPS = 2**12
+"""A warning is printed if float32 has fewer steps in the value range."""
+_SUFFIXES_OF_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+"""The frequent ones of files that are pictures in any case."""
 _ORIENTATIONS_THAT_SWAP_SIDES = (5, 6, 7, 8)
 
 
@@ -121,7 +138,7 @@ class Header:
     Args:
         stored_mode: Pillow mode of the file, with ";16" appended for 16-bit color; the dtype of an array.
         mode: The mode that keeps everything: L, RGB or RGBA; for an array with other channels, their number.
-        is_16_bit: Whether it has 16 bits per channel.
+        dtype: Name of the type of its values.
         width: In pixels, after applying the EXIF orientation.
         height: In pixels, after applying the EXIF orientation.
         num_frames: More than 1 for an animation or a multi-page file, of which the first frame is used.
@@ -129,7 +146,7 @@ class Header:
 
     stored_mode: str
     mode: str
-    is_16_bit: bool
+    dtype: str
     width: int
     height: int
     num_frames: int
@@ -141,27 +158,40 @@ class OutputFormat:
 
     Args:
         num_channels: 1, 3 or 4, or the number of channels of the arrays.
-        dtype: uint8 or uint16.
+        dtype: Type of the pixels.
         background: `data.background`: color behind transparent pixels if there is no alpha channel; None refuses them.
         geometry: Crops and size.
+        keeps_values: Whether values stay as they are, with `data.value_range`; if not, 8-bit pixels are scaled to 16
+            bits if these are expected, and a fourth channel is transparency.
     """
 
     num_channels: int
     dtype: np.dtype[Any]
     background: str | None
     geometry: "Geometry"
+    keeps_values: bool = False
 
 
-def read_header(image: EncodedImage) -> Header:
+def read_header(image: EncodedImage, num_channels: int | None = None) -> Header:
     """Read the size and the mode of an image.
+
+    Args:
+        image: The image.
+        num_channels: `data.num_channels`, to find the axis of the channels in an array.
 
     Raises:
         BadImage: The image cannot be decoded.
     """
+    numbers = None if isinstance(image.data, np.ndarray) else _numbers_of(image, num_channels)
     if isinstance(image.data, np.ndarray):
         height, width, channels = image.data.shape
-        mode = MODE_OF_CHANNELS.get(channels, str(channels))
-        return Header(str(image.data.dtype), mode, image.data.dtype == np.uint16, width, height, 1)
+        return Header(image.data.dtype.name, _mode_of(channels), image.data.dtype.name, width, height, 1)
+    if numbers is not None:
+        shape = [*numbers.shape, 1] if len(numbers.shape) == 2 else list(numbers.shape)
+        channels = shape.pop(_channel_axis(numbers, num_channels, image.name))
+        dtype = "uint8" if numbers.dtype == bool else numbers.dtype.name
+        stored_mode = f"{numbers.dtype.name} {numbers.kind}"
+        return Header(stored_mode, _mode_of(channels), dtype, shape[1], shape[0], numbers.num_frames)
     with _open(image) as opened:
         has_16_bit_color = _has_16_bit_color(opened)
         width, height = opened.size
@@ -175,7 +205,7 @@ def read_header(image: EncodedImage) -> Header:
         return Header(
             stored_mode=f"{opened.mode};16" if has_16_bit_color else opened.mode,
             mode=_canonical_mode(opened),
-            is_16_bit=has_16_bit_color or opened.mode in _GRAY_16_BIT_MODES,
+            dtype="uint16" if has_16_bit_color else _dtype_of(opened),
             width=width,
             height=height,
             num_frames=int(getattr(opened, "n_frames", 1)) if has_frames else 1,
@@ -192,20 +222,81 @@ def decode(image: EncodedImage, output: OutputFormat) -> Pixels:
         BadImage: The image cannot be decoded.
         DataError: The image does not fit `output` without losing information.
     """
-    pixels = image.data if isinstance(image.data, np.ndarray) else _decode_file(image)
+    pixels = image.data if isinstance(image.data, np.ndarray) else _decode_file(image, output.num_channels)
     pixels = _convert_channels(pixels, output, image.name)
     if pixels.dtype != output.dtype:
-        pixels = pixels.astype(np.uint16) * np.uint16(257)  # 255 becomes 65535
-    pixels = output.geometry.apply(pixels, image.name)
+        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
+            converted = pixels.astype(output.dtype)
+        pixels = converted if output.keeps_values else converted * np.uint16(257)  # 255 becomes 65535
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise BadImage(f"{image.name} has values that are not finite (NaN or infinite); replace them.")
+    pixels = output.geometry.apply(pixels, image.name, has_alpha=not output.keeps_values)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _mode_of(num_channels: int) -> str:
+    return MODE_OF_CHANNELS.get(num_channels, str(num_channels))
+
+
+def _file_of(image: EncodedImage) -> File:
+    """Return the path of an image, if it has one that can be opened, or else its content."""
+    if isinstance(image.data, Path) and image.data.is_file() and image.num_bytes:
+        return image.data
+    return io.BytesIO(image.read())
+
+
+def _numbers_of(image: EncodedImage, num_channels: int | None) -> Numbers | None:
+    """Open an image that is not a picture; return None for one that Pillow decodes."""
+    if isinstance(image.data, Path) and image.data.suffix.lower() in _SUFFIXES_OF_PICTURES:
+        return None
+    file = _file_of(image)
+    with _named_errors(image.name):
+        numbers = open_numbers(file, num_channels)
+    if numbers is None:
+        return None
+    if numbers.dtype.kind not in "buif" or len(numbers.shape) not in (2, 3) or not math.prod(numbers.shape):
+        raise BadImage(
+            f"{image.name} contains {numbers.dtype} {numbers.shape}; an image has numbers, and is (height, width) or "
+            "has one more axis for channels."
+        )
+    return numbers
+
+
+def _channel_axis(numbers: Numbers, num_channels: int | None, name: str) -> int:
+    """Return the axis of the channels, which is the last one if both the last and the first can be."""
+    if len(numbers.shape) == 2 or numbers.is_channels_last:
+        return -1
+    for sizes in ((num_channels,), MODE_OF_CHANNELS):
+        for axis in (-1, 0):
+            if numbers.shape[axis] in sizes:
+                return axis
+    raise BadImage(
+        f"{name} has the shape {numbers.shape}; its first or last axis must be 1, 3 or 4 channels, or "
+        "data.num_channels of them."
+    )
+
+
+def warn_of_cubes(name: str, side: int) -> None:
+    """Warn that the axis of the channels of an array is unclear."""
+    logger.warning(
+        "The images of %s are %dx%dx%d, so that each axis may be that of the channels; the last one is used. Transpose "
+        "them to (height, width, channels) if it is another one.",
+        name, side, side, side,
+    )  # fmt: skip
+
+
+def as_native(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Return pixels in the byte order of this machine; those of a bool array are black and white."""
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * np.uint8(255)
+    native: NDArray[Any] = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    return native
 
 
 @contextmanager
 def _open(image: EncodedImage) -> Iterator[Image.Image]:
     """Open an image file with Pillow; errors in the `with` block become errors that name the image."""
-    path = image.data if isinstance(image.data, Path) and image.data.is_file() and image.num_bytes else None
-    source = path or io.BytesIO(image.read())
-    with _named_errors(image.name), _open_file(source, image.name) as opened:
+    with _named_errors(image.name), _open_file(_file_of(image), image.name) as opened:
         limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns up to twice as many
         if limit is not None and opened.width * opened.height > limit:
             raise Image.DecompressionBombError
@@ -213,7 +304,7 @@ def _open(image: EncodedImage) -> Iterator[Image.Image]:
         yield opened
 
 
-def _open_file(source: Path | io.BytesIO, name: str) -> Image.Image:
+def _open_file(source: File, name: str) -> Image.Image:
     """Open a file, also a HEIC or HEIF photo, which pillow-heif decodes."""
     try:
         return Image.open(source, formats=_FORMATS)
@@ -231,10 +322,23 @@ def _open_file(source: Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def _check_mode(opened: Image.Image, name: str) -> None:
-    # Mode I has 32 bits. Its value range is known only in formats with at most 16 bits.
-    is_gray = opened.mode in _GRAY_16_BIT_MODES and (opened.mode != "I" or opened.format in ("PNG", "PPM"))
-    if opened.mode not in _CANONICAL_MODE and not is_gray:
+    if opened.mode not in _CANONICAL_MODE and opened.mode not in _GRAY_MODES:
         raise BadImage(f"{name} has mode {opened.mode}; convert it to L, RGB or RGBA with 8 or 16 bits.")
+
+
+def _dtype_of(opened: Image.Image) -> str:
+    """Return the type of the values of an image, except for 16-bit color."""
+    if opened.mode not in _GRAY_MODES:
+        return "uint8"
+    if opened.mode == "F":
+        return "float32"
+    if opened.mode != "I" or opened.format in ("PNG", "PPM"):
+        return "uint16"
+    if opened.format != "TIFF":
+        return "int32"
+    tags = opened.tag_v2  # type: ignore[attr-defined]
+    sign = "u" if tags.get(_TIFF_SAMPLE_FORMAT, (1,))[0] == 1 else ""
+    return f"{sign}int{tags.get(_TIFF_BITS_PER_SAMPLE, (32,))[0]}"
 
 
 @contextmanager
@@ -244,6 +348,8 @@ def _named_errors(name: str) -> Iterator[None]:
         yield
     except DataError:
         raise
+    except MissingLibraryError as error:
+        raise DataError(f"{name} {error}") from None
     except Image.DecompressionBombError:
         raise BadImage(
             f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against decompression "
@@ -259,7 +365,7 @@ def _named_errors(name: str) -> Iterator[None]:
 
 
 def _canonical_mode(opened: Image.Image) -> str:
-    if opened.mode in _GRAY_16_BIT_MODES:
+    if opened.mode in _GRAY_MODES:
         return "L"
     return "RGBA" if opened.has_transparency_data else _CANONICAL_MODE[opened.mode]
 
@@ -272,8 +378,16 @@ def _orientation(opened: Image.Image) -> int:
         return 1
 
 
-def _decode_file(image: EncodedImage) -> Pixels:
+def _decode_file(image: EncodedImage, num_channels: int) -> Pixels:
     """Decode an image file to (height, width, channels) with all its bits, upright."""
+    if (numbers := _numbers_of(image, num_channels)) is not None:
+        with _named_errors(image.name):
+            pixels = as_native(numbers.read())
+        return (
+            pixels[..., None]
+            if pixels.ndim == 2
+            else np.moveaxis(pixels, _channel_axis(numbers, num_channels, image.name), -1)
+        )
     with _open(image) as opened:
         if _has_16_bit_color(opened):
             return _decode_16_bit_color(image, opened)
@@ -295,12 +409,11 @@ def decode_picture(picture: Image.Image, name: str) -> Pixels:
 
 
 def _decode_opened(opened: Image.Image) -> Pixels:
-    is_16_bit = opened.mode in _GRAY_16_BIT_MODES
-    mode = _canonical_mode(opened)
+    mode, dtype = _canonical_mode(opened), _dtype_of(opened)
     opened.load()  # also reads EXIF tags behind the pixels
     upright = ImageOps.exif_transpose(opened) if _orientation(opened) in range(2, 9) else opened
-    if is_16_bit:
-        return np.asarray(upright).astype(np.uint16)[..., None]
+    if dtype != "uint8":
+        return np.asarray(upright).astype(dtype)[..., None]
     pixels = np.asarray(upright if upright.mode == mode else upright.convert(mode))
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -352,13 +465,14 @@ def _decode_16_bit_color(image: EncodedImage, opened: Image.Image) -> Pixels:
 def _convert_channels(pixels: Pixels, output: OutputFormat, name: str) -> Pixels:
     """Convert an image to the number of channels of its dataset, if nothing is lost."""
     have, want = pixels.shape[2], output.num_channels
-    highest = np.iinfo(pixels.dtype.name).max
     if have == want:
         return pixels
-    if have not in MODE_OF_CHANNELS or want not in MODE_OF_CHANNELS:
+    may_have_alpha = pixels.dtype in (np.uint8, np.uint16)
+    if not {have, want} <= MODE_OF_CHANNELS.keys() or (4 in (have, want) and not may_have_alpha):
         raise DataError(f"{name} has {have} channels, but {want} are expected; set data.num_channels to {have}.")
     if have == 4:
         color, alpha = pixels[..., :3], pixels[..., 3:]
+        highest = np.iinfo(pixels.dtype.name).max
         if (alpha < highest).any():
             if output.background is None:
                 raise DataError(
@@ -378,7 +492,8 @@ def _convert_channels(pixels: Pixels, output: OutputFormat, name: str) -> Pixels
     if have == 1:
         pixels = np.repeat(pixels, 3, axis=2)
     if want == 4:
-        pixels = np.concatenate([pixels, np.full_like(pixels[..., :1], highest)], axis=2)
+        opaque = np.full_like(pixels[..., :1], np.iinfo(pixels.dtype.name).max)
+        pixels = np.concatenate([pixels, opaque], axis=2)
     return pixels
 
 
@@ -432,8 +547,14 @@ class Geometry:
         _, (new_width, new_height) = self._box_and_size(right - left, bottom - top, name)
         return new_height, new_width
 
-    def apply(self, pixels: Pixels, name: str) -> Pixels:
-        """Crop and resize an image (height, width, channels).
+    def resizes(self, width: int, height: int, name: str) -> bool:
+        """Return whether an image is resized, and not only cropped."""
+        left, top, right, bottom = self._first_box(width, height, name)
+        box, size = self._box_and_size(right - left, bottom - top, name)
+        return (box[2] - box[0], box[3] - box[1]) != size
+
+    def apply(self, pixels: Pixels, name: str, *, has_alpha: bool = True) -> Pixels:
+        """Crop and resize an image (height, width, channels); `has_alpha`: a fourth channel is transparency.
 
         Raises:
             DataError: A crop is larger than the image, or the image cannot be resized.
@@ -447,7 +568,7 @@ class Geometry:
             left, top = round(box[0]), round(box[1])
             return pixels[top : top + size[1], left : left + size[0]]
         try:
-            return _resize(pixels, box, size, Image.Resampling[self.resize_filter.upper()])
+            return _resize(pixels, box, size, Image.Resampling[self.resize_filter.upper()], has_alpha=has_alpha)
         except ValueError as error:
             raise DataError(f"{name} has {width}x{height} pixels and cannot be resized ({error}).") from error
 
@@ -494,22 +615,31 @@ class Geometry:
 
 
 def _resize(
-    pixels: Pixels, box: tuple[float, float, float, float], size: tuple[int, int], resize_filter: Image.Resampling
+    pixels: Pixels,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+    resize_filter: Image.Resampling,
+    *,
+    has_alpha: bool = True,
 ) -> Pixels:
     """Resize a box of an image (height, width, channels) of any depth and number of channels."""
     channels = pixels.shape[2]
-    if pixels.dtype == np.uint8 and channels in (1, 3, 4):
+    has_alpha &= channels == 4
+    if pixels.dtype == np.uint8 and (channels in (1, 3) or has_alpha):
         # Pillow weights the color of RGBA by its alpha.
         image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels).resize(size, resize_filter, box)
         return np.asarray(image).reshape(size[1], size[0], channels)
     values = pixels.astype(np.float32)  # represents 16 bits exactly
-    if channels == 4:
+    if has_alpha:
         values[..., :3] *= values[..., 3:]
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(values, -1, 0)]
     values = np.stack([np.asarray(plane.resize(size, resize_filter, box)) for plane in planes], axis=-1)
-    if channels == 4:
+    if has_alpha:
         values[..., :3] /= np.maximum(values[..., 3:], 1e-6)
-    return np.rint(values).clip(0, np.iinfo(pixels.dtype.name).max).astype(pixels.dtype)
+    if pixels.dtype.kind == "f":  # the filters overshoot at edges
+        return values.clip(pixels.min(), pixels.max()).astype(pixels.dtype)
+    limits = np.iinfo(pixels.dtype.name)
+    return np.rint(values).clip(limits.min, limits.max).astype(pixels.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ value range
@@ -557,14 +687,63 @@ def to_uint8(pixels: Pixels, value_range: ValueRange | None = None) -> NDArray[n
     return rounded
 
 
-def warn_of_low_contrast(name: str, lowest: int, highest: int, dtype: np.dtype[Any]) -> None:
-    """Warn if the pixels of a dataset use less than a quarter of their range."""
-    full_range = np.iinfo(dtype).max
-    if highest - lowest < full_range / 4:
+def find_value_range(config: DataConfig, name: str, pixels: Sequence[float]) -> ValueRange | None:
+    """Return the values that become -1 and 1; None without `data.value_range`.
+
+    Args:
+        config: The settings.
+        name: How messages refer to the data set.
+        pixels: The smallest and the largest value of the data.
+
+    Raises:
+        DataError: The data have no value in the range, or only one if it is that of the data.
+    """
+    lowest, highest = pixels
+    if config.value_range is None:
+        return None
+    if config.value_range == "auto":
+        if lowest == highest:
+            raise DataError(
+                f"all values of {name} are {lowest:g}, which is no range; set data.value_range to [low, high]."
+            )
+        return float(lowest), float(highest)
+    low, high = config.value_range
+    if highest <= low or lowest >= high:
+        raise DataError(
+            f"{name} has values from {lowest:g} to {highest:g}, which data.value_range [{low:g}, {high:g}] does not "
+            "contain; change it, or set it to auto."
+        )
+    return low, high
+
+
+def warn_of_values(name: str, value_range: ValueRange | None, pixels: Sequence[float], dtype: np.dtype[Any]) -> None:
+    """Warn if a data set uses less than a quarter of its range, has values outside of it, or too few steps in it.
+
+    Args:
+        name: How messages refer to the data set.
+        value_range: The values that become -1 and 1.
+        pixels: The smallest and the largest value of the data.
+        dtype: Type of the stored pixels.
+    """
+    lowest, highest = pixels
+    low, high = (0.0, float(np.iinfo(dtype.name).max)) if value_range is None else value_range
+    if lowest < low or highest > high:
         logger.warning(
-            "The pixels of %s use only the values %d to %d of 0 to %d, so the contrast is low; rescale them if that is "
-            "not intended.",
-            name, lowest, highest, full_range,
+            "%s has values from %g to %g; those outside of data.value_range [%g, %g] are clipped.",
+            name, lowest, highest, low, high,
+        )  # fmt: skip
+    elif highest - lowest < (high - low) / 4:
+        logger.warning(
+            "The pixels of %s use only the values %g to %g of %g to %g, so the contrast is low; set data.value_range "
+            "to their range or auto if that is not intended.",
+            name, lowest, highest, low, high,
+        )  # fmt: skip
+    step = float(np.spacing(np.float32(max(abs(low), abs(high)))))
+    if dtype == np.float32 and step > (high - low) / _FEWEST_STEPS:
+        logger.warning(
+            "The values of %s, %g to %g, are stored as float32, in steps of %g; subtract their mean to keep smaller "
+            "differences.",
+            name, lowest, highest, step,
         )  # fmt: skip
 
 

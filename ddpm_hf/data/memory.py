@@ -22,6 +22,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 from tqdm import tqdm
 
 from ddpm_hf.config import DataConfig, log_warning
+from ddpm_hf.data.arrays import image_set_of_array, needs_preprocessing
 from ddpm_hf.data.decode import (
     MODE_OF_CHANNELS,
     BadImage,
@@ -29,21 +30,14 @@ from ddpm_hf.data.decode import (
     EncodedImage,
     Header,
     Pixels,
+    as_native,
     decode_picture,
     num_threads,
     read_header,
-    warn_of_low_contrast,
 )
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.labels import Labels, encode_labels
-from ddpm_hf.data.sources import (
-    Source,
-    crop_size_of,
-    find_columns,
-    image_set_of_array,
-    needs_preprocessing,
-    source_of_table,
-)
+from ddpm_hf.data.sources import Source, find_columns, source_of_table
 
 IMAGE_KEYS = ("image", "images", "img", "pixel_values", "input", "inputs", "x", "jpg", "png")
 """Keys of the image in samples that are mappings, the first one that exists; data.image_column names another one."""
@@ -100,10 +94,12 @@ def find_in_memory(
     samples = _samples_of(data, name, config) if arrays is None else arrays.samples()
     if not samples.number:
         raise DataError(f"{name} contains no images.")
-    if arrays is not None and arrays.are_integers:
+    if arrays is not None and (arrays.are_integers or config.value_range is not None):
         pixels = _channels_last(arrays.images, name, config, is_batch=True)
         if not needs_preprocessing(pixels, config):
-            return _image_set(pixels, arrays.labels, name, config, known, with_labels=with_labels)
+            images = _image_set(pixels, arrays.labels, name, config, known, with_labels=with_labels)
+            if images is not None:
+                return images
     return _scan(samples, name, config, known, with_labels=with_labels)
 
 
@@ -170,7 +166,7 @@ class _Arrays:
 
     @property
     def are_integers(self) -> bool:
-        """Whether the pixels can be used as they are."""
+        """Whether the pixels can be used as they are, without `data.value_range`."""
         return str(self.images.dtype).removeprefix("torch.") in ("uint8", "uint16")
 
     def samples(self) -> _Samples:
@@ -323,9 +319,10 @@ def _channels_last(images: Any, name: str, config: DataConfig, *, is_batch: bool
     if array.ndim == 2 + is_batch:
         return array[..., None]
     axes = (int(is_batch), -1) if is_tensor else (-1, int(is_batch))
-    for axis in axes if array.ndim == 3 + is_batch else ():
-        if array.shape[axis] in (*MODE_OF_CHANNELS, config.num_channels):
-            return np.moveaxis(array, axis, -1)
+    for sizes in ((config.num_channels,), MODE_OF_CHANNELS):
+        for axis in axes if array.ndim == 3 + is_batch else ():
+            if array.shape[axis] in sizes:
+                return np.moveaxis(array, axis, -1)
     raise DataError(
         f"{name} has the shape {tuple(array.shape)}; images are (height, width) or have one more axis of 1, 3 or 4 "
         "channels, or data.num_channels of them."
@@ -333,7 +330,7 @@ def _channels_last(images: Any, name: str, config: DataConfig, *, is_batch: bool
 
 
 def _encoded(value: Any, name: str, config: DataConfig) -> EncodedImage:
-    """Return an image as it is stored; floating-point pixels stay such, see `_Levels`.
+    """Return an image as it is stored; without `data.value_range`, `_Levels` converts floating-point pixels later.
 
     Raises:
         BadImage: It cannot be decoded.
@@ -348,26 +345,26 @@ def _encoded(value: Any, name: str, config: DataConfig) -> EncodedImage:
     if isinstance(value, str | Path):
         return EncodedImage(f"{name} ({Path(value).name})", Path(value).expanduser())
     if isinstance(value, Image.Image):
-        return EncodedImage(name, decode_picture(value, name))
-    is_array = isinstance(value, torch.Tensor | list) or hasattr(value, "__array__")
-    if isinstance(value, list) or (is_array and not isinstance(value, torch.Tensor)):
-        try:
-            value = np.asarray(value)
-        except ValueError:  # rows of different lengths
-            is_array = False
-    if not is_array:
-        raise DataError(f"{name} is of type {type(value).__name__}; an image is a Pillow image, an array or a tensor.")
-    pixels = _channels_last(value, name, config)
-    if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8) * np.uint8(255)
-    if pixels.dtype.kind != "f" and pixels.dtype.name not in ("uint8", "uint16"):
+        pixels = decode_picture(value, name)
+    else:
+        is_array = isinstance(value, torch.Tensor | list) or hasattr(value, "__array__")
+        if isinstance(value, list) or (is_array and not isinstance(value, torch.Tensor)):
+            try:
+                value = np.asarray(value)
+            except ValueError:  # rows of different lengths
+                is_array = False
+        if not is_array:
+            kind = type(value).__name__
+            raise DataError(f"{name} is of type {kind}; an image is a Pillow image, an array or a tensor.")
+        pixels = as_native(_channels_last(value, name, config))
+    is_number = pixels.dtype.kind in "uif" and config.value_range is not None
+    if pixels.dtype.kind != "f" and pixels.dtype.name not in ("uint8", "uint16") and not is_number:
         raise DataError(
-            f"{name} has pixels of type {pixels.dtype}, whose range is unknown; convert them to uint8, uint16, or "
-            "floating point in [0, 1] or [-1, 1]."
+            f"{name} has pixels of type {pixels.dtype}, whose range is unknown; set data.value_range to [low, high] or "
+            "auto, or convert them to uint8, uint16, or floating point in [0, 1] or [-1, 1]."
         )
     if not pixels.size:
         raise DataError(f"{name} has the shape {pixels.shape}, which has no pixels; remove it.")
-    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     return EncodedImage(name, pixels)
 
 
@@ -393,7 +390,7 @@ class _Levels:
         if not (lowest >= -1 and highest <= 1):
             raise DataError(
                 f"{image} has values from {lowest:g} to {highest:g}, but floating-point pixels must be in [0, 1] or "
-                "[-1, 1]; rescale them, or convert them to uint8."
+                "[-1, 1] without data.value_range; set it to [low, high] or auto."
             )
         self.lowest, self.highest = min(self.lowest, lowest), max(self.highest, highest)
         for index, levels in enumerate((pixels * 255.0, (pixels + 1.0) * 127.5)):
@@ -414,7 +411,7 @@ class _Levels:
         if _HIGHEST_MINIMUM < self.lowest < 0:
             raise DataError(
                 f"{self.name} has values from {self.lowest:g} to {self.highest:g}, so they may be in "
-                "[0, 1] or in [-1, 1]; clip them to [0, 1], or convert them to uint8."
+                "[0, 1] or in [-1, 1]; set data.value_range to [0, 1] or [-1, 1]."
             )
 
     def convert(self, pixels: NDArray[np.floating]) -> Pixels:
@@ -431,12 +428,13 @@ def _image_set(
     known: tuple[str, ...] | None,
     *,
     with_labels: bool,
-) -> ImageSet:
-    """Return the images of an array (number, height, width, channels) without a copy."""
+) -> ImageSet | None:
+    """Return the images of an array (number, height, width, channels) without a copy, None if some are not finite."""
     values, class_names = _labels_of([] if labels is None else labels, name, None, known, with_labels=with_labels)
     digest = _content_digest(pixels, values, name)
-    warn_of_low_contrast(name, int(pixels.min()), int(pixels.max()), pixels.dtype)
-    images = image_set_of_array(pixels, {"digest": digest, "crop_size": crop_size_of(pixels, config)})
+    images = image_set_of_array(pixels, name, config, {}, digest)
+    if images is None:
+        return None
     images = replace(images, labels=values, class_names=class_names)
     if pixels.shape[-1] > 1:
         return images
@@ -483,20 +481,20 @@ def _scan(
             digest = _NO_DIGEST
             try:
                 image = _encoded(value, f"image {row} of {name}", config)
-                header = read_header(image)
+                header = read_header(image, config.num_channels)
                 digest = _digest(image)
                 headers.append(distinct.setdefault(header, header))
-                if (pixels := _float_pixels(image)) is not None:
+                if config.value_range is None and (pixels := _float_pixels(image)) is not None:
                     levels.add(pixels, image.name)
             except BadImage as error:
                 headers.append(error)
             digests.append(digest)
             bar.update()
     levels.check()
-    has_16_bits = levels.dtype == np.uint16
-    final = {
-        header: replace(header, is_16_bit=has_16_bits) for header in distinct if header.stored_mode.startswith("f")
-    }
+    final: dict[Header, Header] = {}
+    if config.value_range is None:
+        converted = np.dtype(levels.dtype).name
+        final = {header: replace(header, dtype=converted) for header in distinct if _is_float_array(header)}
     values, class_names = _labels_of(labels, name, samples.class_names, known, with_labels=with_labels)
 
     def read(rows: Sequence[int]) -> Iterator[EncodedImage]:
@@ -509,7 +507,7 @@ def _scan(
                         f"{image.name} is another one when it is read again, as with a random transform; remove random "
                         "transforms, and set data.random_flip, or data.crop to random."
                     )
-            pixels = _float_pixels(image)
+            pixels = _float_pixels(image) if config.value_range is None else None
             yield image if pixels is None else EncodedImage(image.name, levels.convert(pixels))
 
     content = b"".join(digests)
@@ -527,6 +525,11 @@ def _scan(
 
 _NO_DIGEST = bytes(16)
 """Of an image that cannot be read."""
+
+
+def _is_float_array(header: Header) -> bool:
+    """Return whether a header is that of an array of floating-point numbers, and not of a file."""
+    return header.dtype.startswith("f") and header.stored_mode == header.dtype
 
 
 def _float_pixels(image: EncodedImage) -> NDArray[Any] | None:

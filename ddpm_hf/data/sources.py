@@ -9,7 +9,6 @@ Data and settings that cannot be used raise a `DataError`.
 import functools
 import glob
 import hashlib
-import io
 import json
 import logging
 import lzma
@@ -20,7 +19,6 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -28,19 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data.decode import (
-    MODE_OF_CHANNELS,
-    BadImage,
-    DataError,
-    EncodedImage,
-    Geometry,
-    Header,
-    Pixels,
-    num_threads,
-)
+from ddpm_hf.data.arrays import find_images, image_set_of_array, needs_preprocessing, read_arrays, splits_of_arrays
+from ddpm_hf.data.decode import BadImage, DataError, EncodedImage, Header, as_native
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.labels import NO_LABEL, ClassOrder, Labels, encode_labels, sort_classes
 from ddpm_hf.data.layout import SPLIT_NAMES, Kind, Layout, read_layout, split_of_word
@@ -220,7 +209,7 @@ def _rows_of_split(split: str, source: str, num_images: int) -> Sequence[int]:
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic",
-    ".heif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico",
+    ".heif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".ico", ".dcm", ".dicom",
 )  # fmt: skip
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -468,7 +457,7 @@ def _why_ignored(name: str) -> str | None:
 
 def _is_array(name: str) -> bool:
     """Return whether a file is an array of NumPy, which is an image if there are no others."""
-    return name.lower().endswith(".npy") and _why_ignored(name) == name
+    return name.lower().endswith((".npy", ".npz")) and _why_ignored(name) == name
 
 
 def _source_of_files(
@@ -514,8 +503,7 @@ def _source_of_files(
         labels, class_names = encode_labels([read_label(file) for file in chosen], str(path))
 
     def read_image(row: int) -> EncodedImage:
-        image = read(f"image {row} of {path} ({chosen[row].name})", chosen[row])
-        return _image_of_array(image) if _is_array(chosen[row].name) else image
+        return read(f"image {row} of {path} ({chosen[row].name})", chosen[row])
 
     identities = [[file.name, *file.identity] for file in chosen]
     return Source(
@@ -951,37 +939,22 @@ def _allowed_folders(config: DataConfig) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------------ arrays
 
-_BYTES_PER_DIGEST = 2**24
-
 
 def _open_array(
     path: Path, config: DataConfig, split: str, class_order: ClassOrder, known: tuple[str, ...] | None
 ) -> ImageSet | Source:
-    """Open uint8, uint16 or bool images from .npy, or with labels from .npz.
-
-    Their shape is (number, height, width), (number, height, width, channels) or (number, channels, height, width).
-    """
+    """Open the images of a .npy file, or images and labels of an .npz file."""
     _check_unset(config, ("layout",), f"{path}, which is no folder or archive of images")
-    try:
-        content = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            arrays = {"images": content}
-        else:
-            size = sum(member.file_size for member in content.zip.infolist())
-            if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-                raise MemoryError(f"it would unpack to {size:,} bytes, more than this machine has memory")
-            arrays = dict(content)
-    except Exception as error:  # NumPy and its decompressors raise many types for damaged files
-        raise DataError(f"{path} cannot be read as a NumPy array ({' '.join(str(error).split())}).") from None
+    arrays = read_arrays(path)
     wanted = _name_of_split(split, str(path))
-    splits = {} if config.image_column or "images" in arrays else _splits_of_arrays(arrays)
+    splits = {} if config.image_column or "images" in arrays else splits_of_arrays(arrays)
     if splits:
         if (parts := splits.get(split_of_word(wanted) or wanted)) is None:
             raise DataError(f"{path} has no split {wanted!r}; it has {', '.join(splits)}.")
         arrays = {name: arrays[part] for name, part in parts.items()} | arrays
     elif wanted != "train":
         raise _no_such_split(path, wanted)
-    images, is_as_stored = _find_images(arrays, path, config)
+    images = find_images(arrays, str(path), config)
     if config.label_column is not None and config.label_column not in arrays:
         raise DataError(
             f"data.label_column {config.label_column!r} is not an array of {path}, which contains {', '.join(arrays)}."
@@ -1001,153 +974,15 @@ def _open_array(
                 raise
             labels, problem = None, str(error)
     labels = None if labels is None else labels[rows]
-    is_mappable = path.suffix == ".npy" and is_as_stored and not needs_preprocessing(images, config)
-    if is_mappable and isinstance(rows, range):
-        images = images[rows.start : rows.stop]
-        location = {
-            "array": os.path.abspath(path),
-            "file_identity": list(file_identity(path)),
-            "rows": [rows.start, rows.stop],
-            "crop_size": crop_size_of(images, config),
-            "digest": _digest(images, str(path)),
-        }
-        return image_set_of_array(images, location)
+    if path.suffix == ".npy" and isinstance(rows, range) and not needs_preprocessing(images, config):
+        place = {"array": os.path.abspath(path), "file_identity": list(file_identity(path))}
+        place["rows"] = [rows.start, rows.stop]
+        if (mapped := image_set_of_array(images[rows.start : rows.stop], str(path), config, place)) is not None:
+            return mapped
 
     def read(numbers: Sequence[int]) -> list[EncodedImage]:
-        return [EncodedImage(f"image {number} of {path}", _as_native(images[rows[number]])) for number in numbers]
+        return [EncodedImage(f"image {number} of {path}", as_native(images[rows[number]])) for number in numbers]
 
     fingerprint = f"{file_identity(path)} {config.image_column} {rows} {images.dtype} {images.shape}"
     source = Source(str(path), path.suffix[1:], fingerprint, len(rows), read, labels, class_names)
     return replace(source, labels_problem=problem)
-
-
-def _splits_of_arrays(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return split -> "images" and "labels" -> array, as in MedMNIST (train_images) and Keras (x_train)."""
-    splits: dict[str, dict[str, str]] = {}
-    for name in names:
-        words = name.lower().split("_")
-        split = next(filter(None, map(split_of_word, words)), None) if len(words) == 2 else None
-        for kind, others in (("images", {"images", "image", "x", "data"}), ("labels", {"labels", "label", "y"})):
-            if split is not None and others.intersection(words):
-                splits.setdefault(split, {})[kind] = name
-    return {split: parts for split, parts in splits.items() if "images" in parts}
-
-
-def crop_size_of(images: Pixels, config: DataConfig) -> tuple[int, int] | None:
-    """Return the size of random crops of images (number, height, width, channels), None if they are not cropped."""
-    geometry = Geometry.of(config)
-    return geometry.size if geometry.is_random_crop and geometry.size != images.shape[1:3] else None
-
-
-def map_array(location: dict[str, Any]) -> ImageSet | None:
-    """Memory-map the .npy file that another process opened; return None if this machine has no such file."""
-    path = Path(location["array"])
-    if list(file_identity(path)) != location["file_identity"]:
-        return None
-    images = np.load(path, mmap_mode="r", allow_pickle=False)
-    images = images[..., None] if images.ndim == 3 else images
-    return image_set_of_array(images[slice(*location["rows"])], location)
-
-
-def image_set_of_array(images: Pixels, location: dict[str, Any]) -> ImageSet:
-    """Return an image set of an array (number, height, width, channels), which is not copied."""
-    crop_size = location["crop_size"]
-    return ImageSet(
-        images=images.transpose(0, 3, 1, 2),
-        labels=None,
-        class_names=None,
-        indices=np.arange(len(images)),
-        crop_size=None if crop_size is None else (crop_size[0], crop_size[1]),
-        digest=location["digest"],
-        location=location,
-    )
-
-
-def _as_native(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Return pixels in the byte order of this machine; those of a bool array are black and white."""
-    if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8) * np.uint8(255)
-    native: NDArray[Any] = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    return native
-
-
-def _image_of_array(image: EncodedImage) -> EncodedImage:
-    """Return the image in an .npy file of its own."""
-    try:
-        content: Any = image.data if isinstance(image.data, Path) else io.BytesIO(image.read())
-        pixels = np.load(content, allow_pickle=False)
-    except DataError:
-        return image
-    except Exception as error:  # NumPy raises many types for damaged files
-        return EncodedImage(image.name, None, " ".join(str(error).split()))
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    elif pixels.ndim == 3 and pixels.shape[-1] not in MODE_OF_CHANNELS and pixels.shape[0] in MODE_OF_CHANNELS:
-        pixels = np.moveaxis(pixels, 0, -1)
-    is_image = pixels.ndim == 3 and pixels.shape[-1] in MODE_OF_CHANNELS and pixels.size > 0
-    if not is_image or pixels.dtype.name not in ("uint8", "uint16", "bool"):
-        reason = f"it contains {pixels.dtype} {pixels.shape}; an image is uint8, uint16 or bool with 1, 3 or 4 channels"
-        return EncodedImage(image.name, None, reason)
-    return EncodedImage(image.name, _as_native(pixels))
-
-
-def _find_images(arrays: dict[str, NDArray[Any]], path: Path, config: DataConfig) -> tuple[NDArray[np.integer], bool]:
-    """Return the images (number, height, width, channels), and whether they are stored in this order as integers."""
-    name = config.image_column
-    if name is None:
-        found = [name for name, array in arrays.items() if array.ndim >= 3 and array.dtype.kind in "iufb"]
-        name = "images" if "images" in arrays or len(found) != 1 else found[0]
-    if name not in arrays:
-        setting = f"data.image_column {name!r}" if config.image_column else "'images'"
-        raise DataError(
-            f"{setting} is not an array of {path}, which contains {', '.join(arrays) or 'none'}; set "
-            "data.image_column to one of them."
-        )
-    images = arrays[name]
-    if images.ndim == 3 and images.shape[-1] in MODE_OF_CHANNELS:
-        shape = ", ".join(map(str, images.shape))
-        raise DataError(
-            f"{path} contains an array of shape ({shape}), which is a single image, or gray images {images.shape[-1]} "
-            f"pixels wide; save it as (1, {shape}) or ({shape}, 1)."
-        )
-    channels = (*MODE_OF_CHANNELS, config.num_channels)
-    is_as_stored = images.dtype != bool
-    if images.ndim == 3:
-        images = images[..., None]
-    elif images.ndim == 4 and images.shape[-1] not in channels and images.shape[1] in channels:
-        images, is_as_stored = np.moveaxis(images, 1, -1), False
-    is_readable = images.dtype.name in ("uint8", "uint16", "bool") and images.ndim == 4
-    if not is_readable or images.shape[-1] not in channels:
-        raise DataError(
-            f"{path} contains {images.dtype} {images.shape}; it must be uint8, uint16 or bool (number, height, width, "
-            "channels) or (number, channels, height, width), with 1, 3 or 4 channels or data.num_channels of them."
-        )
-    return images, is_as_stored
-
-
-def needs_preprocessing(images: NDArray[np.integer], config: DataConfig) -> bool:
-    """Return whether images must be cropped, resized or converted before they are used."""
-    _, height, width, channels = images.shape
-    keeps_size = Geometry.of(config).size_after(width, height, "each image") == (height, width)
-    return (
-        not keeps_size
-        or not images.dtype.isnative
-        or config.crop_before_resize is not None
-        or config.num_channels not in (None, channels)
-    )
-
-
-def _digest(images: NDArray[np.integer], name: str) -> str:
-    """Return a digest of all pixels, computed on all cores."""
-    num_rows = max(1, _BYTES_PER_DIGEST // max(1, images[0].nbytes))
-    starts = range(0, len(images), num_rows)
-
-    def digest_of(start: int) -> bytes:
-        return hashlib.sha256(np.ascontiguousarray(images[start : start + num_rows]).data).digest()
-
-    digest = hashlib.sha256(f"{images.shape} {images.dtype}".encode())
-    with ThreadPoolExecutor(num_threads()) as pool:
-        parts = pool.map(digest_of, starts)
-        for part in tqdm(parts, f"Hashing {name}", len(starts), delay=1.0, disable=None, leave=False):
-            digest.update(part)
-    return digest.hexdigest()[:32]

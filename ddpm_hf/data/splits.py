@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from ddpm_hf.config import EVAL_DATASET, TRAIN_DATASET, DataConfig
+from ddpm_hf.data.arrays import map_array
 from ddpm_hf.data.cache import map_cache, open_cache
-from ddpm_hf.data.decode import DataError
+from ddpm_hf.data.decode import DataError, warn_of_values
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.labels import MAX_CLASSES, ClassOrder, label_error
 from ddpm_hf.data.memory import find_in_memory
-from ddpm_hf.data.sources import Source, find_source, map_array
+from ddpm_hf.data.sources import Source, find_source
 from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.files import format_count
 
@@ -70,6 +71,8 @@ def open_images(
     if with_labels:
         check_labels(source, name)
     images = source if isinstance(source, ImageSet) else open_cache(source, config)
+    if images.location is not None:
+        warn_of_values(name, images.value_range, images.location["pixel_range"], images.images.dtype)
     if location is not None and images.digest != location["digest"]:
         raise DataError(f"{name} has other images or labels here than on rank 0; use the same data on both.")
     return images
@@ -137,6 +140,8 @@ def open_sets(
             dataset=train_dataset,
         )
         training, validation = images.split(config.validation_fraction, seed)
+    if config.value_range == "auto" and training.value_range is not None:
+        config = replace(config, value_range=list(training.value_range))
     if config.validation_split is not None:
         validation = open_images(
             config,

@@ -133,7 +133,9 @@ class ImageStream:
         geometry = Geometry.of(config)
         assert geometry.size is not None and config.num_channels is not None
         self._size = geometry.size
-        self._output = OutputFormat(config.num_channels, np.dtype(np.uint8), config.background, geometry)
+        keeps_values = config.value_range is not None
+        dtype = np.dtype(np.float32 if keeps_values else np.uint8)
+        self._output = OutputFormat(config.num_channels, dtype, config.background, geometry, keeps_values)
         self.image_shape = (config.num_channels, *geometry.size)
         self.value_range: ValueRange | None = None
         if isinstance(config.value_range, list):
@@ -193,7 +195,7 @@ class ImageStream:
             taken += self._next(missing)
         pixels, labels, is_mirrored = zip(*taken, strict=True)
         mirrored = to_device(np.asarray(is_mirrored), self._device) if self._config.random_flip else None
-        images = normalize(to_device(np.stack(pixels), self._device), mirrored)
+        images = normalize(to_device(np.stack(pixels), self._device), mirrored, self.value_range)
         return images, None if self._label_column is None else to_device(np.asarray(labels), self._device)
 
     def _next(self, count: int) -> Iterator[tuple[Pixels, int, bool]]:
@@ -224,8 +226,12 @@ class ImageStream:
     def _decode(self, image: EncodedImage) -> Pixels | BadImage:
         try:
             image = image.in_memory()
-            if read_header(image).is_16_bit:
-                raise DataError(f"{image.name} has 16 bits, which cannot be streamed; set data.streaming to false.")
+            if not self._output.keeps_values and (dtype := read_header(image).dtype) != "uint8":
+                values, low_high = ("16 bits", "[0, 65535]") if dtype == "uint16" else (dtype, "[low, high]")
+                raise DataError(
+                    f"{image.name} has {values}, which cannot be streamed without a range; set data.value_range to "
+                    f"{low_high}, or data.streaming to false."
+                )
             return decode(image, self._output)
         except BadImage as error:
             return error

@@ -117,8 +117,7 @@ def _facts_of_cache(source: Source, config: DataConfig, images: ImageSet) -> Ite
         yield "", reason
     if len(bad) > _MAX_LISTED:
         yield "", f"and {len(bad) - _MAX_LISTED:,} more"
-    low, high = meta["pixel_range"]
-    yield "pixels", f"values from {low} to {high} of 0 to {np.iinfo(meta['dtype']).max}"
+    yield "pixels", _values(images, config)
     yield "network", f"sees {'x'.join(map(str, images.image_shape))} (channels, height, width)"
     yield "cache", f"{format_bytes(sum(meta['files'].values()))} in {folder}"
 
@@ -127,15 +126,25 @@ def _facts_of_array(images: ImageSet, config: DataConfig) -> list[tuple[str, str
     """Return the facts of a .npy file that is used without a cache."""
     assert isinstance(images.images, np.ndarray)
     number, channels, height, width = images.images.shape
-    highest = np.iinfo(images.images.dtype.name).max
     return [
         ("source", f"{config.source} (array, split {config.split}), used without a cache"),
         ("images", f"{number:,}"),
         ("sizes", f"all {width}x{height}"),
         ("modes", f"{images.images.dtype} with {channels} channels"),
-        ("pixels", f"values from {images.images.min()} to {images.images.max()} of 0 to {highest}"),
+        ("pixels", _values(images, config)),
         ("network", f"sees {'x'.join(map(str, images.image_shape))} (channels, height, width)"),
     ]
+
+
+def _values(images: ImageSet, config: DataConfig) -> str:
+    """Return the smallest and the largest value, and the values that become -1 and 1."""
+    assert images.location is not None
+    low, high = images.location["pixel_range"]
+    values = f"values from {low:.9g} to {high:.9g}"
+    if images.value_range is None:
+        return f"{values} of 0 to {np.iinfo(images.images.dtype.name).max}"
+    found = ", as found in the data" if config.value_range == "auto" else ""
+    return f"{values}; {images.value_range[0]:.9g} becomes -1 and {images.value_range[1]:.9g} becomes 1{found}"
 
 
 def _classes(images: ImageSet) -> str:

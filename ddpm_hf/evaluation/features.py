@@ -434,7 +434,7 @@ class ReferenceStatistics:
         return {} if moments is None else {"mean": moments.mean, "covariance": moments.covariance}
 
     def _pixels(self, positions: range) -> NDArray[np.uint8]:
-        return self.images.take(np.asarray(positions))[0].astype(np.uint8, copy=False)
+        return self.images.pictures(np.asarray(positions))
 
     def _pixel_digest(self) -> str:
         """Return the sha256 of the images as they are compared: `images.digest` does not cover resizing and crops."""

@@ -265,8 +265,8 @@ def _check_images(samples: NDArray[np.uint8], reference: ImageSet) -> None:
 
 
 def check_reference(reference: ImageSet) -> None:
-    """Raise ValueError unless the reference images have 8 bits, one size, and 1 or 3 channels."""
-    if reference.images.dtype != np.uint8:
+    """Raise ValueError unless the reference images have 8 bits or a value range, one size, and 1 or 3 channels."""
+    if reference.images.dtype != np.uint8 and reference.value_range is None:
         raise ValueError(f"The reference images are {reference.images.dtype}; metrics are defined for 8 bits a value.")
     if isinstance(reference.images, UnequalImages) and reference.crop_size is None:
         raise ValueError("The reference images have different sizes; set data.resolution.")

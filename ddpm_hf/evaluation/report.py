@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ddpm_hf import distributed
 from ddpm_hf.config import RunConfig
-from ddpm_hf.data import ImageSet, to_uint8
+from ddpm_hf.data import ImageSet
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.evaluation.features import FeatureNetwork, ReferenceStatistics
 from ddpm_hf.evaluation.generate import Images, Sampler, sample_images
@@ -107,7 +107,7 @@ def choose_images(images: ImageSet, num_images: int | None, seed: int) -> ImageS
 
 def real_images(images: ImageSet, positions: NDArray[np.int64]) -> Images:
     """Return images of a set in the layout of samples: uint8 (number, height, width, channels)."""
-    return np.ascontiguousarray(to_uint8(images.take(positions)[0]).transpose(0, 2, 3, 1))
+    return np.ascontiguousarray(images.pictures(positions).transpose(0, 2, 3, 1))
 
 
 @dataclass(frozen=True, kw_only=True)

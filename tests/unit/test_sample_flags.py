@@ -11,7 +11,7 @@ from PIL import Image
 
 from ddpm_hf.cli import main
 from ddpm_hf.cli.common import find_folder
-from ddpm_hf.cli.sample import OutputFolder, fit, parse, read_images, to_mask
+from ddpm_hf.cli.sample import OutputFolder, fit, parse, read_images, to_mask, to_unit_range
 from ddpm_hf.config import ConfigError
 from tests.conftest import REPOSITORY
 
@@ -239,7 +239,7 @@ def test_images_of_8_and_16_bits_and_arrays_are_read_exactly(tmp_path: Path) -> 
     np.save(tmp_path / "many.npy", many)
     np.save(tmp_path / "flat.npy", flat)
     paths = [tmp_path / name for name in ("deep.png", "flat.png", "many.npy", "flat.npy")]
-    read = read_images(paths)
+    read = [to_unit_range(image, path) for image, path in zip(read_images(paths), paths, strict=True)]
     np.testing.assert_array_equal(read[0][..., 0], (deep / 65535).astype(np.float32))
     np.testing.assert_array_equal(read[1][..., 0], (flat / 255).astype(np.float32))
     np.testing.assert_array_equal(read[2], many)
@@ -253,7 +253,8 @@ def test_images_of_8_and_16_bits_and_arrays_are_read_exactly(tmp_path: Path) -> 
         ("text.png", b"hello", "is not an image in a supported format"),
         ("text.npy", b"hello", "cannot be read as an array"),
         ("none.npy", None, "cannot be read as an array"),
-        ("words.npy", np.array(["a"]), "an image must be uint8, uint16 or float"),
+        ("words.npy", np.array(["a"]), "an image must be numbers of shape"),
+        ("signed.npy", np.zeros(GRAY, np.int16), "has int16 values, but an image must be uint8, uint16 or float in"),
         ("range.npy", np.full(GRAY, -1.0), "has values from -1 to -1, but floats must be in [0, 1]"),
         ("nan.npy", np.full(GRAY, np.nan), "has values from nan to nan"),
     ],
@@ -265,7 +266,7 @@ def test_a_file_that_is_not_an_image_is_named(tmp_path: Path, name: str, content
     elif isinstance(content, np.ndarray):
         np.save(path, content)
     with pytest.raises(ValueError) as refusal:
-        read_images([path])
+        to_unit_range(*read_images([path]), path)
     assert str(path) in str(refusal.value)
     assert sentence in str(refusal.value)
 

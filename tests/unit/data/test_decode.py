@@ -247,18 +247,17 @@ def test_the_first_frame_of_an_animation_is_used_with_a_warning(
 
 
 @pytest.mark.parametrize(
-    ("image", "mode"),
+    ("image", "reason"),
     [
-        (Image.fromarray(GRAY.astype(np.int32)), "I"),
-        (Image.fromarray(GRAY.astype(np.float32)), "F"),
-        (Image.fromarray(RGB).convert("LAB"), "LAB"),
+        (Image.fromarray(GRAY.astype(np.int32)), "int32 values, whose range is unknown; set data.value_range to"),
+        (Image.fromarray(GRAY.astype(np.float32)), "float32 values, whose range is unknown; set data.value_range to"),
+        (Image.fromarray(RGB).convert("LAB"), "mode LAB; convert it to L, RGB or RGBA with 8 or 16 bits"),
     ],
     ids=["I", "F", "LAB"],
 )
-def test_pixels_of_an_unknown_range_are_refused(tmp_path: Path, image: Image.Image, mode: str) -> None:
+def test_pixels_of_an_unknown_range_are_refused(tmp_path: Path, image: Image.Image, reason: str) -> None:
     path = write_parquet(tmp_path / "x.parquet", [encode(image, "TIFF")])
-    message = refusal(path, tmp_path / "cache")
-    assert message.startswith(f"image 0 of {path} has mode {mode}; convert it to L, RGB or RGBA with 8 or 16 bits")
+    assert refusal(path, tmp_path / "cache").startswith(f"image 0 of {path} has {reason}")
 
 
 def test_more_channels_than_expected_are_refused(tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: [PICTURES[0], Image.new("RGBA", (6, 8))],
         "image 1 of train_dataset has transparent pixels, but RGB is expected; set data.num_channels",
     ),
-    "floating-point pictures": (lambda: [Image.new("F", (8, 8))], "has mode F; convert it to L, RGB or RGBA"),
+    "integer pictures": (lambda: [Image.new("I", (8, 8))], "has pixels of type int32, whose range is unknown"),
     "objects": (lambda: [object()], "image 0 of train_dataset is of type object; an image is"),
     "no image column": (lambda: [{"a": 1, "b": 2}], "has no column image, img or similar among a, b; set"),
     "other columns": (

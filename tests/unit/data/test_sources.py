@@ -560,7 +560,7 @@ def test_each_array_of_a_folder_is_an_image(tmp_path: Path, name: str) -> None:
     assert np.array_equal(pixels_of(images), [RGB, RGB, masks])
     (tmp_path / "bad").mkdir()
     bad = store(tmp_path / "bad", name, files | {"dog/3.npy": array(np.zeros((2, 4, 4, 3)))})
-    assert "cannot be read (it contains float64 (2, 4, 4, 3); an image is uint8" in refusal(bad, tmp_path / "cache")
+    assert "contains float64 (2, 4, 4, 3); an image has numbers, and is (height" in refusal(bad, tmp_path / "cache")
     (tmp_path / "mixed").mkdir()
     mixed = store(tmp_path / "mixed", name, files | {"cat/1.png": encode(RGB)})
     assert source_of(mixed).num_images == 1
@@ -939,12 +939,12 @@ def test_labels_that_are_no_classes_matter_only_to_class_conditional_networks(tm
 @pytest.mark.parametrize(
     ("arrays", "sentence"),
     [
+        ({"images": np.zeros((2, 8, 8, 1), np.float32)}, "has float32 values, whose range is unknown; set data.value"),
         (
-            {"images": np.zeros((2, 8, 8, 1), np.float32)},
-            "contains float32 (2, 8, 8, 1); it must be uint8, uint16 or bool",
+            {"images": np.zeros((2, 8, 8, 1), np.int64)},
+            "has int64 values, whose range is unknown; set data.value_range",
         ),
-        ({"images": np.zeros((2, 8, 8, 1), np.int64)}, "contains int64 (2, 8, 8, 1); it must be uint8, uint16 or bool"),
-        ({"images": np.zeros((8, 8), np.uint8)}, "it must be uint8, uint16 or bool (number, height, width, "),
+        ({"images": np.zeros((8, 8), np.uint8)}, "it must be numbers (number, height, width, channels) or (number, "),
         ({"images": np.zeros((2, 5, 8, 8), np.uint8)}, "with 1, 3 or 4 channels or data.num_channels of them"),
         ({"images": np.zeros((0, 8, 8, 1), np.uint8)}, "contains no images"),
         ({"images": np.zeros((2, 8, 8, 1), np.uint8), "labels": np.zeros(3, np.int64)}, "but 3 labels; save one"),
