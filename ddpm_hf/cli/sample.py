@@ -74,7 +74,7 @@ class OutputFlags:
         output: New folder for the images.
         overwrite: Replace the images of an earlier call in that folder, and nothing else.
         format: png; npy: arrays (height, width, channels), uint8, or float32 in the value range of the model if it has
-            one; by default png, if it can hold the channels.
+            one; by default png, if it can hold the channels, of which four are transparency without a value range.
         strip: Also write strip.png, the denoising trajectory of the first images.
         animation: Also write animation.gif, the same as an animation.
     """
@@ -284,7 +284,8 @@ class Picture:
 def pictures_of(flags: SampleFlags, pipeline: "GaussianDiffusionPipeline") -> list[Picture]:
     """Return one picture per seed, or per given image and seed."""
     seeds, labels, class_names = flags.seed_list(), flags.label_list(pipeline), pipeline.config.get("class_names") or {}
-    ending = flags.format or ("png" if pipeline.num_channels in PNG_CHANNELS else "npy")
+    is_picture = pipeline.num_channels in (PNG_CHANNELS[:2] if pipeline.config.get("value_range") else PNG_CHANNELS)
+    ending = flags.format or ("png" if is_picture else "npy")
     if ending == "png" and pipeline.num_channels not in PNG_CHANNELS:
         raise ConfigError(f"--format png cannot hold {pipeline.num_channels} channels; use npy, or remove it.")
     stems = [_as_file_name(path.stem) for path in flags.image or []]
@@ -532,7 +533,7 @@ def _sample_all(work: _Work, output: OutputFolder) -> int:
         num_written = sum((output.path / picture.name).exists() for picture in pictures)
         print_error(f"interrupted; {num_written} of {len(pictures)} images are in {output.path}.")
         return 130
-    if work.pipeline.num_channels not in PNG_CHANNELS:
+    if flags.format is None and not pictures[0].name.endswith(".png"):
         print(f"PNG cannot hold {work.pipeline.num_channels} channels: images are arrays (height, width, channels).")
     number = format_count(len(pictures), "image")
     print(f"{number} in {output.path}, starting with {pictures[0].name}; overview in {output.path / GRID}.")

@@ -74,7 +74,8 @@ _TIFF_BITS_PER_SAMPLE, _EXIF_ORIENTATION, _TIFF_PLANAR_CONFIGURATION, _TIFF_SAMP
 _FEWEST_STEPS = 2**12
 """A warning is printed if float32 has fewer steps in the value range."""
 _SUFFIXES_OF_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-"""The frequent ones of files that are pictures in any case."""
+_STARTS_OF_PICTURES = (b"\x89PNG", b"\xff\xd8\xff")
+"""Those of the frequent files that are pictures in any case."""
 _ORIENTATIONS_THAT_SWAP_SIDES = (5, 6, 7, 8)
 
 
@@ -249,17 +250,34 @@ def _numbers_of(image: EncodedImage, num_channels: int | None) -> Numbers | None
     """Open an image that is not a picture; return None for one that Pillow decodes."""
     if isinstance(image.data, Path) and image.data.suffix.lower() in _SUFFIXES_OF_PICTURES:
         return None
+    if isinstance(image.data, bytes) and image.data.startswith(_STARTS_OF_PICTURES):
+        return None
     file = _file_of(image)
     with _named_errors(image.name):
         numbers = open_numbers(file, num_channels)
     if numbers is None:
         return None
+    _check_numbers(numbers, image.name)
+    return numbers
+
+
+def image_of_array(array: NDArray[Any], name: str, num_channels: int | None) -> EncodedImage:
+    """Return an array of a table, (height, width) or with one more axis for channels, as an image."""
+    numbers = Numbers("array", array.dtype, array.shape, lambda: array)
+    try:
+        _check_numbers(numbers, name)
+        axis = _channel_axis(numbers, num_channels, name)
+    except BadImage as error:
+        return EncodedImage(name, None, str(error))
+    return EncodedImage(name, as_native(array[..., None] if array.ndim == 2 else np.moveaxis(array, axis, -1)))
+
+
+def _check_numbers(numbers: Numbers, name: str) -> None:
     if numbers.dtype.kind not in "buif" or len(numbers.shape) not in (2, 3) or not math.prod(numbers.shape):
         raise BadImage(
-            f"{image.name} contains {numbers.dtype} {numbers.shape}; an image has numbers, and is (height, width) or "
-            "has one more axis for channels."
+            f"{name} contains {numbers.dtype} {numbers.shape}; an image has numbers, and is (height, width) or has one "
+            "more axis for channels."
         )
-    return numbers
 
 
 def _channel_axis(numbers: Numbers, num_channels: int | None, name: str) -> int:
@@ -381,13 +399,10 @@ def _orientation(opened: Image.Image) -> int:
 def _decode_file(image: EncodedImage, num_channels: int) -> Pixels:
     """Decode an image file to (height, width, channels) with all its bits, upright."""
     if (numbers := _numbers_of(image, num_channels)) is not None:
+        axis = _channel_axis(numbers, num_channels, image.name)
         with _named_errors(image.name):
             pixels = as_native(numbers.read())
-        return (
-            pixels[..., None]
-            if pixels.ndim == 2
-            else np.moveaxis(pixels, _channel_axis(numbers, num_channels, image.name), -1)
-        )
+        return pixels[..., None] if pixels.ndim == 2 else np.moveaxis(pixels, axis, -1)
     with _open(image) as opened:
         if _has_16_bit_color(opened):
             return _decode_16_bit_color(image, opened)

@@ -37,7 +37,7 @@ from ddpm_hf.data.decode import (
 )
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.labels import Labels, encode_labels
-from ddpm_hf.data.sources import Source, find_columns, source_of_table
+from ddpm_hf.data.sources import Source, dtype_of_arrays, find_columns, source_of_table
 
 IMAGE_KEYS = ("image", "images", "img", "pixel_values", "input", "inputs", "x", "jpg", "png")
 """Keys of the image in samples that are mappings, the first one that exists; data.image_column names another one."""
@@ -145,6 +145,8 @@ def _has_image_files(table: Any, config: DataConfig) -> bool:
     except DataError:
         return False
     if getattr(table.features[image_column], "mode", None) is not None:  # `datasets` converts to it
+        return False
+    if dtype_of_arrays(table.features[image_column]) is not None:
         return False
     return label_column is not None or not any(key in table.features for key in LABEL_KEYS)
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.arrays import find_images, image_set_of_array, needs_preprocessing, read_arrays, splits_of_arrays
-from ddpm_hf.data.decode import BadImage, DataError, EncodedImage, Header, as_native
+from ddpm_hf.data.decode import BadImage, DataError, EncodedImage, Header, as_native, image_of_array
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.labels import NO_LABEL, ClassOrder, Labels, encode_labels, sort_classes
 from ddpm_hf.data.layout import SPLIT_NAMES, Kind, Layout, read_layout, split_of_word
@@ -322,7 +322,8 @@ def open_tar(
         files += found
         others += ignored
         label_files |= {(shard, _key(file)): file for file in found if file.name.endswith(_LABEL_SUFFIX)}
-    keys = {(file.handle.path, _key(file)) for file in files if _why_ignored(file.name) is None}
+    images = [file for file in files if _why_ignored(file.name) is None] or [f for f in files if _is_array(f.name)]
+    keys = {(file.handle.path, _key(file)) for file in images}
     label_files = {key: file for key, file in label_files.items() if key in keys}
 
     def read(name: str, file: _File) -> EncodedImage:
@@ -640,7 +641,10 @@ def source_of_table(
 
     image_column, label_column = find_columns(dataset.features, config)
     encoded = dataset.select_columns([image_column])
-    if not isinstance(dataset.features[image_column], dict):
+    dtype = dtype_of_arrays(dataset.features[image_column])
+    if dtype is not None:
+        encoded = encoded.with_format(None)
+    elif not isinstance(dataset.features[image_column], dict):
         encoded = encoded.cast_column(image_column, datasets.Image(decode=False))
     labels: Labels = None, None
     problem = None
@@ -661,11 +665,11 @@ def source_of_table(
     def read(rows: Sequence[int]) -> list[EncodedImage]:
         values = zip(rows, encoded[list(rows)][image_column], strict=True)
         return [
-            as_encoded_image(f"image {row} of {config.source}", config, value, is_trusted=is_trusted)
+            as_encoded_image(f"image {row} of {config.source}", config, value, is_trusted=is_trusted, dtype=dtype)
             for row, value in values
         ]
 
-    files = _identity_of_files(encoded, image_column, config)
+    files = "" if dtype is not None else _identity_of_files(encoded, image_column, config)
     return Source(
         name=config.source,
         kind="dataset",
@@ -826,6 +830,9 @@ def _tables_of_folder(folder: Path) -> dict[str, Any]:
                     )
             kind, tables = suffix[1:], _tables_by_split(chosen, folder)
             break
+    if not tables:
+        table = next(file for file in _visible_other_files(folder, _walk(folder)) if file.name in _METADATA_NAMES)
+        raise DataError(f"{folder} has {table.name} but no pictures; set data.source to {table}.")
     data_files = {split: list(map(_without_patterns, group)) for split, group in tables.items()}
     return {"path": kind, "data_files": data_files}
 
@@ -873,6 +880,9 @@ def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | N
     def is_text(feature: Any) -> bool:
         return getattr(feature, "dtype", "") in ("string", "large_string")
 
+    def holds_arrays(feature: Any) -> bool:
+        return dtype_of_arrays(feature) is not None
+
     columns = ", ".join(features)
     for setting, column in (("image_column", config.image_column), ("label_column", config.label_column)):
         if column is not None and column not in features:
@@ -882,12 +892,13 @@ def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | N
         found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         found = found or [name for name, feature in features.items() if may_hold_images(feature)]
         found = found or [name for name in _PATH_COLUMNS if is_text(features.get(name))]
+        found = found or [name for name, feature in features.items() if holds_arrays(feature)]
         if len(found) != 1:
             raise DataError(
                 f"{config.source} has {len(found)} image columns among {columns}; set data.image_column to one of them."
             )
         image_column = found[0]
-    if not (may_hold_images(features[image_column]) or is_text(features[image_column])):
+    if not any(is_kind(features[image_column]) for is_kind in (may_hold_images, is_text, holds_arrays)):
         raise DataError(
             f"column {image_column!r} of {config.source} contains {features[image_column]}, not images; set "
             "data.image_column to another one."
@@ -900,6 +911,15 @@ def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | N
     return image_column, label_column
 
 
+def dtype_of_arrays(feature: Any) -> str | None:
+    """Return the type of the numbers in a column of arrays with two or three axes; None for any other column."""
+    num_axes = len(getattr(feature, "shape", ()))
+    while hasattr(feature, "feature"):
+        feature, num_axes = feature.feature, num_axes + 1
+    dtype = str(getattr(feature, "dtype", ""))
+    return dtype if num_axes in (2, 3) and dtype.startswith(("float", "int", "uint", "bool")) else None
+
+
 def class_names_of(features: "Features", label_column: str) -> tuple[str, ...] | None:
     """Return the class names of a ClassLabel column, None for plain integers."""
     names = getattr(features[label_column], "names", None)
@@ -907,13 +927,18 @@ def class_names_of(features: "Features", label_column: str) -> tuple[str, ...] |
 
 
 def as_encoded_image(
-    name: str, config: DataConfig, value: dict[str, Any] | None, *, is_trusted: bool = False
+    name: str, config: DataConfig, value: Any, *, is_trusted: bool = False, dtype: str | None = None
 ) -> EncodedImage:
-    """Return the image of a row, or of a path in it, with its file name, if it has one.
+    """Return the image of a row, an array or a path in it, with its file name, if it has one.
 
     Files are read only beside the dataset and in the caches of `datasets` and the Hub. Otherwise, a downloaded table
     could make a network learn any image file of this machine.
     """
+    if dtype is not None and value is not None:
+        try:
+            return image_of_array(np.asarray(value, dtype), name, config.num_channels)
+        except ValueError as error:  # rows of different lengths, or None among the numbers
+            return EncodedImage(name, None, str(error))
     content, file = (None, None) if value is None else (value.get("bytes"), value.get("path"))
     if file:
         name += f" ({Path(file).name})"

@@ -43,6 +43,7 @@ from ddpm_hf.data.sources import (
     Source,
     as_encoded_image,
     class_names_of,
+    dtype_of_arrays,
     find_columns,
     find_folder,
     load_table,
@@ -152,7 +153,10 @@ class ImageStream:
                 "data.streaming to false, or model.class_conditional to false."
             )
         columns = [name for name in (self._image_column, self._label_column) if name is not None]
-        stream = stream.select_columns(columns).cast_column(self._image_column, datasets.Image(decode=False))
+        stream = stream.select_columns(columns)
+        self._dtype = dtype_of_arrays(stream.features[self._image_column])
+        if self._dtype is None:
+            stream = stream.cast_column(self._image_column, datasets.Image(decode=False))
         # Distribute whole files if they divide evenly. Otherwise every process reads all files and skips the rows of
         # the others.
         self._shared_rows = None if stream.num_shards % num_processes == 0 else (rank, num_processes)
@@ -210,7 +214,10 @@ class ImageStream:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(num_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         taken = list(itertools.islice(self._rows, count))
-        images = [as_encoded_image(row.name, self._config, row.columns[self._image_column]) for row, _ in taken]
+        images = [
+            as_encoded_image(row.name, self._config, row.columns[self._image_column], dtype=self._dtype)
+            for row, _ in taken
+        ]
         decoded = list(self._pool.map(self._decode, images))
         for (row, position), image, pixels in zip(taken, images, decoded, strict=True):
             self.position = replace(position, num_bad=self.position.num_bad)
@@ -227,7 +234,9 @@ class ImageStream:
         try:
             image = image.in_memory()
             if not self._output.keeps_values and (dtype := read_header(image).dtype) != "uint8":
-                values, low_high = ("16 bits", "[0, 65535]") if dtype == "uint16" else (dtype, "[low, high]")
+                values, low_high = (
+                    ("16 bits", "[0, 65535]") if dtype == "uint16" else (f"{dtype} values", "[low, high]")
+                )
                 raise DataError(
                     f"{image.name} has {values}, which cannot be streamed without a range; set data.value_range to "
                     f"{low_high}, or data.streaming to false."
