@@ -68,9 +68,9 @@ $(TORCH_STAMP): $(VENV)/.made
 	@touch $@
 
 $(VENV)/.train: $(TORCH_STAMP) setup.cfg
-	$(RUN) pip install --quiet --editable ".[demo]"
+	$(RUN) pip install --quiet --editable ".[recognition]"
 	@touch $@
 
 $(VENV)/.dev: $(TORCH_STAMP) setup.cfg
-	$(RUN) pip install --quiet --editable ".[demo,dev]"
+	$(RUN) pip install --quiet --editable ".[dev]"
 	@touch $@

@@ -333,17 +333,17 @@ class LoopbackHub:
 _NAME, _REVISION = r"([^/]+/[^/]+)", r"([^/]+)"
 ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
     ("GET", r"/api/whoami-v2", LoopbackHub._whoami),
-    ("GET", rf"/api/models/{_NAME}/auth-check(?:/(write))?", LoopbackHub._auth_check),
-    ("GET", rf"/api/models/{_NAME}(?:/revision/{_REVISION})?", LoopbackHub._info),
-    ("GET", rf"/api/models/{_NAME}/tree/{_REVISION}", LoopbackHub._tree),
+    ("GET", rf"/api/(?:models|spaces)/{_NAME}/auth-check(?:/(write))?", LoopbackHub._auth_check),
+    ("GET", rf"/api/(?:models|spaces)/{_NAME}(?:/revision/{_REVISION})?", LoopbackHub._info),
+    ("GET", rf"/api/(?:models|spaces)/{_NAME}/tree/{_REVISION}", LoopbackHub._tree),
     ("GET HEAD", rf"/{_NAME}/resolve/{_REVISION}/(.+)", LoopbackHub._resolve),
     ("POST", r"/api/repos/create", LoopbackHub._create),
-    ("POST", rf"/api/models/{_NAME}/branch/{_REVISION}", LoopbackHub._create_branch),
+    ("POST", rf"/api/(?:models|spaces)/{_NAME}/branch/{_REVISION}", LoopbackHub._create_branch),
     ("POST", r"/api/validate-yaml", LoopbackHub._validate_yaml),
-    ("POST", rf"/api/models/{_NAME}/preupload/{_REVISION}", LoopbackHub._preupload),
-    ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", LoopbackHub._lfs_batch),
+    ("POST", rf"/api/(?:models|spaces)/{_NAME}/preupload/{_REVISION}", LoopbackHub._preupload),
+    ("POST", rf"/(?:spaces/)?{_NAME}\.git/info/lfs/objects/batch", LoopbackHub._lfs_batch),
     ("PUT", r"/storage/(\w+)", LoopbackHub._store),
-    ("POST", rf"/api/models/{_NAME}/commit/{_REVISION}", LoopbackHub._commit),
+    ("POST", rf"/api/(?:models|spaces)/{_NAME}/commit/{_REVISION}", LoopbackHub._commit),
 )
 
 

@@ -179,6 +179,8 @@ def run_ddpm_hf(name: str, arguments: list[str]) -> None:
             arguments = [*arguments, "--estimate_variance", "1"]
     elif "--revision" in options:
         return check_flags(name, arguments)  # a Hub repository
+    elif name == "demo":
+        return check_flags(name, arguments)  # serves until it is stopped
     elif name == "push":
         arguments = [word for word in arguments if word != "--dry_run"] + ["--dry_run"]
     reset_accelerate()

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.config import ConfigError
-from ddpm_hf.files import MODEL_INDEX, VERIFICATION
+from ddpm_hf.files import MODEL_INDEX, VERIFICATION, format_count
 from ddpm_hf.redaction import reason_of, redact
 from ddpm_hf.signals import deferred_signals, raise_on_signals
 
 if TYPE_CHECKING:
+    import torch
+
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.model_folder import ModelFolder
 
@@ -100,6 +102,28 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
             with deferred_signals():
                 if folder is not None:
                     folder.cleanup()
+
+
+def find_device(name: str | None) -> "torch.device":
+    """Return a device by its name, by default a GPU if there is one.
+
+    Raises:
+        ConfigError: The name is unknown, or this machine has no such device.
+    """
+    import torch
+
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    has_mps = torch.backends.mps.is_available()
+    if name is None:
+        return torch.device("cuda" if num_gpus else "mps" if has_mps else "cpu")
+    match = re.fullmatch(r"cpu|mps|cuda(?::(\d{1,3}))?", name)
+    if match is None:
+        raise ConfigError(f"--device is {name}, but must be cpu, cuda, cuda:1 or mps.")
+    if (name == "mps" and not has_mps) or (name.startswith("cuda") and int(match[1] or 0) >= num_gpus):
+        gpus = format_count(num_gpus, "CUDA GPU") if num_gpus else "no CUDA GPU that torch can use"
+        found = "no Apple GPU (mps) that torch can use" if name == "mps" else gpus
+        raise ConfigError(f"--device is {name}, but this machine has {found}; give another device, or remove it.")
+    return torch.device(name)
 
 
 def find_folder(name: str, revision: str | None = None) -> "ModelFolder | None":

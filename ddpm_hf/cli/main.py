@@ -90,6 +90,13 @@ def plot(arguments: Sequence[str]) -> int:
     return _exit_code(lambda: command(arguments))
 
 
+def demo(arguments: Sequence[str]) -> int:
+    """Run `ddpm-hf demo`, and return the exit code."""
+    from ddpm_hf.cli.demo import demo as command
+
+    return _exit_code(lambda: command(arguments))
+
+
 def push(arguments: Sequence[str]) -> int:
     """Run `ddpm-hf push`, and return the exit code."""
     from ddpm_hf.cli.push import push as command
@@ -112,6 +119,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "sample": (sample, "sample images from a pipeline"),
     "evaluate": (evaluate, "measure how good a pipeline is"),
     "plot": (plot, "plot schedules, the forward process, runs and images"),
+    "demo": (demo, "open a page that samples, morphs and inpaints"),
     "push": (push, "publish a pipeline on the Hub"),
     "verify": (verify, "check a saved pipeline against what was saved"),
 }

@@ -3,6 +3,7 @@
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ddpm_hf.cli.common import is_repository_id, temporary_folder
 from ddpm_hf.cli.flags import Parser
@@ -42,6 +43,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
         action="store_true",
         help="also publish evaluation.png, which shows training images; only if everybody may see them",
     )
+    add("--space", help='also create or update a Space, "user/name", with the page of ddpm-hf demo for this model')
+    add("--zero_gpu", action="store_true", help="let the Space ask for a GPU during each action (ZeroGPU hardware)")
     add("--message", help="first line of the commit message")
     add("--dry_run", action="store_true", help="assemble everything, list it, and push nothing")
     return parser.parse_args(arguments)
@@ -55,6 +58,7 @@ def push(arguments: Sequence[str]) -> int:
     from huggingface_hub.utils import disable_progress_bars
 
     from ddpm_hf.hub import push as hub
+    from ddpm_hf.hub.space import push_space, space_files
 
     logging.disable_progress_bar()  # of the parts of the pipeline
     if not sys.stderr.isatty():
@@ -70,6 +74,11 @@ def push(arguments: Sequence[str]) -> int:
         as_pull_request=options.pull_request,
         license=options.license,
     )
+    if options.zero_gpu and options.space is None:
+        raise ConfigError("--zero_gpu is for a Space; add --space user/name.")
+    if options.space is not None and options.pull_request:
+        raise ConfigError("--space shows a published model, which a pull request is not yet; remove one of them.")
+    space = None if options.space is None else hub.Target(repo_id=options.space, private=options.private)
     with temporary_folder(hub.PREFIX) as workspace:
         pushed = hub.push(
             options.folder,
@@ -91,7 +100,13 @@ def push(arguments: Sequence[str]) -> int:
             where = f"a pull request to {target.repo_id}"
         total = format_bytes(sum(pushed.sizes.values()))
         print(f"{total:>10}  in {len(pushed.sizes)} files would go to {where}.")
+        if space is not None:
+            print(f"{', '.join(space_files(target))} would go to the Space {space.repo_id}.")
         print("No request was sent: whether you may push, and what the card on the Hub keeps, was not checked.")
         return 0
     print(f"{pushed.url}{'' if pushed.is_new else ' was up to date; nothing was sent'}")
+    if space is not None:
+        print(push_space(space, replace(target, repo_id=pushed.repo_id), zero_gpu=options.zero_gpu))
+        if options.private:
+            print("The model is private: give the Space a secret HF_TOKEN that can read it, in its settings.")
     return 0

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm_hf import __version__
-from ddpm_hf.cli.common import commit_of, find_folder, load_pipeline, out_of_memory_advice, print_error
+from ddpm_hf.cli.common import commit_of, find_device, find_folder, load_pipeline, out_of_memory_advice, print_error
 from ddpm_hf.cli.flags import (
     CALL_FLAGS,
     NATIVE_SCHEDULER,
@@ -37,8 +37,6 @@ from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_count, read_js
 from ddpm_hf.plots import UInt8Array, denoising_strip, image_grid, save_animation
 
 if TYPE_CHECKING:
-    import torch
-
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.diffusion.pipeline import ClassNumbers
     from ddpm_hf.model_folder import ModelFolder
@@ -446,7 +444,7 @@ def _prepare(
     from ddpm_hf.evaluation.generate import Sampler, image_shape
     from ddpm_hf.rng import plain_generators
 
-    device = _device(flags.device)
+    device = find_device(flags.device)
     if device.type == "cpu":
         keep_freed_memory()
     flags.check_scheduler()
@@ -480,24 +478,6 @@ def _prepare(
     batch = pictures[: flags.batch_size]
     flags.compile_network(pipeline, len(batch), call | {"class_labels": _labels_of(batch), "generator": generator[0]})
     return _Work(flags, pipeline, pictures, starts, cover, call, None if model is None else model.step)
-
-
-def _device(name: str | None) -> "torch.device":
-    """Return a device by its name, by default a GPU if there is one."""
-    import torch
-
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    has_mps = torch.backends.mps.is_available()
-    if name is None:
-        return torch.device("cuda" if num_gpus else "mps" if has_mps else "cpu")
-    match = re.fullmatch(r"cpu|mps|cuda(?::(\d{1,3}))?", name)
-    if match is None:
-        raise ConfigError(f"--device is {name}, but must be cpu, cuda, cuda:1 or mps.")
-    if (name == "mps" and not has_mps) or (name.startswith("cuda") and int(match[1] or 0) >= num_gpus):
-        gpus = format_count(num_gpus, "CUDA GPU") if num_gpus else "no CUDA GPU that torch can use"
-        found = "no Apple GPU (mps) that torch can use" if name == "mps" else gpus
-        raise ConfigError(f"--device is {name}, but this machine has {found}; give another device, or remove it.")
-    return torch.device(name)
 
 
 def _sample_all(work: _Work, output: OutputFolder) -> int:

@@ -55,7 +55,9 @@ def run(config: RunConfig, command: str, *, is_dry_run: bool) -> "tuple[int, Tra
     """
     needs_sklearn = config.evaluation.recognition and config.evaluation.num_samples
     if needs_sklearn and importlib.util.find_spec("sklearn") is None:
-        raise ConfigError('evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[demo]".')
+        raise ConfigError(
+            'evaluation.recognition needs scikit-learn; install it with pip install "ddpm_hf[recognition]".'
+        )
 
     with paused_garbage_collection():
         from ddpm_hf.training.trainer import Trainer

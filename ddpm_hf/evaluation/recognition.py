@@ -140,7 +140,7 @@ def _classify(
     try:
         from sklearn.svm import SVC
     except ImportError:
-        raise ImportError("Recognition needs scikit-learn: pip install ddpm_hf[demo]") from None
+        raise ImportError("Recognition needs scikit-learn: pip install ddpm_hf[recognition]") from None
 
     classifier = SVC(C=SVC_PENALTY, kernel="rbf", gamma="scale").fit(train / 255, train_labels)
     return classifier.predict(generated / 255), classifier.predict(validation / 255)

@@ -139,12 +139,14 @@ class Pushed:
     """Result of a push.
 
     Args:
+        repo_id: Full id of the repository; after a dry run as it was given.
         url: Page of the repository, branch or pull request; None after a dry run.
         is_new: Whether a commit was made; False if the repository was up to date.
         sizes: Bytes of each published file by its path.
         notes: Sentences about the card.
     """
 
+    repo_id: str
     url: str | None
     is_new: bool
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -195,10 +197,10 @@ def push(
         (assembled / README).write_text(written.text, encoding="utf-8", newline="")
         sizes = {name: path.stat().st_size for name, path in _files(assembled).items()}
         if dry_run:
-            return Pushed(url=None, is_new=False, sizes=sizes)
+            return Pushed(repo_id=repo_id, url=None, is_new=False, sizes=sizes)
         step = "" if model.step is None or model.is_finished else f": {model.progress}"
         url, is_new = upload(assembled, target, remote, message or MESSAGE + step)
-    return Pushed(url=url, is_new=is_new, sizes=sizes, notes=written.notes)
+    return Pushed(repo_id=repo_id, url=url, is_new=is_new, sizes=sizes, notes=written.notes)
 
 
 # What is published
@@ -346,7 +348,7 @@ def check_access(target: Target) -> str:
         HubFailed: The Hub cannot be reached.
     """
     api = HfApi()
-    with _hub_errors(target.repo_id):
+    with hub_errors(target.repo_id):
         token = get_token()
         if token is None:
             raise HubRefused("you are not logged in to the Hub; run hf auth login or set HF_TOKEN.")
@@ -354,7 +356,7 @@ def check_access(target: Target) -> str:
             raise HubRefused("the token contains an invalid character; run hf auth login or set HF_TOKEN again.")
         user = api.whoami()
         name = target.repo_id if "/" in target.repo_id else f"{user['name']}/{target.repo_id}"
-    with _hub_errors(name):
+    with hub_errors(name):
         try:
             try:
                 if not target.as_pull_request:  # anybody who can read a repository may open a pull request
@@ -423,7 +425,7 @@ def look_up(target: Target, repo_id: str) -> Remote:
     """
     api, has_branch = HfApi(), True
     is_default = target.revision == constants.DEFAULT_REVISION
-    with _hub_errors(repo_id):
+    with hub_errors(repo_id):
         try:
             commit = api.repo_info(repo_id, revision=target.revision).sha
         except RepositoryNotFoundError:
@@ -458,7 +460,7 @@ def upload(folder: Path, target: Target, remote: Remote, message: str) -> tuple[
         HubFailed: The connection or the Hub failed.
     """
     # The answer can be lost after the commit was made.
-    with _hub_errors(remote.repo_id, "the commit was made completely or not at all"):
+    with hub_errors(remote.repo_id, "the commit was made completely or not at all"):
         api, parent = HfApi(), remote.commit
         if parent is None:
             api.create_repo(remote.repo_id, private=target.private or None)
@@ -494,7 +496,7 @@ def _operations(folder: Path, existing: Collection[str]) -> list[CommitOperation
 
 
 @contextmanager
-def _hub_errors(name: str, outcome: str = "nothing was published") -> Iterator[None]:
+def hub_errors(name: str, outcome: str = "nothing was published") -> Iterator[None]:
     """Turn the exceptions of the client into HubRefused and HubFailed with one sentence."""
     try:
         yield

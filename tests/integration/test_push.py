@@ -508,3 +508,29 @@ def test_a_new_branch_starts_with_the_card_of_main(hub: LoopbackHub, text_folder
     (text_folder / "README.md").unlink()
     upload(text_folder, target, remote, "a push")
     assert branch(hub, "user/model", "next")["README.md"] == b"# main"
+
+
+def test_a_push_with_a_space_publishes_the_page_of_the_demo(
+    hub: LoopbackHub, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # create and update
+        assert main(["push", str(run), "user/birds", "--space", "demo", "--zero_gpu"]) == 0
+    files = branch(hub, "user/demo")
+    assert files["demo.py"] == (REPOSITORY / "ddpm_hf/demo.py").read_bytes()
+    assert "MODEL = 'user/birds'" in files["app.py"].decode()
+    compile(files["app.py"], "app.py", "exec")
+    front = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    assert (front["sdk"], front["app_file"], front["models"]) == ("gradio", "app.py", ["user/birds"])
+    assert {"torch>=2.10", "spaces"} <= set(files["requirements.txt"].decode().split())
+    assert capsys.readouterr().out.splitlines()[-1] == f"{hub.endpoint}/spaces/user/demo"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [(["--zero_gpu"], "add --space user/name"), (["--space", "a/b", "--pull_request"], "remove one of them")],
+)
+def test_a_space_needs_a_published_model(
+    run: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
+    assert main(["push", str(run), "user/birds", *options]) == 2
+    assert sentence in capsys.readouterr().err

@@ -218,8 +218,8 @@ def test_the_printed_configuration_repeats_the_run(
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "expected"),
     [
-        ([], 2, "no command; choose data, train, ema, sample, evaluate, plot, push or verify."),
-        (["tarin"], 2, "unknown command 'tarin'; choose data, train, ema, sample, evaluate, plot, push or verify."),
+        ([], 2, "no command; choose data, train, "),
+        (["tarin"], 2, "unknown command 'tarin'; choose data, train, "),
         (["--help"], 0, ""),
         (["-h"], 0, ""),
     ],
@@ -231,6 +231,7 @@ def test_without_a_valid_command_the_usage_is_printed(
     printed = capsys.readouterr()
     assert printed.out.startswith("usage: ddpm-hf <command> ...")
     assert expected in printed.err
+    assert all(name in printed.err for name in main.COMMANDS) or not expected
     assert len(printed.err.splitlines()) == bool(expected)
 
 
@@ -290,7 +291,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
     arguments = run_arguments(
         output_dir, evaluation__recognition=True, evaluation__num_samples=6, data__validation_fraction=0.1
     )
-    assert 'pip install "ddpm_hf[demo]"' in error_of(capsys, arguments)
+    assert 'pip install "ddpm_hf[recognition]"' in error_of(capsys, arguments)
 
 
 def test_the_first_import_of_torch_runs_without_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:

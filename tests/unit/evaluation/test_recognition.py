@@ -150,5 +150,5 @@ def test_a_missing_scikit_learn_is_named_with_the_way_to_get_it(monkeypatch: pyt
 
     monkeypatch.setattr(builtins, "__import__", without_sklearn)
     images, labels = np.zeros((2, 2, 2, 1), np.uint8), np.array([0, 1])
-    with pytest.raises(ImportError, match=r"pip install ddpm_hf\[demo\]"):
+    with pytest.raises(ImportError, match=r"pip install ddpm_hf\[recognition\]"):
         recognition_report(images, labels, images, labels, images, labels)
