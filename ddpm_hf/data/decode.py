@@ -223,6 +223,11 @@ def decode(image: EncodedImage, output: OutputFormat) -> Pixels:
         BadImage: The image cannot be decoded.
         DataError: The image does not fit `output` without losing information.
     """
+    return np.ascontiguousarray(decode_interleaved(image, output).transpose(2, 0, 1))
+
+
+def decode_interleaved(image: EncodedImage, output: OutputFormat) -> Pixels:
+    """Decode one image as `decode` does, but to (height, width, channels)."""
     pixels = image.data if isinstance(image.data, np.ndarray) else _decode_file(image, output.num_channels)
     pixels = _convert_channels(pixels, output, image.name)
     if pixels.dtype != output.dtype:
@@ -231,8 +236,7 @@ def decode(image: EncodedImage, output: OutputFormat) -> Pixels:
         pixels = converted if output.keeps_values else converted * np.uint16(257)  # 255 becomes 65535
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise BadImage(f"{image.name} has values that are not finite (NaN or infinite); replace them.")
-    pixels = output.geometry.apply(pixels, image.name, has_alpha=not output.keeps_values)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return output.geometry.apply(pixels, image.name, has_alpha=not output.keeps_values)
 
 
 def _mode_of(num_channels: int) -> str:

@@ -21,8 +21,9 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,7 @@ class Source:
         class_names: Names of the classes, or None.
         ignored_files: Names of files that are not read as images, with the reason.
         layout: What the folders mean, for messages; "" without folders.
+        archive_starts: First row of each tar archive of several that are one dataset; 0 for any other source.
         labels_problem: Why labels that were found cannot be used.
         headers: The header of each image, or the error of a bad one, if all images have already been read.
     """
@@ -68,6 +70,7 @@ class Source:
     class_names: tuple[str, ...] | None = None
     ignored_files: tuple[str, ...] = ()
     layout: str = ""
+    archive_starts: tuple[int, ...] = (0,)
     labels_problem: str | None = None
     headers: Sequence[Header | BadImage] | None = None
 
@@ -86,34 +89,35 @@ def find_source(
     Returns:
         The encoded images, or the images themselves if they are a .npy file that needs no preprocessing.
     """
-    folder = find_folder(config, split, class_order, known)
-    if folder is not None:
-        return folder
+    files = find_files(config, split, class_order, known)
+    if files is not None:
+        return files
     path = Path(config.source).expanduser()
     name = path.name.lower()
-    if path.is_dir() or not path.exists() or name.endswith((*_TABLE_SUFFIXES, *_TEXT_TABLES)):
+    if path.is_dir() or not path.exists() or name.endswith((*_TABLE_SUFFIXES, *TEXT_TABLES)):
         return _open_table(config, split, class_order, known)
     if name.endswith((".npz", ".npy")):
         return _open_array(path, config, split, class_order, known)
-    if not name.endswith((*ZIP_SUFFIXES, *TAR_SUFFIXES)):
-        raise DataError(
-            f"data.source {path} has an unsupported type ({path.suffix or 'no suffix'}); use a folder or a .parquet, "
-            ".arrow, .csv, .tsv, .jsonl, .zip, .tar, .npz or .npy file."
-        )
-    _check_no_columns(config, path)
-    source = (open_zip if name.endswith(ZIP_SUFFIXES) else open_tar)(path, split, config.layout, class_order)
-    return _with_known_classes(source, known)
+    raise DataError(
+        f"data.source {path} has an unsupported type ({path.suffix or 'no suffix'}); use a folder or a .parquet, "
+        ".arrow, .csv, .tsv, .jsonl, .zip, .tar, .npz or .npy file."
+    )
 
 
-def find_folder(
+def find_files(
     config: DataConfig, split: str, class_order: ClassOrder = "numbers", known: tuple[str, ...] | None = None
 ) -> Source | None:
-    """Find the images of a local folder; return None for a folder with tables and for any other source."""
+    """Find the images of a local folder or archive; return None for a folder with tables and for any other source."""
     if not config.source:  # a path of no name is the working directory
         raise DataError("data.source is not set; give an image folder, a parquet file or a Hub dataset id.")
     path = Path(config.source).expanduser()
+    name = path.name.lower()
     if path.exists():
         _check_unset(config, ("subset", "revision"), f"{path}, which is not a Hub dataset")
+    if path.is_file() and name.endswith((*ZIP_SUFFIXES, *TAR_SUFFIXES)):
+        _check_no_columns(config, path)
+        source = (open_zip if name.endswith(ZIP_SUFFIXES) else open_tar)(path, split, config.layout, class_order)
+        return _with_known_classes(source, known)
     if not path.is_dir():
         return None
     files = list(_walk(path))
@@ -317,8 +321,9 @@ def open_tar(
     files: list[_File] = []
     others: list[str] = []
     label_files: dict[tuple[Path, str], _File] = {}
+    archives = _TarFiles()
     for shard in shards or [path]:
-        found, ignored = _members_of_tar(shard)
+        found, ignored = _members_of_tar(shard, archives)
         files += found
         others += ignored
         label_files |= {(shard, _key(file)): file for file in found if file.name.endswith(_LABEL_SUFFIX)}
@@ -352,40 +357,63 @@ def _key(file: _File) -> str:
     return f"{folder}/{name.partition('.')[0]}"
 
 
-@dataclass(frozen=True)
-class _TarFile:
+class _TarFiles:
+    """Tar archives of which one is open at a time, because a dataset may have more of them than a process may open."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._archive: tarfile.TarFile | None = None
+
+    def open(self, path: Path) -> tarfile.TarFile:
+        """Return an open archive."""
+        if self._archive is None or path != self._path:
+            if self._archive is not None:
+                self._archive.close()
+            self._archive, self._path = tarfile.open(path, tarinfo=_TarMember), path
+        return self._archive
+
+
+class _TarFile(NamedTuple):
     """A file in a tar archive.
 
-    Args:
+    Attributes:
+        archives: Opens the archive.
         path: Path of the archive.
-        archive: The open archive.
-        member: Its header.
+        offset: Where its content begins; None for a link to a file that is not in the archive.
+        size: Bytes of its content.
+        sparse: `TarInfo.sparse`.
         sizes: Bytes of the whole archive, unpacked and packed.
     """
 
+    archives: _TarFiles
     path: Path
-    archive: tarfile.TarFile
-    member: tarfile.TarInfo
+    offset: int | None
+    size: int
+    sparse: Any
     sizes: tuple[int, int]
 
     def read(self, name: str) -> EncodedImage:
         """Unpack it, unless it is suspiciously well compressed; `name` is for messages."""
+        if self.offset is None:
+            return EncodedImage(name, None, "it is a link to a file that is not in the archive")
+        member = tarfile.TarInfo(name)
+        member.offset_data, member.size, member.sparse = self.offset, self.size, self.sparse
 
         def read_content() -> bytes | None:
-            content = self.archive.extractfile(self.member)
+            content = self.archives.open(self.path).extractfile(member)
             return content.read() if content else None
 
-        return _read_member(name, self.member.size, *self.sizes, read_content)
+        return _read_member(name, self.size, *self.sizes, read_content)
 
 
-def _members_of_tar(path: Path) -> tuple[list[_File], list[str]]:
+def _members_of_tar(path: Path, archives: _TarFiles) -> tuple[list[_File], list[str]]:
     """Return the files of a tar archive, and the names of its members that are not files."""
     try:
-        archive = tarfile.open(path, tarinfo=_TarMember)
-        members = archive.getmembers()
-        assert archive.fileobj is not None
-        archive.fileobj.seek(archive.offset)
-        is_complete = bool(archive.fileobj.read(1))  # a tar file ends with empty blocks
+        with tarfile.open(path, tarinfo=_TarMember) as archive:
+            members = archive.getmembers()
+            assert archive.fileobj is not None
+            archive.fileobj.seek(archive.offset)
+            is_complete = bool(archive.fileobj.read(1))  # a tar file ends with empty blocks
     except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         raise DataError(f"{path} cannot be read as a tar file ({' '.join(str(error).split())}).") from None
     if not is_complete:
@@ -400,7 +428,9 @@ def _members_of_tar(path: Path) -> tuple[list[_File], list[str]]:
         if member.isfile() or member.islnk():
             content = contents.get(member.linkname.removeprefix("./"), member) if member.islnk() else member
             contents[name] = content
-            files.append(_File(name, (content.size, *identity), _TarFile(path, archive, content, sizes)))
+            offset = None if content.islnk() else content.offset_data
+            handle = _TarFile(archives, path, offset, content.size, content.sparse, sizes)
+            files.append(_File(name, (content.size, *identity), handle))
         elif not member.isdir():  # the target of a symbolic link may be anywhere
             others.append(f"{name} (a link or a device)")
     return files, others
@@ -507,6 +537,8 @@ def _source_of_files(
         return read(f"image {row} of {path} ({chosen[row].name})", chosen[row])
 
     identities = [[file.name, *file.identity] for file in chosen]
+    archives = [file.handle.path for file in chosen] if kind == "tar" else []
+    later_archives = (row for row, (before, path) in enumerate(pairwise(archives), 1) if path != before)
     return Source(
         name=str(path),
         kind=kind,
@@ -517,6 +549,7 @@ def _source_of_files(
         class_names=class_names,
         ignored_files=(*ignored, *left_out),
         layout="" if read_label else str(found),
+        archive_starts=(0, *later_archives),
     )
 
 
@@ -561,7 +594,7 @@ def _as_unicode(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ tables
 
 _TABLE_SUFFIXES = (".parquet", ".arrow")
-_TEXT_TABLES = {".csv": {"path": "csv"}, ".tsv": {"path": "csv", "sep": "\t"}, ".jsonl": {"path": "json"}}
+TEXT_TABLES = {".csv": {"path": "csv"}, ".tsv": {"path": "csv", "sep": "\t"}, ".jsonl": {"path": "json"}}
 """Suffix -> arguments of `load_dataset`."""
 _PATH_COLUMNS = ("image", "img", "file_name", "filename", "file", "path", "image_path", "filepath", "file_path")
 """Names of columns that contain paths of images, if their values are text."""
@@ -736,9 +769,9 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
             arguments = _tables_of_saved(path) if is_saved else _tables_of_folder(path)
         elif path.is_file():
             suffix = path.suffix.lower()
-            if suffix not in (*_TABLE_SUFFIXES, *_TEXT_TABLES):
+            if suffix not in (*_TABLE_SUFFIXES, *TEXT_TABLES):
                 raise DataError(f"data.streaming does not support {path.suffix} files such as {path}; set it to false.")
-            arguments = {"path": suffix[1:]} | _TEXT_TABLES.get(suffix, {}) | {"data_files": _without_patterns(path)}
+            arguments = {"path": suffix[1:]} | TEXT_TABLES.get(suffix, {}) | {"data_files": _without_patterns(path)}
         elif path.suffix[1:].isalpha() or config.source.startswith((".", "~", "/")) or config.source.count("/") > 1:
             raise DataError(
                 f"data.source {config.source} does not exist; check the path (working directory {Path.cwd()})."

@@ -3,24 +3,28 @@
 The files of a dataset are distributed over the processes. Each process reads its files in an order drawn for (seed,
 epoch) and shuffles the images in a buffer. A checkpoint stores where the current buffer begins in the files and how
 many of its images were used; a resumed run reads that buffer again and continues with the same images.
+
+One thread reads the next buffer while the images of the current one are used, and other threads decode the next images.
+How far they are ahead changes nothing.
 """
 
 import atexit
 import gc
-import itertools
 import logging
+import math
 import os
 import re
 import warnings
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.decode import (
@@ -32,7 +36,7 @@ from ddpm_hf.data.decode import (
     Pixels,
     ValueRange,
     bad_image_error,
-    decode,
+    decode_interleaved,
     normalize,
     num_threads,
     read_header,
@@ -40,12 +44,14 @@ from ddpm_hf.data.decode import (
 from ddpm_hf.data.labels import ClassOrder, label_error
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.data.sources import (
+    TEXT_TABLES,
     Source,
     as_encoded_image,
     class_names_of,
     dtype_of_arrays,
     find_columns,
-    find_folder,
+    find_files,
+    find_source,
     load_table,
     log_ignored_files,
 )
@@ -61,6 +67,13 @@ _IGNORED_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\.|ddpm_hf\.data\.
 
 _NUM_BAD_ALWAYS_ALLOWED = 10
 """Early in a stream, `data.max_bad_fraction` of the images so far is less than one image."""
+_ROWS_PER_READ = 64
+_READ_AHEAD = 1 / 4
+"""Part of the next buffer that is read before images of the current one are used. Each used image is replaced by a row
+of the next buffer, so that not more than 5/4 buffers are in memory."""
+_BYTES_PER_TASK, _MAX_IMAGES_PER_TASK = 2**17, 32
+"""A decoding thread takes several images at a time if they are small, since the threads would mostly wait for each
+other otherwise."""
 
 
 @dataclass
@@ -70,7 +83,7 @@ class StreamPosition:
     Args:
         epoch: Number of completed epochs.
         file: Index of the file in the order of the epoch in which the buffer begins.
-        place: State of the `datasets` reader of that file at the beginning of the buffer; None at the first row.
+        place: Unused; version 0.1 stored the state of a reader.
         row: Number of rows of that file that this process read before the buffer.
         buffer: Index of the buffer in the epoch.
         used: Number of images of the buffer that were used.
@@ -91,14 +104,52 @@ class StreamPosition:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A row of a streamed file."""
+class _Files:
+    """The files of a dataset, which are distributed over the processes.
 
-    columns: dict[str, Any]
-    name: str
-    reader: "IterableDataset"  # its state is that after this row until another row is read
-    file: int  # index in the order of the epoch
-    num_read: int  # rows of the file that this process has read, this one included
+    Args:
+        number: Number of files.
+        read: Yield the images and labels of the rows start, start + step, ... of a file, given (file, start, step).
+        class_names: Names of the classes, or None.
+    """
+
+    number: int
+    read: Callable[[int, int, int], Iterator[tuple[EncodedImage, int | None]]]
+    class_names: tuple[str, ...] | None
+
+
+class _Row(NamedTuple):
+    """A row that was read.
+
+    Attributes:
+        image: Its image.
+        label: Its label, as in the dataset.
+        epoch: The epoch in which it was read.
+        file: Index of its file in the order of the epoch.
+        num_read: Number of rows of the file that this process has read, this one included.
+    """
+
+    image: EncodedImage
+    label: int | None
+    epoch: int
+    file: int
+    num_read: int
+
+
+class _Task(NamedTuple):
+    """Rows that are being decoded.
+
+    Attributes:
+        rows: The rows, in the order in which they are used.
+        start: The position at the beginning of their buffer, or the one from which a run continues in it.
+        offset: Number of rows between `start` and the first of these.
+        results: For each row the pixels after crop and flip, or why it cannot be used.
+    """
+
+    rows: list[_Row]
+    start: StreamPosition
+    offset: int
+    results: Future[list[Pixels | DataError]]
 
 
 class ImageStream:
@@ -128,12 +179,11 @@ class ImageStream:
         device: torch.device,
         class_order: ClassOrder = "numbers",
     ) -> None:
-        import datasets
-
         self._config, self._seed, self._rank, self._device = config, seed, rank, device
         geometry = Geometry.of(config)
         assert geometry.size is not None and config.num_channels is not None
         self._size = geometry.size
+        self._is_augmented = config.random_flip or geometry.is_random_crop
         keeps_values = config.value_range is not None
         dtype = np.dtype(np.float32 if keeps_values else np.uint8)
         self._output = OutputFormat(config.num_channels, dtype, config.background, geometry, keeps_values)
@@ -141,49 +191,61 @@ class ImageStream:
         self.value_range: ValueRange | None = None
         if isinstance(config.value_range, list):
             self.value_range = (config.value_range[0], config.value_range[1])
-        stream = _open(config, rank, class_order)
-        if stream.features is None:
-            raise DataError(f"{config.source} does not declare its columns; set data.streaming to false.")
-        self._image_column, label_column = find_columns(stream.features, config)
-        self._label_column = label_column if with_labels else None
-        self.class_names = class_names_of(stream.features, label_column) if with_labels and label_column else None
+        self._files = _open(config, rank, class_order, with_labels=with_labels)
+        self.class_names = self._files.class_names if with_labels else None
         if with_labels and self.class_names is None:
             raise DataError(
                 f"{config.source} has no class names, which streaming needs for a class-conditional network; set "
                 "data.streaming to false, or model.class_conditional to false."
             )
-        columns = [name for name in (self._image_column, self._label_column) if name is not None]
-        stream = stream.select_columns(columns)
-        self._dtype = dtype_of_arrays(stream.features[self._image_column])
-        if self._dtype is None:
-            stream = stream.cast_column(self._image_column, datasets.Image(decode=False))
         # Distribute whole files if they divide evenly. Otherwise every process reads all files and skips the rows of
         # the others.
-        self._shared_rows = None if stream.num_shards % num_processes == 0 else (rank, num_processes)
-        self._stream = stream.shard(num_processes, rank) if self._shared_rows is None else stream
-        self.position = StreamPosition()
+        per_process, rest = divmod(self._files.number, num_processes)
+        self._own_files = range(self._files.number) if rest else range(rank * per_process, (rank + 1) * per_process)
+        self._first_row, self._row_step = (rank, num_processes) if rest else (0, 1)
+        self._num_threads = num_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        num_bytes = math.prod(self.image_shape) * dtype.itemsize
+        self._images_per_task = max(1, min(_MAX_IMAGES_PER_TASK, _BYTES_PER_TASK // num_bytes))
         # The position of training while batches are prepared ahead of it; None if it is `position`.
         self.trained_position: StreamPosition | None = None
-        self._rows: Generator[tuple[_Row, StreamPosition], None, None] | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        # The position of `samples` is `_num_taken` images after `_start`.
+        self._start, self._num_taken, self._num_bad = StreamPosition(), 0, 0
+        self._images: Iterator[tuple[_Row, Pixels | DataError]] | None = None  # None while closed
+        self._num_ahead = 0  # images that are decoded ahead
+        self._rows: Generator[list[_Row], None, None]
+        self._reader: ThreadPoolExecutor
+        self._decoders: ThreadPoolExecutor
+
+    @property
+    def position(self) -> StreamPosition:
+        """The position after the images that `samples` returned."""
+        start, count = self._start, self._num_taken
+        return replace(
+            start,
+            used=start.used + count,
+            number=start.number + count,
+            num_used=start.num_used + count,
+            num_bad=self._num_bad,
+        )
 
     def close(self) -> None:
-        """Close the files. The next call of `samples` opens them again."""
-        if self._rows is not None:
-            atexit.unregister(self.close)
-            if _IGNORED_WARNINGS in warnings.filters:
-                warnings.filters.remove(_IGNORED_WARNINGS)  # type: ignore[attr-defined]
-            self._rows.close()
-            self._rows = None
-            gc.collect()
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        """Stop the threads and close the files. The next call of `samples` continues at the same position."""
+        if self._images is None:
+            return
+        self._start, self._num_taken, self._images = self.position, 0, None
+        self._reader.shutdown(cancel_futures=True)
+        self._decoders.shutdown(cancel_futures=True)
+        atexit.unregister(self.close)
+        if _IGNORED_WARNINGS in warnings.filters:
+            warnings.filters.remove(_IGNORED_WARNINGS)  # type: ignore[attr-defined]
+        self._rows.close()
+        gc.collect()
 
     def go_to(self, position: dict[str, Any]) -> None:
         """Continue from a position, given as the dictionary that `asdict(stream.position)` returned."""
         self.close()
-        self.position, self.trained_position = StreamPosition(**position), None
+        self._start, self._num_taken, self.trained_position = StreamPosition(**position | {"place": None}), 0, None
+        self._num_bad = self._start.num_bad
 
     def samples(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the next stop - start images of this process, whatever `start` is.
@@ -194,152 +256,269 @@ class ImageStream:
         Raises:
             DataError: An image is unreadable or has no label, or too many images are unreadable.
         """
-        taken: list[tuple[Pixels, int, bool]] = []
-        while missing := stop - start - len(taken):
-            taken += self._next(missing)
-        pixels, labels, is_mirrored = zip(*taken, strict=True)
-        mirrored = to_device(np.asarray(is_mirrored), self._device) if self._config.random_flip else None
-        images = normalize(to_device(np.stack(pixels), self._device), mirrored, self.value_range)
-        return images, None if self._label_column is None else to_device(np.asarray(labels), self._device)
-
-    def _next(self, count: int) -> Iterator[tuple[Pixels, int, bool]]:
-        """Decode the next `count` rows; yield (pixels, label, flip) and skip unreadable ones."""
-        if self._rows is None:
-            self._rows = self._read(self.position)
-            # Not catch_warnings around each batch: it changes the filters of all threads, and a thread reads batches.
-            if _IGNORED_WARNINGS not in warnings.filters:
-                warnings.filters.insert(0, _IGNORED_WARNINGS)  # type: ignore[attr-defined]
-            # A parquet reader that is still open at exit can abort the process (apache/arrow issue 45214).
-            atexit.register(self.close)
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(num_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        taken = list(itertools.islice(self._rows, count))
-        images = [
-            as_encoded_image(row.name, self._config, row.columns[self._image_column], dtype=self._dtype)
-            for row, _ in taken
-        ]
-        decoded = list(self._pool.map(self._decode, images))
-        for (row, position), image, pixels in zip(taken, images, decoded, strict=True):
-            self.position = replace(position, num_bad=self.position.num_bad)
-            if isinstance(pixels, BadImage):
-                self._count_bad(pixels)
-                continue
-            generator = numpy_generator(self._seed, "augmentation", self._rank, position.epoch, position.number)
-            margins = np.asarray(pixels.shape[1:]) - self._size
-            top, left = (generator.random(2) * (margins + 1)).astype(int).tolist()
-            crop = pixels[:, top : top + self._size[0], left : left + self._size[1]]
-            yield crop, self._label(row, image), bool(generator.integers(2))
-
-    def _decode(self, image: EncodedImage) -> Pixels | BadImage:
+        pixels: list[Pixels] = []
+        labels: list[int] = []
         try:
-            image = image.in_memory()
-            if not self._output.keeps_values and (dtype := read_header(image).dtype) != "uint8":
-                values, low_high = (
-                    ("16 bits", "[0, 65535]") if dtype == "uint16" else (f"{dtype} values", "[low, high]")
-                )
-                raise DataError(
-                    f"{image.name} has {values}, which cannot be streamed without a range; set data.value_range to "
-                    f"{low_high}, or data.streaming to false."
-                )
-            return decode(image, self._output)
-        except BadImage as error:
-            return error
+            images = self._images or self._open_images()
+            self._num_ahead = max(stop - start, 2 * self._num_threads * self._images_per_task)
+            while len(pixels) < stop - start:
+                row, result = next(images)
+                if isinstance(result, BadImage):
+                    self._skip(result)
+                elif isinstance(result, DataError):
+                    raise result
+                else:
+                    pixels.append(result)
+                    labels.append(self._label(row))
+        except BaseException:
+            self.close()
+            raise
+        batch = normalize(to_device(np.stack(pixels), self._device), value_range=self.value_range)
+        return batch, None if self.class_names is None else to_device(np.asarray(labels), self._device)
 
-    def _label(self, row: _Row, image: EncodedImage) -> int:
-        if self._label_column is None or self.class_names is None:
+    def _label(self, row: _Row) -> int:
+        if self.class_names is None:
             return 0
-        label = row.columns[self._label_column]
-        if label is None or not 0 <= label < len(self.class_names):
-            raise label_error(image.name, label, len(self.class_names))
-        return int(label)
+        if row.label is None or not 0 <= row.label < len(self.class_names):
+            raise label_error(row.image.name, row.label, len(self.class_names))
+        return row.label
 
-    def _count_bad(self, error: BadImage) -> None:
+    def _skip(self, error: BadImage) -> None:
         """Skip an unreadable image, or raise a DataError if the settings do not allow it."""
-        self.position.num_bad += 1
+        self._num_bad += 1
         if self._config.on_bad_image == "error":
             raise bad_image_error(str(error)) from error
         logger.warning("Skipped an unreadable image: %s", error)
-        limit = max(self._config.max_bad_fraction * self.position.num_used, _NUM_BAD_ALWAYS_ALLOWED)
-        if self.position.num_bad > limit:
+        num_used = self.position.num_used
+        if self._num_bad > max(self._config.max_bad_fraction * num_used, _NUM_BAD_ALWAYS_ALLOWED):
             raise DataError(
-                f"{self.position.num_bad} of {self.position.num_used} images cannot be read, more than "
-                f"data.max_bad_fraction {self._config.max_bad_fraction:g} allows; repair them, or raise it; the last: "
-                f"{error}"
+                f"{self._num_bad} of {num_used} images cannot be read, more than data.max_bad_fraction "
+                f"{self._config.max_bad_fraction:g} allows; repair them, or raise it; the last: {error}"
             )
 
-    def _read(self, position: StreamPosition) -> Generator[tuple[_Row, StreamPosition], None, None]:
-        """Yield rows from a position on, without end, each with the position after it."""
+    # ------------------------------------------------------------------------------------------------- decoding ahead
+
+    def _open_images(self) -> Iterator[tuple[_Row, Pixels | DataError]]:
+        """Start the threads at the current position."""
+        # Not catch_warnings around each batch: it changes the filters of all threads, and a thread reads batches.
+        if _IGNORED_WARNINGS not in warnings.filters:
+            warnings.filters.insert(0, _IGNORED_WARNINGS)  # type: ignore[attr-defined]
+        # A parquet reader that is still open at exit can abort the process (apache/arrow issue 45214).
+        atexit.register(self.close)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-reader")
+        self._decoders = ThreadPoolExecutor(self._num_threads, thread_name_prefix="stream-decoder")
+        num_reads, last = divmod(self._config.shuffle_buffer_size, _ROWS_PER_READ)
+        sizes = [_ROWS_PER_READ] * num_reads + [last] * (last > 0)
+        self._rows = self._read(self.position, sizes)
+        self._images = self._decode_ahead(self._submit(self.position, sizes))
+        return self._images
+
+    def _decode_ahead(
+        self, submitted: Iterator[_Task | Future[list[_Row]]]
+    ) -> Iterator[tuple[_Row, Pixels | DataError]]:
+        """Yield each row with its result and set the position after it; keep `_num_ahead` images submitted."""
+        tasks: deque[_Task] = deque()
+        num_submitted = 0
         while True:
-            rows = self._rows_of_epoch(position)
-            num_read = 0
-            while buffer := list(itertools.islice(rows, self._config.shuffle_buffer_size)):
-                num_read += len(buffer)
-                last = buffer[-1]
-                place = last.reader.state_dict()
-                generator = numpy_generator(self._seed, "buffer", self._rank, position.epoch, position.buffer)
-                for number in generator.permutation(len(buffer))[position.used :].tolist():
-                    position = replace(
-                        position, used=position.used + 1, number=position.number + 1, num_used=position.num_used + 1
-                    )
-                    yield buffer[number], position
-                position = replace(
-                    position, file=last.file, place=place, row=last.num_read, buffer=position.buffer + 1, used=0
-                )
-            if num_read == 0 and position.buffer == 0:
+            while num_submitted < self._num_ahead:
+                task = next(submitted)
+                if isinstance(task, _Task):
+                    tasks.append(task)
+                    num_submitted += len(task.rows)
+                elif tasks:
+                    break  # use what is decoded while the next buffer is read
+                else:
+                    task.result()  # wait, or raise the error of the reader
+            task = tasks.popleft()
+            for num_taken, result in enumerate(zip(task.rows, task.results.result(), strict=True), task.offset + 1):
+                num_submitted -= 1
+                self._start, self._num_taken = task.start, num_taken
+                yield result
+
+    def _submit(self, start: StreamPosition, sizes: list[int]) -> Iterator[_Task | Future[list[_Row]]]:
+        """Shuffle each buffer and submit its rows to the decoders, without end.
+
+        Args:
+            start: The position in the first buffer.
+            sizes: Numbers of rows that are read at a time, in sum those of a buffer.
+
+        Yields:
+            The next task, or the part of the next buffer that is not read yet or cannot be read.
+        """
+        num_rows, parts = sum(sizes), deque[Future[list[_Row]]]()
+
+        def read_ahead(count: int) -> None:
+            """Let the reader read that many rows of the next buffer."""
+            while sum(sizes[: len(parts)]) < min(count, num_rows):
+                parts.append(self._reader.submit(next, self._rows))
+
+        while True:
+            read_ahead(num_rows)
+            for part in parts:
+                while not part.done() or part.exception():
+                    yield part
+            buffer = [row for part in parts for row in part.result()]
+            parts.clear()
+            if buffer[0].epoch != start.epoch:
+                start = StreamPosition(epoch=buffer[0].epoch, num_used=start.num_used)
+            generator = numpy_generator(self._seed, "buffer", self._rank, start.epoch, start.buffer)
+            order = generator.permutation(len(buffer))[start.used :].tolist()
+            last, num_left = buffer[-1], len(order)
+            rows = [buffer[number] for number in reversed(order)]
+            del buffer  # so that each row is freed after its use
+            while rows:
+                chosen = rows[: -self._images_per_task - 1 : -1]
+                del rows[-self._images_per_task :]
+                offset = num_left - len(rows) - len(chosen)
+                results = self._decoders.submit(self._decode_rows, chosen, start, offset)
+                read_ahead(int(_READ_AHEAD * num_rows) + start.used + offset + len(chosen))
+                yield _Task(chosen, start, offset, results)
+            start = replace(
+                start,
+                file=last.file,
+                row=last.num_read,
+                buffer=start.buffer + 1,
+                used=0,
+                number=start.number + num_left,
+                num_used=start.num_used + num_left,
+            )
+
+    def _decode_rows(self, rows: Sequence[_Row], start: StreamPosition, offset: int) -> list[Pixels | DataError]:
+        results: list[Pixels | DataError] = []
+        for number, row in enumerate(rows, start.number + offset + 1):
+            try:
+                results.append(self._augment(self._decode(row.image), row.epoch, number))
+            except DataError as error:
+                results.append(error)
+        return results
+
+    def _decode(self, image: EncodedImage) -> Pixels:
+        image = image.in_memory()
+        try:
+            pixels = decode_interleaved(image, self._output)
+            if pixels.dtype == self._output.dtype:
+                return pixels
+        except BadImage:
+            raise
+        except DataError:
+            if self._output.keeps_values or read_header(image).dtype == "uint8":
+                raise
+        dtype = read_header(image).dtype
+        values, low_high = ("16 bits", "[0, 65535]") if dtype == "uint16" else (f"{dtype} values", "[low, high]")
+        raise DataError(
+            f"{image.name} has {values}, which cannot be streamed without a range; set data.value_range to {low_high}, "
+            "or data.streaming to false."
+        )
+
+    def _augment(self, pixels: Pixels, epoch: int, number: int) -> Pixels:
+        """Crop and flip (height, width, channels), which is used as the `number`-th image of an epoch."""
+        if self._is_augmented:
+            generator = numpy_generator(self._seed, "augmentation", self._rank, epoch, number)
+            down, right = generator.random(2).tolist()
+            height, width = self._size
+            top, left = int(down * (len(pixels) - height + 1)), int(right * (pixels.shape[1] - width + 1))
+            pixels = pixels[top : top + height, left : left + width]
+            if generator.integers(2) and self._config.random_flip:
+                pixels = pixels[:, ::-1]
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    # -------------------------------------------------------------------------------------------------------- reading
+
+    def _read(self, position: StreamPosition, sizes: list[int]) -> Generator[list[_Row], None, None]:
+        """Yield the rows of each buffer in parts of these sizes, without end; at the end of an epoch they are shorter.
+
+        Args:
+            position: Where the first buffer begins.
+            sizes: Number of rows of each part.
+        """
+        while True:
+            rows, is_empty = self._rows_of_epoch(position), position.buffer == 0
+            while part := list(islice(rows, sizes[0])):
+                is_empty = False
+                yield part
+                for size in sizes[1:]:
+                    yield list(islice(rows, size))
+            if is_empty:
                 raise DataError(f"split {self._config.split!r} of {self._config.source} contains no images.")
-            position = StreamPosition(epoch=position.epoch + 1, num_used=position.num_used)
+            position = StreamPosition(epoch=position.epoch + 1)
 
     def _rows_of_epoch(self, position: StreamPosition) -> Iterator[_Row]:
-        """Yield the rows of an epoch from the beginning of the buffer on."""
-        from datasets.distributed import split_dataset_by_node
-
-        num_files = self._stream.num_shards
-        order = numpy_generator(self._seed, "files", position.epoch).permutation(num_files)
-        rank, num_sharing = self._shared_rows or (0, 1)
-        for index in range(position.file, num_files):
-            reader = self._stream.shard(num_files, int(order[index]))
-            file_name, num_before = _file_name(reader), 0
-            if self._shared_rows is not None:
-                reader = split_dataset_by_node(reader, *self._shared_rows)
-            if index == position.file and position.place is not None:
-                reader.load_state_dict(position.place)
-                num_before = position.row
-            for count, columns in enumerate(reader, num_before):
-                name = f"row {count * num_sharing + rank} of {file_name}the stream of {self._config.source}"
-                yield _Row(columns, name, reader, index, count + 1)
+        """Yield the rows of an epoch from the beginning of a buffer on."""
+        order = numpy_generator(self._seed, "files", position.epoch).permutation(len(self._own_files))
+        for index in range(position.file, len(order)):
+            num_before = position.row if index == position.file else 0
+            first = self._first_row + num_before * self._row_step
+            rows = self._files.read(self._own_files[int(order[index])], first, self._row_step)
+            for num_read, (image, label) in enumerate(rows, num_before + 1):
+                yield _Row(image, label, position.epoch, index, num_read)
 
 
-def _open(config: DataConfig, rank: int, class_order: ClassOrder) -> "IterableDataset":
+def _open(config: DataConfig, rank: int, class_order: ClassOrder, *, with_labels: bool) -> _Files:
     """Open the rows of the training split, the same ones that would be decoded without streaming."""
-    folder = find_folder(config, config.split, class_order)
-    if folder is None:
-        stream: IterableDataset = load_table(config, config.split, is_streaming=True)
-        return stream
-    if folder.kind != "folder":
-        raise DataError(f"data.streaming does not support tar files such as those in {folder.name}; set it to false.")
-    if folder.ignored_files and rank == 0:
-        log_ignored_files(folder)
-    return _stream_of_folder(folder)
+    if config.source.lower().endswith(tuple(TEXT_TABLES)):  # a list of image files, which is small
+        source = find_source(config, config.split, class_order)
+        assert isinstance(source, Source)
+    elif (found := find_files(config, config.split, class_order)) is not None:
+        source = found
+    else:
+        return _files_of_table(load_table(config, config.split, is_streaming=True), config, with_labels=with_labels)
+    if source.ignored_files and rank == 0:
+        log_ignored_files(source)
+    return _files_of_source(source)
 
 
-def _stream_of_folder(folder: Source) -> "IterableDataset":
-    """Return the images of a folder as a stream of one shard, in the order of their names."""
+def _files_of_source(source: Source) -> _Files:
+    """Return the files of a folder, which are one file here, or the archives of a dataset."""
+    starts = (*source.archive_starts, source.num_images)
+
+    def read(file: int, start: int, step: int) -> Iterator[tuple[EncodedImage, int | None]]:
+        rows = range(starts[file] + start, starts[file + 1], step)
+        for first in range(0, len(rows), _ROWS_PER_READ):
+            part = rows[first : first + _ROWS_PER_READ]
+            for row, image in zip(part, source.read(part), strict=True):
+                yield image, None if source.labels is None else int(source.labels[row])
+
+    return _Files(len(source.archive_starts), read, source.class_names)
+
+
+def _files_of_table(stream: "IterableDataset", config: DataConfig, *, with_labels: bool) -> _Files:
+    """Return the files of a table."""
     import datasets
 
-    features = datasets.Features(image=datasets.Image())
-    if folder.class_names is not None:
-        features["label"] = datasets.ClassLabel(names=list(folder.class_names))
-    # One string and one array, because `datasets` hashes its arguments, which is slow for a list of many strings.
-    paths = "\0".join(str(image.data) for image in folder.read(range(folder.num_images)))
-    arguments = {"paths": paths, "labels": folder.labels}
-    return datasets.IterableDataset.from_generator(_folder_rows, features=features, gen_kwargs=arguments)
+    if stream.features is None:
+        raise DataError(f"{config.source} does not declare its columns; set data.streaming to false.")
+    image_column, label_column = find_columns(stream.features, config)
+    class_names = class_names_of(stream.features, label_column) if label_column else None
+    label_column = label_column if with_labels else None
+    dtype, is_struct = dtype_of_arrays(stream.features[image_column]), isinstance(stream.features[image_column], dict)
+    stream = stream.select_columns([image_column] if label_column is None else [image_column, label_column])
+    if dtype is None and not is_struct:
+        stream = stream.cast_column(image_column, datasets.Image(decode=False))
+    number = stream.num_shards
+
+    def read(file: int, start: int, step: int) -> Iterator[tuple[EncodedImage, int | None]]:
+        reader = stream.shard(number, file)
+        place = f"{_file_name(reader)}the stream of {config.source}"
+        for row, columns in _rows_of_table(reader, start, step):
+            image = as_encoded_image(f"row {row} of {place}", config, columns[image_column], dtype=dtype)
+            yield image, None if label_column is None else columns[label_column]
+
+    return _Files(number, read, class_names)
 
 
-def _folder_rows(paths: str, labels: NDArray[np.int64] | None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of image files, which are read when they are decoded."""
-    for number, path in enumerate(paths.split("\0")):
-        row: dict[str, Any] = {"image": {"path": path, "bytes": None}}
-        yield row if labels is None else row | {"label": int(labels[number])}
+def _rows_of_table(reader: "IterableDataset", start: int, step: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows start, start + step, ... of a file."""
+    if reader._ex_iterable.iter_arrow is None:
+        yield from islice(enumerate(reader), start, None, step)
+        return
+    # Row by row, `datasets` would make a table of each row and store the state of the reader for it.
+    first = 0
+    for table in reader.with_format("arrow").iter(_ROWS_PER_READ):
+        chosen = range(max(start - first, (start - first) % step), len(table), step)
+        if chosen:
+            rows = table if len(chosen) == len(table) else table.take(list(chosen))
+            yield from zip((first + row for row in chosen), rows.to_pylist(), strict=True)
+        first += len(table)
 
 
 def _file_name(stream: "IterableDataset") -> str:

@@ -170,7 +170,7 @@ def test_a_stream_without_images_is_refused(tmp_path: Path) -> None:
         take(stream_of(tmp_path / "x"), 1)
 
 
-@pytest.mark.parametrize("name", ["x.npy", "x.zip", "x.tar.gz"])
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
 def test_files_that_cannot_be_streamed_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(
