@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch import nn
 
@@ -257,6 +258,74 @@ def initialize_as_paper(unet: UNet2DModel) -> None:
             nn.init.xavier_uniform_(module.weight, gain=1e-10**0.5 if is_output else 1.0)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------------------------------------------- augmentation
+
+
+class AugmentationEmbedding(nn.Module):
+    """The embedding of the parameters of an augmentation, which conditions a network during training.
+
+    It is added to the sinusoidal embedding of the timestep, and has no bias: parameters of 0 mean that an image is not
+    augmented, as every sample (Karras et al. 2022, appendix F.2). It starts at 0. Its weight is a parameter of the
+    network, but is left out of the state dict, so the network is saved and loaded as a UNet2DModel without it.
+
+    Args:
+        num_parameters: Parameters of an image.
+        num_channels: Channels of the sinusoidal embedding.
+    """
+
+    def __init__(self, num_parameters: int, num_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_channels, num_parameters))
+        self.parameters_of_batch: torch.Tensor | None = None
+
+    def forward(self, parameters: torch.Tensor) -> torch.Tensor:
+        """Return the embedding (batch, num_channels) of parameters (batch, num_parameters)."""
+        return F.linear(parameters, self.weight)
+
+    def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def add_augmentation_embedding(unet: UNet2DModel, num_parameters: int) -> None:
+    """Add an `AugmentationEmbedding` to a network, where diffusers has a place for one."""
+    embed_time = unet.time_embedding
+    embed_time.cond_proj = AugmentationEmbedding(num_parameters, embed_time.linear_1.in_features).to(unet.device)
+    embed_time.register_forward_pre_hook(_add_condition, with_kwargs=True)
+
+
+def _add_condition(embed_time: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    assert isinstance(embed_time.cond_proj, AugmentationEmbedding)
+    return args, kwargs | {"condition": embed_time.cond_proj.parameters_of_batch}
+
+
+@contextmanager
+def conditioned_on_augmentation(unet: UNet2DModel, parameters: torch.Tensor | None) -> Iterator[None]:
+    """Condition the calls of a network inside the context.
+
+    Args:
+        unet: The network.
+        parameters: float32 (batch, num_parameters); None for images that are not augmented, for any network.
+    """
+    if parameters is None:
+        yield
+        return
+    embedding = unet.time_embedding.cond_proj
+    embedding.parameters_of_batch = parameters
+    try:
+        yield
+    finally:
+        embedding.parameters_of_batch = None
+
+
+def saved_parameters(unet: UNet2DModel) -> dict[str, nn.Parameter]:
+    """Return the parameters of a network that are saved, by name: all except an `AugmentationEmbedding`."""
+    saved = unet.state_dict().keys()
+    return {name: parameter for name, parameter in unet.named_parameters() if name in saved}
 
 
 # ------------------------------------------------------------------------------------- the pipeline of a checkpoint

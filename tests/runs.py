@@ -25,6 +25,7 @@ EVERYTHING_BUT_DROPOUT: dict[str, Any] = {
     "objective__offset_noise": 0.1,
     "objective__immiscible_noise": True,
     "data__random_flip": True,
+    "data__augmentation": 0.3,
     "diffusion__num_train_timesteps": 2,
     "preview__num_inference_steps": 2,
     "evaluation__num_inference_steps": 2,

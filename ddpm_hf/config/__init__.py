@@ -14,6 +14,7 @@ from ddpm_hf.config.rules import (
 from ddpm_hf.config.schema import (
     EVAL_DATASET,
     TRAIN_DATASET,
+    AugmentationTransform,
     DataConfig,
     DiffusionConfig,
     DistillationConfig,
@@ -32,6 +33,7 @@ from ddpm_hf.config.schema import (
 __all__ = [
     "EVAL_DATASET",
     "TRAIN_DATASET",
+    "AugmentationTransform",
     "ConfigError",
     "DataConfig",
     "DiffusionConfig",

@@ -41,6 +41,7 @@ _USED_ONLY_WITH: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("data.crop", "data.resolution", ()),
     ("data.resize_to", "data.resolution", ()),
     ("data.resize_filter", "data.resolution", ()),
+    ("data.augmentation_transforms", "data.augmentation", ()),
     ("data.max_bad_fraction", "data.on_bad_image", ("skip",)),
     ("data.shuffle_buffer_size", "data.streaming", ()),
     ("model.revision", "model.from_pretrained or model.config_file", ()),
@@ -155,7 +156,7 @@ def _check_ranges(config: RunConfig) -> None:
         "data.validation_fraction", "data.max_bad_fraction", "objective.class_dropout", "training.adam_beta1",
         "training.adam_beta2", "training.ema_decay",
     )  # fmt: skip
-    at_most_one = ("preview.eta", "evaluation.eta", "objective.self_conditioning")
+    at_most_one = ("data.augmentation", "preview.eta", "evaluation.eta", "objective.self_conditioning")
     num_timesteps = config.diffusion.num_train_timesteps
     settings = config.to_dict()
 
@@ -242,6 +243,11 @@ def _check_data(data: DataConfig, has_train_dataset: bool, has_eval_dataset: boo
             raise ConfigError(
                 f"data.value_range is {data.value_range}, but must be [low, high] with low < high, or auto."
             )
+    if data.augmentation > 0 and not data.augmentation_transforms:
+        raise ConfigError(
+            f"data.augmentation_transforms is empty, but data.augmentation is {data.augmentation:g}; name transforms, "
+            "or set data.augmentation to 0."
+        )
     if not data.streaming:
         return
     if data.value_range == "auto":
@@ -467,6 +473,11 @@ def _has_validation_set(data: DataConfig) -> bool:
 def _warn_without_effect(config: RunConfig) -> None:
     """Log one warning for each setting that leaves others, which differ from their defaults, without effect."""
     settings, default = config.to_dict(), RunConfig().to_dict()
+    if config.data.augmentation > 0 and config.data.random_flip and "xflip" in config.data.augmentation_transforms:
+        log_warning(
+            "data.augmentation_transforms xflip has no effect with data.random_flip true, which mirrors images without "
+            "conditioning the network; set data.random_flip to false, unless samples may be mirrored."
+        )
     unused: dict[str, dict[str, tuple[object, ...]]] = {}
     for name, choice, values in _unused_rows(settings):
         is_listed = any(name in names for names in unused.values())

@@ -82,6 +82,12 @@ DIFFUSION_ALIASES: dict[str, dict[str, str]] = {
 }
 
 
+AugmentationTransform: TypeAlias = Literal[
+    "xflip", "yflip", "rotate_int", "translate_int", "scale", "rotate_frac", "aniso", "translate_frac", "brightness",
+    "contrast", "lumaflip", "hue", "saturation",
+]  # fmt: skip
+
+
 TRAIN_DATASET, EVAL_DATASET = "memory:train_dataset", "memory:eval_dataset"
 """The values of data.source and data.validation_split that stand for the images given to a Trainer."""
 
@@ -110,6 +116,10 @@ class DataConfig:
         resize_filter: Pillow filter; nearest is the only one without antialiasing.
         crop: Crop to resolution in the center, or at a random position in every epoch.
         random_flip: Flip images horizontally with probability 1/2, drawn in every epoch.
+        augmentation: Probability of each of the augmentation_transforms; 0 disables them. Their parameters condition
+            the network during training, so that samples are not augmented. Karras et al. 2022 use 0.12 and 0.15.
+        augmentation_transforms: Transforms, named as in the code of Karras et al. 2022. xflip mirrors with probability
+            1/2, whatever augmentation is.
         num_channels: 1 (gray), 3 (RGB), 4 (RGBA), or that of an array; null uses the smallest that fits every image.
         value_range: [low, high], the values that become -1 and 1, of floating-point, signed and 32-bit data, and of
             integers that do not use the range of their type; values outside are clipped. "auto" takes the smallest and
@@ -138,6 +148,10 @@ class DataConfig:
     resize_filter: Literal["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"] = "lanczos"
     crop: Literal["center", "random"] = "center"
     random_flip: bool = False
+    augmentation: float = 0.0
+    augmentation_transforms: list[AugmentationTransform] = field(
+        default_factory=lambda: ["xflip", "yflip", "scale", "rotate_frac", "aniso", "translate_frac"]
+    )
     num_channels: int | None = None
     value_range: list[float] | Literal["auto"] | None = None
     background: Literal["white", "black"] | None = None

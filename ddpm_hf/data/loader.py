@@ -167,10 +167,24 @@ def crop_batch(images: torch.Tensor, origins: torch.Tensor, size: tuple[int, int
     """
     rows = origins[:, 0, None] + torch.arange(size[0], device=images.device)
     columns = origins[:, 1, None] + torch.arange(size[1], device=images.device)
+    return take_pixels(images, rows, columns)
+
+
+def take_pixels(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Take some rows and columns of each image of a batch, without synchronizing.
+
+    Args:
+        images: (batch, channels, height, width).
+        rows: int64 (batch, new height).
+        columns: int64 (batch, new width).
+
+    Returns:
+        (batch, channels, new height, new width) of the same dtype.
+    """
     batch = torch.arange(len(images), device=images.device)
     # Index tensors on both sides of a slice move the sliced dimension to the end.
-    cropped = images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return cropped.permute(0, 3, 1, 2).contiguous()
+    taken = images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return taken.permute(0, 3, 1, 2).contiguous()
 
 
 def _copy_to_device(images: ImageSet, config: DataConfig, device: torch.device) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from ddpm_hf.config import DataConfig
+from ddpm_hf.data.augmentation import Augmentation
 from ddpm_hf.data.cache import open_cache, read_meta
 from ddpm_hf.data.decode import DataError
 from ddpm_hf.data.image_set import ImageSet
@@ -53,7 +54,8 @@ def summarize(config: DataConfig, *, with_labels: bool, seed: int, num_samples: 
         stream, _ = open_sets(config, with_labels=with_labels, seed=seed, device=cpu)
         assert isinstance(stream, ImageStream)
         lines = _aligned([("source", f"{config.source}, streamed: images are not counted or decoded in advance")])
-        return Summary(lines, _as_uint8(stream.samples(0, num_samples)[0]), None)
+        samples = _augmented(stream.samples(0, num_samples)[0], config, seed)
+        return Summary(lines, _as_uint8(samples), None)
     source = find_source(config, config.split)
     problem = None
     if isinstance(source, ImageSet):
@@ -83,8 +85,16 @@ def summarize(config: DataConfig, *, with_labels: bool, seed: int, num_samples: 
             )
         except DataError as error:
             problem = str(error)
-    samples, _ = ImageLoader(shown, config, seed, cpu).samples(0, num_samples)
+    samples = _augmented(ImageLoader(shown, config, seed, cpu).samples(0, num_samples)[0], config, seed)
     return Summary(_aligned(facts), _as_uint8(samples), problem)
+
+
+def _augmented(samples: torch.Tensor, config: DataConfig, seed: int) -> torch.Tensor:
+    """Augment the first samples of a run as training would."""
+    if config.augmentation == 0:
+        return samples
+    channels, height, width = samples.shape[1:]
+    return Augmentation(config, (channels, height, width), seed)(samples, 0)[0]
 
 
 def _facts_of_cache(source: Source, config: DataConfig, images: ImageSet) -> Iterator[tuple[str, str]]:

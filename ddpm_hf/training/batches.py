@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ddpm_hf import distributed
 from ddpm_hf.config import ConfigError, RunConfig, TrainingConfig
-from ddpm_hf.data import ImageLoader, ImageStream
+from ddpm_hf.data import Augmentation, ImageLoader, ImageStream
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.data.streaming import StreamPosition
 from ddpm_hf.diffusion.schedule import spaced_timesteps
@@ -220,6 +220,7 @@ class MicroBatch:
         dropped: bool (batch,), which labels become the null label; None without label dropout.
         use_self_cond: Whether a self-conditioned network sees its own prediction; the same for the whole step.
         is_last: Whether the optimizer update follows.
+        augmentation: float32 (batch, parameters), the parameters of the augmentation; None without one.
     """
 
     x_0: torch.Tensor
@@ -230,6 +231,10 @@ class MicroBatch:
     dropped: torch.Tensor | None
     use_self_cond: bool
     is_last: bool
+    augmentation: torch.Tensor | None = None
+
+
+_Loaded: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class BatchSource:
@@ -243,6 +248,7 @@ class BatchSource:
         micro_batch_size: Images of one forward pass.
         device: Device of the batches.
         timestep_sampler: Draws the timesteps.
+        augmentation: The augmentation of the images; None for none.
     """
 
     def __init__(
@@ -255,12 +261,14 @@ class BatchSource:
         micro_batch_size: int,
         device: torch.device,
         timestep_sampler: TimestepSampler,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self._config = config
         self.loader = loader
         self._micro_batch_size = micro_batch_size
         self.device = device
         self._timestep_sampler = timestep_sampler
+        self._augmentation = augmentation
         per_rank = config.training.train_batch_size // num_processes
         self._positions = range(rank * per_rank, (rank + 1) * per_rank)
 
@@ -281,7 +289,7 @@ class BatchSource:
         for start in range(self._positions.start, self._positions.stop, self._micro_batch_size):
             positions = range(start, start + self._micro_batch_size)
             part = slice(positions.start, positions.stop)
-            x_0, noise, labels = load(positions)
+            x_0, noise, labels, augmentation = load(positions)
             yield MicroBatch(
                 x_0=x_0,
                 noise=noise,
@@ -291,21 +299,23 @@ class BatchSource:
                 dropped=to_device(dropped[part], self.device) if objective.class_dropout > 0 else None,
                 use_self_cond=use_self_cond,
                 is_last=positions.stop == self._positions.stop,
+                augmentation=augmentation,
             )
 
-    def _load(self, step: int, positions: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return images, noise and labels of some positions of the global batch."""
+    def _load(self, step: int, positions: range) -> _Loaded:
+        """Return images, noise, labels and parameters of the augmentation of some positions of the global batch."""
         objective, training = self._config.objective, self._config.training
         first = step * training.train_batch_size
         x_0, labels = self.loader.samples(first + positions.start, first + positions.stop)
+        augmentation = None
+        if self._augmentation is not None:
+            x_0, augmentation = self._augmentation(x_0, first + positions.start)
         noise = draw_noise(objective, training.seed, step, positions, x_0.shape[1:], self.device)
         if objective.immiscible_noise:
             noise = assign_noise(x_0, noise)
-        return x_0, noise, labels
+        return x_0, noise, labels, augmentation
 
-    def _load_blocks(
-        self, load: Callable[[range], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], positions: range
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _load_blocks(self, load: Callable[[range], _Loaded], positions: range) -> _Loaded:
         """Return what `load` returns, loading whole noise blocks: noise is assigned among all images of a block.
 
         `load` remembers the last block, in which the next micro batch may begin.
@@ -315,10 +325,10 @@ class BatchSource:
             block = range(start, min(start + NOISE_BLOCK_SIZE, batch_size))
             part = slice(max(positions.start - start, 0), positions.stop - start)
             parts.append([None if tensor is None else tensor[part] for tensor in load(block)])
-        x_0, noise, labels = (
-            [tensor for tensor in column if tensor is not None] for column in zip(*parts, strict=True)
-        )
-        return torch.cat(x_0), torch.cat(noise), torch.cat(labels) if labels else None
+        columns = ([tensor for tensor in column if tensor is not None] for column in zip(*parts, strict=True))
+        x_0, noise, labels, augmentation = (torch.cat(column) if column else None for column in columns)
+        assert x_0 is not None and noise is not None
+        return x_0, noise, labels, augmentation
 
     def describe_images(self, step: int) -> str:
         """Return a sentence that names the images of a step on all ranks; empty for a stream."""

@@ -4,6 +4,7 @@
         unet/  ema/              networks in diffusers format; ema_sigma_*/ with training.posthoc_ema
         optimizer.safetensors    tensors of the optimizer, named parameter/key
         objective.safetensors    loss history of each timestep; with loss-aware timesteps
+        augmentation.safetensors the embedding of data.augmentation and its EMAs, which the networks are saved without
         trainer_state.json       counters and other plain values
         config.yaml              the configuration of the run
         manifest.json            the step, and sha256 and size of every file above
@@ -64,6 +65,7 @@ from ddpm_hf.model_folder import (
     step_of,
     verify_checkpoint,
 )
+from ddpm_hf.models import saved_parameters
 from ddpm_hf.training.batches import TimestepSampler
 from ddpm_hf.training.ema import EMA, is_snapshot_due
 from ddpm_hf.training.logging import MetricsLog, say
@@ -74,6 +76,7 @@ logger = logging.getLogger(__name__)
 
 _OPTIMIZER = "optimizer.safetensors"
 _OBJECTIVE = "objective.safetensors"
+_AUGMENTATION = "augmentation.safetensors"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _TEMPORARY_PREFIX = ".writing-"
 _DAMAGED_PREFIX = "damaged-"
@@ -194,10 +197,16 @@ def snapshot_files(
     names = [name for name, _ in unet.named_parameters()]
     moments, scalars = optimizer_state(optimizer, names)
     weights = unet.state_dict()
-    networks = {"unet": weights}
-    for name in ema.names:
-        networks[name] = weights | dict(zip(names, ema.tensors(name), strict=True))
+    parameters = {"unet": list(unet.parameters())} | {name: ema.tensors(name) for name in ema.names}
+    networks: dict[str, dict[str, torch.Tensor]] = {}
+    left_out: dict[str, torch.Tensor] = {}
+    for network, values in parameters.items():
+        named = dict(zip(names, values, strict=True))
+        networks[network] = weights | {name: value for name, value in named.items() if name in weights}
+        left_out |= {f"{network}.{name}": value.detach() for name, value in named.items() if name not in weights}
     tensors = {f"{name}/{_WEIGHTS}": network for name, network in networks.items()} | {_OPTIMIZER: moments}
+    if left_out:
+        tensors[_AUGMENTATION] = left_out
     if learned := timestep_sampler.state_dict():
         tensors[_OBJECTIVE] = learned
     texts = {f"{name}/{MODEL_CONFIG}": unet.to_json_string() for name in networks}
@@ -245,12 +254,21 @@ def read_snapshot(folder: Path, unet: UNet2DModel, ema: EMA) -> Snapshot:
         is_count = name == "global_step" or name.startswith("num_")
         if is_count and (not isinstance(value, int) or value < 0):
             raise ValueError(f"{name} is {value!r}; it must be a non-negative integer")
+    left_out = load_file(folder / _AUGMENTATION) if (folder / _AUGMENTATION).exists() else {}
     for name in ema.names:
         with ema.swapped_in(name):
-            unet.load_state_dict(load_file(folder / name / _WEIGHTS))
-    unet.load_state_dict(load_file(folder / "unet" / _WEIGHTS))
+            _load_network(unet, folder, name, left_out)
+    _load_network(unet, folder, "unet", left_out)
     learned = load_file(folder / _OBJECTIVE) if (folder / _OBJECTIVE).exists() else {}
     return Snapshot(state, load_file(folder / _OPTIMIZER), learned)
+
+
+@torch.no_grad()
+def _load_network(unet: UNet2DModel, folder: Path, name: str, left_out: Mapping[str, torch.Tensor]) -> None:
+    """Load the weights of a network, and its parameters that a saved network lacks."""
+    unet.load_state_dict(load_file(folder / name / _WEIGHTS))
+    for parameter_name in dict(unet.named_parameters()).keys() - saved_parameters(unet).keys():
+        unet.get_parameter(parameter_name).copy_(left_out[f"{name}.{parameter_name}"])
 
 
 class DataState:

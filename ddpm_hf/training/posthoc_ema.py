@@ -24,6 +24,7 @@ from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.evaluation.verify import write_verification
 from ddpm_hf.files import EMA_SNAPSHOTS_DIR, RUN_CONFIG, TRAINING_CONFIG, replace_folder, write_json
 from ddpm_hf.model_folder import CheckpointError, verify_checkpoint
+from ddpm_hf.models import saved_parameters
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.ema import EMA, MAX_SIGMA_REL, POSTHOC_SIGMA_RELS, combine, gamma_of, posthoc_name
 
@@ -79,6 +80,7 @@ def store(root: Path, step: int, ema: EMA, pipeline: GaussianDiffusionPipeline) 
     if ema.num_updates == 0:
         return
     names = [name for name, _ in pipeline.unet.named_parameters()]
+    saved = saved_parameters(pipeline.unet).keys()
 
     def write(folder: Path) -> None:
         pipeline.unet.save_config(folder / "unet")
@@ -88,7 +90,8 @@ def store(root: Path, step: int, ema: EMA, pipeline: GaussianDiffusionPipeline) 
             name = posthoc_name(sigma_rel)
             # One entry: safetensors writes several in any order, and a resumed run must repeat every bit.
             metadata = {"average": json.dumps({"num_updates": ema.num_updates, "sigma_rel": sigma_rel})}
-            save_file(dict(zip(names, ema.tensors(name), strict=True)), folder / f"{name}.safetensors", metadata)
+            tensors = {key: tensor for key, tensor in zip(names, ema.tensors(name), strict=True) if key in saved}
+            save_file(tensors, folder / f"{name}.safetensors", metadata)
 
     try:
         checkpoint.write_checkpoint(root, step, write)

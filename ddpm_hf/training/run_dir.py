@@ -54,6 +54,7 @@ from ddpm_hf.files import (
     write_text,
 )
 from ddpm_hf.model_folder import RUN_MARK, content_of, has_run_mark, name_or_id
+from ddpm_hf.models import saved_parameters
 from ddpm_hf.training.logging import MetricsLog
 
 logger = logging.getLogger(__name__)
@@ -297,7 +298,7 @@ def summarize(
         "device": device_name(unet.device),
         "num_processes": num_processes,
         "engine": engine,
-        "num_parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "num_parameters": sum(parameter.numel() for parameter in saved_parameters(unet).values()),
         "base_model": name_or_id(config.model.from_pretrained) if config.model.from_pretrained else None,
         "data": {
             "source": name_or_id(config.data.source),

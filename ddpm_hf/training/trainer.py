@@ -45,6 +45,7 @@ from ddpm_hf.config import (
 )
 from ddpm_hf.config.launcher import DEFAULT, LAUNCHER
 from ddpm_hf.data import (
+    Augmentation,
     ClassOrder,
     ImageLoader,
     ImageSet,
@@ -76,11 +77,14 @@ from ddpm_hf.model_folder import find_latest
 from ddpm_hf.models import (
     PRESETS,
     Pretrained,
+    add_augmentation_embedding,
     as_student,
     build_unet,
+    conditioned_on_augmentation,
     load_pretrained,
     read_config_file,
     sampling_scheduler,
+    saved_parameters,
     take_weights,
 )
 from ddpm_hf.plots import image_grid
@@ -257,6 +261,9 @@ class Trainer:
             config, self.accelerator, class_order, train_dataset=train_dataset, eval_dataset=eval_dataset
         )
         self.loader = build_loader(config, self.images, self.device)
+        self.augmentation: Augmentation | None = None
+        if config.data.augmentation > 0:
+            self.augmentation = Augmentation(config.data, self.images.image_shape, training.seed)
         self.class_names = class_names_of(self.images, config)
         has_null_label = config.objective.class_dropout > 0
         null_label = len(self.class_names) if self.class_names and has_null_label else None
@@ -265,6 +272,8 @@ class Trainer:
         self.unet = build_network(
             config, self.images.image_shape, self.class_names, self.scheduler, self.folder.checkpoints, self.device
         )
+        if self.augmentation is not None:
+            add_augmentation_embedding(self.unet, self.augmentation.num_parameters)
         self.parameters = list(self.unet.parameters())
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.unet.modules())
         self.pipeline_settings: dict[str, Any] = {
@@ -519,6 +528,7 @@ class Trainer:
             micro_batch_size=self.micro_batch_size,
             device=self.device,
             timestep_sampler=self.timestep_sampler,
+            augmentation=self.augmentation,
         )
         self._prefetcher = Prefetcher(self._batches, num_steps_ahead, self.config.training.num_steps)
         self._model = self.accelerator.prepare(self.unet)
@@ -535,9 +545,13 @@ class Trainer:
         x_0 = torch.zeros(size, *self.images.image_shape, device=self.device)
         zeros = torch.zeros(size, dtype=torch.int64, device=self.device)
         labels = zeros if self.config.model.class_conditional else None
+        parameters = None
+        if self.augmentation is not None:
+            parameters = torch.zeros(size, self.augmentation.num_parameters, device=self.device)
         is_wrapped = isinstance(self._model, nn.parallel.DistributedDataParallel)
         # Inside DDP the compiler splits the graph at DDP's buckets, so that they are reduced while others are computed.
-        with self._model._inside_ddp_forward() if is_wrapped else nullcontext():
+        inside_ddp = self._model._inside_ddp_forward() if is_wrapped else nullcontext()
+        with inside_ddp, conditioned_on_augmentation(self.unet, parameters):
             losses = self.loss(self.unet, x_0, x_0, zeros, labels, None, objective.self_conditioning > 0)
         torch.autograd.grad(losses.sum(), self.parameters, allow_unused=True)
 
@@ -550,15 +564,16 @@ class Trainer:
                     self.config.training.seed, "dropout", step, self.accelerator.process_index, index
                 )
             with nullcontext() if batch.is_last else self.accelerator.no_sync(self._model):
-                losses = self.loss(
-                    self._model,
-                    batch.x_0,
-                    batch.noise,
-                    batch.timesteps,
-                    batch.class_labels,
-                    batch.dropped,
-                    batch.use_self_cond,
-                )
+                with conditioned_on_augmentation(self.unet, batch.augmentation):
+                    losses = self.loss(
+                        self._model,
+                        batch.x_0,
+                        batch.noise,
+                        batch.timesteps,
+                        batch.class_labels,
+                        batch.dropped,
+                        batch.use_self_cond,
+                    )
                 weighted = losses if batch.importance is None else batch.importance * losses
                 # The part of this micro batch in the mean over the images of this rank. DDP averages over ranks, so the
                 # gradients add up to that of the mean over the global batch.
@@ -1116,9 +1131,9 @@ def copy_network(unet: UNet2DModel, weights: Sequence[torch.Tensor]) -> UNet2DMo
     """
     with torch.device("meta"):  # draws nothing from the global generators
         copied = UNet2DModel.from_config(unet.config)
-    names = [name for name, _ in unet.named_parameters()]
+    named = dict(zip(dict(unet.named_parameters()), weights, strict=True))
     buffers = {name: buffer.clone() for name, buffer in unet.named_buffers()}
-    copied.load_state_dict(buffers | dict(zip(names, weights, strict=True)), assign=True)
+    copied.load_state_dict(buffers | {name: named[name] for name in saved_parameters(unet)}, assign=True)
     return copied.eval()
 
 
@@ -1314,7 +1329,7 @@ def describe(trainer: Trainer) -> str:
     steps = f"{training.num_steps:,} steps of {batch:,} images"
     if not isinstance(trainer.images, ImageStream):
         steps += f", {training.num_steps * batch / len(trainer.images):,.1f} epochs"
-    num_parameters = sum(parameter.numel() for parameter in trainer.parameters)
+    num_parameters = sum(parameter.numel() for parameter in saved_parameters(trainer.unet).values())
     if training.micro_batch_size == "auto":
         micro = f"auto (at most {trainer.micro_batch_size})"
     else:
