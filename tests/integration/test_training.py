@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -480,3 +480,36 @@ def test_a_class_without_training_images_is_refused_before_training(
     assert train(run_arguments(tmp_path / "run", **changes)) == 2
     assert "error: " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- augmentation
+
+
+def test_an_augmented_run_trains_an_embedding_and_saves_networks_without_it(tmp_path: Path) -> None:
+    """What is saved is a plain UNet2DModel, whose loss without augmentation is the validation loss."""
+    changes: dict[str, Any] = {
+        "data__augmentation": 0.5,
+        "data__validation_fraction": 0.1,
+        "model__initialization": "torch",
+        "training__validate_every_steps": 2,
+        "training__posthoc_ema": True,
+        "training__num_steps": 2,
+    }
+    config, _ = parse_command_line(run_arguments(tmp_path / "run", **changes))
+    trainer = Trainer(config)
+    trainer.fit()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
+    left_out = load_file(checkpoint / "augmentation.safetensors")
+    assert {name.partition(".time_embedding")[0] for name in left_out} == {"unet", *trainer.ema.names}
+    assert all(weight.any() for weight in left_out.values())
+    plain = UNet2DModel.from_config(trainer.unet.config)
+    for network in (checkpoint / "unet", checkpoint / "ema", tmp_path / "run" / "pipeline" / "unet"):
+        assert load_file(network / "diffusion_pytorch_model.safetensors").keys() == plain.state_dict().keys()
+    for snapshot in (tmp_path / "run" / "ema_snapshots").rglob("*.safetensors"):
+        assert load_file(snapshot).keys() == dict(plain.named_parameters()).keys()
+    summary = json.loads((tmp_path / "run" / "pipeline" / "training_summary.json").read_text())
+    assert summary["num_parameters"] == plain.num_parameters()
+    alone = {"rank": 0, "num_processes": 1, "batch_size": 8}
+    for unet in (trainer.pipeline.unet, UNet2DModel.from_pretrained(tmp_path / "run" / "pipeline" / "unet")):
+        loss = validation_loss(unet, trainer.loss, trainer.validation_images, config, **alone)  # type: ignore[arg-type]
+        assert loss == metrics_of(tmp_path / "run")[-1]["validation_loss"]

@@ -19,7 +19,16 @@ from torch import nn
 
 from ddpm_hf.config import ConfigError, ModelConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.models import PRESETS, Pretrained, build_unet, load_pretrained, read_config_file, take_weights
+from ddpm_hf.models import (
+    PRESETS,
+    Pretrained,
+    add_augmentation_embedding,
+    build_unet,
+    conditioned_on_augmentation,
+    load_pretrained,
+    read_config_file,
+    take_weights,
+)
 from ddpm_hf.training.loss import DenoisingLoss
 from tests.conftest import tiny_unet
 
@@ -659,3 +668,59 @@ def test_a_difference_that_may_be_intended_is_a_warning(
     assert len(caplog.messages) == 1
     assert line in caplog.messages[0]
     assert_same_weights(mine, network(unet.get("num_class_embeds")))
+
+
+# -------------------------------------------------------------------------------------------------------- augmentation
+
+
+def conditioned_unet() -> UNet2DModel:
+    unet = tiny_unet()
+    add_augmentation_embedding(unet, 9)
+    with torch.no_grad():
+        unet.time_embedding.cond_proj.weight.normal_(generator=torch.Generator().manual_seed(0))
+        unet.conv_out.weight.fill_(1)
+    return unet
+
+
+def test_parameters_of_an_augmentation_are_added_to_the_time_embedding_before_its_layers() -> None:
+    """As map_augment in the code of Karras et al. 2022; parameters of 0, and none, are the network without it."""
+    unet, plain = conditioned_unet(), tiny_unet()
+    plain.load_state_dict(unet.state_dict())
+    x, t, parameters = torch.ones(3, 1, 8, 8), torch.tensor([1, 2, 3]), torch.zeros(3, 9)
+    parameters[2] = 1
+    expected = plain(x, t).sample
+    assert torch.equal(unet(x, t).sample, expected)
+    with conditioned_on_augmentation(unet, parameters):
+        found = unet(x, t).sample
+    assert torch.equal(found[:2], expected[:2])
+    shift = unet.time_embedding.cond_proj.weight.sum(dim=1)
+    plain.time_embedding.register_forward_pre_hook(lambda _, inputs: (inputs[0] + shift,))
+    shifted = plain(x, t).sample
+    torch.testing.assert_close(found[2], shifted[2])
+    assert not torch.equal(shifted[2], expected[2])
+    assert torch.equal(unet(x, t).sample, expected)  # outside the context
+
+
+def test_a_network_is_saved_without_the_embedding_of_an_augmentation(tmp_path: Path) -> None:
+    unet = conditioned_unet()
+    unet.save_pretrained(tmp_path)
+    _, loading = UNet2DModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert load_file(tmp_path / "diffusion_pytorch_model.safetensors").keys() == tiny_unet().state_dict().keys()
+
+
+def test_a_compiled_network_is_conditioned_without_compiling_it_for_every_batch() -> None:
+    """Only the part that is conditioned, because compiling a whole network takes seconds."""
+    unet, num_graphs = conditioned_unet(), 0
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal num_graphs
+        num_graphs += 1
+        return graph.forward
+
+    embed_time = torch.compile(lambda features: unet.time_embedding(features), fullgraph=True, backend=backend)
+    features = torch.ones(2, unet.time_embedding.linear_1.in_features)
+    for parameters in (torch.ones(2, 9), torch.zeros(2, 9), None, torch.full((2, 9), 3.0), None):
+        with conditioned_on_augmentation(unet, parameters), torch.no_grad():
+            torch.testing.assert_close(embed_time(features), unet.time_embedding(features))
+    assert num_graphs == 2

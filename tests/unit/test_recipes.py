@@ -17,6 +17,7 @@ RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 DATA: dict[str, tuple[tuple[int, int, int], int]] = {
     "digits_8": ((1, 8, 8), 10),
     "emoji_16": ((3, 16, 16), 9),
+    "emoji_500_16": ((3, 16, 16), 9),
     "mnist_28": ((1, 28, 28), 10),
     "cifar10_32": ((3, 32, 32), 10),
     "cifar10_32_cosine_v": ((3, 32, 32), 10),
