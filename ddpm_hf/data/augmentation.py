@@ -308,10 +308,10 @@ def _resample(images: torch.Tensor, inverse: NDArray[np.float64], margin_x: int,
 
 
 def _weighted_sum(weights: tuple[float, ...], tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Add products one after the other: a fused multiplication and addition may round differently elsewhere."""
+    """Add products one after the other: the sums of a convolution depend on the batch."""
     total = weights[0] * tensors[0]
     for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
-        total += weight * tensor
+        total.add_(tensor, alpha=weight)
     return total
 
 

@@ -384,7 +384,7 @@ def test_numbers_out_of_range_are_refused(name: str, values: tuple[float, ...], 
     [
         ({"data__source": ""}, "data.source is not set"),
         ({"training__output_dir": ""}, "training.output_dir is not set"),
-        ({"data__augmentation": 0.1, "data__augmentation_transforms": []}, "is empty, but data.augmentation is 0.1; name"),
+        ({"data__augmentation": 0.1, "data__augmentation_transforms": []}, "is empty, but data.augmentation is 0.1"),
         ({"tracking__project": ""}, "tracking.project is empty"),
         ({"hub__push_to_hub": True}, "set hub.repo_id"),
         ({"objective__class_dropout": 0.1}, "set model.class_conditional to true"),
