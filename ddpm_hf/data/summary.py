@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddpm_hf.config import DataConfig
+from ddpm_hf.config import ConfigError, DataConfig
 from ddpm_hf.data.augmentation import Augmentation
 from ddpm_hf.data.cache import open_cache, read_meta
 from ddpm_hf.data.decode import DataError
@@ -53,9 +53,9 @@ def summarize(config: DataConfig, *, with_labels: bool, seed: int, num_samples: 
     if config.streaming:
         stream, _ = open_sets(config, with_labels=with_labels, seed=seed, device=cpu)
         assert isinstance(stream, ImageStream)
-        lines = _aligned([("source", f"{config.source}, streamed: images are not counted or decoded in advance")])
-        samples = _augmented(stream.samples(0, num_samples)[0], config, seed)
-        return Summary(lines, _as_uint8(samples), None)
+        facts = [("source", f"{config.source}, streamed: images are not counted or decoded in advance")]
+        samples, problem = _augment(stream.samples(0, num_samples)[0], config, seed, facts)
+        return Summary(_aligned(facts), _as_uint8(samples), problem)
     source = find_source(config, config.split)
     problem = None
     if isinstance(source, ImageSet):
@@ -85,16 +85,28 @@ def summarize(config: DataConfig, *, with_labels: bool, seed: int, num_samples: 
             )
         except DataError as error:
             problem = str(error)
-    samples = _augmented(ImageLoader(shown, config, seed, cpu).samples(0, num_samples)[0], config, seed)
-    return Summary(_aligned(facts), _as_uint8(samples), problem)
+    samples, augmentation_problem = _augment(
+        ImageLoader(shown, config, seed, cpu).samples(0, num_samples)[0], config, seed, facts
+    )
+    return Summary(_aligned(facts), _as_uint8(samples), problem or augmentation_problem)
 
 
-def _augmented(samples: torch.Tensor, config: DataConfig, seed: int) -> torch.Tensor:
-    """Augment the first samples of a run as training would."""
+def _augment(
+    samples: torch.Tensor, config: DataConfig, seed: int, facts: list[tuple[str, str]]
+) -> tuple[torch.Tensor, str | None]:
+    """Augment the first samples of a run as training would and add a fact; also return why training would refuse to."""
     if config.augmentation == 0:
-        return samples
+        return samples, None
     channels, height, width = samples.shape[1:]
-    return Augmentation(config, (channels, height, width), seed)(samples, 0)[0]
+    try:
+        augmentation = Augmentation(config, (channels, height, width), seed)
+    except ConfigError as error:
+        return samples, str(error)
+    names = ", ".join(name for name in augmentation.names if name != "xflip")
+    transforms = [f"{names} with probability {config.augmentation:g}"] if names else []
+    transforms += ["xflip with 0.5"] if "xflip" in augmentation.names else []
+    facts.append(("augmented", "; ".join(transforms)))
+    return augmentation(samples, 0)[0], None
 
 
 def _facts_of_cache(source: Source, config: DataConfig, images: ImageSet) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """`ddpm-hf data` describes what training would read, and refuses what training would refuse."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from ddpm_hf.cli.main import main
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data import DataError, ImageLoader, ImageSet, open_sets, summarize
+from ddpm_hf.data import Augmentation, DataError, ImageLoader, ImageSet, open_sets, summarize
 from tests.conftest import DIGITS
 from tests.unit.data.helpers import RANDOM, RGB, encode, write_files
 
@@ -111,6 +112,22 @@ def test_the_samples_are_the_first_ones_of_a_run_with_validation(tmp_path: Path,
     samples, _ = ImageLoader(training, config, 3, cpu).samples(0, 30)
     shown = summarize(config, with_labels=False, seed=3, num_samples=30).samples
     assert np.array_equal(shown, ((samples + 1) * 127.5).round().numpy().transpose(0, 2, 3, 1))
+
+
+def test_the_samples_are_augmented_as_in_a_run(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 6, 3), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", pixels)
+    config = DataConfig(source=str(tmp_path / "x.npy"), augmentation=0.5, augmentation_transforms=["xflip", "scale"])
+    images, _ = open_sets(config, with_labels=False, seed=3, device=torch.device("cpu"))
+    assert isinstance(images, ImageSet)
+    samples, _ = ImageLoader(images, config, 3, torch.device("cpu")).samples(0, 30)
+    expected, _ = Augmentation(config, (3, 4, 6), 3)(samples, 0)
+    summary = summarize(config, with_labels=False, seed=3, num_samples=30)
+    assert "augmented scale with probability 0.5; xflip with 0.5" in summary.lines
+    assert np.array_equal(summary.samples, ((expected + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy())
+    refused = dataclasses.replace(config, augmentation_transforms=["rotate_int"])
+    problem = summarize(refused, with_labels=False, seed=3, num_samples=30).problem
+    assert problem is not None and "rotate_int needs square images" in problem
 
 
 def test_data_that_training_would_refuse_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
