@@ -165,6 +165,7 @@ def student_settings(
         "clip_sample": False,
         "timestep_spacing": "trailing",
     }
+    student["data"] |= {name: default["data"][name] for name in ("augmentation", "augmentation_transforms")}
     # The error of v is that of x_0 with weight snr + 1. Section 4, Salimans & Ho 2022.
     student["objective"] = default["objective"] | {
         "class_dropout": class_dropout,

@@ -353,6 +353,7 @@ def _check_distillation(config: RunConfig) -> None:
         )
     # What a student learns is one step of DDIM with trailing timesteps, of the prediction alone.
     needed: dict[str, object] = {
+        "data.augmentation": 0.0,  # the teacher predicts images as they are
         "diffusion.clip_sample": False,
         "diffusion.timestep_spacing": "trailing",
         "objective.self_conditioning": 0.0,

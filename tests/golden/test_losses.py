@@ -10,10 +10,13 @@ from tests.conftest import run_arguments
 from tests.runs import EVERYTHING_RANDOM, metrics_of
 
 GOLDEN = Path(__file__).parent / "losses.json"
-RUNS = {
-    "plain": {},
-    "everything": EVERYTHING_RANDOM | {"training__log_every_steps": 1, "diffusion__num_train_timesteps": 20},
+# The random numbers of data.augmentation are on record in test_augmentation.py.
+EVERYTHING = EVERYTHING_RANDOM | {
+    "data__augmentation": 0,
+    "training__log_every_steps": 1,
+    "diffusion__num_train_timesteps": 20,
 }
+RUNS = {"plain": {}, "everything": EVERYTHING}
 
 
 def losses_of(tmp_path: Path) -> dict[str, list[float]]:

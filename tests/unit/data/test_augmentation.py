@@ -96,6 +96,33 @@ def test_the_filter_is_orthogonal_so_whole_pixels_move_exactly_and_are_reflected
     torch.testing.assert_close(found, image[0, 0][rows][:, columns], rtol=0, atol=1e-5)
 
 
+def test_the_parameters_of_a_sample_are_on_record() -> None:
+    """Every run with this augmentation repeats them."""
+    _, parameters = augmentation_of(probability=1)(torch.zeros(1, 3, 8, 8), 1000)
+    expected = [
+        1,
+        1,
+        1,
+        1,
+        0,
+        -1,
+        -0.4893,
+        -0.7907,
+        0.9779,
+        0.06691,
+        0,
+        0.498,
+        0.2321,
+        0.2993,
+        0.07525,
+        0,
+        -1.971,
+        -0.2395,
+        0.195,
+    ]
+    torch.testing.assert_close(parameters, torch.tensor([expected]), rtol=1e-3, atol=0)
+
+
 def test_an_image_is_a_function_of_the_seed_and_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, whatever the batch is and however many images are resampled at once."""
     images = torch.rand(70, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
-from ddpm_hf.config import ConfigError, DistillationConfig, RunConfig, load_config
+from ddpm_hf.cli.distill import student_settings
+from ddpm_hf.config import ConfigError, DataConfig, DistillationConfig, RunConfig, load_config
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.schedule import spaced_timesteps
 from ddpm_hf.models import Pretrained, as_student, sampling_scheduler
@@ -141,6 +142,7 @@ def test_a_student_starts_from_the_outputs_and_labels_that_it_keeps() -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "epsilon": ({"diffusion.prediction_type": "epsilon"}, "cannot be distilled"),
+    "augmented": ({"data.augmentation": 0.1}, "data.augmentation is 0.1, but a student"),
     "clipped": ({"diffusion.clip_sample": True}, "diffusion.clip_sample is true, but a student"),
     "steps": ({"distillation.num_inference_steps": 33}, "needs 66 steps of the teacher"),
     "previews": ({"preview.every_steps": 5, "preview.eta": 0.0}, "preview.num_inference_steps is 50"),
@@ -217,6 +219,11 @@ def test_a_student_teaches_half_its_steps_with_the_guidance_that_it_has(tmp_path
         load(
             load_config(STUDENT | labels | {"distillation.num_inference_steps": 2, "distillation.guidance_scale": 2}), 3
         )
+
+
+def test_a_student_of_an_augmented_run_is_trained_on_images_as_they_are() -> None:
+    settings = RunConfig(data=DataConfig(augmentation=0.12, augmentation_transforms=["hue"])).to_dict()
+    assert student_settings(settings, 4)["data"] == RunConfig().to_dict()["data"]
 
 
 def test_a_run_is_not_continued_with_another_teacher() -> None:
