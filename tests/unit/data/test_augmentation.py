@@ -100,26 +100,9 @@ def test_the_parameters_of_a_sample_are_on_record() -> None:
     """Every run with this augmentation repeats them."""
     _, parameters = augmentation_of(probability=1)(torch.zeros(1, 3, 8, 8), 1000)
     expected = [
-        1,
-        1,
-        1,
-        1,
-        0,
-        -1,
-        -0.4893,
-        -0.7907,
-        0.9779,
-        0.06691,
-        0,
-        0.498,
-        0.2321,
-        0.2993,
-        0.07525,
-        0,
-        -1.971,
-        -0.2395,
-        0.195,
-    ]
+        1, 1, 1, 1, 0, -1, -0.4893, -0.7907, 0.9779, 0.06691,
+        0, 0.498, 0.2321, 0.2993, 0.07525, 0, -1.971, -0.2395, 0.195,
+    ]  # fmt: skip
     torch.testing.assert_close(parameters, torch.tensor([expected]), rtol=1e-3, atol=0)
 
 
