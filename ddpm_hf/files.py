@@ -44,6 +44,7 @@ SCHEDULER_CONFIG = "scheduler_config.json"
 TRAINING_CONFIG = "training_config.yaml"
 TRAINING_SUMMARY = "training_summary.json"
 VERIFICATION = "verification.json"
+CONVERSION = "conversion.json"
 EVALUATION = "evaluation.json"
 EVALUATION_PICTURE = "evaluation.png"
 

@@ -111,6 +111,13 @@ def verify(arguments: Sequence[str]) -> int:
     return _exit_code(lambda: command(arguments))
 
 
+def convert(arguments: Sequence[str]) -> int:
+    """Run `ddpm-hf convert`, and return the exit code."""
+    from ddpm_hf.cli.convert import convert as command
+
+    return _exit_code(lambda: command(arguments))
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "data": (data, "show what a run would read"),
     "train": (train, "train a DDPM"),
@@ -120,6 +127,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "evaluate": (evaluate, "measure how good a pipeline is"),
     "plot": (plot, "plot schedules, the forward process, runs and images"),
     "demo": (demo, "open a page that samples, morphs and inpaints"),
+    "convert": (convert, "convert a checkpoint of another system, and back"),
     "push": (push, "publish a pipeline on the Hub"),
     "verify": (verify, "check a saved pipeline against what was saved"),
 }

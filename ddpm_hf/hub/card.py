@@ -22,6 +22,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from ddpm_hf.config import TRAIN_DATASET
 from ddpm_hf.evaluation.metrics import BITS_PER_DIM, MEMORIZATION, SCHEMA_VERSION, TITLES
 from ddpm_hf.files import (
+    CONVERSION,
     EVALUATION,
     MODEL_INDEX,
     README,
@@ -91,7 +92,8 @@ def make_card(folder: Path, *, repo_id: str, license: str | None = None, existin
     notes = []
     try:
         data = _metadata(facts, front[2] if front else "")
-        data.license = license or data.license or (UNKNOWN_LICENSE if is_generated else None)
+        converted = facts.conversion.get("license")
+        data.license = license or data.license or converted or (UNKNOWN_LICENSE if is_generated else None)
         head = f"---\n{data.to_yaml()}\n---\n"
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         data, head = ModelCardData(), front[0] if front else ""
@@ -210,6 +212,7 @@ class Facts:
         self.summary = read_record(folder / TRAINING_SUMMARY)
         self.evaluation = read_record(folder / EVALUATION)
         self.recognition = read_record(folder / RECOGNITION)
+        self.conversion = read_record(folder / CONVERSION)
         self.results = [
             *(_evaluation_results(self.evaluation, folder / EVALUATION) if EVALUATION in self.files else []),
             *(_recognition_results(self.recognition, folder / RECOGNITION) if self.recognition else []),

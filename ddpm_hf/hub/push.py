@@ -38,6 +38,7 @@ from ddpm_hf.diffusion.scheduler import default_num_inference_steps
 from ddpm_hf.evaluation.generate import Sampler, sample_images, sample_trajectory
 from ddpm_hf.evaluation.verify import verify_contents, write_verification
 from ddpm_hf.files import (
+    CONVERSION,
     DENOISING_ANIMATION,
     DENOISING_STRIP,
     EVALUATION,
@@ -74,7 +75,7 @@ _HTTPError: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if ki
 # Files of an earlier push that are removed if this push does not have them. All other files of a repository stay.
 _OURS = (
     "unet/diffusion_pytorch_model*", "scheduler/reverse_variance.json", "training_config.yaml", "training_summary.json",
-    "evaluation.json", "recognition.json", "samples/samples.png", "samples/denoising.*", "samples/loss.png",
+    "evaluation.json", "recognition.json", "conversion.json", "samples/samples.png", "samples/denoising.*", "samples/loss.png",
     "samples/evaluation.png",
 )  # fmt: skip
 # Code of version 0.1 that is removed if all of it is there; a single file of such a name may belong to the user.
@@ -187,7 +188,7 @@ def push(
     with ExitStack() as stack:
         pipeline_dir = stack.enter_context(pipeline_folder(model))
         if model.kind == "checkpoint":
-            _write_records(model, pipeline_dir)
+            write_records(model, pipeline_dir)
         card.Facts(pipeline_dir, repo_id)  # broken records are refused before any work
         assembled = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX, dir=workspace))) / "repository"
         run = pipeline_dir if model.kind == "checkpoint" else model.run
@@ -206,7 +207,7 @@ def push(
 # What is published
 
 
-def _write_records(model: ModelFolder, folder: Path) -> None:
+def write_records(model: ModelFolder, folder: Path) -> None:
     """Write the records of a checkpoint that a finished run would have saved with its pipeline."""
     with safe_open(model.weights / "diffusion_pytorch_model.safetensors", framework="pt") as file:
         num_parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
@@ -268,7 +269,8 @@ def assemble(
         )
 
     step = card.read_record(pipeline_dir / TRAINING_SUMMARY).get("step")
-    for path in (pipeline_dir / TRAINING_SUMMARY, pipeline_dir / EVALUATION, run / RECOGNITION):
+    records = (*(pipeline_dir / name for name in (TRAINING_SUMMARY, EVALUATION, CONVERSION)), run / RECOGNITION)
+    for path in records:
         if path.is_file() and not path.is_symlink():
             content = card.read_record(path)
             if content.get("step", step) != step:  # measured before training continued

@@ -1,0 +1,60 @@
+"""What the shapes of a checkpoint do not tell, as flags and as arguments. Needs no torch."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ddpm_hf.config import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """What the shapes of a checkpoint do not tell.
+
+    Args:
+        family: System that wrote the checkpoint; by default recognized by the names of its parameters.
+        ema: EMA weights to take, by their place in the file, or none for the weights without EMA; by default the only
+            EMA weights, or the only weights.
+        image_size: Height and width of the images that the network was trained on.
+        num_heads: Number of attention heads, as in the training command.
+        num_head_channels: Channels of an attention head, as in the training command; replaces num_heads.
+        attention_order: Order of the rows of joint attention projections: new for networks that were trained with
+            --use_new_attention_order True, else legacy.
+        num_train_timesteps: Number of diffusion timesteps.
+        schedule: Noise schedule; see diffusion.beta_schedule.
+        beta_start: First beta of a linear schedule.
+        beta_end: Last beta of a linear schedule.
+        prediction_type: What the network predicts.
+        variance_type: Variance of the reverse process; learned_range if the network predicts it.
+        rescale_timesteps: Whether the network was given timesteps scaled to 0 ... 1000, as with --rescale_timesteps
+            True.
+    """
+
+    family: Literal["pesser", "ddpm_torch", "improved_diffusion", "guided_diffusion", "abarankab"] | None = None
+    ema: str | None = None
+    image_size: int | None = None
+    num_heads: int | None = None
+    num_head_channels: int | None = None
+    attention_order: Literal["legacy", "new"] | None = None
+    num_train_timesteps: int | None = None
+    schedule: (
+        Literal["linear", "cosine", "scaled_linear", "sigmoid_alpha_bar", "warmup10", "warmup50", "const", "jsd"] | None
+    ) = None
+    beta_start: float | None = None
+    beta_end: float | None = None
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range", "learned"] | None = None
+    rescale_timesteps: Literal["true", "false"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "num_heads", "num_head_channels", "num_train_timesteps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"--{name} is {value}, but must be at least 1.")
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings of the network and its process that were given."""
+        values = dataclasses.asdict(self)
+        del values["family"], values["ema"]
+        if self.rescale_timesteps is not None:
+            values["rescale_timesteps"] = self.rescale_timesteps == "true"
+        return {name: value for name, value in values.items() if value is not None}
