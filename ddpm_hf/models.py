@@ -133,6 +133,7 @@ def build_unet(
     *,
     self_conditioned: bool = False,
     learned_variance: bool = False,
+    num_train_timesteps: int | None = None,
 ) -> UNet2DModel:
     """Build and initialize the network, using torch's global generator.
 
@@ -143,6 +144,7 @@ def build_unet(
         file_config: A config.json to use instead of the preset; settings decided by the data are replaced.
         self_conditioned: Whether the network also takes a prediction of x_0, which doubles in_channels.
         learned_variance: Whether the network also predicts a variance, which doubles out_channels.
+        num_train_timesteps: Number of timesteps, for a network with a learned time embedding.
 
     Returns:
         The network in training mode, float32, on the CPU.
@@ -171,6 +173,8 @@ def build_unet(
         "out_channels": channels * (1 + learned_variance),
         "num_class_embeds": num_class_embeds,
     }
+    if settings.get("time_embedding_type") == "learned":
+        settings["num_train_timesteps"] = num_train_timesteps
     try:
         _check_forward(json.dumps(settings), image_shape)
         unet = UNet2DModel(**settings)
@@ -633,6 +637,7 @@ def take_weights(
     """
     _check_channels(unet, pretrained)
     _check_labels(unet, pretrained, has_null_label)
+    _check_time_embedding(unet, pretrained)
     if pretrained.class_names is not None and class_names is not None and pretrained.class_names != class_names:
         logger.warning(
             "%s was trained on classes with other names; its labels now mean those of the data.", pretrained.name
@@ -660,6 +665,16 @@ def _check_channels(unet: UNet2DModel, pretrained: Pretrained) -> None:
                 f"{pretrained.name} {verb} {theirs} channels, but this run needs {ours}; set data.num_channels to that "
                 "of its training data, or choose another network."
             )
+
+
+def _check_time_embedding(unet: UNet2DModel, pretrained: Pretrained) -> None:
+    """Raise ConfigError for a learned time embedding of another number of timesteps."""
+    theirs, ours = (each.config.get("num_train_timesteps") for each in (pretrained.unet, unet))
+    if unet.config.get("time_embedding_type") == "learned" and theirs != ours:
+        raise ConfigError(
+            f"{pretrained.name} has a learned time embedding for {theirs} timesteps, but diffusion.num_train_timesteps "
+            f"is {ours}; set it to {theirs}, or choose another network."
+        )
 
 
 def _check_labels(unet: UNet2DModel, pretrained: Pretrained, has_null_label: bool) -> None:

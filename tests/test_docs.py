@@ -177,6 +177,8 @@ def run_ddpm_hf(name: str, arguments: list[str]) -> None:
         arguments = [*arguments, "--num_terms", "2", "--num_images", "4"]
         if "--estimate_variance" in options:
             arguments = [*arguments, "--estimate_variance", "1"]
+    elif name == "convert" and not Path(arguments[0]).exists():
+        return check_flags(name, arguments)  # a checkpoint of another system
     elif "--revision" in options:
         return check_flags(name, arguments)  # a Hub repository
     elif name == "demo":

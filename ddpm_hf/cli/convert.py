@@ -1,8 +1,8 @@
 """`ddpm-hf convert`: make a pipeline folder of a checkpoint of another system, and back."""
 
-import json
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,8 @@ from ddpm_hf.files import (
     MODEL_CONFIG,
     README,
     SCHEDULER_CONFIG,
+    TRAINING_CONFIG,
+    TRAINING_SUMMARY,
     UNET_CONFIG,
     atomic_write,
     read_json,
@@ -23,6 +25,7 @@ from ddpm_hf.files import (
     write_json,
     write_text,
 )
+from ddpm_hf.redaction import find_secret
 
 if TYPE_CHECKING:
     from ddpm_hf.convert.conversion import Conversion
@@ -68,7 +71,7 @@ class OutputFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertFlags(ConversionOptions, OutputFlags):
+class ConvertFlags(OutputFlags, ConversionOptions):
     """Flags of `ddpm-hf convert`."""
 
     def options(self) -> ConversionOptions:
@@ -120,13 +123,19 @@ def _check(flags: ConvertFlags, source: Path, output: Path) -> None:
         if not output.parent.is_dir():
             raise ConfigError(f"{output.parent} is not a folder; create it first.")
     elif output.suffix in (".pt", ".pth", ".safetensors", ".yaml"):
-        raise ConfigError(f"{output} is the name of a file, but a pipeline is a folder; give --to or --recipe_only, or another name.")
+        raise ConfigError(
+            f"{output} is the name of a file, but a pipeline is a folder; give --to or --recipe_only, or another name."
+        )
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"{output} exists; give a new name, or remove it.")
     if flags.to is not None:
         options = flags.options()
-        if given := sorted({*options.given(), *(name for name in ("family", "ema") if getattr(options, name) is not None)}):
+        if given := sorted(
+            {*options.given(), *(name for name in ("family", "ema") if getattr(options, name) is not None)}
+        ):
             raise ConfigError(f"--{given[0]} is of the conversion from another system, not --to {flags.to}; remove it.")
+    if flags.source is not None and (secret := find_secret(flags.source)):
+        raise ConfigError(f"--source contains {secret}, and would be published in the model card; leave it out.")
     if flags.license is not None and flags.to is None and not flags.recipe_only:
         from ddpm_hf.hub.push import Target
 
@@ -158,17 +167,12 @@ def _describe(path: Path, conversion: "Conversion") -> list[str]:
     count = sum(parameter.numel() for parameter in conversion.unet.parameters())
     place = f", {conversion.place}" if conversion.place else ""
     lines = [f"{path}: a network of {family.title} ({family.name}){place}, {count:,} parameters."]
-    named = {
-        name: value
-        for name, value in settings.items()
-        if name not in ("scale_betas", "dropout", "timestep_spacing", "clip_sample") and name not in conversion.given
-    }
-    if settings["num_train_timesteps"] == 1000:
-        named.pop("rescale_timesteps", None)
-    values = ", ".join(f"{name} {str(value).lower() if isinstance(value, bool) else value}" for name, value in named.items())
-    published = conversion.published
-    origin = f"the published network with these layers ({published.name})" if published else "the training script"
-    lines.append(f"By {origin}: {values}. Give a flag where your training differed.")
+    if conversion.assumed:
+        values = ((name, settings[name]) for name in conversion.assumed)
+        listed = ", ".join(f"{name} {str(one).lower() if isinstance(one, bool) else one}" for name, one in values)
+        published = conversion.published
+        origin = f"the published network with these layers ({published.name})" if published else "its training script"
+        lines.append(f"By {origin}: {listed}. Give a flag where your training differed.")
     folder = path.parent
     if (match := re.fullmatch(r"model(\d+)\.pt", path.name)) and (found := sorted(folder.glob(f"ema_*_{match[1]}.pt"))):
         lines.append(f"{found[0]} holds the EMA weights of the same step, which sample better; convert it instead.")
@@ -190,18 +194,18 @@ def _check_prediction(pipeline: "GaussianDiffusionPipeline") -> None:
     labels = torch.zeros(1, dtype=torch.int64) if pipeline.num_classes else None
     with torch.no_grad():
         output = unet(noise, torch.tensor([last]), labels).sample[:, : pipeline.num_channels]
-    correlation = float(torch.corrcoef(torch.stack([noise.flatten(), output.flatten()]))[0, 1])
+    correlation = float(torch.corrcoef(torch.stack([noise.flatten(), output.flatten()]))[0, 1].nan_to_num())
     prediction_type = pipeline.scheduler.config.prediction_type
     returns_noise = correlation > _MIN_CORRELATION
     if prediction_type == "epsilon" and not returns_noise:
         log_warning(
-            f"Given pure noise at the last timestep, the network returns something else (correlation {correlation:.2f}; "
-            "a trained epsilon network returns the noise). If it is trained, check --prediction_type, --num_heads or "
+            f"Given noise at the last timestep, the network returns something else (correlation {correlation:.2f}), "
+            "unlike a trained epsilon network. If it is trained, check --prediction_type, --num_heads or "
             "--num_head_channels, --attention_order and --rescale_timesteps."
         )
     if prediction_type != "epsilon" and returns_noise:
         log_warning(
-            f"Given pure noise at the last timestep, the network returns the noise (correlation {correlation:.2f}), as "
+            f"Given noise at the last timestep, the network returns the noise (correlation {correlation:.2f}), as "
             f"an epsilon network does; check --prediction_type {prediction_type}."
         )
 
@@ -216,7 +220,8 @@ def _convert_folder(folder: Path, output: Path, flags: ConvertFlags) -> None:
         raise ConfigError(f"--family is for checkpoint files, but {folder} is a folder of diffusers; remove it.")
     if (network := _network_folder(folder, flags)) is not None:
         allowed = {
-            "image_size", "num_train_timesteps", "schedule", "beta_start", "beta_end", "prediction_type", "variance_type",
+            "image_size", "num_train_timesteps", "schedule", "beta_start", "beta_end", "prediction_type",
+            "variance_type",
         }  # fmt: skip
         if extra := sorted(given - allowed):
             raise ConfigError(f"--{extra[0]} is told by {network / MODEL_CONFIG}; remove it.")
@@ -242,7 +247,15 @@ def _convert_folder(folder: Path, output: Path, flags: ConvertFlags) -> None:
     from ddpm_hf.hub.push import write_records
 
     pipeline = load_model(model, partial(GaussianDiffusionPipeline.from_pretrained, dtype=torch.float32))
-    return _save(pipeline, output, None, flags, (lambda path: write_records(model, path)) if model.kind == "checkpoint" else None)
+
+    def write_more(path: Path) -> None:
+        if model.kind == "checkpoint":
+            write_records(model, path)
+        for name in (TRAINING_CONFIG, TRAINING_SUMMARY, CONVERSION):
+            if (model.path / name).is_file():
+                shutil.copyfile(model.path / name, path / name)
+
+    return _save(pipeline, output, None, flags, write_more)
 
 
 def _network_folder(folder: Path, flags: ConvertFlags) -> Path | None:
@@ -253,7 +266,7 @@ def _network_folder(folder: Path, flags: ConvertFlags) -> Path | None:
     if (folder / MODEL_CONFIG).is_file() and any((folder / name).is_file() for name in _WEIGHTS):
         return folder
     networks = [name for name in ("unet_ema", "unet") if (folder / name / MODEL_CONFIG).is_file()]
-    if not networks or not _CHECKPOINT.fullmatch(folder.name) and "unet_ema" not in networks:
+    if not networks or (not _CHECKPOINT.fullmatch(folder.name) and "unet_ema" not in networks):
         return None
     if flags.ema == "none":
         networks = [name for name in networks if name != "unet_ema"]
@@ -295,7 +308,10 @@ def _load_network(folder: Path, flags: ConvertFlags) -> "GaussianDiffusionPipeli
     process.pop("image_size", None)
     if "schedule" in process:
         process["beta_schedule"] = process.pop("schedule")
-    found = next((one / "scheduler" / SCHEDULER_CONFIG for one in places if (one / "scheduler" / SCHEDULER_CONFIG).is_file()), None)
+    found = next(
+        (one / "scheduler" / SCHEDULER_CONFIG for one in places if (one / "scheduler" / SCHEDULER_CONFIG).is_file()),
+        None,
+    )
     if found is not None:
         if process:
             raise ConfigError(f"--{min(process)} is told by {found}; remove it.")
@@ -306,14 +322,18 @@ def _load_network(folder: Path, flags: ConvertFlags) -> "GaussianDiffusionPipeli
         told = scheduler.config
         print(
             f"{folder}: a network of diffusers without a process. By train_unconditional.py: num_train_timesteps "
-            f"{told.num_train_timesteps}, schedule {told.beta_schedule}, prediction_type {told.prediction_type}. Give a "
-            "flag where your training differed."
+            f"{told.num_train_timesteps}, schedule {told.beta_schedule}, prediction_type {told.prediction_type}. Give "
+            "a flag where your training differed."
         )
     return GaussianDiffusionPipeline(unet.to(torch.float32).eval(), scheduler)
 
 
 def _save(
-    pipeline: "GaussianDiffusionPipeline", output: Path, record: dict[str, Any] | None, flags: ConvertFlags, more: Any = None
+    pipeline: "GaussianDiffusionPipeline",
+    output: Path,
+    record: dict[str, Any] | None,
+    flags: ConvertFlags,
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the folder of a pipeline with its records and its card, completely or not at all."""
     from ddpm_hf.evaluation.verify import write_verification
@@ -323,8 +343,8 @@ def _save(
         pipeline.save_pretrained(folder)
         if record is not None:
             write_json(folder / CONVERSION, {"source": flags.source, "license": flags.license} | record)
-        if more is not None:
-            more(folder)
+        if write_more is not None:
+            write_more(folder)
         write_verification(folder)
         write_text(folder / README, make_card(folder, repo_id=output.name, license=flags.license).text)
 

@@ -5,6 +5,7 @@ and containers, and refuses everything else.
 """
 
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,14 +25,16 @@ _WRAPPERS = (
     "module.", "_orig_mod.", "model.", "ema_model.", "online_model.", "diffusion_model.", "denoise_fn.", "network.",
     "net.", "unet.", "ema.", "model_ema.", "_model.",
 )  # fmt: skip
+# A file of torch.save before version 1.6 begins with this number, pickled.
+_LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _MIN_TENSORS = 8
 _MAX_DEPTH = 4
 _EMA = re.compile(r"ema|shadow|averag", re.IGNORECASE)
 # A checkpoint of ermongroup/ddim is a list.
 _NAMES_OF_A_LIST = ("model", "optimizer", "epoch", "step", "ema")
 # Metrics in a checkpoint are often numbers of numpy, under the module name of numpy 1 or 2. They hold no code.
-_NUMPY = [
-    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # type: ignore[attr-defined]
+_NUMPY: list[Any] = [
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     np.dtype,
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
 ]
@@ -100,14 +103,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
         try:
             return Checkpoint(path, load_file(path))
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path} is not a complete safetensors file ({reason_of(error)}); copy it again.") from None
+            raise ConfigError(
+                f"{path} is not a complete safetensors file ({reason_of(error)}); copy it again."
+            ) from None
     is_zip = head.startswith(b"PK\x03\x04")
     if not is_zip and not head.startswith(b"\x80"):
-        raise ConfigError(f"{path} is neither a file of torch.save nor of safetensors; give a .pt, .pth, .ckpt or .safetensors.")
+        raise ConfigError(
+            f"{path} is neither a file of torch.save nor of safetensors; give a .pt, .pth, .ckpt or .safetensors."
+        )
+    if not is_zip and _LEGACY_MAGIC not in head:
+        raise ConfigError(
+            f"{path} is a pickle of Python objects, which could run code, and is not opened. Save the weights alone: "
+            "torch.save(model.state_dict(), PATH). A pickle of NVlabs/edm holds a network that UNet2DModel cannot "
+            "express: it scales the input, the noise level and the output."
+        )
     if is_zip and not zipfile.is_zipfile(path):
         raise ConfigError(f"{path} is incomplete: the directory at the end of the archive is missing; copy it again.")
     try:
-        with torch.serialization.safe_globals(_NUMPY):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_NUMPY):
+            warnings.simplefilter("ignore")  # about formats, of which errors tell more
             return Checkpoint(path, torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None))
     except Exception as error:  # torch raises many types for files that are not its own
         raise ConfigError(_describe(path, error)) from None
@@ -118,12 +132,12 @@ def _describe(path: Path, error: Exception) -> str:
     text = str(error)
     if found := re.search(r"GLOBAL ([\w.]+)", text):
         return (
-            f"{path} contains more than tensors ({found[1]}), which could run code, and is not opened. If you trust it, "
-            "load it once with the program that wrote it, and save the state dict alone: "
+            f"{path} contains more than tensors ({found[1]}), which could run code, and is not opened. If you trust "
+            "it, load it once with the program that wrote it, and save the weights alone: "
             "torch.save(model.state_dict(), PATH)."
         )
     if "TorchScript" in text:
-        return f"{path} is a TorchScript program; save the state dict of its module instead: torch.save(m.state_dict(), PATH)."
+        return f"{path} is a TorchScript program; save its weights alone: torch.save(module.state_dict(), PATH)."
     if isinstance(error, EOFError | RuntimeError) or "truncated" in text:
         return f"{path} is damaged or incomplete ({reason_of(error)}); copy it again."
     return f"{path} cannot be read as tensors alone ({reason_of(error)}); save the state dict alone with torch.save."
@@ -154,7 +168,9 @@ def _networks(place: str, content: Any, depth: int) -> Iterator[tuple[str, dict[
                 yield from _unwrapped(name, tensors, depth)
 
 
-def _unwrapped(place: str, tensors: dict[str, torch.Tensor], depth: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def _unwrapped(
+    place: str, tensors: dict[str, torch.Tensor], depth: int
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     yield place, tensors
     if depth >= _MAX_DEPTH:
         return

@@ -7,7 +7,7 @@ for. The result has every parameter of the checkpoint, and no other.
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from ddpm_hf.config import ConfigError
 from ddpm_hf.convert.checkpoint import Checkpoint, is_ema
-from ddpm_hf.convert.families import FAMILIES, GUIDED, IMPROVED, UNSUPPORTED, Family, Published, Unsupported
-from ddpm_hf.convert.options import ConversionOptions
+from ddpm_hf.convert.families import ABARANKAB, FAMILIES, GUIDED, IMPROVED, UNSUPPORTED, Family, Published, Unsupported
 from ddpm_hf.convert.layers import Architecture, AttentionOrder, Shapes, TensorPair, tensor_pairs, unet_shapes
+from ddpm_hf.convert.options import ConversionOptions
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
-from ddpm_hf.diffusion.schedule import make_betas, scale_beta_range
+from ddpm_hf.diffusion.schedule import make_betas
+from ddpm_hf.files import format_count
 from ddpm_hf.redaction import reason_of
 
 _NUM_NAMED = 3
+_INSTEAD = "Use its own code to sample from it, or train the same recipe here: --recipe_only writes a configuration."
 _TIME_TABLE = "time_proj.weight"
 _SCHEDULES = ("linear", "cosine", "scaled_linear", "sigmoid_alpha_bar", "warmup10", "warmup50", "const", "jsd")
 
@@ -55,7 +57,7 @@ class Conversion:
         published: The published network with the same shapes, or None.
         place: Where its weights were in the file.
         settings: What the shapes did not tell.
-        given: The settings that the user gave.
+        assumed: The settings that neither the user nor the checkpoint gave.
         dtypes: Names of the parameters that were not float32, by dtype.
     """
 
@@ -65,7 +67,7 @@ class Conversion:
     published: Published | None
     place: str
     settings: Mapping[str, Any]
-    given: Collection[str]
+    assumed: Collection[str]
     dtypes: Mapping[str, list[str]]
 
     def record(self) -> dict[str, Any]:
@@ -94,6 +96,9 @@ def find_network(checkpoint: Checkpoint, options: ConversionOptions) -> Found:
     # `ema` beside `ema.shadow` of the same tensors: the place without its wrapper counts.
     found = [one for one in found if not any(other is not one and _is_inside(other, one) for other in found)]
     if not found:
+        if options.family is not None and (other := find_network(checkpoint, replace(options, family=None))):
+            name = other.family.name if isinstance(other.family, Family) else other.family.title
+            raise ConfigError(f"--family is {options.family}, but {checkpoint.path} is a network of {name}; remove it.")
         raise ConfigError(_describe_unknown(checkpoint))
     averaged, raw = ([one for one in found if is_ema(one.place) == wanted] for wanted in (True, False))
     names = ", ".join(one.place or "the state dict itself" for one in found)
@@ -120,23 +125,14 @@ def convert(checkpoint: Checkpoint, options: ConversionOptions) -> Conversion:
     family, path = found.family, checkpoint.path
     if isinstance(family, Unsupported):
         raise ConfigError(
-            f"{path} is a network of {family.title}, which UNet2DModel cannot express: {family.layer(found.tensors)} is "
-            f"in a network that {family.reason}. {family.instead.format(path=path)}"
+            f"{path} is a network of {family.title} ({family.layer(found.tensors)}), which UNet2DModel cannot express: "
+            f"it {family.reason}. {family.instead.format(path=path)}"
         )
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
-    architecture, published, settings = describe(checkpoint, family, shapes, options)
-    head_width = _head_width(settings, architecture, f"{path} ({family.name})") if family.has_heads else None
-    config = {**architecture.unet_config(), **family.unet, "attention_head_dim": head_width}
-    config |= {"sample_size": settings["image_size"], "dropout": settings["dropout"]}
-    try:
-        expected = unet_shapes(config)
-    except Exception as error:  # diffusers raises many types for settings that do not fit together
-        raise ConfigError(f"{path} has layers that do not make a UNet2DModel ({reason_of(error)}).") from None
-    order: AttentionOrder = settings.get("attention_order", "new")
-    pairs = tensor_pairs(family.names, architecture, expected, head_width=head_width, order=order)
-    _check_tensors(path, pairs, shapes, expected)
-
-    state = {}
+    architecture, published, settings = describe(path, family, shapes, options)
+    config, pairs = match(path, family, shapes, architecture, settings)
+    expected = unet_shapes(config)
+    state: dict[str, torch.Tensor] = {}
     for pair in pairs:
         tensor = found.tensors[pair.theirs]
         if not bool(torch.isfinite(tensor).all()):
@@ -153,9 +149,52 @@ def convert(checkpoint: Checkpoint, options: ConversionOptions) -> Conversion:
         if (dtype := found.tensors[pair.theirs].dtype) != torch.float32:
             dtypes.setdefault(str(dtype).removeprefix("torch."), []).append(pair.theirs)
     scheduler = _scheduler(checkpoint, settings, options)
-    return Conversion(
-        unet.eval(), scheduler, family, published, found.place, settings, options.given().keys(), dtypes
-    )
+    assumed = _assumed(settings, options, family, has_betas=checkpoint.betas() is not None)
+    return Conversion(unet.eval(), scheduler, family, published, found.place, settings, assumed, dtypes)
+
+
+def _assumed(settings: Mapping[str, Any], options: ConversionOptions, family: Family, *, has_betas: bool) -> list[str]:
+    """Return the settings that matter, and that neither the user nor the checkpoint gave."""
+    names = ["image_size", "num_heads", "num_head_channels", "attention_order", "prediction_type", "activation"]
+    if not settings["variance_type"].startswith("learned"):
+        names.append("variance_type")
+    if not has_betas:
+        names += ["num_train_timesteps", "schedule"]
+        names += ["beta_start", "beta_end"] if settings["schedule"] != "cosine" else []
+    if family.has_heads and settings["num_train_timesteps"] != 1000:
+        names.append("rescale_timesteps")
+    return [name for name in names if name in settings and name not in options.given()]
+
+
+def match(
+    path: Path, family: Family, shapes: Shapes, architecture: Architecture, settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[TensorPair]]:
+    """Return the configuration of the UNet2DModel that a network is, and which tensor is which.
+
+    Raises:
+        ConfigError: UNet2DModel cannot express it, or it lacks parameters.
+    """
+    what, config = f"{path} ({family.name})", {**architecture.unet_config(), **family.unet}
+    try:
+        expected = unet_shapes(config | {"attention_head_dim": None})  # heads do not change shapes
+    except Exception as error:  # diffusers raises many types for settings that do not fit together
+        raise ConfigError(f"{path} has layers that do not make a UNet2DModel ({reason_of(error)}).") from None
+    _check_tensors(path, tensor_pairs(family.names, architecture, expected, head_width=None), shapes, expected)
+    head_width = _head_width(settings, architecture, family, what) if family.has_heads else None
+    if (size := settings.get("image_size")) is None:
+        raise ConfigError(
+            f"{what} does not tell the size of its images, because its layers take any; add --image_size N, as in its "
+            "training command."
+        )
+    factor = 2 ** (len(architecture.block_out_channels) - 1)
+    if size % factor:
+        raise ConfigError(
+            f"--image_size is {size}, but {what} has {factor.bit_length()} levels, each of half the size of the one "
+            f"before; give a multiple of {factor}."
+        )
+    config |= {"attention_head_dim": head_width, "sample_size": size, "dropout": settings["dropout"]}
+    order: AttentionOrder = settings.get("attention_order", "new")
+    return config, tensor_pairs(family.names, architecture, expected, head_width=head_width, order=order)
 
 
 def rescaled_time_table(num_timesteps: int, channels: int) -> torch.Tensor:
@@ -164,11 +203,12 @@ def rescaled_time_table(num_timesteps: int, channels: int) -> torch.Tensor:
     Section 3 of the code of Nichol & Dhariwal 2021 scales timesteps to 0 ... 1000; UNet2DModel has no scale for them.
     """
     timesteps = torch.arange(num_timesteps).float() * (1000.0 / num_timesteps)
-    return get_timestep_embedding(timesteps, channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+    table: torch.Tensor = get_timestep_embedding(timesteps, channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+    return table
 
 
 def describe(
-    checkpoint: Checkpoint, family: Family, shapes: Shapes, options: ConversionOptions
+    path: Path, family: Family, shapes: Shapes, options: ConversionOptions
 ) -> tuple[Architecture, Published | None, dict[str, Any]]:
     """Return the layers of a network, the published network with the same, and what shapes do not tell.
 
@@ -178,9 +218,9 @@ def describe(
     try:
         architecture = family.infer(shapes)
     except ConfigError as error:
-        raise ConfigError(f"{checkpoint.path} ({family.name}): {error}") from None
+        raise ConfigError(f"{path} ({family.name}): {error}") from None
     except (IndexError, ZeroDivisionError):
-        raise ConfigError(f"{checkpoint.path} is only a part of a network of {family.title}; copy it again.") from None
+        raise ConfigError(f"{path} is only a part of a network of {family.title}; copy it again.") from None
     given = options.given()
     published = next((one for one in family.published if one.matches(architecture)), None)
     settings = {**family.defaults, **(published.settings if published else {})}
@@ -192,12 +232,19 @@ def describe(
     elif "num_heads" in given:
         settings.pop("num_head_channels", None)
     settings |= given
-    what = f"{checkpoint.path} ({family.name})"
+    what = f"{path} ({family.name})"
     if not family.has_heads:
         for name in ("num_heads", "num_head_channels", "attention_order"):
             if name in given:
                 raise ConfigError(f"--{name} is given, but the attention of {family.title} has one head; remove it.")
-    elif "attention_order" not in settings:
+    if "activation" in given and family is not ABARANKAB:
+        raise ConfigError(f"--activation is given, but all networks of {family.title} have SiLU; remove it.")
+    if settings.get("activation", "silu") != "silu":
+        raise ConfigError(
+            f"{what} has activation {settings['activation']} before out_conv, where UNet2DModel always has silu, so "
+            f"that it cannot express this network. {_INSTEAD}"
+        )
+    if family.has_heads and "attention_order" not in settings:
         settings["attention_order"] = "legacy"
     if learned != (settings["variance_type"] in ("learned", "learned_range")):
         ins, outs = architecture.in_channels, architecture.out_channels
@@ -210,24 +257,13 @@ def describe(
         family in (IMPROVED, GUIDED) and architecture.in_channels == 6
     ):
         raise ConfigError(
-            f"{what} takes {architecture.in_channels} channels and returns {architecture.out_channels}: it also takes a "
-            "smaller image (super-resolution), for which there is no pipeline here; give the base model."
-        )
-    if settings.get("image_size") is None:
-        raise ConfigError(
-            f"{what} does not tell the size of its images, because its layers take any; add --image_size N, as in its "
-            "training command."
-        )
-    factor = 2 ** (len(architecture.block_out_channels) - 1)
-    if settings["image_size"] % factor:
-        raise ConfigError(
-            f"--image_size is {settings['image_size']}, but {what} halves images {factor.bit_length() - 1} times; give a "
-            f"multiple of {factor}."
+            f"{what} takes {architecture.in_channels} channels and returns {architecture.out_channels}: it also takes "
+            "a smaller image (super-resolution), for which there is no pipeline here; give the base model."
         )
     return architecture, published, settings
 
 
-def _head_width(settings: Mapping[str, Any], architecture: Architecture, what: str) -> int | None:
+def _head_width(settings: Mapping[str, Any], architecture: Architecture, family: Family, what: str) -> int | None:
     """Return the width of all attention heads; None for one head of full width.
 
     Raises:
@@ -236,7 +272,9 @@ def _head_width(settings: Mapping[str, Any], architecture: Architecture, what: s
     widths = architecture.attention_widths
     if (width := settings.get("num_head_channels")) is not None:
         if bad := [channels for channels in widths if channels % width]:
-            raise ConfigError(f"--num_head_channels is {width}, but {what} attends with {bad[0]} channels; give a divisor.")
+            raise ConfigError(
+                f"--num_head_channels is {width}, but {what} attends with {bad[0]} channels; give a divisor."
+            )
         return int(width)
     if (num_heads := settings.get("num_heads")) is None:
         raise ConfigError(
@@ -248,11 +286,17 @@ def _head_width(settings: Mapping[str, Any], architecture: Architecture, what: s
     if bad := [channels for channels in widths if channels % num_heads]:
         raise ConfigError(f"--num_heads is {num_heads}, but {what} attends with {bad[0]} channels; give a divisor.")
     if len(widths) > 1:
-        heads = " and ".join(str(channels // num_heads) for channels in widths)
+        levels = [*sorted(architecture.attention_levels), len(architecture.block_out_channels) - 1]
+        layers = {
+            architecture.block_out_channels[level]: family.names.name_of(("mid", 1), architecture) for level in levels
+        }
+        for level in sorted(architecture.attention_levels, reverse=True):
+            place = ("down", level, 0, "attention")
+            layers[architecture.block_out_channels[level]] = family.names.name_of(place, architecture)
+        heads = ", ".join(f"{channels // num_heads} channels in {layers[channels]}" for channels in widths)
         raise ConfigError(
-            f"{what} has {num_heads} attention heads of {heads} channels at different levels, but UNet2DModel has one "
-            "width for all heads, so that it cannot express this network. Use its own code to sample from it, or train "
-            "one here with attention_head_dim in model.overrides."
+            f"{what} has {num_heads} attention heads at each level, of {heads}, but UNet2DModel has one width for all "
+            f"heads, so that it cannot express this network. {_INSTEAD}"
         )
     return widths[0] // int(num_heads)
 
@@ -298,7 +342,7 @@ def schedule_of(betas: torch.Tensor) -> dict[str, Any]:
             expected = make_betas(schedule, num_timesteps, first, last)
         except ValueError:
             continue
-        if torch.allclose(expected, betas.cpu(), rtol=1e-5, atol=1e-9):
+        if torch.allclose(expected, betas.cpu(), rtol=1e-4, atol=1e-9):
             return {
                 "num_train_timesteps": num_timesteps, "schedule": schedule, "beta_start": first, "beta_end": last,
                 "scale_betas": False,
@@ -311,20 +355,20 @@ def _check_tensors(path: Path, pairs: Collection[TensorPair], shapes: Shapes, ex
     names = {pair.theirs for pair in pairs}
     missing, surplus = sorted(names - shapes.keys()), sorted(shapes.keys() - names)
     if missing:
-        raise ConfigError(
-            f"{path} lacks {len(missing)} parameters of its own network ({_listed(missing)}); copy it again."
-        )
+        count = format_count(len(missing), "parameter")
+        raise ConfigError(f"{path} lacks {count} of its own network ({_listed(missing)}); copy it again.")
     if surplus:
+        count = format_count(len(surplus), "parameter")
         raise ConfigError(
-            f"{path} has {len(surplus)} parameters that UNet2DModel has no layer for ({_listed(surplus)}), so that it "
-            "cannot express this network; use its own code to sample from it."
+            f"{path} has {count} that UNet2DModel has no layer for ({_listed(surplus)}), so that it "
+            f"cannot express this network. {_INSTEAD}"
         )
     for pair in pairs:
         theirs, ours = tuple(shapes[pair.theirs]), tuple(pair.their_shape(expected))
         if theirs != ours:
             raise ConfigError(
-                f"{path} has {pair.theirs} of shape {theirs}, where the same layer of UNet2DModel has {ours}, so that it "
-                f"cannot express this network{_why(pair, theirs, ours)}; use its own code to sample from it."
+                f"{path} has {pair.theirs} of shape {theirs}, where the same layer of UNet2DModel has {ours}, so that "
+                f"it cannot express this network{_why(pair, theirs, ours)}. {_INSTEAD}"
             )
 
 
@@ -350,7 +394,9 @@ def _family_of(tensors: Mapping[str, torch.Tensor], name: str | None) -> Family 
     if name is not None:
         return next((family for family in matching if family.name == name), None)
     if GUIDED in matching:  # improved-diffusion has the same names, but no residual blocks that change the resolution
-        has_resnets = any("in_layers" in key and key.split(".")[2] in "12" for key in tensors if key.startswith("output_b"))
+        has_resnets = any(
+            "in_layers" in key and key.split(".")[2] in "12" for key in tensors if key.startswith("output_b")
+        )
         return GUIDED if has_resnets else IMPROVED
     return matching[0] if matching else None
 
@@ -380,9 +426,7 @@ def _describe_unknown(checkpoint: Checkpoint) -> str:
 # --------------------------------------------------------------------------------------------------------------- back
 
 
-def convert_back(
-    unet: UNet2DModel, family: Family, record: Mapping[str, Any], where: str
-) -> dict[str, torch.Tensor]:
+def convert_back(unet: UNet2DModel, family: Family, record: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
     """Return the state dict of a UNet2DModel in a family, bit-identical to the one that it was converted from.
 
     Args:
@@ -409,7 +453,9 @@ def convert_back(
             continue
         own = config.get(name)
         if (list(own) if isinstance(own, tuple) else own) != value:
-            raise ConfigError(f"{where} has {name} {own!r}, but networks of {family.title} have {value!r}; choose another family.")
+            raise ConfigError(
+                f"{where} has {name} {own!r}, but networks of {family.title} have {value!r}; choose another family."
+            )
     if table and not _is_rescaled(unet):
         raise ConfigError(f"{where} has a learned time embedding, which networks of {family.title} lack.")
     order: AttentionOrder = record.get("settings", {}).get("attention_order") or "legacy"

@@ -5,10 +5,8 @@ The names and values are those of the source code, the documentation and the con
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from ddpm_hf.config import ConfigError
 from ddpm_hf.convert.layers import Architecture, LayerNames, Place, Shapes
@@ -173,9 +171,7 @@ def _ddpm_torch_name(place: Place, architecture: Architecture) -> str:
 def _infer_ddpm_torch(shapes: Shapes) -> Architecture:
     levels = range(_count(shapes, r"downsamples\.level_(\d+)\."))
     attends = frozenset(level for level in levels if f"downsamples.level_{level}.0.1.norm.weight" in shapes)
-    convolutions = [
-        f"downsamples.level_{level}.0.{'0.' if level in attends else ''}conv1.weight" for level in levels
-    ]
+    convolutions = [f"downsamples.level_{level}.0.{'0.' if level in attends else ''}conv1.weight" for level in levels]
     return Architecture(
         in_channels=channels_of(shapes, "in_conv.weight", 1),
         out_channels=channels_of(shapes, "out_conv.2.weight"),
@@ -226,8 +222,8 @@ def _infer_openai(shapes: Shapes) -> Architecture:
     for block in range(num_blocks):
         if not any(name.startswith(f"input_blocks.{block}.") for name in shapes):
             raise ConfigError(
-                f"input_blocks.{block} has no parameters: it averages pixels to halve the resolution, where UNet2DModel "
-                "has a convolution or a residual block, so that it cannot express this network."
+                f"input_blocks.{block} has no parameters: it averages pixels to halve the resolution, where "
+                "UNet2DModel has a convolution or a residual block, so that it cannot express this network."
             )
     size = max(1, num_blocks // num_levels)
     first = [1 + level * size for level in range(num_levels)]
@@ -405,7 +401,9 @@ ABARANKAB = Family(
     ),
     _infer_abarankab,
     _ABARANKAB,
-    _DEFAULTS | {"scale_betas": True, "variance_type": "fixed_large", "clip_sample": False, "dropout": 0.1},
+    _DEFAULTS | {
+        "scale_betas": True, "variance_type": "fixed_large", "clip_sample": False, "dropout": 0.1, "activation": "silu",
+    },
     (
         Published("CIFAR-10 of abarankab", 128, _SMALL, 2, frozenset({1}), {"image_size": 32}),
         Published("the default network of bubbliiiing", 128, (1, 2, 4, 8), 3, frozenset({1}), {"image_size": 32}),

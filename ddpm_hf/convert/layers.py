@@ -16,7 +16,7 @@ Place: TypeAlias = tuple[str | int, ...]
 """Where a layer is: ("down", level, index, "resnet"), ("up", level, "resample"), ("mid", 1), ("conv_in",), ..."""
 Shapes: TypeAlias = Mapping[str, torch.Size]
 AttentionOrder: TypeAlias = Literal["legacy", "new"]
-"""Order of the rows of joint projections: by head, then query, key and value (legacy), or the other way around (new)."""
+"""Order of rows of joint projections: by head, then query, key and value (legacy), or the other way around (new)."""
 
 _RESNET = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
 
@@ -50,7 +50,9 @@ class Architecture:
     @property
     def attention_widths(self) -> list[int]:
         """The different numbers of channels of attention layers, that in the middle included."""
-        return sorted({self.block_out_channels[level] for level in self.attention_levels} | {self.block_out_channels[-1]})
+        return sorted(
+            {self.block_out_channels[level] for level in self.attention_levels} | {self.block_out_channels[-1]}
+        )
 
     @property
     def multipliers(self) -> tuple[float, ...]:
@@ -60,7 +62,11 @@ class Architecture:
     def unet_config(self) -> dict[str, Any]:
         """Return the arguments of UNet2DModel that follow from the layers."""
         attends = [level in self.attention_levels for level in range(len(self.block_out_channels))]
-        plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if self.has_resnet_resampling else ("DownBlock2D", "UpBlock2D")
+        plain = (
+            ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+            if self.has_resnet_resampling
+            else ("DownBlock2D", "UpBlock2D")
+        )
         resampling = "resnet" if self.has_resnet_resampling else "conv"
         is_usual = self.time_embedding_dim == 4 * self.block_out_channels[0]
         return {
@@ -156,7 +162,12 @@ class TensorPair:
 
 
 def tensor_pairs(
-    names: LayerNames, architecture: Architecture, shapes: Shapes, *, head_width: int | None, order: AttentionOrder
+    names: LayerNames,
+    architecture: Architecture,
+    shapes: Shapes,
+    *,
+    head_width: int | None,
+    order: AttentionOrder = "new",
 ) -> list[TensorPair]:
     """Return all tensors of a network of a family with those of the UNet2DModel that it is.
 

@@ -12,22 +12,25 @@ class ConversionOptions:
     """What the shapes of a checkpoint do not tell.
 
     Args:
-        family: System that wrote the checkpoint; by default recognized by the names of its parameters.
+        family: System that wrote the checkpoint; by default recognized by the names of its parameters. The defaults of
+            the following settings are those of the published network with the same layers, or of the system's training
+            script.
         ema: EMA weights to take, by their place in the file, or none for the weights without EMA; by default the only
             EMA weights, or the only weights.
-        image_size: Height and width of the images that the network was trained on.
-        num_heads: Number of attention heads, as in the training command.
+        image_size: Height and width of the images that the network was trained on; no default for own networks.
+        num_heads: Number of attention heads, as in the training command; no default for own networks.
         num_head_channels: Channels of an attention head, as in the training command; replaces num_heads.
         attention_order: Order of the rows of joint attention projections: new for networks that were trained with
             --use_new_attention_order True, else legacy.
         num_train_timesteps: Number of diffusion timesteps.
-        schedule: Noise schedule; see diffusion.beta_schedule.
+        schedule: Noise schedule, as diffusion.beta_schedule.
         beta_start: First beta of a linear schedule.
         beta_end: Last beta of a linear schedule.
         prediction_type: What the network predicts.
         variance_type: Variance of the reverse process; learned_range if the network predicts it.
         rescale_timesteps: Whether the network was given timesteps scaled to 0 ... 1000, as with --rescale_timesteps
             True.
+        activation: Activation function of networks of abarankab; UNet2DModel can express silu only.
     """
 
     family: Literal["pesser", "ddpm_torch", "improved_diffusion", "guided_diffusion", "abarankab"] | None = None
@@ -45,6 +48,7 @@ class ConversionOptions:
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
     variance_type: Literal["fixed_small", "fixed_large", "learned_range", "learned"] | None = None
     rescale_timesteps: Literal["true", "false"] | None = None
+    activation: Literal["silu", "relu", "mish"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_size", "num_heads", "num_head_channels", "num_train_timesteps"):

@@ -37,12 +37,12 @@ def recipe(checkpoint: Checkpoint, options: ConversionOptions) -> str:
         settings, notes = _of_lucidrains(checkpoint, shapes, options)
     else:
         raise ConfigError(
-            f"{checkpoint.path} is a network of {found.family.title}, whose process has no recipe here: "
-            f"{found.family.layer(found.tensors)} is in a network that {found.family.reason}."
+            f"{checkpoint.path} is a network of {found.family.title} ({found.family.layer(found.tensors)}), which has "
+            f"no recipe here: it {found.family.reason}."
         )
     settings.setdefault("training", {}).update(_optimizer(checkpoint))
     if found.place:
-        notes.insert(0, f"Read from {checkpoint.path.name}, {found.place}.")
+        notes.insert(0, f"Read from {checkpoint.path.name}, {found.place.rstrip('.')}.")
     comments = "".join(f"# {note}\n" for note in notes)
     content = yaml.safe_dump(settings, sort_keys=False)
     return f"{comments}# Set data.source to the images, and training.output_dir.\n{content}"
@@ -51,7 +51,7 @@ def recipe(checkpoint: Checkpoint, options: ConversionOptions) -> str:
 def _of_family(
     checkpoint: Checkpoint, family: Family, shapes: Shapes, options: ConversionOptions
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    architecture, published, found = describe(checkpoint, family, shapes, options)
+    architecture, published, found = describe(checkpoint.path, family, shapes, options)
     notes = [f"A network of {family.title}{f': {published.name}' if published else ''}."]
     if (betas := checkpoint.betas()) is not None:
         found |= schedule_of(betas)
@@ -67,10 +67,13 @@ def _of_family(
     for name in ("in_channels", "out_channels", "num_class_embeds"):
         del overrides[name]
     overrides |= {**family.unet, "attention_head_dim": width, "dropout": found["dropout"]}
+    has_classes = architecture.num_classes is not None or any("class_bias" in name for name in shapes)
     learned = architecture.out_channels == 2 * architecture.in_channels
     settings: dict[str, dict[str, Any]] = {
-        "data": {"resolution": found["image_size"]},
-        "model": {"preset": "ddpm_32", "overrides": overrides, "class_conditional": architecture.num_classes is not None},
+        **({"data": {"resolution": found["image_size"]}} if found.get("image_size") else {}),
+        "model": {
+            "preset": "ddpm_32", "overrides": overrides, "class_conditional": has_classes,
+        },
         "diffusion": _process(found, notes) | {
             "prediction_type": found["prediction_type"], "variance_type": found["variance_type"],
             "clip_sample": found["clip_sample"], "timestep_spacing": found["timestep_spacing"],
@@ -97,8 +100,8 @@ def _of_lucidrains(
     out_channels = channels_of(shapes, "final_conv.weight")
     in_channels = channels_of(shapes, "init_conv.weight", 1)
     notes = [
-        f"The recipe of a network of {LUCIDRAINS}, with the layers of UNet2DModel that are nearest to its own: they",
-        "have other norms, full instead of linear attention at the lowest level, and strided convolutions.",
+        f"The recipe of a network of {LUCIDRAINS}, with the layers of",
+        "UNet2DModel that are nearest: other norms, attention at the lowest level only, and strided convolutions.",
     ]
     found = schedule_of(betas) if betas is not None else {"num_train_timesteps": 1000, "schedule": "sigmoid_alpha_bar"}
     if betas is None:

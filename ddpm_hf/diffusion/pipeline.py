@@ -519,6 +519,12 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                 raise
             given_as = ", ".join(f"{name} {value}" for name, value in timesteps.items())
             raise ValueError(f"{type(scheduler).__name__} cannot run {given_as} ({error}); change it.") from error
+        if self.unet.config.get("time_embedding_type") == "learned" and scheduler.timesteps.is_floating_point():
+            raise ValueError(
+                f"{type(scheduler).__name__} samples at timesteps between those of training, for which a unet with a"
+                " learned time embedding has no values; use GaussianDiffusionScheduler, DDIMScheduler or"
+                " DPMSolverMultistepScheduler."
+            )
         keeps_variance = splits_variance(scheduler)
         shows_x_0 = given.callback_on_step_end and "pred_original_sample" in given.callback_on_step_end_tensor_inputs
         num_outputs = self.num_channels * (2 if keeps_variance else 1)

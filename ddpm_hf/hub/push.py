@@ -75,8 +75,8 @@ _HTTPError: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if ki
 # Files of an earlier push that are removed if this push does not have them. All other files of a repository stay.
 _OURS = (
     "unet/diffusion_pytorch_model*", "scheduler/reverse_variance.json", "training_config.yaml", "training_summary.json",
-    "evaluation.json", "recognition.json", "conversion.json", "samples/samples.png", "samples/denoising.*", "samples/loss.png",
-    "samples/evaluation.png",
+    "evaluation.json", "recognition.json", "conversion.json", "samples/samples.png", "samples/denoising.*",
+    "samples/loss.png", "samples/evaluation.png",
 )  # fmt: skip
 # Code of version 0.1 that is removed if all of it is there; a single file of such a name may belong to the user.
 _CODE_0_1 = {

@@ -1092,6 +1092,7 @@ def build_network(
         len(class_names) + has_null_label if class_names else None,
         self_conditioned=config.objective.self_conditioning > 0,
         learned_variance=config.diffusion.learns_variance,
+        num_train_timesteps=len(scheduler),
     )
     if model.config_file is None and model.from_pretrained is None:
         return build().to(device)
