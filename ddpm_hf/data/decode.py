@@ -61,6 +61,8 @@ STORED_DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
 MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 # Pillow opens no other formats, because some of its plugins start external programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
+LFS_POINTER = b"version https://git-lfs"
+"""Start of the file that a repository contains in place of a large one."""
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # 8-bit modes and the mode that they convert to without loss.
 _CANONICAL_MODE = {
@@ -332,8 +334,12 @@ def _open_file(source: File, name: str) -> Image.Image:
         return Image.open(source, formats=_FORMATS)
     except UnidentifiedImageError:
         with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as file:
-            start = file.read(12)
-        if start[4:8] != b"ftyp" or start[8:] not in _HEIF_BRANDS:
+            start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise BadImage(
+                f"{name} is a Git LFS pointer instead of an image; run git lfs pull in its repository."
+            ) from None
+        if start[4:8] != b"ftyp" or start[8:12] not in _HEIF_BRANDS:
             raise
     try:
         import pillow_heif

@@ -4,7 +4,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from ddpm_hf.data.decode import DataError
@@ -22,6 +22,11 @@ _FILLERS = {"images", "image", "imgs", "img", "set", "data", "dataset", "split"}
 """Words beside the name of a split."""
 _UNUSED = {"unlabeled", "unlabelled", "unsupervised", "extra", "raw"}
 """Words for images that are in no split."""
+_ANNOTATIONS = {
+    "annotation", "annotations", "depth", "groundtruth", "gt", "label", "labels", "mask", "masks", "matte", "mattes",
+    "segmentation", "segmentationclass", "segmentationobject", "segmentations", "trimap", "trimaps",
+}  # fmt: skip
+"""Words for pictures that describe the images in a folder beside them."""
 _CONTAINERS = {*_FILLERS, "imagefolder", "jpegimages", "jpg", "jpeg", "png", "photos", "pictures", "pics"}
 """Names of a single folder that are no class."""
 
@@ -39,7 +44,9 @@ class Layout:
         depth: Number of folders that enclose everything.
         splits: Folder -> split.
         class_depths: Folder of a split -> position of the class among the folders; without splits, "" is the key.
-        left_out: Folders that are in no split.
+        left_out: Folders that are in no split, or contain annotations such as masks.
+        annotations: The folders of annotations.
+        doubt: Why the classes may be others; "" without a doubt.
     """
 
     kind: Kind
@@ -47,9 +54,17 @@ class Layout:
     splits: dict[str, str] = field(default_factory=dict)
     class_depths: dict[str, int] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    annotations: frozenset[Folders] = frozenset()
+    doubt: str = ""
+
+    def is_annotation(self, folders: Folders) -> bool:
+        """Return whether a file is an annotation of an image."""
+        return any(folders[:depth] in self.annotations for depth in range(1, len(folders) + 1))
 
     def split_of(self, folders: Folders) -> str | None:
         """Return the split of a file, None if it is in none."""
+        if self.is_annotation(folders):
+            return None
         if not self.splits:
             return "train"
         return self.splits.get(folders[self.depth]) if len(folders) > self.depth else None
@@ -63,6 +78,8 @@ class Layout:
 
     def class_of(self, folders: Folders) -> str | None:
         """Return the name of the class of a file, None if it has none."""
+        if self.is_annotation(folders):
+            return None
         top = "".join(folders[self.depth : self.depth + 1]) if self.splits else ""
         depth = self.class_depths.get(top)
         return folders[depth] if depth is not None and len(folders) > depth else None
@@ -81,22 +98,37 @@ def split_of_word(word: str) -> str | None:
     return _SPLIT_OF_WORD.get(word.lower())
 
 
-def read_layout(files: Collection[Folders], source: str, kind: Kind | None = None, *, is_archive: bool) -> Layout:
+def read_layout(
+    files: Collection[Folders],
+    source: str,
+    kind: Kind | None = None,
+    *,
+    is_archive: bool,
+    with_annotations: bool = False,
+) -> Layout:
     """Find out what folders mean.
 
     Folders that enclose everything have no meaning. The folders in them are splits if all are named after splits, such
     as train2017 and val2017, or if train and another split are among them; the others are then left out. Any other
-    folder is a class, also one called train beside other names, about which a warning is printed.
+    folder is a class, also one called train beside other names, about which a warning is printed. Beside a folder of
+    images, a folder of masks or other annotations is left out.
 
     Args:
         files: The folders of each image.
         source: Name of the dataset in errors.
         kind: data.layout; None decides by the names.
         is_archive: Whether a single outermost folder stands for the dataset, and is not a class.
+        with_annotations: Take annotations for images, as version 0.1 did.
 
     Raises:
         DataError: The names are ambiguous, or contradict `kind`.
     """
+    if not with_annotations and kind not in ("flat", "classes") and (annotations := _annotations(files)):
+        unused = Layout("flat", annotations=annotations)
+        images = [folders for folders in files if not unused.is_annotation(folders)]
+        layout = read_layout(images, source, kind, is_archive=is_archive, with_annotations=True)
+        names = sorted("/".join(folders) for folders in annotations)
+        return replace(layout, annotations=annotations, left_out=(*layout.left_out, *names))
     depth = _num_enclosing(set(files), 1 if is_archive else 0)
     tops = {folders[depth] for folders in files if len(folders) > depth}
     splits = {} if kind in ("flat", "classes") else _splits_among(tops, source, is_certain=kind is not None)
@@ -109,7 +141,8 @@ def read_layout(files: Collection[Folders], source: str, kind: Kind | None = Non
             return Layout("flat", depth)
         if kind is None:
             _check_no_splits_in_classes(files, depth, source)
-        return Layout("classes", depth, class_depths={"": depth})
+        doubt = "" if kind is not None else _doubt_of_classes(set(files), depth, source)
+        return Layout("classes", depth, class_depths={"": depth}, doubt=doubt)
     class_depths = {}
     for top in splits:
         inside = {folders for folders in files if folders[depth : depth + 1] == (top,)}
@@ -136,8 +169,10 @@ def _num_enclosing(files: set[Folders], num_of_dataset: int, first: int = 0) -> 
         if mark is not None and not mark[1]:
             return depth
         depth += 1
-    is_single = len(files) == 1 and depth > first + num_of_dataset
-    return depth - (is_single and next(iter(files))[depth - 1].lower() not in _CONTAINERS)
+    if len(files) > 1 or depth <= first + num_of_dataset:
+        return depth
+    *outer, name = next(iter(files))[:depth]
+    return depth - (name.lower() not in _CONTAINERS and name not in outer)
 
 
 def _mark(name: str) -> tuple[str, Folders] | None:
@@ -162,7 +197,7 @@ def _splits_among(names: Iterable[str], source: str, *, is_certain: bool) -> dic
     splits = {name: split for name, (split, words) in marks.items() if not words or len(splits_of_words[words]) > 1}
     others = [name for name in names if name not in splits]
     found = set(splits.values())
-    is_unused = all(re.sub("[^a-z]", "", name.lower()) in _UNUSED for name in others)
+    is_unused = all(re.sub("[^a-z]", "", name.lower()) in _UNUSED or _is_annotation(name) for name in others)
     if not splits or is_certain or is_unused or ("train" in found and len(found) > 1):
         return splits
     beside = (
@@ -178,6 +213,44 @@ def _splits_among(names: Iterable[str], source: str, *, is_certain: bool) -> dic
     raise DataError(
         f"{beside}set data.layout to classes if it is a class, or to splits if all are splits (splits/classes if they "
         "contain a folder for each class)."
+    )
+
+
+def _is_annotation(name: str) -> bool:
+    return not _ANNOTATIONS.isdisjoint(re.split("[^a-z]+", name.lower()))
+
+
+def _annotations(files: Iterable[Folders]) -> frozenset[Folders]:
+    """Return the folders of annotations that lie beside folders of images, and beside nothing else."""
+    names: dict[Folders, set[str]] = defaultdict(set)
+    for folders in set(files):
+        for depth, name in enumerate(folders):
+            names[folders[:depth]].add(name)
+    found = set()
+    for parent, inside in names.items():
+        images = {name for name in inside if not _CONTAINERS.isdisjoint(re.split("[^a-z]+", name.lower()))}
+        others = {name for name in inside - images if _is_annotation(name)}
+        if images and images | others == inside:
+            found |= {(*parent, name) for name in others}
+    return frozenset(found)
+
+
+def _doubt_of_classes(files: set[Folders], depth: int, source: str) -> str:
+    """Return a sentence if all class folders contain folders of the same names, which may be the classes."""
+    inside: dict[str, set[Folders]] = defaultdict(set)
+    for folders in files:
+        if len(folders) > depth:
+            inside[folders[depth]].add(folders)
+    common: set[str] | None = None
+    for found in inside.values():
+        first = _num_enclosing(found, 0, depth + 1)
+        names = {folders[first] for folders in found if len(folders) > first}
+        common = names if common is None else common & names
+    if common is None or len(common) < 2 or len(inside) == 1:
+        return ""
+    return (
+        f"{source} has the folders {_listed(sorted(inside))}, which are taken for classes, although each of them "
+        f"contains {_listed(sorted(common))}; if these are the classes, set data.source to one of the former."
     )
 
 

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.arrays import find_images, image_set_of_array, needs_preprocessing, read_arrays, splits_of_arrays
-from ddpm_hf.data.decode import BadImage, DataError, EncodedImage, Header, as_native, image_of_array
+from ddpm_hf.data.decode import LFS_POINTER, BadImage, DataError, EncodedImage, Header, as_native, image_of_array
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.labels import NO_LABEL, ClassOrder, Labels, encode_labels, sort_classes
 from ddpm_hf.data.layout import SPLIT_NAMES, Kind, Layout, read_layout, split_of_word
@@ -57,7 +58,8 @@ class Source:
         ignored_files: Names of files that are not read as images, with the reason.
         layout: What the folders mean, for messages; "" without folders.
         archive_starts: First row of each tar archive of several that are one dataset; 0 for any other source.
-        labels_problem: Why labels that were found cannot be used.
+        labels_problem: Why a class-conditional network cannot be trained with the labels that were found, and the fix.
+        labels_doubt: Why the classes may be others.
         headers: The header of each image, or the error of a bad one, if all images have already been read.
     """
 
@@ -72,6 +74,7 @@ class Source:
     layout: str = ""
     archive_starts: tuple[int, ...] = (0,)
     labels_problem: str | None = None
+    labels_doubt: str = ""
     headers: Sequence[Header | BadImage] | None = None
 
 
@@ -98,9 +101,11 @@ def find_source(
         return _open_table(config, split, class_order, known)
     if name.endswith((".npz", ".npy")):
         return _open_array(path, config, split, class_order, known)
+    if name.endswith(IMAGE_SUFFIXES):
+        raise DataError(f"data.source {path} is a single image; set it to the folder of the images.")
     raise DataError(
         f"data.source {path} has an unsupported type ({path.suffix or 'no suffix'}); use a folder or a .parquet, "
-        ".arrow, .csv, .tsv, .jsonl, .zip, .tar, .npz or .npy file."
+        ".arrow, .csv, .tsv, .json, .jsonl, .zip, .tar, .npz or .npy file."
     )
 
 
@@ -115,20 +120,27 @@ def find_files(
     if path.exists():
         _check_unset(config, ("subset", "revision"), f"{path}, which is not a Hub dataset")
     if path.is_file() and name.endswith((*ZIP_SUFFIXES, *TAR_SUFFIXES)):
-        _check_no_columns(config, path)
-        source = (open_zip if name.endswith(ZIP_SUFFIXES) else open_tar)(path, split, config.layout, class_order)
+        _check_no_columns(config, path, ("label_column",) if name.endswith(TAR_SUFFIXES) else _COLUMNS)
+        if name.endswith(ZIP_SUFFIXES):
+            source = open_zip(path, split, config.layout, class_order)
+        else:
+            source = open_tar(path, split, config.layout, class_order, image_column=config.image_column)
         return _with_known_classes(source, known)
     if not path.is_dir():
         return None
     files = list(_walk(path))
     if _is_table(path, files):
         return None
-    _check_no_columns(config, path)
-    if (shards := _shards(path, files)) is not None:
+    shards = _shards(path, files)
+    _check_no_columns(config, path, _COLUMNS if shards is None else ("label_column",))
+    if shards is not None:
         name = _name_of_split(split, config.source)
-        if name not in shards:
+        found = name if name in shards else split_of_word(name)
+        if found not in shards:
             raise DataError(f"{path} has no split {name!r}; its shards are those of {', '.join(shards)}.")
-        source = open_tar(path, split.replace(name, "train"), config.layout, class_order, shards[name])
+        source = open_tar(
+            path, split.replace(name, "train"), config.layout, class_order, shards[found], config.image_column
+        )
         return _with_known_classes(source, known)
     return _with_known_classes(open_folder(path, split, config.layout, class_order, files), known)
 
@@ -153,8 +165,11 @@ def _shards(folder: Path, files: Iterable[Path]) -> dict[str, list[Path]] | None
     return _tables_by_split(sorted(shards), folder) if shards and not has_images else None
 
 
-def _check_no_columns(config: DataConfig, path: Path) -> None:
-    _check_unset(config, ("image_column", "label_column"), f"{path}, which has class folders instead of columns")
+_COLUMNS = ("image_column", "label_column")
+
+
+def _check_no_columns(config: DataConfig, path: Path, settings: tuple[str, ...]) -> None:
+    _check_unset(config, settings, f"{path}, which has class folders instead of columns")
 
 
 def _check_unset(config: DataConfig, settings: tuple[str, ...], where: str) -> None:
@@ -306,10 +321,12 @@ def open_tar(
     layout: Kind | None = None,
     class_order: ClassOrder = "numbers",
     shards: Sequence[Path] | None = None,
+    image_column: str | None = None,
 ) -> Source:
     """Find the images of a tar file, compressed or not, in the order of the archive.
 
-    Files that are named like the images and end in .cls contain their labels, as in WebDataset.
+    Files that are named like the images and end in .cls contain their labels, as in WebDataset. Of several images in
+    each sample, such as 0.jpg and 0.seg.png, only the one named by a plain suffix is read.
 
     Args:
         path: The file, or the folder of the shards.
@@ -317,6 +334,7 @@ def open_tar(
         layout: data.layout.
         class_order: As in `find_source`.
         shards: Several files that are one dataset.
+        image_column: Suffix of the image in each sample, without its first dot.
     """
     files: list[_File] = []
     others: list[str] = []
@@ -328,6 +346,8 @@ def open_tar(
         others += ignored
         label_files |= {(shard, _key(file)): file for file in found if file.name.endswith(_LABEL_SUFFIX)}
     images = [file for file in files if _why_ignored(file.name) is None] or [f for f in files if _is_array(f.name)]
+    files, more = _one_image_per_sample(files, images, path, image_column, has_labels=bool(label_files))
+    others += more
     keys = {(file.handle.path, _key(file)) for file in images}
     label_files = {key: file for key, file in label_files.items() if key in keys}
 
@@ -349,12 +369,46 @@ def open_tar(
 
 
 _LABEL_SUFFIX = ".cls"
+_LABELS_OF_STYLEGAN = "dataset.json"
 
 
 def _key(file: _File) -> str:
     """Return the name up to the first dot of the file name, which the files of a sample share in WebDataset."""
     folder, _, name = file.name.rpartition("/")
     return f"{folder}/{name.partition('.')[0]}"
+
+
+def _one_image_per_sample(
+    files: list[_File], images: list[_File], path: Path, image_column: str | None, *, has_labels: bool
+) -> tuple[list[_File], list[str]]:
+    """Return the files without other images of the samples of a WebDataset, and the names of these."""
+    suffix_of = {id(file): file.name.rpartition("/")[2].partition(".")[2] for file in images}
+    suffixes = sorted(set(suffix_of.values()))
+    if image_column is None:
+        if len(suffixes) < 2:
+            return files, []
+        samples: dict[tuple[Path, str], set[str]] = {}
+        for file in images:
+            samples.setdefault((file.handle.path, _key(file)), set()).add(suffix_of[id(file)])
+        are_alike = len(set(map(frozenset, samples.values()))) == 1
+        plain = [suffix for suffix in suffixes if "." not in suffix]
+        is_webdataset = has_labels or (are_alike and plain)
+        if not is_webdataset or max(map(len, samples.values())) == 1:
+            return files, []
+        if len(plain) != 1:
+            raise DataError(
+                f"{path} has several images in each sample ({', '.join(suffixes)}); set data.image_column to one of "
+                "them."
+            )
+        image_column = plain[0]
+    elif image_column not in suffixes:
+        raise DataError(
+            f"data.image_column {image_column!r} is not the suffix of an image of {path}, which has "
+            f"{', '.join(suffixes) or 'none'}."
+        )
+    others = [file for file in files if suffix_of.get(id(file), image_column) != image_column]
+    unused = set(map(id, others))
+    return [file for file in files if id(file) not in unused], [f"{file.name} (another image)" for file in others]
 
 
 class _TarFiles:
@@ -500,7 +554,7 @@ def _source_of_files(
     class_order: ClassOrder,
     read: Callable[[str, _File], EncodedImage],
     others: Sequence[str] = (),
-    read_label: Callable[[_File], str | None] | None = None,
+    read_label: Callable[[_File], Any] | None = None,
 ) -> Source:
     """Return the source of a folder or an archive.
 
@@ -521,13 +575,32 @@ def _source_of_files(
         images = [file for file in files if _is_array(file.name)]
         reasons = [None if _is_array(file.name) else reason for file, reason in zip(files, reasons, strict=True)]
     ignored = (*filter(None, reasons), *others)
-    found = read_layout([file.folders for file in images], str(path), layout, is_archive=kind != "folder")
+    found = read_layout(
+        [file.folders for file in images],
+        str(path),
+        layout,
+        is_archive=kind != "folder",
+        with_annotations=class_order == "text",
+    )
     inside = _files_of_split(images, found, _name_of_split(split, str(path)), path) if images else []
     if not inside:
         rest = f"only {format_count(len(ignored), 'other file')}, such as {ignored[0]}" if ignored else "it is empty"
-        raise DataError(f"{path} contains no images (split {split!r}): {rest}. Images end in .png, .jpg and so on.")
-    left_out = tuple(f"{file.name} (in no split)" for file in images if found.split_of(file.folders) is None)
+        advice = "Images end in .png, .jpg and so on."
+        if archive := next((name for name in ignored if name.lower().endswith((*ZIP_SUFFIXES, *TAR_SUFFIXES))), None):
+            advice = f"Unpack {archive}{', or set data.source to it' if kind == 'folder' else ''}."
+        raise DataError(f"{path} contains no images (split {split!r}): {rest}. {advice}")
+    left_out = tuple(
+        f"{file.name} ({'an annotation' if found.is_annotation(file.folders) else 'in no split'})"
+        for file in images
+        if found.split_of(file.folders) is None
+    )
     chosen = [inside[row] for row in _rows_of_split(split, str(path), len(inside))]
+    described = str(found) if read_label is None else ""
+    if read_label is None and class_order != "text":  # version 0.1 ignored dataset.json
+        read_label = _labels_of_json(files, read)
+        if read_label is not None:
+            described = f"labels in {_LABELS_OF_STYLEGAN}"
+            ignored = tuple(name for name in ignored if name != _LABELS_OF_STYLEGAN)
     if read_label is None:
         labels, class_names = _class_folders(chosen, images, found, class_order)
     else:
@@ -548,9 +621,22 @@ def _source_of_files(
         labels=labels,
         class_names=class_names,
         ignored_files=(*ignored, *left_out),
-        layout="" if read_label else str(found),
+        layout=described,
         archive_starts=(0, *later_archives),
+        labels_doubt="" if read_label else found.doubt,
     )
+
+
+def _labels_of_json(files: list[_File], read: Callable[[str, _File], EncodedImage]) -> Callable[[_File], Any] | None:
+    """Return the labels in dataset.json, as StyleGAN and EDM store them; None without such a file."""
+    file = next((file for file in files if file.name == _LABELS_OF_STYLEGAN), None)
+    if file is None:
+        return None
+    try:
+        labels = dict(json.loads(read(file.name, file).read())["labels"])
+    except (DataError, ValueError, KeyError, TypeError):
+        return None  # something else
+    return lambda image: labels.get(image.name)
 
 
 def _files_of_split(images: list[_File], layout: Layout, wanted: str, path: Path) -> list[_File]:
@@ -561,7 +647,12 @@ def _files_of_split(images: list[_File], layout: Layout, wanted: str, path: Path
     if layout.splits and not folders:
         raise DataError(f"{path} has no split {wanted!r}; its folders are {', '.join(layout.splits)}.")
     depth = layout.depth
-    return [file for file in images if not layout.splits or folders.intersection(file.folders[depth : depth + 1])]
+    return [
+        file
+        for file in images
+        if not layout.is_annotation(file.folders)
+        and (not layout.splits or folders.intersection(file.folders[depth : depth + 1]))
+    ]
 
 
 def _no_such_split(path: Path, wanted: str) -> DataError:
@@ -574,10 +665,16 @@ def _class_folders(
     """Label files by their class folder; classes are those of all splits."""
     in_splits = [file.folders for file in files_of_all_splits if layout.split_of(file.folders) is not None]
     found = {name for folders in in_splits if (name := layout.class_of(folders)) is not None}
-    class_names = sort_classes(found) if class_order == "numbers" else sorted(found)
-    if not class_names:
+    if not found:
         return None, None
-    numbers: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
+    # macOS decomposes accents: the same name may be written in two ways.
+    composed = {name: unicodedata.normalize("NFC", name) for name in found}
+    if class_order == "text" or len(set(composed.values())) == len(found):
+        composed = {name: name for name in found}
+    names = set(composed.values())
+    class_names = sort_classes(names) if class_order == "numbers" else sorted(names)
+    number_of = {name: number for number, name in enumerate(class_names)}
+    numbers: dict[str | None, int] = {name: number_of[one] for name, one in composed.items()}
     labels = [numbers.get(layout.class_of(file.folders), NO_LABEL) for file in files]
     return np.asarray(labels, np.int64), tuple(map(_as_unicode, class_names))
 
@@ -594,7 +691,9 @@ def _as_unicode(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ tables
 
 _TABLE_SUFFIXES = (".parquet", ".arrow")
-TEXT_TABLES = {".csv": {"path": "csv"}, ".tsv": {"path": "csv", "sep": "\t"}, ".jsonl": {"path": "json"}}
+TEXT_TABLES = {
+    ".csv": {"path": "csv"}, ".tsv": {"path": "csv", "sep": "\t"}, ".jsonl": {"path": "json"}, ".json": {"path": "json"}
+}  # fmt: skip
 """Suffix -> arguments of `load_dataset`."""
 _PATH_COLUMNS = ("image", "img", "file_name", "filename", "file", "path", "image_path", "filepath", "file_path")
 """Names of columns that contain paths of images, if their values are text."""
@@ -603,9 +702,32 @@ _METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 def _is_table(folder: Path, files: Iterable[Path]) -> bool:
     """Return whether a folder, with these files below it, contains tables rather than only images."""
-    return any(
-        file.suffix in _TABLE_SUFFIXES or file.name in _METADATA_NAMES or file.name == "dataset_dict.json"
-        for file in _visible_other_files(folder, files)
+    files = list(files)
+    others = list(_visible_other_files(folder, files))
+    if any(file.name in _METADATA_NAMES or file.name == "dataset_dict.json" for file in others):
+        return True
+    tables = [file for file in others if file.suffix in _TABLE_SUFFIXES]
+    has_images = any(
+        file.name.lower().endswith(TAR_SUFFIXES) or _why_ignored(file.relative_to(folder).as_posix()) is None
+        for file in files
+    )
+    return bool(tables) and not (has_images and all(map(_only_describes_images, tables)))
+
+
+def _only_describes_images(table: Path) -> bool:
+    """Return whether a table has no column that may contain images or their paths, as those of img2dataset."""
+    import pyarrow
+    from pyarrow import parquet, types
+
+    try:
+        schema = parquet.read_schema(table)
+    except (OSError, pyarrow.ArrowException):  # also a table of another type
+        return False
+    is_plain = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return all(
+        any(test(field.type) for test in (*is_plain, types.is_null, types.is_temporal))
+        and field.name not in _PATH_COLUMNS
+        for field in schema
     )
 
 
@@ -650,7 +772,8 @@ def _open_table(config: DataConfig, split: str, class_order: ClassOrder, known: 
     layout = read_layout([file.folders for file in listed], config.source, config.layout, is_archive=False)
     chosen = [_File(file, (), None) for file in _files_of_rows(dataset, image_column, path)]
     labels, class_names = _class_folders(chosen, listed, layout, class_order)
-    return replace(source, labels=labels, class_names=class_names, layout=str(layout))
+    problem = source.labels_problem if labels is None else None
+    return replace(source, labels=labels, class_names=class_names, layout=str(layout), labels_problem=problem)
 
 
 def source_of_table(
@@ -672,7 +795,7 @@ def source_of_table(
     """
     import datasets
 
-    image_column, label_column = find_columns(dataset.features, config)
+    image_column, label_column = find_columns(dataset.features, config, class_order)
     encoded = dataset.select_columns([image_column])
     dtype = dtype_of_arrays(dataset.features[image_column])
     if dtype is not None:
@@ -693,7 +816,12 @@ def source_of_table(
         except DataError as error:
             if config.label_column is not None:
                 raise
-            problem = str(error)
+            problem = f"{str(error)[:-1]}; convert them, or set data.label_column to another column."
+    elif others := [name for name in dataset.features if name != image_column]:
+        problem = (
+            f"{config.source} has no labels, but the network is class-conditional; set data.label_column to one of "
+            f"{_shortened(others)}, or model.class_conditional to false."
+        )
 
     def read(rows: Sequence[int]) -> list[EncodedImage]:
         values = zip(rows, encoded[list(rows)][image_column], strict=True)
@@ -750,7 +878,10 @@ def _identity_of_files(encoded: "Dataset", image_column: str, config: DataConfig
 def _path_in_table(path: str, config: DataConfig) -> Path:
     """Return a path of a table; it is relative to the folder that contains the table."""
     source = Path(config.source).expanduser()
-    return Path(os.path.abspath((source if source.is_dir() else source.parent) / path))
+    folder = source if source.is_dir() else source.parent
+    if "\\" in path and not (folder / path).exists():  # written on Windows
+        path = path.replace("\\", "/")
+    return Path(os.path.abspath(folder / path))
 
 
 def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) -> Any:
@@ -772,6 +903,8 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
             if suffix not in (*_TABLE_SUFFIXES, *TEXT_TABLES):
                 raise DataError(f"data.streaming does not support {path.suffix} files such as {path}; set it to false.")
             arguments = {"path": suffix[1:]} | TEXT_TABLES.get(suffix, {}) | {"data_files": _without_patterns(path)}
+            if suffix == ".csv" and _has_semicolons(path):
+                arguments["sep"] = ";"
         elif path.suffix[1:].isalpha() or config.source.startswith((".", "~", "/")) or config.source.count("/") > 1:
             raise DataError(
                 f"data.source {config.source} does not exist; check the path (working directory {Path.cwd()})."
@@ -792,8 +925,24 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
             raise DataError(
                 f"{table} has no column file_name, which names the image of each row; add it, or rename the table."
             ) from None
+        if "magic bytes" in reason and any(map(_is_lfs_pointer, [path] if path.is_file() else path.rglob("*.parquet"))):
+            raise DataError(
+                f"data.source {path} contains a Git LFS pointer instead of a table; run git lfs pull in its repository."
+            ) from None
         where = "" if path.exists() else ", which is not a local file or folder,"
         raise DataError(f"data.source {config.source}{where} cannot be opened (split {split!r}): {reason}") from error
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def _has_semicolons(path: Path) -> bool:
+    """Return whether the columns of a .csv file are separated by semicolons, as where the comma is a decimal point."""
+    with path.open("rb") as file:
+        header = file.readline(2**16)
+    return b";" in header and b"," not in header
 
 
 @contextmanager
@@ -901,7 +1050,14 @@ def _tables_by_split(tables: list[Path], folder: Path) -> dict[str, list[Path]]:
     return {"train": tables}
 
 
-def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | None]:
+def _shortened(names: Collection[str]) -> str:
+    """Return names, but not those of a thousand columns."""
+    return ", ".join([*names][:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def find_columns(
+    features: "Features", config: DataConfig, class_order: ClassOrder = "numbers"
+) -> tuple[str, str | None]:
     """Return the image column and the label column, configured or detected."""
     import datasets
 
@@ -916,7 +1072,7 @@ def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | N
     def holds_arrays(feature: Any) -> bool:
         return dtype_of_arrays(feature) is not None
 
-    columns = ", ".join(features)
+    columns = _shortened(features)
     for setting, column in (("image_column", config.image_column), ("label_column", config.label_column)):
         if column is not None and column not in features:
             raise DataError(f"data.{setting} {column!r} is not a column of {config.source}; it has {columns}.")
@@ -926,6 +1082,11 @@ def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | N
         found = found or [name for name, feature in features.items() if may_hold_images(feature)]
         found = found or [name for name in _PATH_COLUMNS if is_text(features.get(name))]
         found = found or [name for name, feature in features.items() if holds_arrays(feature)]
+        if not found:
+            raise DataError(
+                f"{config.source} has no column of images or of their paths among {columns}; set data.image_column to "
+                "the column of the paths, relative to the table."
+            )
         if len(found) != 1:
             raise DataError(
                 f"{config.source} has {len(found)} image columns among {columns}; set data.image_column to one of them."
@@ -939,7 +1100,8 @@ def find_columns(features: "Features", config: DataConfig) -> tuple[str, str | N
     label_column = config.label_column
     if label_column is None:
         found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        found = found or [name for name in ("label",) if name in features]
+        names = ("label",) if class_order == "text" else ("label", "labels")
+        found = found or [name for name in names if name in features][:1]
         label_column = found[0] if len(found) == 1 else None
     return image_column, label_column
 
@@ -977,9 +1139,11 @@ def as_encoded_image(
         name += f" ({Path(file).name})"
     if content is not None or not file:
         return EncodedImage(name, content)
+    if file.startswith(("http://", "https://")):
+        return EncodedImage(name, None, "it is on the web; download the images, and give their paths")
     path = _path_in_table(file, config)
     if not is_trusted and not any(path.is_relative_to(folder) for folder in _allowed_folders(config)):
-        return EncodedImage(name, None, f"it is {path}, outside of the dataset")
+        return EncodedImage(name, None, f"it is {path}, outside of the dataset; give paths relative to the table")
     return EncodedImage(name, path)
 
 
@@ -1017,7 +1181,10 @@ def _open_array(
         raise DataError(
             f"data.label_column {config.label_column!r} is not an array of {path}, which contains {', '.join(arrays)}."
         )
-    labels = arrays.get(config.label_column or "labels")
+    # arr_1 is the second array of numpy.savez, as in the samples of guided-diffusion; version 0.1 ignored others.
+    names = ("labels",) if class_order == "text" else ("labels", "label", "y", "arr_1")
+    labels = next((arrays[name] for name in names if name in arrays), None)
+    labels = labels if config.label_column is None else arrays[config.label_column]
     if len(images) == 0:
         raise DataError(f"{path} contains no images.")
     if labels is not None and len(labels) != len(images):
@@ -1030,7 +1197,7 @@ def _open_array(
         except DataError as error:
             if config.label_column is not None:
                 raise
-            labels, problem = None, str(error)
+            labels, problem = None, f"{str(error)[:-1]}; convert them, or set data.label_column to another column."
     labels = None if labels is None else labels[rows]
     if path.suffix == ".npy" and isinstance(rows, range) and not needs_preprocessing(images, config):
         place = {"array": os.path.abspath(path), "file_identity": list(file_identity(path))}

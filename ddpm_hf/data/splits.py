@@ -70,6 +70,8 @@ def open_images(
         source = replace(source, ignored_files=())  # logged for the training split only
     if with_labels:
         check_labels(source, name)
+        if split in (None, config.split) and known is None:
+            warn_of_empty_classes(source, name)
     images = source if isinstance(source, ImageSet) else open_cache(source, config)
     if images.location is not None:
         warn_of_values(name, images.value_range, images.location["pixel_range"], images.images.dtype)
@@ -181,7 +183,9 @@ def check_labels(source: Source | ImageSet, name: str) -> None:
             "classes; set data.label_column to the column of the classes."
         )
     if isinstance(source, Source) and source.labels_problem is not None:
-        raise DataError(f"{source.labels_problem[:-1]}; convert them, or set data.label_column to another column.")
+        raise DataError(source.labels_problem)
+    if isinstance(source, Source) and source.labels_doubt:
+        logger.warning("%s", source.labels_doubt)
     if source.labels is None or source.class_names is None:
         is_in_memory = name in map(in_words, (TRAIN_DATASET, EVAL_DATASET))
         raise DataError(
@@ -202,6 +206,24 @@ def check_labels(source: Source | ImageSet, name: str) -> None:
         row = int(np.argmax(is_bad))
         image = next(iter(source.read([row]))).name if isinstance(source, Source) else f"image {row} of {name}"
         raise label_error(image, int(source.labels[row]), num_classes)
+
+
+def warn_of_empty_classes(training: Source | ImageSet, name: str) -> None:
+    """Warn of classes without a training image, which may be a misspelled folder of another split."""
+    if training.labels is None or training.class_names is None:
+        return
+    empty = [
+        training.class_names[number]
+        for number in sorted({*range(len(training.class_names))} - {*training.labels.tolist()})
+    ]
+    if empty:
+        shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        logger.warning(
+            "%s has no training image of the class%s %s, which cannot be learned; check its name.",
+            name,
+            "" if len(empty) == 1 else "es",
+            shown,
+        )
 
 
 def _check_same_kind(

@@ -15,7 +15,7 @@ from ddpm_hf.data.decode import DataError
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.loader import ImageLoader
 from ddpm_hf.data.sources import Source, find_source
-from ddpm_hf.data.splits import check_labels, open_sets
+from ddpm_hf.data.splits import check_labels, open_sets, warn_of_empty_classes
 from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.files import format_bytes, format_count
 
@@ -73,6 +73,7 @@ def summarize(config: DataConfig, *, with_labels: bool, seed: int, num_samples: 
         try:
             if with_labels:  # as when a dataset is searched, which it is not again
                 check_labels(source, config.source)
+                warn_of_empty_classes(source, config.source)
             training, validation = open_sets(
                 config, with_labels=with_labels, seed=seed, device=cpu, locations=(images.location, None)
             )

@@ -29,6 +29,21 @@ FOLDERS: dict[str, dict[str, str]] = {
     "splits and others": {"train/1.png": "train/-", "test/1.png": "test/-", "mine/1.png": "-/-", "1.png": "-/-"},
     "a split and unlabeled images": {"train/a/1.png": "train/a", "train/b/1.png": "train/b", "unlabeled/1.png": "-/-"},
     "a class called like a split": {"car/1.png": "train/car", "train/1.png": "train/train"},
+    "images and masks": {"images/1.png": "train/-", "masks/1.png": "-/-"},
+    "images and masks of one name": {"train_images/1.png": "train/-", "train_masks/1.png": "-/-"},
+    "Pascal VOC": {"VOC/JPEGImages/1.png": "train/-", "VOC/SegmentationClass/1.png": "-/-"},
+    "Oxford pets": {"images/1.png": "train/-", "annotations/trimaps/1.png": "-/-"},
+    "images and masks in splits": {
+        "train/images/1.png": "train/-", "train/masks/1.png": "-/-", "val/images/1.png": "validation/-",
+        "val/masks/1.png": "-/-",
+    },
+    "masks of classes": {
+        "images/cat/1.png": "train/cat", "images/dog/1.png": "train/dog", "labels/cat/1.png": "-/-",
+    },
+    "classes called images and labels": {
+        "images/1.png": "train/images", "labels/1.png": "train/labels", "dogs/1.png": "train/dogs",
+    },
+    "a folder in a folder of the same name": {"img_celeba/img_celeba/1.png": "train/-"},
     "classes with a word in common": {"train_station/1.png": "train/train_station", "bus_stop/1.png": "train/bus_stop"},
 }  # fmt: skip
 
@@ -119,6 +134,27 @@ def test_splits_need_folders() -> None:
         layout_of({"1.png": ""}, "splits")
 
 
+def test_the_setting_makes_masks_images() -> None:
+    files = {"images/1.png": "train/images", "masks/1.png": "train/masks"}
+    assert meanings(layout_of(files, "classes"), files) == files
+
+
+@pytest.mark.parametrize(
+    ("files", "is_doubtful"),
+    [
+        (["photo/cat/1.png", "photo/dog/1.png", "sketch/cat/1.png", "sketch/dog/1.png"], True),
+        (["amazon/images/cat/1.png", "amazon/images/dog/1.png", "dslr/cat/1.png", "dslr/dog/1.png"], True),
+        (["cat/images/1.png", "dog/images/1.png"], False),
+        (["mammal/cat/1.png", "mammal/dog/1.png", "bird/owl/1.png", "bird/dog/1.png"], False),
+    ],
+)
+def test_classes_that_contain_the_same_folders_are_doubtful(files: list[str], is_doubtful: bool) -> None:
+    layout = layout_of(dict.fromkeys(files, ""))
+    assert bool(layout.doubt) == is_doubtful
+    if is_doubtful:
+        assert "each of them contains cat, dog; if these are the classes, set data.source to one" in layout.doubt
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -126,6 +162,7 @@ def test_splits_need_folders() -> None:
         ("classes", "a folder for each class"),
         ("splits and others", "splits test, train; left out: mine"),
         ("splits with years", "splits train2014 (train), train2017 (train), val_2017 (validation)"),
+        ("images and masks in splits", "splits train, val (validation); left out: train/masks, val/masks"),
         ("splits with classes", "splits train, valid (validation), with a folder for each class"),
     ],
 )

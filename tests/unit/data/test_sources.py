@@ -146,10 +146,15 @@ def test_paths_of_images_are_relative_to_their_table(tmp_path: Path, cache_dir: 
     rows.to_csv(folder / "x.csv", index=False)
     rows.to_csv(folder / "x.tsv", index=False, sep="\t")
     rows.to_json(folder / "x.jsonl", orient="records", lines=True)
-    for suffix in ("parquet", "csv", "tsv", "jsonl"):
+    rows.to_json(folder / "x.json", orient="records")
+    rows.replace("a/1.png", "a\\1.png").to_csv(folder / "windows.csv", index=False, sep=";")
+    for suffix in ("parquet", "csv", "tsv", "jsonl", "json"):
         images = open_source(folder / f"x.{suffix}", cache_dir, with_labels=True)
         assert np.array_equal(pixels_of(images), [RGB, 255 - RGB])
         assert [images.class_names, images.labels.tolist()] == [("cat", "dog"), [0, 1]]
+    assert np.array_equal(pixels_of(open_source(folder / "windows.csv", cache_dir)), [RGB, 255 - RGB])
+    pd.DataFrame({"path": ["https://example.org/1.png"]}).to_csv(folder / "web.csv", index=False)
+    assert "it is on the web; download the images" in refusal(folder / "web.csv", cache_dir)
     pd.DataFrame({"path": ["../3.png"]}).to_csv(folder / "y.csv", index=False)
     assert f"it is {tmp_path / '3.png'}, outside of the dataset" in refusal(folder / "y.csv", cache_dir)
 
@@ -183,7 +188,9 @@ def test_one_of_several_image_columns_must_be_configured(tmp_path: Path, cache_d
     )
     for column, pixels in (("front", GRAY), ("back", 255 - GRAY)):
         assert np.array_equal(open_source(path, cache_dir, image_column=column).images[0, 0], pixels)
-    assert "has 0 image columns" in refusal(write_table(tmp_path / "y.parquet", {"size": [1]}), cache_dir)
+    assert "has no column of images or of their paths among size" in refusal(
+        write_table(tmp_path / "y.parquet", {"size": [1]}), cache_dir
+    )
 
 
 def write_table(path: Path, columns: dict[str, list[object]]) -> Path:
@@ -360,6 +367,8 @@ def test_a_table_among_images_is_refused(tmp_path: Path, cache_dir: Path) -> Non
     folder = write_files(tmp_path / "x", {"cat/1.png": encode(RGB), "dog/1.png": encode(RGB)})
     assert len(open_source(folder, cache_dir)) == 2
     write_table(folder / "cat" / "stats.parquet", {"size": [1, 2]})
+    assert source_of(folder).ignored_files == ("cat/stats.parquet",)
+    write_table(folder / "cat" / "stats.parquet", {"path": ["1.png"]})
     message = refusal(folder, cache_dir)
     assert message.startswith(f"{folder} contains images such as ")
     assert message.endswith(
@@ -535,7 +544,82 @@ def test_files_of_webdataset_are_read_with_their_labels(tmp_path: Path, names: l
     assert [found.num_images, found.ignored_files[0]] == [1, "0.json"]
     if len(names) == 3:
         assert len(open_source(folder, tmp_path / "cache", split="test")) == 2
+        assert len(open_source(folder, tmp_path / "cache", split="testing")) == 2
         assert "has no split 'val'; its shards are those of " in refusal(folder, tmp_path / "cache", split="val")
+
+
+def test_one_image_of_each_sample_of_webdataset_is_read(tmp_path: Path) -> None:
+    """The one with a plain suffix, or data.image_column; with labels, or if all samples are alike."""
+    image, mask, others = FILES["cat/1.png"], FILES["dog/1.png"], ("0.seg.png (another image)",)
+    for number, more in enumerate(({"0.cls": b"1"}, {})):
+        path = pack(tmp_path / f"{number}.tar", {"0.png": image, "0.seg.png": mask} | more)
+        assert [source_of(path).num_images, source_of(path).ignored_files] == [1, others]
+        chosen = open_source(path, tmp_path / "cache", image_column="seg.png", on_bad_image="error")
+        assert np.array_equal(pixels_of(chosen), [IMAGES["dog/1.png"]])
+        assert "'jpg' is not the suffix of an image" in refusal(path, tmp_path / "cache", image_column="jpg")
+    unclear = pack(tmp_path / "unclear.tar", {"0.rgb.png": image, "0.seg.png": mask, "0.cls": b"1"})
+    assert "(rgb.png, seg.png); set data.image_column to one of them." in refusal(unclear, tmp_path / "cache")
+    assert source_of(pack(tmp_path / "plain.tar", {"cat.0.png": image, "cat.1.png": mask})).num_images == 2
+
+
+def test_tables_that_only_describe_images_are_ignored(tmp_path: Path) -> None:
+    """As those of img2dataset beside its shards or folders."""
+    for name in ("shards", "folders"):
+        folder = tmp_path / name
+        write_files(
+            folder, {"00000_stats.json": b"{}"} | ({"0/0.png": FILES["cat/1.png"]} if name == "folders" else {})
+        )
+        if name == "shards":
+            pack(folder / "00000.tar", {"0.png": FILES["cat/1.png"], "0.txt": b"a cat"})
+        pd.DataFrame({"url": ["https://example.org"], "caption": ["a cat"], "width": [3]}).to_parquet(
+            folder / "0.parquet"
+        )
+        assert len(open_source(folder, tmp_path / "cache")) == 1
+
+
+@pytest.mark.parametrize("name", ["edm", "edm.zip"])
+def test_labels_in_the_dataset_json_of_stylegan_and_edm(tmp_path: Path, name: str) -> None:
+    """Numbers or one-hot vectors; null for none. Version 0.1 ignored them."""
+    files = {"00000/0.png": FILES["cat/1.png"], "00000/1.png": FILES["dog/1.png"]}
+    for number, (labels, found) in enumerate((([3, 1], [1, 0]), ([[0.0, 1.0], [1.0, 0.0]], [1, 0]), (None, None))):
+        pairs = None if labels is None else list(zip(files, labels, strict=True))
+        (tmp_path / str(number)).mkdir()
+        path = store(tmp_path / str(number), name, files | {"dataset.json": json.dumps({"labels": pairs}).encode()})
+        source = source_of(path)
+        assert (source.layout == "labels in dataset.json") == (found is not None)
+        if found is not None:
+            assert [source.labels.tolist(), source.ignored_files] == [found, ()]
+    path = store(tmp_path, name, files | {"dataset.json": json.dumps({"labels": [["00000/0.png", 1]]}).encode()})
+    earlier = find_source(DataConfig(source=str(path)), "train", "text")
+    assert isinstance(earlier, Source)
+    assert earlier.ignored_files == ("dataset.json",)
+
+
+def test_a_class_is_one_however_its_accents_are_written(tmp_path: Path) -> None:
+    """macOS decomposes them."""
+    folder = write_files(tmp_path / "x", {"train/caf\u00e9/1.png": FILES["cat/1.png"], "val/cafe\u0301/2.png": b"x"})
+    assert [source_of(folder, split).class_names for split in ("train", "val")] == [("caf\u00e9",)] * 2
+    assert source_of(folder, "val").labels.tolist() == [0]
+
+
+def test_a_class_without_a_training_image_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {"train/Cat/1.png": FILES["cat/1.png"], "train/dog/1.png": FILES["cat/1.png"], "val/cat/1.png": b"x"}
+    open_source(write_files(tmp_path / "x", files), tmp_path / "cache", with_labels=True)
+    assert "has no training image of the class cat, which cannot be learned" in caplog.text
+
+
+def test_what_is_no_image_or_table_is_explained(tmp_path: Path, cache_dir: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    folder = write_files(tmp_path / "x", {"1.png": pointer, "2.png": pointer})
+    assert "is a Git LFS pointer instead of an image; run git lfs pull" in refusal(folder, cache_dir)
+    table = write_files(tmp_path / "tables", {"0.parquet": pointer})
+    assert "contains a Git LFS pointer instead of a table; run git lfs pull" in refusal(table, cache_dir)
+    assert "is a single image; set it to the folder" in refusal(folder / "1.png", cache_dir)
+    packed = write_files(tmp_path / "packed", {"train.zip": b"", "test.zip": b""})
+    assert refusal(packed, cache_dir).endswith("Unpack test.zip, or set data.source to it.")
+    columns = {f"pixel{number}": [0] for number in range(64)}
+    message = refusal(write_table(tmp_path / "pixels.parquet", columns), cache_dir)
+    assert "has no column of images or of their paths among pixel0, " in message and "pixel19 and 44 more" in message
 
 
 def test_class_folders_whose_names_are_not_utf_8(tmp_path: Path) -> None:
@@ -894,6 +978,23 @@ def test_labels_of_an_npz_are_numbered_classes(tmp_path: Path) -> None:
     images = open_source(path, tmp_path / "cache", with_labels=True, split="train[:3]")
     assert [images.class_names, images.labels.tolist()] == [("0", "1", "2"), [0, 1, 1]]
     assert "has no labels" in refusal(save(tmp_path / "y.npz", PIXELS), tmp_path / "cache", with_labels=True)
+    np.savez(tmp_path / "guided_diffusion.npz", PIXELS, np.array([1, 0, 1, 1]))
+    for other in (tmp_path / "guided_diffusion.npz", save(tmp_path / "z.npz", PIXELS, y=np.array([1, 0, 1, 1]))):
+        assert open_source(other, tmp_path / "cache", with_labels=True).labels.tolist() == [1, 0, 1, 1]
+
+
+def test_labels_may_be_called_labels_but_have_to_be_named_otherwise(tmp_path: Path) -> None:
+    """Version 0.1 knew the column label only."""
+    images = [{"bytes": encode(RGB), "path": None}] * 2
+    path = write_table(tmp_path / "x.parquet", {"image": images, "labels": ["b", "a"], "kind": [1, 0]})
+    assert open_source(path, tmp_path / "cache", with_labels=True).class_names == ("a", "b")
+    earlier = find_source(DataConfig(source=str(path)), "train", "text")
+    assert isinstance(earlier, Source)
+    assert earlier.labels is None
+    path = write_table(tmp_path / "y.parquet", {"image": images, "breed": ["b", "a"], "kind": [1, 0]})
+    assert refusal(path, tmp_path / "cache", with_labels=True).endswith(
+        "set data.label_column to one of breed, kind, or model.class_conditional to false."
+    )
 
 
 def test_arrays_are_detected_or_configured(tmp_path: Path) -> None:
