@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from ddpm_hf.model_folder import ModelFolder
 
 SAMPLES = "evaluation_samples"
-# If no metric needs samples, a few are sampled in few steps for the picture.
-PICTURE_SAMPLES, NUM_PICTURE_SAMPLES, NUM_PICTURE_STEPS = "evaluation_picture", 64, 50
+# If no metric needs samples, a few are sampled for the picture.
+PICTURE_SAMPLES, NUM_PICTURE_SAMPLES = "evaluation_picture", 64
 NUM_SAMPLES, NUM_NEIGHBORS = 50_000, 32
 # Flags that another copy of the model does not need; a variance that was estimated is saved with the model.
 LOCAL_FLAGS = ("folder", "revision", "variant", "data_cache_dir", "estimate_variance")
@@ -157,7 +157,7 @@ class EvaluateFlags(ModelFlags, DataFlags, MeasuringFlags, SamplingFlags, Compil
     """Samples.
 
     Args:
-        num_samples: Number of samples; by default 50000, or 64 in 50 steps if only the picture needs them.
+        num_samples: Number of samples; by default 50000, or 64 as by `ddpm-hf sample` if only the picture needs them.
         seed: Image i depends on (seed, i).
         samples_dir: Folder for the samples; by default evaluation_samples beside the results.
         format: png also writes each image as a file.
@@ -207,9 +207,8 @@ def parse(arguments: Sequence[str]) -> EvaluateFlags:
             "--data.streaming true keeps no images to compare with; remove it, and set --data.cache_dir to a disk with "
             "room for all of them."
         )
-    flags.check_sampling()
     flags.check_compilation()
-    return flags
+    return flags.checked_sampling()
 
 
 def use_validation_set_of_run(flags: EvaluateFlags, config: Path | None) -> tuple[EvaluateFlags, str | None]:
@@ -414,7 +413,7 @@ def _prepare(flags: EvaluateFlags) -> _Work:
     from ddpm_hf import distributed
     from ddpm_hf.data import ImageSet, class_order_of
     from ddpm_hf.diffusion import GaussianDiffusionScheduler
-    from ddpm_hf.evaluation.generate import Sampler, image_shape
+    from ddpm_hf.evaluation.generate import Sampler, default_sampling, image_shape
     from ddpm_hf.evaluation.likelihood import ReverseProcess
     from ddpm_hf.evaluation.metrics import BITS_PER_DIM
     from ddpm_hf.evaluation.report import choose_images
@@ -460,8 +459,10 @@ def _prepare(flags: EvaluateFlags) -> _Work:
         )
     sample_metrics = [name for name in metrics if name != BITS_PER_DIM]
     settings = {name: getattr(flags, name) for name in ("scheduler", *CALL_FLAGS)}
-    if not sample_metrics and flags.num_inference_steps is None:  # the samples are for the picture only
-        settings["num_inference_steps"] = min(NUM_PICTURE_STEPS, len(pipeline.scheduler))
+    if not sample_metrics:  # the samples are for the picture only
+        names = ("scheduler", "num_inference_steps", "eta", "timestep_spacing")
+        given = {name: settings[name] for name in names}
+        settings |= default_sampling(pipeline, **given, needs_native=flags.variance == "analytic")
     labels = None if flags.labels is None else tuple(flags.label_list(pipeline) or ())
     process = None
     if BITS_PER_DIM in metrics:
@@ -477,7 +478,12 @@ def _prepare(flags: EvaluateFlags) -> _Work:
         output=output,
         device=accelerator.device,
         pipeline=pipeline,
-        sampler=Sampler(**settings, labels=labels, analytic_variance=flags.variance == "analytic"),
+        sampler=Sampler(
+            **settings,
+            labels=labels,
+            guide=flags.load_guide(pipeline),
+            analytic_variance=flags.variance == "analytic",
+        ),
         num_samples=flags.num_samples or (NUM_SAMPLES if sample_metrics else NUM_PICTURE_SAMPLES),
         samples_dir=flags.samples_dir or output / (SAMPLES if sample_metrics else PICTURE_SAMPLES),
         training=training,
@@ -565,7 +571,7 @@ def given_flags(flags: EvaluateFlags) -> list[str]:
         name, value = field.name, getattr(flags, field.name)
         if value == field.default or name in LOCAL_FLAGS or isinstance(value, Path):
             continue
-        text = ",".join(map(str, value)) if isinstance(value, list) else value
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
         words.append(f"--{name.replace('data_', 'data.')}" + ("" if value is True else f"={text}"))
     return words
 

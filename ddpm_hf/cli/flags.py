@@ -5,7 +5,7 @@ import dataclasses
 import math
 import types
 import typing
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from docstring_parser import parse as parse_docstring
 
-from ddpm_hf.config import ConfigError, log_warning
+from ddpm_hf.config import NATIVE_SCHEDULER, ConfigError, check_interval, log_warning, scheduler_and_eta
 from ddpm_hf.config.schema import CompileMode
 from ddpm_hf.redaction import redact
 
@@ -22,9 +22,16 @@ if TYPE_CHECKING:
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
 
 Flags = TypeVar("Flags")
+AnySamplingFlags = TypeVar("AnySamplingFlags", bound="SamplingFlags")
 
-NATIVE_SCHEDULER = "GaussianDiffusionScheduler"
-CALL_FLAGS = ("num_inference_steps", "eta", "timestep_spacing", "guidance_scale", "guidance_rescale")
+CALL_FLAGS = (
+    "num_inference_steps",
+    "eta",
+    "timestep_spacing",
+    "guidance_scale",
+    "guidance_rescale",
+    "guidance_interval",
+)
 """Flags that are arguments of a pipeline call under the same name."""
 
 
@@ -111,7 +118,7 @@ def _argument_options(hint: Any, field: "dataclasses.Field[Any]") -> dict[str, A
     """Return the arguments of `add_argument` for a field."""
     parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     kind = next(part for part in parts if part is not type(None))
-    is_list = any(typing.get_origin(part) is list for part in parts)
+    is_list = any(typing.get_origin(part) in (list, tuple) for part in (*parts, hint))
     if (parse := field.metadata.get("parse")) is not None:
         return {"type": parse, "metavar": "LIST" if is_list else "N"}
     if kind is bool:
@@ -142,6 +149,14 @@ class ModelFlags:
     variant: str | None = None
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    """Parse numbers separated by commas."""
+    try:
+        return tuple(float(part) for part in text.strip("[]()").split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not a list of numbers separated by commas") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingFlags:
     """How images are sampled.
@@ -151,11 +166,16 @@ class SamplingFlags:
             from 0 in `evaluate`, gets label i modulo their number. A name with a comma goes in double quotes. If the
             first name begins with a dash, write --labels=LIST.
         num_inference_steps: Sampling steps; by default as many as in training.
-        scheduler: Name of a diffusers scheduler; by default that of the model.
+        scheduler: unipc, dpm++, ddim, ddpm, deis, heun, euler, euler_a, dpm2, dpm2_a, lms, pndm, sa, or the name of a
+            class of diffusers; by default that of the model.
         eta: 0 samples with DDIM, 1 with DDPM; by default that of the scheduler.
         timestep_spacing: Spacing of the timesteps; by default that of the scheduler.
-        guidance_scale: Classifier-free guidance scale; 1 disables guidance.
+        guidance_scale: Scale of classifier-free guidance, or of autoguidance with --guide; 1 disables guidance.
         guidance_rescale: Rescaling of guided predictions, 0 to 1 (Lin et al. 2024).
+        guidance_interval: start,stop: the fractions of the steps between which guidance is on, from the noise (0) to
+            the image (1) (Kynkäänniemi et al. 2024).
+        guide: Folder or repository of a worse version of the model, such as an earlier checkpoint, from which guidance
+            goes away instead of from the null label (Karras et al. 2024).
         variance: Reverse variance; analytic is the optimal one for the network (Bao et al. 2022), which
             `ddpm-hf evaluate --estimate_variance` estimates.
         batch_size: Images per forward pass on one device; smaller values need less memory.
@@ -169,19 +189,28 @@ class SamplingFlags:
     timestep_spacing: Literal["leading", "trailing", "linspace", "quadratic"] | None = None
     guidance_scale: float = flag(1.0, minimum=0)
     guidance_rescale: float = flag(0.0, minimum=0, maximum=1)
+    guidance_interval: tuple[float, ...] = flag((0.0, 1.0), parse=_numbers)
+    guide: str | None = None
     variance: Literal["trained", "analytic"] = "trained"
     batch_size: int = flag(16, minimum=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
-    def check_sampling(self) -> None:
-        """Refuse contradictions, and warn about flags without effect."""
-        if self.scheduler not in (None, NATIVE_SCHEDULER) and self.variance == "analytic":
+    def checked_sampling(self: AnySamplingFlags) -> AnySamplingFlags:
+        """Refuse contradictions, warn about flags without effect, and return flags with the class of --scheduler."""
+        flags = self
+        if self.scheduler is not None:
+            scheduler, eta = scheduler_and_eta("--scheduler", self.scheduler, self.eta)
+            flags = dataclasses.replace(self, scheduler=scheduler, eta=eta)
+        if flags.scheduler not in (None, NATIVE_SCHEDULER) and self.variance == "analytic":
             raise ConfigError(f"--variance analytic needs {NATIVE_SCHEDULER}; remove --scheduler {self.scheduler}.")
-        if self.guidance_rescale and self.guidance_scale == 1:
-            log_warning(
-                f"--guidance_rescale {self.guidance_rescale:g} has no effect with --guidance_scale 1; set "
-                "--guidance_scale to use it."
-            )
+        check_interval("--guidance_interval", self.guidance_interval)
+        of_guidance: dict[str, Any] = {"guidance_rescale": 0.0, "guidance_interval": (0.0, 1.0), "guide": None}
+        for name, default in of_guidance.items() if self.guidance_scale == 1 else ():
+            if (value := getattr(self, name)) != default:
+                numbers = value if isinstance(value, tuple) else (value,)
+                shown = ",".join(one if isinstance(one, str) else f"{one:g}" for one in numbers)
+                log_warning(f"--{name} {shown} has no effect with --guidance_scale 1; set --guidance_scale to use it.")
+        return dataclasses.replace(flags, **of_guidance) if self.guidance_scale == 1 else flags
 
     def check_scheduler(self) -> None:
         """Refuse a scheduler that does not exist, or that has no eta if --eta is given. Imports torch."""
@@ -192,6 +221,20 @@ class SamplingFlags:
             return
         if self.eta is not None and not takes_eta(scheduler_class(self.scheduler)):
             raise ConfigError(f"--eta is {self.eta}, but {self.scheduler} has no eta; remove one of them.")
+
+    def load_guide(self, pipeline: "GaussianDiffusionPipeline") -> "GaussianDiffusionPipeline | None":
+        """Load the guide of a pipeline, in its precision and on its device. Imports torch."""
+        from ddpm_hf.cli.common import find_folder, load_pipeline
+
+        if self.guide is None:
+            return None
+        try:
+            found = find_folder(self.guide)
+        except ConfigError as error:
+            raise ConfigError(f"--guide {error}") from None
+        guide = load_pipeline(self.guide, found, dtype=pipeline.unet.dtype)
+        guide.to(pipeline.device)
+        return guide
 
     def label_list(self, pipeline: "GaussianDiffusionPipeline") -> list[int] | None:
         """Return the numbers of the labels, all classes by default; None for an unconditional network."""

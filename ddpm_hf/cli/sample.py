@@ -11,7 +11,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -24,7 +24,6 @@ from ddpm_hf import __version__
 from ddpm_hf.cli.common import commit_of, find_device, find_folder, load_pipeline, out_of_memory_advice, print_error
 from ddpm_hf.cli.flags import (
     CALL_FLAGS,
-    NATIVE_SCHEDULER,
     CompilationFlags,
     ModelFlags,
     Parser,
@@ -32,7 +31,14 @@ from ddpm_hf.cli.flags import (
     flag,
     read_flags,
 )
-from ddpm_hf.config import ConfigError, DataConfig, log_warning, read_launcher, warn_of_training_flags
+from ddpm_hf.config import (
+    NATIVE_SCHEDULER,
+    ConfigError,
+    DataConfig,
+    log_warning,
+    read_launcher,
+    warn_of_training_flags,
+)
 from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_count, read_json, save_array, write_json
 from ddpm_hf.plots import UInt8Array, denoising_strip, image_grid, save_animation
 
@@ -54,7 +60,8 @@ MAX_IN_STRIP, MAX_IN_ANIMATION, ANIMATION_COLUMNS = 8, 16, 4
 MASK_GRAY = 127  # color of the masked region in the grid
 
 _EXAMPLES = """examples:
-  ddpm-hf sample google/ddpm-cifar10-32 --num_inference_steps 50 --eta 0
+  ddpm-hf sample google/ddpm-cifar10-32
+  ddpm-hf sample google/ddpm-cifar10-32 --scheduler ddim --num_inference_steps 50
   ddpm-hf sample outputs/digits --labels 3,8 --seeds 0-15 --strip --animation --output threes_and_eights
   ddpm-hf sample user/model --revision v1.0 --seeds 7 --dtype bfloat16 --device cuda:1
   ddpm-hf sample user/model --image cat.png --strength 0.4 --seeds 0-3 --output variants
@@ -108,17 +115,22 @@ class EditingFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFlags(ModelFlags, OutputFlags, SamplingFlags, EditingFlags, CompilationFlags):
-    """Device.
+    """Device, and defaults of sampling.
 
     Args:
         device: cpu, cuda, cuda:1 or mps; by default a GPU if there is one.
+        scheduler: unipc, dpm++, ddim, ddpm, deis, heun, euler, euler_a, dpm2, dpm2_a, lms, pndm, sa, or the name of a
+            class of diffusers; by default unipc, or ddim where unipc cannot be used.
+        num_inference_steps: Sampling steps; by default 20, or 50 with ddim, 250 with --mask, and all of the training
+            with ddpm. A distilled model has its own default.
     """
 
     device: str | None = None
+    scheduler: str | None = None
+    num_inference_steps: int | None = flag(None, minimum=1)
 
     def check(self) -> None:
         """Refuse contradictions, and warn about flags without effect."""
-        self.check_sampling()
         self.check_compilation()
         if self.strength is not None and not 0 < self.strength <= 1:
             raise ConfigError(f"--strength is {self.strength}, but must be above 0 and at most 1.")
@@ -143,6 +155,18 @@ class SampleFlags(ModelFlags, OutputFlags, SamplingFlags, EditingFlags, Compilat
             log_warning(
                 f"--strength {self.strength} has no effect {'with --mask' if self.mask else 'without --image'}."
             )
+
+    def with_defaults(self, pipeline: "GaussianDiffusionPipeline") -> "SampleFlags":
+        """Return the flags with the scheduler, eta and number of steps that a pipeline is sampled with."""
+        from ddpm_hf.evaluation.generate import default_sampling
+
+        if self.mask:  # the defaults of `inpaint`
+            num_steps = self.num_inference_steps or min(250, int(pipeline.scheduler.config["num_train_timesteps"]))
+            return replace(self, num_inference_steps=num_steps)
+        names = ("scheduler", "num_inference_steps", "eta", "timestep_spacing")
+        given = {name: getattr(self, name) for name in names}
+        needs_native = bool(self.image) or self.variance == "analytic"
+        return replace(self, **default_sampling(pipeline, **given, needs_native=needs_native))
 
     def seed_list(self) -> list[int]:
         """Return the seeds, all different, in the order given."""
@@ -177,7 +201,7 @@ def parse(arguments: Sequence[str]) -> SampleFlags:
         "batch, and in Python with a generator of that seed.",
         epilog=_EXAMPLES,
     )
-    flags = read_flags(parser, SampleFlags, arguments)
+    flags = read_flags(parser, SampleFlags, arguments).checked_sampling()
     flags.check()
     flags.seed_list()
     return flags
@@ -450,7 +474,12 @@ def _prepare(
     flags.check_scheduler()
     dtype = getattr(torch, flags.dtype)
     loaded = load_pipeline(flags.folder, model, dtype=dtype, revision=flags.revision, variant=flags.variant)
-    sampler = Sampler(scheduler=flags.scheduler, analytic_variance=flags.variance == "analytic")
+    flags = flags.with_defaults(loaded)
+    sampler = Sampler(
+        scheduler=flags.scheduler,
+        timestep_spacing=flags.timestep_spacing,
+        analytic_variance=flags.variance == "analytic",
+    )
     pipeline = sampler.prepare(loaded.to(device))
     flags.set_up_network(pipeline)
     scheduler_name = type(pipeline.scheduler).__name__
@@ -465,8 +494,10 @@ def _prepare(
     ]
     covers = [to_mask(mask, path, shape[:2]) for mask, path in zip(masks, flags.mask or [], strict=True)]
     call = {name: getattr(flags, name) for name in CALL_FLAGS}
-    if flags.mask and call["num_inference_steps"] is None:
-        call["num_inference_steps"] = min(250, len(pipeline.scheduler))  # the default of `inpaint`
+    if scheduler_name != NATIVE_SCHEDULER:
+        call["timestep_spacing"] = None  # `prepare` has set it
+    if (guide := flags.load_guide(pipeline)) is not None:
+        call["guide"] = guide
     pictures = pictures_of(flags, pipeline)
     generator = plain_generators([pictures[0].seed])
     num_steps = pipeline.check_inputs(
@@ -621,7 +652,8 @@ def _settings(work: _Work) -> dict[str, Any]:
         **({} if work.step is None else {"step": work.step}),
         "sha256": fingerprint(pipeline),
         "scheduler": type(scheduler).__name__,
-        **work.call,
+        **{name: value for name, value in work.call.items() if name != "guide"},
+        **({} if "guide" not in work.call else {"guide": flags.guide, "guide_sha256": fingerprint(work.call["guide"])}),
         "num_inference_steps": work.call["num_inference_steps"] or default_num_inference_steps(scheduler),
         "timestep_spacing": flags.timestep_spacing or scheduler.config.get("timestep_spacing"),
         "variance": flags.variance,

@@ -6,13 +6,16 @@ from ddpm_hf.config.rules import (
     ConfigError,
     changed_settings,
     changed_too_late,
+    check_interval,
     log_warning,
     refuse_secrets,
+    scheduler_and_eta,
     use_datasets,
     validate,
 )
 from ddpm_hf.config.schema import (
     EVAL_DATASET,
+    NATIVE_SCHEDULER,
     TRAIN_DATASET,
     AugmentationTransform,
     DataConfig,
@@ -32,6 +35,7 @@ from ddpm_hf.config.schema import (
 
 __all__ = [
     "EVAL_DATASET",
+    "NATIVE_SCHEDULER",
     "TRAIN_DATASET",
     "AugmentationTransform",
     "ConfigError",
@@ -51,6 +55,7 @@ __all__ = [
     "UNetOverride",
     "changed_settings",
     "changed_too_late",
+    "check_interval",
     "load_config",
     "load_data_config",
     "log_warning",
@@ -59,6 +64,7 @@ __all__ = [
     "read_config_dict",
     "read_launcher",
     "refuse_secrets",
+    "scheduler_and_eta",
     "take_launcher",
     "use_datasets",
     "validate",

@@ -4,16 +4,24 @@ Contradictions raise `ConfigError`. A setting that has no effect beside another 
 """
 
 import dataclasses
+import difflib
+import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from math import isfinite, nan
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from ddpm_hf.config.schema import (
     BETA_RANGES,
     DIFFUSION_ALIASES,
     EVAL_DATASET,
+    NATIVE_SCHEDULER,
+    SCHEDULERS,
+    SCHEDULERS_WITH_ETA,
     TRAIN_DATASET,
     DataConfig,
     HubConfig,
@@ -113,6 +121,7 @@ def check(config: RunConfig, *, has_train_dataset: bool = False, has_eval_datase
     _check_distillation(config)
     _check_training(config, has_validation_set)
     _check_evaluation(config, has_validation_set)
+    _check_sampling(config)
     if config.hub.push_to_hub and not config.hub.repo_id:
         raise ConfigError('hub.push_to_hub needs a repository; set hub.repo_id, for example to "user/name".')
     if not config.tracking.project:
@@ -465,6 +474,61 @@ def _check_evaluation(config: RunConfig, has_validation_set: bool) -> None:
             f"evaluation.score_num_samples is {evaluation.score_num_samples}, but evaluation.score_metric {metric} "
             f"needs at least {minimum}; increase it, or set evaluation.score_metric to kid."
         )
+
+
+def scheduler_and_eta(setting: str, name: str, eta: float | None) -> tuple[str, float | None]:
+    """Return the class and eta that the name of a scheduler stands for; imports neither torch nor diffusers.
+
+    Args:
+        setting: What the name is called in messages, such as "--scheduler".
+        name: A short name, or that of a class.
+        eta: The given eta; None if there is none.
+
+    Raises:
+        ConfigError: There is no such scheduler, or it has another eta than the given one.
+    """
+    if (short := name.lower()) in SCHEDULERS:
+        if short == "ddpm" and eta not in (None, 1):
+            raise ConfigError(f"{setting} ddpm samples with eta 1, but eta is {eta:g}; remove one of them.")
+        return SCHEDULERS[short], {"ddim": 0.0, "ddpm": 1.0}.get(short) if eta is None else eta
+    classes = _scheduler_classes()
+    if name not in classes:
+        stems = {known.lower().removesuffix("scheduler"): known for known in (*classes, *SCHEDULERS)}
+        close = difflib.get_close_matches(short.removesuffix("scheduler"), stems, n=1, cutoff=0.7)
+        hint = f" (did you mean {stems[close[0]]!r}?)" if close else ""
+        raise ConfigError(
+            f"{setting} is {name}, which is no scheduler{hint}; give one of {', '.join(SCHEDULERS)}, or the name of a "
+            "class of diffusers."
+        )
+    return name, eta
+
+
+@functools.cache
+def _scheduler_classes() -> tuple[str, ...]:
+    """Return the names of all schedulers of the installed diffusers, read from its list of lazy imports."""
+    spec = find_spec("diffusers")
+    text = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+    return (NATIVE_SCHEDULER, *sorted(set(re.findall(r'"(\w+Scheduler)"', text))))
+
+
+def check_interval(setting: str, interval: Sequence[float]) -> None:
+    """Raise ConfigError if a guidance interval is not two ascending fractions."""
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        given = ",".join(f"{value:g}" for value in interval)
+        raise ConfigError(f"{setting} is {given}, but must be start,stop with 0 <= start < stop <= 1.")
+
+
+def _check_sampling(config: RunConfig) -> None:
+    for section in (config.preview, config.evaluation):
+        name = "preview" if section is config.preview else "evaluation"
+        check_interval(f"{name}.guidance_interval", section.guidance_interval)
+    preview = config.preview
+    if preview.scheduler is not None:
+        found, eta = scheduler_and_eta("preview.scheduler", preview.scheduler, preview.eta)
+        if eta is not None and found not in SCHEDULERS_WITH_ETA:
+            raise ConfigError(
+                f"preview.eta is {eta:g}, but preview.scheduler {preview.scheduler} has no eta; set one to null."
+            )
 
 
 def _has_validation_set(data: DataConfig) -> bool:

@@ -17,6 +17,8 @@ class EvaluationConfig:
         num_inference_steps: Sampling steps.
         eta: 0 samples with DDIM, 1 with DDPM.
         guidance_scale: Classifier-free guidance scale; 1 disables guidance.
+        guidance_interval: [start, stop], the fractions of the steps between which guidance is on, from the noise (0) to
+            the image (1).
         recognition: Train a classifier on the real images and report how many samples it assigns to their class; needs
             model.class_conditional and a validation set.
         score_every_steps: Measure a score of the EMA weights at this interval and after the last step, and keep the
@@ -37,6 +39,7 @@ class EvaluationConfig:
     num_inference_steps: int = 50
     eta: float = 0.0
     guidance_scale: float = 1.0
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     recognition: bool = False
     score_every_steps: int = 0
     score_metric: Literal[
@@ -86,6 +89,24 @@ AugmentationTransform: TypeAlias = Literal[
     "xflip", "yflip", "rotate_int", "translate_int", "scale", "rotate_frac", "aniso", "translate_frac", "brightness",
     "contrast", "lumaflip", "hue", "saturation",
 ]  # fmt: skip
+NATIVE_SCHEDULER = "GaussianDiffusionScheduler"
+SCHEDULERS = {
+    "unipc": "UniPCMultistepScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "ddim": NATIVE_SCHEDULER,
+    "ddpm": NATIVE_SCHEDULER,
+    "deis": "DEISMultistepScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpm2": "KDPM2DiscreteScheduler",
+    "dpm2_a": "KDPM2AncestralDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "sa": "SASolverScheduler",
+}
+"""Short names of schedulers; ddim has eta 0 and ddpm eta 1."""
+SCHEDULERS_WITH_ETA = (NATIVE_SCHEDULER, "DDIMScheduler", "DDIMParallelScheduler")
 
 
 TRAIN_DATASET, EVAL_DATASET = "memory:train_dataset", "memory:eval_dataset"
@@ -432,15 +453,21 @@ class PreviewConfig:
         every_steps: Interval; 0 disables previews.
         num_images: Images in the grid.
         num_inference_steps: Sampling steps.
-        eta: 0 samples with DDIM, 1 with DDPM.
+        scheduler: Name as in `ddpm-hf sample --scheduler`; null uses unipc, or ddim with the given eta or for a
+            self-conditioned network.
+        eta: 0 samples with DDIM, 1 with DDPM; null leaves it to the scheduler.
         guidance_scale: Classifier-free guidance scale; 1 disables guidance.
+        guidance_interval: [start, stop], the fractions of the steps between which guidance is on, from the noise (0) to
+            the image (1).
     """
 
     every_steps: int = 5000
     num_images: int = 64
-    num_inference_steps: int = 50
-    eta: float = 0.0
+    num_inference_steps: int = 20
+    scheduler: str | None = None
+    eta: float | None = None
     guidance_scale: float = 1.0
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

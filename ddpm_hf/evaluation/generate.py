@@ -5,11 +5,12 @@ network, which can move a value by one gray level in float32 and by several in h
 """
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from ddpm_hf import distributed
 from ddpm_hf.config import EvaluationConfig
+from ddpm_hf.config.schema import SCHEDULERS, SCHEDULERS_WITH_ETA
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.compiled import compiled_call
 from ddpm_hf.diffusion.images import image_size, to_images
@@ -36,6 +38,8 @@ from ddpm_hf.rng import sampling_generators
 Images = NDArray[np.uint8]
 """uint8 images (number, height, width, channels)."""
 
+NUM_SOLVER_STEPS, NUM_DDIM_STEPS = 20, 50
+"""Default number of steps of UniPC and other solvers, and of DDIM."""
 MAX_FRAMES = 40
 """Most states kept of a denoising trajectory."""
 SCHEMA_VERSION = 1
@@ -43,6 +47,7 @@ SCHEMA_VERSION = 1
 SAMPLES, PARTS, PICTURES = "samples.npy", "parts", "png"
 _PART_NAME = re.compile(r"(\d{8})-(\d{8})\.npy")
 _PNG_CHANNELS = (1, 3, 4)
+_STOCK_SPACINGS = ("leading", "trailing", "linspace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,8 @@ class Sampler:
         timestep_spacing: None takes that of the scheduler.
         guidance_scale: Scale of classifier-free guidance; 1 disables it.
         guidance_rescale: Rescale factor phi of Lin et al. 2024, 0 to 1.
+        guidance_interval: The fractions of the steps between which guidance is on.
+        guide: Pipeline of a worse version of the model, in place of the null label; None for classifier-free guidance.
         analytic_variance: Use the optimal reverse variance (Bao et al. 2022); needs the second moments of the network.
         labels: Labels that the images have in turn; None takes all classes of the network.
     """
@@ -66,13 +73,20 @@ class Sampler:
     timestep_spacing: str | None = None
     guidance_scale: float = 1.0
     guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, ...] = (0.0, 1.0)
+    guide: GaussianDiffusionPipeline | None = None
     analytic_variance: bool = False
     labels: tuple[int, ...] | None = None
 
     @classmethod
     def from_config(cls, config: EvaluationConfig) -> "Sampler":
         """Return the sampler of a training run's report and score."""
-        return cls(num_inference_steps=config.num_inference_steps, eta=config.eta, guidance_scale=config.guidance_scale)
+        return cls(
+            num_inference_steps=config.num_inference_steps,
+            eta=config.eta,
+            guidance_scale=config.guidance_scale,
+            guidance_interval=tuple(config.guidance_interval),
+        )
 
     def prepare(self, pipeline: GaussianDiffusionPipeline) -> GaussianDiffusionPipeline:
         """Return a pipeline of the same network with a scheduler for these settings.
@@ -82,7 +96,15 @@ class Sampler:
         """
         self.labels_of(pipeline, range(1))
         scheduler_type = scheduler_class(self.scheduler) if self.scheduler else type(pipeline.scheduler)
-        scheduler = scheduler_type.from_config(pipeline.scheduler.config)
+        spacing: dict[str, Any] = {}
+        if self.timestep_spacing is not None and scheduler_type is not GaussianDiffusionScheduler:
+            if self.timestep_spacing not in _STOCK_SPACINGS or "timestep_spacing" not in _settings_of(scheduler_type):
+                raise ValueError(
+                    f"timestep_spacing is {self.timestep_spacing}, which {scheduler_type.__name__} does not have; use "
+                    f"{NATIVE_SCHEDULER} (ddim or ddpm), or leave it out."
+                )
+            spacing["timestep_spacing"] = self.timestep_spacing
+        scheduler = scheduler_type.from_config(pipeline.scheduler.config, **spacing)
         names = ("class_names", "has_null_label", "self_conditioned", "value_range")
         extras = {name: pipeline.config[name] for name in names if pipeline.config.get(name)}
         prepared = GaussianDiffusionPipeline(pipeline.unet, scheduler, **extras)
@@ -115,7 +137,9 @@ class Sampler:
 
     def call_arguments(self) -> dict[str, Any]:
         """Return the settings that are keyword arguments of the pipeline, without those at their default."""
-        names = ("num_inference_steps", "eta", "timestep_spacing", "guidance_scale", "guidance_rescale")
+        names = (
+            "num_inference_steps", "eta", "timestep_spacing", "guidance_scale", "guidance_rescale", "guidance_interval",
+        )  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) != getattr(Sampler, name)}
 
     def call(self, pipeline: GaussianDiffusionPipeline, seed: int, indices: range) -> dict[str, Any]:
@@ -126,7 +150,11 @@ class Sampler:
             seed: Image i is drawn from (seed, i).
             indices: Indices of the images.
         """
-        return self.call_arguments() | {
+        arguments = self.call_arguments()
+        if type(pipeline.scheduler) is not GaussianDiffusionScheduler:
+            arguments.pop("timestep_spacing", None)  # `prepare` has set it
+        return arguments | {
+            **({} if self.guide is None else {"guide": self.guide}),
             "class_labels": self.labels_of(pipeline, indices),
             "generator": sampling_generators(seed, "evaluation", indices, pipeline.device),
             "output_type": "uint8",
@@ -145,7 +173,14 @@ class Sampler:
     def to_dict(self, pipeline: GaussianDiffusionPipeline) -> dict[str, Any]:
         """Return the settings for JSON, with the defaults of the pipeline filled in."""
         scheduler, labels = pipeline.scheduler, self.labels_of(pipeline, range(len(self.labels or ())))
-        return asdict(self) | {
+        settings = {each.name: getattr(self, each.name) for each in fields(self)}
+        # Left out at their defaults, so that samples of versions without them can be continued.
+        interval = settings.pop("guidance_interval")
+        if interval != Sampler.guidance_interval:
+            settings["guidance_interval"] = list(interval)
+        if (guide := settings.pop("guide")) is not None:
+            settings["guide"] = fingerprint(guide)
+        return settings | {
             "scheduler": type(scheduler).__name__,
             "num_inference_steps": self.num_inference_steps or default_num_inference_steps(scheduler),
             "timestep_spacing": self.timestep_spacing or scheduler.config.get("timestep_spacing"),
@@ -153,12 +188,63 @@ class Sampler:
         }
 
 
+def _settings_of(scheduler_type: Any) -> Collection[str]:
+    return inspect.signature(scheduler_type).parameters
+
+
+def default_sampling(
+    pipeline: GaussianDiffusionPipeline,
+    *,
+    scheduler: str | None = None,
+    num_inference_steps: int | None = None,
+    eta: float | None = None,
+    timestep_spacing: str | None = None,
+    needs_native: bool = False,
+) -> dict[str, Any]:
+    """Return these settings of a `Sampler`, with defaults for those that are not given.
+
+    If neither scheduler nor eta is given, a DDPM is sampled by UniPC, which benchmarks/few_steps.py finds to be best at
+    10 to 20 network calls, or by DDIM where UniPC cannot be used. A model that stores a number of steps or another
+    scheduler keeps them. By default, UniPC and other solvers take 20 steps, DDIM 50, and DDPM all of the training.
+
+    Args:
+        pipeline: The pipeline.
+        scheduler: Name of a class of diffusers, or a short name.
+        num_inference_steps: Number of steps.
+        eta: 0 (DDIM) to 1 (DDPM).
+        timestep_spacing: Spacing of the timesteps; trailing by default with UniPC, which needs the last timestep.
+        needs_native: Whether only GaussianDiffusionScheduler can be used.
+    """
+    config, own = pipeline.scheduler.config, type(pipeline.scheduler).__name__
+    num_stored = config.get("default_num_inference_steps")
+    if scheduler is None and eta is None and own == NATIVE_SCHEDULER:
+        needs_native |= timestep_spacing not in (None, *_STOCK_SPACINGS)
+        if num_stored or needs_native or pipeline.config.get("self_conditioned"):
+            eta = 0.0
+        else:
+            scheduler, timestep_spacing = SCHEDULERS["unipc"], timestep_spacing or "trailing"
+    if num_inference_steps is None and not num_stored:
+        name = SCHEDULERS.get(scheduler or own, scheduler or own)
+        default = NUM_SOLVER_STEPS
+        if name in SCHEDULERS_WITH_ETA:
+            is_ddim = eta is not None and eta < 1 if name == NATIVE_SCHEDULER else not eta
+            default = NUM_DDIM_STEPS if is_ddim else int(config["num_train_timesteps"])
+        num_inference_steps = min(default, int(config["num_train_timesteps"]))
+    return {
+        "scheduler": scheduler,
+        "num_inference_steps": num_inference_steps,
+        "eta": eta,
+        "timestep_spacing": timestep_spacing,
+    }
+
+
 def scheduler_class(name: str) -> Any:
-    """Return a scheduler class by its name.
+    """Return a scheduler class by its name, which may be a short one.
 
     Raises:
         ValueError: diffusers has no scheduler of this name, or it does not run a DDPM process.
     """
+    name = SCHEDULERS.get(name, name)
     if name == NATIVE_SCHEDULER:
         return GaussianDiffusionScheduler
     found = getattr(diffusers, name, None)

@@ -409,6 +409,9 @@ def _native_call(facts: Facts) -> str:
         words.append(f"eta={eta!r}")
     if isinstance(guidance, int | float) and guidance != 1 and facts.index.get("has_null_label"):
         words.append(f"guidance_scale={guidance!r}")
+        interval = settings.get("guidance_interval")
+        if isinstance(interval, list) and interval != [0.0, 1.0]:
+            words.append(f"guidance_interval={tuple(interval)!r}")
     if facts.num_channels not in (1, 3, 4):
         words.append('output_type="np"')
     return ", ".join(words)

@@ -34,8 +34,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.diffusion.scheduler import default_num_inference_steps
-from ddpm_hf.evaluation.generate import Sampler, sample_images, sample_trajectory
+from ddpm_hf.evaluation.generate import Sampler, default_sampling, sample_images, sample_trajectory
 from ddpm_hf.evaluation.verify import verify_contents, write_verification
 from ddpm_hf.files import (
     CONVERSION,
@@ -64,7 +63,7 @@ MESSAGE = "Push a pipeline trained by ddpm_hf"
 PREFIX = "ddpm-hf-push-"  # of temporary folders
 PICTURES_DIR = "samples"
 SCHEDULE_PICTURE = "schedule.png"
-NUM_SAMPLES, NUM_STEPS, BATCH_SIZE = 16, 50, 8
+NUM_SAMPLES, BATCH_SIZE = 16, 8
 MAX_CLASSES, NUM_SAMPLES_PER_CLASS = 10, 4
 
 # Plain characters only, and no name that git refuses.
@@ -305,11 +304,7 @@ def _draw_samples(pipeline: GaussianDiffusionPipeline, folder: Path) -> None:
     """Draw samples and the denoising process of a pipeline without a report."""
     num_classes = min(pipeline.num_classes, MAX_CLASSES)
     count = num_classes * NUM_SAMPLES_PER_CLASS or NUM_SAMPLES
-    sampler = Sampler(
-        num_inference_steps=min(NUM_STEPS, default_num_inference_steps(pipeline.scheduler)),
-        eta=0.0 if isinstance(pipeline.scheduler, GaussianDiffusionScheduler) else None,
-        labels=tuple(range(num_classes)) or None,
-    )
+    sampler = Sampler(**default_sampling(pipeline), labels=tuple(range(num_classes)) or None)
     prepared = sampler.prepare(pipeline)
     samples = sample_images(prepared, sampler, seed=0, indices=range(count), batch_size=BATCH_SIZE)
     trajectory = sample_trajectory(prepared, sampler, seed=0, num_images=count, batch_size=BATCH_SIZE)

@@ -39,6 +39,7 @@ from ddpm_hf.config import (
     PreviewConfig,
     RunConfig,
     load_config,
+    scheduler_and_eta,
     take_launcher,
     use_datasets,
     validate,
@@ -59,9 +60,9 @@ from ddpm_hf.data.loader import to_device
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.compiled import full_batches, uncompile
 from ddpm_hf.diffusion.images import image_size
-from ddpm_hf.diffusion.pipeline import ClassNumbers
 from ddpm_hf.diffusion.schedule import BETA_RANGES, SMALLEST_ALPHA_BAR
 from ddpm_hf.distributed import StopWatcher, TrainingStopped
+from ddpm_hf.evaluation.generate import Sampler, default_sampling
 from ddpm_hf.evaluation.verify import write_verification
 from ddpm_hf.files import (
     SAMPLES_PICTURE,
@@ -284,6 +285,8 @@ class Trainer:
         }
         self.ema = EMA(self.unet, decay_schedules(training))
         self.optimizer = build_optimizer(self.parameters, training)
+        if config.preview.every_steps:
+            preview_sampler(self._pipeline(), config.preview)  # raises its errors before the first step
         self.loss = build_loss(
             config, self.scheduler, null_label, self.images.image_shape, self.class_names, self.accelerator
         )
@@ -1266,9 +1269,7 @@ def save_preview(
         self_conditioned=self_conditioned,
         value_range=value_range,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    labels = None if class_names is None else [number % len(class_names) for number in range(config.num_images)]
-    images = _sample_preview(pipeline, config, seed, labels)
+    images = _sample_preview(pipeline, config, seed)
     if distributed.rank() != 0:
         return False
     if images is None:
@@ -1284,25 +1285,41 @@ def save_preview(
     return False
 
 
-def _sample_preview(
-    pipeline: GaussianDiffusionPipeline, config: PreviewConfig, seed: int, labels: list[int] | None
-) -> NDArray[np.uint8] | None:
+def preview_sampler(pipeline: GaussianDiffusionPipeline, config: PreviewConfig) -> Sampler:
+    """Return the sampler of the previews of a run.
+
+    Raises:
+        ConfigError: preview.scheduler is unknown, or cannot sample from this network.
+    """
+    scheduler, eta = config.scheduler, config.eta
+    if scheduler is not None:
+        scheduler, eta = scheduler_and_eta("preview.scheduler", scheduler, eta)
+    num_steps = config.num_inference_steps
+    settings = default_sampling(pipeline, scheduler=scheduler, num_inference_steps=num_steps, eta=eta)
+    interval = tuple(config.guidance_interval)
+    sampler = Sampler(**settings, guidance_scale=config.guidance_scale, guidance_interval=interval)
+    try:
+        sampler.check(sampler.prepare(pipeline))
+    except ValueError as error:
+        raise ConfigError(f"the preview cannot be sampled: {error}") from None
+    return sampler
+
+
+def _sample_preview(pipeline: GaussianDiffusionPipeline, config: PreviewConfig, seed: int) -> NDArray[np.uint8] | None:
     """Collective: return uint8 images (number, height, width, channels), or None if memory is full on a rank."""
+    sampler = preview_sampler(pipeline, config)
+    pipeline = sampler.prepare(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
     unet = pipeline.unet
     images = np.zeros((config.num_images, *image_size(unet), pipeline.num_channels), np.uint8)
     was_training = unet.training
     unet.eval()
     try:
         for block in preview_blocks(config.num_images, distributed.rank(), distributed.world_size()):
-            images[block] = pipeline(
-                batch_size=block.stop - block.start,
-                num_inference_steps=config.num_inference_steps,
-                eta=config.eta,
-                guidance_scale=config.guidance_scale,
-                class_labels=None if labels is None else ClassNumbers(labels[block]),
-                generator=sampling_generators(seed, "preview", range(block.start, block.stop), unet.device),
-                output_type="uint8",
-            ).images
+            indices = range(block.start, block.stop)
+            generators = sampling_generators(seed, "preview", indices, unet.device)
+            call = sampler.call(pipeline, seed, indices) | {"generator": generators}
+            images[block] = pipeline(batch_size=len(indices), **call).images
         has_memory = True
     except torch.OutOfMemoryError:
         has_memory = False

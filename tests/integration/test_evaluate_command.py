@@ -107,14 +107,15 @@ def test_in_a_folder_without_subfolders_the_variance_is_saved_beside_the_schedul
 def test_samples_for_the_picture_alone_take_few_steps_in_a_folder_of_their_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """50 of 60 steps; metrics sample into another folder."""
+    """As by `ddpm-hf sample`; metrics sample into another folder."""
     unet = tiny_unet(num_class_embeds=10)
     scheduler = GaussianDiffusionScheduler.create(num_train_timesteps=60)
     GaussianDiffusionPipeline(unet, scheduler, class_names=DIGIT_NAMES).save_pretrained(tmp_path / "long")
     data = ["--data", str(DIGITS), "--cpu", "--num_samples", "4"]
     assert evaluate(tmp_path / "long", *data, *BOUND) == 0
     report = json.loads((tmp_path / "long" / "evaluation.json").read_text())
-    assert report["sampling"]["num_inference_steps"] == 50
+    assert report["sampling"]["num_inference_steps"] == 20
+    assert report["sampling"]["scheduler"] == "UniPCMultistepScheduler"
     assert "bits_per_dim is of training images and may be lower than on others" in capsys.readouterr().out
     assert not (tmp_path / "long" / "evaluation_samples").exists()
 
@@ -267,7 +268,7 @@ def test_everything_is_checked_before_the_network_runs_and_a_folder_is_created(
         ([*BOUND, "--labels", "10"], "--labels has 10; a label is a whole number 0 to 9"),
         ([*BOUND, "--labels", "eigth"], "--labels has 'eigth' (did you mean 'eight'?)"),
         ([*BOUND, "--scheduler", "UniPCMultistepScheduler", "--eta", "0"], "UniPCMultistepScheduler has no eta"),
-        ([*BOUND, "--scheduler", "Fancy"], "scheduler is Fancy, which diffusers"),
+        ([*BOUND, "--scheduler", "Fancy"], "--scheduler is Fancy, which is no scheduler"),
         ([*BOUND, "--variance", "analytic"], "analytic_variance needs the second moments"),
         ([*BOUND, "--data.split", "test"], "test"),
     ],

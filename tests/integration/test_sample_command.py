@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DModel, UniPCMultistepScheduler
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from PIL import Image
@@ -106,6 +106,31 @@ def test_a_seed_gives_the_image_that_python_gives(
     np.testing.assert_array_equal(pixels(output / "seed_000007_dog.png"), np.asarray(image))
 
 
+def test_images_are_sampled_by_unipc_unless_told_otherwise(plain: Path, tmp_path: Path) -> None:
+    """In 20 steps, here in all 12."""
+    output = draw(plain, tmp_path / "a", "--seeds", 7)
+    pipeline = load(plain)
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    image = pipeline(generator=seeded(7), num_inference_steps=12).images[0]
+    np.testing.assert_array_equal(pixels(output / "seed_000007.png"), np.asarray(image))
+    settings = json.loads((output / "settings.json").read_text())
+    assert (settings["scheduler"], settings["timestep_spacing"]) == ("UniPCMultistepScheduler", "trailing")
+
+
+def test_the_guide_and_the_interval_are_those_of_python(plain: Path, tmp_path: Path) -> None:
+    """The settings identify the guide."""
+    guide = save(tmp_path / "guide", seed=1)
+    flags = ("--guide", guide, "--guidance_scale", 2, "--guidance_interval", "0.25,0.75", "--scheduler", "ddim")
+    output = draw(plain, tmp_path / "a", "--seeds", 7, *flags)
+    image = load(plain)(
+        generator=seeded(7), eta=0.0, guide=load(guide), guidance_scale=2.0, guidance_interval=(0.25, 0.75)
+    ).images[0]
+    np.testing.assert_array_equal(pixels(output / "seed_000007.png"), np.asarray(image))
+    settings = json.loads((output / "settings.json").read_text())
+    assert (settings["guide"], settings["guidance_interval"]) == (str(guide), [0.25, 0.75])
+    assert settings["guide_sha256"] != settings["sha256"]
+
+
 def test_sampling_on_the_cpu_keeps_freed_memory(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[None] = []
     monkeypatch.setattr(distributed, "keep_freed_memory", lambda: calls.append(None))
@@ -174,8 +199,9 @@ def test_the_grid_has_columns_of_classes(animals: Path, tmp_path: Path) -> None:
 
 def test_strip_and_animation_show_the_trajectory_of_the_images_and_change_none(plain: Path, tmp_path: Path) -> None:
     """The trajectory has 13 states, so all are kept before the strip chooses; batches are joined."""
-    without = draw(plain, tmp_path / "without", "--num_images", 4, "--batch_size", 3)
-    output = draw(plain, tmp_path / "with", "--num_images", 4, "--batch_size", 3, "--strip", "--animation")
+    flags = ("--num_images", 4, "--batch_size", 3, "--scheduler", "ddpm")
+    without = draw(plain, tmp_path / "without", *flags)
+    output = draw(plain, tmp_path / "with", *flags, "--strip", "--animation")
     for path in without.glob("*.png"):
         assert path.read_bytes() == (output / path.name).read_bytes()
     pipeline, parts = load(plain), []
@@ -207,7 +233,8 @@ def test_images_are_edited_as_by_denoise_from(animals: Path, given: Path, tmp_pa
     flags = ("--image", given / "a.png", given / "b.png", "--strength", 0.5, "--labels", "cat", "--seeds", "4,2")
     output = draw(animals, tmp_path / "a", *flags)
     start = [Image.open(given / f"{name}.png") for name in ("a", "a", "b", "b")]
-    images = load(animals).denoise_from(start, 0.5, generator=seeded(4, 2, 4, 2), class_labels="cat").images
+    generator = seeded(4, 2, 4, 2)
+    images = load(animals).denoise_from(start, 0.5, generator=generator, class_labels="cat", eta=0.0).images
     names = [f"{name}_seed_{seed:06d}_cat.png" for name in "ab" for seed in (4, 2)]
     for name, image in zip(names, images, strict=True):
         np.testing.assert_array_equal(pixels(output / name), np.asarray(image))
@@ -245,7 +272,8 @@ def test_settings_record_all_that_the_images_depend_on(plain: Path, tmp_path: Pa
     assert settings == {
         "schema_version": 1, "finished": True, "model": str(plain), "revision": None, "variant": None, "commit": None,
         "scheduler": "UniPCMultistepScheduler", "num_inference_steps": 3, "eta": None, "timestep_spacing": "leading",
-        "guidance_scale": 1.0, "guidance_rescale": 0.0, "variance": "trained", "dtype": "bfloat16", "device": "cpu",
+        "guidance_scale": 1.0, "guidance_rescale": 0.0, "guidance_interval": [0.0, 1.0], "variance": "trained",
+        "dtype": "bfloat16", "device": "cpu",
         "batch_size": 16, "compile": None, "channels_last": False,
         "images": [{"file": f"seed_00000{seed}.png", "seed": seed} for seed in (8, 5)],
         "files": ["seed_000008.png", "seed_000005.png", "grid.png"],
@@ -258,7 +286,7 @@ def test_images_of_any_channels_are_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], channels: int, ending: str
 ) -> None:
     model = save(tmp_path / "model", in_channels=channels, out_channels=channels)
-    output = draw(model, tmp_path / "a", "--seeds", 1, "--num_inference_steps", 2)
+    output = draw(model, tmp_path / "a", "--seeds", 1, "--num_inference_steps", 2, "--eta", 1)
     expected = load(model)(generator=seeded(1), num_inference_steps=2, output_type="uint8").images[0]
     path = output / f"seed_000001.{ending}"
     found = np.load(path) if ending == "npy" else pixels(path).reshape(8, 8, channels)
@@ -283,7 +311,19 @@ def test_images_of_any_channels_are_written(
         ("animals", "--labels cat,,dog", "--labels is 'cat,,dog'; give names or numbers"),
         ("plain", "--labels 1", "--labels are given, but the model is unconditional; leave them out."),
         ("plain", "--guidance_scale 2", "no null label to guide against"),
-        ("plain", "--scheduler ddim", "(did you mean 'DDIMScheduler'?)"),
+        (
+            "plain",
+            "--scheduler unip",
+            "--scheduler is unip, which is no scheduler (did you mean 'unipc'?); give one of",
+        ),
+        ("plain", "--scheduler ddpm --eta 0", "--scheduler ddpm samples with eta 1, but eta is 0; remove one of them."),
+        ("plain", "--scheduler unipc --timestep_spacing quadratic", "which UniPCMultistepScheduler does not have"),
+        ("plain", "--guide ./nowhere --guidance_scale 2", "--guide nowhere is neither a local folder nor"),
+        (
+            "plain",
+            "--guidance_interval 0.8,0.2",
+            "--guidance_interval is 0.8,0.2, but must be start,stop with 0 <= start",
+        ),
         ("plain", "--scheduler ScoreSdeVeScheduler", "does not run a denoising diffusion process"),
         ("plain", "--scheduler DPMSolverMultistepScheduler --eta 0", "DPMSolverMultistepScheduler has no eta"),
         ("plain", "--variance analytic", "analytic_variance needs the second moments"),

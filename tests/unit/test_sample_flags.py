@@ -79,12 +79,40 @@ def test_contradictions_are_refused_before_anything_is_read(
             "--guidance_rescale 0.5",
             "--guidance_rescale 0.5 has no effect with --guidance_scale 1; set --guidance_scale",
         ),
+        ("--guidance_interval 0,0.5", "--guidance_interval 0,0.5 has no effect with --guidance_scale 1"),
+        ("--guide runs/early", "--guide runs/early has no effect with --guidance_scale 1"),
     ],
 )
 def test_a_flag_without_effect_is_a_warning(caplog: pytest.LogCaptureFixture, flags: str, warning: str) -> None:
     parse(["model", *flags.split()])
     (line,) = caplog.messages
     assert line.startswith(warning)
+
+
+@pytest.mark.parametrize(
+    ("words", "scheduler", "eta"),
+    [
+        ("unipc", "UniPCMultistepScheduler", None),
+        ("DPM++", "DPMSolverMultistepScheduler", None),
+        ("ddim", "GaussianDiffusionScheduler", 0.0),
+        ("ddim --eta 0.5", "GaussianDiffusionScheduler", 0.5),
+        ("ddpm", "GaussianDiffusionScheduler", 1.0),
+        ("DDIMScheduler", "DDIMScheduler", None),
+    ],
+)
+def test_a_scheduler_has_a_short_name_or_that_of_its_class(words: str, scheduler: str, eta: float | None) -> None:
+    flags = parse(["model", "--scheduler", *words.split()])
+    assert (flags.scheduler, flags.eta) == (scheduler, eta)
+
+
+def test_a_wrong_scheduler_is_refused_without_importing_torch_or_diffusers() -> None:
+    code = (
+        "import sys; from ddpm_hf.cli import main; code = main.main(['sample', 'user/model', '--scheduler', 'fancy'])\n"
+        "print(code, {'torch', 'diffusers'} & {*sys.modules})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert run.stdout == "2 set()\n"
+    assert "--scheduler is fancy, which is no scheduler; give one of unipc, dpm++, ddim, ddpm" in run.stderr
 
 
 @pytest.mark.parametrize(

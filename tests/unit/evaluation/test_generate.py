@@ -5,15 +5,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ddpm_hf.config.schema import SCHEDULERS
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.generate import (
     Sampler,
     call_with_trajectory,
+    default_sampling,
     fingerprint,
     sample_images,
     sample_to_folder,
@@ -229,6 +232,64 @@ def test_any_scheduler_samples_by_its_name(sampler: Sampler, name: str) -> None:
 def test_what_cannot_be_sampled_is_refused(sampler: Sampler, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         sample_images(make_pipeline(sampler), sampler, seed=0, indices=range(1), batch_size=1)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+def test_every_short_name_samples(name: str) -> None:
+    sampler = Sampler(scheduler=name, num_inference_steps=4)
+    prepared = sampler.prepare(GaussianDiffusionPipeline(tiny_unet(), GaussianDiffusionScheduler()))
+    assert sample_images(prepared, sampler, seed=0, indices=range(1), batch_size=1).std() > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "scheduler", "num_steps", "eta"),
+    [
+        ({}, "UniPCMultistepScheduler", 20, None),
+        ({"num_inference_steps": 7}, "UniPCMultistepScheduler", 7, None),
+        ({"timestep_spacing": "linspace"}, "UniPCMultistepScheduler", 20, None),
+        ({"timestep_spacing": "quadratic"}, None, 50, 0.0),
+        ({"needs_native": True}, None, 50, 0.0),
+        ({"eta": 0.0}, None, 50, 0.0),
+        ({"eta": 1.0}, None, 1000, 1.0),
+        ({"scheduler": "HeunDiscreteScheduler"}, "HeunDiscreteScheduler", 20, None),
+        ({"scheduler": "DDIMScheduler"}, "DDIMScheduler", 50, None),
+    ],
+)
+def test_sampling_has_defaults_for_a_ddpm(
+    given: dict[str, Any], scheduler: str | None, num_steps: int, eta: float | None
+) -> None:
+    found = default_sampling(GaussianDiffusionPipeline(tiny_unet(), GaussianDiffusionScheduler()), **given)
+    assert (found["scheduler"], found["num_inference_steps"], found["eta"]) == (scheduler, num_steps, eta)
+
+
+def test_a_model_keeps_what_it_says_about_sampling() -> None:
+    """A number of steps, another scheduler; a self-conditioned network needs DDIM, a short process fewer steps."""
+    self_conditioned = diffusers.UNet2DModel(in_channels=2, out_channels=1, block_out_channels=(32, 32, 32, 32))
+    student = GaussianDiffusionScheduler()
+    student.register_to_config(default_num_inference_steps=4)
+    ddim = diffusers.DDIMScheduler()
+    short = GaussianDiffusionScheduler(num_train_timesteps=12)
+    for pipeline, expected in [
+        (GaussianDiffusionPipeline(tiny_unet(), student), (None, None, 0.0)),
+        (GaussianDiffusionPipeline(tiny_unet(), ddim), (None, 50, None)),
+        (GaussianDiffusionPipeline(tiny_unet(), short), ("UniPCMultistepScheduler", 12, None)),
+        (GaussianDiffusionPipeline(self_conditioned, short, self_conditioned=True), (None, 12, 0.0)),
+    ]:
+        found = default_sampling(pipeline)
+        assert (found["scheduler"], found["num_inference_steps"], found["eta"]) == expected
+
+
+def test_samples_of_another_guide_or_interval_are_other_samples() -> None:
+    """Without them the settings are those of earlier versions."""
+    pipeline = make_pipeline()
+    guides = [GaussianDiffusionPipeline(tiny_unet(3), pipeline.scheduler) for _ in range(2)]
+    guides[1].unet.conv_out.bias.data += 1
+    plain, *guided = (Sampler(guide=guide, guidance_scale=2.0).to_dict(pipeline) for guide in (None, *guides))
+    assert {"guide", "guidance_interval"} & plain.keys() == set()
+    assert len(guided[0]["guide"]) == 64
+    assert guided[0]["guide"] != guided[1]["guide"]
+    assert Sampler(guidance_interval=(0.2, 0.8)).to_dict(pipeline)["guidance_interval"] == [0.2, 0.8]
 
 
 def test_classes_come_in_turn_and_the_network_is_left_as_it_was() -> None:

@@ -44,6 +44,7 @@ from ddpm_hf.training.trainer import (
     best_of,
     overlooked_settings,
     preview_blocks,
+    preview_sampler,
     save_preview,
     validation_loss,
     validation_timesteps,
@@ -276,6 +277,28 @@ def test_a_preview_of_an_unconditional_network_is_about_square(tmp_path: Path) -
     assert save_preview(tmp_path / "grid.png", tiny_unet(), GaussianDiffusionScheduler(), config, 0, None, False)
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size[0] == grid.size[1]
+
+
+def test_previews_are_sampled_by_unipc_unless_told_otherwise() -> None:
+    pipeline = GaussianDiffusionPipeline(tiny_unet(3), GaussianDiffusionScheduler())
+    samplers = [
+        preview_sampler(pipeline, PreviewConfig(**given))
+        for given in ({}, {"eta": 0.0}, {"scheduler": "ddim"}, {"scheduler": "dpm++", "num_inference_steps": 9})
+    ]
+    assert [(one.scheduler, one.num_inference_steps, one.eta) for one in samplers] == [
+        ("UniPCMultistepScheduler", 20, None),
+        (None, 20, 0.0),
+        ("GaussianDiffusionScheduler", 20, 0.0),
+        ("DPMSolverMultistepScheduler", 9, None),
+    ]
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_preview_that_cannot_be_sampled_is_refused_when_the_trainer_is_built(tmp_path: Path) -> None:
+    changes = {"preview__every_steps": 2, "preview__scheduler": "EDMEulerScheduler"}
+    config, _ = parse_command_line(run_arguments(tmp_path / "run", **changes))
+    with pytest.raises(ConfigError, match="the preview cannot be sampled: scheduler is EDMEulerScheduler, which does"):
+        Trainer(config)
 
 
 def test_a_preview_without_memory_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
