@@ -202,7 +202,8 @@ def build(pipeline: Any, title: str = "DDPM", decorate: Decorator = lambda actio
         with gr.Tab("Sample"):
             with gr.Row():
                 steps = gr.Slider(1, min(most, 250), value=num_steps, step=1, label="Steps")
-                sampler = gr.Dropdown(list(SAMPLERS), value="UniPC", label="Sampler")
+                best = "DDIM" if config.get("default_num_inference_steps") else "UniPC"  # distilled for DDIM
+                sampler = gr.Dropdown(list(SAMPLERS), value=best, label="Sampler")
             sample = gr.Button("Sample", variant="primary")
             samples = gr.Image(label="Samples", **picture)
             frames = gr.State()
