@@ -335,7 +335,8 @@ def saved_parameters(unet: UNet2DModel) -> dict[str, nn.Parameter]:
 # ------------------------------------------------------------------------------------- the pipeline of a checkpoint
 
 _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-_WEIGHTS_KEY = "weights_sha256"  # in the second moments of a checkpoint
+_WEIGHTS_KEY = "weights_sha256"  # in the second moments and the timesteps of a checkpoint
+_TIMESTEPS_KEY, _TIMESTEPS_FILE = "optimized_timesteps", "optimized_timesteps.json"
 
 
 @contextmanager
@@ -361,6 +362,8 @@ def pipeline_folder(model: ModelFolder) -> Iterator[Path]:
     scheduler = checkpoint_scheduler(model)
     name = DDIMScheduler.__name__ if isinstance(scheduler, DDIMScheduler) else DDPMScheduler.__name__
     index |= {"unet": ["diffusers", UNet2DModel.__name__], "scheduler": ["diffusers", name]}
+    if (lists := _optimized_timesteps(model)) is not None:
+        index["optimized_timesteps"] = lists
     with tempfile.TemporaryDirectory(prefix="ddpm-hf-checkpoint-") as temporary:
         folder = Path(temporary)
         write_json(folder / MODEL_INDEX, index)
@@ -461,6 +464,46 @@ def save_second_moments(model: ModelFolder, scheduler: GaussianDiffusionSchedule
     file = model.evaluation / SECOND_MOMENTS_FILE
     write_json(file, read_json(file) | {_WEIGHTS_KEY: _weights_sha256(model)})
     return file
+
+
+def save_optimized_timesteps(model: ModelFolder, sampler: str, lists: Mapping[int, list[int]]) -> Path:
+    """Save timesteps chosen for a network where `from_pretrained` finds them, and return the file.
+
+    Lists of other samplers and lengths are kept. As nothing may be added to a checkpoint, those of a checkpoint are kept
+    in the run, with the sha256 of its weights.
+
+    Args:
+        model: A pipeline or a verified checkpoint.
+        sampler: Returned by `sampler_name`.
+        lists: Descending timesteps by their number.
+
+    Raises:
+        ConfigError: The checkpoint is not in a run.
+    """
+    if model.kind == "pipeline":
+        file, content = model.path / MODEL_INDEX, read_json(model.path / MODEL_INDEX)
+        stored = content.get(_TIMESTEPS_KEY) or {}
+    elif model.evaluation is None:
+        raise ConfigError(
+            f"{model.path} is not in a run, which would keep the timesteps; move it into checkpoints/, or save it as a "
+            "pipeline with save_pretrained."
+        )
+    else:
+        model.evaluation.mkdir(parents=True, exist_ok=True)
+        file, content = model.evaluation / _TIMESTEPS_FILE, {_WEIGHTS_KEY: _weights_sha256(model)}
+        stored = _optimized_timesteps(model) or {}
+    of_sampler = stored.get(sampler, {}) | {str(number): timesteps for number, timesteps in lists.items()}
+    numbers = sorted(of_sampler, key=int)
+    stored = stored | {sampler: {number: of_sampler[number] for number in numbers}}
+    write_json(file, dict(sorted((content | {_TIMESTEPS_KEY: stored}).items())))
+    return file
+
+
+def _optimized_timesteps(model: ModelFolder) -> dict[str, Any] | None:
+    """Return the timesteps chosen for the network of a checkpoint; None if there are none for its weights."""
+    file = None if model.evaluation is None else model.evaluation / _TIMESTEPS_FILE
+    content = read_json(file) if file is not None and file.is_file() else {}
+    return content.get(_TIMESTEPS_KEY) if content.get(_WEIGHTS_KEY) == _weights_sha256(model) else None
 
 
 def _second_moments(model: ModelFolder) -> Path | None:

@@ -211,9 +211,12 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         self_conditioned: Whether the network takes the last predicted x_0 as channels C ... 2C of its input (Chen et
             al. 2022), zeros in the first step.
         value_range: The values of the training data, [low, high], that -1 and 1 stand for; None for pictures.
+        optimized_timesteps: Timesteps chosen for the network, which `timestep_spacing="optimized"` uses: descending
+            lists by number of steps, by the name of the sampler that `sampler_name` returns.
 
     Raises:
-        ValueError: If the parts do not fit each other, or the value range is not two increasing numbers.
+        ValueError: If the parts do not fit each other, the value range is not two increasing numbers, or optimized
+            timesteps are not descending timesteps of the scheduler.
     """
 
     model_cpu_offload_seq = "unet"
@@ -230,6 +233,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         has_null_label: bool = False,
         self_conditioned: bool = False,
         value_range: list[float] | None = None,
+        optimized_timesteps: dict[str, dict[str, list[int]]] | None = None,
     ) -> None:
         super().__init__()
         self._calls: list[SamplingCall] = []  # those that are running
@@ -245,6 +249,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             "has_null_label": has_null_label,
             "self_conditioned": self_conditioned,
             "value_range": check_value_range(value_range),
+            "optimized_timesteps": check_optimized(optimized_timesteps, int(scheduler.config["num_train_timesteps"])),
         }
         self.register_to_config(**{name: value for name, value in extras.items() if value})
 
@@ -371,7 +376,9 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             sample: Start noise (batch, channels, height, width), a standard normal tensor of floating-point numbers; by
                 default drawn from `generator`.
             timesteps: A custom descending list instead of `num_inference_steps`.
-            timestep_spacing: Overrides the scheduler's spacing; may also be `quadratic`.
+            timestep_spacing: Overrides the scheduler's spacing; may also be `quadratic`, or `optimized` for the list
+                that `ddpm-hf timesteps` stored for the sampler; eta and the number of steps are then by default those
+                of the list, if there is only one.
             output_type: `pil`; `np`: float32 (batch, height, width, channels) in [0, 1], or in the value range of the
                 model if it has one; `uint8`: the same in 0 ... 255; `pt`: as `np`, (batch, channels, height, width).
             return_dict: Return an output object instead of a tuple.
@@ -485,6 +492,12 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         step_kwargs: dict[str, Any] = {"generator": given.generator} if "generator" in accepted else {}
         run_parameters = inspect.signature(scheduler.set_timesteps).parameters
         names = ["num_inference_steps", "timesteps", "timestep_spacing"]
+        if given.timestep_spacing == "optimized":
+            if given.timesteps is not None:
+                raise ValueError("timestep_spacing does not apply to a custom list of timesteps; drop one of the two.")
+            lists = self.config.get("optimized_timesteps") or {}
+            given.eta, given.timesteps = find_optimized(lists, scheduler, given.num_inference_steps, given.eta)
+            given.num_inference_steps = given.timestep_spacing = None
         if given.eta is not None:
             given.eta = real_number("eta", given.eta, 0, 1)
             if not takes_eta(scheduler):
@@ -806,6 +819,71 @@ def check_process(scheduler: Any) -> None:
     if prediction_type not in CHOICES["prediction_type"]:
         names = ", ".join(map(str, CHOICES["prediction_type"]))
         raise ValueError(f"{name} has prediction_type {prediction_type!r}, which is not one of {names}; {remedy}")
+
+
+def sampler_name(scheduler: Any, eta: float | None = None) -> str:
+    """Return the name under which timesteps are optimized for a scheduler, or a class of them.
+
+    Args:
+        scheduler: The scheduler.
+        eta: The eta of GaussianDiffusionScheduler; None for its default of 1. Other schedulers ignore it.
+    """
+    name = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
+    return f"{name}(eta={1.0 if eta is None else eta:g})" if name == NATIVE_SCHEDULER else str(name)
+
+
+def check_optimized(lists: Any, num_train_timesteps: int) -> dict[str, dict[str, list[int]]] | None:
+    """Return optimized timesteps by sampler and number of steps; raise a ValueError if they are damaged."""
+    if lists is None:
+        return None
+    try:
+        checked = {
+            str(sampler): {str(number): descending_timesteps(given, num_train_timesteps) for number, given in few.items()}
+            for sampler, few in lists.items()
+        }
+        if any(len(given) != int(number) for few in checked.values() for number, given in few.items()):
+            raise ValueError("A list does not have the length that it is stored under.")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"optimized_timesteps cannot be used ({error}); choose them again with ddpm-hf timesteps."
+        ) from error
+    return checked
+
+
+def find_optimized(
+    lists: Mapping[str, Mapping[str, list[int]]], scheduler: Any, num_inference_steps: Any, eta: float | None
+) -> tuple[float | None, list[int]]:
+    """Return eta and the optimized timesteps of a call.
+
+    Args:
+        lists: Lists by number of steps, by name of the sampler.
+        scheduler: The scheduler of the call.
+        num_inference_steps: Their number; None if there is only one list for the sampler.
+        eta: That of the call; None takes 0 if there are lists for it.
+
+    Raises:
+        ValueError: If there is no such list, or no number is given and there are several.
+    """
+    if eta is None and sampler_name(scheduler, 0.0) in lists and type(scheduler).__name__ == NATIVE_SCHEDULER:
+        eta = 0.0
+    name = sampler_name(scheduler, eta)
+    found = lists.get(name, {})
+    if num_inference_steps is None and len(found) == 1:
+        return eta, next(iter(found.values()))
+    number = None if num_inference_steps is None else whole_number("num_inference_steps", num_inference_steps)
+    if number is not None and str(number) in found:
+        return eta, found[str(number)]
+    if number is None and found:
+        raise ValueError(
+            "timestep_spacing is optimized, for several numbers of steps; pass num_inference_steps, one of"
+            f" {', '.join(found)}."
+        )
+    known = "; ".join(f"{one} in {', '.join(lists[one])} steps" for one in lists)
+    raise ValueError(
+        "timestep_spacing is optimized, but the pipeline has no optimized timesteps for"
+        f" {name}{'' if number is None else f' in {number} steps'}{f' (only for {known})' if known else ''}; choose"
+        " them with ddpm-hf timesteps, or pass another spacing."
+    )
 
 
 def copy_scheduler(scheduler: Any) -> Any:

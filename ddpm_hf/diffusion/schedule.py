@@ -337,7 +337,7 @@ def spaced_timesteps(spacing: str, num_inference_steps: int, num_train_timesteps
     else:
         raise ValueError(
             f"timestep_spacing {spacing!r} is unknown; choose leading, trailing, linspace"
-            " or, as an argument of set_timesteps or of the pipeline, quadratic."
+            " or, as an argument of set_timesteps or of the pipeline, quadratic; optimized is one of the pipeline only."
         )
     return [int(t) for t in ascending[::-1]]
 

@@ -49,7 +49,8 @@ TOLERANCE = 1e-3
 """In units of the image range: a quarter of a gray level. Processors and versions of torch differ by less."""
 
 _SECOND_MOMENTS = "eps_second_moments"
-_IGNORED_SETTINGS = ("_diffusers_version", "_name_or_path", "_use_default_values")
+# Optimized timesteps are chosen after the pipeline was saved, and used by name only.
+_IGNORED_SETTINGS = ("_diffusers_version", "_name_or_path", "_use_default_values", "optimized_timesteps")
 _FILES = ("unet/config.json", "scheduler/scheduler_config.json", MODEL_INDEX)
 _LOCAL_CODE = "diffusers_modules.local"
 # Digest of the code that version 0.1 wrote into saved folders.
