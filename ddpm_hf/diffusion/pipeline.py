@@ -88,6 +88,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 ClassLabels = int | str | Iterable[int | str] | torch.Tensor
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+_SOLVERS_WITHOUT_LISTS = ("UniPCMultistepScheduler", "DEISMultistepScheduler")
 _ORDER_OF_DDPM_PIPELINE = ("batch_size", "generator", "num_inference_steps", "output_type", "return_dict")
 _OTHER_NAMES = {
     "latents": "sample",
@@ -520,13 +521,16 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                     f"num_inference_steps {given.num_inference_steps} is not between 1 and {num_train_timesteps}."
                 )
         timesteps = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-        if unknown := timesteps.keys() - run_parameters.keys():
+        set_timesteps = scheduler.set_timesteps
+        if "timesteps" in timesteps and type(scheduler).__name__ in _SOLVERS_WITHOUT_LISTS:
+            set_timesteps = functools.partial(set_solver_timesteps, scheduler)
+        elif unknown := timesteps.keys() - run_parameters.keys():
             raise ValueError(
                 f"{type(scheduler).__name__} takes no {' and no '.join(sorted(unknown))}; leave it out, or use"
                 " GaussianDiffusionScheduler.from_config(pipe.scheduler.config)."
             )
         try:
-            scheduler.set_timesteps(device=device, **timesteps)
+            set_timesteps(device=device, **timesteps)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if type(scheduler).__name__ == NATIVE_SCHEDULER:
                 raise
@@ -819,6 +823,22 @@ def check_process(scheduler: Any) -> None:
     if prediction_type not in CHOICES["prediction_type"]:
         names = ", ".join(map(str, CHOICES["prediction_type"]))
         raise ValueError(f"{name} has prediction_type {prediction_type!r}, which is not one of {names}; {remedy}")
+
+
+def set_solver_timesteps(scheduler: Any, timesteps: list[int], device: torch.device) -> None:
+    """Set the timesteps of a solver of diffusers whose `set_timesteps` takes only their number.
+
+    Raises:
+        ValueError: If the solver is configured for other noise levels than those of timesteps.
+    """
+    for option in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "solver_p"):
+        if scheduler.config.get(option):
+            raise ValueError(f"{option} does not go with a list of timesteps")
+    scheduler.set_timesteps(len(timesteps), device=device)
+    alpha_bar = scheduler.alphas_cumprod[timesteps].double()
+    sigmas = ((1 - alpha_bar) / alpha_bar).sqrt().to(scheduler.sigmas)
+    scheduler.sigmas = torch.cat([sigmas, scheduler.sigmas[-1:]])
+    scheduler.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
 
 
 def sampler_name(scheduler: Any, eta: float | None = None) -> str:

@@ -130,6 +130,43 @@ def test_the_number_of_steps_defaults_to_that_of_training() -> None:
     assert [int(call["t"]) for call in calls] == [6, 2, 0]
 
 
+def test_optimized_timesteps_are_used_by_name(tmp_path: Path) -> None:
+    """With any scheduler; UniPC and DEIS, whose own `set_timesteps` takes no list, run one as they run their number."""
+    pipe = pipeline()
+    lists = {"GaussianDiffusionScheduler(eta=0)": {"3": [999, 400, 70]}, "UniPCMultistepScheduler": {"2": [999, 300]}}
+    pipe.register_to_config(optimized_timesteps=lists | {"DEISMultistepScheduler": {"1": [999], "2": [999, 100]}})
+    start = torch.randn(2, 3, 8, 8, generator=seeded())
+
+    def run(scheduler: Any = None, **options: Any) -> torch.Tensor:
+        pipe.scheduler = pipe.scheduler if scheduler is None else scheduler.from_config(pipe.scheduler.config)
+        images: torch.Tensor = pipe(sample=start, output_type="pt", **options).images
+        return images
+
+    expected = run(timesteps=[999, 400, 70], eta=0.0)
+    assert torch.equal(run(timestep_spacing="optimized"), expected)
+    assert torch.equal(run(timestep_spacing="optimized", num_inference_steps=3, eta=0.0), expected)
+    pipe.save_pretrained(tmp_path)
+    assert type(diffusers.DDPMPipeline.from_pretrained(tmp_path).scheduler) is diffusers.DDPMScheduler
+    loaded = GaussianDiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded(sample=start, output_type="pt", timestep_spacing="optimized").images, expected)
+    for scheduler in (diffusers.UniPCMultistepScheduler, diffusers.DEISMultistepScheduler):
+        by_number = run(scheduler, num_inference_steps=4)
+        assert torch.equal(run(timesteps=pipe.scheduler.timesteps.tolist()), by_number)
+    with pytest.raises(ValueError, match="for several numbers of steps; pass num_inference_steps, one of 1, 2"):
+        run(timestep_spacing="optimized")
+    for options, sentence in (
+        ({"num_inference_steps": 4}, r"for UniPCMultistepScheduler in 4 steps \(only for GaussianDiffusionScheduler"),
+        ({"timesteps": [999]}, "drop one of the two"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            run(diffusers.UniPCMultistepScheduler, timestep_spacing="optimized", **options)
+    with pytest.raises(ValueError, match="use_karras_sigmas does not go with a list"):
+        pipe.scheduler.register_to_config(use_karras_sigmas=True)
+        run(timesteps=[999, 5])
+    with pytest.raises(ValueError, match="optimized_timesteps cannot be used"):
+        GaussianDiffusionPipeline(pipe.unet, pipe.scheduler, optimized_timesteps={"x": {"2": [5]}})
+
+
 # Randomness
 
 
