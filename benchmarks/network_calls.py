@@ -146,7 +146,9 @@ class Run:
         labels = sampler.labels_of(prepared, range(self.num_samples)) or []
         measured = self.judge.measure(images, labels)
         row = {"group": group, "name": name, "seed": self.seed, "calls": calls[0] / self.num_samples} | measured
-        print(" ".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()), flush=True)
+        print(
+            " ".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()), flush=True
+        )
         return row
 
 
@@ -405,7 +407,11 @@ def main() -> int:
         command = f"{shlex.join(['python', 'benchmarks/network_calls.py', *sys.argv[1:]])}  ({machine})"
         stored["commands"] = [*(one for one in stored["commands"] if one != command), command]
         path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-        lines = [*stored["commands"], f"{arguments.num_samples} samples per row and training seed", *table(stored["rows"])]
+        lines = [
+            *stored["commands"],
+            f"{arguments.num_samples} samples per row and training seed",
+            *table(stored["rows"]),
+        ]
         path.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print("\n".join(lines))
     if arguments.draw:

@@ -469,8 +469,8 @@ def save_second_moments(model: ModelFolder, scheduler: GaussianDiffusionSchedule
 def save_optimized_timesteps(model: ModelFolder, sampler: str, lists: Mapping[int, list[int]]) -> Path:
     """Save timesteps chosen for a network where `from_pretrained` finds them, and return the file.
 
-    Lists of other samplers and lengths are kept. As nothing may be added to a checkpoint, those of a checkpoint are kept
-    in the run, with the sha256 of its weights.
+    Lists of other samplers and lengths are kept. Nothing may be added to a checkpoint, so those of a checkpoint are in
+    the run, with the sha256 of its weights.
 
     Args:
         model: A pipeline or a verified checkpoint.

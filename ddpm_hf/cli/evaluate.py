@@ -459,7 +459,7 @@ def _prepare(flags: EvaluateFlags) -> _Work:
         )
     sample_metrics = [name for name in metrics if name != BITS_PER_DIM]
     settings = {name: getattr(flags, name) for name in ("scheduler", *CALL_FLAGS)}
-    if not sample_metrics:  # the samples are for the picture only
+    if not sample_metrics or flags.timestep_spacing == "optimized":  # or the samples are for the picture only
         names = ("scheduler", "num_inference_steps", "eta", "timestep_spacing")
         given = {name: settings[name] for name in names}
         settings |= default_sampling(pipeline, **given, needs_native=flags.variance == "analytic")

@@ -169,7 +169,8 @@ class SamplingFlags:
         scheduler: unipc, dpm++, ddim, ddpm, deis, heun, euler, euler_a, dpm2, dpm2_a, lms, pndm, sa, or the name of a
             class of diffusers; by default that of the model.
         eta: 0 samples with DDIM, 1 with DDPM; by default that of the scheduler.
-        timestep_spacing: Spacing of the timesteps; by default that of the scheduler.
+        timestep_spacing: Spacing of the timesteps; by default that of the scheduler. optimized are those that
+            `ddpm-hf timesteps` chose for the model.
         guidance_scale: Scale of classifier-free guidance, or of autoguidance with --guide; 1 disables guidance.
         guidance_rescale: Rescaling of guided predictions, 0 to 1 (Lin et al. 2024).
         guidance_interval: start,stop: the fractions of the steps between which guidance is on, from the noise (0) to
@@ -186,7 +187,7 @@ class SamplingFlags:
     num_inference_steps: int | None = flag(None, minimum=1)
     scheduler: str | None = None
     eta: float | None = flag(None, minimum=0, maximum=1)
-    timestep_spacing: Literal["leading", "trailing", "linspace", "quadratic"] | None = None
+    timestep_spacing: Literal["leading", "trailing", "linspace", "quadratic", "optimized"] | None = None
     guidance_scale: float = flag(1.0, minimum=0)
     guidance_rescale: float = flag(0.0, minimum=0, maximum=1)
     guidance_interval: tuple[float, ...] = flag((0.0, 1.0), parse=_numbers)

@@ -104,6 +104,13 @@ def push(arguments: Sequence[str]) -> int:
     return _exit_code(lambda: command(arguments))
 
 
+def timesteps(arguments: Sequence[str]) -> int:
+    """Run `ddpm-hf timesteps`, and return the exit code."""
+    from ddpm_hf.cli.timesteps import timesteps as command
+
+    return _exit_code(lambda: command(arguments))
+
+
 def verify(arguments: Sequence[str]) -> int:
     """Run `ddpm-hf verify`, and return the exit code."""
     from ddpm_hf.cli.verify import verify as command
@@ -125,6 +132,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "ema": (ema, "reconstruct an EMA of any length"),
     "sample": (sample, "sample images from a pipeline"),
     "evaluate": (evaluate, "measure how good a pipeline is"),
+    "timesteps": (timesteps, "choose the timesteps of few sampling steps"),
     "plot": (plot, "plot schedules, the forward process, runs and images"),
     "demo": (demo, "open a page that samples, morphs and inpaints"),
     "convert": (convert, "convert a checkpoint of another system, and back"),

@@ -494,7 +494,7 @@ def _prepare(
     ]
     covers = [to_mask(mask, path, shape[:2]) for mask, path in zip(masks, flags.mask or [], strict=True)]
     call = {name: getattr(flags, name) for name in CALL_FLAGS}
-    if scheduler_name != NATIVE_SCHEDULER:
+    if scheduler_name != NATIVE_SCHEDULER and flags.timestep_spacing != "optimized":
         call["timestep_spacing"] = None  # `prepare` has set it
     if (guide := flags.load_guide(pipeline)) is not None:
         call["guide"] = guide
@@ -663,6 +663,9 @@ def _settings(work: _Work) -> dict[str, Any]:
         "compile": [flags.compile_backend, flags.compile_mode] if flags.compile else None,
         "channels_last": flags.channels_last,
     }
+    if flags.timestep_spacing == "optimized":
+        settings["timesteps"] = scheduler.timesteps.tolist()
+        settings["num_inference_steps"] = len(settings["timesteps"])
     given = flags.image or []
     if given:
         settings["image"] = [str(path) for path in given]

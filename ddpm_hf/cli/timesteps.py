@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ddpm_hf.cli.common import find_folder, load_pipeline, out_of_memory_advice
+from ddpm_hf.cli.common import find_device, find_folder, load_pipeline, out_of_memory_advice
 from ddpm_hf.cli.flags import ModelFlags, Parser, flag, read_flags
 from ddpm_hf.config import NATIVE_SCHEDULER, ConfigError, log_warning, scheduler_and_eta
 
@@ -72,11 +72,10 @@ def timesteps(arguments: Sequence[str]) -> int:
 def _choose(flags: TimestepsFlags, scheduler: str | None) -> None:
     import torch
 
-    from ddpm_hf.cli.sample import find_device
     from ddpm_hf.diffusion import GaussianDiffusionScheduler
     from ddpm_hf.diffusion.pipeline import sampler_name
-    from ddpm_hf.evaluation.generate import default_sampling, scheduler_class
-    from ddpm_hf.evaluation.timesteps import EVEN, choose_timesteps, follow_trajectories
+    from ddpm_hf.evaluation.generate import Sampler, default_sampling, scheduler_class
+    from ddpm_hf.evaluation.timesteps import EVEN, NUM_CANDIDATES, choose_timesteps, follow_trajectories
     from ddpm_hf.models import save_optimized_timesteps
 
     device, model = find_device(flags.device), find_folder(flags.folder, flags.revision)
@@ -94,10 +93,16 @@ def _choose(flags: TimestepsFlags, scheduler: str | None) -> None:
         )
     scheduler = scheduler or default_sampling(pipeline)["scheduler"] or NATIVE_SCHEDULER
     target = scheduler_class(scheduler).from_config(config)
-    pipeline.scheduler = GaussianDiffusionScheduler.from_config(config)
-    if (most := flags.steps[-1]) > len(pipeline.scheduler):
-        raise ConfigError(f"--steps has {most}, but the model has {len(pipeline.scheduler)} timesteps; give fewer.")
+    total = int(config["num_train_timesteps"])
+    if (most := flags.steps[-1]) > (limit := min(NUM_CANDIDATES, total) // 2):
+        raise ConfigError(
+            f"--steps has {most}, but timesteps are chosen for at most {limit} steps; more steps differ little from "
+            "evenly spaced ones."
+        )
     call: dict[str, Any] = {} if flags.guidance_scale == 1 else {"guidance_scale": flags.guidance_scale}
+    pipeline.scheduler = target
+    pipeline.check_inputs(timesteps=[total - 1], class_labels=Sampler().labels_of(pipeline, range(1)), **call)
+    pipeline.scheduler = GaussianDiffusionScheduler.from_config(config)
     sampling = {"batch_size": flags.batch_size, "seed": flags.seed}
     lists = {}
     trajectories = follow_trajectories(pipeline, call, num_images=flags.num_images, **sampling)

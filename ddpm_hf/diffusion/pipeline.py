@@ -858,7 +858,9 @@ def check_optimized(lists: Any, num_train_timesteps: int) -> dict[str, dict[str,
         return None
     try:
         checked = {
-            str(sampler): {str(number): descending_timesteps(given, num_train_timesteps) for number, given in few.items()}
+            str(sampler): {
+                str(number): descending_timesteps(given, num_train_timesteps) for number, given in few.items()
+            }
             for sampler, few in lists.items()
         }
         if any(len(given) != int(number) for few in checked.values() for number, given in few.items()):

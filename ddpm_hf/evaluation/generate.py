@@ -30,7 +30,7 @@ from ddpm_hf.config.schema import SCHEDULERS, SCHEDULERS_WITH_ETA
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.compiled import compiled_call
 from ddpm_hf.diffusion.images import image_size, to_images
-from ddpm_hf.diffusion.pipeline import ClassNumbers, did_you_mean
+from ddpm_hf.diffusion.pipeline import ClassNumbers, did_you_mean, find_optimized
 from ddpm_hf.diffusion.scheduler import NATIVE_SCHEDULER, default_num_inference_steps
 from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_value, read_json, save_array, write_json
 from ddpm_hf.rng import sampling_generators
@@ -48,6 +48,8 @@ SAMPLES, PARTS, PICTURES = "samples.npy", "parts", "png"
 _PART_NAME = re.compile(r"(\d{8})-(\d{8})\.npy")
 _PNG_CHANNELS = (1, 3, 4)
 _STOCK_SPACINGS = ("leading", "trailing", "linspace")
+OPTIMIZED = "optimized"
+"""The spacing that stands for the timesteps chosen by `ddpm-hf timesteps`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ class Sampler:
         self.labels_of(pipeline, range(1))
         scheduler_type = scheduler_class(self.scheduler) if self.scheduler else type(pipeline.scheduler)
         spacing: dict[str, Any] = {}
-        if self.timestep_spacing is not None and scheduler_type is not GaussianDiffusionScheduler:
+        if self.timestep_spacing not in (None, OPTIMIZED) and scheduler_type is not GaussianDiffusionScheduler:
             if self.timestep_spacing not in _STOCK_SPACINGS or "timestep_spacing" not in _settings_of(scheduler_type):
                 raise ValueError(
                     f"timestep_spacing is {self.timestep_spacing}, which {scheduler_type.__name__} does not have; use "
@@ -105,7 +107,7 @@ class Sampler:
                 )
             spacing["timestep_spacing"] = self.timestep_spacing
         scheduler = scheduler_type.from_config(pipeline.scheduler.config, **spacing)
-        names = ("class_names", "has_null_label", "self_conditioned", "value_range")
+        names = ("class_names", "has_null_label", "self_conditioned", "value_range", "optimized_timesteps")
         extras = {name: pipeline.config[name] for name in names if pipeline.config.get(name)}
         prepared = GaussianDiffusionPipeline(pipeline.unet, scheduler, **extras)
         if isinstance(prepared.scheduler, GaussianDiffusionScheduler):
@@ -151,7 +153,7 @@ class Sampler:
             indices: Indices of the images.
         """
         arguments = self.call_arguments()
-        if type(pipeline.scheduler) is not GaussianDiffusionScheduler:
+        if type(pipeline.scheduler) is not GaussianDiffusionScheduler and self.timestep_spacing != OPTIMIZED:
             arguments.pop("timestep_spacing", None)  # `prepare` has set it
         return arguments | {
             **({} if self.guide is None else {"guide": self.guide}),
@@ -180,9 +182,14 @@ class Sampler:
             settings["guidance_interval"] = list(interval)
         if (guide := settings.pop("guide")) is not None:
             settings["guide"] = fingerprint(guide)
+        num_steps = self.num_inference_steps or default_num_inference_steps(scheduler)
+        if self.timestep_spacing == OPTIMIZED:
+            lists = pipeline.config.get("optimized_timesteps") or {}
+            settings["timesteps"] = find_optimized(lists, scheduler, self.num_inference_steps, self.eta)[1]
+            num_steps = len(settings["timesteps"])
         return settings | {
             "scheduler": type(scheduler).__name__,
-            "num_inference_steps": self.num_inference_steps or default_num_inference_steps(scheduler),
+            "num_inference_steps": num_steps,
             "timestep_spacing": self.timestep_spacing or scheduler.config.get("timestep_spacing"),
             "labels": labels or (list(range(pipeline.num_classes)) or None),
         }
@@ -205,7 +212,8 @@ def default_sampling(
 
     If neither scheduler nor eta is given, a DDPM is sampled by UniPC, which benchmarks/few_steps.py finds to be best at
     10 to 20 network calls, or by DDIM where UniPC cannot be used. A model that stores a number of steps or another
-    scheduler keeps them. By default, UniPC and other solvers take 20 steps, DDIM 50, and DDPM all of the training.
+    scheduler keeps them, and optimized timesteps the sampler that they were chosen for. By default, UniPC and other
+    solvers take 20 steps, DDIM 50, and DDPM all of the training.
 
     Args:
         pipeline: The pipeline.
@@ -217,6 +225,17 @@ def default_sampling(
     """
     config, own = pipeline.scheduler.config, type(pipeline.scheduler).__name__
     num_stored = config.get("default_num_inference_steps")
+    if timestep_spacing == OPTIMIZED:
+        stored: Mapping[str, Any] = pipeline.config.get("optimized_timesteps") or {}
+        if (scheduler, eta, own, needs_native) == (None, None, NATIVE_SCHEDULER, False):
+            solvers = [name for name in stored if not name.startswith(NATIVE_SCHEDULER)]
+            scheduler = SCHEDULERS["unipc"] if SCHEDULERS["unipc"] in solvers else next(iter(solvers), None)
+        return {
+            "scheduler": scheduler,
+            "num_inference_steps": num_inference_steps,
+            "eta": eta,
+            "timestep_spacing": timestep_spacing,
+        }
     if scheduler is None and eta is None and own == NATIVE_SCHEDULER:
         needs_native |= timestep_spacing not in (None, *_STOCK_SPACINGS)
         if num_stored or needs_native or pipeline.config.get("self_conditioned"):

@@ -164,7 +164,8 @@ def start_noise(pipeline: GaussianDiffusionPipeline, seed: int, indices: range) 
     dtype = torch.promote_types(torch.float32, pipeline.unet.dtype)
     generators = sampling_generators(seed, "timesteps", indices, pipeline.device)
     shape = (len(indices), pipeline.num_channels, *image_size(pipeline.unet))
-    return randn_tensor(shape, generator=generators, device=pipeline.device, dtype=dtype)
+    noise: torch.Tensor = randn_tensor(shape, generator=generators, device=pipeline.device, dtype=dtype)
+    return noise
 
 
 def candidate_lists(trajectories: Trajectories, num_steps: int) -> dict[str, list[int]]:
