@@ -181,6 +181,8 @@ def run_ddpm_hf(name: str, arguments: list[str]) -> None:
         return check_flags(name, arguments)  # a checkpoint of another system
     elif "--revision" in options:
         return check_flags(name, arguments)  # a Hub repository
+    elif name == "timesteps":
+        arguments = [*arguments, "--num_images", "2"]
     elif name == "demo":
         return check_flags(name, arguments)  # serves until it is stopped
     elif name == "push":

@@ -243,6 +243,8 @@ COMMANDS_WITHOUT_TORCH = [
     "sample --help",
     "sample --num_imagez 5",
     "evaluate --help",
+    "timesteps --help",
+    "timesteps x --steps 4 --scheduler ddpm",
     "plot --help",
     "push --help",
     "verify --help",
