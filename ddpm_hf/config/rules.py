@@ -264,7 +264,8 @@ def _check_data(data: DataConfig, has_train_dataset: bool, has_eval_dataset: boo
             "data.value_range auto takes the range from all images, which data.streaming does not read in advance; set "
             "data.value_range to [low, high]."
         )
-    if resolution is None or data.num_channels not in (1, 3, 4):
+    has_channels = data.num_channels in (1, 3, 4) or (data.num_channels is not None and data.value_range is not None)
+    if resolution is None or not has_channels:
         raise ConfigError(
             "data.streaming does not inspect the images before training; set data.resolution, and data.num_channels to "
             "1, 3 or 4."
@@ -458,6 +459,11 @@ def _check_evaluation(config: RunConfig, has_validation_set: bool) -> None:
             raise ConfigError(
                 "evaluation.score_metric bits_per_dim needs a validation set; set data.validation_fraction, for "
                 "example to 0.05, or data.validation_split."
+            )
+        if data.value_range is not None:
+            raise ConfigError(
+                f"evaluation.score_metric bits_per_dim is that of 8-bit images, but data.value_range is "
+                f"{data.value_range}; set evaluation.score_metric to kernel_distance."
             )
         if not 2 <= evaluation.score_num_terms <= num_timesteps:
             raise ConfigError(

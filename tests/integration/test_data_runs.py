@@ -13,6 +13,7 @@ from PIL import Image
 
 from ddpm_hf.cli.main import evaluate, train
 from ddpm_hf.data import cache, sources
+from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.training.checkpoint import DataState
 from tests.conftest import DIGITS, run_arguments
 from tests.runs import (
@@ -83,6 +84,26 @@ def test_images_of_different_sizes_train_a_network_on_random_crops(tmp_path: Pat
     arguments = run_arguments(tmp_path / "run", data__source=folder, model__class_conditional=False, **crops)
     assert train(arguments) == 0
     assert np.isfinite([row["loss"] for row in metrics_of(tmp_path / "run")]).all()
+
+
+def test_values_of_a_range_train_the_network_of_the_same_pictures(
+    tmp_path: Path, digits: tuple[np.ndarray, list[int]]
+) -> None:
+    """Stored as float32; the range is in the pipeline of the run and of its checkpoint."""
+    images, labels = digits
+    np.savez(tmp_path / "8.npz", images=images, labels=labels)
+    np.savez(tmp_path / "x.npz", images=images.astype(np.float32) * 4 - 1000, labels=labels)
+    cache_dir = {"data__cache_dir": tmp_path / "cache", "training__num_steps": 2}
+    for name, settings in {"8": cache_dir, "x": cache_dir | {"data__value_range": "auto"}}.items():
+        assert train(run_arguments(tmp_path / name, **settings, data__source=tmp_path / f"{name}.npz")) == 0
+    losses = [[row["loss"] for row in metrics_of(tmp_path / name) if "loss" in row] for name in ("8", "x")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    checkpoint = tmp_path / "x" / "checkpoints" / "step_00000002"
+    value_range = [images.min() * 4.0 - 1000, images.max() * 4.0 - 1000]
+    for folder in (tmp_path / "x" / "pipeline", checkpoint):
+        assert GaussianDiffusionPipeline.from_pretrained(folder).config.value_range == value_range
+    longer = settings | {"training__num_steps": 4}
+    assert train(run_arguments(tmp_path / "x", **longer, data__source=tmp_path / "x.npz")) == 0, "it continues"
 
 
 # --------------------------------------------------------------------------------------------- data that have changed

@@ -170,6 +170,22 @@ def test_fidelity_compares_samples_with_training_images(
     assert "holds samples of other settings (seed was 3, is 4)" in changed
 
 
+def test_values_are_compared_as_pictures_of_the_range_of_the_model(tmp_path: Path, saved: Path) -> None:
+    model = GaussianDiffusionPipeline.from_pretrained(saved)
+    ranged = GaussianDiffusionPipeline(model.unet, model.scheduler, class_names=DIGIT_NAMES, value_range=[-1000, 400])
+    ranged.save_pretrained(tmp_path / "model")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8)).astype(np.uint8)
+    np.save(tmp_path / "values.npy", pixels.astype(np.float64) / 255 * 1400 - 1000)
+    np.save(tmp_path / "pictures.npy", pixels)
+    features = ("--metrics", "frechet_distance", "--features", "tests.feature_networks:pooled")
+    rows = []
+    for folder, data in ((tmp_path / "model", "values.npy"), (saved, "pictures.npy")):
+        options = (*QUICK, "--data", tmp_path / data, *features, "--output", tmp_path / f"of {data}")
+        assert evaluate(folder, *options) == 0
+        rows.append(json.loads((tmp_path / f"of {data}" / "evaluation.json").read_text())["metrics"])
+    assert rows[0] == rows[1]
+
+
 def test_copies_of_training_images_are_counted_and_compared_with_the_validation_set(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, saved: Path
 ) -> None:

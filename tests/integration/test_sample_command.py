@@ -296,6 +296,30 @@ def test_images_of_any_channels_are_written(
     assert said == (ending == "npy")
 
 
+def test_values_are_written_and_edited_in_the_range_of_the_model(plain: Path, tmp_path: Path) -> None:
+    """As pictures by default, as arrays on request or if PNG has no such channels."""
+    model = load(plain)
+    ranged = GaussianDiffusionPipeline(model.unet, model.scheduler, value_range=[-1000, 400])
+    ranged.save_pretrained(tmp_path / "model")
+    few = ("--seeds", 1, "--num_inference_steps", 2)
+    output = draw(tmp_path / "model", tmp_path / "a", *few, "--format", "npy")
+    values = np.load(output / "seed_000001.npy")
+    expected = ranged(generator=seeded(1), num_inference_steps=2, output_type="np").images[0]
+    np.testing.assert_array_equal(values, expected)
+    shown = draw(tmp_path / "model", tmp_path / "b", *few)
+    assert np.abs(pixels(shown / "seed_000001.png") / 255 * 1400 - 1000 - values).max() < 1400 / 255
+    np.testing.assert_array_equal(pixels(shown / "grid.png"), pixels(output / "grid.png"))
+    edit = ("--image", output / "seed_000001.npy", "--strength", 0.5)
+    edited = np.load(
+        draw(tmp_path / "model", tmp_path / "c", *few, *edit, "--format", "npy") / "seed_000001_seed_000001.npy"
+    )
+    again = ranged.denoise_from(values, 0.5, generator=seeded(1), num_inference_steps=2, output_type="np").images[0]
+    np.testing.assert_allclose(edited, again, atol=1e-2)
+    latents = save(tmp_path / "latents", in_channels=4, out_channels=4)
+    GaussianDiffusionPipeline(load(latents).unet, model.scheduler, value_range=[-4, 4]).save_pretrained(latents)
+    assert (draw(latents, tmp_path / "d", *few) / "seed_000001.npy").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 

@@ -115,3 +115,11 @@ def test_the_flags_in_evaluation_json_repeat_the_evaluation_and_hold_no_local_pa
     words = given_flags(parse([str(tmp_path), "--data", str(data), *local, *shared]))
     assert str(tmp_path) not in " ".join(words)
     assert parse(["user/model", *words]) == parse(["user/model", "--data", data.name, *shared])
+
+
+def test_a_model_with_a_value_range_reads_data_of_this_range(tmp_path: Path) -> None:
+    """Bits per dimension, which are those of 8-bit images, are no default then."""
+    flags, _ = read(None)
+    assert flags.data_config((8, 8), 1, (-1000.0, 400.0)).value_range == [-1000, 400]
+    assert "bits_per_dim" in flags.metric_names()
+    assert "bits_per_dim" not in flags.metric_names((-1000.0, 400.0))

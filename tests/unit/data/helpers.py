@@ -35,6 +35,12 @@ def encode(image: Image.Image | np.ndarray, image_format: str = "PNG", **options
     return buffer.getvalue()
 
 
+def npy(array: np.ndarray) -> bytes:
+    """Return the content of a .npy file."""
+    np.save(content := io.BytesIO(), array)
+    return content.getvalue()
+
+
 def encode_deep(pixels: np.ndarray) -> bytes:
     """Return a PNG with 16 bits per channel, which Pillow cannot write for color. Its rows are filtered.
 

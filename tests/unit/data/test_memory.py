@@ -373,6 +373,43 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+VALUES = np.random.default_rng(3).normal(0, 500, (4, 8, 6)).astype(np.float32)
+KINDS_OF_VALUES: dict[str, Any] = {
+    "array": VALUES,
+    "float64": VALUES.astype(np.float64),
+    "tensor": torch.from_numpy(VALUES),
+    "pairs": [(value, 0) for value in VALUES],
+    "pictures": [Image.fromarray(value) for value in VALUES],
+    "dictionary": {"image": VALUES, "label": np.zeros(4, int)},
+    "datasets": datasets.Dataset.from_dict(
+        {"image": list(VALUES)}, features=datasets.Features(image=datasets.Array2D((8, 6), "float32"))
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_VALUES)
+def test_values_of_a_range_are_kept(tmp_path: Path, kind: str) -> None:
+    images = open_memory(KINDS_OF_VALUES[kind], tmp_path, value_range="auto")
+    assert images.images.dtype == np.float32
+    assert images.value_range == (VALUES.min(), VALUES.max())
+    assert np.array_equal(images.take(images.positions)[0][:, 0], VALUES)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int64])
+def test_integers_of_a_range_are_kept(tmp_path: Path, dtype: type) -> None:
+    images = open_memory(torch.from_numpy(VALUES.astype(dtype)), tmp_path, value_range=[-1000, 400])
+    assert images.images.dtype == (np.int16 if dtype == np.int16 else np.float32)
+    assert np.array_equal(images.take(images.positions)[0][:, 0], VALUES.astype(dtype))
+
+
+def test_latents_in_memory_have_any_number_of_channels(tmp_path: Path) -> None:
+    """The first axis of a tensor, also if the last one has as many values."""
+    latents = torch.randn(3, 16, 8, 16, generator=torch.Generator().manual_seed(0)).half()
+    images = open_memory(latents, tmp_path, value_range=[-6, 6], num_channels=16)
+    assert images.images.dtype == np.float16
+    assert np.array_equal(images.take(images.positions)[0], latents)
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_other_data_are_refused_in_one_sentence(tmp_path: Path, kind: str) -> None:
     make, sentence = REFUSED[kind]

@@ -25,6 +25,7 @@ from tests.unit.data.helpers import (
     RGB,
     digits_table,
     encode,
+    npy,
     open_source,
     pixels_of,
     refusal,
@@ -632,18 +633,13 @@ def test_class_folders_whose_names_are_not_utf_8(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KINDS[:3])
 def test_each_array_of_a_folder_is_an_image(tmp_path: Path, name: str) -> None:
     """Unless there are images of other types. Arrays of other shapes are bad images."""
-
-    def array(pixels: np.ndarray) -> bytes:
-        np.save(content := io.BytesIO(), pixels)
-        return content.getvalue()
-
-    files = {"cat/1.npy": array(RGB), "dog/1.npy": array(RGB.transpose(2, 0, 1)), "dog/2.npy": array(GRAY > 127)}
+    files = {"cat/1.npy": npy(RGB), "dog/1.npy": npy(RGB.transpose(2, 0, 1)), "dog/2.npy": npy(GRAY > 127)}
     images = open_source(store(tmp_path, name, files), tmp_path / "cache", with_labels=True)
     assert [images.labels.tolist(), images.class_names] == [[0, 1, 1], ("cat", "dog")]
     masks = np.repeat(np.where(GRAY > 127, 255, 0)[..., None], 3, axis=-1)
     assert np.array_equal(pixels_of(images), [RGB, RGB, masks])
     (tmp_path / "bad").mkdir()
-    bad = store(tmp_path / "bad", name, files | {"dog/3.npy": array(np.zeros((2, 4, 4, 3)))})
+    bad = store(tmp_path / "bad", name, files | {"dog/3.npy": npy(np.zeros((2, 4, 4, 3)))})
     assert "contains float64 (2, 4, 4, 3); an image has numbers, and is (height" in refusal(bad, tmp_path / "cache")
     (tmp_path / "mixed").mkdir()
     mixed = store(tmp_path / "mixed", name, files | {"cat/1.png": encode(RGB)})
@@ -1130,3 +1126,37 @@ def test_a_part_of_an_array_has_another_digest(tmp_path: Path) -> None:
         open_source(path, tmp_path / "cache", split=split).digest for split in ("train", "train[:3]", "train[1:]")
     }
     assert len(digests) == 3
+
+
+@pytest.mark.parametrize(
+    ("feature", "dtype"),
+    [
+        (datasets.Array3D((3, 6, 5), "uint8"), np.uint8),
+        (datasets.Array3D((3, 6, 5), "int16"), np.int16),
+        (datasets.List(datasets.List(datasets.List(datasets.Value("float64")))), np.float32),
+    ],
+)
+def test_arrays_in_a_table_are_images(tmp_path: Path, feature: object, dtype: type) -> None:
+    """With the channels first or last. Arrays of 8 bits are pictures."""
+    images = RGB.transpose(2, 0, 1)[None].repeat(2, axis=0).astype(dtype)
+    columns = {"name": ["a", "b"], "x": [image.tolist() for image in images]}
+    features = datasets.Features(name=datasets.Value("string"), x=feature)
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "x.parquet")
+    value_range = None if dtype == np.uint8 else [0, 255]
+    found = open_source(tmp_path / "x.parquet", tmp_path / "cache", value_range=value_range)
+    assert found.images.dtype == dtype
+    assert np.array_equal(pixels_of(found), [RGB, RGB])
+
+
+def test_arrays_with_labels_in_tar_files(tmp_path: Path) -> None:
+    files = {"0.npy": npy(GRAY - 0.5), "0.cls": b"3", "1.npy": npy(GRAY / 2), "1.cls": b"1"}
+    found = open_source(store(tmp_path, "pets.tar", files), tmp_path / "cache", with_labels=True, value_range="auto")
+    assert [found.labels.tolist(), found.class_names] == [[1, 0], ("1", "3")]
+
+
+def test_metadata_of_arrays_are_opened_as_a_table(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "x", {"0.npy": npy(GRAY), "metadata.csv": b"file_name,label\n0.npy,1\n"})
+    assert refusal(folder, tmp_path / "cache") == (
+        f"{folder} has metadata.csv but no pictures; set data.source to {folder / 'metadata.csv'}."
+    )
+    assert np.array_equal(pixels_of(open_source(folder / "metadata.csv", tmp_path / "cache"))[0, ..., 0], GRAY)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data import DataError, ImageSet, ImageStream, open_images, open_sets, summarize
+from ddpm_hf.data import DataError, ImageSet, ImageStream, normalize, open_images, open_sets, summarize
 from tests.conftest import run_process
 from tests.unit.data.helpers import GRAY, encode, encode_deep, write_files, write_parquet
 
@@ -289,3 +289,32 @@ stream.samples(0, 3)
 """
     result = run_process(["-c", code])
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("kind", ["table", "folder"])
+def test_values_are_streamed_as_they_are_decoded_in_advance(tmp_path: Path, kind: str) -> None:
+    """Arrays in a table, and files of them."""
+    values = np.random.default_rng(0).normal(0, 500, (9, 4, 4)).astype(np.float32)
+    if kind == "table":
+        features = datasets.Features(
+            {"x": datasets.Array2D((4, 4), "float32"), "label": datasets.ClassLabel(names=["a"])}
+        )
+        source = tmp_path / "x.parquet"
+        datasets.Dataset.from_dict({"x": list(values), "label": [0] * 9}, features=features).to_parquet(source)
+    else:
+        source = tmp_path / "x"
+        for number, value in enumerate(values):
+            (source / "a").mkdir(parents=True, exist_ok=True)
+            np.save(source / "a" / f"{number}.npy", value)
+    settings = {"value_range": [-1000.0, 2000.0], "resolution": 4, "num_channels": 1}
+    samples, _ = stream_of(source, **settings).samples(0, 9)
+    images = open_images(DataConfig(source=str(source), cache_dir=str(tmp_path), **settings), with_labels=False)
+    decoded = normalize(torch.from_numpy(np.array(images.take(images.positions)[0])), value_range=images.value_range)
+    assert samples.dtype == torch.float32
+
+    def sort(x: torch.Tensor) -> list[list[float]]:
+        return sorted(x.flatten(1).tolist())
+
+    assert sort(samples) == sort(decoded)
+    with pytest.raises(DataError, match="has float32 values, which cannot be streamed without a range"):
+        stream_of(source).samples(0, 1)

@@ -83,6 +83,9 @@ def test_arrays_are_described_too(capsys: pytest.CaptureFixture[str], tmp_path: 
     code, output, _ = show(capsys, tmp_path, str(tmp_path / name))
     assert code == 0
     assert f"pixels    values from {pixels.min()} to {pixels.max()} of 0 to 65535" in output
+    _, in_range, _ = show(capsys, tmp_path, str(tmp_path / name), "--data.value_range", "auto")
+    ends = f"{pixels.min()} becomes -1 and {pixels.max()} becomes 1, as found in the data"
+    assert f"pixels    values from {pixels.min()} to {pixels.max()}; {ends}" in in_range
     assert "sizes     all 9x8" in output
     assert "network   sees 1x8x9 (channels, height, width)" in output
 

@@ -1140,3 +1140,49 @@ def test_check_inputs_rejects_what_a_call_rejects_and_returns_the_number_of_step
     with pytest.raises(TypeError, match="check_inputs has no argument 'sample'"):
         pipe.check_inputs(class_labels=1, sample=torch.zeros(1, 3, 8, 8))
     assert calls == []
+
+
+# --------------------------------------------------------------------------------------------------------- value range
+
+
+@pytest.mark.parametrize("network", [torch.float32, torch.float64])
+def test_values_are_those_of_the_range_and_pictures_scale_it(network: torch.dtype) -> None:
+    plain, ranged = pipeline(tiny_unet().to(network)), pipeline(tiny_unet().to(network), value_range=(-1000, 400))
+    assert ranged.config.value_range == [-1000, 400]
+    options = {"num_inference_steps": 2, "return_trajectory": True}
+
+    def images(pipe: GaussianDiffusionPipeline, output_type: str) -> Any:
+        return pipe(generator=seeded(0), output_type=output_type, **options)
+
+    unit, values = images(plain, "np"), images(ranged, "np")
+    assert values.images.dtype == np.float32
+    np.testing.assert_allclose(values.images, unit.images * 1400 - 1000, atol=1e-3)
+    assert [values.images.min(), values.images.max()] == [-1000, 400], "states without training reach both ends"
+    torch.testing.assert_close(values.trajectory, unit.trajectory * 1400 - 1000, atol=1e-3, rtol=0)
+    assert np.array_equal(images(ranged, "pt").images.permute(0, 2, 3, 1).numpy(), values.images)
+    assert np.array_equal(images(ranged, "uint8").images, images(plain, "uint8").images)
+    assert np.array_equal(*(np.asarray(images(pipe, "pil").images[0]) for pipe in (ranged, plain)))
+
+
+def test_editing_takes_values_of_the_range_and_pictures_of_it() -> None:
+    pipe, plain = pipeline(value_range=[-1000, 400]), pipeline()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    values = (pixels / 255 * 1400 - 1000).astype(np.float32)
+    expected = plain._to_samples(pixels, "image")
+    for given in (pixels, values, values.astype(np.float64), torch.from_numpy(values).permute(0, 3, 1, 2)):
+        torch.testing.assert_close(pipe._to_samples(given, "image").float(), expected, atol=1e-6, rtol=0)
+    whole = np.full((1, 8, 8, 3), -300, np.int16)
+    assert pipe._to_samples(whole, "image").unique().tolist() == [0]
+    edited = pipe.denoise_from(values, 0.5, num_inference_steps=2, output_type="np").images
+    again = pipe.denoise_from(edited, 0.5, num_inference_steps=2, output_type="np").images
+    assert np.isfinite(again).all(), "outputs are inputs"
+    with pytest.raises(
+        ValueError, match=r"has values from -1000 to 500; the model's images have values in \[-1000, 400\]"
+    ):
+        pipe.denoise_from(np.where(values > 399, 500, -1000).astype(np.float32))
+
+
+@pytest.mark.parametrize("value_range", [[1, 0], [0, 0], [0], [0, 1, 2], [0, math.inf], "auto", 5, [math.nan, 1]])
+def test_a_value_range_is_two_increasing_numbers(value_range: Any) -> None:
+    with pytest.raises(ValueError, match="must be two numbers, \\[low, high\\], with low < high"):
+        pipeline(value_range=value_range)

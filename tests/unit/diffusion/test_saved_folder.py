@@ -92,6 +92,17 @@ def test_options_that_stock_lacks_are_saved_only_if_set_and_read_back(tmp_path: 
     assert torch.equal(images(loaded, **arguments), images(expected, **arguments))
 
 
+def test_the_value_range_is_read_back_and_ignored_by_stock(tmp_path: Path) -> None:
+    assert save(tmp_path, tiny_unet(), value_range=[-1000.5, 400.0])["value_range"] == [-1000.5, 400.0]
+    loaded = GaussianDiffusionPipeline.from_pretrained(tmp_path)
+    expected = GaussianDiffusionPipeline(tiny_unet(), GaussianDiffusionScheduler(), value_range=[-1000.5, 400])
+    assert torch.equal(images(loaded), images(expected))
+    by_its_code = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True)
+    assert by_its_code.config.value_range == [-1000.5, 400.0]
+    stock = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock) is DDPMPipeline
+
+
 @pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 @pytest.mark.parametrize(
     ("unet", "scheduler", "extras"),

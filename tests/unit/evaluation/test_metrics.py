@@ -125,6 +125,12 @@ def test_batches_and_files_change_nothing(tmp_path: Path) -> None:
     assert frechet(tmp_path / "b", mapped, batch_size=7).value == pytest.approx(whole, rel=1e-6)
 
 
+def test_values_are_compared_as_the_pictures_that_show_them(tmp_path: Path) -> None:
+    values = REFERENCE.astype(np.float32) / 255 * 1400 - 1000
+    reference = image_set(values, value_range=(-1000.0, 400.0))
+    assert frechet(tmp_path / "a", SAMPLES, reference).value == frechet(tmp_path / "b").value
+
+
 def test_gray_images_count_as_three_equal_channels(tmp_path: Path) -> None:
     """Only one of three equal channels has variance of its own: the covariance is singular."""
     gray, other = images_of(40, 3, channels=1), images_of(40, 4, channels=1)
