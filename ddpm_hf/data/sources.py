@@ -1209,5 +1209,6 @@ def _open_array(
         return [EncodedImage(f"image {number} of {path}", as_native(images[rows[number]])) for number in numbers]
 
     fingerprint = f"{file_identity(path)} {config.image_column} {rows} {images.dtype} {images.shape}"
+    fingerprint += f" {wanted}" if splits else ""
     source = Source(str(path), path.suffix[1:], fingerprint, len(rows), read, labels, class_names)
     return replace(source, labels_problem=problem)

@@ -97,6 +97,12 @@ def test_the_range_of_8_bits_is_the_one_without_a_range(tmp_path: Path) -> None:
     assert torch.equal(normalize(pixels), normalize(pixels, value_range=(0, 255)))
 
 
+def test_normalizing_leaves_values_as_they_are() -> None:
+    values = torch.full((1, 1, 2, 2), 3.0)
+    assert normalize(values, value_range=(1, 3)).unique().tolist() == [1]
+    assert values.unique().tolist() == [3]
+
+
 def test_pictures_show_the_range_from_0_to_255(tmp_path: Path) -> None:
     array = np.array([[[-2000, -1000], [-300, 400]]], np.int16)
     found = open_source(save(tmp_path / "x.npy", array), tmp_path, value_range=[-1000, 400])
