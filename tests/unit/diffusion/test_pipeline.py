@@ -30,6 +30,7 @@ from oracles import GaussianData, OperationCounter, seeded, tiny_unet
 from ddpm_hf.cli.flags import SamplingFlags
 from ddpm_hf.config import ConfigError
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.diffusion.images import to_images
 from ddpm_hf.diffusion.pipeline import ClassNumbers, check_generator, check_process, copy_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -1180,6 +1181,11 @@ def test_editing_takes_values_of_the_range_and_pictures_of_it() -> None:
         ValueError, match=r"has values from -1000 to 500; the model's images have values in \[-1000, 400\]"
     ):
         pipe.denoise_from(np.where(values > 399, 500, -1000).astype(np.float32))
+
+
+def test_no_value_is_outside_of_the_range_by_rounding() -> None:
+    """0.1 + (0.7 - 0.1) is above 0.7 in float32."""
+    assert to_images(torch.ones(1, 1, 1, 1), "np", (0.1, 0.7)).item() == np.float32(0.7)
 
 
 @pytest.mark.parametrize("value_range", [[1, 0], [0, 0], [0], [0, 1, 2], [0, math.inf], "auto", 5, [math.nan, 1]])

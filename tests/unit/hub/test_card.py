@@ -192,6 +192,14 @@ def test_half_precision_weights_are_offered_if_there_are_any(folder_of: Folder) 
     assert load(folder, variant="fp16", dtype=torch.float16).unet.dtype == torch.float16
 
 
+def test_the_value_range_is_stated(folder_of: Folder) -> None:
+    folder = folder_of()
+    assert "values in" not in card_of(folder).text
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"value_range": [-1000.5, 400.0]}))
+    assert 'Pass `output_type="np"` for values in [-1000.5, 400]' in card_of(folder).text
+
+
 def test_metadata_is_what_the_hub_reads(folder_of: Folder) -> None:
     text = card_of(folder_of("guided", evaluation__json=evaluation(FID, BITS), recognition__json=RECOGNITION)).text
     data = data_of(text)
