@@ -35,8 +35,8 @@ def encode_labels(
     """Number the classes of labels.
 
     Labels are whole numbers (also as floating-point numbers), booleans, text, lists of one of these, or one-hot
-    vectors. None, NaN and -1 stand for none. Classes without names are those of the labels that occur, in ascending
-    order, and are named after them.
+    vectors. None, NaN, -1 and empty text stand for none; spaces around text are removed. Classes without names are
+    those of the labels that occur, in ascending order, and are named after them.
 
     Args:
         values: One label for each image.
@@ -93,6 +93,8 @@ def _plain_labels(
             label = list(label).index(1)
         if isinstance(label, bytes):
             label = label.decode("utf-8", "replace")
+        if isinstance(label, str):
+            label = label.strip() or None
         if isinstance(label, float) and (label.is_integer() or math.isnan(label)):
             label = None if math.isnan(label) else int(label)
         if label is not None and not isinstance(label, str | numbers.Integral):

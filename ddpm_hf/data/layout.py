@@ -93,6 +93,11 @@ class Layout:
         return found + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
 
 
+def are_of_one_kind(names: Iterable[str]) -> bool:
+    """Return whether names of splits have the same other words, which train_HR and train_LR do not."""
+    return len({mark[1] for name in names if (mark := _mark(name)) is not None}) < 2
+
+
 def split_of_word(word: str) -> str | None:
     """Return the split that a word such as val stands for, None if there is none."""
     return _SPLIT_OF_WORD.get(word.lower())
@@ -177,7 +182,8 @@ def _num_enclosing(files: set[Folders], num_of_dataset: int, first: int = 0) -> 
 
 def _mark(name: str) -> tuple[str, Folders] | None:
     """Return the split that a name contains and its other words, None unless it contains a single one."""
-    words = [word for word in re.split("[^a-z]+", name.lower()) if word]
+    separated = re.sub("(?<=[a-z])(?=[A-Z])", " ", name)  # trainA, as in CycleGAN
+    words = [word for word in re.split("[^a-z]+", separated.lower()) if word]
     found = [word for word in words if word in _SPLIT_OF_WORD]
     if len(found) != 1:
         return None

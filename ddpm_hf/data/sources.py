@@ -34,7 +34,7 @@ from ddpm_hf.data.arrays import find_images, image_set_of_array, needs_preproces
 from ddpm_hf.data.decode import LFS_POINTER, BadImage, DataError, EncodedImage, Header, as_native, image_of_array
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.labels import NO_LABEL, ClassOrder, Labels, encode_labels, sort_classes
-from ddpm_hf.data.layout import SPLIT_NAMES, Kind, Layout, read_layout, split_of_word
+from ddpm_hf.data.layout import SPLIT_NAMES, Kind, Layout, are_of_one_kind, read_layout, split_of_word
 from ddpm_hf.files import format_count
 
 if TYPE_CHECKING:
@@ -527,11 +527,15 @@ def _walk(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names)
 
 
+_SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
+"""Folders of macOS, Synology (thumbnails) and Windows."""
+
+
 def _why_ignored(name: str) -> str | None:
     """Return None for an image, "" for files that operating systems create, and for others the name with a reason."""
     parts = PurePosixPath(name).parts
     is_image = name.lower().endswith(IMAGE_SUFFIXES)
-    if "__MACOSX" in parts or parts[-1].startswith("._"):  # metadata that macOS names like the images
+    if parts[-1].startswith("._") or not _SYSTEM_FOLDERS.isdisjoint(parts):  # ._1.png is metadata of macOS
         return ""
     if ".." in parts:
         return f"{name} (outside of the archive)"
@@ -600,7 +604,7 @@ def _source_of_files(
         read_label = _labels_of_json(files, read)
         if read_label is not None:
             described = f"labels in {_LABELS_OF_STYLEGAN}"
-            ignored = tuple(name for name in ignored if name != _LABELS_OF_STYLEGAN)
+            ignored = tuple(name for name in ignored if name.rpartition("/")[2] != _LABELS_OF_STYLEGAN)
     if read_label is None:
         labels, class_names = _class_folders(chosen, images, found, class_order)
     else:
@@ -629,14 +633,16 @@ def _source_of_files(
 
 def _labels_of_json(files: list[_File], read: Callable[[str, _File], EncodedImage]) -> Callable[[_File], Any] | None:
     """Return the labels in dataset.json, as StyleGAN and EDM store them; None without such a file."""
-    file = next((file for file in files if file.name == _LABELS_OF_STYLEGAN), None)
-    if file is None:
+    found = [file for file in files if file.name.rpartition("/")[2] == _LABELS_OF_STYLEGAN]
+    if len(found) != 1:
         return None
+    (file,) = found
+    folder = file.name.removesuffix(_LABELS_OF_STYLEGAN)
     try:
         labels = dict(json.loads(read(file.name, file).read())["labels"])
     except (DataError, ValueError, KeyError, TypeError):
         return None  # something else
-    return lambda image: labels.get(image.name)
+    return lambda image: labels.get(image.name.removeprefix(folder))
 
 
 def _files_of_split(images: list[_File], layout: Layout, wanted: str, path: Path) -> list[_File]:
@@ -646,6 +652,11 @@ def _files_of_split(images: list[_File], layout: Layout, wanted: str, path: Path
     folders = layout.folders_of(wanted)
     if layout.splits and not folders:
         raise DataError(f"{path} has no split {wanted!r}; its folders are {', '.join(layout.splits)}.")
+    if not are_of_one_kind(folders):
+        listed = ", ".join(sorted(folders))
+        logger.warning(
+            "The folders %s of %s are read together; set data.split to one of them if they differ.", listed, path
+        )
     depth = layout.depth
     return [
         file
@@ -691,9 +702,12 @@ def _as_unicode(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ tables
 
 _TABLE_SUFFIXES = (".parquet", ".arrow")
-TEXT_TABLES = {
-    ".csv": {"path": "csv"}, ".tsv": {"path": "csv", "sep": "\t"}, ".jsonl": {"path": "json"}, ".json": {"path": "json"}
-}  # fmt: skip
+TEXT_TABLES: dict[str, dict[str, Any]] = {
+    ".csv": {"path": "csv", "skipinitialspace": True},
+    ".tsv": {"path": "csv", "sep": "\t"},
+    ".jsonl": {"path": "json"},
+    ".json": {"path": "json"},
+}
 """Suffix -> arguments of `load_dataset`."""
 _PATH_COLUMNS = ("image", "img", "file_name", "filename", "file", "path", "image_path", "filepath", "file_path")
 """Names of columns that contain paths of images, if their values are text."""
@@ -823,6 +837,8 @@ def source_of_table(
             f"{_shortened(others)}, or model.class_conditional to false."
         )
 
+    _warn_of_splits_in_column(dataset, config.source)
+
     def read(rows: Sequence[int]) -> list[EncodedImage]:
         values = zip(rows, encoded[list(rows)][image_column], strict=True)
         return [
@@ -841,6 +857,23 @@ def source_of_table(
         class_names=labels[1],
         labels_problem=problem,
     )
+
+
+_SPLIT_COLUMNS = {"split", "subset", "set", "partition", "usage", "fold"}
+
+
+def _warn_of_splits_in_column(dataset: "Dataset", source: str) -> None:
+    """Warn about a column that names the split of each row, which the rows do not belong to."""
+    for name, feature in dataset.features.items():
+        if name.lower() not in _SPLIT_COLUMNS or getattr(feature, "dtype", "") not in ("string", "large_string"):
+            continue
+        found = sorted(map(str, dataset.unique(name)))
+        if len(found) > 1 and "train" in map(split_of_word, found):
+            logger.warning(
+                "The column %r of %s contains %s, but all rows are used; save one table for each of them to train on "
+                "%s only.",
+                name, source, ", ".join(found[:5]), next(word for word in found if split_of_word(word) == "train"),
+            )  # fmt: skip
 
 
 def _files_of_rows(dataset: "Dataset", image_column: str, folder: Path) -> list[str]:
@@ -907,7 +940,9 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
                 arguments["sep"] = ";"
         elif path.suffix[1:].isalpha() or config.source.startswith((".", "~", "/")) or config.source.count("/") > 1:
             raise DataError(
-                f"data.source {config.source} does not exist; check the path (working directory {Path.cwd()})."
+                f"data.source {config.source} does not exist; "
+                f"{'patterns are not read, so give the folder' if glob.has_magic(config.source) else 'check the path'} "
+                f"(working directory {Path.cwd()})."
             )
         else:
             arguments = {"path": config.source, "name": config.subset, "revision": config.revision}
@@ -919,6 +954,8 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
         # The message of a DatasetGenerationError contains nothing but "an error occurred".
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         reason = " ".join(str(cause or error).split()) or type(error).__name__
+        if isinstance(cause or error, UnicodeDecodeError):
+            raise DataError(f"data.source {config.source} is not UTF-8 ({reason}); save the table as UTF-8.") from None
         if "corresponds to no data" in reason:
             raise DataError(f"split {split!r} of {config.source} contains no images.") from None
         if "must be present as dictionary key" in reason and (table := next(path.rglob("metadata.*"), None)):

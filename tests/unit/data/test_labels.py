@@ -28,6 +28,7 @@ from ddpm_hf.data.labels import encode_labels
         ([[0, 0, 1], [1, 0, 0]], [2, 0], "0 1 2"),
         (np.eye(3, dtype=np.float32), [0, 1, 2], "0 1 2"),
         ([None, 4, float("nan"), -1, 6], [-1, 0, -1, -1, 1], "4 6"),
+        (["cat ", "", " cat", " "], [0, -1, 0, -1], "cat"),
         (["x", None, -1], [0, -1, -1], "x"),
     ],
 )

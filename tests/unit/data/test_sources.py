@@ -473,6 +473,7 @@ def test_a_tar_keeps_its_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KINDS[:3])
 def test_files_of_operating_systems_are_ignored(tmp_path: Path, name: str) -> None:
     rubbish = {"__MACOSX/cat/._1.png": b"x", "cat/.DS_Store": b"x", ".git/a.png": b"x", "cat/Thumbs.db": b"x"}
+    rubbish |= {"cat/@eaDir/1.png/THUMB_M.jpg": b"x", "$RECYCLE.BIN/1.png": b"x"}
     path = store(tmp_path, name, FILES | rubbish)
     images = open_source(path, tmp_path / "cache", with_labels=True)
     assert len(images) == 4
@@ -578,22 +579,54 @@ def test_tables_that_only_describe_images_are_ignored(tmp_path: Path) -> None:
         assert len(open_source(folder, tmp_path / "cache")) == 1
 
 
-@pytest.mark.parametrize("name", ["edm", "edm.zip"])
+@pytest.mark.parametrize("name", ["edm", "edm.zip", "x/edm.zip"])
 def test_labels_in_the_dataset_json_of_stylegan_and_edm(tmp_path: Path, name: str) -> None:
     """Numbers or one-hot vectors; null for none. Version 0.1 ignored them."""
     files = {"00000/0.png": FILES["cat/1.png"], "00000/1.png": FILES["dog/1.png"]}
     for number, (labels, found) in enumerate((([3, 1], [1, 0]), ([[0.0, 1.0], [1.0, 0.0]], [1, 0]), (None, None))):
+        root = "edm/" if name.startswith("x/") else ""
         pairs = None if labels is None else list(zip(files, labels, strict=True))
-        (tmp_path / str(number)).mkdir()
-        path = store(tmp_path / str(number), name, files | {"dataset.json": json.dumps({"labels": pairs}).encode()})
+        (tmp_path / str(number) / "x").mkdir(parents=True)
+        content = files | {"dataset.json": json.dumps({"labels": pairs}).encode()}
+        path = store(tmp_path / str(number), name, {f"{root}{file}": data for file, data in content.items()})
         source = source_of(path)
         assert (source.layout == "labels in dataset.json") == (found is not None)
         if found is not None:
             assert [source.labels.tolist(), source.ignored_files] == [found, ()]
+    (tmp_path / "x").mkdir()
     path = store(tmp_path, name, files | {"dataset.json": json.dumps({"labels": [["00000/0.png", 1]]}).encode()})
     earlier = find_source(DataConfig(source=str(path)), "train", "text")
     assert isinstance(earlier, Source)
     assert earlier.ignored_files == ("dataset.json",)
+
+
+def test_folders_of_one_split_that_may_differ_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_files(tmp_path / "x", {f"{name}/1.png": b"1" for name in ("trainA", "trainB", "testA", "testB")})
+    assert source_of(folder, "trainB").num_images == 1
+    assert caplog.text == ""
+    assert source_of(folder).num_images == 2
+    assert f"The folders trainA, trainB of {folder} are read together; set data.split to one of them" in caplog.text
+
+
+def test_a_column_of_splits_is_mentioned(tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = [{"bytes": encode(RGB), "path": None}] * 2
+    write_table(tmp_path / "x.parquet", {"image": images, "split": ["train", "validation"]})
+    assert len(open_source(tmp_path / "x.parquet", cache_dir)) == 2
+    assert (
+        "The column 'split' of " in caplog.text and "contains train, validation, but all rows are used" in caplog.text
+    )
+
+
+def test_text_tables_of_spreadsheets(tmp_path: Path, cache_dir: Path) -> None:
+    """Spaces after commas and around labels; other encodings and patterns are explained."""
+    folder = write_files(tmp_path / "x", {"1.png": encode(RGB), "2.png": encode(RGB)})
+    write_files(
+        folder, {"a.csv": b"image, label\n1.png, cat\n2.png,cat \n", "b.csv": "image\nB\u00e4r.png".encode("cp1252")}
+    )
+    images = open_source(folder / "a.csv", cache_dir, with_labels=True)
+    assert [images.class_names, images.labels.tolist()] == [("cat",), [0, 0]]
+    assert refusal(folder / "b.csv", cache_dir).endswith("; save the table as UTF-8.")
+    assert "patterns are not read, so give the folder" in refusal(folder / "*.png", cache_dir)
 
 
 def test_a_class_is_one_however_its_accents_are_written(tmp_path: Path) -> None:
