@@ -29,7 +29,9 @@ FOLDERS: dict[str, dict[str, str]] = {
     "splits and others": {"train/1.png": "train/-", "test/1.png": "test/-", "mine/1.png": "-/-", "1.png": "-/-"},
     "a split and unlabeled images": {"train/a/1.png": "train/a", "train/b/1.png": "train/b", "unlabeled/1.png": "-/-"},
     "a class called like a split": {"car/1.png": "train/car", "train/1.png": "train/train"},
-    "splits of CycleGAN": {"trainA/1.png": "train/-", "trainB/1.png": "train/-", "testA/1.png": "test/-", "testB/1.png": "test/-"},
+    "splits of CycleGAN": {
+        "trainA/1.png": "train/-", "trainB/1.png": "train/-", "testA/1.png": "test/-", "testB/1.png": "test/-",
+    },
     "images and masks": {"images/1.png": "train/-", "masks/1.png": "-/-"},
     "images and masks of one name": {"train_images/1.png": "train/-", "train_masks/1.png": "-/-"},
     "Pascal VOC": {"VOC/JPEGImages/1.png": "train/-", "VOC/SegmentationClass/1.png": "-/-"},
