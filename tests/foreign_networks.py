@@ -30,7 +30,7 @@ def randomize(network: nn.Module) -> nn.Module:
     """Draw all parameters, so that no layer is without effect, and return the network in evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in filter(lambda one: one.requires_grad, network.parameters()):
             scale = 0.2 if parameter.ndim == 1 else 1 / math.sqrt(parameter[0].numel())
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1))
     return network.eval()
@@ -439,3 +439,91 @@ class AbarankabUNet(nn.Module):
             h = torch.cat([h, skips.pop()], dim=1) if isinstance(layer, AbarankabBlock) else h
             h = layer(h, emb)
         return self.out_conv(F.silu(self.out_norm(h)))
+
+
+# ---------------------------------------------------------------------------------------------- w86763777/pytorch-ddpm
+
+
+class PytorchDDPMBlock(nn.Module):
+    def __init__(self, ins: int, outs: int, emb: int, attends: bool) -> None:
+        super().__init__()
+        self.block1 = nn.Sequential(nn.GroupNorm(32, ins), nn.SiLU(), nn.Conv2d(ins, outs, 3, padding=1))
+        self.temb_proj = nn.Sequential(nn.SiLU(), nn.Linear(emb, outs))
+        self.block2 = nn.Sequential(
+            nn.GroupNorm(32, outs), nn.SiLU(), nn.Dropout(), nn.Conv2d(outs, outs, 3, padding=1)
+        )
+        self.shortcut = nn.Identity() if ins == outs else nn.Conv2d(ins, outs, 1)
+        self.attn = PytorchDDPMAttention(outs) if attends else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.block2(self.block1(x) + self.temb_proj(emb)[:, :, None, None])
+        return self.attn(h + self.shortcut(x))
+
+
+class PytorchDDPMAttention(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(32, channels)
+        self.proj_q, self.proj_k, self.proj_v, self.proj = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x)
+        q, k, v = (layer(h).flatten(2) for layer in (self.proj_q, self.proj_k, self.proj_v))
+        return x + self.proj(attend(q, k, v).reshape(x.shape))
+
+
+class PytorchDDPMResampling(nn.Module):
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.main = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.main(x if self.main.stride == (2, 2) else F.interpolate(x, scale_factor=2.0))
+
+
+class PytorchDDPMUNet(nn.Module):
+    def __init__(
+        self, num_timesteps: int, ch: int, multipliers: Sequence[int], layers: int, attention: Sequence[int]
+    ) -> None:
+        super().__init__()
+        widths, emb = [ch * factor for factor in multipliers], 4 * ch
+        frequencies = torch.exp(-torch.arange(0, ch, 2) / ch * math.log(10000))
+        angles = torch.arange(num_timesteps).float()[:, None] * frequencies
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        self.time_embedding = nn.Module()
+        self.time_embedding.timembedding = nn.Sequential(
+            nn.Embedding.from_pretrained(table), nn.Linear(ch, emb), nn.SiLU(), nn.Linear(emb, emb)
+        )
+        self.head = nn.Conv2d(3, ch, 3, padding=1)
+        self.downblocks, self.upblocks = nn.ModuleList(), nn.ModuleList()
+        skips, before = [ch], ch
+        for level, width in enumerate(widths):
+            for _ in range(layers):
+                self.downblocks.append(PytorchDDPMBlock(before, width, emb, level in attention))
+                before = width
+                skips.append(width)
+            if level != len(widths) - 1:
+                self.downblocks.append(PytorchDDPMResampling(width, 2))
+                skips.append(width)
+        self.middleblocks = nn.ModuleList(PytorchDDPMBlock(before, before, emb, attends) for attends in (True, False))
+        for level in reversed(range(len(widths))):
+            for _ in range(layers + 1):
+                self.upblocks.append(PytorchDDPMBlock(before + skips.pop(), widths[level], emb, level in attention))
+                before = widths[level]
+            if level:
+                self.upblocks.append(PytorchDDPMResampling(before, 1))
+        self.tail = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, 3, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        emb = self.time_embedding.timembedding(t)
+        h = self.head(x)
+        skips = [h]
+        for layer in self.downblocks:
+            h = layer(h, emb)
+            skips.append(h)
+        for layer in self.middleblocks:
+            h = layer(h, emb)
+        for layer in self.upblocks:
+            h = torch.cat([h, skips.pop()], dim=1) if isinstance(layer, PytorchDDPMBlock) else h
+            h = layer(h, emb)
+        return self.tail(h)

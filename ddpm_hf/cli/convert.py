@@ -1,5 +1,6 @@
 """`ddpm-hf convert`: make a pipeline folder of a checkpoint of another system, and back."""
 
+import inspect
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,8 +14,10 @@ from ddpm_hf.convert.options import ConversionOptions
 from ddpm_hf.files import (
     CONVERSION,
     MODEL_CONFIG,
+    MODEL_INDEX,
     README,
     SCHEDULER_CONFIG,
+    TRAINER_STATE,
     TRAINING_CONFIG,
     TRAINING_SUMMARY,
     UNET_CONFIG,
@@ -65,7 +68,9 @@ class OutputFlags:
     checkpoint: Path = flag(is_positional=True)
     output: Path = flag(is_positional=True)
     recipe_only: bool = False
-    to: Literal["pesser", "ddpm_torch", "improved_diffusion", "guided_diffusion", "abarankab"] | None = None
+    to: (
+        Literal["pesser", "ddpm_torch", "improved_diffusion", "guided_diffusion", "abarankab", "pytorch_ddpm"] | None
+    ) = None
     source: str | None = None
     license: str | None = None
 
@@ -263,10 +268,13 @@ def _network_folder(folder: Path, flags: ConvertFlags) -> Path | None:
     checkpoints = [one for one in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(one.name) and one.is_dir()]
     if checkpoints and not (folder / UNET_CONFIG).is_file():
         folder = max(checkpoints, key=lambda one: int(one.name.rpartition("-")[2]))
+    if (folder.parent / TRAINER_STATE).is_file() or (folder.name == "unet" and (folder.parent / MODEL_INDEX).is_file()):
+        return None  # what is beside it tells more
     if (folder / MODEL_CONFIG).is_file() and any((folder / name).is_file() for name in _WEIGHTS):
-        return folder
+        return folder  # also of an early repository, which has all files side by side
     networks = [name for name in ("unet_ema", "unet") if (folder / name / MODEL_CONFIG).is_file()]
-    if not networks or (not _CHECKPOINT.fullmatch(folder.name) and "unet_ema" not in networks):
+    has_pickle_only = (folder / "unet" / _WEIGHTS[1]).is_file() and not (folder / "unet" / _WEIGHTS[0]).is_file()
+    if not (_CHECKPOINT.fullmatch(folder.name) or "unet_ema" in networks or has_pickle_only) or not networks:
         return None
     if flags.ema == "none":
         networks = [name for name in networks if name != "unet_ema"]
@@ -279,7 +287,6 @@ def _network_folder(folder: Path, flags: ConvertFlags) -> Path | None:
 
 def _load_network(folder: Path, flags: ConvertFlags) -> "GaussianDiffusionPipeline":
     """Load a UNet2DModel of diffusers, and the process that is beside it or given."""
-    import torch
     from diffusers import UNet2DModel
 
     from ddpm_hf.convert.checkpoint import read_checkpoint
@@ -304,20 +311,22 @@ def _load_network(folder: Path, flags: ConvertFlags) -> "GaussianDiffusionPipeli
         unet.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     except Exception as error:  # diffusers and torch raise many types for files that do not fit together
         raise ConfigError(f"{folder} cannot be loaded: {reason_of(error)}.") from None
-    process, places = dict(flags.options().given()), (folder.parent, folder.parent.parent)
+    process = dict(flags.options().given())
     process.pop("image_size", None)
     if "schedule" in process:
         process["beta_schedule"] = process.pop("schedule")
-    found = next(
-        (one / "scheduler" / SCHEDULER_CONFIG for one in places if (one / "scheduler" / SCHEDULER_CONFIG).is_file()),
-        None,
-    )
+    places = [one / "scheduler" / SCHEDULER_CONFIG for one in (folder, folder.parent, folder.parent.parent)]
+    found = next((one for one in (folder / SCHEDULER_CONFIG, *places) if one.is_file()), None)
     if found is not None:
         if process:
             raise ConfigError(f"--{min(process)} is told by {found}; remove it.")
-        scheduler = GaussianDiffusionScheduler.from_config(read_json(found))
+        known = inspect.signature(GaussianDiffusionScheduler.__init__).parameters
+        stored = {name: value for name, value in read_json(found).items() if name in known}
+        scheduler = GaussianDiffusionScheduler.from_config(stored)
         print(f"{folder}: a network of diffusers with the process of {found}.")
     else:
+        if unet.config["out_channels"] == 2 * unet.config["in_channels"]:
+            process.setdefault("variance_type", "learned_range")
         scheduler = GaussianDiffusionScheduler.create(**process)
         told = scheduler.config
         print(
@@ -325,7 +334,7 @@ def _load_network(folder: Path, flags: ConvertFlags) -> "GaussianDiffusionPipeli
             f"{told.num_train_timesteps}, schedule {told.beta_schedule}, prediction_type {told.prediction_type}. Give "
             "a flag where your training differed."
         )
-    return GaussianDiffusionPipeline(unet.to(torch.float32).eval(), scheduler)
+    return GaussianDiffusionPipeline(unet.eval(), scheduler)
 
 
 def _save(

@@ -23,7 +23,7 @@ from ddpm_hf.redaction import reason_of
 # What wraps a network in other trainers: parallel and compiled modules, diffusion modules, EMA modules.
 _WRAPPERS = (
     "module.", "_orig_mod.", "model.", "ema_model.", "online_model.", "diffusion_model.", "denoise_fn.", "network.",
-    "net.", "unet.", "ema.", "model_ema.", "_model.",
+    "net.", "unet.", "ema.", "model_ema.",
 )  # fmt: skip
 # A file of torch.save before version 1.6 begins with this number, pickled.
 _LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")

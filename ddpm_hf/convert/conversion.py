@@ -6,6 +6,7 @@ for. The result has every parameter of the checkpoint, and no other.
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,17 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from ddpm_hf.config import ConfigError
 from ddpm_hf.convert.checkpoint import Checkpoint, is_ema
-from ddpm_hf.convert.families import ABARANKAB, FAMILIES, GUIDED, IMPROVED, UNSUPPORTED, Family, Published, Unsupported
+from ddpm_hf.convert.families import (
+    ABARANKAB,
+    FAMILIES,
+    GUIDED,
+    IMPROVED,
+    PYTORCH_DDPM,
+    UNSUPPORTED,
+    Family,
+    Published,
+    Unsupported,
+)
 from ddpm_hf.convert.layers import Architecture, AttentionOrder, Shapes, TensorPair, tensor_pairs, unet_shapes
 from ddpm_hf.convert.options import ConversionOptions
 from ddpm_hf.diffusion import GaussianDiffusionScheduler
@@ -163,6 +174,8 @@ def _assumed(settings: Mapping[str, Any], options: ConversionOptions, family: Fa
         names += ["beta_start", "beta_end"] if settings["schedule"] != "cosine" else []
     if family.has_heads and settings["num_train_timesteps"] != 1000:
         names.append("rescale_timesteps")
+    if family is PYTORCH_DDPM:
+        names.remove("num_train_timesteps")  # the number of rows of its table
     return [name for name in names if name in settings and name not in options.given()]
 
 
@@ -227,6 +240,10 @@ def describe(
     learned = architecture.out_channels == 2 * architecture.in_channels
     if learned:
         settings["variance_type"] = "learned_range"
+    if (num_timesteps := architecture.num_timesteps) is not None:
+        settings["num_train_timesteps"] = num_timesteps
+        if given.get("num_train_timesteps", num_timesteps) != num_timesteps:
+            raise ConfigError(f"--num_train_timesteps is told by {path}, which has {num_timesteps}; remove it.")
     if "num_head_channels" in given:
         settings.pop("num_heads", None)
     elif "num_heads" in given:
@@ -354,6 +371,11 @@ def _check_tensors(path: Path, pairs: Collection[TensorPair], shapes: Shapes, ex
     """Raise a ConfigError unless a checkpoint has exactly the parameters of the network, in these shapes."""
     names = {pair.theirs for pair in pairs}
     missing, surplus = sorted(names - shapes.keys()), sorted(shapes.keys() - names)
+    if missing and all(re.search(r"sample\.(conv|1)\.|\.(op|conv)\.(weight|bias)$", name) for name in missing):
+        raise ConfigError(
+            f"{path} lacks {_listed(missing)}: it changes the resolution without convolutions, where UNet2DModel has "
+            f"one, so that it cannot express this network. {_INSTEAD}"
+        )
     if missing:
         count = format_count(len(missing), "parameter")
         raise ConfigError(f"{path} lacks {count} of its own network ({_listed(missing)}); copy it again.")
@@ -417,6 +439,11 @@ def _describe_unknown(checkpoint: Checkpoint) -> str:
         held = f"{_listed([str(key) for key in content])}" if isinstance(content, Mapping) else type(content).__name__
         return f"{checkpoint.path} holds no weights of a network ({held}); supported are {known}."
     first = max(networks.values(), key=len)
+    if any(key.endswith("down_blocks.0.resnets.0.conv1.weight") for key in first):
+        return (
+            f"{checkpoint.path} is a network of diffusers, whose config.json must be beside it in a folder; give that "
+            "folder."
+        )
     return (
         f"{checkpoint.path} is of an unknown family: {_listed(list(first))} are parameters of none of {known}; give "
         "another file, or use the program that wrote it."
@@ -440,14 +467,19 @@ def convert_back(unet: UNet2DModel, family: Family, record: Mapping[str, Any], w
     """
     config, state = unet.config, dict(unet.state_dict())
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    if table := state.pop(_TIME_TABLE, None) is not None:
-        shapes.pop(_TIME_TABLE)
+    is_rescaled = family in (IMPROVED, GUIDED) and _TIME_TABLE in state
+    if is_rescaled:
+        if not _is_rescaled(unet):
+            raise ConfigError(f"{where} has a trained time embedding, which networks of {family.title} lack.")
+        del state[_TIME_TABLE], shapes[_TIME_TABLE]
     architecture = Architecture.of_unet(config, shapes)
     wanted = {**architecture.unet_config(), **family.unet, "act_fn": "silu", "center_input_sample": False}
     wanted |= {"mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2D", "add_attention": True}
     if not family.has_heads:
         wanted |= {"attention_head_dim": None, "num_class_embeds": None, "resnet_time_scale_shift": "default"}
-        wanted |= {"downsample_type": "conv", "time_embedding_type": "positional"}
+        wanted |= {"downsample_type": "conv"}
+    if not is_rescaled:
+        wanted["time_embedding_type"] = "learned" if family is PYTORCH_DDPM else "positional"
     for name, value in wanted.items():
         if name == "attn_norm_num_groups" and not architecture.has_scale_shift:
             continue
@@ -456,8 +488,6 @@ def convert_back(unet: UNet2DModel, family: Family, record: Mapping[str, Any], w
             raise ConfigError(
                 f"{where} has {name} {own!r}, but networks of {family.title} have {value!r}; choose another family."
             )
-    if table and not _is_rescaled(unet):
-        raise ConfigError(f"{where} has a learned time embedding, which networks of {family.title} lack.")
     order: AttentionOrder = record.get("settings", {}).get("attention_order") or "legacy"
     pairs = tensor_pairs(family.names, architecture, shapes, head_width=config.attention_head_dim, order=order)
     if rest := sorted(state.keys() - {name for pair in pairs for name in pair.ours}):

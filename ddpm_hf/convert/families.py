@@ -282,6 +282,48 @@ def _infer_abarankab(shapes: Shapes) -> Architecture:
     )
 
 
+# -------------------------------------------------------------------------------------------- w86763777/pytorch-ddpm
+
+
+def _pytorch_ddpm_name(place: Place, architecture: Architecture) -> str:
+    layers, num_levels = architecture.layers_per_block, len(architecture.block_out_channels)
+    match place:
+        case ("time_table",):
+            return "time_embedding.timembedding.0"
+        case ("time", index):
+            return f"time_embedding.timembedding.{1 + 2 * int(index)}"
+        case ("mid", index):
+            return ("middleblocks.0", "middleblocks.0.attn", "middleblocks.1")[int(index)]
+        case ("down", int(level), int(index), kind):
+            return f"downblocks.{level * (layers + 1) + index}{'.attn' if kind == 'attention' else ''}"
+        case ("down", int(level), "resample"):
+            return f"downblocks.{level * (layers + 1) + layers}.main"
+        case ("up", int(level), int(index), kind):
+            block = (num_levels - 1 - level) * (layers + 2) + index
+            return f"upblocks.{block}{'.attn' if kind == 'attention' else ''}"
+        case ("up", int(level), "resample"):
+            return f"upblocks.{(num_levels - 1 - level) * (layers + 2) + layers + 1}.main"
+        case _:
+            return {"conv_in": "head", "norm_out": "tail.0", "conv_out": "tail.2"}[str(place[0])]
+
+
+def _infer_pytorch_ddpm(shapes: Shapes) -> Architecture:
+    num_levels = sum(bool(re.fullmatch(r"downblocks\.\d+\.main\.weight", name)) for name in shapes) + 1
+    layers = (_count(shapes, r"downblocks\.(\d+)\.") - num_levels + 1) // num_levels
+    first = [level * (layers + 1) for level in range(num_levels)]
+    return Architecture(
+        in_channels=channels_of(shapes, "head.weight", 1),
+        out_channels=channels_of(shapes, "tail.2.weight"),
+        block_out_channels=tuple(channels_of(shapes, f"downblocks.{block}.block1.2.weight") for block in first),
+        layers_per_block=layers,
+        attention_levels=frozenset(
+            level for level, block in enumerate(first) if f"downblocks.{block}.attn.proj_q.weight" in shapes
+        ),
+        time_embedding_dim=channels_of(shapes, "time_embedding.timembedding.3.weight"),
+        num_timesteps=channels_of(shapes, "time_embedding.timembedding.0.weight"),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------- all families
 
 _FIXED = {"num_train_timesteps": 1000, "schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
@@ -303,7 +345,7 @@ _CIFAR = {"image_size": 32, "dropout": 0.1, "variance_type": "fixed_large"}
 
 PESSER = Family(
     "pesser",
-    "pesser/pytorch_diffusion, ermongroup/ddim",
+    "pesser/pytorch_diffusion or ermongroup/ddim",
     ("temb.dense.0.weight", "temb.dense.1.weight", "down.0.block.0.conv1.weight", "mid.attn_1.q.weight"),
     LayerNames(
         _pesser_name,
@@ -392,7 +434,7 @@ GUIDED = Family(
 )  # fmt: skip
 ABARANKAB = Family(
     "abarankab",
-    "abarankab/DDPM, bubbliiiing/ddpm-pytorch",
+    "abarankab/DDPM or bubbliiiing/ddpm-pytorch",
     ("time_mlp.1.weight", "downs.0.conv_1.weight", "downs.0.conv_2.1.weight", "downs.0.time_bias.weight"),
     LayerNames(
         _abarankab_name,
@@ -409,7 +451,24 @@ ABARANKAB = Family(
         Published("the default network of bubbliiiing", 128, (1, 2, 4, 8), 3, frozenset({1}), {"image_size": 32}),
     ),
 )  # fmt: skip
-FAMILIES = {family.name: family for family in (PESSER, DDPM_TORCH, IMPROVED, GUIDED, ABARANKAB)}
+PYTORCH_DDPM = Family(
+    "pytorch_ddpm",
+    "w86763777/pytorch-ddpm",
+    (
+        "time_embedding.timembedding.0.weight", "time_embedding.timembedding.1.weight", "downblocks.0.block1.2.weight",
+        "tail.2.weight",
+    ),
+    LayerNames(
+        _pytorch_ddpm_name, ("block1.0", "block1.2", "temb_proj.1", "block2.0", "block2.3", "shortcut"),
+        ("proj_q", "proj_k", "proj_v"), "group_norm", "proj", 4,
+    ),
+    _infer_pytorch_ddpm,
+    # The sinusoids are a stored table, in which sine and cosine alternate.
+    {"norm_eps": 1e-5, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0},
+    _DEFAULTS | {"variance_type": "fixed_large", "dropout": 0.1},
+    (Published("CIFAR-10", 128, _SMALL, 2, frozenset({1}), {"image_size": 32}),),
+)  # fmt: skip
+FAMILIES = {family.name: family for family in (PESSER, DDPM_TORCH, IMPROVED, GUIDED, ABARANKAB, PYTORCH_DDPM)}
 
 LUCIDRAINS = "lucidrains/denoising-diffusion-pytorch"
 _RECIPE = "Train the same recipe here: ddpm-hf convert {path} recipe.yaml --recipe_only writes its configuration."
@@ -420,6 +479,11 @@ UNSUPPORTED = (
         "convolves the input with a 7x7 kernel, normalizes by root mean square, halves the resolution by moving pixels "
         "into channels, and attends linearly, none of which UNet2DModel does",
         _RECIPE,
+    ),
+    Unsupported(
+        "tqch/ddpm-torch with block_size",
+        r"^(module\.)?_model\.(embed|in_conv)\.",
+        "moves blocks of pixels into channels before the network and back after it, which UNet2DModel does not",
     ),
     Unsupported(
         "NVlabs/edm2",

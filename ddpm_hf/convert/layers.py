@@ -35,6 +35,7 @@ class Architecture:
         num_classes: Rows of the class embedding; None for an unconditional network.
         has_scale_shift: Whether the time embedding scales and shifts the second norm instead of being added.
         has_resnet_resampling: Whether residual blocks change the resolution instead of convolutions.
+        num_timesteps: Rows of a stored table of time embeddings; None for sinusoids that are computed.
     """
 
     in_channels: int
@@ -46,6 +47,7 @@ class Architecture:
     num_classes: int | None = None
     has_scale_shift: bool = False
     has_resnet_resampling: bool = False
+    num_timesteps: int | None = None
 
     @property
     def attention_widths(self) -> list[int]:
@@ -83,6 +85,8 @@ class Architecture:
             "resnet_time_scale_shift": "scale_shift" if self.has_scale_shift else "default",
             "attn_norm_num_groups": 32 if self.has_scale_shift else None,
             "norm_num_groups": 32,
+            **({} if self.num_timesteps is None else {"time_embedding_type": "learned"}),
+            **({} if self.num_timesteps is None else {"num_train_timesteps": self.num_timesteps}),
         }
 
     @classmethod
@@ -98,6 +102,7 @@ class Architecture:
             time_embedding_dim=shapes["time_embedding.linear_2.weight"][0],
             num_classes=config.get("num_class_embeds"),
             has_scale_shift=config.get("resnet_time_scale_shift") == "scale_shift",
+            num_timesteps=shapes["time_proj.weight"][0] if "time_proj.weight" in shapes else None,
             has_resnet_resampling=config.get("downsample_type") == "resnet" or "ResnetDownsampleBlock2D" in blocks,
         )
 
@@ -223,6 +228,8 @@ def _layers(architecture: Architecture) -> Iterator[tuple[str, Place, str]]:
     levels, resampling = range(len(architecture.block_out_channels)), architecture.has_resnet_resampling
     kind, name = ("resnet", "") if resampling else ("plain", ".conv")
     yield "plain", ("conv_in",), "conv_in"
+    if architecture.num_timesteps is not None:
+        yield "plain", ("time_table",), "time_proj"
     yield "plain", ("time", 0), "time_embedding.linear_1"
     yield "plain", ("time", 1), "time_embedding.linear_2"
     if architecture.num_classes is not None:

@@ -33,7 +33,9 @@ class ConversionOptions:
         activation: Activation function of networks of abarankab; UNet2DModel can express silu only.
     """
 
-    family: Literal["pesser", "ddpm_torch", "improved_diffusion", "guided_diffusion", "abarankab"] | None = None
+    family: (
+        Literal["pesser", "ddpm_torch", "improved_diffusion", "guided_diffusion", "abarankab", "pytorch_ddpm"] | None
+    ) = None
     ema: str | None = None
     image_size: int | None = None
     num_heads: int | None = None

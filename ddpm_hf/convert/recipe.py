@@ -19,7 +19,7 @@ from ddpm_hf.convert.options import ConversionOptions
 
 _EMA_DECAY = {
     "pesser": 0.9999, "ddpm_torch": 0.9999, "improved_diffusion": 0.9999, "guided_diffusion": 0.9999,
-    "abarankab": 0.9999,
+    "abarankab": 0.9999, "pytorch_ddpm": 0.9999,
 }  # fmt: skip
 
 
@@ -64,8 +64,8 @@ def _of_family(
             if any(channels % width for channels in widths):
                 width = min(widths) // num_heads
     overrides = architecture.unet_config()
-    for name in ("in_channels", "out_channels", "num_class_embeds"):
-        del overrides[name]
+    for name in ("in_channels", "out_channels", "num_class_embeds", "num_train_timesteps", "time_embedding_type"):
+        overrides.pop(name, None)
     overrides |= {**family.unet, "attention_head_dim": width, "dropout": found["dropout"]}
     has_classes = architecture.num_classes is not None or any("class_bias" in name for name in shapes)
     learned = architecture.out_channels == 2 * architecture.in_channels
