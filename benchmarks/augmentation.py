@@ -5,7 +5,8 @@ differs. The table has the validation loss by step, and the Fréchet distance of
 are not used in training, in pixels: small images need no feature network, and the number is not an FID. The distance of
 as many training images, drawn with replacement, is that of a network which repeats its data.
 
-Start it in the repository. A run that was stopped continues when the script is started again.
+Start it in the repository. A run that was stopped continues when the script is started again, so the runs of several
+probabilities can also be made by several processes first.
 """
 
 import argparse
@@ -101,7 +102,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/augmentation"), help="folder of the runs")
     parser.add_argument("--probabilities", type=float, nargs="+", default=[0.0, 0.12])
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--sampling_steps", type=int, default=25)
     parser.add_argument("--num_samples", type=int, help="by default as many as there are validation images")
