@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.config import ConfigError
-from ddpm_hf.files import MODEL_INDEX, VERIFICATION, format_count
+from ddpm_hf.files import MODEL_INDEX, TRAINING_CONFIG, VERIFICATION, format_count
 from ddpm_hf.redaction import reason_of, redact
 from ddpm_hf.signals import deferred_signals, raise_on_signals
 
@@ -199,7 +199,7 @@ def download_folder(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = [MODEL_INDEX, VERIFICATION, "*.py", "unet/*", "scheduler/*"]
+        files = [MODEL_INDEX, TRAINING_CONFIG, VERIFICATION, "*.py", "unet/*", "scheduler/*"]
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=["*.bin"]))
     except Exception as error:  # errors of the Hub, the network and the disk
         raise ConfigError(f"{name} {_hub_reason(error, revision)}") from error

@@ -5,12 +5,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm_hf.cli.common import find_folder, is_repository_id, paused_garbage_collection
+from ddpm_hf.cli.common import download_folder, find_folder, is_repository_id, paused_garbage_collection
 from ddpm_hf.cli.train import run
 from ddpm_hf.config import ConfigError, RunConfig, read_config, read_config_dict
 from ddpm_hf.config.parse import DistillCommand, parse_distill_command
-from ddpm_hf.files import MODEL_INDEX, RUN_CONFIG, SCHEDULER_CONFIG, TRAINING_CONFIG, UNET_CONFIG, read_json
-from ddpm_hf.redaction import reason_of
+from ddpm_hf.files import (
+    MODEL_INDEX,
+    RUN_CONFIG,
+    SCHEDULER_CONFIG,
+    TRAINING_CONFIG,
+    UNET_CONFIG,
+    format_count,
+    read_json,
+)
 from ddpm_hf.signals import raise_on_signals
 
 if TYPE_CHECKING:
@@ -50,7 +57,7 @@ def distill(arguments: Sequence[str]) -> int:
         if exit_code or command.is_dry_run:
             break
         if trainer.is_main_process:
-            say(f"The student of {steps} steps is in {folder}.")
+            say(f"The student of {format_count(steps, 'step')} is in {folder}.")
         source = str(folder)
     assert trainer is not None
     trainer.shutdown()
@@ -67,17 +74,9 @@ def find_teacher(command: DistillCommand) -> "ModelFolder":
     if found is not None:
         return found
 
-    from huggingface_hub import snapshot_download
-
     from ddpm_hf.model_folder import ModelFolder
 
-    files = [MODEL_INDEX, TRAINING_CONFIG, UNET_CONFIG, f"scheduler/{SCHEDULER_CONFIG}", SCHEDULER_CONFIG]
-    try:
-        return ModelFolder(
-            "pipeline", Path(snapshot_download(command.teacher, revision=command.revision, allow_patterns=files))
-        )
-    except Exception as error:  # errors of the Hub, the network and the disk
-        raise ConfigError(f"{command.teacher} cannot be downloaded from the Hub ({reason_of(error)}).") from error
+    return ModelFolder("pipeline", download_folder(command.teacher, command.revision))
 
 
 def default_output(name: str, teacher: "ModelFolder") -> Path:
@@ -188,7 +187,7 @@ def student_settings(
     student["evaluation"] |= sampling
     if student["evaluation"]["score_metric"] == "bits_per_dim":
         student["evaluation"] |= {
-            name: default["evaluation"][name] for name in ("score_every_steps", "score_metric", "score_num_terms")
+            name: value for name, value in default["evaluation"].items() if name.startswith("score_")
         }
     student["tracking"]["run_name"] = None
     student["hub"] = dict(default["hub"])  # not into the repository of the teacher

@@ -306,12 +306,13 @@ class CompilationFlags:
             call: Arguments of the pipeline for a full batch.
         """
         from ddpm_hf.diffusion.compiled import compiled_call
+        from ddpm_hf.diffusion.scheduler import default_num_inference_steps
 
         if (compiled := compiled_call(pipeline.unet)) is None:
             return
         compiled.batch_size = batch_size
         pipeline.set_progress_bar_config(disable=True)
-        num_steps = min(2, int(pipeline.scheduler.config["num_train_timesteps"]))
+        num_steps = default_num_inference_steps(pipeline.scheduler, 2)
         with _compilation_advice():
             pipeline(**call | {"batch_size": batch_size, "num_inference_steps": num_steps, "output_type": "uint8"})
 

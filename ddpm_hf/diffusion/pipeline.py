@@ -68,6 +68,7 @@ from .saved_folder import (
 from .schedule import descending_timesteps, is_bool, positive_number, real_number, whole_number
 from .scheduler import (
     CHOICES,
+    DEFAULT_STEPS,
     DISTILLED_GUIDANCE,
     NATIVE_SCHEDULER,
     GaussianDiffusionScheduler,
@@ -519,6 +520,11 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             if not 1 <= given.num_inference_steps <= num_train_timesteps:
                 raise ValueError(
                     f"num_inference_steps {given.num_inference_steps} is not between 1 and {num_train_timesteps}."
+                )
+            if given.num_inference_steps != (learned := scheduler.config.get(DEFAULT_STEPS, given.num_inference_steps)):
+                warn(
+                    f"num_inference_steps is {given.num_inference_steps}, but this distilled model has learned"
+                    f" {learned} steps only; leave it out."
                 )
         timesteps = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
         set_timesteps = scheduler.set_timesteps

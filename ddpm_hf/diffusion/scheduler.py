@@ -960,9 +960,10 @@ def takes_eta(scheduler: Any) -> bool:
     return any("eta" in inspect.signature(f).parameters for f in (scheduler.set_timesteps, scheduler.step))
 
 
-def default_num_inference_steps(scheduler: Any) -> int:
-    """Return the steps of a pipeline call that is given none: as many as in training, or those of a distilled model."""
-    return int(scheduler.config.get(DEFAULT_STEPS) or scheduler.config["num_train_timesteps"])
+def default_num_inference_steps(scheduler: Any, default: int | None = None) -> int:
+    """Return the steps of a distilled model, else `default`, but at most those of training, or if it is None all."""
+    num_train_timesteps: int = scheduler.config["num_train_timesteps"]
+    return int(scheduler.config.get(DEFAULT_STEPS) or min(default or num_train_timesteps, num_train_timesteps))
 
 
 def compute_dtype(sample: torch.Tensor) -> torch.dtype:

@@ -31,7 +31,7 @@ import ddpm_hf.diffusion
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.diffusion.images import image_size
 from ddpm_hf.diffusion.saved_folder import LIST_FORM, PORTABLE_FILES, stock_pipeline_samples
-from ddpm_hf.diffusion.scheduler import NATIVE_SCHEDULER
+from ddpm_hf.diffusion.scheduler import NATIVE_SCHEDULER, default_num_inference_steps
 from ddpm_hf.files import MODEL_INDEX, VERIFICATION, format_value, read_json, sha256_of_file, write_json
 from ddpm_hf.redaction import reason_of
 from ddpm_hf.rng import torch_generator
@@ -91,7 +91,7 @@ def write_verification(folder: Path) -> None:
     content = {
         "schema": SCHEMA,
         "seed": SEED,
-        "num_inference_steps": min(NUM_STEPS, len(pipeline.scheduler)),
+        "num_inference_steps": default_num_inference_steps(pipeline.scheduler, NUM_STEPS),
         "timestep_spacing": TIMESTEP_SPACING,
         "labels": _labels(pipeline),
         "tensors": _tensor_digests(pipeline),
@@ -331,7 +331,7 @@ def _compute(pipeline: Any) -> dict[str, Any]:
         )[0]
         image = pipeline(
             batch_size=1,
-            num_inference_steps=min(NUM_STEPS, len(pipeline.scheduler)),
+            num_inference_steps=default_num_inference_steps(pipeline.scheduler, NUM_STEPS),
             generator=torch_generator("cpu", SEED, "verification"),
             output_type="np",
             **({} if labels is None else {"class_labels": [names.get("0", 0)]}),

@@ -178,6 +178,7 @@ def public_settings(folder: Path) -> dict[str, Any]:
         or bool(data.get("revision") or data.get("subset")),
         "config_file": bool(model.get("revision")),
         "from_pretrained": model.get("from_pretrained") == summary.get("base_model") or bool(model.get("revision")),
+        "teacher": settings.get("distillation", {}).get("teacher") == _entry(summary, "distillation.teacher"),
     }
     for section in settings.values():
         for name in is_known.keys() & section.keys():
@@ -218,6 +219,7 @@ class Facts:
             *(_recognition_results(self.recognition, folder / RECOGNITION) if self.recognition else []),
         ]
         self.num_timesteps = int(self.scheduler.get("num_train_timesteps", 1000))
+        self.distilled_steps = self.scheduler.get("default_num_inference_steps")
         self.takes_eta = self.scheduler.get("_class_name") in _SCHEDULERS_WITH_ETA
         # A self-conditioned network has the previous prediction as additional channels.
         self.num_channels = int(self.unet.get("in_channels", 3)) // (2 if self.index.get("self_conditioned") else 1)
@@ -403,6 +405,7 @@ def _native_call(facts: Facts) -> str:
         words = [f"class_labels={labels[:NUM_IMAGES]!r}"]
     settings = facts.config.get("evaluation", {})
     steps, eta, guidance = (settings.get(name) for name in ("num_inference_steps", "eta", "guidance_scale"))
+    steps = facts.distilled_steps or steps
     if isinstance(steps, int) and 0 < steps <= facts.num_timesteps:
         words.append(f"num_inference_steps={steps}")
     if isinstance(eta, int | float) and facts.takes_eta:
