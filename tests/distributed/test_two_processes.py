@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,12 @@ def begun_alone(few_images: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def printed(few_images: Path, begun_alone: list[str]) -> str:
+def printed(few_images: Path, begun_alone: list[str], tiny_pipeline: Path) -> str:
     """What both ranks print in all scenarios."""
     folder = few_images.parent
     tiny_unet(None).save_pretrained(folder / "unconditional")
     tiny_unet(10).save_pretrained(folder / "conditional")
+    shutil.copytree(tiny_pipeline, folder / "teacher")
     with two_ranks(folder, worker.main, folder) as ranks:
         for rank in ranks:
             rank.join()
@@ -273,6 +275,13 @@ def test_only_rank_0_reads_the_network_and_every_rank_has_it(folder: Path) -> No
     assert network == worker.digest(*tiny_unet(None).parameters())
     assert refusal.startswith(f"model.from_pretrained {folder / 'gone'}")
     assert reports_of(folder, "agreement")[1]["messages"][-3:-1] == [network, refusal]
+
+
+def test_a_student_learns_the_same_from_a_teacher_that_only_rank_0_can_read(folder: Path) -> None:
+    """To float32 rounding, which the order of additions in a batch decides."""
+    worker.train(folder / "student_alone", worker.STUDENT | {"distillation__teacher": folder / "teacher"})
+    alone, together = (loss_columns(folder / name) for name in ("student_alone", "student"))
+    np.testing.assert_allclose(together, alone, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------- previews

@@ -61,6 +61,11 @@ OTHER_OPTIMIZER: dict[str, object] = {
     "training__posthoc_ema": True,
     "training__posthoc_ema_every_steps": 3,
 }
+STUDENT: dict[str, object] = {
+    "training__num_steps": 2,
+    "distillation__num_inference_steps": 4,
+    "diffusion__clip_sample": False,
+}
 Fault = Callable[[Trainer], None]
 Report = dict[str, Any]
 
@@ -356,6 +361,13 @@ def other_optimizer(folder: Path) -> Report:
     return {}
 
 
+def student(folder: Path) -> Report:
+    """A student whose teacher only rank 0 can read."""
+    teacher = folder.parent / "teacher" if distributed.rank() == 0 else "/a/disk/that/only/rank/0/has"
+    train(folder, STUDENT | {"distillation__teacher": teacher})
+    return {}
+
+
 def background(folder: Path) -> Report:
     """A thread of rank 0 writes the checkpoint of step 2 until step 4 begins; the disk is full from step 4 on.
 
@@ -432,6 +444,7 @@ SCENARIOS = (
     differing,
     score,
     other_optimizer,
+    student,
     background,
     callbacks,
 )

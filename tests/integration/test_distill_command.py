@@ -64,6 +64,8 @@ def test_a_student_says_its_steps_and_is_sampled_in_them(
             found = pipe(sample=noise, class_labels=labels, output_type="pt").images
             torch.testing.assert_close(found, sample_alone(folder, steps, noise, labels), rtol=0, atol=1e-6)
             assert len(pipe.scheduler.timesteps) == steps
+        with pytest.warns(UserWarning, match=f"has learned {steps} steps only"):
+            pipe.check_inputs(class_labels=0, num_inference_steps=8)
         assert main(["sample", str(folder), "--num_images", "2", "--output", str(tmp_path / str(steps))]) == 0
         settings = json.loads((tmp_path / str(steps) / "settings.json").read_text())
         assert (settings["num_inference_steps"], settings["scheduler"]) == (steps, "DDIMScheduler")
@@ -134,6 +136,7 @@ def test_an_unconditional_student_loads_as_a_stock_pipeline(tmp_path: Path) -> N
         (["--training.output_dir", "x"], "set --output"),
         (["--guidance_scale", "2"], "needs a teacher that was also trained without labels"),
         (["--steps", "512"], "needs 1024 steps of the teacher"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml does not exist"),
     ],
 )
 def test_what_cannot_be_distilled_is_one_sentence(

@@ -17,12 +17,21 @@ from huggingface_hub import ModelCard, ModelCardData
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddpm_hf.config import DataConfig, DiffusionConfig, EvaluationConfig, ObjectiveConfig, RunConfig, TrainingConfig
+from ddpm_hf.config import (
+    DataConfig,
+    DiffusionConfig,
+    DistillationConfig,
+    EvaluationConfig,
+    ObjectiveConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.evaluation.metrics import Metric
 from ddpm_hf.evaluation.report import as_json
 from ddpm_hf.hub import card as card_module
 from ddpm_hf.hub.card import COMMENT, Card, make_card
+from ddpm_hf.models import sampling_scheduler
 from tests.saved_folders import make_pipeline
 from tests.unit.diffusion.oracles import tiny_unet
 
@@ -124,6 +133,23 @@ def metrics_of(text: str) -> list[dict[str, Any]]:
 
 
 # What a card says
+
+
+def test_a_card_of_a_student_states_its_steps_its_teacher_and_its_guidance(folder_of: Folder) -> None:
+    settings = DistillationConfig(teacher="a/b", num_inference_steps=4, guidance_scale=2.0)
+    folder = folder_of(training_summary__json=SUMMARY | {"base_model": "user/teacher"})
+    pipeline = GaussianDiffusionPipeline.from_pretrained(folder)
+    pipeline.scheduler = sampling_scheduler(pipeline.scheduler, settings)
+    pipeline.save_pretrained(folder)
+    text = card_of(folder).text
+    for words in (
+        "**Distilled from:** [user/teacher]",
+        "**Sampling steps:** 4, of DDIM",
+        "guidance of scale 2 is part",
+    ):
+        assert words in section_of(text, "Model description")
+    assert all("num_inference_steps=4" in block for block in code_blocks(section_of(text, "How to use")))
+    assert "salimans2022progressive" in section_of(text, "Citation")
 
 
 def test_the_sections_are_those_of_a_hugging_face_card_and_only_those_with_facts(folder_of: Folder) -> None:
