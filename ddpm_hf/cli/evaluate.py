@@ -21,7 +21,15 @@ from ddpm_hf.config import (
     validate,
     warn_of_training_flags,
 )
-from ddpm_hf.files import EVALUATION, EVALUATION_PICTURE, RUN_CONFIG, TRAINING_CONFIG, atomic_write, write_text
+from ddpm_hf.files import (
+    EVALUATION,
+    EVALUATION_PICTURE,
+    RUN_CONFIG,
+    TRAINING_CONFIG,
+    atomic_write,
+    format_count,
+    write_text,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -169,12 +177,12 @@ class EvaluateFlags(ModelFlags, DataFlags, MeasuringFlags, SamplingFlags, Compil
     samples_dir: Path | None = None
     format: Literal["npy", "png"] = "npy"
 
-    def metric_names(self, value_range: Sequence[float] | None = None) -> list[str]:
-        """Return the metrics, by default all that the features allow and that the value range of a model allows."""
+    def metric_names(self, *, has_bits: bool = True) -> list[str]:
+        """Return the metrics, by default all that the features allow, and bits_per_dim if the model has it."""
         if self.metrics is not None:
             return self.metrics
         distances = ["fid", "kid"] if self.features in (None, "inception") else ["frechet_distance", "kernel_distance"]
-        return [*distances, "precision", "recall", *([] if value_range else ["bits_per_dim"])]
+        return [*distances, "precision", "recall", *(["bits_per_dim"] if has_bits else [])]
 
     def data_config(
         self, size: tuple[int, int], num_channels: int, value_range: Sequence[float] | None = None
@@ -413,6 +421,7 @@ def _prepare(flags: EvaluateFlags) -> _Work:
     from ddpm_hf import distributed
     from ddpm_hf.data import ImageSet, class_order_of
     from ddpm_hf.diffusion import GaussianDiffusionScheduler
+    from ddpm_hf.diffusion.scheduler import DEFAULT_STEPS
     from ddpm_hf.evaluation.generate import Sampler, default_sampling, image_shape
     from ddpm_hf.evaluation.likelihood import ReverseProcess
     from ddpm_hf.evaluation.metrics import BITS_PER_DIM
@@ -438,7 +447,14 @@ def _prepare(flags: EvaluateFlags) -> _Work:
     flags.set_up_network(pipeline)
     height, width, num_channels = image_shape(pipeline)
     value_range = pipeline.config.get("value_range")
-    metrics = flags.metric_names(value_range)
+    is_student = DEFAULT_STEPS in pipeline.scheduler.config
+    metrics = flags.metric_names(has_bits=not value_range and not is_student)
+    if is_student and (BITS_PER_DIM in metrics or flags.estimate_variance):
+        flag = f"--metrics {BITS_PER_DIM}" if BITS_PER_DIM in metrics else "--estimate_variance"
+        raise ConfigError(
+            f"{flag} needs a model of all timesteps, but {flags.folder} was distilled for "
+            f"{format_count(pipeline.scheduler.config[DEFAULT_STEPS], 'step')}; evaluate its teacher, or remove it."
+        )
     needs_labels = pipeline.num_classes > 0 and (BITS_PER_DIM in metrics or flags.estimate_variance > 0)
     flags, line = use_validation_set_of_run(flags, _config_of(model))
     if line and accelerator.is_main_process:
