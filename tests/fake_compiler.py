@@ -18,6 +18,7 @@ class FakeCompiler:
         self.options: dict[str, Any] = {}
         self.num_marks = 0
         self.num_calls = 0
+        self.has_gradients: list[bool] = []
         self._static: dict[torch.Size, torch.Tensor] = {}
 
     def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -25,6 +26,7 @@ class FakeCompiler:
 
         def call(*inputs: torch.Tensor, **others: Any) -> Any:
             self.num_calls += 1
+            self.has_gradients.append(torch.is_grad_enabled())
             form = tuple((tuple(one.shape), one.stride(), one.dtype) for one in inputs)
             self.forms.add((torch.is_grad_enabled(), function.__self__.training, *form))  # type: ignore[attr-defined]
             (output,) = function(*inputs, **others)

@@ -116,6 +116,11 @@ class DistillationLoss(DenoisingLoss):
         middle[timesteps[::2]] = timesteps[1::2]
         self._coefficients, self._middle = torch.from_numpy(table), torch.from_numpy(middle)
 
+    @property
+    def frozen(self) -> list[UNet2DModel]:
+        """The network of the teacher."""
+        return [self._teacher.unet]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the digest of the teacher for trainer_state.json."""
         return {"teacher_sha256": self._teacher.sha256}

@@ -4,7 +4,7 @@ None of this changes what is computed except for rounding, and with compilation 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,7 +109,11 @@ def _try(training: TrainingConfig, action: Callable[[], object]) -> bool:
 
 
 def compile_for_training(
-    unet: nn.Module, engine: Engine, training: TrainingConfig, train_once: Callable[[], object]
+    unet: nn.Module,
+    engine: Engine,
+    training: TrainingConfig,
+    train_once: Callable[[], object],
+    frozen: Sequence[nn.Module] = (),
 ) -> Engine:
     """Collective: compile the network in place for training steps, before the first one.
 
@@ -119,6 +123,7 @@ def compile_for_training(
         training: The settings.
         train_once: Call the network forward and backward like a training step, on zeros; the first steps then find the
             kernels compiled.
+        frozen: Further networks that a step calls without gradients, such as a teacher.
 
     Returns:
         The engine, which with training.compile auto is eager if the network cannot be compiled.
@@ -132,7 +137,8 @@ def compile_for_training(
         say(f"Compiling the network for training ({engine}); this can take minutes.")
 
     def compile_and_try() -> None:
-        compile_network(unet, mode=engine.mode, backend=engine.backend)
+        for network in (unet, *frozen):
+            compile_network(network, mode=engine.mode, backend=engine.backend)
         try:
             train_once()
         except (CompileError, torch.OutOfMemoryError):
@@ -142,7 +148,8 @@ def compile_for_training(
 
     if _try(training, compile_and_try):
         return engine
-    uncompile(unet)
+    for network in (unet, *frozen):
+        uncompile(network)
     return dataclasses.replace(engine, is_compiled=False)
 
 

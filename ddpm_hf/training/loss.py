@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DModel
 
 from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.diffusion import GaussianDiffusionScheduler, gaussian
@@ -160,6 +161,11 @@ class DenoisingLoss:
         self._config = config or ObjectiveConfig()
         self._null_label = null_label
 
+    @property
+    def frozen(self) -> list[UNet2DModel]:
+        """Networks that the loss calls without gradients."""
+        return []
+
     def __call__(
         self,
         model: Denoiser,
@@ -188,11 +194,12 @@ class DenoisingLoss:
             assert self._null_label is not None, "only a network with a null label has labels to drop"
             class_labels = class_labels.masked_fill(dropped, self._null_label)
         x_t = self._scheduler.add_noise(x_0, noise, timesteps)
+        # First: with CUDA graphs, no other graph may run between the forward and the backward pass of the network.
+        target = None if self._config.loss == "vlb" else self._target(x_0, noise, x_t, timesteps, class_labels)
         output = self._predict(model, x_t, timesteps, class_labels, use_self_cond)
         prediction, variance = self._scheduler.split_variance(output, x_t)
-        if self._config.loss == "vlb":
+        if target is None:
             return self._bound(prediction, variance, x_0, x_t, timesteps)
-        target = self._target(x_0, noise, x_t, timesteps, class_labels)
         l_simple = self._simple(prediction, target, timesteps)
         if self._config.loss != "hybrid":
             return l_simple

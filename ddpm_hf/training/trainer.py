@@ -512,6 +512,8 @@ class Trainer:
         self.unet.train()
         if self.engine.channels_last:  # after the weights, their EMAs and the moments were read from a checkpoint
             use_channels_last(self.unet, self.ema, self.optimizer)
+            for network in self.loss.frozen:
+                network.to(memory_format=torch.channels_last)
         num_steps_ahead = resolve_prefetch_factor(self.config, self.device)
         probe = None
         if self.device.type == "cuda":  # elsewhere, running out of memory is not an exception
@@ -536,7 +538,9 @@ class Trainer:
         self._prefetcher = Prefetcher(self._batches, num_steps_ahead, self.config.training.num_steps)
         self._model = self.accelerator.prepare(self.unet)
         # Last: Accelerate has put autocast into the network's forward, and DDP decides where graphs are split.
-        self.engine = compile_for_training(self.unet, self.engine, self.config.training, self._train_on_zeros)
+        self.engine = compile_for_training(
+            self.unet, self.engine, self.config.training, self._train_on_zeros, self.loss.frozen
+        )
         if self.engine.uses_cuda_graphs:
             # Gradients that a graph returns are overwritten by its next replay: add them to tensors outside of it.
             for parameter in self.parameters:

@@ -220,6 +220,19 @@ def test_cuda_graphs_do_not_overwrite_losses_or_accumulated_gradients(
     assert_same_run(tmp_path / "eager", tmp_path / "graphs", 6)
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_cuda_graphs_of_a_teacher_do_not_run_between_the_passes_of_its_student(
+    compiler: FakeCompiler, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    changes = {"training__num_steps": 2, "distillation__teacher": tiny_pipeline, "diffusion__clip_sample": False}
+    assert train(run_arguments(tmp_path / "eager", **changes)) == 0
+    graphs = {"training__compile": True, "training__compile_mode": "reduce-overhead", "training__cpu": True}
+    assert train(run_arguments(tmp_path / "graphs", **changes | graphs)) == 0
+    # Two calls of the teacher, then one of the student, whose gradients follow; once on zeros, then in each step.
+    assert compiler.has_gradients == [False, False, True] * 3
+    assert_same_run(tmp_path / "eager", tmp_path / "graphs", 2)
+
+
 # channels_last
 
 
