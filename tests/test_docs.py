@@ -185,6 +185,8 @@ def run_ddpm_hf(name: str, arguments: list[str]) -> None:
         arguments = [*arguments, "--num_images", "2"]
     elif name == "demo":
         return check_flags(name, arguments)  # serves until it is stopped
+    elif name == "distill":
+        arguments = [*arguments, "--steps", "4", "--training.num_steps", "2", "--evaluation.num_samples", "0"]
     elif name == "push":
         arguments = [word for word in arguments if word != "--dry_run"] + ["--dry_run"]
     reset_accelerate()

@@ -132,6 +132,7 @@ def _take_process(settings: Sections, teacher: "ModelFolder") -> None:
     settings["diffusion"]["rescale_betas_zero_snr"] = bool(scheduler.get("rescale_betas_zero_snr"))
     settings["model"]["class_conditional"] = unet.get("num_class_embeds") is not None
     settings["objective"]["class_dropout"] = 0.1 if index.get("has_null_label") else 0.0
+    settings["data"]["value_range"] = index.get("value_range")
 
 
 def student_settings(
