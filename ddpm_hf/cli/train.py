@@ -232,6 +232,7 @@ def _main_settings(config: RunConfig) -> dict[str, str]:
         "network": config.model.from_pretrained or config.model.config_file or str(config.model.preset),
         "beta schedule, T": f"{diffusion.beta_schedule}, {diffusion.num_train_timesteps}",
         "prediction": diffusion.prediction_type,
+        **({} if config.distillation.teacher is None else {"distilled from": config.distillation.teacher}),
         "steps x global batch": f"{training.num_steps:,} x {training.train_batch_size}",
         "learning rate": f"{training.learning_rate:g}, {training.learning_rate_schedule}",
         "EMA decay": f"{training.ema_decay:g}",

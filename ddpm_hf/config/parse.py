@@ -329,6 +329,7 @@ _DECIDED_BY_DISTILL = {
     "model.from_pretrained": "a student starts from its teacher",
     "model.config_file": "a student has the network of its teacher",
     "model.preset": "a student has the network of its teacher",
+    "hub.push_to_hub": "push a student with ddpm-hf push",
 }
 
 

@@ -72,7 +72,6 @@ from .scheduler import (
     DISTILLED_GUIDANCE,
     NATIVE_SCHEDULER,
     GaussianDiffusionScheduler,
-    default_num_inference_steps,
     splits_variance,
     takes_eta,
 )
@@ -513,15 +512,16 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             if given.num_inference_steps is not None:
                 raise ValueError("Pass either num_inference_steps or timesteps, not both.")
             given.timesteps = descending_timesteps(given.timesteps, num_train_timesteps)
-        elif given.num_inference_steps is None:
-            given.num_inference_steps = default_num_inference_steps(scheduler)
         else:
+            learned = scheduler.config.get(DEFAULT_STEPS)
+            if given.num_inference_steps is None:
+                given.num_inference_steps = num_train_timesteps if learned is None else learned
             given.num_inference_steps = whole_number("num_inference_steps", given.num_inference_steps)
             if not 1 <= given.num_inference_steps <= num_train_timesteps:
                 raise ValueError(
                     f"num_inference_steps {given.num_inference_steps} is not between 1 and {num_train_timesteps}."
                 )
-            if given.num_inference_steps != (learned := scheduler.config.get(DEFAULT_STEPS, given.num_inference_steps)):
+            if learned not in (None, given.num_inference_steps):
                 warn(
                     f"num_inference_steps is {given.num_inference_steps}, but this distilled model has learned"
                     f" {learned} steps only; leave it out."

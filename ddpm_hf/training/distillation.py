@@ -261,7 +261,7 @@ def _check_teacher(
             "there; choose a teacher that predicts v_prediction or sample, or one without zero terminal SNR."
         )
     known = process.config.get(DEFAULT_STEPS)
-    if known and known != 2 * distillation.num_inference_steps:
+    if isinstance(known, int) and known != 2 * distillation.num_inference_steps:
         raise ConfigError(
             f"{teacher.name} is a student that samples in {known} steps, but distillation.num_inference_steps "
             f"{distillation.num_inference_steps} needs a teacher of {2 * distillation.num_inference_steps}; "

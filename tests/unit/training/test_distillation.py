@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,22 @@ def test_a_run_is_not_continued_with_another_teacher() -> None:
     losses[0].load_state_dict(json.loads(json.dumps(losses[0].state_dict())))
     with pytest.raises(ConfigError, match="other weights than when this run began"):
         losses[1].load_state_dict(losses[0].state_dict())
+
+
+def test_diffusers_warns_of_other_keys_only() -> None:
+    """A pipeline reads the keys of a student, which a stock scheduler would say that it ignores."""
+    records: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger("diffusers.configuration_utils")
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    config = dict(process("v", clip_sample=False).config)
+    try:
+        student = DDIMScheduler.from_config(
+            config | {"default_num_inference_steps": 4, "distilled_guidance_scale": 2.0}
+        )
+        assert records == []
+        DDIMScheduler.from_config(config | {"default_num_inference_steps": 4, "mistake": 4})
+    finally:
+        logger.removeHandler(handler)
+    assert student.config["default_num_inference_steps"] == 4
+    assert [record.levelname for record in records] == ["WARNING"]
