@@ -158,7 +158,9 @@ def student_settings(
         guidance_scale = distillation["guidance_scale"]
     predicts_x_0 = settings["diffusion"]["prediction_type"] in ("sample", "x0")
     class_dropout = settings["objective"]["class_dropout"] if guidance_scale == 1 else 0.0
-    sampling = {"num_inference_steps": steps, "eta": 0.0} | ({} if class_dropout else {"guidance_scale": 1.0})
+    sampling: dict[str, Any] = {"num_inference_steps": steps, "eta": 0.0}
+    if not class_dropout:
+        sampling |= {name: default["preview"][name] for name in ("guidance_scale", "guidance_interval")}
     student["diffusion"] |= {
         "prediction_type": "sample" if predicts_x_0 else "v_prediction",
         "variance_type": "fixed_small",
@@ -184,7 +186,7 @@ def student_settings(
         "posthoc_ema_every_steps": None,
         "resume": "auto",
     }
-    student["preview"] |= sampling
+    student["preview"] |= sampling | {"scheduler": None}
     student["evaluation"] |= sampling
     if student["evaluation"]["score_metric"] == "bits_per_dim":
         student["evaluation"] |= {

@@ -368,9 +368,10 @@ def _check_distillation(config: RunConfig) -> None:
         "diffusion.timestep_spacing": "trailing",
         "objective.self_conditioning": 0.0,
     }
-    sampled = {"preview": config.preview.every_steps, "evaluation": _num_evaluated(config)}
-    for section in (section for section, is_used in sampled.items() if is_used):
-        needed |= {f"{section}.num_inference_steps": num_steps, f"{section}.eta": 0.0}
+    if config.preview.every_steps:
+        needed |= {"preview.num_inference_steps": num_steps, "preview.eta": 0.0, "preview.scheduler": None}
+    if config.evaluation.num_samples or config.evaluation.score_every_steps:
+        needed |= {"evaluation.num_inference_steps": num_steps, "evaluation.eta": 0.0}
     settings = config.to_dict()
     for name, value in needed.items():
         if (given := _value_of(settings, name)) != value:
@@ -401,11 +402,6 @@ def _check_distillation(config: RunConfig) -> None:
             "evaluation.score_metric bits_per_dim does not apply to a student, which is no model of all timesteps; set "
             "evaluation.score_metric to kid, or evaluation.score_every_steps to 0."
         )
-
-
-def _num_evaluated(config: RunConfig) -> int:
-    """Return the interval or the number of samples of the section evaluation, 0 if it samples nothing."""
-    return config.evaluation.num_samples or config.evaluation.score_every_steps
 
 
 def _check_training(config: RunConfig, has_validation_set: bool) -> None:

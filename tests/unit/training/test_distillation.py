@@ -146,7 +146,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "augmented": ({"data.augmentation": 0.1}, "data.augmentation is 0.1, but a student"),
     "clipped": ({"diffusion.clip_sample": True}, "diffusion.clip_sample is true, but a student"),
     "steps": ({"distillation.num_inference_steps": 33}, "needs 66 steps of the teacher"),
-    "previews": ({"preview.every_steps": 5, "preview.eta": 0.0}, "preview.num_inference_steps is 50"),
+    "previews": ({"preview.every_steps": 5, "preview.eta": 0.0}, "preview.num_inference_steps is 20"),
     "variance": ({"diffusion.variance_type": "learned_range", "objective.loss": "hybrid"}, "trains a variance"),
     "guided": ({"distillation.guidance_scale": 2.0, "objective.class_dropout": 0.1, "model.class_conditional": True},
                "cannot be guided again"),
