@@ -23,6 +23,7 @@ EVERYTHING_BUT_DROPOUT: dict[str, Any] = {
     "objective__timestep_sampling": "loss_aware",
     "objective__self_conditioning": 0.5,
     "objective__offset_noise": 0.1,
+    "objective__input_perturbation": 0.1,
     "objective__immiscible_noise": True,
     "data__random_flip": True,
     "data__augmentation": 0.3,

@@ -465,7 +465,7 @@ def _prepare(
 
     from ddpm_hf.diffusion.editing import start_level
     from ddpm_hf.distributed import keep_freed_memory
-    from ddpm_hf.evaluation.generate import Sampler, image_shape
+    from ddpm_hf.evaluation.generate import Sampler, check_step, image_shape
     from ddpm_hf.rng import plain_generators
 
     device = find_device(flags.device)
@@ -503,6 +503,7 @@ def _prepare(
     num_steps = pipeline.check_inputs(
         class_labels=_labels_of(pictures[:1]), generator=generator, output_type="uint8", **call
     )
+    check_step(pipeline)
     if flags.image and not flags.mask:
         start_level(flags.strength or STRENGTH, num_steps)
     starts, cover = np.stack(fitted) if fitted else None, np.stack(covers) if covers else None

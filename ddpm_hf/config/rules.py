@@ -66,6 +66,7 @@ _USED_ONLY_WITH: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("training.weight_decay", "training.optimizer", _ADAM),
     *((f"distillation.{name}", "distillation.teacher", ()) for name in _DISTILLATION),
     ("training.prefetch_factor", "objective.timestep_sampling", ("uniform", "antithetic")),
+    ("training.learning_rate_reference_steps", "training.learning_rate_schedule", ("inverse_sqrt",)),
     ("training.ema_inv_gamma", "training.ema_warmup", ("power",)),
     ("training.ema_power", "training.ema_warmup", ("power",)),
     ("training.posthoc_ema_every_steps", "training.posthoc_ema", ()),
@@ -148,6 +149,7 @@ def _check_ranges(config: RunConfig) -> None:
         "diffusion.num_train_timesteps", "diffusion.schedule_shift", "training.num_steps", "training.train_batch_size",
         "training.micro_batch_size", "training.checkpoint_every_steps", "training.log_every_steps",
         "training.max_consecutive_nonfinite", "training.learning_rate", "training.max_grad_norm",
+        "training.learning_rate_reference_steps",
         "training.adam_epsilon", "training.ema_inv_gamma", "training.ema_power", "training.ema_every_steps",
         "training.posthoc_ema_every_steps", "data.num_channels", "data.resolution", "data.crop_before_resize",
         "data.shuffle_buffer_size", "preview.num_images", "preview.num_inference_steps", "evaluation.batch_size",
@@ -158,7 +160,8 @@ def _check_ranges(config: RunConfig) -> None:
         "training.learning_rate_warmup_steps", "training.prefetch_factor", "training.weight_decay", "training.seed",
         "training.validate_every_steps", "training.ema_start_step", "data.resize_to", "preview.every_steps",
         "preview.guidance_scale", "evaluation.num_samples", "evaluation.guidance_scale",
-        "evaluation.score_every_steps", "objective.p2_gamma", "objective.offset_noise", "hub.push_every_steps",
+        "evaluation.score_every_steps", "objective.p2_gamma", "objective.offset_noise", "objective.input_perturbation",
+        "hub.push_every_steps",
         "distillation.guidance_scale",
     )  # fmt: skip
     below_one = (
@@ -323,6 +326,11 @@ def _check_objective(config: RunConfig) -> None:
                 f"objective.{name} {format_value(value)} changes the noise distribution that objective.loss {loss} "
                 f"assumes; remove objective.{name}, or set objective.loss to mse."
             )
+    if objective.input_perturbation and loss == "vlb":
+        raise ConfigError(
+            f"objective.input_perturbation {objective.input_perturbation:g} changes the input that objective.loss vlb "
+            "assumes, which would no longer be a bound; remove it, or set objective.loss to mse or hybrid."
+        )
     if objective.immiscible_noise and config.data.streaming:
         raise ConfigError(
             "objective.immiscible_noise assigns noise across the images of all processes, which data.streaming does "
@@ -430,6 +438,18 @@ def _check_training(config: RunConfig, has_validation_set: bool) -> None:
             "training.cudnn_benchmark true lets time decide which kernel runs, but training.deterministic is true; set "
             "one of them to false."
         )
+    if training.learning_rate_schedule == "inverse_sqrt":
+        warmup, reference = training.learning_rate_warmup_steps, training.learning_rate_reference_steps
+        if not (warmup or reference):
+            raise ConfigError(
+                "training.learning_rate_schedule inverse_sqrt needs the steps after which it decreases; set "
+                "training.learning_rate_reference_steps, or training.learning_rate_warmup_steps above 0."
+            )
+        if reference is not None and reference < warmup:
+            raise ConfigError(
+                f"training.learning_rate_reference_steps {reference} is less than training.learning_rate_warmup_steps "
+                f"{warmup}; increase it, or shorten the warmup."
+            )
     micro, batch = training.micro_batch_size, training.train_batch_size
     if isinstance(micro, int) and batch % micro:
         lower = batch // micro * micro

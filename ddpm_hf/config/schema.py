@@ -302,6 +302,8 @@ class ObjectiveConfig:
             et al. 2022 use 0.5) and costs one more forward pass; 0 builds a network without self-conditioning.
         class_dropout: Probability of replacing a label by the null label, for classifier-free guidance.
         offset_noise: Standard deviation of additional noise that is constant over each channel; 0 disables it.
+        input_perturbation: Standard deviation of further noise that the input gets and the target does not, so that
+            training sees inputs as erroneous as those of sampling (Ning et al. 2023 use 0.1); 0 disables it.
         immiscible_noise: Assign the noise within each block of 32 images so that every image gets nearby noise (Li et
             al. 2024).
     """
@@ -317,6 +319,7 @@ class ObjectiveConfig:
     self_conditioning: float = 0.0
     class_dropout: float = 0.0
     offset_noise: float = 0.0
+    input_perturbation: float = 0.0
     immiscible_noise: bool = False
 
 
@@ -360,7 +363,11 @@ class TrainingConfig:
         optimizer_kwargs: Additional optimizer arguments, for example {momentum: 0.9}.
         learning_rate: Peak learning rate.
         learning_rate_warmup_steps: Steps of linear warmup from 0.
-        learning_rate_schedule: constant, or cosine or linear decay to 0 at num_steps.
+        learning_rate_schedule: constant; cosine or linear decay to 0 at num_steps; inverse_sqrt, constant for
+            learning_rate_reference_steps and then in proportion to 1 / sqrt(step) (Karras et al. 2024), which does not
+            depend on num_steps.
+        learning_rate_reference_steps: Steps after which inverse_sqrt decreases, 70,000 in Karras et al. 2024; null uses
+            learning_rate_warmup_steps.
         adam_beta1: beta1 of adamw and adam.
         adam_beta2: beta2 of adamw and adam.
         adam_epsilon: epsilon of adamw and adam.
@@ -414,7 +421,8 @@ class TrainingConfig:
     optimizer_kwargs: dict[str, OptimizerOption] = field(default_factory=dict)
     learning_rate: float = 2e-4
     learning_rate_warmup_steps: int = 5000
-    learning_rate_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    learning_rate_schedule: Literal["constant", "cosine", "linear", "inverse_sqrt"] = "constant"
+    learning_rate_reference_steps: int | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8

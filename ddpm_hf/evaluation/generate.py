@@ -30,7 +30,7 @@ from ddpm_hf.config.schema import SCHEDULERS, SCHEDULERS_WITH_ETA
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.compiled import compiled_call
 from ddpm_hf.diffusion.images import image_size, to_images
-from ddpm_hf.diffusion.pipeline import ClassNumbers, did_you_mean, find_optimized
+from ddpm_hf.diffusion.pipeline import ClassNumbers, did_you_mean, find_optimized, returns_x_0
 from ddpm_hf.diffusion.scheduler import NATIVE_SCHEDULER, default_num_inference_steps
 from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_value, read_json, save_array, write_json
 from ddpm_hf.rng import sampling_generators
@@ -98,15 +98,20 @@ class Sampler:
         """
         self.labels_of(pipeline, range(1))
         scheduler_type = scheduler_class(self.scheduler) if self.scheduler else type(pipeline.scheduler)
-        spacing: dict[str, Any] = {}
+        changes: dict[str, Any] = {}
         if self.timestep_spacing not in (None, OPTIMIZED) and scheduler_type is not GaussianDiffusionScheduler:
             if self.timestep_spacing not in _STOCK_SPACINGS or "timestep_spacing" not in _settings_of(scheduler_type):
                 raise ValueError(
                     f"timestep_spacing is {self.timestep_spacing}, which {scheduler_type.__name__} does not have; use "
                     f"{NATIVE_SCHEDULER} (ddim or ddpm), or leave it out."
                 )
-            spacing["timestep_spacing"] = self.timestep_spacing
-        scheduler = scheduler_type.from_config(pipeline.scheduler.config, **spacing)
+            changes["timestep_spacing"] = self.timestep_spacing
+        is_heun = scheduler_type is diffusers.HeunDiscreteScheduler and self.timestep_spacing is None
+        if is_heun and pipeline.scheduler.alphas_cumprod[-1] < 1e-6:
+            # The average of the slopes at both ends of a step diverges if the noise level falls by a factor of 1000, as
+            # it does in the first step of cosine schedules.
+            changes["use_exponential_sigmas"] = True
+        scheduler = scheduler_type.from_config(pipeline.scheduler.config, **changes)
         names = ("class_names", "has_null_label", "self_conditioned", "value_range", "optimized_timesteps")
         extras = {name: pipeline.config[name] for name in names if pipeline.config.get(name)}
         prepared = GaussianDiffusionPipeline(pipeline.unet, scheduler, **extras)
@@ -171,6 +176,7 @@ class Sampler:
     def check(self, pipeline: GaussianDiffusionPipeline) -> None:
         """Raise ValueError if a call of the pipeline that `prepare` returned would; does not call the network."""
         pipeline.check_inputs(**self.call(pipeline, 0, range(1)))
+        check_step(pipeline)
 
     def to_dict(self, pipeline: GaussianDiffusionPipeline) -> dict[str, Any]:
         """Return the settings for JSON, with the defaults of the pipeline filled in."""
@@ -282,6 +288,21 @@ def scheduler_class(name: str) -> Any:
             f"{examples}."
         )
     return found
+
+
+def check_step(pipeline: GaussianDiffusionPipeline) -> None:
+    """Raise ValueError if the scheduler, after `check_inputs`, has no step for the prediction type of the network."""
+    scheduler = pipeline.scheduler
+    zeros = torch.zeros(1, pipeline.num_channels, 1, 1, device=pipeline.device)
+    try:
+        if not isinstance(scheduler, GaussianDiffusionScheduler):
+            returns_x_0(scheduler, zeros, zeros)
+    except (NotImplementedError, ValueError):
+        prediction_type = scheduler.config["prediction_type"]
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot sample from a network that predicts {prediction_type}; use another "
+            "scheduler, such as unipc."
+        ) from None
 
 
 def _runs_ddpm(found: object) -> bool:

@@ -27,7 +27,7 @@ from ddpm_hf.data.streaming import StreamPosition
 from ddpm_hf.diffusion.schedule import spaced_timesteps
 from ddpm_hf.rng import NOISE_BLOCK_SIZE, numpy_generator
 from ddpm_hf.training.logging import say
-from ddpm_hf.training.loss import DenoisingLoss, assign_noise, draw_noise
+from ddpm_hf.training.loss import DenoisingLoss, assign_noise, draw_noise, draw_perturbation
 
 # Nichol & Dhariwal 2021, section 3.3, and their code.
 HISTORY_LENGTH = 10
@@ -221,6 +221,7 @@ class MicroBatch:
         use_self_cond: Whether a self-conditioned network sees its own prediction; the same for the whole step.
         is_last: Whether the optimizer update follows.
         augmentation: float32 (batch, parameters), the parameters of the augmentation; None without one.
+        perturbation: float32 noise of the shape of the images, which only the input gets; None without it.
     """
 
     x_0: torch.Tensor
@@ -232,6 +233,7 @@ class MicroBatch:
     use_self_cond: bool
     is_last: bool
     augmentation: torch.Tensor | None = None
+    perturbation: torch.Tensor | None = None
 
 
 _Loaded: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -300,6 +302,7 @@ class BatchSource:
                 use_self_cond=use_self_cond,
                 is_last=positions.stop == self._positions.stop,
                 augmentation=augmentation,
+                perturbation=draw_perturbation(objective, seed, step, positions, x_0.shape[1:], self.device),
             )
 
     def _load(self, step: int, positions: range) -> _Loaded:

@@ -123,6 +123,15 @@ def draw_noise(
     return noise
 
 
+def draw_perturbation(
+    config: ObjectiveConfig, seed: int, step: int, positions: range, shape: torch.Size, device: torch.device
+) -> torch.Tensor | None:
+    """Draw the perturbation of the inputs (objective.input_perturbation), as `draw_noise`; None if it is off."""
+    if config.input_perturbation == 0:
+        return None
+    return config.input_perturbation * normal_by_position(seed, "input_perturbation", step, positions, shape, device)
+
+
 def assign_noise(x_0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Permute noise within each block of NOISE_BLOCK_SIZE images to minimize the sum of distances (Li et al. 2024).
 
@@ -175,6 +184,7 @@ class DenoisingLoss:
         class_labels: torch.Tensor | None = None,
         dropped: torch.Tensor | None = None,
         use_self_cond: bool = False,
+        perturbation: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the loss of each sample.
 
@@ -186,6 +196,8 @@ class DenoisingLoss:
             class_labels: int64 (batch,), or None for an unconditional network.
             dropped: bool (batch,), which labels to replace by the null label; None for none.
             use_self_cond: Whether a self-conditioned network sees its own prediction of x_0 instead of zeros.
+            perturbation: float32 noise of the same shape that is added to that of the input and not to the target, of
+                standard deviation objective.input_perturbation (Ning et al. 2023); None for none.
 
         Returns:
             float32 losses (batch,), each a mean over the pixels; those of the bound in bits per dimension, times T.
@@ -193,7 +205,8 @@ class DenoisingLoss:
         if dropped is not None and class_labels is not None:
             assert self._null_label is not None, "only a network with a null label has labels to drop"
             class_labels = class_labels.masked_fill(dropped, self._null_label)
-        x_t = self._scheduler.add_noise(x_0, noise, timesteps)
+        # Algorithm 1, Ning et al. 2023
+        x_t = self._scheduler.add_noise(x_0, noise if perturbation is None else noise + perturbation, timesteps)
         # First: with CUDA graphs, no other graph may run between the forward and the backward pass of the network.
         target = None if self._config.loss == "vlb" else self._target(x_0, noise, x_t, timesteps, class_labels)
         output = self._predict(model, x_t, timesteps, class_labels, use_self_cond)

@@ -220,8 +220,8 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     """Return the learning rate of optimizer step `step`, counted from 0.
 
     The first `learning_rate_warmup_steps` updates increase it linearly to the peak (5000 in Ho et al. 2020); cosine and
-    linear then decrease it towards 0, which they would reach at step `num_steps`. It does not depend on the number of
-    processes or on gradient accumulation.
+    linear then decrease it towards 0, which they would reach at step `num_steps`; inverse_sqrt decreases it after
+    `learning_rate_reference_steps`. It does not depend on the number of processes or on gradient accumulation.
     """
     warmup = config.learning_rate_warmup_steps
     if step < warmup:
@@ -232,6 +232,9 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
             return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
         case "linear":
             return config.learning_rate * (1 - progress)
+        case "inverse_sqrt":
+            # alpha_ref / sqrt(max(t / t_ref, 1)), code of Karras et al. 2024
+            return config.learning_rate / math.sqrt(max(step / (config.learning_rate_reference_steps or warmup), 1))
         case _:
             return config.learning_rate
 

@@ -580,6 +580,7 @@ class Trainer:
                         batch.class_labels,
                         batch.dropped,
                         batch.use_self_cond,
+                        batch.perturbation,
                     )
                 weighted = losses if batch.importance is None else batch.importance * losses
                 # The part of this micro batch in the mean over the images of this rank. DDP averages over ranks, so the

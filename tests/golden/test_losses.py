@@ -10,9 +10,11 @@ from tests.conftest import run_arguments
 from tests.runs import EVERYTHING_RANDOM, metrics_of
 
 GOLDEN = Path(__file__).parent / "losses.json"
-# The random numbers of data.augmentation are on record in test_augmentation.py.
+# The random numbers of data.augmentation are on record in test_augmentation.py, those of input_perturbation in
+# test_loss.py.
 EVERYTHING = EVERYTHING_RANDOM | {
     "data__augmentation": 0,
+    "objective__input_perturbation": 0,
     "training__log_every_steps": 1,
     "diffusion__num_train_timesteps": 20,
 }

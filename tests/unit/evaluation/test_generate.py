@@ -25,6 +25,7 @@ from ddpm_hf.evaluation.generate import (
     split_into_batches,
 )
 from tests.conftest import tiny_unet
+from tests.unit.diffusion.oracles import GaussianData
 from tests.unit.evaluation.ranks import Ranks
 
 SAMPLER = Sampler(num_inference_steps=2, eta=1.0)
@@ -290,6 +291,29 @@ def test_samples_of_another_guide_or_interval_are_other_samples() -> None:
     assert len(guided[0]["guide"]) == 64
     assert guided[0]["guide"] != guided[1]["guide"]
     assert Sampler(guidance_interval=(0.2, 0.8)).to_dict(pipeline)["guidance_interval"] == [0.2, 0.8]
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+@pytest.mark.parametrize("name", ["unipc", "heun"])
+def test_the_samples_of_a_cosine_schedule_have_the_moments_of_the_data(name: str) -> None:
+    """The noise level falls by a factor of 3000 in the first step, at which Heun's method diverges by default."""
+    options = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}
+    data, scheduler = GaussianData(), GaussianDiffusionScheduler.create(**options)
+    unet = tiny_unet()
+    unet.forward = lambda x, t, **_: (data.predict(scheduler, x, int(t)),)  # type: ignore[method-assign]
+    sampler = Sampler(scheduler=name, num_inference_steps=20)
+    pipeline = sampler.prepare(GaussianDiffusionPipeline(unet, scheduler))
+    images = sample_images(pipeline, sampler, seed=0, indices=range(64), batch_size=64) / 127.5 - 1
+    assert images.mean() == pytest.approx(0.3, abs=0.05)
+    assert images.std() == pytest.approx(0.48, abs=0.05)
+
+
+def test_a_scheduler_without_a_step_for_the_prediction_type_is_refused() -> None:
+    sampler = Sampler(scheduler="euler_a", num_inference_steps=2)
+    scheduler = GaussianDiffusionScheduler(prediction_type="sample")
+    prepared = sampler.prepare(GaussianDiffusionPipeline(tiny_unet(), scheduler))
+    with pytest.raises(ValueError, match="EulerAncestralDiscreteScheduler cannot sample from a network that predicts"):
+        sampler.check(prepared)
 
 
 def test_classes_come_in_turn_and_the_network_is_left_as_it_was() -> None:

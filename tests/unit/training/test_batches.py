@@ -97,7 +97,8 @@ def step_of(
 def joined(parts: list[list[MicroBatch]]) -> dict[str, torch.Tensor]:
     """Concatenate a global batch."""
     batches = [batch for part in parts for batch in part]
-    names = ("x_0", "noise", "timesteps", "class_labels", "dropped")
+    names = ["x_0", "noise", "timesteps", "class_labels", "dropped"]
+    names += ["perturbation"] * (batches[0].perturbation is not None)
     return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
 
 
@@ -107,6 +108,7 @@ EVERYTHING = ObjectiveConfig(
     timestep_sampling="antithetic",
     self_conditioning=0.5,
     offset_noise=0.1,
+    input_perturbation=0.1,
     immiscible_noise=True,
 )
 

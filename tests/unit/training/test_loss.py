@@ -20,7 +20,7 @@ from ddpm_hf.config import ObjectiveConfig
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler, NoiseSchedule, make_betas
 from ddpm_hf.diffusion.schedule import rescale_to_zero_terminal_snr
 from ddpm_hf.rng import normal_by_position
-from ddpm_hf.training.loss import DenoisingLoss, assign_noise, draw_noise, loss_weight
+from ddpm_hf.training.loss import DenoisingLoss, assign_noise, draw_noise, draw_perturbation, loss_weight
 from tests.conftest import tiny_unet
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -705,6 +705,33 @@ def test_an_offset_belongs_to_its_position() -> None:
     whole = draw_noise(config, 3, 7, range(80), SHAPE, CPU)
     assert torch.equal(draw_noise(config, 3, 7, range(30, 50), SHAPE, CPU), whole[30:50])
     assert not torch.equal(draw_noise(config, 3, 8, range(80), SHAPE, CPU), whole)
+
+
+def test_a_perturbation_is_noise_of_its_own_stream_and_strength() -> None:
+    found = draw_perturbation(ObjectiveConfig(input_perturbation=0.1), 3, 7, range(5, 40), SHAPE, CPU)
+    expected = 0.1 * normal_by_position(3, "input_perturbation", 7, range(5, 40), SHAPE, CPU)
+    assert found is not None
+    assert torch.equal(found, expected)
+    assert draw_perturbation(ObjectiveConfig(), 3, 7, range(5, 40), SHAPE, CPU) is None
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_perturbation_changes_the_input_and_not_the_target(prediction_type: str) -> None:
+    """Algorithm 1, Ning et al. 2023: x_t = alpha x_0 + sigma (eps + gamma xi), and the target is that of eps."""
+    x_0, noise, perturbation = (torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    timesteps = torch.tensor([100, 900])
+    scheduler = GaussianDiffusionScheduler(prediction_type=prediction_type)
+    seen = []
+
+    def network(x_t: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, ...]:
+        seen.append(x_t)
+        return (torch.zeros_like(x_t),)
+
+    loss = DenoisingLoss(scheduler, ObjectiveConfig(input_perturbation=0.1))
+    plain, perturbed = (loss(network, x_0, noise, timesteps, perturbation=one) for one in (None, 0.1 * perturbation))
+    assert torch.equal(plain, perturbed)
+    sigma = (1 - alpha_bars(timesteps)).sqrt().view(-1, 1, 1, 1).float()
+    torch.testing.assert_close(seen[1] - seen[0], sigma * 0.1 * perturbation)
 
 
 def test_assigned_noise_has_the_least_sum_of_distances() -> None:

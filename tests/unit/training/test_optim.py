@@ -45,6 +45,17 @@ def test_the_rate_decreases_as_its_schedule_says(schedule: str, halfway: float, 
     assert rate(110, schedule) == pytest.approx(2.0 if schedule == "constant" else 0.0, abs=1e-12)
 
 
+def test_the_inverse_square_root_does_not_depend_on_the_length_of_the_run() -> None:
+    """As the code of Karras et al. 2024: the peak until the reference step, half of it at four times that step."""
+    config = dataclasses.replace(CONFIG, learning_rate_schedule="inverse_sqrt", learning_rate_reference_steps=40)
+    rates = [learning_rate_at(step, config) for step in (9, 10, 40, 90, 160, 4000)]
+    assert rates == pytest.approx([2.0, 2.0, 2.0, 2.0 / 1.5, 1.0, 0.2])
+    longer = dataclasses.replace(config, num_steps=10_000)
+    assert [learning_rate_at(step, longer) for step in (9, 10, 40, 90, 160, 4000)] == rates
+    after_warmup = dataclasses.replace(config, learning_rate_reference_steps=None)
+    assert learning_rate_at(40, after_warmup) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("warmup", [0, 1, 5, 200])
 def test_the_rate_is_positive_and_at_most_the_peak_at_every_step(warmup: int) -> None:
     """A warmup may be longer than the run or as long."""

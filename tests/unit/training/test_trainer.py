@@ -188,6 +188,25 @@ def test_the_host_reads_nothing_and_an_update_launches_few_operations_between_tw
     assert max(launched[1:]) <= {"fp32": 28, "fp16": 38}[precision], launched
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_the_loss_gets_the_perturbation_of_the_batch(tmp_path: Path) -> None:
+    config, _ = parse_command_line(run_arguments(tmp_path / "run", objective__input_perturbation=0.1))
+    trainer = Trainer(config)
+    trainer.folder.release()
+    loss, given = trainer.loss, []
+
+    def recording(*arguments: Any) -> torch.Tensor:
+        given.append(arguments[-1])
+        return loss(*arguments)
+
+    with trainer.process_settings:
+        trainer._prepare()
+        trainer.loss = recording  # type: ignore[assignment]
+        trainer._train_step(1)
+        (batch,) = trainer._batches.micro_batches(1)
+    assert torch.equal(given[0], batch.perturbation)
+
+
 class CopyCounter(TorchDispatchMode):
     """Count copies between devices."""
 
