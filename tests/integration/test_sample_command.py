@@ -301,7 +301,7 @@ def test_values_are_written_and_edited_in_the_range_of_the_model(plain: Path, tm
     model = load(plain)
     ranged = GaussianDiffusionPipeline(model.unet, model.scheduler, value_range=[-1000, 400])
     ranged.save_pretrained(tmp_path / "model")
-    few = ("--seeds", 1, "--num_inference_steps", 2)
+    few = ("--seeds", 1, "--num_inference_steps", 2, "--eta", 1)
     output = draw(tmp_path / "model", tmp_path / "a", *few, "--format", "npy")
     values = np.load(output / "seed_000001.npy")
     expected = ranged(generator=seeded(1), num_inference_steps=2, output_type="np").images[0]
