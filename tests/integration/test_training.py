@@ -513,3 +513,29 @@ def test_an_augmented_run_trains_an_embedding_and_saves_networks_without_it(tmp_
     for unet in (trainer.pipeline.unet, UNet2DModel.from_pretrained(tmp_path / "run" / "pipeline" / "unet")):
         loss = validation_loss(unet, trainer.loss, trainer.validation_images, config, **alone)  # type: ignore[arg-type]
         assert loss == metrics_of(tmp_path / "run")[-1]["validation_loss"]
+
+
+@pytest.mark.slow
+def test_a_network_trained_on_mirrored_images_predicts_them_as_they_are(tmp_path: Path) -> None:
+    """From pure noise it predicts their mean, which without conditioning would be that of both directions."""
+    images = np.zeros((8, 8, 8), np.uint8)
+    images[:, :, :4] = 255
+    changes: dict[str, Any] = {
+        "data__augmentation": 0.1,
+        "data__augmentation_transforms": ["xflip"],
+        "model__class_conditional": False,
+        "model__initialization": "torch",
+        "training__checkpoint_every_steps": 200,
+        "training__ema_decay": 0.9,
+        "training__learning_rate": 1e-2,
+        "training__log_every_steps": 200,
+        "training__num_steps": 200,
+    }
+    config, _ = parse_command_line(run_arguments(tmp_path / "run", **changes))
+    trainer = Trainer(config, train_dataset=images)
+    trainer.fit()
+    noise = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        v = trainer.pipeline.unet(noise, config.diffusion.num_train_timesteps - 1).sample
+    left, right = (-v).mean(dim=(0, 1, 2)).split(4)
+    assert left.mean() - right.mean() > 1  # of 2
