@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data.numeric import File, MissingLibraryError, Numbers, open_numbers
+from ddpm_hf.data.numeric import File, MissingLibraryError, Numbers, is_dicom, open_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -250,6 +250,14 @@ def _file_of(image: EncodedImage) -> File:
     if isinstance(image.data, Path) and image.data.is_file() and image.num_bytes:
         return image.data
     return io.BytesIO(image.read())
+
+
+def is_dicom_image(image: EncodedImage) -> bool:
+    """Return whether an image is a DICOM file, whatever its name."""
+    try:
+        return is_dicom(_file_of(image))
+    except (BadImage, OSError):
+        return False
 
 
 def _numbers_of(image: EncodedImage, num_channels: int | None) -> Numbers | None:

@@ -69,11 +69,16 @@ def open_numbers(file: File, num_channels: int | None) -> Numbers | None:
         )
     if start.startswith(b"PK\x03\x04"):
         return _open_npz(file)
-    if start[128:] == b"DICM":
+    if is_dicom(file):
         return _open_dicom(file)
     if start.startswith(_TIFF_STARTS) and not _is_read_by_pillow(file, num_channels):
         return _open_tiff(file, num_channels)
     return None
+
+
+def is_dicom(file: File) -> bool:
+    """Return whether a file is a DICOM file, as its content says."""
+    return _start_of(file)[128:] == b"DICM"
 
 
 def _start_of(file: File) -> bytes:

@@ -31,7 +31,16 @@ from numpy.typing import NDArray
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.arrays import find_images, image_set_of_array, needs_preprocessing, read_arrays, splits_of_arrays
-from ddpm_hf.data.decode import LFS_POINTER, BadImage, DataError, EncodedImage, Header, as_native, image_of_array
+from ddpm_hf.data.decode import (
+    LFS_POINTER,
+    BadImage,
+    DataError,
+    EncodedImage,
+    Header,
+    as_native,
+    image_of_array,
+    is_dicom_image,
+)
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.labels import NO_LABEL, ClassOrder, Labels, encode_labels, sort_classes
 from ddpm_hf.data.layout import SPLIT_NAMES, Kind, Layout, are_of_one_kind, read_layout, split_of_word
@@ -549,6 +558,12 @@ def _is_array(name: str) -> bool:
     return name.lower().endswith((".npy", ".npz")) and _why_ignored(name) == name
 
 
+def _may_be_dicom(file: _File) -> bool:
+    """Return whether a file has no suffix, as DICOM files often have none, and is not the list of them."""
+    name = PurePosixPath(file.name).name
+    return "." not in name and name != "DICOMDIR" and _why_ignored(file.name) == file.name
+
+
 def _source_of_files(
     path: Path,
     kind: str,
@@ -575,9 +590,11 @@ def _source_of_files(
     """
     reasons = [_why_ignored(file.name) for file in files]
     images = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
-    if not images and any(_is_array(file.name) for file in files):
-        images = [file for file in files if _is_array(file.name)]
-        reasons = [None if _is_array(file.name) else reason for file, reason in zip(files, reasons, strict=True)]
+    if not images:
+        names = {file.name for file in files if _is_array(file.name)}
+        names = names or {file.name for file in files if _may_be_dicom(file) and is_dicom_image(read(file.name, file))}
+        images = [file for file in files if file.name in names]
+        reasons = [None if file.name in names else reason for file, reason in zip(files, reasons, strict=True)]
     ignored = (*filter(None, reasons), *others)
     found = read_layout(
         [file.folders for file in images],

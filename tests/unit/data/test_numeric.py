@@ -4,6 +4,7 @@ import io
 import logging
 import struct
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +174,18 @@ def test_dicom_is_rescaled(tmp_path: Path, elements: dict[str, object], expected
     found = open_source(write_files(tmp_path / "x", files), tmp_path / "cache", value_range="auto")
     assert found.images.dtype == dtype
     assert np.array_equal(pixels_of(found)[..., 0], expected)
+
+
+@pytest.mark.parametrize("name", ["x", "x.zip"])
+def test_dicom_files_are_found_without_a_suffix(tmp_path: Path, name: str) -> None:
+    """Not the list of them, nor files of other types."""
+    pytest.importorskip("pydicom")
+    files = {f"a/IM{number}": dicom(pixels, BitsStored=12) for number, pixels in enumerate(STORED)}
+    files |= {"DICOMDIR": bytes(128) + b"DICM", "README": b"text"}
+    write_files(tmp_path / "x", files)
+    if name == "x.zip":
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for member, content in files.items():
+                archive.writestr(member, content)
+    found = open_source(tmp_path / name, tmp_path / "cache", value_range="auto")
+    assert np.array_equal(pixels_of(found)[..., 0], STORED)
