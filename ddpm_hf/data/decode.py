@@ -73,6 +73,8 @@ _GRAY_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 """Modes of one channel with more than 8 bits."""
 _COLOR_16_BIT_CODING = re.compile(r"[A-Za-z]+;16[BLN]")
 _TIFF_BITS_PER_SAMPLE, _EXIF_ORIENTATION, _TIFF_PLANAR_CONFIGURATION, _TIFF_SAMPLE_FORMAT = 258, 274, 284, 339
+_MAX_CHANNELS = 4
+"""An array may have as many values as the largest picture."""
 _FEWEST_STEPS = 2**12
 """A warning is printed if float32 has fewer steps in the value range."""
 _SUFFIXES_OF_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -286,12 +288,21 @@ def image_of_array(array: NDArray[Any], name: str, num_channels: int | None) -> 
     return EncodedImage(name, as_native(array[..., None] if array.ndim == 2 else np.moveaxis(array, axis, -1)))
 
 
+def _too_large(name: str) -> BadImage:
+    return BadImage(
+        f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against decompression bombs; make it "
+        "smaller."
+    )
+
+
 def _check_numbers(numbers: Numbers, name: str) -> None:
     if numbers.dtype.kind not in "buif" or len(numbers.shape) not in (2, 3) or not math.prod(numbers.shape):
         raise BadImage(
             f"{name} contains {numbers.dtype} {numbers.shape}; an image has numbers, and is (height, width) or has one "
             "more axis for channels."
         )
+    if Image.MAX_IMAGE_PIXELS is not None and math.prod(numbers.shape) > _MAX_CHANNELS * Image.MAX_IMAGE_PIXELS:
+        raise _too_large(name)
 
 
 def _channel_axis(numbers: Numbers, num_channels: int | None, name: str) -> int:
@@ -387,10 +398,7 @@ def _named_errors(name: str) -> Iterator[None]:
     except MissingLibraryError as error:
         raise DataError(f"{name} {error}") from None
     except Image.DecompressionBombError:
-        raise BadImage(
-            f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against decompression "
-            "bombs; make it smaller."
-        ) from None
+        raise _too_large(name) from None
     except UnidentifiedImageError:
         raise BadImage(f"{name} cannot be decoded (it is not an image in a supported format).") from None
     except Exception as error:  # Pillow raises many types for damaged files

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.unit.data.helpers import encode, npy, open_source, pixels_of, refusal, write_files
 
@@ -102,6 +103,13 @@ def test_an_image_with_nan_is_unreadable(tmp_path: Path) -> None:
         skipped = {"on_bad_image": "skip", "max_bad_fraction": 0.5}
         found = open_source(source, tmp_path / "cache", value_range="auto", **skipped)
         assert [found.num_bad, found.value_range] == [1, (CT[[0, 2]].min(), CT[[0, 2]].max())]
+
+
+def test_an_array_has_at_most_as_many_values_as_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit against decompression bombs is that of Pillow."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 28)
+    folder = write_files(tmp_path / "x", {"0.npy": npy(np.zeros((6, 5, 4), np.float32))})
+    assert "has more than 28 pixels, Pillow's limit" in refusal(folder, tmp_path / "cache", value_range="auto")
 
 
 # ------------------------------------------------------------------------------------------ formats of other libraries
