@@ -54,7 +54,9 @@ def summarize(config: DataConfig, *, with_labels: bool, seed: int, num_samples: 
         stream, _ = open_sets(config, with_labels=with_labels, seed=seed, device=cpu)
         assert isinstance(stream, ImageStream)
         facts = [("source", f"{config.source}, streamed: images are not counted or decoded in advance")]
-        samples, problem = _augment(stream.samples(0, num_samples)[0], config, seed, facts)
+        samples, _ = stream.samples(0, num_samples)
+        stream.close()
+        samples, problem = _augment(samples, config, seed, facts)
         return Summary(_aligned(facts), _as_uint8(samples), problem)
     source = find_source(config, config.split)
     problem = None

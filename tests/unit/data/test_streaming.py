@@ -1,6 +1,13 @@
 """A stream shows every image once per epoch, and continues after an interruption with the same images."""
 
+import io
 import json
+import tarfile
+import threading
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +16,19 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data import DataError, ImageSet, ImageStream, normalize, open_images, open_sets, summarize
+from ddpm_hf.data import (
+    DataError,
+    ImageSet,
+    ImageStream,
+    normalize,
+    open_images,
+    open_sets,
+    streaming,
+    summarize,
+)
 from tests.conftest import run_process
 from tests.unit.data.helpers import GRAY, encode, encode_deep, write_files, write_parquet
 
@@ -37,7 +54,19 @@ def stream_of(source: Path, *, rank: int = 0, num_processes: int = 1, **settings
     )
     assert isinstance(stream, ImageStream)
     assert isinstance(validation, ImageSet)
+    _STREAMS.append(stream)
     return stream
+
+
+_STREAMS: list[ImageStream] = []
+
+
+@pytest.fixture(autouse=True)
+def _close_streams() -> Iterator[None]:
+    """End the threads of a test before the next one."""
+    yield
+    while _STREAMS:
+        _STREAMS.pop().close()
 
 
 def take(stream: ImageStream, count: int) -> list[int]:
@@ -99,6 +128,161 @@ def test_a_resumed_stream_reads_one_buffer_again(shards: Path) -> None:
     position = stream.position
     assert (position.number, position.buffer, position.used) == (18, 3, 3)
     assert position.file > 0, "earlier files are not opened again"
+
+
+def test_a_position_of_version_0_1_continues_with_the_same_images(shards: Path) -> None:
+    """Version 0.1 stored the state of a reader of `datasets`, whose content its versions changed."""
+    place = {"examples_iterable": {"shard_idx": 0, "shard_example_idx": 8}, "epoch": 0}
+    used = {"used": 3, "number": 18, "num_used": 18, "num_bad": 0}
+    stream = stream_of(shards)
+    stream.go_to({"epoch": 0, "file": 2, "place": place, "row": 8, "buffer": 3} | used)
+    assert take(stream, 9) == [1, 0, 5, 6, 4, 12, 15, 11, 14]
+
+
+def write_archive(path: Path, rows: range) -> None:
+    """Write images with these numbers and their labels as WebDataset, or to class folders in a zip file."""
+    images = {row: encode(np.full((4, 4), row, np.uint8)) for row in rows}
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for row, data in images.items():
+                archive.writestr(f"{row % 2}/{row}.png", data)
+        return
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for row, data in images.items():
+            for suffix, content in ((".png", data), (".cls", str(row % 2).encode())):
+                member = tarfile.TarInfo(f"{row:03}{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("names", "num_processes"),
+    [
+        (["0.tar", "1.tar", "2.tar", "3.tar"], 2),
+        (["0.tar.gz", "1.tar.gz", "2.tar.gz"], 2),
+        (["0.zip"], 2),
+        (["list.csv"], 1),
+    ],
+)
+def test_archives_and_lists_of_files_are_streamed_and_shared(
+    tmp_path: Path, names: list[str], num_processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole archives if they divide evenly. At most one of them is open, and a resumed stream continues in it."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    if names == ["list.csv"]:
+        write_files(folder, {f"{row}.png": encode(np.full((4, 4), row, np.uint8)) for row in range(12)})
+        (folder / names[0]).write_text("path,label\n" + "".join(f"{row}.png,{'ab'[row % 2]}\n" for row in range(12)))
+    else:
+        for number, rows in enumerate(np.array_split(np.arange(12), len(names))):
+            write_archive(folder / names[number], range(rows[0], rows[-1] + 1))
+    source = folder if len(names) > 1 else folder / names[0]
+    opened: list[tarfile.TarFile] = []
+    open_tar = tarfile.open
+
+    def recorded(*arguments: Any, **settings: Any) -> tarfile.TarFile:
+        opened.append(open_tar(*arguments, **settings))
+        return opened[-1]
+
+    monkeypatch.setattr(tarfile, "open", recorded)
+    shown = []
+    for rank in range(num_processes):
+        stream = stream_of(source, rank=rank, num_processes=num_processes)
+        shown.append(take(stream, 12 // num_processes))
+        assert (stream.position.epoch, stream.position.number) == (0, 12 // num_processes)
+        take(stream, 5)
+        state, expected = json.dumps(asdict(stream.position)), take(stream, 20)
+        assert sum(not archive.closed for archive in opened) <= 1
+        stream.go_to(json.loads(state))
+        assert take(stream, 20) == expected
+        stream.close()
+        opened.clear()
+    assert sorted(row for part in shown for row in part) == list(range(12))
+    if len(names) == 4:
+        assert [sorted(part) for part in shown] == [list(range(6)), list(range(6, 12))]
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    """Wait for another thread."""
+    while not is_true():
+        time.sleep(0.001)
+
+
+def test_one_thread_reads_the_next_buffer_while_images_of_the_current_one_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of the next buffer at once, and then as many rows as images are used; 64 rows at a time."""
+    write_archive(tmp_path / "x.tar", range(255))
+    stream, threads = stream_of(tmp_path / "x.tar", shuffle_buffer_size=128), []
+    others = set(threading.enumerate())
+    read = tarfile.TarFile.extractfile
+
+    def counted(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return read(*arguments)
+
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", counted)
+    monkeypatch.setattr(stream, "_num_threads", 1)
+    monkeypatch.setattr(stream, "_images_per_task", 1)  # two images are decoded ahead
+    for num_used, num_read in ((1, 192), (30, 192), (32, 255), (126, 255), (128, 255 + 64)):
+        while stream.position.num_used < num_used:
+            take(stream, 1)
+        wait_until(lambda num_read=num_read: len(threads) >= num_read)
+        assert len(threads) == num_read
+    assert {name.partition("_")[0] for name in threads} == {"stream-reader"}
+    stream.close()
+    assert set(threading.enumerate()) <= others
+
+
+def test_rows_are_read_in_tables_and_each_image_is_opened_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` makes a table of each row, and a copy of its state, if it is asked for rows or for states."""
+    counts: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*arguments: Any, **settings: Any) -> Any:
+            counts[name] += 1
+            return original(*arguments, **settings)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for name in ("__iter__", "state_dict", "load_state_dict", "iter"):
+        count(datasets.IterableDataset, name)
+    for owner, name in ((streaming, "decode_interleaved"), (Image, "open"), (streaming, "ThreadPoolExecutor")):
+        count(owner, name)
+    stream = stream_of(shards, shuffle_buffer_size=23)
+    for _ in range(23):
+        take(stream, 1)
+    stream.close()
+    assert counts["open"] == counts["decode_interleaved"] >= 23
+    assert counts["ThreadPoolExecutor"] == 2, "the threads are kept from batch to batch"
+    assert counts["iter"] >= 4, "once for each of the four files, and again for the next epoch"
+    assert not {"__iter__", "state_dict", "load_state_dict"} & counts.keys()
+
+
+def test_an_error_of_the_reader_is_raised_at_the_image_that_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images that were read before it are used, and the next call tries again."""
+    write_archive(tmp_path / "x.tar", range(12))
+    stream = stream_of(tmp_path / "x.tar")
+    expected = take(stream, 12)
+    stream.go_to({})
+    files, is_broken = stream._files, True
+
+    def fails(file: int, start: int, step: int) -> Any:
+        for number, row in enumerate(files.read(file, start, step), start):
+            if number == 7 and is_broken:
+                raise OSError("the disk is gone")
+            yield row
+
+    monkeypatch.setattr(stream, "_files", replace(files, read=fails))
+    assert take(stream, 5) == expected[:5]
+    with pytest.raises(OSError, match="the disk is gone"):
+        take(stream, 1)
+    is_broken = False
+    assert take(stream, 7) == expected[5:]
 
 
 def test_streamed_images_are_augmented_in_every_epoch(tmp_path: Path) -> None:
