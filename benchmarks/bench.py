@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from pairs import REPOSITORY, Row, Way, environment, gemm_gflops, result_path, r
 from ddpm_hf import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.config import DataConfig, ModelConfig, parse_command_line
 from ddpm_hf.data import ImageLoader, ImageStream, SampleOrder, open_images, open_sets
+from ddpm_hf.data.decode import EncodedImage, Geometry, OutputFormat, decode, normalize, num_threads
 from ddpm_hf.distributed import keep_freed_memory
 from ddpm_hf.evaluation.likelihood import ReverseProcess, variational_bound
 from ddpm_hf.models import build_unet
@@ -322,6 +324,18 @@ class Bench:
                 call_seconds=1.0,
             ),
             Row(
+                "stream",
+                "Streamed images, 32x32 PNG",
+                f"{self.num_streamed(32)} images of a parquet file in flipped float32 batches of "
+                f"{self.data_batch(32)}, decoded while they are read. Below, how fast the threads decode alone.",
+                partial(self.stream, 32),
+                8,
+                images=self.num_streamed(32),
+                max_rounds=8,
+                call_seconds=1.0,
+                num_warm_calls=1,
+            ),
+            Row(
                 "optimizer_large",
                 f"Optimizer and EMA, {large.title}",
                 "Clip, AdamW and EMA with given gradients.",
@@ -368,9 +382,20 @@ class Bench:
                 max_rounds=8,
                 call_seconds=1.0,
             ),
+            Row(
+                "stream_256",
+                "Streamed images, 256x256 JPEG",
+                f"{self.num_streamed(256)} images in batches of {self.data_batch(256)}, as above.",
+                partial(self.stream, 256),
+                8,
+                images=self.num_streamed(256),
+                max_rounds=8,
+                call_seconds=1.0,
+                num_warm_calls=1,
+            ),
         ]
         if self.is_quick:
-            slow = ("help", "first_step", "data_256", "optimizer_large", "train_large")
+            slow = ("help", "first_step", "data_256", "stream_256", "optimizer_large", "train_large")
             return [row for row in rows if row.name not in slow]
         if with_compile:
             rows += [
@@ -631,6 +656,10 @@ class Bench:
         """Images of a batch."""
         return 4 if self.is_quick else {32: 128, 256: 32}[size]
 
+    def num_streamed(self, size: int) -> int:
+        """Images of a call of the row of streamed images."""
+        return (4 if self.is_quick else 16) * self.data_batch(size)
+
     def data(self, size: int) -> list[Way]:
         """Data loaders."""
         batch = self.data_batch(size)
@@ -676,28 +705,60 @@ class Bench:
         ways = [cached(OURS, config), peer(0)]
         if not self.is_quick:
             ways.append(peer(2))
-            stream, _ = open_sets(
-                DataConfig(
-                    source=str(source), resolution=size, num_channels=3, random_flip=True, streaming=True,
-                    shuffle_buffer_size=256,
-                ),
-                with_labels=False,
-                seed=0,
-                device=CPU,
-            )  # fmt: skip
-            assert isinstance(stream, ImageStream)
-            positions = itertools.count(0, batch)
-
-            def streamed() -> None:
-                start = next(positions)
-                stream.samples(start, start + batch)
-
-            ways.append(Way("ddpm_hf, streamed (decoded while reading)", streamed))
         ways += [
             cached("ddpm_hf, random crops of 9/8 the size", cropped),
             Way("ddpm_hf, as stored: what the host does for a GPU", stored),
         ]
         return [*ways, cached(CONTROL, config)]
+
+    def stream(self, size: int) -> list[Way]:
+        """Streamed images, and the same images in memory, decoded by as many threads."""
+        import datasets
+
+        batch = self.data_batch(size)
+        count = self.num_streamed(size)
+        folder = self.new_folder()
+        folder.mkdir()
+        source = make_images(folder / "images.parquet", size, 2 * count)
+        config = DataConfig(
+            source=str(source),
+            resolution=size,
+            num_channels=3,
+            random_flip=True,
+            streaming=True,
+            shuffle_buffer_size=count // 2,
+        )
+        rows = datasets.load_dataset("parquet", data_files=str(source), split="train", cache_dir=str(folder))
+        cells = rows.cast_column("image", datasets.Image(decode=False))["image"]
+        encoded = [EncodedImage(f"image {row}", cell["bytes"]) for row, cell in enumerate(cells)][:count]
+        output = OutputFormat(3, np.dtype(np.uint8), None, Geometry.of(config))
+        pool = ThreadPoolExecutor(num_threads())
+
+        def streamed(name: str) -> Way:
+            stream, _ = open_sets(config, with_labels=False, seed=0, device=CPU)
+            assert isinstance(stream, ImageStream)
+
+            def run() -> None:
+                for start in range(0, count, batch):
+                    stream.samples(start, start + batch)
+
+            # A pause, because the threads are still decoding ahead after the last call.
+            return Way(name, run, close=stream.close, settle_seconds=0.0 if self.is_quick else 0.5)
+
+        def decoded() -> Iterator[Any]:
+            return pool.map(partial(decode, output=output), encoded)
+
+        def scaled() -> None:
+            pixels = decoded()
+            for _ in range(0, count, batch):
+                normalize(torch.from_numpy(np.stack(list(itertools.islice(pixels, batch)))))
+
+        return [
+            streamed(OURS),
+            Way("the images in memory, decoded by as many threads", lambda: list(decoded()), close=pool.shutdown),
+            Way("the same, scaled to float32 batches", scaled),
+            streamed(CONTROL),
+        ]
 
     # ------------------------------------------------------------------------------------------------------ start-up
 
