@@ -10,10 +10,12 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from huggingface_hub import constants
 
 from ddpm_hf.cli.main import main
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from tests.conftest import TINY_RUN, tiny_unet
+from tests.loopback_hub import LoopbackHub
 from tests.runs import assert_same_run, stop_with_signal_after
 
 TRAINING = [
@@ -148,3 +150,16 @@ def test_what_cannot_be_distilled_is_one_sentence(
     assert message in error
     assert error.count("error:") == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_teacher_may_be_a_repository(
+    finished_run: Path, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings name the data without their folder, so these are given; students lie in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert main(["push", str(finished_run), "user/digits", "--license", "mit"]) == 0
+    given = [*TRAINING, "--data.source", TINY_RUN["data.source"]]
+    assert main(["distill", "user/digits", "--steps", "1", *given]) == 0
+    summary = json.loads((tmp_path / "digits_distilled/steps_1/pipeline/training_summary.json").read_text())
+    assert summary["base_model"] == summary["distillation"]["teacher"] == "user/digits"
