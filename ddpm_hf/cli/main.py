@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(rest[:-1])
     print("usage: ddpm-hf <command> ...\n\ncommands:")
     for name, (_, purpose) in COMMANDS.items():
-        print(f"  {name:<9}{purpose}; see ddpm-hf {name} --help")
+        print(f"  {name:<10}{purpose}; see ddpm-hf {name} --help")
     if command in ("-h", "--help"):
         return 0
     problem = f"unknown command {command!r}" if command else "no command"

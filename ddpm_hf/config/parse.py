@@ -339,6 +339,10 @@ def _distill_parser(settings: Mapping[str, Mapping[str, Any]], prog: str = "ddpm
         "Distill a trained model into students that sample in few steps (Salimans & Ho 2022). Each learns two DDIM "
         "steps of the one before it as one of its own. The same command resumes a run that was stopped."
     )
+    parser.usage = (
+        f"{prog} TEACHER [--steps 8,4,2,1] [--output PATH] [--guidance_scale X] [--revision REVISION] [--config FILE]\n"
+        "       [--dry_run] [settings of ddpm-hf train]"
+    )
     parser.epilog = "Example: ddpm-hf distill outputs/digits --steps 8,4,2,1 --output outputs/digits_distilled"
     parser.add_argument("teacher", nargs="?", help="Folder of a run, a checkpoint or a pipeline, or a Hub repository.")
     parser.add_argument("--steps", default="8,4,2,1", help="Sampling steps of the students, each half of those before.")
