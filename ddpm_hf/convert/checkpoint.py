@@ -58,7 +58,14 @@ class Checkpoint:
         A place is a path such as `ema.shadow`, or with the prefix of a wrapper `model:module.`; that of a file which is
         a state dict is empty.
         """
-        return {place: tensors for place, tensors in _networks("", self.content, 0)}
+        found = {place: tensors for place, tensors in _networks("", self.content, 0)}
+        for name, value in _walk(self.content, 0):
+            # torch_ema and diffusers store averages as a list, in the order of the parameters.
+            if name.endswith("shadow_params") and isinstance(value, list):
+                for tensors in list(found.values()):
+                    if [one.shape for one in tensors.values()] == [getattr(one, "shape", None) for one in value]:
+                        found[name] = dict(zip(tensors, value, strict=True))
+        return found
 
     def betas(self) -> torch.Tensor | None:
         """Return the betas that a diffusion module stored beside its network, float64 (T,), or None."""

@@ -394,6 +394,7 @@ CONTAINERS: dict[str, tuple[Any, str]] = {
         },
         "ema:ema_model.model.",
     ),
+    "torch_ema": ({"ema": {"decay": 0.9, "shadow_params": [*EMA.values()]}, "net": RAW}, "ema.shadow_params"),
     "compiled": ({"state_dict": below("_orig_mod.", RAW), "model_ema": EMA}, "model_ema"),
 }  # fmt: skip
 
