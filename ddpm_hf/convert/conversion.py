@@ -39,6 +39,7 @@ from ddpm_hf.redaction import reason_of
 _NUM_NAMED = 3
 _INSTEAD = "Use its own code to sample from it, or train the same recipe here: --recipe_only writes a configuration."
 _TIME_TABLE = "time_proj.weight"
+_RESAMPLING = re.compile(r"(sample\.conv|samples\.level_\d+\.\d+\.1|\.op|\.conv)\.(weight|bias)$")
 _SCHEDULES = ("linear", "cosine", "scaled_linear", "sigmoid_alpha_bar", "warmup10", "warmup50", "const", "jsd")
 
 
@@ -371,7 +372,7 @@ def _check_tensors(path: Path, pairs: Collection[TensorPair], shapes: Shapes, ex
     """Raise a ConfigError unless a checkpoint has exactly the parameters of the network, in these shapes."""
     names = {pair.theirs for pair in pairs}
     missing, surplus = sorted(names - shapes.keys()), sorted(shapes.keys() - names)
-    if missing and all(re.search(r"sample\.(conv|1)\.|\.(op|conv)\.(weight|bias)$", name) for name in missing):
+    if missing and all(_RESAMPLING.search(name) for name in missing):
         raise ConfigError(
             f"{path} lacks {_listed(missing)}: it changes the resolution without convolutions, where UNet2DModel has "
             f"one, so that it cannot express this network. {_INSTEAD}"

@@ -316,6 +316,11 @@ def without(state: Mapping[str, Any], part: str) -> dict[str, Any]:
         (without(PESSER, "mid.attn_1.k.bias"), {}, r"lacks 1 parameter of its own network \(mid.attn_1.k.bias\)"),
         (without(PESSER, "up."), {}, r"lacks \d+ parameters of its own network \(up.0.block.0.conv1.bias"),
         (without(PESSER, "conv_out"), {}, "conv_out.weight is missing; this is only a part"),
+        (without(PESSER, "sample.conv"), {}, "downsample.conv.bias, .* changes the resolution without"),
+        (
+            without(DDPMTorchUNet(32, (1, 2), 1, ()).state_dict(), ".1.1."), {},
+            "level_0.1.1.bias, .* changes the resolution without",
+        ),
         (PESSER | {"extra.weight": torch.zeros(1)}, {}, r"1 parameter that UNet2DModel has no layer for \(extra"),
         (PESSER | {"conv_in.bias": torch.full((32,), torch.nan)}, {}, "NaN or infinite values in conv_in.bias"),
         (
