@@ -565,6 +565,7 @@ class Pretrained:
         class_names: Names of its classes; None if unknown.
         has_null_label: Whether its last label means "no class"; None if unknown.
         self_conditioned: Whether it takes its own prediction of x_0 as further channels.
+        value_range: The values that it was trained on, [low, high]; None for pictures or if unknown.
     """
 
     name: str
@@ -573,6 +574,7 @@ class Pretrained:
     class_names: dict[str, str] | None
     has_null_label: bool | None
     self_conditioned: bool = False
+    value_range: list[float] | None = None
 
 
 def read_config_file(model: ModelConfig) -> dict[str, Any]:
@@ -629,6 +631,7 @@ def load_network(setting: str, source: str, revision: str | None) -> Pretrained:
         class_names=index.get("class_names") if index else None,
         has_null_label=bool(index.get("has_null_label")) if index else None,
         self_conditioned=bool(index and index.get("self_conditioned")),
+        value_range=index.get("value_range") if index else None,
     )
 
 
@@ -672,6 +675,7 @@ def take_weights(
     scheduler: GaussianDiffusionScheduler,
     class_names: dict[str, str] | None,
     has_null_label: bool,
+    value_range: list[float] | None = None,
 ) -> None:
     """Copy the weights of a pretrained network into the network of a run; warn about differences that may be intended.
 
@@ -685,6 +689,12 @@ def take_weights(
         logger.warning(
             "%s was trained on classes with other names; its labels now mean those of the data.", pretrained.name
         )
+    if pretrained.value_range != value_range and pretrained.has_null_label is not None:
+        before, now = (each and f"[{each[0]:g}, {each[1]:g}]" for each in (pretrained.value_range, value_range))
+        logger.warning(
+            "%s was trained with data.value_range %s, and -1 and 1 now stand for those of %s.",
+            pretrained.name, before or "null", now or "null",
+        )  # fmt: skip
     theirs, ours = pretrained.unet.config["sample_size"], unet.config["sample_size"]
     if theirs is not None and _size(theirs) != _size(ours):
         logger.warning(

@@ -270,8 +270,15 @@ class Trainer:
         null_label = len(self.class_names) if self.class_names and has_null_label else None
 
         seed_global_generators(training.seed, "initialization")
+        value_range = None if self.images.value_range is None else list(self.images.value_range)
         self.unet = build_network(
-            config, self.images.image_shape, self.class_names, self.scheduler, self.folder.checkpoints, self.device
+            config,
+            self.images.image_shape,
+            self.class_names,
+            self.scheduler,
+            self.folder.checkpoints,
+            self.device,
+            value_range,
         )
         if self.augmentation is not None:
             add_augmentation_embedding(self.unet, self.augmentation.num_parameters)
@@ -281,7 +288,7 @@ class Trainer:
             "class_names": self.class_names,
             "has_null_label": has_null_label,
             "self_conditioned": config.objective.self_conditioning > 0,
-            "value_range": None if self.images.value_range is None else list(self.images.value_range),
+            "value_range": value_range,
         }
         self.ema = EMA(self.unet, decay_schedules(training))
         self.optimizer = build_optimizer(self.parameters, training)
@@ -1072,6 +1079,7 @@ def build_network(
     scheduler: GaussianDiffusionScheduler,
     checkpoints: Path,
     device: torch.device,
+    value_range: list[float] | None = None,
 ) -> UNet2DModel:
     """Collective: build the network of a run; rank 0 alone reads files and the Hub.
 
@@ -1085,6 +1093,7 @@ def build_network(
         scheduler: The forward process of the run.
         checkpoints: The folder of the run's checkpoints.
         device: Device of the network.
+        value_range: The values of the data that become -1 and 1; None for pictures.
 
     Returns:
         The network in training mode, float32.
@@ -1123,7 +1132,7 @@ def build_network(
 
     def copy_weights() -> None:
         if pretrained is not None:
-            take_weights(unet, pretrained, scheduler, class_names, has_null_label)
+            take_weights(unet, pretrained, scheduler, class_names, has_null_label, value_range)
 
     distributed.on_rank_0(copy_weights)
     unet.to(device)

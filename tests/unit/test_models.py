@@ -556,11 +556,12 @@ def taken(
     unet: UNet2DModel,
     class_names: dict[str, str] | None = None,
     has_null_label: bool = False,
+    value_range: list[float] | None = None,
     **schedule: Any,
 ) -> UNet2DModel:
     """Take weights as a run does."""
     scheduler = GaussianDiffusionScheduler.create(**schedule)
-    take_weights(unet, pretrained(folders / name), scheduler, class_names, has_null_label)
+    take_weights(unet, pretrained(folders / name), scheduler, class_names, has_null_label, value_range)
     return unet
 
 
@@ -652,6 +653,12 @@ def test_a_mismatch_is_refused_with_both_values_and_the_fix(
             {"num_class_embeds": 3},
             {"class_names": {"0": "cat", "1": "cow"}, "has_null_label": True, **COSINE_V},
             "was trained on classes with other names",
+        ),
+        (
+            "stock",
+            {},
+            {"value_range": [-1000.0, 400.0]},
+            "was trained with data.value_range null, and -1 and 1 now stand for those of [-1000, 400].",
         ),
     ],
 )
