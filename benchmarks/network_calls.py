@@ -311,7 +311,7 @@ def train(recipe: Path, seed: int, folder: Path) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield the rows with equal names and calls as one line each: means over the seeds, and their standard errors."""
-    yield f"{'':<44}{'calls':>6}  " + "".join(f"{name:>19}" for name in METRICS)
+    yield f"{'':<48}{'calls':>6}  " + "".join(f"{name:>19}" for name in METRICS)
     for group in GROUPS:
         of_group = [row for row in rows if row["group"] == group]
         for key in dict.fromkeys((row["name"], row["calls"]) for row in of_group):
@@ -319,7 +319,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             cells = "".join(f"{mean_and_error([row[name] for row in same]):>19}" for name in METRICS)
             differences = [row["difference"] for row in same if "difference" in row]
             extra = f"   difference {mean_and_error(differences)}" if differences else ""
-            yield f"{key[0]:<44}{key[1]:>6.1f}  {cells}{extra}"
+            yield f"{key[0]:<48}{key[1]:>6.1f}  {cells}{extra}"
 
 
 def mean_and_error(values: Sequence[float]) -> str:
@@ -330,6 +330,8 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 def draw(results: dict[str, list[dict[str, Any]]]) -> None:
     """Draw the Fréchet distance and the recognized share of each recipe against the network calls."""
+    from matplotlib.ticker import ScalarFormatter
+
     from ddpm_hf.plots import COLORS, new_figure, save_figure
 
     figure = new_figure(5.2 * len(results), 7.4)
@@ -356,6 +358,8 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> None:
         grid[0, column].set_title(recipe)
         grid[0, column].set_ylabel("Fréchet distance in pixels")
         grid[0, column].set_yscale("log")
+        for axis_format in (grid[0, column].yaxis.set_major_formatter, grid[0, column].yaxis.set_minor_formatter):
+            axis_format(ScalarFormatter())
         grid[1, column].set_ylabel("recognized")
         for axes in grid[:, column]:
             axes.set_xscale("log")
@@ -363,7 +367,6 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> None:
             axes.set_xlabel("network calls")
             axes.grid(alpha=0.3)
     grid[0, -1].legend(fontsize=7)
-    figure.tight_layout()
     save_figure(figure, FIGURE)
 
 
@@ -388,7 +391,9 @@ def main() -> int:
         recipe, name = arguments.recipe, arguments.recipe.stem
         config = read_config(recipe)
         path = RESULTS / f"network_calls_{name}.json"
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"commands": [], "rows": []}
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        command = shlex.join(["python", "benchmarks/network_calls.py", *sys.argv[1:]])
+        command += f"  ({device_name(torch.device('cpu'))}, torch {torch.__version__})"
         for seed in arguments.seeds:
             folder = arguments.work / f"{name}_{seed}"
             train(recipe, seed, folder)
@@ -399,24 +404,15 @@ def main() -> int:
             print(f"seed {seed}: the classifier recognizes {judge.classifier().score(real, labels):.1%} of validation")
             run = Run(folder, seed, judge, arguments.num_samples)
             for group in arguments.groups:
-                rows = list(MEASURE[group](run, arguments.steps))
-                kept = [row for row in stored["rows"] if (row["group"], row["seed"]) != (group, seed)]
-                stored["rows"] = kept + rows
-                path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-        machine = f"{device_name(run.load().device)}, torch {torch.__version__}"
-        command = f"{shlex.join(['python', 'benchmarks/network_calls.py', *sys.argv[1:]])}  ({machine})"
-        stored["commands"] = [*(one for one in stored["commands"] if one != command), command]
-        path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-        lines = [
-            *stored["commands"],
-            f"{arguments.num_samples} samples per row and training seed",
-            *table(stored["rows"]),
-        ]
+                new = [row | {"command": command} for row in MEASURE[group](run, arguments.steps)]
+                rows = [row for row in rows if (row["group"], row["seed"]) != (group, seed)] + new
+                path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        lines = [*dict.fromkeys(row["command"] for row in rows), "", *table(rows)]
         path.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print("\n".join(lines))
     if arguments.draw:
         files = sorted(RESULTS.glob("network_calls_*.json"))
-        draw({path.stem.split("_", 2)[2]: json.loads(path.read_text(encoding="utf-8"))["rows"] for path in files})
+        draw({path.stem.split("_", 2)[2]: json.loads(path.read_text(encoding="utf-8")) for path in files})
     return 0
 
 
