@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ddpm_hf.cli.common import find_device, find_folder, load_pipeline, out_of_memory_advice
 from ddpm_hf.cli.flags import ModelFlags, Parser, flag, read_flags
 from ddpm_hf.config import NATIVE_SCHEDULER, ConfigError, log_warning, scheduler_and_eta
+from ddpm_hf.files import format_count
 
 
 def _numbers_of_steps(text: str) -> list[int]:
@@ -111,7 +112,7 @@ def _choose(flags: TimestepsFlags, scheduler: str | None) -> None:
         others = range(flags.num_images, 2 * flags.num_images)
         choice = choose_timesteps(pipeline, target, trajectories, number, call, indices=others, **sampling)
         lists[number] = choice.timesteps
-        print(f"{name} in {number} steps: {choice.timesteps}")
+        print(f"{name} in {format_count(number, 'step')}: {choice.timesteps}")
         print(
             f"  root mean square difference to the images of {len(trajectories)} steps: "
             f"{choice.errors[choice.name]:.2%} of the value range; evenly spaced: {choice.errors[EVEN]:.2%}"
