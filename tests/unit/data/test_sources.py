@@ -1015,8 +1015,8 @@ def test_labels_of_an_npz_are_numbered_classes(tmp_path: Path) -> None:
 def test_labels_may_be_called_labels_but_have_to_be_named_otherwise(tmp_path: Path) -> None:
     """Version 0.1 knew the column label only."""
     images = [{"bytes": encode(RGB), "path": None}] * 2
-    path = write_table(tmp_path / "x.parquet", {"image": images, "labels": ["b", "a"], "kind": [1, 0]})
-    assert open_source(path, tmp_path / "cache", with_labels=True).class_names == ("a", "b")
+    path = write_table(tmp_path / "x.parquet", {"image": images, "labels": [7, 3], "kind": [1, 0]})
+    assert open_source(path, tmp_path / "cache", with_labels=True).class_names == ("3", "7")
     earlier = find_source(DataConfig(source=str(path)), "train", "text")
     assert isinstance(earlier, Source)
     assert earlier.labels is None
