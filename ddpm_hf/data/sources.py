@@ -1198,6 +1198,8 @@ def as_encoded_image(
     path = _path_in_table(file, config)
     if not is_trusted and not any(path.is_relative_to(folder) for folder in _allowed_folders(config)):
         return EncodedImage(name, None, f"it is {path}, outside of the dataset; give paths relative to the table")
+    if not path.suffix and not path.exists():  # an id, as in the tables of Kaggle
+        return EncodedImage(name, None, f"{path} does not exist; give paths with folder and suffix, such as a/1.png")
     return EncodedImage(name, path)
 
 

@@ -154,6 +154,9 @@ def test_paths_of_images_are_relative_to_their_table(tmp_path: Path, cache_dir: 
         assert np.array_equal(pixels_of(images), [RGB, 255 - RGB])
         assert [images.class_names, images.labels.tolist()] == [("cat", "dog"), [0, 1]]
     assert np.array_equal(pixels_of(open_source(folder / "windows.csv", cache_dir)), [RGB, 255 - RGB])
+    pd.DataFrame({"id": ["a1"]}).to_csv(folder / "ids.csv", index=False)
+    message = refusal(folder / "ids.csv", cache_dir, image_column="id")
+    assert f"{folder / 'a1'} does not exist; give paths with folder and suffix" in message
     pd.DataFrame({"path": ["https://example.org/1.png"]}).to_csv(folder / "web.csv", index=False)
     assert "it is on the web; download the images" in refusal(folder / "web.csv", cache_dir)
     pd.DataFrame({"path": ["../3.png"]}).to_csv(folder / "y.csv", index=False)
