@@ -375,6 +375,10 @@ def _warn_of_newer_checkpoint(pipeline: Path, run: Path) -> None:
 def _describe_missing(path: Path) -> str:
     """Return a sentence about a path that is not a folder."""
     if path.exists():
+        if path.suffix in (".pt", ".pth", ".ckpt"):
+            return (
+                f"{path} is a checkpoint of another system; make a pipeline of it with ddpm-hf convert {path} FOLDER."
+            )
         return f"{path} is a file; give its folder, or that of the run, the checkpoint or the pipeline that it is in."
     if path.is_symlink():
         return f"{path} is a broken link; mount the disk that it points to."

@@ -818,7 +818,9 @@ def _find_model(name: str, source: str, revision: str | None, files: Sequence[st
         except ConfigError as error:
             raise ConfigError(f"{name.partition(' ')[0]} {error}") from None
     if path.exists():
-        raise ConfigError(f"{name} is a file; give the folder of a pipeline or of a UNet2DModel.")
+        raise ConfigError(
+            f"{name} is a file; give the folder of a pipeline or of a UNet2DModel, or make one with ddpm-hf convert."
+        )
     if source.startswith((".", "~", "/")) or source.count("/") > 1 or path.suffix == ".json":
         raise ConfigError(f"{name} does not exist; check the path (the working directory is {Path.cwd()}).")
 

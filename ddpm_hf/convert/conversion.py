@@ -214,7 +214,7 @@ def match(
 def rescaled_time_table(num_timesteps: int, channels: int) -> torch.Tensor:
     """Return the sinusoids of t * 1000 / T for each timestep, as a table for `time_embedding_type` "learned".
 
-    Section 3 of the code of Nichol & Dhariwal 2021 scales timesteps to 0 ... 1000; UNet2DModel has no scale for them.
+    The code of Nichol & Dhariwal 2021 scales timesteps to 0 ... 1000; UNet2DModel has no scale for them.
     """
     timesteps = torch.arange(num_timesteps).float() * (1000.0 / num_timesteps)
     table: torch.Tensor = get_timestep_embedding(timesteps, channels, flip_sin_to_cos=True, downscale_freq_shift=0)

@@ -162,6 +162,11 @@ def unrelated(folder: Path) -> None:
         (folder / name).touch()
 
 
+def foreign(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "a.pt").touch()
+
+
 def pipeline(folder: Path) -> None:
     save_pipeline(folder)
     (folder / "unet").mkdir()
@@ -177,6 +182,7 @@ def pipeline(folder: Path) -> None:
         (new_run, "", "holds a run without a checkpoint; wait for the first one (training.checkpoint_every_steps 7)"),
         (unrelated, "", "holds no pipeline (model_index.json), checkpoint or run, but a.txt, b.txt; give the folder"),
         (unrelated, "/a.txt", "is a file; give its folder"),
+        (foreign, "/a.pt", "is a checkpoint of another system; make a pipeline of it with ddpm-hf convert given/a.pt"),
         (pipeline, "/unet", "is only the unet of a pipeline; give given."),
     ],
 )
