@@ -252,9 +252,10 @@ def describe(
     settings |= given
     what = f"{path} ({family.name})"
     if not family.has_heads:
-        for name in ("num_heads", "num_head_channels", "attention_order"):
+        for name in ("num_heads", "num_head_channels", "attention_order", "rescale_timesteps"):
             if name in given:
-                raise ConfigError(f"--{name} is given, but the attention of {family.title} has one head; remove it.")
+                why = "timesteps are not scaled" if name == "rescale_timesteps" else "attention has one head"
+                raise ConfigError(f"--{name} is given, but in {family.title} {why}; remove it.")
     if "activation" in given and family is not ABARANKAB:
         raise ConfigError(f"--activation is given, but all networks of {family.title} have SiLU; remove it.")
     if settings.get("activation", "silu") != "silu":
