@@ -309,8 +309,8 @@ def _evaluate(flags: EvaluateFlags) -> None:
     settings, network = _check(work)
     sampler = replace(work.sampler, analytic_variance=False)  # its second moments may not be estimated yet
     full_batch = range(min(flags.batch_size, work.num_samples))
-    call = sampler.call(work.pipeline, flags.seed, full_batch)
-    flags.compile_network(sampler.prepare(work.pipeline), len(full_batch), call)
+    prepared = sampler.prepare(work.pipeline)
+    flags.compile_network(prepared, len(full_batch), sampler.call(prepared, flags.seed, full_batch))
     distributed.on_rank_0(lambda: work.output.mkdir(parents=True, exist_ok=True))
     if flags.estimate_variance:
         scheduler, model = work.pipeline.scheduler, work.model
