@@ -338,7 +338,8 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> None:
     grid = figure.subplots(2, len(results), squeeze=False)
     for column, (recipe, rows) in enumerate(results.items()):
         shown = [row for row in rows if row["group"] in ("samplers", "optimized", "students")]
-        for index, name in enumerate(dict.fromkeys(row["name"] for row in shown)):
+        samplers_shown = list(dict.fromkeys(row["name"].removesuffix(", optimized") for row in shown))
+        for name in dict.fromkeys(row["name"] for row in shown):
             calls = sorted({row["calls"] for row in shown if row["name"] == name})
             for axes, metric in zip(grid[:, column], ("frechet", "recognized"), strict=True):
                 values = [[row[metric] for row in shown if (row["name"], row["calls"]) == (name, x)] for x in calls]
@@ -349,7 +350,7 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> None:
                     [statistics.mean(some) for some in values],
                     spread,
                     label=name,
-                    color=COLORS[index % len(COLORS)],
+                    color=COLORS[samplers_shown.index(name.removesuffix(", optimized")) % len(COLORS)],
                     linestyle=style,
                     marker="o",
                     markersize=3,
