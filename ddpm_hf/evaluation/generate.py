@@ -217,7 +217,7 @@ def default_sampling(
     """Return these settings of a `Sampler`, with defaults for those that are not given.
 
     If neither scheduler nor eta is given, a DDPM is sampled by UniPC, which benchmarks/few_steps.py finds to be best at
-    10 to 20 network calls, or by DDIM where UniPC cannot be used. A model that stores a number of steps or another
+    5 to 20 network calls, or by DDIM where UniPC cannot be used. A model that stores a number of steps or another
     scheduler keeps them, and optimized timesteps the sampler that they were chosen for. By default, UniPC and other
     solvers take 20 steps, DDIM 50, and DDPM all of the training.
 
