@@ -85,9 +85,8 @@ def main() -> int:
     name = Path(arguments.recipe).stem
     machine = device_name(torch.device("cpu"))
     lines = [f"python benchmarks/ingredients.py {shlex.join(sys.argv[1:])}  ({machine})", ""]
-    lines.append(
-        f"{arguments.num_samples} samples by UniPC in {arguments.steps} calls, training seeds {', '.join(map(str, arguments.seeds))}"
-    )
+    seeds = ", ".join(map(str, arguments.seeds))
+    lines.append(f"{arguments.num_samples} samples by UniPC in {arguments.steps} calls, training seeds {seeds}")
     lines.append(f"{'':<28}{'recognized':>20}{'Fréchet distance':>20}")
     for variant in arguments.variants:
         values = [measure(arguments.recipe, variant, seed, arguments) for seed in arguments.seeds]
