@@ -580,8 +580,9 @@ def _check(work: _Work) -> "tuple[dict[str, Any] | None, FeatureNetwork | None]"
 
 
 def given_flags(flags: EvaluateFlags) -> list[str]:
-    """Return the flags that differ from their defaults, without the model and with the data by name only."""
-    flags = replace(flags, data=_data_name(flags))
+    """Return the flags that differ from their defaults, without the model and with data and guide by name only."""
+    guide = Path(flags.guide).name if flags.guide is not None and Path(flags.guide).exists() else flags.guide
+    flags = replace(flags, data=_data_name(flags), guide=guide)
     words = []
     for field in dataclasses.fields(flags):
         name, value = field.name, getattr(flags, field.name)

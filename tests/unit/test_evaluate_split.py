@@ -111,10 +111,14 @@ def test_the_flags_in_evaluation_json_repeat_the_evaluation_and_hold_no_local_pa
         "--split_seed", "3", "--metrics", "fid,bits_per_dim", "--features", "inception", "--num_samples", "50",
         "--num_terms", "all", "--labels=-x,1", "--seed", "9", "--scheduler", "DDIMScheduler", "--eta", "0.5",
         "--num_inference_steps", "4", "--guidance_scale", "2", "--dtype", "bfloat16", "--cpu",
+        "--guidance_interval", "0.2,0.8",
     ]  # fmt: skip
-    words = given_flags(parse([str(tmp_path), "--data", str(data), *local, *shared]))
+    guide = tmp_path / "step_00000400"
+    guide.mkdir()
+    words = given_flags(parse([str(tmp_path), "--data", str(data), *local, *shared, "--guide", str(guide)]))
     assert str(tmp_path) not in " ".join(words)
-    assert parse(["user/model", *words]) == parse(["user/model", "--data", data.name, *shared])
+    named = ["--data", data.name, "--guide", guide.name]
+    assert parse(["user/model", *words]) == parse(["user/model", *named, *shared])
 
 
 def test_a_model_with_a_value_range_reads_data_of_this_range(tmp_path: Path) -> None:
