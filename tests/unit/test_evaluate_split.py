@@ -126,4 +126,4 @@ def test_a_model_with_a_value_range_reads_data_of_this_range(tmp_path: Path) -> 
     flags, _ = read(None)
     assert flags.data_config((8, 8), 1, (-1000.0, 400.0)).value_range == [-1000, 400]
     assert "bits_per_dim" in flags.metric_names()
-    assert "bits_per_dim" not in flags.metric_names((-1000.0, 400.0))
+    assert "bits_per_dim" not in flags.metric_names(has_bits=False)
