@@ -310,7 +310,9 @@ def test_the_files_that_a_document_names_exist(path: Path) -> None:
     assert [name for name in named if not list(REPOSITORY.glob(name))] == []
 
 
-@pytest.mark.parametrize("name", ["README", "docs/coming_from", "docs/python", "docs/sampling", "docs/training"])
+@pytest.mark.parametrize(
+    "name", ["README", "docs/coming_from", "docs/python", "docs/sampling", "docs/training", "docs/troubleshooting"]
+)
 def test_the_settings_that_a_document_names_exist(name: str) -> None:
     sections = RunConfig().to_dict()
     text = text_of(REPOSITORY / f"{name}.md")
