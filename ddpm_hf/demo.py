@@ -22,7 +22,8 @@ SAMPLERS: dict[str, tuple[Any, float | None]] = {
     "DDIM": (None, 0.0),
     "DDPM": (None, 1.0),
 }
-NUM_STEPS = 20
+NUM_STEPS, MAX_STEPS = 20, 250
+NUM_EDITING_STEPS, NUM_RESAMPLES = 100, 4
 MAX_IMAGES = 16
 MAX_FRAMES = 60
 NUM_MORPHS = 24
@@ -47,6 +48,8 @@ class Page:
         self.height, self.width = size if isinstance(size, list | tuple) else (size, size)
         names = pipeline.config.get("class_names") or {}
         self.classes = [str(names.get(str(number), number)) for number in range(pipeline.num_classes)]
+        self.num_timesteps = int(pipeline.scheduler.config["num_train_timesteps"])
+        self.num_editing_steps = min(NUM_EDITING_STEPS, self.num_timesteps)
         self.is_guided = bool(pipeline.config.get("has_null_label"))
         self._lock = threading.Lock()  # one picture at a time: they share the device
 
@@ -88,12 +91,8 @@ class Page:
         if image is None:
             raise gr.Error("Upload an image first.")
         images = [self.fit(image)] * int(num_images)
-        return self.picture(
-            self._call(
-                seed, len(images), name, guidance, None,
-                method="denoise_from", image=images, strength=strength, num_inference_steps=100,
-            ).images
-        )  # fmt: skip
+        options: dict[str, Any] = {"image": images, "strength": strength, "num_inference_steps": self.num_editing_steps}
+        return self.picture(self._call(seed, len(images), name, guidance, None, "denoise_from", **options).images)
 
     def inpaint(
         self, drawing: dict[str, Any] | None, seed: int, num_images: int, name: str, guidance: float
@@ -108,12 +107,9 @@ class Page:
             raise gr.Error("Paint over the part to fill.")
         mask = np.asarray(self.fit(Image.fromarray(painted.astype(np.uint8) * 255), mode="L")) > 0
         images = [self.fit(Image.fromarray(np.asarray(drawing["background"])))] * int(num_images)
-        return self.picture(
-            self._call(
-                seed, len(images), name, guidance, None,
-                method="inpaint", image=images, mask=mask, num_inference_steps=100, num_resamples=4,
-            ).images
-        )  # fmt: skip
+        options: dict[str, Any] = {"image": images, "mask": mask, "num_resamples": NUM_RESAMPLES}
+        options["num_inference_steps"] = self.num_editing_steps
+        return self.picture(self._call(seed, len(images), name, guidance, None, "inpaint", **options).images)
 
     def frame(self, frames: list[Images] | None, number: int) -> Image.Image | None:
         """Return one frame of a list as a picture."""
@@ -189,8 +185,9 @@ def build(pipeline: Any, title: str = "DDPM", decorate: Decorator = lambda actio
     """
     page = Page(pipeline)
     config = pipeline.scheduler.config
-    most = int(config["num_train_timesteps"])
-    num_steps = int(config.get("default_num_inference_steps") or min(NUM_STEPS, most))
+    num_distilled = config.get("default_num_inference_steps")
+    num_steps = int(num_distilled or min(NUM_STEPS, page.num_timesteps))
+    best = "DDIM" if num_distilled else "UniPC"  # students are distilled for DDIM
     picture = {"type": "pil", "format": "png", "interactive": False, "buttons": ["download"]}
     with gr.Blocks(title=title) as blocks:
         gr.Markdown(f"# {title}")
@@ -199,11 +196,9 @@ def build(pipeline: Any, title: str = "DDPM", decorate: Decorator = lambda actio
             num_images = gr.Slider(1, MAX_IMAGES, value=9, step=1, label="Images")
             name = gr.Dropdown([RANDOM_CLASS, *page.classes], label="Class", visible=bool(page.classes))
             guidance = gr.Slider(0, 6, value=1, step=0.1, label="Guidance", visible=page.is_guided)
+            steps = gr.Slider(1, min(page.num_timesteps, MAX_STEPS), value=num_steps, step=1, label="Steps")
         with gr.Tab("Sample"):
-            with gr.Row():
-                steps = gr.Slider(1, min(most, 250), value=num_steps, step=1, label="Steps")
-                best = "DDIM" if config.get("default_num_inference_steps") else "UniPC"  # distilled for DDIM
-                sampler = gr.Dropdown(list(SAMPLERS), value=best, label="Sampler")
+            sampler = gr.Dropdown(list(SAMPLERS), value=best, label="Sampler")
             sample = gr.Button("Sample", variant="primary")
             samples = gr.Image(label="Samples", **picture)
             frames = gr.State()

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from ddpm_hf.cli.main import main
+from ddpm_hf.diffusion import GaussianDiffusionScheduler
 from tests.saved_folders import make_pipeline
 
 ANY = "any"
@@ -85,6 +86,13 @@ def test_an_uploaded_image_of_any_size_is_varied(page: Any) -> None:
     assert (weak != strong).any()
     with pytest.raises(Refused, match="Upload an image"):
         page.vary(None, 0.5, 0, 1, ANY, 1.0)
+
+
+def test_a_model_of_few_timesteps_is_edited_in_as_many(demo: Any) -> None:
+    pipeline = make_pipeline("guided")
+    pipeline.scheduler = GaussianDiffusionScheduler(num_train_timesteps=12)
+    picture = demo.Page(pipeline).vary(Image.new("RGB", (8, 8)), 1.0, 0, 1, ANY, 1.0)
+    assert picture.width >= demo.SMALLEST_SIDE
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
