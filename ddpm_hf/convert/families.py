@@ -243,85 +243,91 @@ def _infer_openai(shapes: Shapes) -> Architecture:
     )
 
 
-# --------------------------------------------------------------------- abarankab/DDPM and bubbliiiing/ddpm-pytorch
+# --------------------------------------- abarankab/DDPM and bubbliiiing/ddpm-pytorch, and w86763777/pytorch-ddpm
 
 
-def _abarankab_name(place: Place, architecture: Architecture) -> str:
-    layers, num_levels = architecture.layers_per_block, len(architecture.block_out_channels)
-    match place:
-        case ("time", index):
-            return f"time_mlp.{1 + 2 * int(index)}"
-        case ("mid", index):
-            return ("mid.0", "mid.0.attention", "mid.1")[int(index)]
-        case ("down", int(level), int(index), kind):
-            return f"downs.{level * (layers + 1) + index}{'.attention' if kind == 'attention' else ''}"
-        case ("down", int(level), "resample"):
-            return f"downs.{level * (layers + 1) + layers}.downsample"
-        case ("up", int(level), int(index), kind):
-            block = (num_levels - 1 - level) * (layers + 2) + index
-            return f"ups.{block}{'.attention' if kind == 'attention' else ''}"
-        case ("up", int(level), "resample"):
-            return f"ups.{(num_levels - 1 - level) * (layers + 2) + layers + 1}.upsample.1"
-        case _:
-            return {"conv_in": "init_conv", "norm_out": "out_norm", "conv_out": "out_conv"}[str(place[0])]
+@dataclass(frozen=True)
+class Numbered:
+    """Names of a system that numbers its blocks through all levels: layers and resampling in one list a side.
+
+    Attributes:
+        time: Prefix of the layers of the time embedding.
+        mid: List of the middle blocks, of which the first has attention.
+        down: List of the blocks of the encoder.
+        up: List of the blocks of the decoder.
+        attention: Name of the attention in a block.
+        downsample: Name of the convolution in a block that halves the resolution.
+        upsample: Name of the convolution in a block that doubles it.
+        first_convolution: Name of the first convolution in a block.
+        query: Name of a projection of attention.
+        outside: Names of the layers outside the blocks.
+        time_table: Name of the table of time embeddings; None if they are computed.
+    """
+
+    time: str
+    mid: str
+    down: str
+    up: str
+    attention: str
+    downsample: str
+    upsample: str
+    first_convolution: str
+    query: str
+    outside: Mapping[str, str]
+    time_table: str | None = None
+
+    def name(self, place: Place, architecture: Architecture) -> str:
+        """Return the name of a layer."""
+        layers, num_levels = architecture.layers_per_block, len(architecture.block_out_channels)
+        match place:
+            case ("time_table",) if self.time_table is not None:
+                return self.time_table
+            case ("time", index):
+                return f"{self.time}.{1 + 2 * int(index)}"
+            case ("mid", index):
+                return (f"{self.mid}.0", f"{self.mid}.0.{self.attention}", f"{self.mid}.1")[int(index)]
+            case ("down", int(level), "resample"):
+                return f"{self.down}.{level * (layers + 1) + layers}.{self.downsample}"
+            case ("down", int(level), int(index), kind):
+                suffix = f".{self.attention}" if kind == "attention" else ""
+                return f"{self.down}.{level * (layers + 1) + index}{suffix}"
+            case ("up", int(level), "resample"):
+                return f"{self.up}.{(num_levels - 1 - level) * (layers + 2) + layers + 1}.{self.upsample}"
+            case ("up", int(level), int(index), kind):
+                suffix = f".{self.attention}" if kind == "attention" else ""
+                return f"{self.up}.{(num_levels - 1 - level) * (layers + 2) + index}{suffix}"
+            case _:
+                return self.outside[str(place[0])]
+
+    def infer(self, shapes: Shapes) -> Architecture:
+        """Return the architecture of a checkpoint."""
+        resampling = rf"{self.down}\.\d+\.{self.downsample}\.weight"
+        num_levels = sum(bool(re.fullmatch(resampling, name)) for name in shapes) + 1
+        layers = (_count(shapes, rf"{self.down}\.(\d+)\.") - num_levels + 1) // num_levels
+        first = [f"{self.down}.{level * (layers + 1)}" for level in range(num_levels)]
+        return Architecture(
+            in_channels=channels_of(shapes, f"{self.outside['conv_in']}.weight", 1),
+            out_channels=channels_of(shapes, f"{self.outside['conv_out']}.weight"),
+            block_out_channels=tuple(
+                channels_of(shapes, f"{block}.{self.first_convolution}.weight") for block in first
+            ),
+            layers_per_block=layers,
+            attention_levels=frozenset(
+                level for level, block in enumerate(first) if f"{block}.{self.attention}.{self.query}.weight" in shapes
+            ),
+            time_embedding_dim=channels_of(shapes, f"{self.time}.3.weight"),
+            num_timesteps=channels_of(shapes, f"{self.time_table}.weight") if self.time_table else None,
+        )
 
 
-def _infer_abarankab(shapes: Shapes) -> Architecture:
-    num_levels = sum(bool(re.fullmatch(r"downs\.\d+\.downsample\.weight", name)) for name in shapes) + 1
-    layers = (_count(shapes, r"downs\.(\d+)\.") - num_levels + 1) // num_levels
-    first = [level * (layers + 1) for level in range(num_levels)]
-    return Architecture(
-        in_channels=channels_of(shapes, "init_conv.weight", 1),
-        out_channels=channels_of(shapes, "out_conv.weight"),
-        block_out_channels=tuple(channels_of(shapes, f"downs.{block}.conv_1.weight") for block in first),
-        layers_per_block=layers,
-        attention_levels=frozenset(
-            level for level, block in enumerate(first) if f"downs.{block}.attention.to_qkv.weight" in shapes
-        ),
-        time_embedding_dim=channels_of(shapes, "time_mlp.3.weight"),
-    )
-
-
-# -------------------------------------------------------------------------------------------- w86763777/pytorch-ddpm
-
-
-def _pytorch_ddpm_name(place: Place, architecture: Architecture) -> str:
-    layers, num_levels = architecture.layers_per_block, len(architecture.block_out_channels)
-    match place:
-        case ("time_table",):
-            return "time_embedding.timembedding.0"
-        case ("time", index):
-            return f"time_embedding.timembedding.{1 + 2 * int(index)}"
-        case ("mid", index):
-            return ("middleblocks.0", "middleblocks.0.attn", "middleblocks.1")[int(index)]
-        case ("down", int(level), int(index), kind):
-            return f"downblocks.{level * (layers + 1) + index}{'.attn' if kind == 'attention' else ''}"
-        case ("down", int(level), "resample"):
-            return f"downblocks.{level * (layers + 1) + layers}.main"
-        case ("up", int(level), int(index), kind):
-            block = (num_levels - 1 - level) * (layers + 2) + index
-            return f"upblocks.{block}{'.attn' if kind == 'attention' else ''}"
-        case ("up", int(level), "resample"):
-            return f"upblocks.{(num_levels - 1 - level) * (layers + 2) + layers + 1}.main"
-        case _:
-            return {"conv_in": "head", "norm_out": "tail.0", "conv_out": "tail.2"}[str(place[0])]
-
-
-def _infer_pytorch_ddpm(shapes: Shapes) -> Architecture:
-    num_levels = sum(bool(re.fullmatch(r"downblocks\.\d+\.main\.weight", name)) for name in shapes) + 1
-    layers = (_count(shapes, r"downblocks\.(\d+)\.") - num_levels + 1) // num_levels
-    first = [level * (layers + 1) for level in range(num_levels)]
-    return Architecture(
-        in_channels=channels_of(shapes, "head.weight", 1),
-        out_channels=channels_of(shapes, "tail.2.weight"),
-        block_out_channels=tuple(channels_of(shapes, f"downblocks.{block}.block1.2.weight") for block in first),
-        layers_per_block=layers,
-        attention_levels=frozenset(
-            level for level, block in enumerate(first) if f"downblocks.{block}.attn.proj_q.weight" in shapes
-        ),
-        time_embedding_dim=channels_of(shapes, "time_embedding.timembedding.3.weight"),
-        num_timesteps=channels_of(shapes, "time_embedding.timembedding.0.weight"),
-    )
+_ABARANKAB_LAYERS = Numbered(
+    "time_mlp", "mid", "downs", "ups", "attention", "downsample", "upsample.1", "conv_1", "to_qkv",
+    {"conv_in": "init_conv", "norm_out": "out_norm", "conv_out": "out_conv"},
+)  # fmt: skip
+_PYTORCH_DDPM_LAYERS = Numbered(
+    "time_embedding.timembedding", "middleblocks", "downblocks", "upblocks", "attn", "main", "main", "block1.2",
+    "proj_q", {"conv_in": "head", "norm_out": "tail.0", "conv_out": "tail.2"}, "time_embedding.timembedding.0",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- all families
@@ -437,11 +443,11 @@ ABARANKAB = Family(
     "abarankab/DDPM or bubbliiiing/ddpm-pytorch",
     ("time_mlp.1.weight", "downs.0.conv_1.weight", "downs.0.conv_2.1.weight", "downs.0.time_bias.weight"),
     LayerNames(
-        _abarankab_name,
+        _ABARANKAB_LAYERS.name,
         ("norm_1", "conv_1", "time_bias", "norm_2", "conv_2.1", "residual_connection"),
         ("to_qkv",), "norm", "to_out", 4,
     ),
-    _infer_abarankab,
+    _ABARANKAB_LAYERS.infer,
     _ABARANKAB,
     _DEFAULTS | {
         "scale_betas": True, "variance_type": "fixed_large", "clip_sample": False, "dropout": 0.1, "activation": "silu",
@@ -459,10 +465,10 @@ PYTORCH_DDPM = Family(
         "tail.2.weight",
     ),
     LayerNames(
-        _pytorch_ddpm_name, ("block1.0", "block1.2", "temb_proj.1", "block2.0", "block2.3", "shortcut"),
+        _PYTORCH_DDPM_LAYERS.name, ("block1.0", "block1.2", "temb_proj.1", "block2.0", "block2.3", "shortcut"),
         ("proj_q", "proj_k", "proj_v"), "group_norm", "proj", 4,
     ),
-    _infer_pytorch_ddpm,
+    _PYTORCH_DDPM_LAYERS.infer,
     # The sinusoids are a stored table, in which sine and cosine alternate.
     {"norm_eps": 1e-5, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0},
     _DEFAULTS | {"variance_type": "fixed_large", "dropout": 0.1},
