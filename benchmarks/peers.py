@@ -48,9 +48,21 @@ class TrainUnconditional:
         unet: The network, in training mode.
         batches: Images in [-1, 1], used in turn.
         mixed_precision: As in Accelerate.
+        learning_rate: The peak, from which it decays to 0.
+        warmup_steps: Updates before the peak.
+        num_steps: Updates of the whole training.
     """
 
-    def __init__(self, unet: UNet2DModel, batches: Sequence[torch.Tensor], mixed_precision: str = "no") -> None:
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        batches: Sequence[torch.Tensor],
+        mixed_precision: str = "no",
+        *,
+        learning_rate: float = 1e-4,
+        warmup_steps: int = 500,
+        num_steps: int = 100_000,
+    ) -> None:
         self.accelerator = Accelerator(mixed_precision=mixed_precision)
         self.weight_dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
         self.scheduler = DDPMScheduler(num_train_timesteps=1000)
@@ -63,8 +75,10 @@ class TrainUnconditional:
             model_cls=UNet2DModel,
             model_config=unet.config,
         )
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-        lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+        lr_scheduler = get_scheduler(
+            "cosine", optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps
+        )
         self.unet, self.optimizer, self.lr_scheduler = self.accelerator.prepare(unet, optimizer, lr_scheduler)
         self.ema.to(self.accelerator.device)
         self.accelerator.register_save_state_pre_hook(self._save_networks)
@@ -189,30 +203,40 @@ class DdpmTorch:
     """The Trainer of tqch/ddpm-torch, from the checkout that an environment variable names.
 
     Args:
-        network: Arguments of its UNet.
+        network: Arguments of its UNet, or a network that returns a tensor.
         batches: Images in [-1, 1], used in turn.
         num_timesteps: Timesteps of the process; sampling and bits per dimension use all of them.
+        learning_rate: The learning rate after the warm-up.
+        warmup_steps: Updates of linear warm-up.
     """
 
-    def __init__(self, network: dict[str, Any], batches: Sequence[torch.Tensor], num_timesteps: int = 1000) -> None:
+    def __init__(
+        self,
+        network: dict[str, Any] | torch.nn.Module,
+        batches: Sequence[torch.Tensor],
+        num_timesteps: int = 1000,
+        *,
+        learning_rate: float = 2e-4,
+        warmup_steps: int = 5000,
+    ) -> None:
         checkout = str(Path(os.environ[DDPM_TORCH_VARIABLE]).expanduser())
         if checkout not in sys.path:
             sys.path.append(checkout)
         from ddpm_torch import GaussianDiffusion, Trainer, UNet, get_beta_schedule
 
         self.device = batches[0].device
-        self.unet = UNet(**network).to(self.device)
+        self.unet = (network if isinstance(network, torch.nn.Module) else UNet(**network)).to(self.device)
         self.diffusion = GaussianDiffusion(
             get_beta_schedule("linear", 1e-4, 0.02, num_timesteps), "eps", "fixed-small", "mse"
         )
-        optimizer = torch.optim.Adam(self.unet.parameters(), lr=2e-4)
+        optimizer = torch.optim.Adam(self.unet.parameters(), lr=learning_rate)
         self.trainer = Trainer(
             self.unet,
             optimizer,
             self.diffusion,
             epochs=1,
             trainloader=None,
-            scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 5000, 1.0)),
+            scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup_steps, 1.0)),
             use_ema=True,
             shape=tuple(batches[0].shape[1:]),
             device=self.device,
