@@ -2,8 +2,8 @@
 
 Each trains an unconditional digits_8 network of 0.7 million parameters on the training images of configs/digits_8.yaml:
 the loops of train_unconditional.py and ddpm-torch (peers.py) as shipped, and with a batch and a learning rate that suit
-so short a run; ddpm_hf with the recipe, and with a half and a third of the images. All are sampled alike, by UniPC in 20
-network calls from the same noise. The Fréchet distance is to the training images, in pixels, so it is not an FID.
+so short a run; ddpm_hf with the recipe, and with a half and a third of the images. All are sampled alike, by UniPC in
+20 network calls from the same noise. The Fréchet distance is to the training images, in pixels, so it is not an FID.
 
 Rows are kept in results/digits_ladder.json as they are measured, so that a measurement can be stopped and continued.
 """
@@ -195,9 +195,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         if values := [row["frechet"] for row in rows if row["system"] == system.name]:
             error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
             images = next(row["images"] for row in rows if row["system"] == system.name)
-            lines.append(
-                f"{system.name:<46}{images:>8,}{len(values):>7}" + f"{statistics.mean(values):.3f} ± {error:.3f}".rjust(20)
-            )
+            cell = f"{statistics.mean(values):.3f} ± {error:.3f}"
+            lines.append(f"{system.name:<46}{images:>8,}{len(values):>7}{cell:>20}")
     return "\n".join(lines)
 
 
@@ -210,7 +209,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num_images", type=int, default=76_800, help="images of a whole training, with repetitions")
     parser.add_argument("--num_samples", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=RESULTS / "digits_ladder.json")
-    parser.add_argument("--options", type=shlex.split, default=[], help="further options of `ddpm-hf train`, in one word")
+    parser.add_argument("--options", type=shlex.split, default=[], help="options of `ddpm-hf train`, in one word")
     return parser.parse_args()
 
 

@@ -75,10 +75,10 @@ class TrainUnconditional:
             model_cls=UNet2DModel,
             model_config=unet.config,
         )
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-        lr_scheduler = get_scheduler(
-            "cosine", optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps
+        optimizer = torch.optim.AdamW(
+            unet.parameters(), lr=learning_rate, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
         )
+        lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
         self.unet, self.optimizer, self.lr_scheduler = self.accelerator.prepare(unet, optimizer, lr_scheduler)
         self.ema.to(self.accelerator.device)
         self.accelerator.register_save_state_pre_hook(self._save_networks)

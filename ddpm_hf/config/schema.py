@@ -119,7 +119,8 @@ class DataConfig:
 
     Args:
         source: Image folder (class subfolders become labels), .zip or .tar of one, folder of .tar shards, .parquet,
-            .arrow, .csv, .tsv or .jsonl file, folder of parquet or arrow files, .npy or .npz file, or Hub dataset id.
+            .arrow, .csv, .tsv or .jsonl file, folder of parquet or arrow files, .npy or .npz file, idx files of MNIST
+            and its relatives, or Hub dataset id.
         subset: Configuration name of a Hub dataset that has several.
         revision: Branch, tag or commit of a Hub dataset; null uses the default branch.
         split: Split to train on, or a part of one, such as "train[:90%]".

@@ -1,11 +1,14 @@
-"""All images as one array: of a .npy or .npz file, or in memory.
+"""All images as one array: of a .npy, .npz or idx file, or in memory.
 
 Arrays that need no preprocessing are used as they are, others are decoded into the cache like the images of files.
 """
 
+import gzip
 import hashlib
 import math
 import os
+import re
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +34,8 @@ from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.layout import split_of_word
 
 _BYTES_PER_TASK = 2**24
+_IDX_NAME = re.compile(r"(.*?)([a-z0-9]+)[-_](images|labels)[-._]idx\d[-_]ubyte(?:\.gz)?")
+_IDX_DTYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -43,12 +48,73 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(content, np.ndarray):
             return {"images": content}
-        size = sum(member.file_size for member in content.zip.infolist())
-        if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            raise MemoryError(f"it would unpack to {size:,} bytes, more than this machine has memory")
+        _check_memory(sum(member.file_size for member in content.zip.infolist()))
         return dict(content)
     except Exception as error:  # NumPy and its decompressors raise many types for damaged files
         raise DataError(f"{path} cannot be read as a NumPy array ({' '.join(str(error).split())}).") from None
+
+
+def is_idx(name: str) -> bool:
+    """Return whether a file is named as an idx file of MNIST and its relatives."""
+    return _IDX_NAME.fullmatch(name.lower()) is not None
+
+
+def find_idx(files: Iterable[Path]) -> dict[str, Path]:
+    """Return the idx files among those of a folder by the names of their arrays: train_images, train_labels and so on.
+
+    An unpacked file is preferred to one that is compressed.
+
+    Raises:
+        DataError: There are several files of the images or the labels of a split.
+    """
+    found: dict[str, tuple[str, Path]] = {}
+    for path in sorted(files, key=lambda path: (path.suffix.lower() == ".gz", len(path.parts), path)):
+        if (match := _IDX_NAME.fullmatch(path.name.lower())) is None or not path.is_file():
+            continue
+        dataset, word, kind = match.groups()
+        split = "test" if word == "t10k" else split_of_word(word)
+        first, other = found.setdefault(f"{split}_{kind}" if split else kind, (dataset, path))
+        if first != dataset:
+            raise DataError(
+                f"{path.parent} contains {other.name} and {path.name}; set data.source to one file of images."
+            )
+    return {name: path for name, (_, path) in found.items()}
+
+
+def idx_and_labels(path: Path) -> dict[str, Path]:
+    """Return an idx file of images, and the file of its labels if there is one beside it."""
+    name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
+    labels = next((other for other in (path.with_name(name), path.with_name(f"{name}.gz")) if other.is_file()), path)
+    return {"images": path} | ({} if labels == path else {"labels": labels})
+
+
+def read_idx(path: Path) -> NDArray[Any]:
+    """Read an idx file, the format of MNIST, which may be compressed by gzip.
+
+    Raises:
+        DataError: It is damaged, or would fill the memory.
+    """
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            start = file.read(4)
+            if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in _IDX_DTYPES:
+                raise ValueError("it does not start as one")
+            shape = np.frombuffer(file.read(4 * start[3]), ">u4").tolist()
+            dtype = np.dtype(_IDX_DTYPES[start[2]])
+            size = math.prod(shape) * dtype.itemsize
+            _check_memory(size)
+            content = file.read(size + 1)
+        if len(shape) != start[3] or len(content) != size:
+            raise ValueError(f"it has not the {size:,} bytes of its {' x '.join(map(str, shape))} values")
+    except (ValueError, MemoryError, OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read as an idx file ({' '.join(str(error).split())}).") from None
+    values: NDArray[Any] = np.frombuffer(content, dtype).astype(dtype.newbyteorder("=")).reshape(shape)
+    return values
+
+
+def _check_memory(size: int) -> None:
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise MemoryError(f"it would unpack to {size:,} bytes, more than this machine has memory")
 
 
 def splits_of_arrays(names: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -30,7 +30,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_hf.config import DataConfig
-from ddpm_hf.data.arrays import find_images, image_set_of_array, needs_preprocessing, read_arrays, splits_of_arrays
+from ddpm_hf.data.arrays import (
+    find_idx,
+    find_images,
+    idx_and_labels,
+    image_set_of_array,
+    is_idx,
+    needs_preprocessing,
+    read_arrays,
+    read_idx,
+    splits_of_arrays,
+)
 from ddpm_hf.data.decode import (
     LFS_POINTER,
     BadImage,
@@ -58,7 +68,7 @@ class Source:
 
     Args:
         name: `data.source`.
-        kind: "folder", "zip", "tar", "dataset", "npz" or "memory", for messages.
+        kind: "folder", "zip", "tar", "dataset", "npy", "npz", "idx" or "memory", for messages.
         fingerprint: Changes when the data change.
         num_images: Number of images in the split.
         read: Return the encoded images of rows given in ascending order. Archives decompress one image at a time.
@@ -106,6 +116,10 @@ def find_source(
         return files
     path = Path(config.source).expanduser()
     name = path.name.lower()
+    if is_idx(name) and path.is_file():
+        return _open_array(path, config, split, class_order, known, idx_and_labels(path))
+    if path.is_dir() and (idx := _idx_of_folder(path, list(_walk(path)))):
+        return _open_array(path, config, split, class_order, known, idx)
     if path.is_dir() or not path.exists() or name.endswith((*_TABLE_SUFFIXES, *TEXT_TABLES)):
         return _open_table(config, split, class_order, known)
     if name.endswith((".npz", ".npy")):
@@ -114,14 +128,14 @@ def find_source(
         raise DataError(f"data.source {path} is a single image; set it to the folder of the images.")
     raise DataError(
         f"data.source {path} has an unsupported type ({path.suffix or 'no suffix'}); use a folder or a .parquet, "
-        ".arrow, .csv, .tsv, .json, .jsonl, .zip, .tar, .npz or .npy file."
+        ".arrow, .csv, .tsv, .json, .jsonl, .zip, .tar, .npz, .npy or idx file."
     )
 
 
 def find_files(
     config: DataConfig, split: str, class_order: ClassOrder = "numbers", known: tuple[str, ...] | None = None
 ) -> Source | None:
-    """Find the images of a local folder or archive; return None for a folder with tables and for any other source."""
+    """Find the images of a local folder or archive; return None for a folder of tables or idx files, and for others."""
     if not config.source:  # a path of no name is the working directory
         raise DataError("data.source is not set; give an image folder, a parquet file or a Hub dataset id.")
     path = Path(config.source).expanduser()
@@ -138,7 +152,7 @@ def find_files(
     if not path.is_dir():
         return None
     files = list(_walk(path))
-    if _is_table(path, files):
+    if _is_table(path, files) or _idx_of_folder(path, files):
         return None
     shards = _shards(path, files)
     _check_no_columns(config, path, _COLUMNS if shards is None else ("label_column",))
@@ -947,6 +961,8 @@ def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) ->
             return _load_saved(path, split)
         arguments: dict[str, Any]
         if path.is_dir():
+            if is_streaming and _idx_of_folder(path, list(_walk(path))):
+                raise DataError(f"data.streaming does not support idx files such as those of {path}; set it to false.")
             arguments = _tables_of_saved(path) if is_saved else _tables_of_folder(path)
         elif path.is_file():
             suffix = path.suffix.lower()
@@ -1218,12 +1234,23 @@ def _allowed_folders(config: DataConfig) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ arrays
 
 
+def _idx_of_folder(folder: Path, files: list[Path]) -> dict[str, Path]:
+    """Return the idx files of a folder without images, by the names of their arrays."""
+    has_images = any(_why_ignored(file.relative_to(folder).as_posix()) is None for file in files)
+    return {} if has_images else find_idx(files)
+
+
 def _open_array(
-    path: Path, config: DataConfig, split: str, class_order: ClassOrder, known: tuple[str, ...] | None
+    path: Path,
+    config: DataConfig,
+    split: str,
+    class_order: ClassOrder,
+    known: tuple[str, ...] | None,
+    idx: Mapping[str, Path] | None = None,
 ) -> ImageSet | Source:
-    """Open the images of a .npy file, or images and labels of an .npz file."""
+    """Open the images of a .npy file, or images and labels of an .npz file or of idx files, by the names of arrays."""
     _check_unset(config, ("layout",), f"{path}, which is no folder or archive of images")
-    arrays = read_arrays(path)
+    arrays = read_arrays(path) if idx is None else {name: read_idx(file) for name, file in idx.items()}
     wanted = _name_of_split(split, str(path))
     splits = {} if config.image_column or "images" in arrays else splits_of_arrays(arrays)
     if splits:
@@ -1264,7 +1291,9 @@ def _open_array(
     def read(numbers: Sequence[int]) -> list[EncodedImage]:
         return [EncodedImage(f"image {number} of {path}", as_native(images[rows[number]])) for number in numbers]
 
-    fingerprint = f"{file_identity(path)} {config.image_column} {rows} {images.dtype} {images.shape}"
+    identity = file_identity(path) if idx is None else [file_identity(file) for file in idx.values()]
+    fingerprint = f"{identity} {config.image_column} {rows} {images.dtype} {images.shape}"
     fingerprint += f" {wanted}" if splits else ""
-    source = Source(str(path), path.suffix[1:], fingerprint, len(rows), read, labels, class_names)
+    kind = path.suffix[1:] if idx is None else "idx"
+    source = Source(str(path), kind, fingerprint, len(rows), read, labels, class_names)
     return replace(source, labels_problem=problem)

@@ -1,5 +1,6 @@
 """The training and the validation set of a run: two splits or two parts of one, opened once."""
 
+import gzip
 import json
 import os
 import shutil
@@ -60,6 +61,46 @@ def test_the_parts_of_an_npz_file_are_splits(tmp_path: Path, cache_dir: Path, na
     ):
         assert [opened.labels.tolist(), opened.class_names] == [labels, ("0", "1", "2")]
     assert "has no split 'test'; it has train, validation." in refusal(tmp_path / "x.npz", cache_dir, split="test")
+
+
+def idx(array: np.ndarray) -> bytes:
+    """Return an idx file of bytes, as MNIST has them."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def test_the_idx_files_of_mnist_are_splits(tmp_path: Path, cache_dir: Path) -> None:
+    """Compressed or not; a file of images is read with the labels beside it."""
+    pixels = np.arange(6 * 5 * 7, dtype=np.uint8).reshape(6, 5, 7)
+    files = {
+        "raw/train-images-idx3-ubyte": idx(pixels[:4]),
+        "raw/train-images-idx3-ubyte.gz": gzip.compress(idx(pixels[:4])),  # as torchvision leaves them
+        "raw/train-labels-idx1-ubyte.gz": gzip.compress(idx(np.array([0, 1, 2, 2], np.uint8))),
+        "raw/t10k-images.idx3-ubyte": idx(pixels[4:]),  # as on Kaggle
+        "raw/t10k-labels.idx1-ubyte": idx(np.array([2, 0], np.uint8)),
+        "LICENSE": b"",
+    }
+    folder = write_files(tmp_path / "MNIST", files)
+    both = open_both(folder, cache_dir, validation_split="test")
+    for opened, images, labels in zip(both, (pixels[:4], pixels[4:]), ([0, 1, 2, 2], [2, 0]), strict=True):
+        assert np.array_equal(pixels_of(opened)[..., 0], images)
+        assert [opened.labels.tolist(), opened.class_names] == [labels, ("0", "1", "2")]
+    single = open_source(folder / "raw/train-images-idx3-ubyte.gz", cache_dir, with_labels=True)
+    assert (len(single), single.labels.tolist()) == (4, [0, 1, 2, 2])
+    with pytest.raises(DataError, match=r"data\.streaming does not support idx files such as"):
+        open_both(folder, cache_dir, streaming=True, resolution=4, num_channels=1)
+    write_files(folder, {"raw/emnist-train-images-idx3-ubyte": idx(pixels)})
+    assert "set data.source to one file of images." in refusal(folder, cache_dir)
+
+
+def test_a_damaged_idx_file_is_refused(tmp_path: Path, cache_dir: Path) -> None:
+    whole = idx(np.zeros((2, 4, 4), np.uint8))
+    huge = bytes([0, 0, 8, 3]) + b"\xff" * 12
+    for content in (b"", whole[:3], whole[:9], whole[:-1], whole + b"x", b"\1" + whole[1:], huge):
+        for suffix, stored in (("", content), (".gz", gzip.compress(content))):
+            path = write_files(tmp_path / "x", {f"t10k-images-idx3-ubyte{suffix}": stored})
+            assert "cannot be read as an idx file" in refusal(path / f"t10k-images-idx3-ubyte{suffix}", cache_dir)
+    (tmp_path / "x/t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(whole)[:-12])
+    assert "cannot be read as an idx file" in refusal(tmp_path / "x/t10k-images-idx3-ubyte.gz", cache_dir)
 
 
 def test_a_validation_split_of_another_kind_is_refused(tmp_path: Path, cache_dir: Path) -> None:
