@@ -15,6 +15,7 @@ import torch
 
 from . import gaussian
 from .images import ImageInput, from_mask
+from .latents import mask_of_latents
 from .schedule import positive_number, real_number
 from .scheduler import NATIVE_SCHEDULER
 
@@ -30,6 +31,7 @@ class EditingMixin:
     """
 
     scheduler: Any
+    vae: Any
     config: Any
     progress_bar: Callable[..., Any]
     # The steps of `GaussianDiffusionPipeline.__call__`. `call` is its SamplingCall.
@@ -41,7 +43,8 @@ class EditingMixin:
     _end_step: Callable[..., torch.Tensor]
     _record: Callable[..., None]
     _result: Callable[..., Any]
-    _to_samples: Callable[[ImageInput, str], torch.Tensor]
+    _to_pixels: Callable[[ImageInput, str], torch.Tensor]
+    _encode: Callable[[torch.Tensor], torch.Tensor]
 
     @torch.no_grad()
     def denoise_from(self, image: ImageInput, strength: float = 0.5, **options: Any) -> Any:
@@ -58,9 +61,10 @@ class EditingMixin:
         Raises:
             ValueError: If an argument does not fit, or the scheduler is not GaussianDiffusionScheduler.
         """
-        x_0 = self._read(image, "image", "denoise_from")
-        with self._begin(len(x_0), options, "denoise_from") as call:
+        pixels = self._read(image, "image", "denoise_from")
+        with self._begin(len(pixels), options, "denoise_from") as call:
             level = start_level(strength, len(call.timesteps))
+            x_0 = self._encode(pixels)
             x_t = self._noise_to_level(call, x_0.to(call.device, call.dtype), level)
             return self._result(call, self._denoise(call, x_t, call.timesteps[level:]))
 
@@ -106,8 +110,8 @@ class EditingMixin:
         with self._begin(len(left) * len(given), options, "interpolate") as call:
             level = start_level(strength, len(call.timesteps))
 
-            def endpoint(x_0: torch.Tensor) -> torch.Tensor:
-                x_0 = x_0.to(call.device, call.dtype)
+            def endpoint(pixels: torch.Tensor) -> torch.Tensor:
+                x_0 = self._encode(pixels).to(call.device, call.dtype)
                 if isinstance(call.generator, list):
                     return self._noise_to_level(call, x_0.repeat_interleave(len(given), dim=0), level)
                 return self._noise_to_level(call, x_0, level).repeat_interleave(len(given), dim=0)
@@ -139,19 +143,21 @@ class EditingMixin:
             **options: As in the call of the pipeline.
 
         Returns:
-            As the call of the pipeline, one image for each given one, unchanged outside the mask.
+            As the call of the pipeline, one image for each given one, unchanged outside the mask. With a VAE, all
+            latents that the mask touches are filled, and the image outside of it is put back after decoding.
 
         Raises:
             ValueError: If an argument does not fit, or the scheduler is not GaussianDiffusionScheduler.
         """
-        known = self._read(image, "image", "inpaint")
-        fill = from_mask(mask, known)
+        pixels = self._read(image, "image", "inpaint")
+        mask = from_mask(mask, pixels)
         num_resamples = positive_number("num_resamples", num_resamples)
         jump_length = positive_number("jump_length", jump_length)
         if options.get("num_inference_steps") is None and options.get("timesteps") is None:
             options["num_inference_steps"] = min(250, len(self.scheduler))
-        with self._begin(len(known), options, "inpaint") as call:
-            known, fill = known.to(call.device, call.dtype), fill.to(call.device)
+        with self._begin(len(pixels), options, "inpaint") as call:
+            known = self._encode(pixels).to(call.device, call.dtype)
+            fill = (mask if self.vae is None else mask_of_latents(mask, self.vae)).to(call.device)
             sample = self._draw_noise(call, tuple(known.shape))
             self._record(call, sample)
             moves = list(resampling_moves(len(call.timesteps), jump_length, num_resamples))
@@ -166,7 +172,7 @@ class EditingMixin:
                 # Eq. 8, Lugmayr et al. 2022
                 sample = torch.where(fill, sample, self._noise_to_level(call, known, target))
                 sample = self._end_step(call, sample, t, model_output)
-            return self._result(call, sample)
+            return self._result(call, sample, None if self.vae is None else (pixels, mask))
 
     @torch.no_grad()
     def encode(self, image: ImageInput, num_iterations: int = 3, **options: Any) -> torch.Tensor:
@@ -190,16 +196,16 @@ class EditingMixin:
             ValueError: If an argument does not fit, the scheduler is not GaussianDiffusionScheduler, or the network is
                 self-conditioned: each of its steps depends on the step before, which is not known yet.
         """
-        x = self._read(image, "image", "encode")
+        pixels = self._read(image, "image", "encode")
         num_iterations = positive_number("num_iterations", num_iterations)
         if self.config.get("self_conditioned"):
             raise ValueError(
                 "encode cannot invert a self-conditioned network: each step takes the prediction before it."
             )
-        with self._begin(len(x), options | {"eta": 0.0}, "encode") as call:
+        with self._begin(len(pixels), options | {"eta": 0.0}, "encode") as call:
             if unused := [name for name in _NOT_IN_ENCODE if options.get(name)]:
                 raise ValueError(f"encode has no {' and no '.join(unused)}; leave it out.")
-            x = x.to(call.device, call.dtype)
+            x = self._encode(pixels).to(call.device, call.dtype)
             for level in self.progress_bar(range(len(call.timesteps))[::-1]):
                 if call.interrupt:
                     break
@@ -207,13 +213,13 @@ class EditingMixin:
             return x
 
     def _read(self, image: ImageInput, name: str, method: str) -> torch.Tensor:
-        """Convert images to samples, if the scheduler supports editing."""
+        """Convert images to pixels in [-1, 1], if the scheduler supports editing."""
         if type(self.scheduler).__name__ != NATIVE_SCHEDULER:
             raise ValueError(
                 f"{method} needs {NATIVE_SCHEDULER}, not {type(self.scheduler).__name__}; set pipe.scheduler ="
                 f" {NATIVE_SCHEDULER}.from_config(pipe.scheduler.config)."
             )
-        return self._to_samples(image, name)
+        return self._to_pixels(image, name)
 
     def _alpha_bar(self, call: Any, level: int) -> float:
         """Return alpha_bar of a noise level."""

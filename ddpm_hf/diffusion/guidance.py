@@ -102,7 +102,7 @@ def make_guide(pipeline: Any, guide: Any, labels: list[int] | None) -> Guide:
     config, remedy = guide.unet.config, "pass a worse version of the model itself, such as an earlier checkpoint."
     is_self_conditioned = bool(guide.config.get("self_conditioned"))
     kinds = [
-        (pipeline.num_channels, *image_size(pipeline.unet)),
+        pipeline.sample_shape,
         (int(config.in_channels) // (1 + is_self_conditioned), *image_size(guide.unet)),
     ]
     if kinds[0] != kinds[1]:

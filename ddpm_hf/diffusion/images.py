@@ -10,7 +10,7 @@ from PIL import Image
 
 from .schedule import whole_number
 
-OUTPUT_TYPES = ("pil", "np", "pt", "uint8")
+OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 ImageInput: TypeAlias = Image.Image | Sequence[Image.Image] | np.ndarray[Any, Any] | torch.Tensor
 ValueRange: TypeAlias = Sequence[float]
 """The two values of the data, low and high, that the samples -1 and 1 stand for."""

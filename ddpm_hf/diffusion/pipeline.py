@@ -55,6 +55,19 @@ from .editing import EditingMixin
 from .gaussian import classifier_free_guidance
 from .guidance import WHOLE_INTERVAL, Guide, check_interval, guided_steps, make_guide, warn, with_self_conditioning
 from .images import OUTPUT_TYPES, ImageInput, check_size, check_value_range, from_images, image_size, to_images
+from .latents import (
+    Statistics,
+    check_statistics,
+    check_vae,
+    decode,
+    denormalize,
+    downsampling_factor,
+    encode_moments,
+    image_channels,
+    latent_channels,
+    normalize,
+    statistics,
+)
 from .saved_folder import (
     PORTABLE_FILES,
     check_parts,
@@ -137,7 +150,8 @@ class GaussianDiffusionPipelineOutput(BaseOutput):
     Attributes:
         images: As specified by `output_type`.
         trajectory: With `return_trajectory`, every state from the first to the last, mapped to [0, 1] or the value
-            range like images: float32 on the CPU, (steps + 1, batch, channels, height, width).
+            range like images, and decoded first by a VAE: float32 on the CPU, (steps + 1, batch, channels, height,
+            width). With `output_type="latent"` the states themselves.
     """
 
     images: Any
@@ -214,13 +228,19 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         value_range: The values of the training data, [low, high], that -1 and 1 stand for; None for pictures.
         optimized_timesteps: Timesteps chosen for the network, which `timestep_spacing="optimized"` uses: descending
             lists by number of steps, by the name of the sampler that `sampler_name` returns.
+        vae: The AutoencoderKL, AutoencoderTiny or VQModel whose latents the network generates; None if it generates
+            pixels.
+        latents_mean: Means of the latents per channel: the network generates (z - latents_mean) / latents_std. By
+            default z is normalized as the configuration of the VAE says.
+        latents_std: Standard deviations of the latents per channel.
 
     Raises:
         ValueError: If the parts do not fit each other, the value range is not two increasing numbers, or optimized
             timesteps are not descending timesteps of the scheduler.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components: ClassVar[list[str]] = ["vae"]
     _callback_tensor_inputs: ClassVar[list[str]] = CALLBACK_TENSORS
     _portable_code: ClassVar[dict[str, str]] = {
         name: (Path(__file__).parent / name).read_text(encoding="utf-8") for name in PORTABLE_FILES
@@ -235,6 +255,9 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         self_conditioned: bool = False,
         value_range: list[float] | None = None,
         optimized_timesteps: dict[str, dict[str, list[int]]] | None = None,
+        vae: ModelMixin | None = None,
+        latents_mean: Iterable[float] | None = None,
+        latents_std: Iterable[float] | None = None,
     ) -> None:
         super().__init__()
         self._calls: list[SamplingCall] = []  # those that are running
@@ -244,25 +267,37 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         unet = bare_network(unet)
         if not hasattr(unet, "config"):
             raise ValueError(f"unet is a {type(unet).__name__}; it must be a UNet2DModel.")
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        means, stds = check_statistics(latents_mean, latents_std)
         extras = {
             "class_names": class_names,
             "has_null_label": has_null_label,
             "self_conditioned": self_conditioned,
             "value_range": check_value_range(value_range),
             "optimized_timesteps": check_optimized(optimized_timesteps, int(scheduler.config["num_train_timesteps"])),
+            "latents_mean": means,
+            "latents_std": stds,
         }
         self.register_to_config(**{name: value for name, value in extras.items() if value})
 
         config = unet.config
         if self_conditioned and config.in_channels % 2:
             raise ValueError(f"A self-conditioned unet needs an even number of in_channels, not {config.in_channels}.")
-        if config.out_channels not in (self.num_channels, 2 * self.num_channels):
+        channels = self.sample_channels
+        if config.out_channels not in (channels, 2 * channels):
             raise ValueError(
-                f"unet has {config.out_channels} out_channels for images of {self.num_channels} channels; it needs as"
-                " many, or twice as many with a learned variance. A network that takes its last prediction as input"
-                " needs self_conditioned=True."
+                f"unet has {config.out_channels} out_channels for {'images' if vae is None else 'latents'} of"
+                f" {channels} channels; it needs as many, or twice as many with a learned variance. A network that"
+                " takes its last prediction as input needs self_conditioned=True."
             )
+        if vae is not None:
+            check_vae(vae)
+            if latent_channels(vae) != channels:
+                raise ValueError(
+                    f"vae has latents of {latent_channels(vae)} channels, but unet generates {channels}; pass the VAE"
+                    " that the network was trained with."
+                )
+            self._statistics()
         if has_null_label and config.num_class_embeds is None:
             raise ValueError("has_null_label is true, but unet has no num_class_embeds.")
         if class_names and set(class_names) != set(map(str, range(self.num_classes))):
@@ -276,9 +311,26 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         super().__setattr__(name, bare_network(value) if name == "unet" else value)
 
     @property
+    def sample_channels(self) -> int:
+        """Channels of a sample, which the network denoises: of an image, or of its latents."""
+        return int(self.unet.config.in_channels) // (2 if self.config.get("self_conditioned") else 1)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape (channels, height, width) of a sample."""
+        return (self.sample_channels, *image_size(self.unet))
+
+    @property
     def num_channels(self) -> int:
         """Channels of an image."""
-        return int(self.unet.config.in_channels) // (2 if self.config.get("self_conditioned") else 1)
+        return self.sample_channels if self.vae is None else image_channels(self.vae)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (channels, height, width) of an image."""
+        factor = 1 if self.vae is None else downsampling_factor(self.vae)
+        height, width = image_size(self.unet)
+        return self.num_channels, factor * height, factor * width
 
     @property
     def num_classes(self) -> int:
@@ -287,7 +339,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
 
     @property
     def size_divisor(self) -> int:
-        """Height and width of an image must be multiples of it, because the network halves them repeatedly."""
+        """Height and width of a sample must be multiples of it, because the network halves them repeatedly."""
         return int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
@@ -375,13 +427,14 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             guidance_rescale: Factor phi of the rescaling of guidance, 0 ... 1. Section 3.4, Lin et al. 2024.
             eta: 0 (deterministic) to 1 (ancestral); by default the scheduler's own default.
             sample: Start noise (batch, channels, height, width), a standard normal tensor of floating-point numbers; by
-                default drawn from `generator`.
+                default drawn from `generator`. With a VAE, noise of the shape of latents.
             timesteps: A custom descending list instead of `num_inference_steps`.
             timestep_spacing: Overrides the scheduler's spacing; may also be `quadratic`, or `optimized` for the list
                 that `ddpm-hf timesteps` stored for the sampler; eta and the number of steps are then by default those
                 of the list, if there is only one.
             output_type: `pil`; `np`: float32 (batch, height, width, channels) in [0, 1], or in the value range of the
-                model if it has one; `uint8`: the same in 0 ... 255; `pt`: as `np`, (batch, channels, height, width).
+                model if it has one; `uint8`: the same in 0 ... 255; `pt`: as `np`, (batch, channels, height, width);
+                `latent`: the samples as the network generates them, neither decoded nor clipped.
             return_dict: Return an output object instead of a tuple.
             callback_on_step_end: `callback(pipeline, step, timestep, tensors)`. It may return {"sample": ...} to
                 replace the sample by one of the same shape, dtype and device, and set `pipeline.interrupt = True` to
@@ -550,11 +603,11 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             )
         keeps_variance = splits_variance(scheduler)
         shows_x_0 = given.callback_on_step_end and "pred_original_sample" in given.callback_on_step_end_tensor_inputs
-        num_outputs = self.num_channels * (2 if keeps_variance else 1)
+        num_outputs = self.sample_channels * (2 if keeps_variance else 1)
         if (shows_x_0 or self.config.get("self_conditioned")) and not returns_x_0(
             scheduler,
             torch.zeros(1, num_outputs, 1, 1, device=device),
-            torch.zeros(1, self.num_channels, 1, 1, device=device),
+            torch.zeros(1, self.sample_channels, 1, 1, device=device),
         ):
             user = "the callback" if shows_x_0 else "a self-conditioned unet"
             raise ValueError(
@@ -595,16 +648,16 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         return made
 
     def _start_noise(self, call: SamplingCall, sample: torch.Tensor | None) -> torch.Tensor:
-        """Check or draw standard normal noise of the shape of the images."""
+        """Check or draw standard normal noise of the shape of the samples."""
         if sample is None:
-            return self._draw_noise(call, (call.batch_size, self.num_channels, *image_size(self.unet)))
+            return self._draw_noise(call, (call.batch_size, *self.sample_shape))
         if not isinstance(sample, torch.Tensor) or not sample.is_floating_point():
             kind = f"a tensor of {sample.dtype}" if isinstance(sample, torch.Tensor) else f"a {type(sample).__name__}"
             raise ValueError(f"sample is {kind}; it must be a tensor of floating-point numbers.")
-        if sample.ndim != 4 or sample.shape[:2] != (call.batch_size, self.num_channels):
+        if sample.ndim != 4 or sample.shape[:2] != (call.batch_size, self.sample_channels):
             raise ValueError(
-                f"sample has shape {tuple(sample.shape)}; it must be ({call.batch_size}, {self.num_channels}, height,"
-                " width), according to batch_size and the network."
+                f"sample has shape {tuple(sample.shape)}; it must be ({call.batch_size}, {self.sample_channels},"
+                " height, width), according to batch_size and the network."
             )
         check_size(sample.shape[2], sample.shape[3], self.size_divisor, "sample")
         sample = sample.to(call.device, call.dtype)
@@ -680,17 +733,55 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
         if call.states is not None:
             call.states.append(sample.cpu())
 
-    def _result(self, call: SamplingCall, sample: torch.Tensor) -> Any:
-        """Return the images, and the trajectory if requested."""
+    def _result(
+        self, call: SamplingCall, sample: torch.Tensor, known: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> Any:
+        """Return the images, and the trajectory if requested.
+
+        Args:
+            call: The call.
+            sample: Its last state.
+            known: Images in [-1, 1], and where they are to be replaced by those of the call.
+        """
+        output_type, states = call.options.output_type, call.states
+        if output_type == "latent":
+            trajectory = None if states is None else torch.stack(states)
+            output = GaussianDiffusionPipelineOutput(images=sample, trajectory=trajectory)
+            return output if call.options.return_dict else output.to_tuple()
         value_range = self.config.get("value_range")
-        images = to_images(sample, call.options.output_type, value_range)
-        trajectory = None if call.states is None else to_images(torch.stack(call.states), "pt", value_range)
-        output = GaussianDiffusionPipelineOutput(images=images, trajectory=trajectory)
+        decoded = self._decode(sample)
+        if known is not None:
+            images, is_new = (value.to(decoded.device) for value in known)
+            decoded = torch.where(is_new, decoded, images.to(decoded.dtype))
+        trajectory = None
+        if states is not None:
+            pictures = states if self.vae is None else [self._decode(state.to(call.device)).cpu() for state in states]
+            trajectory = to_images(torch.stack(pictures), "pt", value_range)
+        output = GaussianDiffusionPipelineOutput(
+            images=to_images(decoded, output_type, value_range), trajectory=trajectory
+        )
         return output if call.options.return_dict else output.to_tuple()
 
-    def _to_samples(self, image: ImageInput, name: str) -> torch.Tensor:
-        """Convert images to samples on the CPU, (batch, channels, height, width) in [-1, 1]."""
-        return from_images(image, self.num_channels, self.size_divisor, name, self.config.get("value_range"))
+    def _to_pixels(self, image: ImageInput, name: str) -> torch.Tensor:
+        """Convert images to pixels on the CPU, (batch, channels, height, width) in [-1, 1]."""
+        divisor = self.size_divisor * (1 if self.vae is None else downsampling_factor(self.vae))
+        return from_images(image, self.num_channels, divisor, name, self.config.get("value_range"))
+
+    # The VAE
+
+    def _statistics(self) -> Statistics:
+        """Return the mean and the standard deviation of the latents, which are 0 and 1 in a sample."""
+        return statistics(self.vae, self.config.get("latents_mean"), self.config.get("latents_std"))
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the samples of pixels in [-1, 1]: the normalized means of their latents, if there is a VAE."""
+        if self.vae is None:
+            return pixels
+        return normalize(encode_moments(self.vae, pixels.to(self._execution_device))[0], self._statistics())
+
+    def _decode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Return the pixels of samples in [-1, 1], before clipping."""
+        return sample if self.vae is None else decode(self.vae, denormalize(sample, self._statistics()))
 
     # Saving and loading
 

@@ -24,6 +24,7 @@ PORTABLE_FILES = (
     "compiled.py",
     "editing.py",
     "images.py",
+    "latents.py",
     "saved_folder.py",
     "scheduler.py",
     "gaussian.py",
@@ -49,12 +50,13 @@ LIST_FORM = ["pipeline", "GaussianDiffusionPipeline"]
 def stock_pipeline_samples(pipeline: DiffusionPipeline) -> bool:
     """Return whether a stock DDPMPipeline samples correctly from these parts, or fails only for lack of class labels.
 
-    It does not support self-conditioning, scaled model inputs or ignored variance channels, and DDPMScheduler takes the
-    log-variance of `learned` for a variance.
+    It does not support latents, self-conditioning, scaled model inputs or ignored variance channels, and DDPMScheduler
+    takes the log-variance of `learned` for a variance.
     """
     scheduler, unet = pipeline.scheduler, pipeline.unet.config
     return (
-        not pipeline.config.get("self_conditioned")
+        pipeline.vae is None
+        and not pipeline.config.get("self_conditioned")
         and not (splits_variance(scheduler) and scheduler.config["variance_type"] == "learned")
         and unet.out_channels == unet.in_channels * (2 if splits_variance(scheduler) else 1)
         and "generator" in inspect.signature(scheduler.step).parameters
@@ -73,9 +75,8 @@ def write_code(folder: Path, code: Mapping[str, str]) -> None:
 
 
 def clean_network_config(folder: Path) -> None:
-    """Remove the path that the network was loaded from."""
-    path = folder / "unet" / "config.json"
-    if path.is_file():
+    """Remove the paths that the network and the VAE were loaded from."""
+    for path in filter(Path.is_file, (folder / part / "config.json" for part in ("unet", "vae"))):
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -87,6 +88,8 @@ def write_index(path: Path, pipeline: DiffusionPipeline) -> None:
     index = {key: value for key, value in full.items() if not key.startswith("_")}
     index["_class_name"] = "DDPMPipeline" if stock_pipeline_samples(pipeline) else LIST_FORM
     index["_diffusers_version"] = full["_diffusers_version"]
+    if pipeline.vae is None:
+        index.pop("vae", None)
     if type(pipeline.scheduler).__name__ == NATIVE_SCHEDULER:
         index["scheduler"] = ["diffusers", "DDPMScheduler"]
     path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
