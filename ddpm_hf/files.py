@@ -20,6 +20,7 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
 PREVIEWS_DIR = "previews"
 PIPELINE_DIR = "pipeline"
+VAE_DIR = "vae"  # also of a pipeline
 HUB_DIR = "hub"
 EMA_SNAPSHOTS_DIR = "ema_snapshots"
 EVALUATIONS_DIR = "evaluations"

@@ -6,6 +6,7 @@ UNet2DModel alone (config.json and weights).
 """
 
 import functools
+import hashlib
 import inspect
 import json
 import logging
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DDPMScheduler, ModelMixin, UNet2DModel, VQModel
 from torch import nn
 
 from ddpm_hf.config import (
@@ -28,6 +29,7 @@ from ddpm_hf.config import (
     DistillationConfig,
     ModelConfig,
     UNetOverride,
+    join_or,
     log_warning,
     read_config_dict,
 )
@@ -44,6 +46,7 @@ from ddpm_hf.files import (
     SCHEDULER_CONFIG,
     TRAINER_STATE,
     TRAINING_CONFIG,
+    VAE_DIR,
     read_json,
     sha256_of_file,
     write_json,
@@ -96,7 +99,18 @@ _IMPROVED: dict[str, UNetOverride] = {
     "resnet_time_scale_shift": "scale_shift",
 }
 
-# Numbers of parameters are for RGB images, or grayscale digits, without classes.
+# Shared by the networks of Rombach et al. 2022: cosine before sine, symmetric padding, heads of 32 channels, and
+# attention on all levels but the first.
+_LATENT: dict[str, UNetOverride] = {
+    **_PAPER,
+    "attention_head_dim": 32,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "norm_eps": 1e-5,
+}
+
+# Numbers of parameters are for RGB images, grayscale digits, or latents of 4 channels, without classes.
 PRESETS: dict[str, dict[str, UNetOverride]] = {
     # Ho et al. 2020, appendix B, CIFAR-10: 35,746,307 parameters, attention at 16x16.
     "ddpm_32": {**_PAPER, **_levels([128, 256, 256, 256], {1}), "dropout": 0.1},
@@ -118,6 +132,10 @@ PRESETS: dict[str, dict[str, UNetOverride]] = {
     "mnist_28": {**_PAPER, **_levels([32, 64, 128], {1}), "norm_num_groups": 8},
     # The same for a few thousand photographs of 64x64: 20.8 M parameters, attention at 16x16.
     "flowers_64": {**_PAPER, **_levels([64, 128, 192, 256], {2}), "dropout": 0.1},
+    # Rombach et al. 2022, CelebA-HQ, FFHQ and LSUN Bedrooms: 274,060,196 parameters.
+    "latent_64": {**_LATENT, **_levels([224, 448, 672, 896], {1, 2, 3})},
+    # The same design at about half the width, for latents of 32x32: 89,537,924 parameters.
+    "latent_32": {**_LATENT, **_levels([128, 256, 384, 512], {1, 2, 3})},
 }
 
 # Set by the data, the diffusion process and model.class_conditional.
@@ -359,6 +377,9 @@ def pipeline_folder(model: ModelFolder) -> Iterator[Path]:
         raise ConfigError(f"{model.path} was removed, as training does with old checkpoints; run the same again.")
     index = {name: value for name, value in pipeline_settings(model).items() if value}
     index["_class_name"] = LIST_FORM
+    vae = vae_folder(model)
+    if vae is not None:
+        index["vae"] = ["diffusers", _read_json(vae / MODEL_CONFIG, str(vae))["_class_name"]]
     scheduler = checkpoint_scheduler(model)
     name = DDIMScheduler.__name__ if isinstance(scheduler, DDIMScheduler) else DDPMScheduler.__name__
     index |= {"unet": ["diffusers", UNet2DModel.__name__], "scheduler": ["diffusers", name]}
@@ -369,9 +390,28 @@ def pipeline_folder(model: ModelFolder) -> Iterator[Path]:
         write_json(folder / MODEL_INDEX, index)
         scheduler.save_pretrained(folder / "scheduler")
         (folder / "unet").symlink_to(model.weights.resolve(), target_is_directory=True)
+        if vae is not None:
+            (folder / VAE_DIR).symlink_to(vae.resolve(), target_is_directory=True)
         if (moments := _second_moments(model)) is not None:
             shutil.copyfile(moments, second_moments_file(folder))
         yield folder
+
+
+def vae_folder(model: ModelFolder) -> Path | None:
+    """Return the autoencoder in the run of a checkpoint; None for a network on pixels.
+
+    Raises:
+        ConfigError: The checkpoint is of latents, but the run has no autoencoder.
+    """
+    if read_json(model.path / TRAINER_STATE).get("latents") is None:
+        return None
+    folder = None if model.run is None else model.run / VAE_DIR
+    if folder is None or not (folder / MODEL_CONFIG).is_file():
+        raise ConfigError(
+            f"{model.path} samples latents, and the autoencoder that decodes them is not beside it; keep it in its "
+            f"run, whose folder {VAE_DIR}/ has the autoencoder."
+        )
+    return folder
 
 
 def load_model(model: ModelFolder, load: Callable[[Path], Any]) -> Any:
@@ -426,7 +466,7 @@ def sampling_scheduler(
 
 
 def pipeline_settings(model: ModelFolder) -> dict[str, Any]:
-    """Return class_names, has_null_label, self_conditioned and value_range of the pipeline of a checkpoint."""
+    """Return the settings of the pipeline of a checkpoint: classes, inputs, and the range of its images or latents."""
     objective = settings_of(model.path)["objective"]
     num_labels = read_json(model.weights / MODEL_CONFIG).get("num_class_embeds")
     has_null_label = num_labels is not None and (objective.get("class_dropout") or 0) > 0
@@ -437,11 +477,15 @@ def pipeline_settings(model: ModelFolder) -> dict[str, Any]:
     if num_classes and names is None:
         log_warning(f"{model.path} does not hold the names of its {num_classes} classes; give labels as numbers.")
     is_self_conditioned = (objective.get("self_conditioning") or 0) > 0
+    state = read_json(model.path / TRAINER_STATE)
+    latents = state.get("latents") or {}
     return {
         "class_names": names,
         "has_null_label": has_null_label,
         "self_conditioned": is_self_conditioned,
-        "value_range": read_json(model.path / TRAINER_STATE).get("value_range"),
+        "value_range": state.get("value_range"),
+        "latents_mean": latents.get("latents_mean"),
+        "latents_std": latents.get("latents_std"),
     }
 
 
@@ -806,6 +850,93 @@ def _read_scheduler(folder: Path, name: str) -> GaussianDiffusionScheduler | Non
     return None
 
 
+# ------------------------------------------------------------------------------------------------------- autoencoders
+
+_AUTOENCODERS: dict[str, type[ModelMixin]] = {
+    "AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny, "VQModel": VQModel
+}  # fmt: skip
+_AUTOENCODER_FOLDERS = ("", f"{VAE_DIR}/", "vqvae/")
+
+
+def load_vae(setting: str, source: str, revision: str | None) -> ModelMixin:
+    """Load the autoencoder of data.vae or model.vae, whose weights must be safetensors.
+
+    Args:
+        setting: Name of the setting, for messages.
+        source: An autoencoder or a pipeline with one: a folder, which may be a run on latents, or a Hub repository.
+        revision: Branch, tag or commit of the repository.
+
+    Returns:
+        The autoencoder in float32, in evaluation mode and without gradients, on the CPU.
+
+    Raises:
+        ConfigError: There is none, or it cannot be read.
+    """
+    name, folder = f"{setting} {source}", Path(source).expanduser()
+    if folder.is_dir() and revision is not None:
+        raise ConfigError(f"data.vae_revision {revision} applies to the Hub, but {source} is a local path; remove it.")
+    if folder.is_file():
+        raise ConfigError(f"{name} is a file; give the folder of an autoencoder in the format of diffusers.")
+    if not folder.is_dir():
+        weights = ("diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*.safetensors")
+        files = [f"{part}{file}" for part in _AUTOENCODER_FOLDERS for file in (MODEL_CONFIG, *weights)]
+        folder = _download(name, source, revision, files)
+    configs = [folder / part / MODEL_CONFIG for part in _AUTOENCODER_FOLDERS]
+    kinds = {file.parent: str(_read_json(file, name).get("_class_name")) for file in configs if file.is_file()}
+    found = next((part for part, kind in kinds.items() if kind in _AUTOENCODERS), None)
+    if found is None:
+        places = join_or([f"{part}{MODEL_CONFIG}" for part in _AUTOENCODER_FOLDERS])
+        is_other = f"is a {next(iter(kinds.values()))}" if kinds else f"has no {places}"
+        raise ConfigError(f"{name} {is_other}; give an {join_or(list(_AUTOENCODERS))}, or a pipeline with one.")
+    if not any(found.glob("diffusion_pytorch_model*.safetensors*")):
+        raise ConfigError(
+            f"{name} has no weights in the safetensors format. If you trust it, load it once with "
+            f"{kinds[found]}.from_pretrained(..., use_safetensors=False), save it again and give that folder."
+        )
+    try:
+        check_shards(found)
+        vae, loaded = _AUTOENCODERS[kinds[found]].from_pretrained(
+            found, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # diffusers and safetensors raise many types for files that do not fit together
+        raise ConfigError(f"{name} cannot be loaded ({reason_of(error)}).") from error
+    if missing := loaded["missing_keys"]:
+        raise ConfigError(f"{name} lacks weights of its own network ({', '.join(sorted(missing)[:3])}, ...).")
+    return build_vae(type(vae).__name__, vae_config(vae), vae.state_dict())
+
+
+def build_vae(kind: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None) -> ModelMixin:
+    """Build an autoencoder in evaluation mode and without gradients.
+
+    Args:
+        kind: Name of its class.
+        config: As `vae_config` returns it.
+        weights: Its tensors, which are not copied; None builds it on the meta device, without values.
+    """
+    with torch.device("meta"):  # draws nothing from the global generators
+        vae: ModelMixin = _AUTOENCODERS[kind](**config)
+    if weights is not None:
+        vae.load_state_dict(weights, assign=True)
+    vae.eval().requires_grad_(False)
+    return vae
+
+
+def vae_config(vae: ModelMixin) -> dict[str, Any]:
+    """Return the arguments that an autoencoder was built with, without the notes of diffusers, such as its path."""
+    names = inspect.signature(type(vae).__init__).parameters
+    return {name: value for name, value in vae.config.items() if name in names}
+
+
+def vae_sha256(vae: ModelMixin) -> str:
+    """Return a digest of the weights and the configuration of an autoencoder on the CPU."""
+    config = json.dumps(vae_config(vae), sort_keys=True)
+    digest = hashlib.sha256(f"{type(vae).__name__} {config}".encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def _find_model(name: str, source: str, revision: str | None, files: Sequence[str]) -> ModelFolder:
     """Return what a local path holds, or download it from the Hub."""
     path = Path(source).expanduser()
@@ -821,13 +952,18 @@ def _find_model(name: str, source: str, revision: str | None, files: Sequence[st
         raise ConfigError(
             f"{name} is a file; give the folder of a pipeline or of a UNet2DModel, or make one with ddpm-hf convert."
         )
-    if source.startswith((".", "~", "/")) or source.count("/") > 1 or path.suffix == ".json":
+    return ModelFolder("network", _download(name, source, revision, files))
+
+
+def _download(name: str, source: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Download files of a Hub repository, and return the folder that holds them."""
+    if source.startswith((".", "~", "/")) or source.count("/") > 1 or Path(source).suffix == ".json":
         raise ConfigError(f"{name} does not exist; check the path (the working directory is {Path.cwd()}).")
 
     from huggingface_hub import snapshot_download
 
     try:
-        return ModelFolder("network", Path(snapshot_download(source, revision=revision, allow_patterns=list(files))))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # errors of the Hub, the network and the disk
         raise ConfigError(
             f"{name} is not a local folder and cannot be downloaded from the Hub ({reason_of(error)}); check the name, "

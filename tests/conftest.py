@@ -11,13 +11,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DModel
+    from diffusers import ModelMixin, UNet2DModel
 
 # Until all tests are collected; see pytest_collection_finish.
 gc.disable()
@@ -222,3 +222,24 @@ def tiny_unet(
         self_conditioned=self_conditioned,
         learned_variance=learned_variance,
     )
+
+
+def tiny_vae(kind: str = "AutoencoderKL", num_channels: int = 1, seed: int = 0) -> "ModelMixin":
+    """Return an untrained autoencoder that divides images by 2, with latents of 2 channels (3 of a VQModel)."""
+    from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {"in_channels": num_channels, "out_channels": num_channels}
+    if kind == "AutoencoderTiny":
+        for coder in ("encoder", "decoder"):
+            settings |= {f"{coder}_block_out_channels": (8, 8), f"num_{coder}_blocks": (1, 1)}
+        return AutoencoderTiny(**settings, latent_channels=2)
+    settings |= {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+    }
+    if kind == "VQModel":
+        return VQModel(**settings, latent_channels=3, num_vq_embeddings=16)
+    return AutoencoderKL(**settings, latent_channels=2)

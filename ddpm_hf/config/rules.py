@@ -52,6 +52,8 @@ _USED_ONLY_WITH: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("data.augmentation_transforms", "data.augmentation", ()),
     ("data.max_bad_fraction", "data.on_bad_image", ("skip",)),
     ("data.shuffle_buffer_size", "data.streaming", ()),
+    ("data.vae_revision", "data.vae or model.vae", ()),
+    ("data.latent_normalization", "data.vae", ()),
     ("model.revision", "model.from_pretrained or model.config_file", ()),
     ("model.initialization", "model.from_pretrained", (None,)),
     ("diffusion.beta_start", "diffusion.beta_schedule", BETA_RANGES[:-1]),
@@ -118,6 +120,7 @@ def check(config: RunConfig, *, has_train_dataset: bool = False, has_eval_datase
     _check_data(config.data, has_train_dataset, has_eval_dataset)
     has_validation_set = has_eval_dataset or _has_validation_set(config.data)
     _check_model(config.model)
+    _check_latents(config)
     _check_objective(config)
     _check_distillation(config)
     _check_training(config, has_validation_set)
@@ -295,6 +298,50 @@ def _check_model(model: ModelConfig) -> None:
         )
     if not given and model.preset is None:
         raise ConfigError("model.preset is null; set it, or model.config_file or model.from_pretrained.")
+
+
+def _check_latents(config: RunConfig) -> None:
+    """Refuse what does not fit latents, which are of no fixed range and are not transformed like pixels."""
+    data, model = config.data, config.model
+    for name, value in (("data.vae", data.vae), ("model.vae", model.vae)):
+        if value == "":
+            raise ConfigError(f"{name} is empty; give a folder or a Hub repository, or set it to null.")
+    if data.vae is not None and model.vae is not None:
+        raise ConfigError(
+            "data.vae encodes images and also decodes samples, and model.vae decodes samples of data that are latents; "
+            "set one of them to null."
+        )
+    if data.vae is not None:
+        fixes = (
+            ("data.streaming", data.streaming, "encodes every image once", "set it to false"),
+            ("data.crop", data.crop == "random", "encodes every image once", "set it to center"),
+            ("data.augmentation", data.augmentation > 0, "encodes every image once", "set it to 0"),
+            ("diffusion.clip_sample", config.diffusion.clip_sample, "makes latents beyond [-1, 1]", "set it to false"),
+        )
+    elif model.vae is not None:
+        if data.value_range is None:
+            raise ConfigError(
+                "model.vae decodes latents, whose range is not known; set data.value_range to [low, high], the values "
+                "that become -1 and 1, or to auto."
+            )
+        evaluation = config.evaluation
+        no_images = "leaves no images to compare samples with"
+        scores = evaluation.score_every_steps > 0 and evaluation.score_metric != "bits_per_dim"
+        recognizes = evaluation.recognition and evaluation.num_samples > 0
+        fixes = (
+            ("data.random_flip", data.random_flip, "needs latents of flipped images", "set it to false"),
+            ("data.augmentation", data.augmentation > 0, "needs latents of augmented images", "set it to 0"),
+            ("evaluation.score_every_steps", scores, no_images, "set it to 0"),
+            ("evaluation.recognition", recognizes, no_images, "set it to false"),
+        )
+    else:
+        return
+    settings, vae = config.to_dict(), "model.vae" if data.vae is None else "data.vae"
+    for name, is_given, reason, fix in fixes:
+        if is_given:
+            raise ConfigError(
+                f"{name} {format_value(_value_of(settings, name))} cannot be used with {vae}, which {reason}; {fix}."
+            )
 
 
 def _check_objective(config: RunConfig) -> None:

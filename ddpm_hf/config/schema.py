@@ -146,6 +146,12 @@ class DataConfig:
         value_range: [low, high], the values that become -1 and 1, of floating-point, signed and 32-bit data, and of
             integers that do not use the range of their type; values outside are clipped. "auto" takes the smallest and
             the largest value of split. null takes 0 and 255, or 0 and 65535 for 16 bits. Saved with the pipeline.
+        vae: Autoencoder whose latents the network is trained on: AutoencoderKL, AutoencoderTiny or VQModel, a folder or
+            Hub repository of one or of a pipeline (`vae/`, `vqvae/`). Every image is encoded once, and samples are
+            decoded. null trains on pixels.
+        vae_revision: Branch, tag or commit of the Hub repository in vae or model.vae.
+        latent_normalization: "scaling_factor" (that of the autoencoder), or "measured" (mean 0 and standard deviation 1
+            in each channel, over the images of split).
         background: Color behind transparent pixels when num_channels has no alpha channel; null refuses such images.
         on_bad_image: Stop at an unreadable image, or replace it by the next readable one and count it.
         max_bad_fraction: Stop if more than this fraction of the images is unreadable.
@@ -176,6 +182,9 @@ class DataConfig:
     )
     num_channels: int | None = None
     value_range: list[float] | Literal["auto"] | None = None
+    vae: str | None = None
+    vae_revision: str | None = None
+    latent_normalization: Literal["scaling_factor", "measured"] = "scaling_factor"
     background: Literal["white", "black"] | None = None
     on_bad_image: Literal["error", "skip"] = "error"
     max_bad_fraction: float = 0.01
@@ -191,12 +200,14 @@ class ModelConfig:
 
     Args:
         preset: UNet2DModel configuration, named after its paper or data set and its resolution. "ddpm_32" and
-            "ddpm_256" are the networks of Ho et al. 2020 (35.7 and 113.7 M parameters). Ignored with config_file or
-            from_pretrained.
+            "ddpm_256" are the networks of Ho et al. 2020 (35.7 and 113.7 M parameters), "latent_32" and "latent_64" are
+            made for latents of 32x32 and 64x64. Ignored with config_file or from_pretrained.
         config_file: config.json of a UNet2DModel, or a folder or Hub repository that contains one.
         from_pretrained: Run, checkpoint (its EMA), pipeline or UNet2DModel to fine-tune, a folder or Hub repository;
             weights and EMA start from it.
         revision: Branch, tag or commit of the Hub repository in config_file or from_pretrained.
+        vae: Autoencoder that decodes the samples, a folder or Hub repository as in data.vae, if data.source has latents
+            in data.value_range instead of images.
         overrides: UNet2DModel settings that replace those of the preset, config_file or from_pretrained, for example
             {dropout: 0.1}.
         class_conditional: Condition the network on the labels of the data set.
@@ -208,13 +219,14 @@ class ModelConfig:
     preset: (
         Literal[
             "ddpm_32", "ddpm_64", "ddpm_128", "ddpm_256", "improved_32", "improved_64", "digits_8", "emoji_16",
-            "mnist_28", "flowers_64",
+            "mnist_28", "flowers_64", "latent_32", "latent_64",
         ]
         | None
     ) = "ddpm_32"  # fmt: skip
     config_file: str | None = None
     from_pretrained: str | None = None
     revision: str | None = None
+    vae: str | None = None
     overrides: dict[str, UNetOverride] = field(default_factory=dict)
     class_conditional: bool = False
     initialization: Literal["paper", "torch"] = "paper"
@@ -241,7 +253,7 @@ class DiffusionConfig:
         variance_type: Variance of the reverse process: fixed_large (beta_t), fixed_small (posterior variance),
             learned_range (between the two, Nichol & Dhariwal 2021) or learned (unconstrained). The learned ones double
             the network's out_channels and need objective.loss hybrid or vlb.
-        clip_sample: Clip the predicted x_0 to [-1, 1] in every sampling step.
+        clip_sample: Clip the predicted x_0 to [-1, 1] in every sampling step; must be false with data.vae.
         timestep_spacing: Spacing of the timesteps when sampling with fewer than num_train_timesteps steps.
         rescale_betas_zero_snr: Rescale the betas so that the last timestep has zero SNR (Lin et al. 2024).
     """

@@ -90,7 +90,7 @@ def open_cache(source: Source, config: DataConfig, *, max_bad: int | None = None
     if meta is None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _lease(folder):
+            with cache_lease(folder):
                 meta = _read_valid_meta(folder, source) or _build(source, config, folder, bad)
         except OSError as error:
             raise DataError(
@@ -140,11 +140,11 @@ def cache_key(source: Source, config: DataConfig) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
-def read_meta(folder: Path) -> dict[str, Any] | None:
+def read_meta(folder: Path, version: int = _VERSION) -> dict[str, Any] | None:
     """Return the content of meta.json, or None if there is no complete cache of this version."""
     try:
         meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        is_ours = meta["version"] == _VERSION and meta["key"] == folder.name
+        is_ours = meta["version"] == version and meta["key"] == folder.name
         is_complete = is_ours and all((folder / name).stat().st_size == size for name, size in meta["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -194,13 +194,13 @@ def _map(folder: Path, meta: dict[str, Any], value_range: ValueRange | None) -> 
 
 
 @contextmanager
-def _lease(folder: Path) -> Iterator[None]:
+def cache_lease(folder: Path) -> Iterator[None]:
     """Hold the exclusive right to build a cache. A process that dies loses it."""
     lease = SoftFileLease(f"{folder}.lock", lease_duration=_LEASE_SECONDS, poll_interval=0.2)
     try:
         lease.acquire(timeout=_WAIT_SECONDS_BEFORE_WARNING)
     except Timeout:
-        logger.warning("Waiting for another process that is decoding the same images into %s.", folder)
+        logger.warning("Waiting for another process that is preparing the same images in %s.", folder)
         lease.acquire()
     try:
         yield

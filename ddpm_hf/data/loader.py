@@ -104,7 +104,7 @@ class ImageLoader:
         self._device = device
         self._flips = config.random_flip
         self._crops = config.crop == "random" and images.crop_size is not None
-        self._resident = _copy_to_device(images, config, device)
+        self._resident = copy_to_device(images.images, config, device)
 
     @property
     def is_resident(self) -> bool:
@@ -187,12 +187,17 @@ def take_pixels(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor)
     return taken.permute(0, 3, 1, 2).contiguous()
 
 
-def _copy_to_device(images: ImageSet, config: DataConfig, device: torch.device) -> torch.Tensor | None:
-    """Copy all images to the device, or return None if they stay in their file."""
+def copy_to_device(
+    stored: NDArray[Any] | UnequalImages, config: DataConfig, device: torch.device
+) -> torch.Tensor | None:
+    """Copy all stored images, or their latents, to the device, or return None if they stay in their file.
+
+    Raises:
+        DataError: They do not fit into the memory of the device, or have different sizes.
+    """
     wanted = config.device_resident
     if wanted is False or (wanted == "auto" and device.type != "cuda"):
         return None
-    stored = images.images
     if isinstance(stored, UnequalImages):
         if wanted is True:
             raise DataError(

@@ -26,6 +26,7 @@ from ddpm_hf.data.loader import to_device
 from ddpm_hf.data.streaming import StreamPosition
 from ddpm_hf.diffusion.schedule import spaced_timesteps
 from ddpm_hf.rng import NOISE_BLOCK_SIZE, numpy_generator
+from ddpm_hf.training.latents import LatentLoader
 from ddpm_hf.training.logging import say
 from ddpm_hf.training.loss import DenoisingLoss, assign_noise, draw_noise, draw_perturbation
 
@@ -212,7 +213,7 @@ class MicroBatch:
     """The inputs of one forward pass on one rank.
 
     Args:
-        x_0: float32 images in [-1, 1], (batch, channels, height, width).
+        x_0: float32 images in [-1, 1] or latents, (batch, channels, height, width).
         noise: float32 noise of the same shape.
         timesteps: int64 (batch,).
         importance: float32 (batch,), importance weights of the losses; None for uniform timesteps.
@@ -256,7 +257,7 @@ class BatchSource:
     def __init__(
         self,
         config: RunConfig,
-        loader: ImageLoader | ImageStream,
+        loader: ImageLoader | LatentLoader | ImageStream,
         *,
         rank: int,
         num_processes: int,
@@ -335,7 +336,7 @@ class BatchSource:
 
     def describe_images(self, step: int) -> str:
         """Return a sentence that names the images of a step on all ranks; empty for a stream."""
-        if not isinstance(self.loader, ImageLoader):
+        if isinstance(self.loader, ImageStream):
             return ""
         size = self._config.training.train_batch_size
         numbers = self.loader.numbers(step * size, (step + 1) * size).tolist()

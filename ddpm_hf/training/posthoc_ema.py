@@ -11,6 +11,7 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +23,9 @@ from safetensors.torch import save_file
 from ddpm_hf.config import ConfigError
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.evaluation.verify import write_verification
-from ddpm_hf.files import EMA_SNAPSHOTS_DIR, RUN_CONFIG, TRAINING_CONFIG, replace_folder, write_json
+from ddpm_hf.files import EMA_SNAPSHOTS_DIR, RUN_CONFIG, TRAINING_CONFIG, VAE_DIR, replace_folder, write_json
 from ddpm_hf.model_folder import CheckpointError, verify_checkpoint
-from ddpm_hf.models import saved_parameters
+from ddpm_hf.models import load_vae, saved_parameters
 from ddpm_hf.training import checkpoint
 from ddpm_hf.training.ema import EMA, MAX_SIGMA_REL, POSTHOC_SIGMA_RELS, combine, gamma_of, posthoc_name
 
@@ -198,8 +199,11 @@ def _pipeline(folder: Path, parameters: dict[str, torch.Tensor]) -> GaussianDiff
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             parameter.copy_(parameters[name])
+    parts: dict[str, Any] = {"unet": unet}
+    if (vae := folder.parents[1] / VAE_DIR).is_dir():
+        parts["vae"] = load_vae("the run", str(vae), None)
     try:
-        pipeline: GaussianDiffusionPipeline = GaussianDiffusionPipeline.from_pretrained(folder, unet=unet)
+        pipeline: GaussianDiffusionPipeline = GaussianDiffusionPipeline.from_pretrained(folder, **parts)
     except Exception as error:  # diffusers raises many types for an index that names something else
         raise ConfigError(f"{folder} is not a pipeline ({' '.join(str(error).split())[:200]}).") from error
     return pipeline

@@ -7,6 +7,7 @@ outputs/digits/
     metrics.jsonl    one line per log interval
     trackers.json    id of the run in its trackers
     previews/        sample grids during training
+    vae/             the autoencoder of a run on latents
     hub/             what is pushed during training; with hub.push_to_hub
     pipeline/        the trained pipeline, for DiffusionPipeline.from_pretrained
     evaluations/     evaluations of earlier pipelines of the run
@@ -49,6 +50,7 @@ from ddpm_hf.files import (
     RUN_CONFIG,
     SCHEDULER_CONFIG,
     TRAINING_SUMMARY,
+    VAE_DIR,
     atomic_write,
     read_json,
     write_text,
@@ -181,6 +183,7 @@ class RunFolder:
         self.pipeline = path / PIPELINE_DIR
         self.evaluations = path / EVALUATIONS_DIR
         self.previews = path / PREVIEWS_DIR
+        self.vae = path / VAE_DIR
         self.hub = path / HUB_DIR
         self._lock: RunLock | None = None
         self._config_text = ""
@@ -273,6 +276,7 @@ def summarize(
     num_processes: int,
     metrics: MetricsLog,
     engine: str,
+    latents: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the content of training_summary.json, which a model card shows.
 
@@ -284,6 +288,7 @@ def summarize(
         num_processes: Number of processes.
         metrics: The log lines of the run.
         engine: Whether the network is compiled, and its memory format.
+        latents: Facts about the latents of a run on latents.
 
     Returns:
         JSON values. The seconds are those of training, without validation, previews and saving.
@@ -305,6 +310,7 @@ def summarize(
             "num_images": len(images) if isinstance(images, Sized) else None,
             "num_classes": unet.config.num_class_embeds and unet.config.num_class_embeds - has_null_label,
         },
+        **({} if latents is None else {"latents": latents}),
         "distillation": summarize_distillation(config.distillation),
         "loss": learned.get("loss"),
         "score": {name: value for name, value in scored.items() if name.startswith("score")} or None,

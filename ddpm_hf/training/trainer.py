@@ -74,7 +74,7 @@ from ddpm_hf.files import (
     write_json,
     write_text,
 )
-from ddpm_hf.model_folder import find_latest
+from ddpm_hf.model_folder import find_latest, name_or_id
 from ddpm_hf.models import (
     PRESETS,
     Pretrained,
@@ -107,6 +107,14 @@ from ddpm_hf.training.checkpoint import Checkpointer, DataState, stored_class_or
 from ddpm_hf.training.distillation import DistillationLoss, load_teacher
 from ddpm_hf.training.ema import EMA, EMA_NAME, decay_schedules, is_snapshot_due
 from ddpm_hf.training.engine import compile_for_training, start_engine, use_channels_last
+from ddpm_hf.training.latents import (
+    Autoencoder,
+    LatentLoader,
+    LatentSet,
+    encode_images,
+    keep_autoencoder,
+    open_autoencoder,
+)
 from ddpm_hf.training.logging import MetricsLog, Progress, Trackers, say
 from ddpm_hf.training.loss import DenoisingLoss
 from ddpm_hf.training.meter import Meter, finite_or_none
@@ -255,16 +263,17 @@ class Trainer:
         self.scheduler = build_scheduler(config.diffusion)  # before the data, which may take hours to decode
         self.trackers = Trackers(config.tracking, self.folder.path)
         distributed.on_rank_0(self.trackers.check)
+        self.autoencoder = open_autoencoder(config, self.folder, self.device)
 
         found = distributed.on_rank_0(lambda: stored_class_order(self.folder.checkpoints))
         class_order: ClassOrder = distributed.broadcast_json(found)
         self.images, self.validation_images = open_splits(
             config, self.accelerator, class_order, train_dataset=train_dataset, eval_dataset=eval_dataset
         )
-        self.loader = build_loader(config, self.images, self.device)
+        self.sample_shape = sample_shape_of(self.images, self.autoencoder)
         self.augmentation: Augmentation | None = None
         if config.data.augmentation > 0:
-            self.augmentation = Augmentation(config.data, self.images.image_shape, training.seed)
+            self.augmentation = Augmentation(config.data, self.sample_shape, training.seed)
         self.class_names = class_names_of(self.images, config)
         has_null_label = config.objective.class_dropout > 0
         null_label = len(self.class_names) if self.class_names and has_null_label else None
@@ -273,7 +282,7 @@ class Trainer:
         value_range = None if self.images.value_range is None else list(self.images.value_range)
         self.unet = build_network(
             config,
-            self.images.image_shape,
+            self.sample_shape,
             self.class_names,
             self.scheduler,
             self.folder.checkpoints,
@@ -284,18 +293,34 @@ class Trainer:
             add_augmentation_embedding(self.unet, self.augmentation.num_parameters)
         self.parameters = list(self.unet.parameters())
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.unet.modules())
+        self.latents, self.validation_latents = encode_splits(
+            config, self.images, self.validation_images, self.autoencoder, self.accelerator
+        )
+        self.loader = build_loader(config, self.latents or self.images, self.device)
         self.pipeline_settings: dict[str, Any] = {
             "class_names": self.class_names,
             "has_null_label": has_null_label,
             "self_conditioned": config.objective.self_conditioning > 0,
             "value_range": value_range,
         }
+        if self.autoencoder is not None:
+            self.pipeline_settings |= {"vae": self.autoencoder.vae}
+            if config.data.vae is None:
+                assert value_range is not None  # config/rules.py requires a range
+                low, high = value_range
+                self.pipeline_settings |= {
+                    "value_range": None,  # that of the latents
+                    "latents_mean": [(low + high) / 2] * self.sample_shape[0],
+                    "latents_std": [(high - low) / 2] * self.sample_shape[0],
+                }
+            elif self.latents is not None:
+                self.pipeline_settings |= {"latents_mean": self.latents.mean, "latents_std": self.latents.std}
         self.ema = EMA(self.unet, decay_schedules(training))
         self.optimizer = build_optimizer(self.parameters, training)
         if config.preview.every_steps:
             preview_sampler(self._pipeline(), config.preview)  # raises its errors before the first step
         self.loss = build_loss(
-            config, self.scheduler, null_label, self.images.image_shape, self.class_names, self.accelerator
+            config, self.scheduler, null_label, self.sample_shape, self.class_names, self.accelerator
         )
         self.timestep_sampler = build_timestep_sampler(config)
 
@@ -467,6 +492,8 @@ class Trainer:
     def _fit(self, watcher: StopWatcher) -> TrainOutput:
         """Collective: resume, train and save the pipeline."""
         self.checkpointer.resume()
+        if self.autoencoder is not None:
+            distributed.on_rank_0(partial(keep_autoencoder, self.autoencoder, self.folder))
         self._is_resumed, self._copied = True, None
         self._prepare()
         first_step, num_steps = self.global_step, self.config.training.num_steps
@@ -527,7 +554,7 @@ class Trainer:
             per_process = self.config.training.train_batch_size // self.accelerator.num_processes
             num_prefetched = (num_steps_ahead + 1) * per_process if num_steps_ahead else 0
             probe = make_memory_probe(
-                self.unet, self.loss, self.images.image_shape, self.accelerator.autocast, num_prefetched
+                self.unet, self.loss, self.sample_shape, self.accelerator.autocast, num_prefetched
             )
         self.micro_batch_size = resolve_micro_batch_size(
             self.config.training, self.micro_batch_size, self._stored_micro_batch_size, probe
@@ -556,7 +583,7 @@ class Trainer:
     def _train_on_zeros(self) -> None:
         """Run the forward and backward pass of a micro batch on zeros, without leaving gradients."""
         size, objective = self.micro_batch_size, self.config.objective
-        x_0 = torch.zeros(size, *self.images.image_shape, device=self.device)
+        x_0 = torch.zeros(size, *self.sample_shape, device=self.device)
         zeros = torch.zeros(size, dtype=torch.int64, device=self.device)
         labels = zeros if self.config.model.class_conditional else None
         parameters = None
@@ -736,7 +763,7 @@ class Trainer:
             loss = validation_loss(
                 self.unet,
                 self.loss,
-                self.validation_images,
+                self.validation_latents or self.validation_images,
                 self.config,
                 rank=self.accelerator.process_index,
                 num_processes=self.accelerator.num_processes,
@@ -858,7 +885,15 @@ class Trainer:
             "best": self.best,
             "class_names": self.class_names,
             "value_range": self.pipeline_settings["value_range"],
+            "latents": self._latents_state(),
         }
+
+    def _latents_state(self) -> dict[str, Any] | None:
+        """Return which autoencoder gives the latents, and their normalization; None for pixels."""
+        if self.autoencoder is None:
+            return None
+        names = ("latents_mean", "latents_std")
+        return {"vae_sha256": self.autoencoder.sha256} | {name: self.pipeline_settings[name] for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -869,6 +904,11 @@ class Trainer:
             types: dict[str, Any] = {"step": int, "kind": str, "value": int | float}
             if best.keys() != types.keys() or not all(isinstance(best[name], types[name]) for name in types):
                 raise ValueError(f"best is {best!r}; it must hold the step, the kind and the value of a score")
+        if self.autoencoder is not None and state["latents"]["vae_sha256"] != self.autoencoder.sha256:
+            raise ConfigError(
+                f"{self.autoencoder.setting} holds other weights than those that the run in {self.folder.path} was "
+                "trained with; restore them, or choose another training.output_dir."
+            )
         self.global_step = state["global_step"]
         self._stored_micro_batch_size = micro_batch_size
         self.best = best
@@ -916,8 +956,22 @@ class Trainer:
             num_processes=distributed.world_size(),
             metrics=self.metrics,
             engine=str(self.engine),
+            latents=self.latents_summary(),
         )
         write_json(folder / TRAINING_SUMMARY, summary)
+
+    def latents_summary(self) -> dict[str, Any] | None:
+        """Return the autoencoder, the shape and the normalization of the latents; None for pixels."""
+        if self.autoencoder is None:
+            return None
+        data, model = self.config.data, self.config.model
+        return {
+            "vae": name_or_id(data.vae or model.vae or ""),
+            "vae_class": type(self.autoencoder.vae).__name__,
+            "vae_sha256": self.autoencoder.sha256,
+            "shape": list(self.sample_shape),
+            "normalization": "value_range" if data.vae is None else data.latent_normalization,
+        }
 
     def _pipeline(self, unet: UNet2DModel | None = None) -> GaussianDiffusionPipeline:
         """Return a pipeline around the network with its current weights, or around another one."""
@@ -987,7 +1041,50 @@ def open_splits(
     return distributed.on_every_rank(lambda: opened or open_both(locations))
 
 
-def build_loader(config: RunConfig, images: ImageSet | ImageStream, device: torch.device) -> ImageLoader | ImageStream:
+def sample_shape_of(images: ImageSet | ImageStream, autoencoder: Autoencoder | None) -> tuple[int, int, int]:
+    """Return channels, height and width of what the network is trained on: images, or their latents.
+
+    Raises:
+        ConfigError: The autoencoder does not fit the data.
+    """
+    shape = images.image_shape
+    if autoencoder is None:
+        return shape
+    if autoencoder.setting == "data.vae":
+        return autoencoder.shape_of_latents(shape)
+    autoencoder.check_latents(shape)
+    return shape
+
+
+def encode_splits(
+    config: RunConfig,
+    images: ImageSet | ImageStream,
+    validation_images: ImageSet,
+    autoencoder: Autoencoder | None,
+    accelerator: Accelerator,
+) -> tuple[LatentSet | None, LatentSet | None]:
+    """Collective: return the latents of the training and the validation set, if the network is trained on latents.
+
+    Raises:
+        ValueError: The images cannot be encoded.
+    """
+    if autoencoder is None or config.data.vae is None:
+        return None, None
+    assert isinstance(images, ImageSet)  # config/rules.py refuses streams
+    encode = partial(
+        encode_images,
+        autoencoder=autoencoder,
+        config=config.data,
+        device=accelerator.device,
+        is_local_main_process=bool(accelerator.is_local_main_process),
+    )
+    training = encode(images)
+    return training, encode(validation_images, training=training) if len(validation_images) else None
+
+
+def build_loader(
+    config: RunConfig, images: ImageSet | LatentSet | ImageStream, device: torch.device
+) -> ImageLoader | LatentLoader | ImageStream:
     """Collective: build the data loader; with data.device_resident the images are moved to the device.
 
     Raises:
@@ -995,6 +1092,8 @@ def build_loader(config: RunConfig, images: ImageSet | ImageStream, device: torc
     """
     if isinstance(images, ImageStream):
         return images
+    if isinstance(images, LatentSet):
+        return distributed.on_every_rank(lambda: LatentLoader(images, config.data, config.training.seed, device))
     return distributed.on_every_rank(lambda: ImageLoader(images, config.data, config.training.seed, device))
 
 
@@ -1178,7 +1277,7 @@ def validation_timesteps(num_images: int, num_train_timesteps: int, seed: int) -
 def validation_loss(
     unet: UNet2DModel,
     loss: DenoisingLoss,
-    images: ImageSet,
+    images: ImageSet | LatentSet,
     config: RunConfig,
     *,
     rank: int,
@@ -1195,7 +1294,7 @@ def validation_loss(
     Args:
         unet: The network with the weights to validate.
         loss: The objective of the run.
-        images: The validation set.
+        images: The validation set, or its latents, which are drawn by fixed noise.
         config: The configuration of the run.
         rank: Index of this process.
         num_processes: Number of processes.
@@ -1213,8 +1312,11 @@ def validation_loss(
         for start in range(0, num_pairs, batch_size):
             draws, positions = np.divmod(np.arange(start, min(start + batch_size, num_pairs)), stop - first)
             positions += first
-            pixels, labels = images.take(positions)
-            x_0 = normalize(to_device(pixels, unet.device), value_range=images.value_range)
+            if isinstance(images, LatentSet):
+                x_0, labels = images.validation_samples(positions, seed, unet.device)
+            else:
+                pixels, labels = images.take(positions)
+                x_0 = normalize(to_device(pixels, unet.device), value_range=images.value_range)
             class_labels = to_device(labels, unet.device) if with_labels and labels is not None else None
             noise = normal_by_pair(seed, "validation_noise", draws, positions, x_0.shape[1:], unet.device)
             losses.append(loss(unet, x_0, noise, to_device(timesteps[draws, positions], unet.device), class_labels))
@@ -1381,13 +1483,20 @@ def describe(trainer: Trainer) -> str:
     return "\n".join(
         [
             f"{num_parameters:,} parameters, {describe_sets(trainer.images, trainer.validation_images)}",
+            *([] if trainer.autoencoder is None else [_describe_latents(trainer)]),
             steps,
             f"{trainer.device.type} x {num_processes}, {precision}{engine}, batch {batch} = {num_processes} x {micro}",
             f"{written}{trainer.folder.path}",
-            *(f"warning: {sentence}" for sentence in overlooked_settings(config, trainer.images.image_shape)),
+            *(f"warning: {sentence}" for sentence in overlooked_settings(config, trainer.sample_shape)),
             *(["warning: " + _BF16_ADVICE] if is_fp32_by_default and supports_bf16 else []),
         ]
     )
+
+
+def _describe_latents(trainer: Trainer) -> str:
+    facts = trainer.latents_summary()
+    assert facts is not None
+    return f"latents of {'x'.join(map(str, facts['shape']))}, {facts['vae_class']} {facts['vae']}"
 
 
 _BF16_ADVICE = (

@@ -35,6 +35,8 @@ def test_the_network_of_every_recipe_fits_its_images(recipe: Path) -> None:
     assert (size is None) == (recipe.stem in DATA), "add the shape of the dataset to DATA"
     shape, num_classes = DATA[recipe.stem] if size is None else ((config.data.num_channels or 3, size, size), 0)
     assert config.data.num_channels == shape[0]
+    if config.data.vae is not None:  # that of Stable Diffusion
+        shape = 4, size // 8, size // 8
     num_embeds = num_classes + (config.objective.class_dropout > 0) if config.model.class_conditional else None
     with torch.device("meta"):
         unet = build_unet(config.model, shape, num_embeds)

@@ -447,7 +447,7 @@ def test_a_waiting_process_logs_what_it_waits_for(
     monkeypatch.setattr(cache, "_WAIT_SECONDS_BEFORE_WARNING", 0.1)
     monkeypatch.setattr(cache.logger, "warning", lambda text, *_: (logged.append(text), builder.resume()))
     open_source(many_images, cache_dir)
-    assert logged == ["Waiting for another process that is decoding the same images into %s."]
+    assert logged == ["Waiting for another process that is preparing the same images in %s."]
     builder.join()
 
 
