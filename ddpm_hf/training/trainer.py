@@ -59,7 +59,6 @@ from ddpm_hf.data import (
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.compiled import full_batches, uncompile
-from ddpm_hf.diffusion.images import image_size
 from ddpm_hf.diffusion.schedule import BETA_RANGES, SMALLEST_ALPHA_BAR
 from ddpm_hf.distributed import StopWatcher, TrainingStopped
 from ddpm_hf.evaluation.generate import Sampler, default_sampling
@@ -1352,10 +1351,7 @@ def save_preview(
     scheduler: GaussianDiffusionScheduler,
     config: PreviewConfig,
     seed: int,
-    class_names: dict[str, str] | None,
-    has_null_label: bool,
-    self_conditioned: bool = False,
-    value_range: list[float] | None = None,
+    **settings: Any,
 ) -> bool:
     """Collective: sample one grid of images, a part on each rank, and write it as PNG on rank 0.
 
@@ -1368,23 +1364,13 @@ def save_preview(
         scheduler: The scheduler of the run; its timesteps are not changed.
         config: Number of images and sampling settings.
         seed: Seed of the run; image i is sampled from (seed, i).
-        class_names: Class index -> name, which the images cycle through; None without classes.
-        has_null_label: Whether the network was trained with label dropout.
-        self_conditioned: Whether the network is self-conditioned.
-        value_range: Of the pipeline; pictures do not depend on it.
+        **settings: Settings of `GaussianDiffusionPipeline`; the images cycle through its classes.
 
     Returns:
         Whether this rank has written the file.
     """
     sampler = GaussianDiffusionScheduler.from_config(scheduler.config)
-    pipeline = GaussianDiffusionPipeline(
-        unet,
-        sampler,
-        class_names=class_names,
-        has_null_label=has_null_label,
-        self_conditioned=self_conditioned,
-        value_range=value_range,
-    )
+    pipeline = GaussianDiffusionPipeline(unet, sampler, **settings)
     images = _sample_preview(pipeline, config, seed)
     if distributed.rank() != 0:
         return False
@@ -1393,7 +1379,8 @@ def save_preview(
         return False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        num_columns = len(class_names) if class_names and len(class_names) <= config.num_images else None
+        num_classes = len(settings.get("class_names") or ())
+        num_columns = num_classes if num_classes <= config.num_images else 0
         image_grid(images, num_columns or round(config.num_images**0.5)).save(path)
         return True
     except OSError as error:
@@ -1427,7 +1414,8 @@ def _sample_preview(pipeline: GaussianDiffusionPipeline, config: PreviewConfig, 
     pipeline = sampler.prepare(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     unet = pipeline.unet
-    images = np.zeros((config.num_images, *image_size(unet), pipeline.num_channels), np.uint8)
+    channels, height, width = pipeline.image_shape
+    images = np.zeros((config.num_images, height, width, channels), np.uint8)
     was_training = unet.training
     unet.eval()
     try:

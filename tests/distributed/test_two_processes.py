@@ -18,7 +18,7 @@ from ddpm_hf.cli.main import train
 from ddpm_hf.config import TrainingConfig
 from ddpm_hf.training.checkpoint import find_latest
 from ddpm_hf.training.optim import learning_rate_at
-from tests.conftest import run_arguments, tiny_unet
+from tests.conftest import run_arguments, tiny_unet, tiny_vae
 from tests.distributed import worker
 from tests.distributed.ranks import two_ranks
 from tests.runs import assert_same_run, loss_columns, metrics_of, tensors_of
@@ -57,6 +57,7 @@ def printed(few_images: Path, begun_alone: list[str], tiny_pipeline: Path) -> st
     tiny_unet(None).save_pretrained(folder / "unconditional")
     tiny_unet(10).save_pretrained(folder / "conditional")
     shutil.copytree(tiny_pipeline, folder / "teacher")
+    tiny_vae().save_pretrained(folder / "vae")
     with two_ranks(folder, worker.main, folder) as ranks:
         for rank in ranks:
             rank.join()
@@ -282,6 +283,16 @@ def test_a_student_learns_the_same_from_a_teacher_that_only_rank_0_can_read(fold
     worker.train(folder / "student_alone", worker.STUDENT | {"distillation__teacher": folder / "teacher"})
     alone, together = (loss_columns(folder / name) for name in ("student_alone", "student"))
     np.testing.assert_allclose(together, alone, rtol=1e-4)
+
+
+def test_two_processes_encode_the_latents_of_one_bit_by_bit(folder: Path) -> None:
+    """Each encodes half of the batches, and rank 0 alone can read the autoencoder."""
+    alone = worker.encode(folder / "encoding_alone", folder / "vae")
+    first, second = reports_of(folder, "encoding")
+    assert (alone["num_batches"], first["num_batches"], second["num_batches"]) == (29, 15, 14)
+    assert first["moments"] == second["moments"] == alone["moments"]
+    losses = [loss_columns(folder / name) for name in ("encoding_alone", "encoding")]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------- previews

@@ -32,7 +32,7 @@ from ddpm_hf.config import (
     parse_command_line,
 )
 from ddpm_hf.data import ImageSet
-from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler, latents
 from ddpm_hf.distributed import ProcessesDiffer, TrainingStopped
 from ddpm_hf.evaluation.likelihood import ReverseProcess, estimate_second_moments, variational_bound
 from ddpm_hf.evaluation.report import SmallSampleScorer
@@ -66,6 +66,7 @@ STUDENT: dict[str, object] = {
     "distillation__num_inference_steps": 4,
     "diffusion__clip_sample": False,
 }
+LATENTS: dict[str, object] = {"training__num_steps": 2, "diffusion__clip_sample": False}
 Fault = Callable[[Trainer], None]
 Report = dict[str, Any]
 
@@ -315,7 +316,7 @@ def agreement(folder: Path) -> Report:
 def draw(path: Path, network: UNet2DModel) -> bool:
     """Save a preview of 20 images."""
     config = PreviewConfig(num_images=20, num_inference_steps=2, eta=1.0)
-    return save_preview(path, network, GaussianDiffusionScheduler(), config, 0, None, has_null_label=False)
+    return save_preview(path, network, GaussianDiffusionScheduler(), config, 0)
 
 
 def preview(folder: Path) -> Report:
@@ -366,6 +367,31 @@ def student(folder: Path) -> Report:
     teacher = folder.parent / "teacher" if distributed.rank() == 0 else "/a/disk/that/only/rank/0/has"
     train(folder, STUDENT | {"distillation__teacher": teacher})
     return {}
+
+
+def encode(folder: Path, vae: Path | str) -> Report:
+    """Train on latents of 1,797 digits, which are encoded in 29 batches; report those of this rank and all moments."""
+    sizes: list[int] = []
+
+    def counted(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(len(images))
+        return encode_moments(vae, images)
+
+    encode_moments = latents.encode_moments
+    latents.encode_moments = counted
+    try:
+        trainer, _ = train(
+            folder, LATENTS | {"data__vae": vae, "data__cache_dir": folder.parent / f"{folder.name}_cache"}
+        )
+    finally:
+        latents.encode_moments = encode_moments
+    assert trainer.latents is not None
+    return {"num_batches": len(sizes), "moments": digest(torch.from_numpy(np.array(trainer.latents.moments)))}
+
+
+def encoding(folder: Path) -> Report:
+    """An autoencoder that only rank 0 can read."""
+    return encode(folder, folder.parent / "vae" if distributed.rank() == 0 else "/a/disk/that/only/rank/0/has")
 
 
 def background(folder: Path) -> Report:
@@ -445,6 +471,7 @@ SCENARIOS = (
     score,
     other_optimizer,
     student,
+    encoding,
     background,
     callbacks,
 )

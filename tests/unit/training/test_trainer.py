@@ -267,7 +267,7 @@ def preview_unet(sample_size: int | tuple[int, int] = 8) -> UNet2DModel:
 
 def preview(path: Path, unet: UNet2DModel, *, seed: int = 0) -> Path:
     config = PreviewConfig(num_images=6, num_inference_steps=2)
-    is_written = save_preview(path, unet, GaussianDiffusionScheduler(), config, seed, NAMES, has_null_label=False)
+    is_written = save_preview(path, unet, GaussianDiffusionScheduler(), config, seed, class_names=NAMES)
     assert is_written == path.exists()
     return path
 
@@ -293,7 +293,7 @@ def test_a_preview_has_one_column_per_class_in_the_shape_of_the_images(tmp_path:
 
 def test_a_preview_of_an_unconditional_network_is_about_square(tmp_path: Path) -> None:
     config = PreviewConfig(num_images=9, num_inference_steps=1)
-    assert save_preview(tmp_path / "grid.png", tiny_unet(), GaussianDiffusionScheduler(), config, 0, None, False)
+    assert save_preview(tmp_path / "grid.png", tiny_unet(), GaussianDiffusionScheduler(), config, 0)
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size[0] == grid.size[1]
 
@@ -337,7 +337,7 @@ def test_a_preview_on_a_full_disk_is_a_warning(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / "grid.png").symlink_to("/dev/full")
     config = PreviewConfig(num_images=2, num_inference_steps=1)
     assert not save_preview(
-        tmp_path / "grid.png", preview_unet(), GaussianDiffusionScheduler(), config, 0, NAMES, False
+        tmp_path / "grid.png", preview_unet(), GaussianDiffusionScheduler(), config, 0, class_names=NAMES
     )
     assert "No space left on device" in caplog.text
 
