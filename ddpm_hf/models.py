@@ -398,18 +398,18 @@ def pipeline_folder(model: ModelFolder) -> Iterator[Path]:
 
 
 def vae_folder(model: ModelFolder) -> Path | None:
-    """Return the autoencoder in the run of a checkpoint; None for a network on pixels.
+    """Return the VAE in the run of a checkpoint; None for a network on pixels.
 
     Raises:
-        ConfigError: The checkpoint is of latents, but the run has no autoencoder.
+        ConfigError: The checkpoint is of latents, but the run has no VAE.
     """
     if read_json(model.path / TRAINER_STATE).get("latents") is None:
         return None
     folder = None if model.run is None else model.run / VAE_DIR
     if folder is None or not (folder / MODEL_CONFIG).is_file():
         raise ConfigError(
-            f"{model.path} samples latents, and the autoencoder that decodes them is not beside it; keep it in its "
-            f"run, whose folder {VAE_DIR}/ has the autoencoder."
+            f"{model.path} samples latents, and the VAE that decodes them is not beside it; keep it in its "
+            f"run, whose folder {VAE_DIR}/ has the VAE."
         )
     return folder
 
@@ -850,7 +850,7 @@ def _read_scheduler(folder: Path, name: str) -> GaussianDiffusionScheduler | Non
     return None
 
 
-# ------------------------------------------------------------------------------------------------------- autoencoders
+# --------------------------------------------------------------------------------------------------------------- VAEs
 
 _AUTOENCODERS: dict[str, type[ModelMixin]] = {
     "AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny, "VQModel": VQModel
@@ -859,15 +859,15 @@ _AUTOENCODER_FOLDERS = ("", f"{VAE_DIR}/", "vqvae/")
 
 
 def load_vae(setting: str, source: str, revision: str | None) -> ModelMixin:
-    """Load the autoencoder of data.vae or model.vae, whose weights must be safetensors.
+    """Load the VAE of data.vae or model.vae, whose weights must be safetensors.
 
     Args:
         setting: Name of the setting, for messages.
-        source: An autoencoder or a pipeline with one: a folder, which may be a run on latents, or a Hub repository.
+        source: A VAE or a pipeline with one: a folder, which may be a run on latents, or a Hub repository.
         revision: Branch, tag or commit of the repository.
 
     Returns:
-        The autoencoder in float32, in evaluation mode and without gradients, on the CPU.
+        The VAE in float32, in evaluation mode and without gradients, on the CPU.
 
     Raises:
         ConfigError: There is none, or it cannot be read.
@@ -876,7 +876,7 @@ def load_vae(setting: str, source: str, revision: str | None) -> ModelMixin:
     if folder.is_dir() and revision is not None:
         raise ConfigError(f"data.vae_revision {revision} applies to the Hub, but {source} is a local path; remove it.")
     if folder.is_file():
-        raise ConfigError(f"{name} is a file; give the folder of an autoencoder in the format of diffusers.")
+        raise ConfigError(f"{name} is a file; give the folder of a VAE in the format of diffusers.")
     if not folder.is_dir():
         weights = ("diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*.safetensors")
         files = [f"{part}{file}" for part in _AUTOENCODER_FOLDERS for file in (MODEL_CONFIG, *weights)]
@@ -906,7 +906,7 @@ def load_vae(setting: str, source: str, revision: str | None) -> ModelMixin:
 
 
 def build_vae(kind: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None) -> ModelMixin:
-    """Build an autoencoder in evaluation mode and without gradients.
+    """Build a VAE in evaluation mode and without gradients.
 
     Args:
         kind: Name of its class.
@@ -922,13 +922,13 @@ def build_vae(kind: str, config: Mapping[str, Any], weights: Mapping[str, torch.
 
 
 def vae_config(vae: ModelMixin) -> dict[str, Any]:
-    """Return the arguments that an autoencoder was built with, without the notes of diffusers, such as its path."""
+    """Return the arguments that a VAE was built with, without the notes of diffusers, such as its path."""
     names = inspect.signature(type(vae).__init__).parameters
     return {name: value for name, value in vae.config.items() if name in names}
 
 
 def vae_sha256(vae: ModelMixin) -> str:
-    """Return a digest of the weights and the configuration of an autoencoder on the CPU."""
+    """Return a digest of the weights and the configuration of a VAE on the CPU."""
     config = json.dumps(vae_config(vae), sort_keys=True)
     digest = hashlib.sha256(f"{type(vae).__name__} {config}".encode())
     for name, tensor in sorted(vae.state_dict().items()):

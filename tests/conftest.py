@@ -225,7 +225,7 @@ def tiny_unet(
 
 
 def tiny_vae(kind: str = "AutoencoderKL", num_channels: int = 1, seed: int = 0) -> "ModelMixin":
-    """Return an untrained autoencoder that divides images by 2, with latents of 2 channels (3 of a VQModel)."""
+    """Return an untrained VAE that divides images by 2, with latents of 2 channels (3 of a VQModel)."""
     from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
     torch.manual_seed(seed)

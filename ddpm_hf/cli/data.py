@@ -19,11 +19,20 @@ def data(arguments: Sequence[str]) -> int:
     summary = summarize(
         config.data, with_labels=config.model.class_conditional, seed=config.training.seed, num_samples=NUM_SAMPLES
     )
-    print("\n".join(summary.lines))
+    lines, problem = summary.lines, summary.problem
+    if config.data.vae is not None or config.model.vae is not None:
+        from ddpm_hf.training.latents import describe_latents
+
+        _, height, width, channels = summary.samples.shape
+        try:
+            lines = [*lines, f"{'latents':<10}{describe_latents(config, (channels, height, width))}"]
+        except ConfigError as error:
+            problem = problem or str(error)
+    print("\n".join(lines))
     image_grid(summary.samples, NUM_COLUMNS).save(picture)
     print(f"{'picture':<10}the first {len(summary.samples)} samples of a run are in {picture}")
-    if summary.problem is not None:
-        raise DataError(summary.problem)
+    if problem is not None:
+        raise DataError(problem)
     return 0
 
 

@@ -246,6 +246,8 @@ def load_data_config(arguments: Sequence[str], prog: str = "ddpm-hf data") -> tu
                 f"data.source is {config.data.source}, but SOURCE {namespace.source} is also given; give one of them."
             )
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=namespace.source))
+    if config.data.vae is not None:  # which needs a sampler that does not clip
+        config = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, clip_sample=False))
     validate(config)
     return config, Path(namespace.picture)
 

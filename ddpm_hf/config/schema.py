@@ -146,11 +146,11 @@ class DataConfig:
         value_range: [low, high], the values that become -1 and 1, of floating-point, signed and 32-bit data, and of
             integers that do not use the range of their type; values outside are clipped. "auto" takes the smallest and
             the largest value of split. null takes 0 and 255, or 0 and 65535 for 16 bits. Saved with the pipeline.
-        vae: Autoencoder whose latents the network is trained on: AutoencoderKL, AutoencoderTiny or VQModel, a folder or
+        vae: VAE whose latents the network is trained on: AutoencoderKL, AutoencoderTiny or VQModel, a folder or
             Hub repository of one or of a pipeline (`vae/`, `vqvae/`). Every image is encoded once, and samples are
             decoded. null trains on pixels.
         vae_revision: Branch, tag or commit of the Hub repository in vae or model.vae.
-        latent_normalization: "scaling_factor" (that of the autoencoder), or "measured" (mean 0 and standard deviation 1
+        latent_normalization: "scaling_factor" (that of the VAE), or "measured" (mean 0 and standard deviation 1
             in each channel, over the images of split).
         background: Color behind transparent pixels when num_channels has no alpha channel; null refuses such images.
         on_bad_image: Stop at an unreadable image, or replace it by the next readable one and count it.
@@ -206,7 +206,7 @@ class ModelConfig:
         from_pretrained: Run, checkpoint (its EMA), pipeline or UNet2DModel to fine-tune, a folder or Hub repository;
             weights and EMA start from it.
         revision: Branch, tag or commit of the Hub repository in config_file or from_pretrained.
-        vae: Autoencoder that decodes the samples, a folder or Hub repository as in data.vae, if data.source has latents
+        vae: VAE that decodes the samples, a folder or Hub repository as in data.vae, if data.source has latents
             in data.value_range instead of images.
         overrides: UNet2DModel settings that replace those of the preset, config_file or from_pretrained, for example
             {dropout: 0.1}.

@@ -143,7 +143,7 @@ def _facts_of_cache(source: Source, config: DataConfig, images: ImageSet) -> Ite
     if len(bad) > _MAX_LISTED:
         yield "", f"and {len(bad) - _MAX_LISTED:,} more"
     yield "pixels", _values(images, config)
-    yield "network", f"sees {'x'.join(map(str, images.image_shape))} (channels, height, width)"
+    yield _shape(images, config)
     yield "cache", f"{format_bytes(sum(meta['files'].values()))} in {folder}"
 
 
@@ -157,8 +157,14 @@ def _facts_of_array(images: ImageSet, config: DataConfig) -> list[tuple[str, str
         ("sizes", f"all {width}x{height}"),
         ("modes", f"{images.images.dtype} with {channels} channels"),
         ("pixels", _values(images, config)),
-        ("network", f"sees {'x'.join(map(str, images.image_shape))} (channels, height, width)"),
+        _shape(images, config),
     ]
+
+
+def _shape(images: ImageSet, config: DataConfig) -> tuple[str, str]:
+    """Return what sees the images: the network, or the VAE of data.vae."""
+    shape = "x".join(map(str, images.image_shape))
+    return "network" if config.vae is None else "encoder", f"sees {shape} (channels, height, width)"
 
 
 def _values(images: ImageSet, config: DataConfig) -> str:

@@ -1,7 +1,7 @@
 """The latents of a run's images: encoded once by all processes, sampled again in every epoch.
 
-An autoencoder gives each image the mean and the standard deviation of its latent. They are cached beside the decoded
-images, in a folder named by a key of the images and the autoencoder:
+A VAE gives each image the mean and the standard deviation of its latent. They are cached beside the decoded
+images, in a folder named by a key of the images and the VAE:
 
     moments.bin   float32 (images, 1 or 2 with flipped ones, 1 or 2 with deviations, channels, height, width)
     meta.json     shape, mean and standard deviation of each channel, size of the file
@@ -47,7 +47,7 @@ _MOMENTS = "moments.bin"
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """The autoencoder of a run, the same on all ranks.
+    """The VAE of a run, the same on all ranks.
 
     Args:
         vae: The network: frozen, float32.
@@ -61,18 +61,23 @@ class Autoencoder:
     sha256: str
     is_kept: bool
 
-    def shape_of_latents(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Return channels, height and width of the latents of images of a shape.
+    def shape_of_samples(self, data_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Return channels, height and width of the latents of images, or of data that are latents.
 
         Raises:
-            ConfigError: Such images cannot be encoded.
+            ConfigError: The VAE does not encode such images, or decode such latents.
         """
-        channels, height, width = image_shape
-        if (needed := self.vae.config["in_channels"]) != channels:
+        channels, height, width = data_shape
+        does, what, needed = "encodes", "images", int(self.vae.config["in_channels"])
+        if self.setting == "model.vae":
+            does, what, needed = "decodes", "latents", latents.latent_channels(self.vae)
+        if needed != channels:
             raise ConfigError(
-                f"{self.setting} encodes images of {needed} channels, but those of this run have {channels}; set "
-                f"data.num_channels to {needed}, or choose another autoencoder."
+                f"{self.setting} {does} {what} of {needed} channels, but those of this run have {channels}; set "
+                f"data.num_channels to {needed}, or choose another VAE."
             )
+        if self.setting == "model.vae":
+            return data_shape
         factor = latents.downsampling_factor(self.vae)
         if height % factor or width % factor:
             raise ConfigError(
@@ -81,17 +86,23 @@ class Autoencoder:
             )
         return latents.latent_channels(self.vae), height // factor, width // factor
 
-    def check_latents(self, shape: tuple[int, int, int]) -> None:
-        """Raise ConfigError if latents of a shape, given as data, cannot be decoded."""
-        if (needed := latents.latent_channels(self.vae)) != shape[0]:
-            raise ConfigError(
-                f"{self.setting} decodes latents of {needed} channels, but those of this run have {shape[0]}; set "
-                f"data.num_channels to {needed} if the data have as many, or choose another autoencoder."
-            )
+
+def describe_latents(config: RunConfig, image_shape: tuple[int, int, int]) -> str:
+    """Return what the network sees of data with data.vae or model.vae.
+
+    Raises:
+        ConfigError: The VAE cannot be loaded, or does not fit the data.
+    """
+    autoencoder = open_autoencoder(config, None, torch.device("cpu"))
+    assert autoencoder is not None
+    shape = "x".join(map(str, autoencoder.shape_of_samples(image_shape)))
+    encoded = "encoded when training starts" if config.data.vae is not None else "as given"
+    kind, source = type(autoencoder.vae).__name__, config.data.vae or config.model.vae
+    return f"{shape} of the {kind} {source}, {encoded}"
 
 
-def open_autoencoder(config: RunConfig, folder: RunFolder, device: torch.device) -> Autoencoder | None:
-    """Collective: load the autoencoder of data.vae or model.vae; rank 0 alone reads files and the Hub.
+def open_autoencoder(config: RunConfig, folder: RunFolder | None, device: torch.device) -> Autoencoder | None:
+    """Collective: load the VAE of data.vae or model.vae; rank 0 alone reads files and the Hub.
 
     A run that is continued uses the copy in its folder.
 
@@ -104,8 +115,8 @@ def open_autoencoder(config: RunConfig, folder: RunFolder, device: torch.device)
     setting: Literal["data.vae", "model.vae"] = "data.vae" if config.data.vae else "model.vae"
 
     def read() -> tuple[ModelMixin, bool]:
-        is_kept = find_latest(folder.checkpoints)[0] is not None and (folder.vae / MODEL_CONFIG).is_file()
-        if is_kept:
+        has_run = folder is not None and find_latest(folder.checkpoints)[0] is not None
+        if folder is not None and has_run and (folder.vae / MODEL_CONFIG).is_file():
             return load_vae(setting, str(folder.vae), None), True
         return load_vae(setting, source, config.data.vae_revision), False
 
@@ -121,7 +132,7 @@ def open_autoencoder(config: RunConfig, folder: RunFolder, device: torch.device)
 
 
 def keep_autoencoder(autoencoder: Autoencoder, folder: RunFolder) -> None:
-    """Write the autoencoder into the run folder, unless it is from there."""
+    """Write the VAE into the run folder, unless it is from there."""
     if not autoencoder.is_kept:
         replace_folder(folder.vae, autoencoder.vae.save_pretrained)
 
@@ -135,8 +146,8 @@ class LatentSet:
         moments: float32 (rows, 1 or 2 with flipped images, 1 or 2 with deviations, channels, height, width), usually
             memory-mapped.
         autoencoder: Has encoded them.
-        mean: What becomes 0 in each channel; None takes that of the autoencoder.
-        std: What becomes 1 in each channel; None takes that of the autoencoder.
+        mean: What becomes 0 in each channel; None takes that of the VAE.
+        std: What becomes 1 in each channel; None takes that of the VAE.
     """
 
     images: ImageSet
@@ -156,12 +167,12 @@ class LatentSet:
 
     @property
     def are_random(self) -> bool:
-        """Whether the autoencoder gives a distribution of latents."""
+        """Whether the VAE gives a distribution of latents."""
         return bool(self.moments.shape[2] == 2)
 
     @cached_property
     def statistics(self) -> latents.Statistics:
-        """What becomes 0 and 1 in each channel, on the device of the autoencoder."""
+        """What becomes 0 and 1 in each channel, on the device of the VAE."""
         vae = self.autoencoder.vae
         mean, std = latents.statistics(vae, self.mean, self.std)
         return mean.to(vae.device), std.to(vae.device)
@@ -261,7 +272,7 @@ def encode_images(
         images: All images of a split, or a part of them.
         autoencoder: Encodes them.
         config: Flips, the normalization, and the folder of the cache.
-        device: Device of the autoencoder.
+        device: Device of the VAE.
         is_local_main_process: Whether this process writes the cache of its machine.
         training: The training set, of which a validation set has the normalization.
 
@@ -293,7 +304,7 @@ def encode_images(
 
 
 def _cache_key(images: ImageSet, autoencoder: Autoencoder, config: DataConfig) -> str:
-    """Return the name of a cache: a digest of pixels, autoencoder and flips."""
+    """Return the name of a cache: a digest of pixels, VAE and flips."""
     pixels = Path((images.location or {}).get("cache", "")).name  # covers how they were decoded
     key = [_VERSION, images.digest, pixels, images.image_shape, images.value_range, autoencoder.sha256]
     return hashlib.sha256(json.dumps([*key, config.random_flip]).encode()).hexdigest()[:32]
@@ -329,7 +340,7 @@ def _encode(
         images: The images.
         autoencoder: Encodes them.
         config: Flips.
-        device: Device of the autoencoder.
+        device: Device of the VAE.
         folder: The cache, on the ranks that write it.
     """
     rank, num_processes = distributed.rank(), distributed.world_size()
@@ -337,7 +348,7 @@ def _encode(
     assert isinstance(stored, np.ndarray)  # config/rules.py refuses random crops
     flips = [False, True] if config.random_flip else [False]
     num_kinds = 2 if isinstance(vae, AutoencoderKL) else 1
-    shape = (len(stored), len(flips), num_kinds, *autoencoder.shape_of_latents(images.image_shape))
+    shape = (len(stored), len(flips), num_kinds, *autoencoder.shape_of_samples(images.image_shape))
     _, height, width = images.image_shape
     size = min(max(latents.MAX_PIXELS // (height * width), 1), _MAX_BATCH_SIZE)
 
@@ -434,12 +445,12 @@ def _checked(meta: dict[str, Any] | None, folder: Path, setting: str) -> dict[st
     for channel, std in enumerate(meta["std"]):
         if not 0 < std < math.inf:
             is_constant = "constant" if std == 0 else "not finite"
-            raise DataError(f"the latents of {setting} are {is_constant} in channel {channel}; check the autoencoder.")
+            raise DataError(f"the latents of {setting} are {is_constant} in channel {channel}; check the VAE.")
     return meta
 
 
 def _warn_of_scale(found: LatentSet, meta: dict[str, Any]) -> None:
-    """Warn if latents are of another scale than diffusion expects, as those of an autoencoder that nobody scaled."""
+    """Warn if latents are of another scale than diffusion expects, as those of a VAE that nobody scaled."""
     zero, one = (values.flatten().double().cpu().numpy() for values in found.statistics)
     mean_squares = (np.square(meta["std"]) + np.square(meta["mean"] - zero)) / one**2
     deviation = math.sqrt(mean_squares.mean())

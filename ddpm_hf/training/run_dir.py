@@ -7,7 +7,7 @@ outputs/digits/
     metrics.jsonl    one line per log interval
     trackers.json    id of the run in its trackers
     previews/        sample grids during training
-    vae/             the autoencoder of a run on latents
+    vae/             the VAE of a run on latents
     hub/             what is pushed during training; with hub.push_to_hub
     pipeline/        the trained pipeline, for DiffusionPipeline.from_pretrained
     evaluations/     evaluations of earlier pipelines of the run

@@ -269,7 +269,10 @@ class Trainer:
         self.images, self.validation_images = open_splits(
             config, self.accelerator, class_order, train_dataset=train_dataset, eval_dataset=eval_dataset
         )
-        self.sample_shape = sample_shape_of(self.images, self.autoencoder)
+        # Of what the network is trained on: images, or their latents.
+        self.sample_shape = self.images.image_shape
+        if self.autoencoder is not None:
+            self.sample_shape = self.autoencoder.shape_of_samples(self.images.image_shape)
         self.augmentation: Augmentation | None = None
         if config.data.augmentation > 0:
             self.augmentation = Augmentation(config.data, self.sample_shape, training.seed)
@@ -888,7 +891,7 @@ class Trainer:
         }
 
     def _latents_state(self) -> dict[str, Any] | None:
-        """Return which autoencoder gives the latents, and their normalization; None for pixels."""
+        """Return which VAE gives the latents, and their normalization; None for pixels."""
         if self.autoencoder is None:
             return None
         names = ("latents_mean", "latents_std")
@@ -960,7 +963,7 @@ class Trainer:
         write_json(folder / TRAINING_SUMMARY, summary)
 
     def latents_summary(self) -> dict[str, Any] | None:
-        """Return the autoencoder, the shape and the normalization of the latents; None for pixels."""
+        """Return the VAE, the shape and the normalization of the latents; None for pixels."""
         if self.autoencoder is None:
             return None
         data, model = self.config.data, self.config.model
@@ -1038,21 +1041,6 @@ def open_splits(
     opened = distributed.on_rank_0(open_both)
     locations = distributed.broadcast_json(opened and locations_of(*opened))
     return distributed.on_every_rank(lambda: opened or open_both(locations))
-
-
-def sample_shape_of(images: ImageSet | ImageStream, autoencoder: Autoencoder | None) -> tuple[int, int, int]:
-    """Return channels, height and width of what the network is trained on: images, or their latents.
-
-    Raises:
-        ConfigError: The autoencoder does not fit the data.
-    """
-    shape = images.image_shape
-    if autoencoder is None:
-        return shape
-    if autoencoder.setting == "data.vae":
-        return autoencoder.shape_of_latents(shape)
-    autoencoder.check_latents(shape)
-    return shape
 
 
 def encode_splits(

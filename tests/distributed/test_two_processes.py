@@ -286,7 +286,7 @@ def test_a_student_learns_the_same_from_a_teacher_that_only_rank_0_can_read(fold
 
 
 def test_two_processes_encode_the_latents_of_one_bit_by_bit(folder: Path) -> None:
-    """Each encodes half of the batches, and rank 0 alone can read the autoencoder."""
+    """Each encodes half of the batches, and rank 0 alone can read the VAE."""
     alone = worker.encode(folder / "encoding_alone", folder / "vae")
     first, second = reports_of(folder, "encoding")
     assert (alone["num_batches"], first["num_batches"], second["num_batches"]) == (29, 15, 14)

@@ -390,7 +390,7 @@ def encode(folder: Path, vae: Path | str) -> Report:
 
 
 def encoding(folder: Path) -> Report:
-    """An autoencoder that only rank 0 can read."""
+    """A VAE that only rank 0 can read."""
     return encode(folder, folder.parent / "vae" if distributed.rank() == 0 else "/a/disk/that/only/rank/0/has")
 
 

@@ -1,4 +1,4 @@
-"""Training on latents: what is encoded, what the network sees, and what a run keeps of its autoencoder."""
+"""Training on latents: what is encoded, what the network sees, and what a run keeps of its VAE."""
 
 import logging
 import shutil
@@ -30,7 +30,7 @@ NUM_IMAGES = 20
 
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    """Random gray images and the latents of a tiny autoencoder, flipped and measured."""
+    """Random gray images and the latents of a tiny VAE, flipped and measured."""
     pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "images.npy", pixels)
     tiny_vae().save_pretrained(tmp_path / "vae")
@@ -99,7 +99,7 @@ def test_latents_without_a_deviation_are_the_same_in_every_epoch(data: DataConfi
 def test_images_are_encoded_once_for_each_autoencoder(
     data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder with the same weights is the same autoencoder."""
+    """A folder with the same weights is the same VAE."""
     num_encoded = 0
 
     def counted(vae: Any, images: torch.Tensor) -> Any:
@@ -208,7 +208,7 @@ LATENTS: dict[str, object] = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on latents, whose autoencoder was moved away after its first start."""
+    """A finished run on latents, whose VAE was moved away after its first start."""
     folder = tmp_path_factory.mktemp("latents")
     tiny_vae().save_pretrained(folder / "vae")
     assert train(run_arguments(folder / "run", data__vae=folder / "vae", **LATENTS)) == 0
@@ -256,7 +256,7 @@ def test_a_checkpoint_decodes_with_the_autoencoder_of_its_run(run: Path, tmp_pat
     assert (tmp_path / "ema" / "vae").is_dir()
     np.testing.assert_array_equal(*images)
     shutil.copytree(run / "checkpoints" / "step_00000006", tmp_path / "step_00000006")
-    with pytest.raises(ValueError, match="autoencoder that decodes them is not beside it"):
+    with pytest.raises(ValueError, match="VAE that decodes them is not beside it"):
         GaussianDiffusionPipeline.from_pretrained(tmp_path / "step_00000006")
 
 
