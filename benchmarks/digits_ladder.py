@@ -5,7 +5,8 @@ the loops of train_unconditional.py and ddpm-torch (peers.py) as shipped, and wi
 so short a run; ddpm_hf with the recipe, and with a half and a third of the images. All are sampled alike, by UniPC in
 20 network calls from the same noise. The Fréchet distance is to the training images, in pixels, so it is not an FID.
 
-Rows are kept in results/digits_ladder.json as they are measured, so that a measurement can be stopped and continued.
+Rows are kept in results/digits_ladder.json as they are measured, so that a measurement can be stopped and continued;
+the table is results/digits_ladder.txt.
 """
 
 import argparse
@@ -170,34 +171,48 @@ SYSTEMS = [
 ]
 
 
+def training_images(config: RunConfig, seed: int) -> np.ndarray:
+    """Return the training images of a seed, uint8 (number, height, width, channels)."""
+    source = str(REPOSITORY / str(config.data.source))
+    images = open_images(dataclasses.replace(config.data, source=source), with_labels=False)
+    return pixels_of(images.split(config.data.validation_fraction, seed)[0])
+
+
+def distance(images: np.ndarray, real: np.ndarray) -> float:
+    """Return the Fréchet distance of two sets of images in pixels."""
+    moments = [moments_of(pixel_rows(pixels) / 127.5 - 1) for pixels in (images, real)]
+    return frechet_distance(*moments)
+
+
 def measure(system: System, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train, sample and return the row of the results."""
     config = read_config(RECIPE)
-    source = str(REPOSITORY / config.data.source)
-    images = open_images(dataclasses.replace(config.data, source=source), with_labels=False)
-    training, _ = images.split(config.data.validation_fraction, seed)
-    real = pixels_of(training)
+    real = training_images(config, seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tensor = torch.from_numpy(real.transpose(0, 3, 1, 2)).to(device, torch.float32) / 127.5 - 1
     num_images = round(arguments.num_images * system.share)
     sampler = Sampler(scheduler="unipc", num_inference_steps=20, timestep_spacing="trailing")
     pipeline = sampler.prepare(system.train(Setup(config, tensor, num_images, seed, arguments.options)))
     samples = sample_images(pipeline, sampler, seed=0, indices=range(arguments.num_samples), batch_size=250)
-    moments = [moments_of(pixel_rows(pixels) / 127.5 - 1) for pixels in (samples, real)]
-    distance = frechet_distance(*moments)
-    return {"system": system.name, "images": num_images, "seed": seed, "frechet": distance}
+    return {"system": system.name, "images": num_images, "seed": seed, "frechet": distance(samples, real)}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(content: dict[str, Any]) -> str:
     """Return the means over the seeds as text."""
-    lines = [f"{'':<46}{'images':>8}{'seeds':>7}{'Fréchet distance':>20}"]
+    rows, num_samples = content["rows"], content["num_samples"]
+    lines = [f"{content['command']}  ({content['machine']})", ""]
+    lines.append(f"{num_samples:,} samples by UniPC in 20 calls; mean over the training seeds ± standard error")
+    lines.append(f"{'':<46}{'images':>8}{'seeds':>7}{'Fréchet distance':>20}")
     for system in SYSTEMS:
         if values := [row["frechet"] for row in rows if row["system"] == system.name]:
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            error = f"{statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else "-"
             images = next(row["images"] for row in rows if row["system"] == system.name)
-            cell = f"{statistics.mean(values):.3f} ± {error:.3f}"
+            cell = f"{statistics.mean(values):.3f} ± {error:<5}"
             lines.append(f"{system.name:<46}{images:>8,}{len(values):>7}{cell:>20}")
-    return "\n".join(lines)
+    real = training_images(read_config(RECIPE), 0)
+    drawn = np.random.default_rng(0).integers(len(real), size=num_samples)
+    lines.append(f"{'training images, drawn with replacement':<61}{distance(real[drawn], real):>12.3f}")
+    return "\n".join(lines) + "\n"
 
 
 def parse() -> argparse.Namespace:
@@ -217,7 +232,20 @@ def main() -> int:
     """Measure what is not in the result file yet, and print all of it."""
     arguments = parse()
     lacking = missing()
-    rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.is_file() else []
+    content: dict[str, Any] = {
+        "command": "python benchmarks/digits_ladder.py",
+        "machine": f"{device_name(torch.device('cpu'))}, torch {torch.__version__}",
+        "num_images": arguments.num_images,
+        "num_samples": arguments.num_samples,
+        "options": arguments.options,
+        "rows": [],
+    }
+    if arguments.output.is_file():
+        stored = json.loads(arguments.output.read_text(encoding="utf-8"))
+        if any(stored[name] != content[name] for name in ("num_images", "num_samples", "options")):
+            raise SystemExit(f"{arguments.output} was measured with other settings; choose another --output.")
+        content = stored
+    rows = content["rows"]
     for seed in arguments.seeds:
         for system in SYSTEMS:
             is_done = any((row["system"], row["seed"]) == (system.name, seed) for row in rows)
@@ -228,16 +256,10 @@ def main() -> int:
                 continue
             rows.append(measure(system, seed, arguments))
             print(rows[-1], flush=True)
-            machine = f"{device_name(torch.device('cpu'))}, torch {torch.__version__}"
-            content = {
-                "command": f"python benchmarks/digits_ladder.py {shlex.join(sys.argv[1:])}".strip(),
-                "machine": machine,
-                "num_samples": arguments.num_samples,
-                "rows": rows,
-            }
             arguments.output.parent.mkdir(exist_ok=True)
             arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(table(rows))
+    arguments.output.with_suffix(".txt").write_text(table(content), encoding="utf-8")
+    print(table(content))
     return 0
 
 

@@ -21,6 +21,7 @@ DATA: dict[str, tuple[tuple[int, int, int], int]] = {
     "mnist_28": ((1, 28, 28), 10),
     "cifar10_32": ((3, 32, 32), 10),
     "cifar10_32_cosine_v": ((3, 32, 32), 10),
+    "cifar10_32_fast": ((3, 32, 32), 10),
 }
 PAPER_NETWORKS = {"cifar10_32": 35_746_307, "celebahq_256": 113_673_219, "lsun_256": 113_673_219}
 
