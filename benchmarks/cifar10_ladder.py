@@ -89,7 +89,7 @@ def steps_of_seconds(arguments: argparse.Namespace) -> int:
 def sampled(folder: Path, device: torch.device, arguments: argparse.Namespace) -> np.ndarray:
     """Return samples of a saved pipeline, uint8 (number, height, width, channels)."""
     dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    pipeline = GaussianDiffusionPipeline.from_pretrained(folder).to(device, getattr(torch, dtype))
+    pipeline = GaussianDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)
     sampler = Sampler(scheduler="unipc", num_inference_steps=arguments.steps, timestep_spacing="trailing")
     return sample_images(
         sampler.prepare(pipeline),

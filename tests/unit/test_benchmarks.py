@@ -133,3 +133,30 @@ def test_a_quick_benchmark_gives_finite_ratios_and_a_document(tmp_path: Path, mo
         assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios), row["name"]
     written = runpy.run_path(str(REPOSITORY / "docs" / "make_performance.py"))["document"]([result])
     assert [row["title"] for row in content["rows"]] == re.findall(r"^### (.*)$", written, re.MULTILINE)
+
+
+# ---------------------------------------------------------------------------------------------------- digits_ladder.py
+
+
+def test_a_ladder_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And adds nothing to results of other settings."""
+    script = runpy.run_path(str(REPOSITORY / "benchmarks" / "digits_ladder.py"))
+    measured: list[tuple[str, int]] = []
+
+    def measure(system: Any, seed: int, arguments: Any) -> dict[str, Any]:
+        measured.append((system.name, seed))
+        return {"system": system.name, "images": arguments.num_images, "seed": seed, "frechet": float(seed)}
+
+    monkeypatch.setitem(script["main"].__globals__, "measure", measure)
+
+    def main(*flags: str) -> None:
+        output = ["--output", str(tmp_path / "x.json"), "--num_images", "7", "--systems", "ddpm_hf"]
+        monkeypatch.setattr(sys, "argv", ["digits_ladder.py", *output, *flags])
+        script["main"]()
+
+    main("--seeds", "1")
+    main("--seeds", "1", "3")
+    assert measured == [("ddpm_hf", 1), ("ddpm_hf", 3)]
+    assert re.search(r"^ddpm_hf +7 +2 +2\.000 ± 1\.000$", (tmp_path / "x.txt").read_text(), re.MULTILINE)
+    with pytest.raises(SystemExit, match="other settings"):
+        main("--num_samples", "9")
