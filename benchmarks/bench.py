@@ -327,7 +327,8 @@ class Bench:
                 "stream",
                 "Streamed images, 32x32 PNG",
                 f"{self.num_streamed(32)} images of a parquet file in flipped float32 batches of "
-                f"{self.data_batch(32)}, decoded while they are read. Below, how fast the threads decode alone.",
+                f"{self.data_batch(32)}, decoded while they are read. As many threads decode the same images in "
+                "memory.",
                 partial(self.stream, 32),
                 8,
                 images=self.num_streamed(32),
@@ -733,32 +734,44 @@ class Bench:
         encoded = [EncodedImage(f"image {row}", cell["bytes"]) for row, cell in enumerate(cells)][:count]
         output = OutputFormat(3, np.dtype(np.uint8), None, Geometry.of(config))
         pool = ThreadPoolExecutor(num_threads())
+        in_task = {32: 32, 256: 1}[size]  # as many as a task of the stream
 
-        def streamed(name: str) -> Way:
+        def streamed(name: str, *, as_stored: bool = False) -> Way:
             stream, _ = open_sets(config, with_labels=False, seed=0, device=CPU)
             assert isinstance(stream, ImageStream)
 
             def run() -> None:
                 for start in range(0, count, batch):
-                    stream.samples(start, start + batch)
+                    if as_stored:
+                        stream.take(batch)
+                    else:
+                        stream.samples(start, start + batch)
 
             # A pause, because the threads are still decoding ahead after the last call.
             return Way(name, run, close=stream.close, settle_seconds=0.0 if self.is_quick else 0.5)
 
+        def decode_part(images: list[EncodedImage]) -> list[Any]:
+            return [decode(image, output) for image in images]
+
         def decoded() -> Iterator[Any]:
-            return pool.map(partial(decode, output=output), encoded)
+            parts = (encoded[start : start + in_task] for start in range(0, count, in_task))
+            return itertools.chain.from_iterable(pool.map(decode_part, parts))
 
         def scaled() -> None:
             pixels = decoded()
             for _ in range(0, count, batch):
                 normalize(torch.from_numpy(np.stack(list(itertools.islice(pixels, batch)))))
 
-        return [
+        ways = [
             streamed(OURS),
+            Way("the images in memory, decoded by as many threads and scaled", scaled),
+            streamed("ddpm_hf, as stored: what the host does for a GPU", as_stored=True),
             Way("the images in memory, decoded by as many threads", lambda: list(decoded()), close=pool.shutdown),
-            Way("the same, scaled to float32 batches", scaled),
             streamed(CONTROL),
         ]
+        for way in ways:
+            way.enter = keep_freed_memory
+        return ways
 
     # ------------------------------------------------------------------------------------------------------ start-up
 

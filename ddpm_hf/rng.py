@@ -36,6 +36,74 @@ def numpy_generator(seed: int, stream: str, *counters: int) -> np.random.Generat
     return np.random.Generator(np.random.Philox(derive_seed(seed, stream, *counters)))
 
 
+def first_draws(
+    seed: int, stream: str, *counters: int, numbers: Sequence[int]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return what `numpy_generator(seed, stream, *counters, number)` draws first, for many numbers at once.
+
+    In arrays, because making a generator takes as long as decoding a part of a small image.
+
+    Args:
+        seed: The seed of the run.
+        stream: Name of the use.
+        *counters: The counters before the last one.
+        numbers: The last counter of each.
+
+    Returns:
+        float64 (number, 2) as drawn by `random(2)`, and bool (number,) as drawn by `integers(2)` after it.
+    """
+    seeds = np.asarray([derive_seed(seed, stream, *counters, number) for number in numbers], np.uint64)
+    words = _philox(_philox_keys(seeds))
+    return (words[:2] >> np.uint64(11)).T * 2.0**-53, words[2] & np.uint64(2**31) != 0
+
+
+def _philox_keys(seeds: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the keys (2, number) of `numpy.random.Philox`: SeedSequence(seed).generate_state(2, np.uint64)."""
+    multiplier = 0x43B0D7E5
+
+    def hashed(words: NDArray[np.uint32], factor: int) -> NDArray[np.uint32]:
+        nonlocal multiplier
+        words = words ^ np.uint32(multiplier)
+        multiplier = multiplier * factor % 2**32
+        words *= np.uint32(multiplier)
+        words ^= words >> np.uint32(16)
+        return words
+
+    words = (seeds % np.uint64(2**32), seeds >> np.uint64(32), np.zeros_like(seeds), np.zeros_like(seeds))
+    pool = [hashed(word.astype(np.uint32), 0x931E8875) for word in words]
+    for source in range(4):
+        for target in (target for target in range(4) if target != source):
+            mixed = np.uint32(0xCA01F9DD) * pool[target]
+            mixed -= np.uint32(0x4973F715) * hashed(pool[source], 0x931E8875)
+            pool[target] = mixed ^ mixed >> np.uint32(16)
+    multiplier = 0x8B51F9DD
+    state = np.stack([hashed(word, 0x58F38DED) for word in pool]).astype(np.uint64)
+    keys: NDArray[np.uint64] = state[::2] | state[1::2] << np.uint64(32)
+    return keys
+
+
+def _philox(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the first words (4, number) of Philox-4x64-10 (Salmon et al. 2011) with keys (2, number)."""
+    factors = np.asarray([[0xD2E7470EE14C6C93], [0xCA5A826395121157]], np.uint64)
+    steps = np.asarray([[0x9E3779B97F4A7C15], [0xBB67AE8584CAA73B]], np.uint64)
+    even, odd = np.zeros_like(keys), np.zeros_like(keys)  # words 0 and 2, words 1 and 3
+    even[0] = 1
+    for _ in range(10):
+        even, odd = _high_word(even, factors)[::-1] ^ odd ^ keys, (even * factors)[::-1]
+        keys = keys + steps
+    return np.stack([even[0], odd[0], even[1], odd[1]])
+
+
+def _high_word(values: NDArray[np.uint64], factors: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the upper 64 bits of values * factors."""
+    half, mask = np.uint64(32), np.uint64(2**32 - 1)
+    low, high = values & mask, values >> half
+    factor_low, factor_high = factors & mask, factors >> half
+    middle = high * factor_low + (low * factor_low >> half)
+    word: NDArray[np.uint64] = high * factor_high + (middle >> half) + ((middle & mask) + low * factor_high >> half)
+    return word
+
+
 def torch_generator(device: torch.device | str, seed: int, stream: str, *counters: int) -> torch.Generator:
     """Return a torch generator on `device` at the start of a stream."""
     return torch.Generator(device=device).manual_seed(derive_seed(seed, stream, *counters))

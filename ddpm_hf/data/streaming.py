@@ -19,12 +19,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ddpm_hf.config import DataConfig
 from ddpm_hf.data.decode import (
@@ -55,7 +56,7 @@ from ddpm_hf.data.sources import (
     load_table,
     log_ignored_files,
 )
-from ddpm_hf.rng import numpy_generator
+from ddpm_hf.rng import first_draws, numpy_generator
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -74,6 +75,7 @@ of the next buffer, so that not more than 5/4 buffers are in memory."""
 _BYTES_PER_TASK, _MAX_IMAGES_PER_TASK = 2**17, 32
 """A decoding thread takes several images at a time if they are small, since the threads would mostly wait for each
 other otherwise."""
+_IMAGES_PER_DRAW = 256
 
 
 @dataclass
@@ -134,6 +136,20 @@ class _Row(NamedTuple):
     epoch: int
     file: int
     num_read: int
+
+
+class _Augmentation(NamedTuple):
+    """The random crop and flip of an image.
+
+    Attributes:
+        down: Vertical position of the crop, from 0 to 1.
+        right: Horizontal position of the crop, from 0 to 1.
+        is_mirrored: Whether the image is flipped, with data.random_flip.
+    """
+
+    down: float
+    right: float
+    is_mirrored: bool
 
 
 class _Task(NamedTuple):
@@ -254,14 +270,27 @@ class ImageStream:
             float32 images in [-1, 1], (number, channels, height, width), and int64 labels if they are needed.
 
         Raises:
+            DataError: As `take`.
+        """
+        stored, labels = self.take(stop - start)
+        images = normalize(stored.to(self._device, non_blocking=True), value_range=self.value_range)
+        return images, None if labels is None else to_device(labels, self._device)
+
+    def take(self, count: int) -> tuple[torch.Tensor, NDArray[np.int64] | None]:
+        """Return the next images of this process as they are stored, in memory of the host.
+
+        Returns:
+            Pixels (count, channels, height, width), in pinned memory for a GPU, and int64 labels if they are needed.
+
+        Raises:
             DataError: An image is unreadable or has no label, or too many images are unreadable.
         """
         pixels: list[Pixels] = []
         labels: list[int] = []
         try:
             images = self._images or self._open_images()
-            self._num_ahead = max(stop - start, 2 * self._num_threads * self._images_per_task)
-            while len(pixels) < stop - start:
+            self._num_ahead = max(count, 2 * self._num_threads * self._images_per_task)
+            while len(pixels) < count:
                 row, result = next(images)
                 if isinstance(result, BadImage):
                     self._skip(result)
@@ -273,8 +302,10 @@ class ImageStream:
         except BaseException:
             self.close()
             raise
-        batch = normalize(to_device(np.stack(pixels), self._device), value_range=self.value_range)
-        return batch, None if self.class_names is None else to_device(np.asarray(labels), self._device)
+        dtype = torch.from_numpy(np.empty(0, self._output.dtype)).dtype
+        stored = torch.empty(count, *self.image_shape, dtype=dtype, pin_memory=self._device.type == "cuda")
+        np.stack(pixels, out=stored.numpy())
+        return stored, None if self.class_names is None else np.asarray(labels, np.int64)
 
     def _label(self, row: _Row) -> int:
         if self.class_names is None:
@@ -366,11 +397,12 @@ class ImageStream:
             last, num_left = buffer[-1], len(order)
             rows = [buffer[number] for number in reversed(order)]
             del buffer  # so that each row is freed after its use
+            augmentations = self._augmentations(start.epoch, range(start.number + 1, start.number + num_left + 1))
             while rows:
                 chosen = rows[: -self._images_per_task - 1 : -1]
                 del rows[-self._images_per_task :]
                 offset = num_left - len(rows) - len(chosen)
-                results = self._decoders.submit(self._decode_rows, chosen, start, offset)
+                results = self._decoders.submit(self._decode_rows, chosen, [*islice(augmentations, len(chosen))])
                 read_ahead(int(_READ_AHEAD * num_rows) + start.used + offset + len(chosen))
                 yield _Task(chosen, start, offset, results)
             start = replace(
@@ -383,11 +415,23 @@ class ImageStream:
                 num_used=start.num_used + num_left,
             )
 
-    def _decode_rows(self, rows: Sequence[_Row], start: StreamPosition, offset: int) -> list[Pixels | DataError]:
+    def _augmentations(self, epoch: int, numbers: range) -> Iterator[_Augmentation | None]:
+        """Yield the crop and flip of each image by its number in an epoch."""
+        if not self._is_augmented:
+            yield from repeat(None, len(numbers))
+            return
+        for start in range(0, len(numbers), _IMAGES_PER_DRAW):
+            drawn = numbers[start : start + _IMAGES_PER_DRAW]
+            places, flips = first_draws(self._seed, "augmentation", self._rank, epoch, numbers=drawn)
+            yield from map(_Augmentation, *places.T.tolist(), flips.tolist())
+
+    def _decode_rows(
+        self, rows: Sequence[_Row], augmentations: Sequence[_Augmentation | None]
+    ) -> list[Pixels | DataError]:
         results: list[Pixels | DataError] = []
-        for number, row in enumerate(rows, start.number + offset + 1):
+        for row, augmentation in zip(rows, augmentations, strict=True):
             try:
-                results.append(self._augment(self._decode(row.image), row.epoch, number))
+                results.append(self._augment(self._decode(row.image), augmentation))
             except DataError as error:
                 results.append(error)
         return results
@@ -410,15 +454,14 @@ class ImageStream:
             "or data.streaming to false."
         )
 
-    def _augment(self, pixels: Pixels, epoch: int, number: int) -> Pixels:
-        """Crop and flip (height, width, channels), which is used as the `number`-th image of an epoch."""
-        if self._is_augmented:
-            generator = numpy_generator(self._seed, "augmentation", self._rank, epoch, number)
-            down, right = generator.random(2).tolist()
+    def _augment(self, pixels: Pixels, augmentation: _Augmentation | None) -> Pixels:
+        """Crop, flip and transpose (height, width, channels)."""
+        if augmentation is not None:
             height, width = self._size
-            top, left = int(down * (len(pixels) - height + 1)), int(right * (pixels.shape[1] - width + 1))
+            top = int(augmentation.down * (len(pixels) - height + 1))
+            left = int(augmentation.right * (pixels.shape[1] - width + 1))
             pixels = pixels[top : top + height, left : left + width]
-            if generator.integers(2) and self._config.random_flip:
+            if augmentation.is_mirrored and self._config.random_flip:
                 pixels = pixels[:, ::-1]
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

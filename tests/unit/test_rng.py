@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddpm_hf.rng import (
     NOISE_BLOCK_SIZE,
     derive_seed,
+    first_draws,
     normal_by_pair,
     normal_by_position,
     numpy_generator,
@@ -62,6 +63,15 @@ def test_a_generator_is_a_function_of_its_arguments() -> None:
     assert np.array_equal(numpy_generator(3, "flip", 5).random(8), numpy_generator(3, "flip", 5).random(8))
     one, other = (torch.randn(8, generator=torch_generator("cpu", 3, "noise", 5)) for _ in range(2))
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("seed", "counters"), [(0, (1, 7)), (2**40, ())])
+def test_first_draws_are_those_of_the_generators_of_numpy(seed: int, counters: tuple[int, ...]) -> None:
+    numbers = [*range(500), 2**33, 10**15]
+    generators = [numpy_generator(seed, "augmentation", *counters, number) for number in numbers]
+    uniform, bits = first_draws(seed, "augmentation", *counters, numbers=numbers)
+    assert np.array_equal(uniform, [generator.random(2) for generator in generators])
+    assert np.array_equal(bits, [generator.integers(2) for generator in generators])
 
 
 def test_global_generators_are_seeded_for_dropout() -> None:

@@ -1,5 +1,6 @@
 """A stream shows every image once per epoch, and continues after an interruption with the same images."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -29,6 +30,7 @@ from ddpm_hf.data import (
     streaming,
     summarize,
 )
+from ddpm_hf.rng import numpy_generator
 from tests.conftest import run_process
 from tests.unit.data.helpers import GRAY, encode, encode_deep, write_files, write_parquet
 
@@ -294,6 +296,29 @@ def test_streamed_images_are_augmented_in_every_epoch(tmp_path: Path) -> None:
     assert 60 < int((steps > 0).sum()) < 140, "half of them rise; seven standard deviations"
     assert pixels.shape == (200, 1, 4, 4)
     assert len(pixels[steps > 0][:, 0, 0, 0].unique()) == 5, "every crop position occurs"
+
+
+def test_crops_and_flips_of_a_stream_never_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned to those of version 0.1, which made a generator for each image."""
+    ramp = np.add.outer(np.arange(6), np.arange(6)).astype(np.uint8) * 9
+    for number in range(2):
+        images = [encode(ramp + row) for row in range(number, 40, 2)]
+        write_parquet(tmp_path / "x" / f"{number}.parquet", images, [row % 2 for row in range(20)])
+    generators = []
+
+    def counted(*arguments: Any) -> np.random.Generator:
+        generators.append(arguments[1])
+        return numpy_generator(*arguments)
+
+    monkeypatch.setattr(streaming, "numpy_generator", counted)
+    settings = {"crop": "random", "random_flip": True, "resize_to": 0, "shuffle_buffer_size": 10}
+    for rank, digest in enumerate(("a4c421930dcf67d3", "e47978f3be6f71d5")):
+        stream = stream_of(tmp_path / "x", rank=rank, num_processes=2, **settings)
+        pixels, labels = stream.take(50)
+        assert hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16] == digest
+        assert labels is not None
+        stream.close()
+    assert set(generators) == {"files", "buffer"}, "none for each image"
 
 
 def test_a_bad_image_stops_a_stream_or_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
