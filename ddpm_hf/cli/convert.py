@@ -142,7 +142,7 @@ def _check(flags: ConvertFlags, source: Path, output: Path) -> None:
     if flags.source is not None and (secret := find_secret(flags.source)):
         raise ConfigError(f"--source contains {secret}, and would be published in the model card; leave it out.")
     if flags.license is not None and flags.to is None and not flags.recipe_only:
-        from ddpm_hf.hub.push import Target
+        from ddpm_hf.hub.access import Target
 
         Target(repo_id="unused", license=flags.license)
 

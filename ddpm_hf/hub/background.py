@@ -16,7 +16,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from ddpm_hf.config import HubConfig
-from ddpm_hf.hub.push import Target, check_access
+from ddpm_hf.hub.access import Target, check_access
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from ddpm_hf.hub.push import Target, hub_errors
+from ddpm_hf.hub.access import Target, hub_errors
 
 SDK_VERSION = "6.31.0"
 """The version of Gradio that the page was tested with."""
