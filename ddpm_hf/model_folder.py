@@ -11,6 +11,7 @@ Commands, `GaussianDiffusionPipeline.from_pretrained` and `model.from_pretrained
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -197,6 +198,14 @@ def checkpoint_folders(root: Path) -> list[Path]:
             raise CheckpointError(f"{root} is a broken link; mount the disk that it points to") from None
         return []
     return sorted(found, key=step_of)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is kept but not found again."""
+    target = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    path.rename(target)
+    return target
 
 
 def step_of(path: Path) -> int:

@@ -70,7 +70,8 @@ def run(config: RunConfig, command: str, *, is_dry_run: bool) -> "tuple[int, Tra
         push = BackgroundPush(config.hub, Path(config.training.output_dir).expanduser() / HUB_DIR)
     with out_of_memory_advice(advice), push or nullcontext():
         # This command publishes the finished run, with its report, which is sampled with the settings of the run.
-        with Trainer(config, publisher=None if push is None else push.publish) as trainer, trainer.process_settings:
+        publisher = None if push is None else push.publish
+        with Trainer(config, publisher=publisher, restore=not is_dry_run) as trainer, trainer.process_settings:
             exit_code = _run(trainer, push, command, is_dry_run=is_dry_run)
     return exit_code, trainer
 
@@ -110,7 +111,7 @@ def _run(
             "again."
         )
         return 1
-    return 0
+    return int(trainer.is_behind_on_hub)
 
 
 def _fit(trainer: "Trainer") -> int:

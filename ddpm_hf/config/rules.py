@@ -41,6 +41,7 @@ _SAMPLE_METRICS = ("fid", "kid", "inception_score", "frechet_distance", "kernel_
 # Minimum number of samples: one more than the 2048 Inception features; a hundred per split of the Inception Score.
 _MIN_SAMPLES = {"fid": 2049, "inception_score": 1000}
 
+_HUB = ("push_to_hub", "repo_id", "private", "checkpoint_branch")
 _DISTILLATION = ("revision", "num_inference_steps", "guidance_scale")
 
 # (setting, the setting that it depends on, the values of that one for which it is used; () stands for any true value).
@@ -84,7 +85,9 @@ _USED_ONLY_WITH: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("evaluation.score_num_terms", "evaluation.score_metric", ("bits_per_dim",)),
     ("tracking.project", "tracking.trackers", ()),
     ("tracking.run_name", "tracking.trackers", ()),
-    *((f"hub.{name}", "hub.push_to_hub", ()) for name in HubConfig.__dataclass_fields__ if name != "push_to_hub"),
+    *((f"hub.{name}", "hub.push_to_hub", ()) for name in HubConfig.__dataclass_fields__ if name not in _HUB),
+    *((f"hub.{name}", "hub.push_to_hub or training.resume_from_hub", ()) for name in ("repo_id", "private")),
+    ("hub.checkpoint_branch", "training.resume_from_hub", ()),
 )
 
 
@@ -126,8 +129,15 @@ def check(config: RunConfig, *, has_train_dataset: bool = False, has_eval_datase
     _check_training(config, has_validation_set)
     _check_evaluation(config, has_validation_set)
     _check_sampling(config)
-    if config.hub.push_to_hub and not config.hub.repo_id:
-        raise ConfigError('hub.push_to_hub needs a repository; set hub.repo_id, for example to "user/name".')
+    hub, resumes_from_hub = config.hub, config.training.resume_from_hub
+    if (hub.push_to_hub or resumes_from_hub) and not hub.repo_id:
+        name = "hub.push_to_hub" if hub.push_to_hub else "training.resume_from_hub"
+        raise ConfigError(f'{name} needs a repository; set hub.repo_id, for example to "user/name".')
+    if resumes_from_hub and hub.checkpoint_branch in ("", "main", hub.branch):
+        raise ConfigError(
+            f"hub.checkpoint_branch is {format_value(hub.checkpoint_branch)}, but checkpoints replace all that a "
+            "branch holds; set it to a branch of their own, such as checkpoints."
+        )
     if not config.tracking.project:
         raise ConfigError("tracking.project is empty; set a project name.")
 
@@ -653,7 +663,7 @@ _FREE = ("data.cache_dir", "data.device_resident", "model.gradient_checkpointing
 _WITHOUT_EFFECT_ON_WEIGHTS = (
     "output_dir", "num_steps", "checkpoint_every_steps", "num_checkpoints_kept", "async_checkpoint", "log_every_steps",
     "validate_every_steps", "prefetch_factor", "resume", "cpu", "compile", "compile_mode", "compile_backend",
-    "channels_last", "cudnn_benchmark",
+    "channels_last", "cudnn_benchmark", "resume_from_hub",
 )  # fmt: skip
 
 

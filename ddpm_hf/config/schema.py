@@ -62,6 +62,8 @@ class HubConfig:
         fp16: Also push half-precision weights, for `from_pretrained(..., variant="fp16")`.
         license: License identifier for the model card, such as "mit"; null marks it as unknown.
         push_every_steps: Push the EMA weights at this interval; 0 pushes only when training ends.
+        checkpoint_branch: Branch for checkpoints with training.resume_from_hub, one per run; created if missing. Its
+            history is not kept.
     """
 
     push_to_hub: bool = False
@@ -71,6 +73,7 @@ class HubConfig:
     fp16: bool = False
     license: str | None = None
     push_every_steps: int = 0
+    checkpoint_branch: str = "checkpoints"
 
 
 UNetOverride: TypeAlias = int | float | bool | str | list[int] | list[str] | None
@@ -420,6 +423,8 @@ class TrainingConfig:
         cudnn_benchmark: Let cuDNN measure which convolution is the fastest. auto does so on CUDA GPUs unless
             deterministic.
         resume: "auto" continues the run in output_dir; "none" refuses an output_dir that contains a run.
+        resume_from_hub: Push each checkpoint to hub.checkpoint_branch of hub.repo_id in the background, and continue
+            from there if output_dir has no later one, as on another machine.
         cpu: Train on the CPU even if there is a GPU.
     """
 
@@ -463,6 +468,7 @@ class TrainingConfig:
     channels_last: Literal["auto"] | bool = "auto"
     cudnn_benchmark: Literal["auto"] | bool = "auto"
     resume: Literal["auto", "none"] = "auto"
+    resume_from_hub: bool = False
     cpu: bool = False
 
 

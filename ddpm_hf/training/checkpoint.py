@@ -62,6 +62,7 @@ from ddpm_hf.model_folder import (
     checkpoint_folders,
     describe_file,
     find_latest,
+    set_aside,
     step_of,
     verify_checkpoint,
 )
@@ -79,7 +80,6 @@ _OBJECTIVE = "objective.safetensors"
 _AUGMENTATION = "augmentation.safetensors"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _TEMPORARY_PREFIX = ".writing-"
-_DAMAGED_PREFIX = "damaged-"
 
 
 # ----------------------------------------------------------------------------------------------------------- write
@@ -128,14 +128,6 @@ def write_manifest(folder: Path, step: int) -> None:
     mode = stat.S_IMODE(manifest.stat().st_mode)
     for file in checkpoint_files(folder):
         file.chmod(mode)
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is kept but not found again."""
-    target = path.with_name(f"{_DAMAGED_PREFIX}{path.name}")
-    shutil.rmtree(target, ignore_errors=True)
-    path.rename(target)
-    return target
 
 
 # ----------------------------------------------------------------------------------------------------------- prune
@@ -551,6 +543,8 @@ class Checkpointer:
         timestep_sampler: Its timestep sampler.
         parts: Everything with plain values in trainer_state.json; their `state_dict` may be collective. One of them
             has "global_step" and "best".
+        on_written: Called on rank 0, in any thread, with the step of a checkpoint that was written, and with the names
+            of it and of the best one.
     """
 
     def __init__(
@@ -564,7 +558,9 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         timestep_sampler: TimestepSampler,
         parts: Sequence[Stateful],
+        on_written: Callable[[int, Sequence[str]], None] | None = None,
     ) -> None:
+        self._on_written = on_written
         self._config, self._config_yaml = config, config.to_yaml()
         self._folder = folder
         self._metrics = metrics
@@ -769,8 +765,15 @@ class Checkpointer:
         if self._host_copy is not None:
             self._host_copy.wait()
         write_checkpoint(self._folder.checkpoints, state["global_step"], lambda folder: write_files(folder, files))
-        best = state["best"]
-        prune(self._folder.checkpoints, self._config.training.num_checkpoints_kept, best["step"] if best else None)
+        best_step = state["best"]["step"] if state["best"] else None
+        prune(self._folder.checkpoints, self._config.training.num_checkpoints_kept, best_step)
+        if self._on_written is not None:
+            self._on_written(state["global_step"], self.names_of(state["global_step"], best_step))
+
+    def names_of(self, step: int, best_step: int | None) -> list[str]:
+        """Return the names of the checkpoints of a step and of the best one, as far as there is one."""
+        folders = checkpoint_folders(self._folder.checkpoints)
+        return [path.name for path in folders if step_of(path) in (step, best_step)]
 
     def _check_space(self, latest: Checkpoint | None) -> None:
         """Raise ConfigError unless the disk has space for two checkpoints, or for one more, and for EMA snapshots."""

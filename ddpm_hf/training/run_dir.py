@@ -190,7 +190,7 @@ class RunFolder:
         self._created: list[Path] = []
 
     def acquire(self, resume: str) -> None:
-        """Create the folder, check that it is empty or a run, and lock it.
+        """Create the folder, check that it is empty or a run, and lock it, unless that is done.
 
         Args:
             resume: "auto" accepts a folder that holds a run, "none" does not.
@@ -198,6 +198,8 @@ class RunFolder:
         Raises:
             ValueError: The folder cannot be written, is in use, or holds something else.
         """
+        if self._lock is not None:
+            return
         try:
             self._created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)

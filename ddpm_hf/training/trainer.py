@@ -44,7 +44,7 @@ from ddpm_hf.config import (
     use_datasets,
     validate,
 )
-from ddpm_hf.config.launcher import DEFAULT, LAUNCHER
+from ddpm_hf.config.launcher import DEFAULT, LAUNCHER, Launcher
 from ddpm_hf.data import (
     Augmentation,
     ClassOrder,
@@ -64,6 +64,7 @@ from ddpm_hf.distributed import StopWatcher, TrainingStopped
 from ddpm_hf.evaluation.generate import Sampler, default_sampling
 from ddpm_hf.evaluation.verify import write_verification
 from ddpm_hf.files import (
+    CHECKPOINTS_DIR,
     SAMPLES_PICTURE,
     TRAINING_CONFIG,
     TRAINING_SUMMARY,
@@ -129,7 +130,7 @@ from ddpm_hf.training.optim import (
 from ddpm_hf.training.run_dir import RunFolder, carry_over_additions
 
 if TYPE_CHECKING:
-    from ddpm_hf.hub.background import BackgroundPush
+    from ddpm_hf.hub.background import BackgroundPush, CheckpointPush
 
 logger = logging.getLogger(__name__)
 
@@ -194,10 +195,12 @@ class Trainer:
         scorer: Measures the score of evaluation.score_every_steps instead of evaluation.score_metric.
         publisher: Publishes the EMA weights every hub.push_every_steps. None pushes them, and at the end of `fit` the
             finished run, if hub.push_to_hub is set.
+        restore: Whether training.resume_from_hub downloads a later checkpoint; False only checks that it could.
 
     Attributes:
         config: The configuration, with the values of settings that were left to the launcher.
         origins: Setting -> where such a value came from.
+        is_behind_on_hub: Whether `fit` could not push the last checkpoint, with training.resume_from_hub.
 
     Raises:
         ValueError: The data, the network, the machine or the run folder do not fit the configuration.
@@ -214,6 +217,7 @@ class Trainer:
         callbacks: Iterable[Callback] | None = None,
         scorer: Scorer | None = None,
         publisher: Publisher | None = None,
+        restore: bool = True,
     ) -> None:
         in_memory = {"has_train_dataset": train_dataset is not None, "has_eval_dataset": eval_dataset is not None}
         config = use_datasets(load_config(config), **in_memory)
@@ -221,20 +225,46 @@ class Trainer:
         self.callbacks = Callbacks(callbacks)
         self._scorer, self._publisher = scorer, publisher
         self._push: BackgroundPush | None = None  # of this trainer, which then also pushes the finished run
+        self._checkpoint_push: CheckpointPush | None = None
         self.folder = RunFolder(Path(config.training.output_dir).expanduser(), _calling_line())
         self.process_settings = distributed.ProcessSettings()
         self._process, self._parent = os.getpid(), os.getppid()
         self._is_entered = self._has_trained = self._is_closed = False
+        self.is_behind_on_hub = False
         self._watcher: StopWatcher | None = None  # during training
         self._training_thread = threading.get_ident()
         self._has_ended = threading.Event()
         with self.process_settings:
-            self._start(config, train_dataset, eval_dataset)
+            diffusers_logging.disable_progress_bar()  # diffusers shows one for each part of a pipeline
+            launcher = distributed.join(cpu=config.training.cpu)
+            try:
+                if config.training.resume_from_hub:
+                    self._prepare_hub(config, restore)
+                self._start(config, launcher, train_dataset, eval_dataset)
+            except BaseException:
+                self.folder.release()
+                raise
 
-    def _start(self, config: RunConfig, train_dataset: Any, eval_dataset: Any) -> None:
-        """Collective: join the other processes, lock the run folder and build."""
-        diffusers_logging.disable_progress_bar()  # diffusers shows one for each part of a pipeline
-        self.config, self.origins = resolve(config, self.folder)
+    def _prepare_hub(self, config: RunConfig, restore: bool) -> None:
+        """Collective: check that checkpoints can be pushed, and download a later one, before anything reads the run."""
+        from ddpm_hf.hub.background import CheckpointPush
+
+        push = CheckpointPush(config, self.folder.path, self.folder.hub / CHECKPOINTS_DIR)
+
+        def prepare() -> None:
+            self.folder.acquire(config.training.resume)
+            remote = push.check()
+            if remote is not None and restore:
+                push.restore(remote)
+            elif remote is not None:
+                say(f"{remote} holds step {remote.step}, from which training would continue.")
+
+        distributed.on_rank_0(prepare)
+        self._checkpoint_push = push
+
+    def _start(self, config: RunConfig, launcher: Launcher, train_dataset: Any, eval_dataset: Any) -> None:
+        """Collective: start Accelerate, lock the run folder and build everything."""
+        self.config, self.origins = resolve(config, self.folder, launcher)
         training = self.config.training
         assert training.mixed_precision is not None
         self.accelerator = distributed.start(
@@ -248,13 +278,9 @@ class Trainer:
         self.engine = start_engine(training, self.device)
         self.micro_batch_size = largest_micro_batch_size(training, self.accelerator.num_processes)
         distributed.on_rank_0(lambda: self.folder.acquire(training.resume))
-        try:
-            self._build(train_dataset, eval_dataset)
-            self._start_callbacks()
-            self.callbacks.call("on_init_end")
-        except BaseException:
-            self.folder.release()
-            raise
+        self._build(train_dataset, eval_dataset)
+        self._start_callbacks()
+        self.callbacks.call("on_init_end")
 
     def _build(self, train_dataset: Any, eval_dataset: Any) -> None:
         """Collective: build everything that the loop needs."""
@@ -350,6 +376,7 @@ class Trainer:
                 DataState(self.images, config.data.source, self.folder.path, class_order),
                 *([self.loss] if isinstance(self.loss, DistillationLoss) else []),
             ],
+            on_written=None if self._checkpoint_push is None else self._checkpoint_push.start,
         )
         # The micro-batch size of a resumed run with "auto"; None in a new one.
         self._stored_micro_batch_size: int | None = None
@@ -481,7 +508,7 @@ class Trainer:
                 # Also while it prepares; the launcher may have exited since the trainer was built.
                 self._has_trained = True
                 self._watcher, self._training_thread = StopWatcher(self._parent), threading.get_ident()
-                with self._push or nullcontext():
+                with self._push or nullcontext(), self._checkpoint_push or nullcontext():
                     return self._fit(self._watcher)
         finally:
             if self._has_trained:  # and is not refused because another trainer is at work
@@ -524,6 +551,7 @@ class Trainer:
                 if self._saved_step != self.global_step or not self._confirm_best():
                     self._save(must_succeed=True)
         self._save_pipeline()
+        self._push_checkpoint()
         if self.is_main_process:
             minutes, seconds = divmod(round(time.monotonic() - started_at), 60)
             stopped = "" if self.global_step == num_steps else f" of {num_steps}, where a callback stopped it,"
@@ -740,6 +768,7 @@ class Trainer:
             self._read_guard()
             self._save(must_succeed=True)
             self._progress.close()
+            self._push_checkpoint()
             if self.is_main_process:
                 say(f"Stopped by a signal at step {self.global_step}; the same command continues here.")
             raise TrainingStopped.of(exit_code)
@@ -945,6 +974,24 @@ class Trainer:
 
         distributed.on_rank_0(publish)
 
+    def _push_checkpoint(self) -> None:
+        """Collective: wait until the checkpoint of this step is on the Hub; a failure is a warning."""
+        if (push := self._checkpoint_push) is None:
+            return
+
+        def finish() -> bool:
+            names = self.checkpointer.names_of(self.global_step, self.best["step"] if self.best else None)
+            is_pushed = push.finish(self.global_step, names)
+            if not is_pushed:
+                logger.warning(
+                    "The checkpoint of step %d is not on the Hub; it is in %s, and the same run tries again.",
+                    self.global_step,
+                    self.folder.checkpoints,
+                )
+            return is_pushed
+
+        self.is_behind_on_hub = not distributed.broadcast_json(distributed.on_rank_0(finish))
+
     def _write_pipeline(self, folder: Path) -> None:
         """Write a pipeline with the EMA weights, its configuration and its training summary."""
         with self.ema.swapped_in():
@@ -993,8 +1040,8 @@ def _calling_line() -> str:
     return f"`{line}`" if line else f"the Trainer of {frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def resolve(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[str, str]]:
-    """Collective: join the process group and fill the settings that the configuration leaves to the launcher.
+def resolve(config: RunConfig, folder: RunFolder, launcher: Launcher) -> tuple[RunConfig, dict[str, str]]:
+    """Collective: fill the settings that the configuration leaves to the launcher.
 
     Returns:
         As `take_launcher`.
@@ -1002,7 +1049,6 @@ def resolve(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[str, 
     Raises:
         ConfigError: The launcher contradicts the configuration or the run in the folder, or is not supported.
     """
-    launcher = distributed.join(cpu=config.training.cpu)
     stored = distributed.broadcast_json(distributed.on_rank_0(lambda: stored_precision(folder.checkpoints)))
     return take_launcher(config, launcher, num_processes=distributed.world_size(), stored_precision=stored)
 

@@ -38,7 +38,7 @@ def test_a_refused_push_is_reported_and_the_last_one_publishes_the_finished_mode
 
     def refused(self: BackgroundPush, folder: Path, step: int) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(background, "_CHILD", "raise SystemExit('error: you may not write to user/birds (403)')")
+            patch.setattr(background, "_PUSH", "raise SystemExit('error: you may not write to user/birds (403)')")
             start(self, folder, step)
 
     monkeypatch.setattr(BackgroundPush, "start", refused)
@@ -63,7 +63,7 @@ def test_a_trainer_in_python_pushes_the_finished_run(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """By the command of the test above, which is printed here instead."""
-    monkeypatch.setattr(background, "_CHILD", "import sys; print(*sys.argv[1:])")
+    monkeypatch.setattr(background, "_PUSH", "import sys; print(*sys.argv[1:])")
     trainer = Trainer(parse_command_line(run_arguments(tmp_path / "run", **PUSHING))[0])
     assert hub.requests, "the Hub is asked before training"
     trainer.fit()

@@ -390,6 +390,11 @@ def test_numbers_out_of_range_are_refused(name: str, values: tuple[float, ...], 
         ({"data__augmentation": 0.1, "data__augmentation_transforms": []}, "is empty, but data.augmentation is 0.1"),
         ({"tracking__project": ""}, "tracking.project is empty"),
         ({"hub__push_to_hub": True}, "set hub.repo_id"),
+        ({"training__resume_from_hub": True}, "training.resume_from_hub needs a repository; set hub.repo_id"),
+        (
+            {"training__resume_from_hub": True, "hub__repo_id": "a/b", "hub__checkpoint_branch": "main"},
+            "hub.checkpoint_branch is main, but checkpoints replace all",
+        ),
         ({"objective__class_dropout": 0.1}, "set model.class_conditional to true"),
         ({"preview__guidance_scale": 2.0}, "preview.guidance_scale 2 needs"),
         ({"evaluation__guidance_scale": 0.0}, "evaluation.guidance_scale 0 needs"),
@@ -484,7 +489,8 @@ def test_contradictions_are_refused_with_the_fix(changes: dict[str, object], nam
         ({"evaluation__score_features": "x"}, "evaluation.score_features x has no effect with evaluation.score_every"),
         (SCORED_BOUND | {"evaluation__score_features": "x"}, "with evaluation.score_metric bits_per_dim"),
         ({"tracking__run_name": "x"}, "tracking.run_name x has no effect with tracking.trackers []"),
-        ({"hub__repo_id": "a/b", "hub__fp16": True}, "hub.repo_id a/b, hub.fp16 true have no effect with hub.push_to"),
+        ({"hub__license": "mit", "hub__fp16": True}, "hub.fp16 true, hub.license mit have no effect with hub.push_to"),
+        ({"hub__repo_id": "a/b"}, "hub.repo_id a/b has no effect with hub.push_to_hub or training.resume_from_hub"),
     ],
 )  # fmt: skip
 def test_a_setting_without_effect_is_one_warning_of_rank_0(
