@@ -28,6 +28,7 @@ from ddpm_hf.files import (
     PREVIEWS_DIR,
     RUN_CONFIG,
     TRACKERS,
+    VAE_DIR,
 )
 from ddpm_hf.hub.access import HubRefused, Target, hub_errors
 from ddpm_hf.model_folder import (
@@ -41,7 +42,7 @@ from ddpm_hf.model_folder import (
 )
 from ddpm_hf.redaction import redact
 
-_CONTENT = (RUN_CONFIG, METRICS, TRACKERS, PREVIEWS_DIR, EMA_SNAPSHOTS_DIR, "vae")
+_CONTENT = (RUN_CONFIG, METRICS, TRACKERS, PREVIEWS_DIR, EMA_SNAPSHOTS_DIR, VAE_DIR)
 _CHECKPOINT = re.compile(rf"{CHECKPOINTS_DIR}/(step_\d{{8,}})/{MANIFEST}")
 _DOWNLOAD = ".download"
 _OF_THE_HUB = ".gitattributes"  # says which files are large ones
