@@ -1,6 +1,8 @@
 """`ddpm-hf convert`: make a pipeline folder of a checkpoint of another system, and back."""
 
+import csv
 import inspect
+import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   ddpm-hf convert 256x256_diffusion_uncond.pt outputs/imagenet_256 --license mit
   ddpm-hf convert ema_0.9999_200000.pt outputs/faces --image_size 64 --num_heads 4
+  ddpm-hf convert ema_0.9999_100000.pt outputs/pets --image_size 64,96 --num_heads 4 --class_names cat,dog
   ddpm-hf convert sd-outputs/checkpoint-5000 outputs/butterflies
   ddpm-hf convert model-100.pt recipe.yaml --recipe_only
   ddpm-hf convert outputs/imagenet_256 weights.pt --to guided_diffusion
@@ -61,6 +64,8 @@ class OutputFlags:
         output: New folder of the pipeline; with --recipe_only a YAML file, with --to a .pt or .safetensors file.
         recipe_only: Write the configuration that trains the same recipe, and no pipeline; also for lucidrains.
         to: Write the network of a pipeline folder as a state dict of another system.
+        class_names: Names of the classes in the order of their numbers, separated by commas; or a text file with one
+            name per line, or a JSON file with a list of names, or with a name for each number.
         source: Where the checkpoint is from, for the model card, such as a URL.
         license: License identifier of the weights for the model card, such as mit.
     """
@@ -71,6 +76,7 @@ class OutputFlags:
     to: (
         Literal["pesser", "ddpm_torch", "improved_diffusion", "guided_diffusion", "abarankab", "pytorch_ddpm"] | None
     ) = None
+    class_names: str | None = None
     source: str | None = None
     license: str | None = None
 
@@ -120,7 +126,8 @@ def _check(flags: ConvertFlags, source: Path, output: Path) -> None:
         raise ConfigError("--to writes weights and --recipe_only none; remove one of them.")
     if flags.to is not None or flags.recipe_only:
         other = f"--to {flags.to}" if flags.to is not None else "--recipe_only"
-        if unused := next((name for name in ("source", "license") if getattr(flags, name) is not None), None):
+        described = ("class_names", "source", "license")
+        if unused := next((name for name in described if getattr(flags, name) is not None), None):
             log_warning(f"--{unused} has no effect with {other}.")
         suffixes = (".pt", ".pth", ".ckpt", ".safetensors") if flags.to is not None else (".yaml", ".yml")
         if output.suffix not in suffixes:
@@ -160,6 +167,7 @@ def _convert_file(path: Path, output: Path, flags: ConvertFlags) -> None:
     for line in _describe(path, conversion):
         print(line)
     pipeline = GaussianDiffusionPipeline(conversion.unet, conversion.scheduler)
+    _name_classes(pipeline, flags.class_names, path)
     _check_prediction(pipeline)
     record = conversion.record() | {"file": path.name, "sha256": sha256_of_file(path)}
     _save(pipeline, output, record, flags)
@@ -182,6 +190,45 @@ def _describe(path: Path, conversion: "Conversion") -> list[str]:
     if (match := re.fullmatch(r"model(\d+)\.pt", path.name)) and (found := sorted(folder.glob(f"ema_*_{match[1]}.pt"))):
         lines.append(f"{found[0]} holds the EMA weights of the same step, which sample better; convert it instead.")
     return lines
+
+
+def _name_classes(pipeline: "GaussianDiffusionPipeline", given: str | None, source: Path) -> None:
+    """Give a pipeline the names of --class_names, if there are any."""
+    if given is None:
+        return
+    if (count := pipeline.num_classes) == 0:
+        raise ConfigError(f"--class_names is given, but {source} is an unconditional network; remove it.")
+    if pipeline.config.get("class_names"):
+        raise ConfigError(f"--class_names is given, but {source} has names of its classes; remove it.")
+    names = _read_names(given)
+    if len(names) != count or not all(names):
+        raise ConfigError(f"--class_names has {sum(map(bool, names))} names, but {source} has {count} classes.")
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        first, second = [number for number, name in enumerate(names) if name == repeated][:2]
+        raise ConfigError(
+            f"--class_names calls classes {first} and {second} {repeated!r}; give each class a name of its own."
+        )
+    pipeline.register_to_config(class_names={str(number): name for number, name in enumerate(names)})
+
+
+def _read_names(given: str) -> list[str]:
+    """Return the names in a list or a file; an empty name for a number without one."""
+    path = Path(given).expanduser()
+    if not path.is_file():
+        if path.suffix in (".txt", ".json"):
+            raise ConfigError(f"--class_names is {given}, which does not exist; give a file, or names.")
+        return [name.strip() for name in next(csv.reader([given], skipinitialspace=True), [])]
+    if path.suffix != ".json":
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"--class_names is {given}, which is not JSON ({error}).") from None
+    if isinstance(content, dict):
+        content = [content.get(str(number), "") for number in range(len(content))]
+    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+        raise ConfigError(f'--class_names is {given}, which is neither ["cat", ...] nor {{"0": "cat", ...}}.')
+    return [name.strip() for name in content]
 
 
 def _check_prediction(pipeline: "GaussianDiffusionPipeline") -> None:
@@ -231,6 +278,7 @@ def _convert_folder(folder: Path, output: Path, flags: ConvertFlags) -> None:
         if extra := sorted(given - allowed):
             raise ConfigError(f"--{extra[0]} is told by {network / MODEL_CONFIG}; remove it.")
         pipeline = _load_network(network, flags)
+        _name_classes(pipeline, flags.class_names, folder)
         _check_prediction(pipeline)
         weights = next(network / name for name in _WEIGHTS if (network / name).is_file())
         record = {
@@ -252,6 +300,7 @@ def _convert_folder(folder: Path, output: Path, flags: ConvertFlags) -> None:
     from ddpm_hf.hub.push import write_records
 
     pipeline = load_model(model, partial(GaussianDiffusionPipeline.from_pretrained, dtype=torch.float32))
+    _name_classes(pipeline, flags.class_names, folder)
 
     def write_more(path: Path) -> None:
         if model.kind == "checkpoint":

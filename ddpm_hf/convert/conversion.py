@@ -201,7 +201,7 @@ def match(
             "training command."
         )
     factor = 2 ** (len(architecture.block_out_channels) - 1)
-    if size % factor:
+    if any(side % factor for side in (size if isinstance(size, list) else [size])):
         raise ConfigError(
             f"--image_size is {size}, but {what} has {factor.bit_length()} levels, each of half the size of the one "
             f"before; give a multiple of {factor}."

@@ -1,10 +1,23 @@
 """What the shapes of a checkpoint do not tell, as flags and as arguments. Needs no torch."""
 
 import dataclasses
+import math
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ddpm_hf.config import ConfigError
+
+
+def _image_size(text: str) -> int | list[int]:
+    """Parse one side, or height and width separated by a comma."""
+    try:
+        sides = [int(side) for side in text.strip("[]()").split(",")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise ArgumentTypeError(f"{text!r} is neither a number nor HEIGHT,WIDTH")
+    return sides if len(sides) == 2 else sides[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +30,8 @@ class ConversionOptions:
             script.
         ema: EMA weights to take, by their place in the file, or none for the weights without EMA; by default the only
             EMA weights, or the only weights.
-        image_size: Height and width of the images that the network was trained on; no default for own networks.
+        image_size: Size of the images that the network was trained on, one side or height,width; no default for own
+            networks.
         num_heads: Number of attention heads, as in the training command; no default for own networks.
         num_head_channels: Channels of an attention head, as in the training command; replaces num_heads.
         attention_order: Order of the rows of joint attention projections: new for networks that were trained with
@@ -37,7 +51,9 @@ class ConversionOptions:
         Literal["pesser", "ddpm_torch", "improved_diffusion", "guided_diffusion", "abarankab", "pytorch_ddpm"] | None
     ) = None
     ema: str | None = None
-    image_size: int | None = None
+    image_size: int | list[int] | None = dataclasses.field(
+        default=None, metadata={"minimum": 1, "maximum": math.inf, "parse": _image_size}
+    )
     num_heads: int | None = None
     num_head_channels: int | None = None
     attention_order: Literal["legacy", "new"] | None = None
@@ -54,7 +70,8 @@ class ConversionOptions:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "num_heads", "num_head_channels", "num_train_timesteps"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            value = getattr(self, name)
+            if value is not None and min(value if isinstance(value, list) else [value]) < 1:
                 raise ConfigError(f"--{name} is {value}, but must be at least 1.")
 
     def given(self) -> dict[str, Any]:

@@ -472,6 +472,39 @@ def test_a_checkpoint_becomes_a_folder_that_loads_in_three_ways_and_goes_back(
     assert "faces exists; give a new name" in capsys.readouterr().err
 
 
+def test_classes_get_names_and_images_may_be_wider_than_high(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(randomize(OpenAIUNet(32, (1, 2), 1, (), num_classes=3)).state_dict(), "pets.pt")
+    torch.save(PESSER, "unconditional.pt")
+    names = ["cat", "dog", "tench, Tinca tinca"]
+    Path("numbers.json").write_text(json.dumps({"2": names[2], "0": "cat", "1": "dog"}), encoding="utf-8")
+    Path("names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    Path("gap.json").write_text(json.dumps({"0": "cat", "1": "dog", "3": "fish"}), encoding="utf-8")
+    flags = ["--image_size", "16,24", "--num_heads", "1", "--class_names"]
+    for number, given in enumerate(["numbers.json", "names.txt", 'cat, dog, "tench, Tinca tinca"']):
+        assert main(["convert", "pets.pt", f"pets_{number}", *flags, given]) == 0, given
+        pipeline = GaussianDiffusionPipeline.from_pretrained(f"pets_{number}")
+        assert list(pipeline.config["class_names"].values()) == names, given
+    image = pipeline(class_labels=["dog"], num_inference_steps=1).images[0]
+    assert image.size == (24, 16)
+    capsys.readouterr()
+    for source, given, message in (
+        ("pets.pt", "cat,dog", "--class_names has 2 names, but pets.pt has 3 classes"),
+        ("pets.pt", "gap.json", "has 2 names"),
+        ("pets.pt", "cat,dog,cat", "calls classes 0 and 2 'cat'"),
+        ("pets.pt", "missing.txt", "does not exist"),
+        ("pets_0", "a,b,c", "has names of its classes"),
+        ("unconditional.pt", "cat,dog", "is an unconditional network"),
+    ):
+        size = flags[:2] if source != "pets_0" else []
+        heads = flags[2:4] if source == "pets.pt" else []
+        assert main(["convert", source, "out", *size, *heads, "--class_names", given]) == 2
+        assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_nothing_is_written_for_a_file_that_cannot_be_converted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
