@@ -5,12 +5,16 @@ a download, a login or another program are parsed instead.
 """
 
 import contextlib
+import importlib.util
 import io
 import itertools
+import json
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -241,14 +245,11 @@ def test_every_help_has_examples_with_known_flags(name: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- code
 
 
-def python_blocks(path: Path) -> list[str]:
-    """Return the Python blocks of a document, which train a hundredth of their steps."""
+def shortened(code: str) -> str:
+    """Return code that trains a hundredth of its steps, and a narrow network of its own."""
     steps = re.compile(r'(?<="training\.num_steps": )\d+')
-
-    def shortened(found: re.Match[str]) -> str:
-        return str(max(1, int(found[0]) // 100))
-
-    return [steps.sub(shortened, block) for block in blocks(text_of(path), "python")]
+    narrow = code.replace("block_out_channels=(32, 64)", "block_out_channels=(8, 16)")
+    return steps.sub(lambda found: str(max(1, int(found[0]) // 100)), narrow)
 
 
 # The code of docs/hub.md pushes: tests/integration/test_push.py runs it.
@@ -259,18 +260,47 @@ def python_blocks(path: Path) -> list[str]:
     ids=lambda path: path.name,
 )
 def test_the_python_blocks_of_a_document_run_from_top_to_bottom(path: Path) -> None:
-    code = of_small_runs("\n".join(python_blocks(path)))
+    code = of_small_runs(shortened("\n".join(blocks(text_of(path), "python"))))
     exec(compile(code, path.name, "exec"), {})  # noqa: S102
 
 
+def cells_of_the_notebook() -> list[str]:
+    notebook = json.loads(text_of(REPOSITORY / "notebooks/training_in_python.ipynb"))
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
 @pytest.mark.usefixtures("reader")
-def test_the_cells_of_the_python_document_run_twice_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the arguments of a kernel."""
+def test_the_cells_of_the_notebook_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the arguments of a kernel, in a checkout. They are the blocks of docs/python.md."""
     monkeypatch.setattr("sys.argv", ["ipykernel_launcher.py", "-f", "kernel-1.json"])
     names: dict[str, object] = {}
-    for cell in python_blocks(REPOSITORY / "docs/python.md"):
+    for cell in cells_of_the_notebook():
         for _ in range(2):
-            exec(compile(cell, "python.md", "exec"), names)  # noqa: S102
+            exec(compile(shortened(cell), "cell", "exec"), names)  # noqa: S102
+
+
+def test_the_notebook_installs_the_repository_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+
+    def run(command: list[str], *, check: bool) -> None:
+        commands.append(command)
+        Path("ddpm_hf_checkout").mkdir(exist_ok=True)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    installation = cells_of_the_notebook()[0]
+    with pytest.raises(SystemExit, match="REPOSITORY is empty"):
+        exec(compile(installation, "cell", "exec"), {})  # noqa: S102
+    exec(compile(installation.replace('REPOSITORY = ""', 'REPOSITORY = "address"'), "cell", "exec"), {})  # noqa: S102
+    checkout = str(tmp_path / "ddpm_hf_checkout")
+    assert commands == [
+        ["git", "clone", "--quiet", "--depth", "1", "address", checkout],
+        [sys.executable, "-m", "pip", "install", "--quiet", checkout],
+    ]
+    assert str(Path.cwd()) == checkout
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if blocks(text_of(path), "yaml")], ids=lambda p: p.name)
@@ -320,10 +350,17 @@ def test_the_settings_that_a_document_names_exist(name: str) -> None:
     assert [(section, setting) for section, setting in named if setting not in sections[section]] == []
 
 
-@pytest.mark.parametrize(("script", "name"), [("make_training", "settings"), ("make_performance", "performance")])
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [
+        ("make_training", "docs/settings.md"),
+        ("make_performance", "docs/performance.md"),
+        ("make_notebook", "notebooks/training_in_python.ipynb"),
+    ],
+)
 def test_a_generated_document_is_up_to_date(script: str, name: str) -> None:
     generated = runpy.run_path(str(REPOSITORY / "docs" / f"{script}.py"))["document"]()
-    assert generated == text_of(REPOSITORY / "docs" / f"{name}.md"), f"run python docs/{script}.py"
+    assert generated == text_of(REPOSITORY / name), f"run python docs/{script}.py"
 
 
 @pytest.mark.parametrize("name", ["SECURITY.md", "docs/reliability.md", "docs/compatibility.md"])
