@@ -33,6 +33,7 @@ from tests.conftest import REPOSITORY
 from tests.documents import DOCUMENTS, FENCED, blocks, text_of
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+CHINESE = REPOSITORY / "README_zh.md"  # has the commands and the code of README.md
 OTHER_PROGRAMS = {"cd", "diff", "git", "hf", "pip", "pytest"}
 # Appended to training commands that do not set them.
 SMALL = {
@@ -211,7 +212,9 @@ def help_of(*words: str) -> str:
 
 
 @pytest.mark.usefixtures("reader")
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if commands_of(path)], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in DOCUMENTS if commands_of(path) and path != CHINESE], ids=lambda path: path.name
+)
 def test_the_commands_of_a_document_run(path: Path) -> None:
     for line in commands_of(path):
         run_command(line)
@@ -253,10 +256,13 @@ def shortened(code: str) -> str:
 
 
 # The code of docs/hub.md pushes: tests/integration/test_push.py runs it.
+ELSEWHERE = ("hub.md", "python.md", CHINESE.name)
+
+
 @pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize(
     "path",
-    [path for path in DOCUMENTS if blocks(text_of(path), "python") and path.name not in ("hub.md", "python.md")],
+    [path for path in DOCUMENTS if blocks(text_of(path), "python") and path.name not in ELSEWHERE],
     ids=lambda path: path.name,
 )
 def test_the_python_blocks_of_a_document_run_from_top_to_bottom(path: Path) -> None:
@@ -332,6 +338,19 @@ def test_relative_links_and_anchors_resolve(path: Path) -> None:
         ):
             broken.append(target)
     assert broken == []
+
+
+def test_the_chinese_readme_has_the_code_the_links_and_the_numbers_of_the_english_one() -> None:
+    english, chinese = (text_of(path) for path in (REPOSITORY / "README.md", CHINESE))
+    assert [line.partition("#")[0] for line in commands_of(CHINESE)] == [
+        line.partition("#")[0] for line in commands_of(REPOSITORY / "README.md")
+    ]
+    assert blocks(chinese, "python") == blocks(english, "python")
+    assert blocks(chinese, "") == blocks(english, "")
+    english = re.sub(r"([\d.]+) million", lambda found: f"{float(found[1]) * 100:g} 万", english)
+    for pattern in (r"\]\(([^)\s]+)\)", r"(?<![\w.])\d[\d,.]*(?:e-\d+)?(?<![.,])"):
+        found = [set(re.findall(pattern, FENCED.sub("", text))) for text in (english, chinese)]
+        assert found[0] ^ found[1] <= {"README.md", "README_zh.md"}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
