@@ -44,8 +44,7 @@ class Page:
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         pipeline.set_progress_bar_config(disable=True)
-        size = pipeline.unet.config.sample_size
-        self.height, self.width = size if isinstance(size, list | tuple) else (size, size)
+        self.channels, self.height, self.width = pipeline.image_shape
         names = pipeline.config.get("class_names") or {}
         self.classes = [str(names.get(str(number), number)) for number in range(pipeline.num_classes)]
         self.num_timesteps = int(pipeline.scheduler.config["num_train_timesteps"])
@@ -73,7 +72,7 @@ class Page:
         self, seed: int, other: int, name: str, guidance: float, steps: int
     ) -> tuple[Image.Image, list[Images], Any]:
         """Return the images between two seeds: deterministic samples of the noise between theirs."""
-        shape = (1, self.pipeline.num_channels, self.height, self.width)
+        shape = (1, *self.pipeline.sample_shape)
         start, end = (torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in (seed, other))
         angle = torch.linspace(0, torch.pi / 2, NUM_MORPHS).view(-1, 1, 1, 1)
         noise = angle.cos() * start + angle.sin() * end  # a standard normal tensor at every angle
@@ -124,7 +123,7 @@ class Page:
         left, top = (width - self.width) // 2, (height - self.height) // 2
         scaled = image.resize((width, height), Image.Resampling.LANCZOS)
         cropped = scaled.crop((left, top, left + self.width, top + self.height))
-        return cropped.convert(mode or {1: "L", 3: "RGB", 4: "RGBA"}[self.pipeline.num_channels])
+        return cropped.convert(mode or {1: "L", 3: "RGB", 4: "RGBA"}[self.channels])
 
     def picture(self, images: Images) -> Image.Image:
         """Arrange images, uint8 (number, height, width, channels), in a square picture, enlarged without smoothing."""

@@ -404,7 +404,7 @@ def _describe_folder(folder: Path) -> str:
     """Return what a folder without a model holds, and what to give."""
     names = content_of(folder)
     real = folder.resolve()
-    if real.parent.joinpath(MODEL_INDEX).is_file() and real.name in ("unet", "scheduler"):
+    if real.parent.joinpath(MODEL_INDEX).is_file() and real.name in ("unet", "scheduler", "vae"):
         return f"is only the {real.name} of a pipeline; give {_as_given(real.parent, folder)}."
     if _is_run(folder):
         every = settings_of(folder)["training"].get("checkpoint_every_steps")

@@ -478,7 +478,8 @@ def evaluation_plot(
         # The progressive code: the error that is left after so many bits. Fig. 5, Ho et al. 2020.
         rate, distortion = (bin_means(bound[name], columns["counts"]) for name in ("rate", "distortion"))
         axes[1, 2].plot(rate, distortion, lw=1.6, color=LINE_COLOR)
-        _finish_axes(axes[1, 2], "bits per dimension sent", "root mean squared error, 0 to 255")
+        scale = "of latents" if bound.get("of") == "latents" else "0 to 255"
+        _finish_axes(axes[1, 2], "bits per dimension sent", f"root mean squared error, {scale}")
         axes[1, 2].set_ylim(bottom=0)
         axes[1, 2].set_title("rate and distortion", fontsize=10)
     for panel, ratios in zip(axes[-1], memorization, strict=False):

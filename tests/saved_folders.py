@@ -9,6 +9,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from tests.conftest import tiny_vae
 from tests.unit.diffusion.oracles import tiny_unet
 
 # Arguments of the call for class-conditional folders, which differ in schedule, prediction, classes and weights.
@@ -18,7 +19,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 # Folders that the stock pipeline samples correctly, and folders that it would sample wrongly.
 FOR_STOCK = ("plain", "learned_range")
-NOT_FOR_STOCK = ("self_conditioned", "learned")
+NOT_FOR_STOCK = ("self_conditioned", "learned", "latent")
 SAVED_FOLDERS = (*FOR_STOCK, *CALLS, *NOT_FOR_STOCK)
 # The file of the second moments in "plain".
 SECOND_MOMENTS = "scheduler/reverse_variance.json"
@@ -87,6 +88,10 @@ def make_pipeline(name: str, seed: int = 0) -> GaussianDiffusionPipeline:
         return GaussianDiffusionPipeline(tiny_unet(seed + 2, num_class_embeds=5), scheduler, class_names=names)
     if name == "self_conditioned":
         return GaussianDiffusionPipeline(tiny_unet(seed + 3, in_channels=6), create(), self_conditioned=True)
+    if name == "latent":
+        unet = tiny_unet(seed + 5, in_channels=2, out_channels=2)
+        statistics = {"latents_mean": [0.1, -0.2], "latents_std": [0.5, 2.0]}
+        return GaussianDiffusionPipeline(unet, create(clip_sample=False), vae=tiny_vae(num_channels=3), **statistics)
     return GaussianDiffusionPipeline(tiny_unet(seed + 4, out_channels=6), create(variance_type=name))
 
 

@@ -153,7 +153,8 @@ def load_pipeline(name: str, model: "ModelFolder | None", **options: Any) -> "Ga
     Args:
         name: Folder or repository id, as given by the user.
         model: The result of `find_folder`.
-        **options: Arguments of `from_pretrained`; None stands for the default.
+        **options: Arguments of `from_pretrained`; None stands for the default. `dtype` is that of the network: a VAE
+            decodes in float32, because some overflow in float16.
     """
     import torch
     from diffusers.utils.logging import disable_progress_bar
@@ -164,6 +165,8 @@ def load_pipeline(name: str, model: "ModelFolder | None", **options: Any) -> "Ga
     if not sys.stderr.isatty():
         disable_progress_bar()
     given = {key: value for key, value in options.items() if value is not None}
+    if "dtype" in given:
+        given["dtype"] = {"unet": given["dtype"], "default": torch.float32}
     try:
         with _diffusers_messages_on_success():
             if model is None:
@@ -199,7 +202,7 @@ def download_folder(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = [MODEL_INDEX, TRAINING_CONFIG, VERIFICATION, "*.py", "unet/*", "scheduler/*"]
+        files = [MODEL_INDEX, TRAINING_CONFIG, VERIFICATION, "*.py", "unet/*", "scheduler/*", "vae/*"]
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=["*.bin"]))
     except Exception as error:  # errors of the Hub, the network and the disk
         raise ConfigError(f"{name} {_hub_reason(error, revision)}") from error

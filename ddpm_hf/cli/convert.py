@@ -242,10 +242,10 @@ def _check_prediction(pipeline: "GaussianDiffusionPipeline") -> None:
     if float(pipeline.scheduler.alphas_cumprod[last]) > 0.05:
         return
     size = [min(side, 64) for side in image_size(unet)]
-    noise = torch.randn(1, pipeline.num_channels, *size, generator=torch_generator("cpu", 0, "conversion"))
+    noise = torch.randn(1, pipeline.sample_channels, *size, generator=torch_generator("cpu", 0, "conversion"))
     labels = torch.zeros(1, dtype=torch.int64) if pipeline.num_classes else None
     with torch.no_grad():
-        output = unet(noise, torch.tensor([last]), labels).sample[:, : pipeline.num_channels]
+        output = unet(noise, torch.tensor([last]), labels).sample[:, : pipeline.sample_channels]
     correlation = float(torch.corrcoef(torch.stack([noise.flatten(), output.flatten()]))[0, 1].nan_to_num())
     prediction_type = pipeline.scheduler.config.prediction_type
     returns_noise = correlation > _MIN_CORRELATION

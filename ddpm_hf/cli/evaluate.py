@@ -448,7 +448,8 @@ def _prepare(flags: EvaluateFlags) -> _Work:
     height, width, num_channels = image_shape(pipeline)
     value_range = pipeline.config.get("value_range")
     is_student = DEFAULT_STEPS in pipeline.scheduler.config
-    metrics = flags.metric_names(has_bits=not value_range and not is_student)
+    has_bits = pipeline.vae is not None or not value_range
+    metrics = flags.metric_names(has_bits=has_bits and not is_student)
     if is_student and (BITS_PER_DIM in metrics or flags.estimate_variance):
         flag = f"--metrics {BITS_PER_DIM}" if BITS_PER_DIM in metrics else "--estimate_variance"
         raise ConfigError(
@@ -609,16 +610,21 @@ def _describe_bound(work: _Work, bound: "VariationalBound | None") -> dict[str, 
         "num_terms": work.num_terms or len(bound.timesteps),
         "timestep_spacing": (flags.timestep_spacing or config["timestep_spacing"]) if flags.likelihood_steps else None,
         "variance": "analytic" if flags.variance == "analytic" else config["variance_type"],
-    }
+    } | ({"of": "latents"} if bound.is_of_latents else {})
 
 
 def _notes(work: _Work, bound: "VariationalBound | None") -> list[str]:
     """Return notes for comparing bits per dimension with those of other models."""
     notes, num_classes = [], work.pipeline.num_classes
+    if bound is not None and bound.is_of_latents:
+        notes.append(
+            "bits_per_dim is of latents, whose density it bounds: compare it only with models on latents of the same "
+            "VAE, not with bits of pixels."
+        )
     if bound is not None and not len(work.validation):
         notes.append("bits_per_dim is of training images and may be lower than on others; there is no validation set.")
     if bound is not None and num_classes:
-        label = math.log2(num_classes) / math.prod(work.training.image_shape)
+        label = math.log2(num_classes) / math.prod(work.pipeline.sample_shape)
         notes.append(f"bits_per_dim is given the class of each image; encoding the class would add up to {label:.3f}.")
     return notes
 
@@ -637,7 +643,7 @@ def _draw(work: _Work, samples: "Images", bound: "VariationalBound | None", memo
     step = f" at {work.model.progress}" if work.model is not None and work.model.kind == "checkpoint" else ""
     title = f"{Path(work.flags.folder).resolve().name}{step}, {Path(work.flags.data).name}"
     if bound is not None:
-        title += f": {bound.bits_per_dim:.3f} bits per dimension"
+        title += f": {bound.bits_per_dim:.3f} bits per dimension{' of latents' if bound.is_of_latents else ''}"
     atomic_write(
         work.output / EVALUATION_PICTURE,
         lambda path: evaluation_plot(

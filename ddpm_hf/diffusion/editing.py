@@ -44,7 +44,7 @@ class EditingMixin:
     _record: Callable[..., None]
     _result: Callable[..., Any]
     _to_pixels: Callable[[ImageInput, str], torch.Tensor]
-    _encode: Callable[[torch.Tensor], torch.Tensor]
+    encode_latents: Callable[[torch.Tensor], torch.Tensor]
 
     @torch.no_grad()
     def denoise_from(self, image: ImageInput, strength: float = 0.5, **options: Any) -> Any:
@@ -64,7 +64,7 @@ class EditingMixin:
         pixels = self._read(image, "image", "denoise_from")
         with self._begin(len(pixels), options, "denoise_from") as call:
             level = start_level(strength, len(call.timesteps))
-            x_0 = self._encode(pixels)
+            x_0 = self.encode_latents(pixels)
             x_t = self._noise_to_level(call, x_0.to(call.device, call.dtype), level)
             return self._result(call, self._denoise(call, x_t, call.timesteps[level:]))
 
@@ -111,7 +111,7 @@ class EditingMixin:
             level = start_level(strength, len(call.timesteps))
 
             def endpoint(pixels: torch.Tensor) -> torch.Tensor:
-                x_0 = self._encode(pixels).to(call.device, call.dtype)
+                x_0 = self.encode_latents(pixels).to(call.device, call.dtype)
                 if isinstance(call.generator, list):
                     return self._noise_to_level(call, x_0.repeat_interleave(len(given), dim=0), level)
                 return self._noise_to_level(call, x_0, level).repeat_interleave(len(given), dim=0)
@@ -156,7 +156,7 @@ class EditingMixin:
         if options.get("num_inference_steps") is None and options.get("timesteps") is None:
             options["num_inference_steps"] = min(250, len(self.scheduler))
         with self._begin(len(pixels), options, "inpaint") as call:
-            known = self._encode(pixels).to(call.device, call.dtype)
+            known = self.encode_latents(pixels).to(call.device, call.dtype)
             fill = (mask if self.vae is None else mask_of_latents(mask, self.vae)).to(call.device)
             sample = self._draw_noise(call, tuple(known.shape))
             self._record(call, sample)
@@ -205,7 +205,7 @@ class EditingMixin:
         with self._begin(len(pixels), options | {"eta": 0.0}, "encode") as call:
             if unused := [name for name in _NOT_IN_ENCODE if options.get(name)]:
                 raise ValueError(f"encode has no {' and no '.join(unused)}; leave it out.")
-            x = self._encode(pixels).to(call.device, call.dtype)
+            x = self.encode_latents(pixels).to(call.device, call.dtype)
             for level in self.progress_bar(range(len(call.timesteps))[::-1]):
                 if call.interrupt:
                     break

@@ -237,6 +237,11 @@ def normal_kl(
     return 0.5 * (log_variance_2 - log_variance_1 + ratio + distance - 1)
 
 
+def normal_log_density(x: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of the density of a normal distribution, elementwise, in nats."""
+    return -0.5 * (math.log(2 * math.pi) + log_variance + (x - mean) ** 2 * torch.exp(-log_variance))
+
+
 def discretized_log_likelihood(x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """Return the log-probability of 8-bit data under a Gaussian, elementwise, in nats.
 

@@ -108,6 +108,10 @@ def make_guide(pipeline: Any, guide: Any, labels: list[int] | None) -> Guide:
     if kinds[0] != kinds[1]:
         ours, theirs = ("x".join(map(str, kind)) for kind in kinds)
         raise ValueError(f"guide makes images of {theirs}, but the model of {ours}; {remedy}")
+    if pipeline.vae is not None and getattr(guide, "vae", None) is not None:
+        for ours, theirs in zip(pipeline.latent_statistics, guide.latent_statistics, strict=True):
+            if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+                raise ValueError(f"guide was trained on latents of another scale than the model; {remedy}")
     num_labels = int(config.num_class_embeds or 0)
     num_classes = num_labels - bool(guide.config.get("has_null_label"))
     names = [each.config.get("class_names") for each in (pipeline, guide)]

@@ -8,14 +8,18 @@ Legend:
 Every function takes an AutoencoderKL, an AutoencoderTiny or a VQModel. Nothing here is differentiated.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
 from .schedule import real_number
 
+CLASSES = {one.__name__: one for one in (AutoencoderKL, AutoencoderTiny, VQModel)}
 MAX_PIXELS = 2**20
 """Pixels that the VAE encodes or decodes at once: 16 images of 256x256. The network takes far more latents at once."""
 
@@ -31,6 +35,18 @@ def check_vae(vae: Any) -> None:
         )
 
 
+def load_vae(folder: Path, dtype: torch.dtype, *, use_safetensors: bool) -> Any:
+    """Load the VAE in a folder of an LDMPipeline, which it calls `vqvae`.
+
+    Raises:
+        ValueError: If it is none of the three classes.
+    """
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    if name not in CLASSES:
+        raise ValueError(f"{folder} is a {name}; a VAE must be one of {', '.join(CLASSES)}.")
+    return CLASSES[name].from_pretrained(folder, torch_dtype=dtype, use_safetensors=use_safetensors)
+
+
 def latent_channels(vae: Any) -> int:
     """Return the channels of z."""
     config = vae.config
@@ -43,7 +59,11 @@ def image_channels(vae: Any) -> int:
 
 
 def downsampling_factor(vae: Any) -> int:
-    """Return how many times the height of an image is that of z: the VAE halves it once between two blocks."""
+    """Return how many times the height of an image is that of z: a VAE halves it once between two blocks.
+
+    Args:
+        vae: The VAE, or anything else with its `config`.
+    """
     config = vae.config
     blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
     return int(2 ** (len(blocks) - 1))

@@ -65,6 +65,7 @@ from .latents import (
     encode_moments,
     image_channels,
     latent_channels,
+    load_vae,
     normalize,
     statistics,
 )
@@ -73,6 +74,7 @@ from .saved_folder import (
     check_parts,
     check_shards,
     clean_network_config,
+    find_file,
     find_second_moments,
     without_list_form,
     write_code,
@@ -290,14 +292,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                 f" {channels} channels; it needs as many, or twice as many with a learned variance. A network that"
                 " takes its last prediction as input needs self_conditioned=True."
             )
-        if vae is not None:
-            check_vae(vae)
-            if latent_channels(vae) != channels:
-                raise ValueError(
-                    f"vae has latents of {latent_channels(vae)} channels, but unet generates {channels}; pass the VAE"
-                    " that the network was trained with."
-                )
-            self._statistics()
+        self.check_vae()
         if has_null_label and config.num_class_embeds is None:
             raise ValueError("has_null_label is true, but unet has no num_class_embeds.")
         if class_names and set(class_names) != set(map(str, range(self.num_classes))):
@@ -743,23 +738,20 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
             sample: Its last state.
             known: Images in [-1, 1], and where they are to be replaced by those of the call.
         """
-        output_type, states = call.options.output_type, call.states
+        output_type, value_range = call.options.output_type, self.config.get("value_range")
+        states = None if call.states is None else torch.stack(call.states)
         if output_type == "latent":
-            trajectory = None if states is None else torch.stack(states)
-            output = GaussianDiffusionPipelineOutput(images=sample, trajectory=trajectory)
-            return output if call.options.return_dict else output.to_tuple()
-        value_range = self.config.get("value_range")
-        decoded = self._decode(sample)
-        if known is not None:
-            images, is_new = (value.to(decoded.device) for value in known)
-            decoded = torch.where(is_new, decoded, images.to(decoded.dtype))
-        trajectory = None
-        if states is not None:
-            pictures = states if self.vae is None else [self._decode(state.to(call.device)).cpu() for state in states]
-            trajectory = to_images(torch.stack(pictures), "pt", value_range)
-        output = GaussianDiffusionPipelineOutput(
-            images=to_images(decoded, output_type, value_range), trajectory=trajectory
-        )
+            output = GaussianDiffusionPipelineOutput(images=sample, trajectory=states)
+        else:
+            pixels = self.decode_latents(sample)
+            if known is not None:
+                given, is_new = (value.to(pixels.device) for value in known)
+                pixels = torch.where(is_new, pixels, given.to(pixels.dtype))
+            if states is not None:
+                states = torch.stack([self.decode_latents(state).cpu() for state in states])
+                states = to_images(states, "pt", value_range)
+            images = to_images(pixels, output_type, value_range)
+            output = GaussianDiffusionPipelineOutput(images=images, trajectory=states)
         return output if call.options.return_dict else output.to_tuple()
 
     def _to_pixels(self, image: ImageInput, name: str) -> torch.Tensor:
@@ -769,19 +761,48 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
 
     # The VAE
 
-    def _statistics(self) -> Statistics:
-        """Return the mean and the standard deviation of the latents, which are 0 and 1 in a sample."""
+    def check_vae(self) -> None:
+        """Raise a ValueError if the VAE, where there is one, does not decode what the network generates."""
+        if self.vae is None:
+            return
+        check_vae(self.vae)
+        if latent_channels(self.vae) != self.sample_channels:
+            raise ValueError(
+                f"vae has latents of {latent_channels(self.vae)} channels, but unet generates {self.sample_channels};"
+                " pass the VAE that the network was trained with."
+            )
+        _ = self.latent_statistics  # raises for another number of channels
+
+    @property
+    def latent_statistics(self) -> Statistics:
+        """Mean and standard deviation of the latents of the VAE, which are 0 and 1 in a sample."""
         return statistics(self.vae, self.config.get("latents_mean"), self.config.get("latents_std"))
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the samples of pixels in [-1, 1]: the normalized means of their latents, if there is a VAE."""
+    def encode_latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the samples of images, without noise; without a VAE the images themselves.
+
+        Args:
+            pixels: (batch, channels, height, width) in [-1, 1].
+
+        Returns:
+            The normalized means of the latents, float32 (batch, channels, height, width).
+        """
         if self.vae is None:
             return pixels
-        return normalize(encode_moments(self.vae, pixels.to(self._execution_device))[0], self._statistics())
+        return normalize(encode_moments(self.vae, pixels.to(self._execution_device))[0], self.latent_statistics)
 
-    def _decode(self, sample: torch.Tensor) -> torch.Tensor:
-        """Return the pixels of samples in [-1, 1], before clipping."""
-        return sample if self.vae is None else decode(self.vae, denormalize(sample, self._statistics()))
+    def decode_latents(self, sample: torch.Tensor) -> torch.Tensor:
+        """Return the images of samples; without a VAE the samples themselves.
+
+        Args:
+            sample: (batch, channels, height, width), also of a step.
+
+        Returns:
+            (batch, channels, height, width) in [-1, 1], not clipped.
+        """
+        if self.vae is None:
+            return sample
+        return decode(self.vae, denormalize(sample.to(self._execution_device), self.latent_statistics))
 
     # Saving and loading
 
@@ -828,7 +849,7 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
-        """Load a folder or repository of this class or of a stock DDPMPipeline; see `DiffusionPipeline`.
+        """Load a folder or repository of this class, of a stock DDPMPipeline or LDMPipeline; see `DiffusionPipeline`.
 
         Where ddpm_hf is installed, the folder may also be that of a run, which stands for its pipeline, or, with a
         warning, for the EMA of its newest valid checkpoint if the run is not finished; a checkpoint, which stands for
@@ -876,6 +897,10 @@ class GaussianDiffusionPipeline(EditingMixin, DiffusionPipeline):
                 " use_safetensors=False to read its pickled .bin weights, and save the pipeline again."
             ) from error
         pipeline = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "vae" not in kwargs and (file := find_file(pretrained_model_name_or_path, "vqvae/config.json", kwargs)):
+            is_safe = kwargs.get("use_safetensors", True)
+            pipeline.register_modules(vae=load_vae(file.parent, pipeline.unet.dtype, use_safetensors=is_safe))
+            pipeline.check_vae()
         file = find_second_moments(pretrained_model_name_or_path, kwargs)
         if file is not None and isinstance(pipeline.scheduler, GaussianDiffusionScheduler):
             pipeline.scheduler.load_second_moments(file)

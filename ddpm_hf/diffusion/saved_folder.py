@@ -138,19 +138,24 @@ def second_moments_file(folder: str | PathLike[str]) -> Path:
 
 
 def find_second_moments(name_or_path: str | PathLike[str], options: Mapping[str, Any]) -> Path | None:
-    """Return the file of second moments of a pipeline that was just loaded, or None.
-
-    Args:
-        name_or_path: Folder or repository of the pipeline.
-        options: The keyword arguments of `from_pretrained`.
-    """
+    """Return the file of second moments of a pipeline that was just loaded, or None; arguments as in `find_file`."""
     if Path(name_or_path).is_dir():
         file = second_moments_file(name_or_path)
         return file if file.is_file() else None
-    cached = try_to_load_from_cache(
-        str(name_or_path),
-        f"scheduler/{SECOND_MOMENTS_FILE}",
-        cache_dir=options.get("cache_dir"),
-        revision=options.get("revision"),
-    )
+    return find_file(name_or_path, f"scheduler/{SECOND_MOMENTS_FILE}", options)
+
+
+def find_file(name_or_path: str | PathLike[str], file: str, options: Mapping[str, Any]) -> Path | None:
+    """Return a file of a pipeline that was just loaded, or None.
+
+    Args:
+        name_or_path: Folder or repository of the pipeline.
+        file: Its path in the folder.
+        options: The keyword arguments of `from_pretrained`.
+    """
+    if Path(name_or_path).is_dir():
+        path = Path(name_or_path) / file
+        return path if path.is_file() else None
+    place = {name: options.get(name) for name in ("cache_dir", "revision")}
+    cached = try_to_load_from_cache(str(name_or_path), file, **place)
     return Path(cached) if isinstance(cached, str) else None

@@ -29,7 +29,7 @@ from ddpm_hf.config import EvaluationConfig
 from ddpm_hf.config.schema import SCHEDULERS, SCHEDULERS_WITH_ETA
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
 from ddpm_hf.diffusion.compiled import compiled_call
-from ddpm_hf.diffusion.images import image_size, to_images
+from ddpm_hf.diffusion.images import to_images
 from ddpm_hf.diffusion.pipeline import ClassNumbers, did_you_mean, find_optimized, returns_x_0
 from ddpm_hf.diffusion.scheduler import NATIVE_SCHEDULER, default_num_inference_steps
 from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_value, read_json, save_array, write_json
@@ -112,9 +112,9 @@ class Sampler:
             # it does in the first step of cosine schedules.
             changes["use_exponential_sigmas"] = True
         scheduler = scheduler_type.from_config(pipeline.scheduler.config, **changes)
-        names = ("class_names", "has_null_label", "self_conditioned", "value_range", "optimized_timesteps")
-        extras = {name: pipeline.config[name] for name in names if pipeline.config.get(name)}
-        prepared = GaussianDiffusionPipeline(pipeline.unet, scheduler, **extras)
+        settings = inspect.signature(GaussianDiffusionPipeline).parameters.keys() - pipeline.components.keys()
+        extras = {name: pipeline.config[name] for name in settings if pipeline.config.get(name)}
+        prepared = GaussianDiffusionPipeline(pipeline.unet, scheduler, vae=pipeline.vae, **extras)
         if isinstance(prepared.scheduler, GaussianDiffusionScheduler):
             moments = getattr(pipeline.scheduler, "eps_second_moments", None)
             if moments is not None:
@@ -293,7 +293,7 @@ def scheduler_class(name: str) -> Any:
 def check_step(pipeline: GaussianDiffusionPipeline) -> None:
     """Raise ValueError if the scheduler, after `check_inputs`, has no step for the prediction type of the network."""
     scheduler = pipeline.scheduler
-    zeros = torch.zeros(1, pipeline.num_channels, 1, 1, device=pipeline.device)
+    zeros = torch.zeros(1, pipeline.sample_channels, 1, 1, device=pipeline.device)
     try:
         if not isinstance(scheduler, GaussianDiffusionScheduler):
             returns_x_0(scheduler, zeros, zeros)
@@ -327,7 +327,8 @@ def image_shape(pipeline: GaussianDiffusionPipeline) -> tuple[int, int, int]:
     Raises:
         ValueError: The network configuration has no size.
     """
-    return (*image_size(pipeline.unet), pipeline.num_channels)
+    channels, height, width = pipeline.image_shape
+    return height, width, channels
 
 
 def sample_images(
@@ -389,20 +390,19 @@ def call_with_trajectory(
     Returns:
         The images, and uint8 states (frames, number, height, width, channels) as in `sample_trajectory`.
     """
-    height, width, channels = image_shape(pipeline)
     noise = randn_tensor(
-        (len(generator), channels, height, width),
+        (len(generator), *pipeline.sample_shape),
         generator=generator,
         device=pipeline.device,
         dtype=torch.promote_types(torch.float32, pipeline.unet.dtype),
     )
-    states: list[Images] = [to_images(noise, "uint8")]
+    states: list[Images] = [to_images(pipeline.decode_latents(noise), "uint8")]
     num_steps = pipeline.check_inputs(len(generator), generator=generator, **options)
     intervals = min(num_steps, MAX_FRAMES - 1)
 
     def keep_state(pipeline: Any, step: int, _: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         if step + 1 in {round(frame * num_steps / intervals) for frame in range(1, intervals + 1)}:
-            states.append(to_images(tensors["sample"], "uint8"))
+            states.append(to_images(pipeline.decode_latents(tensors["sample"]), "uint8"))
         return {}
 
     images = pipeline(sample=noise, generator=generator, callback_on_step_end=keep_state, **options).images
@@ -426,7 +426,7 @@ def split_into_batches(is_wanted: NDArray[np.bool_], batch_size: int) -> list[ra
 
 
 def fingerprint(pipeline: GaussianDiffusionPipeline) -> str:
-    """Return the sha256 of everything that samples depend on: weights, configurations, and second moments in use.
+    """Return the sha256 of everything that images depend on: weights, configurations, and second moments in use.
 
     It is independent of the device and of saving, and depends on the precision. (verification.json has one digest per
     tensor, in float32, in order to name the tensors that differ.)
@@ -435,14 +435,19 @@ def fingerprint(pipeline: GaussianDiffusionPipeline) -> str:
     scheduler = pipeline.scheduler
     names = ("class_names", "has_null_label", "self_conditioned")
     extras = {name: pipeline.config.get(name) or None for name in names}
-    if value_range := pipeline.config.get("value_range"):
-        extras["value_range"] = list(value_range)
+    # Left out where they are not used, so that samples of versions without them can be continued.
+    for name in ("value_range", "latents_mean", "latents_std"):
+        if values := pipeline.config.get(name):
+            extras[name] = list(values)
+    vaes = [] if pipeline.vae is None else [pipeline.vae]
+    configs = [pipeline.unet.config, scheduler.config, extras, {"scheduler": type(scheduler).__name__}]
     config: Mapping[str, Any]
-    for config in (pipeline.unet.config, scheduler.config, extras, {"scheduler": type(scheduler).__name__}):
+    for config in (*configs, *(vae.config for vae in vaes)):
         # Names with an underscore are notes of diffusers, among them its version.
         settings = {name: value for name, value in config.items() if not name.startswith("_")}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     tensors = dict(pipeline.unet.state_dict())
+    tensors |= {f"vae.{name}": tensor for vae in vaes for name, tensor in vae.state_dict().items()}
     if getattr(scheduler, "analytic_variance", False):
         tensors["eps_second_moments"] = scheduler.eps_second_moments
     for name, tensor in sorted(tensors.items()):

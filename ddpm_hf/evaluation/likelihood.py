@@ -4,6 +4,10 @@ Bits per dimension are the variational bound on the negative log-likelihood, ter
 bound is that of the reverse process which ancestral sampling runs: all training timesteps or any subset of them, the
 variance of the scheduler, and x_0 clipped if the scheduler clips it. It is an upper bound on the bits per value that a
 code built from the model needs for 8-bit images.
+
+Of a network on the latents of a VAE, the bound is on the negative log-density of these, in bits per latent value: it
+may be negative, and only models on the latents of one VAE can be compared by it. Latents are drawn from those of each
+image, and do not depend on how they are normalized.
 """
 
 import math
@@ -20,7 +24,7 @@ from tqdm import tqdm
 from ddpm_hf import distributed
 from ddpm_hf.data import ImageSet, normalize
 from ddpm_hf.data.loader import to_device
-from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler, gaussian
+from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler, gaussian, latents
 from ddpm_hf.diffusion.schedule import Transition
 from ddpm_hf.evaluation.features import FloatArray
 from ddpm_hf.evaluation.generate import eval_mode
@@ -47,6 +51,7 @@ class VariationalBound:
         eps_mse: Mean squared error of the predicted noise.
         counts: Number of images that each term was computed for.
         totals: The bound of each image, (images,).
+        is_of_latents: Whether it is of latents, not of 8-bit images.
     """
 
     timesteps: tuple[int, ...]
@@ -56,6 +61,7 @@ class VariationalBound:
     eps_mse: FloatArray
     counts: NDArray[np.int64]
     totals: FloatArray
+    is_of_latents: bool = False
 
     @property
     def bits_per_dim(self) -> float:
@@ -91,15 +97,21 @@ class VariationalBound:
 
     @property
     def distortion(self) -> FloatArray:
-        """Root mean squared error of the x_0 predicted at each step, on the scale 0 to 255. Fig. 5, Ho et al. 2020."""
-        return np.asarray(127.5 * np.sqrt(self.x_0_mse))
+        """Root mean squared error of the x_0 predicted at each step. Fig. 5, Ho et al. 2020.
+
+        On the scale 0 to 255, or of normalized latents.
+        """
+        return np.asarray((1.0 if self.is_of_latents else 127.5) * np.sqrt(self.x_0_mse))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what evaluation.json holds of the bound: everything except the totals of single images."""
         arrays = ("terms", "x_0_mse", "eps_mse", "counts", "rate", "distortion")
-        return {"timesteps": list(self.timesteps), "prior": self.prior} | {
-            name: getattr(self, name).tolist() for name in arrays
-        }
+        of = {"of": "latents"} if self.is_of_latents else {}
+        return (
+            {"timesteps": list(self.timesteps), "prior": self.prior}
+            | of
+            | {name: getattr(self, name).tolist() for name in arrays}
+        )
 
 
 class Prediction(NamedTuple):
@@ -170,6 +182,8 @@ class ReverseProcess:
         scheduler.check_signal(self.transitions[0])
         self.timesteps = np.array(chosen, np.int64)
         self.device: torch.device = pipeline.unet.device
+        self._latents: dict[tuple[int, int], torch.Tensor] = {}  # by seed and position
+        self._images: ImageSet | None = None  # of these
 
     def __len__(self) -> int:
         return len(self.transitions)
@@ -251,7 +265,11 @@ class ReverseProcess:
         nats = gaussian.normal_kl(true_mean, steps.log_small, mean, log_variance)
         if len(last):
             index = to_device(last, self.device)
-            nats[index] = -gaussian.discretized_log_likelihood(x_0[index], mean[index], log_variance[index])
+            if self.pipeline.vae is None:
+                nats[index] = -gaussian.discretized_log_likelihood(x_0[index], mean[index], log_variance[index])
+            else:  # the density of z = mean + std x_0
+                std = self.pipeline.latent_statistics[1].to(nats)
+                nats[index] = std.log() - gaussian.normal_log_density(x_0[index], mean[index], log_variance[index])
         return nats
 
     def _log_variance(self, prediction: Prediction, steps: Steps) -> torch.Tensor:
@@ -268,19 +286,45 @@ class ReverseProcess:
             alpha_bar.sqrt() * x_0, torch.log1p(-alpha_bar), torch.zeros_like(x_0), torch.zeros_like(x_0)
         )
 
-    def load(self, images: ImageSet, positions: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return images in [-1, 1] in float64, and the labels of a class-conditional network, on its device."""
+    def load(
+        self, images: ImageSet, positions: NDArray[np.int64], seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return x_0 in float64, and the labels of a class-conditional network, on its device.
+
+        Args:
+            images: Images, which are scaled to [-1, 1], or encoded if the network is one of latents.
+            positions: Positions of the images, int64 (batch,).
+            seed: The latents of image i are a function of (seed, i).
+        """
         pixels, labels = images.take(positions)
-        x_0 = normalize(to_device(pixels, self.device), value_range=images.value_range).double()
+        if self.pipeline.vae is None:
+            x_0 = normalize(to_device(pixels, self.device), value_range=images.value_range).double()
+        else:
+            x_0 = self._encode(images, positions, seed).to(self.device).double()
         if not self.pipeline.num_classes or labels is None:
             return x_0, None
         return x_0, to_device(labels, self.device)
+
+    def _encode(self, images: ImageSet, positions: NDArray[np.int64], seed: int) -> torch.Tensor:
+        """Return normalized latents of images on the CPU; each image is encoded once."""
+        if images is not self._images:
+            self._latents.clear()
+            self._images = images
+        missing = np.array([one for one in np.unique(positions) if (seed, one) not in self._latents], np.int64)
+        if len(missing):
+            pixels = normalize(to_device(images.take(missing)[0], self.device), value_range=images.value_range)
+            mean, std = latents.encode_moments(self.pipeline.vae, pixels)
+            noise = normal_by_pair(seed, "latents", np.zeros_like(missing), missing, mean.shape[1:], self.device)
+            states = latents.normalize(mean + std * noise, self.pipeline.latent_statistics).cpu()
+            self._latents |= {(seed, int(one)): state for one, state in zip(missing, states, strict=True)}
+        return torch.stack([self._latents[seed, int(one)] for one in positions])
 
 
 def check_bound(process: ReverseProcess, images: ImageSet, num_terms: int | None) -> None:
     """Raise ValueError if `variational_bound` cannot be computed; does not call the network."""
     num_channels = process.pipeline.num_channels
-    if images.images.dtype != np.uint8 or images.value_range not in (None, (0, 255)):
+    has_8_bits = images.images.dtype == np.uint8 and images.value_range in (None, (0, 255))
+    if process.pipeline.vae is None and not has_8_bits:
         values = "a value range" if images.images.dtype == np.uint8 else f"{images.images.dtype} values"
         raise ValueError(f"the images have {values}; bits per dimension need 8-bit images, so leave the metric out.")
     if len(images) == 0:
@@ -328,7 +372,7 @@ def variational_bound(
     sums = np.zeros((4, num_steps))  # nats, squared error of x_0, squared error of eps, number of images
     totals, priors = np.zeros(len(mine)), np.zeros(len(mine))
     for positions in _batches(mine, batch_size):
-        x_0, _ = process.load(images, np.asarray(positions))
+        x_0, _ = process.load(images, np.asarray(positions), seed)
         priors[positions.start - mine.start : positions.stop - mine.start] = _means(process.prior(x_0)).cpu().numpy()
     table, batches = process.table(), _pairs_of_bound(num_steps, num_terms, seed, mine, batch_size)
     bar = tqdm(total=len(mine) * (num_terms or num_steps), desc="Bits per dimension", disable=None, leave=False)
@@ -355,6 +399,7 @@ def variational_bound(
         eps_mse=eps_mse,
         counts=counts.astype(np.int64),
         totals=totals,
+        is_of_latents=process.pipeline.vae is not None,
     )
 
 
@@ -425,7 +470,7 @@ def _term_and_errors(
     process: ReverseProcess, table: FloatArray, images: ImageSet, pairs: _Pairs, seed: int
 ) -> torch.Tensor:
     """Return the terms in nats and the squared errors of x_0 and eps, float64 (3, pairs), on the device."""
-    x_0, labels = process.load(images, pairs.images)
+    x_0, labels = process.load(images, pairs.images, seed)
     steps, timesteps = process.steps(table, pairs.rows), process.timesteps[pairs.rows]
     noise = normal_by_pair(seed, "bound_noise", timesteps, pairs.images, x_0.shape[1:], process.device).double()
     x_t = gaussian.q_sample(x_0, noise, steps.alpha, steps.sigma)
@@ -482,7 +527,7 @@ def estimate_second_moments(
     with eval_mode(pipeline.unet), tqdm(total=len(rows), desc="Second moments", disable=None, leave=False) as bar:
         for batch in _batches(range(rows.start * num_images, rows.stop * num_images), batch_size):
             positions = np.asarray(batch)
-            x_0, labels = process.load(images, order[positions % len(images)])
+            x_0, labels = process.load(images, order[positions % len(images)], seed)
             steps = process.steps(table, positions // num_images)
             noise = normal_by_position(seed, "moments", 0, batch, x_0.shape[1:], process.device).double()
             eps = process.predict(gaussian.q_sample(x_0, noise, steps.alpha, steps.sigma), steps, labels).eps

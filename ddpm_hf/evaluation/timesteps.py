@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
-from ddpm_hf.diffusion.images import image_size
 from ddpm_hf.diffusion.schedule import spaced_timesteps
 from ddpm_hf.evaluation.features import FloatArray
 from ddpm_hf.evaluation.generate import Sampler, eval_mode
@@ -144,7 +143,7 @@ def follow_trajectories(
                 class_labels=sampler.labels_of(pipeline, batch),
                 timesteps=chosen.tolist(),
                 eta=0.0,
-                output_type="pt",
+                output_type="latent",
                 callback_on_step_end=keep,
                 callback_on_step_end_tensor_inputs=["sample", "pred_original_sample"],
             )
@@ -163,7 +162,7 @@ def start_noise(pipeline: GaussianDiffusionPipeline, seed: int, indices: range) 
     """Return the noise that the images of some indices start from, the same for every list."""
     dtype = torch.promote_types(torch.float32, pipeline.unet.dtype)
     generators = sampling_generators(seed, "timesteps", indices, pipeline.device)
-    shape = (len(indices), pipeline.num_channels, *image_size(pipeline.unet))
+    shape = (len(indices), *pipeline.sample_shape)
     noise: torch.Tensor = randn_tensor(shape, generator=generators, device=pipeline.device, dtype=dtype)
     return noise
 

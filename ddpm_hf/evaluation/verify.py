@@ -2,8 +2,8 @@
 
 It holds a digest of the values of each tensor and all settings, which identify the pipeline: a file that was only saved
 again has the same contents. For one seed, in float32 on a CPU, it holds statistics of the output of the network for
-noise, for up to 16 labels and the null label, and of the image that four ancestral steps sample; these detect an
-environment that computes something else. It also holds the sha256 of the files.
+noise, for up to 16 labels and the null label, and of the image that four ancestral steps sample, decoded by the VAE if
+there is one; these detect an environment that computes something else. It also holds the sha256 of the files.
 """
 
 import functools
@@ -51,7 +51,7 @@ TOLERANCE = 1e-3
 _SECOND_MOMENTS = "eps_second_moments"
 # Optimized timesteps are chosen after the pipeline was saved, and used by name only.
 _IGNORED_SETTINGS = ("_diffusers_version", "_name_or_path", "_use_default_values", "optimized_timesteps")
-_FILES = ("unet/config.json", "scheduler/scheduler_config.json", MODEL_INDEX)
+_FILES = ("unet/config.json", "scheduler/scheduler_config.json", "vae/config.json", MODEL_INDEX)
 _LOCAL_CODE = "diffusers_modules.local"
 # Digest of the code that version 0.1 wrote into saved folders.
 _CODE_OF_0_1 = "aed3a15462357904b7c564789fa2d0dd5179324116085b05423b1d41466800a8"
@@ -190,12 +190,16 @@ def _compare_contents(
 ) -> Iterator[Finding]:
     yield from _compare_tensors(_tensor_digests(pipeline), expected["tensors"])
     yield from _compare_settings(pipeline, _settings(pipeline, folder), expected["settings"])
-    yield from _compare_variants(folder, pipeline.unet.state_dict())
+    yield from _compare_variants(folder, "unet", pipeline.unet.state_dict())
+    if pipeline.vae is not None:
+        yield from _compare_variants(folder, "vae", pipeline.vae.state_dict())
 
 
 def _tensor_digests(pipeline: GaussianDiffusionPipeline) -> dict[str, str]:
     """Return, for each weight and for known second moments, 16 digits of the sha256 of its shape and float32 values."""
     tensors = dict(pipeline.unet.state_dict())
+    if pipeline.vae is not None:
+        tensors |= {f"vae.{name}": tensor for name, tensor in pipeline.vae.state_dict().items()}
     moments = getattr(pipeline.scheduler, _SECOND_MOMENTS, None)
     if moments is not None:
         tensors[_SECOND_MOMENTS] = moments
@@ -220,12 +224,14 @@ def _compare_tensors(found: Mapping[str, str], expected: Mapping[str, str]) -> I
 
 
 def _settings(pipeline: GaussianDiffusionPipeline, folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the settings of the index, of the network and of the scheduler, with defaults filled in."""
+    """Return the settings of the index, of the network, of the scheduler and of a VAE, with defaults filled in."""
     configs = {
         MODEL_INDEX: read_json(folder / MODEL_INDEX),
         "the network": json.loads(pipeline.unet.to_json_string()),
         "the scheduler": json.loads(pipeline.scheduler.to_json_string()),
     }
+    if pipeline.vae is not None:
+        configs["the VAE"] = json.loads(pipeline.vae.to_json_string())
     return {
         part: {name: value for name, value in config.items() if name not in _IGNORED_SETTINGS}
         for part, config in configs.items()
@@ -236,7 +242,8 @@ def _compare_settings(
     pipeline: GaussianDiffusionPipeline, found: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> Iterator[Finding]:
     """Compare settings; one that is missing on one side, as in other versions of diffusers, has its default there."""
-    components = {"the network": type(pipeline.unet), "the scheduler": type(pipeline.scheduler)}
+    parts = {"the network": pipeline.unet, "the scheduler": pipeline.scheduler, "the VAE": pipeline.vae}
+    components = {name: type(part) for name, part in parts.items()}
     for part, new in found.items():
         old, defaults = dict(expected.get(part, {})), {}
         if old.get("_class_name") == NATIVE_SCHEDULER:  # the name that earlier versions recorded
@@ -254,14 +261,14 @@ def _compare_settings(
             yield Finding(f"settings of {part}", "; ".join(changes), is_bad=True)
 
 
-def _compare_variants(folder: Path, weights: Mapping[str, torch.Tensor]) -> Iterator[Finding]:
-    """Check that variants of the weights, such as fp16, are the float32 weights in lower precision.
+def _compare_variants(folder: Path, part: str, weights: Mapping[str, torch.Tensor]) -> Iterator[Finding]:
+    """Check that variants of the weights of a part, such as fp16, are the float32 weights in lower precision.
 
     A variant in full precision may hold other weights on purpose, such as those without EMA.
     """
-    paths = sorted(folder.glob("unet/*.*.safetensors"))
+    paths = sorted((folder / part).glob("*.*.safetensors"))
     for variant, shards in groupby(paths, lambda path: path.name.split(".")[1].partition("-")[0]):
-        files = f"unet/*.{variant}.safetensors"
+        files = f"{part}/*.{variant}.safetensors"
         try:
             tensors = {name: tensor for path in shards for name, tensor in load_file(path).items()}
         except (OSError, SafetensorError) as error:

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jinja2
@@ -20,6 +21,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ddpm_hf.config import TRAIN_DATASET
+from ddpm_hf.diffusion.latents import downsampling_factor
 from ddpm_hf.evaluation.metrics import BITS_PER_DIM, MEMORIZATION, SCHEMA_VERSION, TITLES
 from ddpm_hf.files import (
     CONVERSION,
@@ -209,6 +211,7 @@ class Facts:
         self.index = read_record(folder / MODEL_INDEX, keep_paths=True)
         self.unet = read_record(folder / UNET_CONFIG, keep_paths=True)
         self.scheduler = read_record(folder / "scheduler" / "scheduler_config.json", keep_paths=True)
+        self.vae = read_record(folder / "vae" / "config.json", keep_paths=True)
         self.config = public_settings(folder)
         self.summary = read_record(folder / TRAINING_SUMMARY)
         self.evaluation = read_record(folder / EVALUATION)
@@ -223,6 +226,15 @@ class Facts:
         self.takes_eta = self.scheduler.get("_class_name") in _SCHEDULERS_WITH_ETA
         # A self-conditioned network has the previous prediction as additional channels.
         self.num_channels = int(self.unet.get("in_channels", 3)) // (2 if self.index.get("self_conditioned") else 1)
+        self.image_size, factor = self.unet.get("sample_size"), 1
+        if self.vae:
+            self.num_channels, factor = (
+                int(self.vae["out_channels"]),
+                downsampling_factor(SimpleNamespace(config=self.vae)),
+            )
+        if self.image_size is not None:
+            sizes = self.image_size if isinstance(self.image_size, list) else [self.image_size] * 2
+            self.image_size = "x".join(str(factor * int(side)) for side in reversed(sizes))
         self.num_classes = int(self.unet.get("num_class_embeds") or 0) - bool(self.index.get("has_null_label"))
         names = self.index.get("class_names")
         self.class_names = [str(names[key]) for key in sorted(names, key=int)] if isinstance(names, dict) else []
@@ -266,6 +278,7 @@ def _evaluation_result(row: Mapping[str, Any], sampling: Mapping[str, Any]) -> d
         network = name[2] or "pixels"
     title, better = TITLES.get(metric, (metric, ""))
     if metric == BITS_PER_DIM:
+        title += " of latents" if row.get("of") == "latents" else ""
         title += f" of {count:,} {'training images' if row.get('images') == 'all' else 'images'}"
         title += ", given the class" if row.get("conditional") else ""
     else:

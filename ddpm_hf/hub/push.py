@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,8 @@ MAX_CLASSES, NUM_SAMPLES_PER_CLASS = 10, 4
 
 # Files of an earlier push that are removed if this push does not have them. All other files of a repository stay.
 _OURS = (
-    "unet/diffusion_pytorch_model*", "scheduler/reverse_variance.json", "training_config.yaml", "training_summary.json",
+    "unet/diffusion_pytorch_model*", "vae/config.json", "vae/diffusion_pytorch_model*",
+    "scheduler/reverse_variance.json", "training_config.yaml", "training_summary.json",
     "evaluation.json", "recognition.json", "conversion.json", "samples/samples.png", "samples/denoising.*",
     "samples/loss.png", "samples/evaluation.png",
 )  # fmt: skip
@@ -220,7 +222,7 @@ def assemble(
         (target / TRAINING_CONFIG).write_text(text, encoding="utf-8")
 
     if fp16:
-        pipeline.unet.half()
+        pipeline.to(dtype=torch.float16)
         _check_finite(pipeline, pipeline_dir, "float16")
         pipeline.save_pretrained(target, variant="fp16")
 
@@ -233,7 +235,8 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _check_finite(pipeline: GaussianDiffusionPipeline, folder: Path, dtype: str) -> None:
     """Refuse weights that are not finite; half precision turns large weights into infinity."""
-    for name, parameter in pipeline.unet.named_parameters():
+    modules = [pipeline.unet] if pipeline.vae is None else [pipeline.unet, pipeline.vae]
+    for name, parameter in chain.from_iterable(module.named_parameters() for module in modules):
         if not bool(torch.isfinite(parameter).all()):
             advice = "remove fp16" if dtype == "float16" else "use an earlier checkpoint"
             raise ValueError(f"{folder} has weights that are not finite in {dtype} ({name}); {advice}.")

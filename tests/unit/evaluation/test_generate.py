@@ -362,7 +362,8 @@ class Fading:
     """In place of a pipeline: 100 steps from black to white."""
 
     def __init__(self) -> None:
-        self.unet, self.num_channels, self.device = tiny_unet(), 1, torch.device("cpu")
+        self.unet, self.sample_shape, self.device = tiny_unet(), (1, 8, 8), torch.device("cpu")
+        self.decode_latents = torch.clone
 
     def check_inputs(self, batch_size: int, **_: Any) -> int:
         return 100
