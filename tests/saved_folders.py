@@ -89,9 +89,10 @@ def make_pipeline(name: str, seed: int = 0) -> GaussianDiffusionPipeline:
     if name == "self_conditioned":
         return GaussianDiffusionPipeline(tiny_unet(seed + 3, in_channels=6), create(), self_conditioned=True)
     if name == "latent":
-        unet = tiny_unet(seed + 5, in_channels=2, out_channels=2)
+        unet = tiny_unet(seed + 5, sample_size=4, in_channels=2, out_channels=2)  # images of 8x8
         statistics = {"latents_mean": [0.1, -0.2], "latents_std": [0.5, 2.0]}
-        return GaussianDiffusionPipeline(unet, create(clip_sample=False), vae=tiny_vae(num_channels=3), **statistics)
+        vae = tiny_vae(num_channels=3).eval()
+        return GaussianDiffusionPipeline(unet, create(clip_sample=False), vae=vae, **statistics)
     return GaussianDiffusionPipeline(tiny_unet(seed + 4, out_channels=6), create(variance_type=name))
 
 

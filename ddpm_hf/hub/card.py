@@ -180,6 +180,8 @@ def public_settings(folder: Path) -> dict[str, Any]:
         or bool(data.get("revision") or data.get("subset")),
         "config_file": bool(model.get("revision")),
         "from_pretrained": model.get("from_pretrained") == summary.get("base_model") or bool(model.get("revision")),
+        "vae": (data.get("vae") or model.get("vae")) == _entry(summary, "latents.vae")
+        or bool(data.get("vae_revision")),
         "teacher": settings.get("distillation", {}).get("teacher") == _entry(summary, "distillation.teacher"),
     }
     for section in settings.values():
@@ -241,6 +243,7 @@ class Facts:
         records = (self.summary, self.evaluation, self.config)
         source = next(filter(None, (_entry(record, "data.source") for record in records)), None)
         self.data_source = None if source == TRAIN_DATASET else _public_name(source)
+        self.vae_source = _public_name(_entry(self.summary, "latents.vae"))
         self.base_model = _public_name(self.summary.get("base_model") or _entry(self.config, "model.from_pretrained"))
 
 
