@@ -135,7 +135,7 @@ def test_a_quick_benchmark_gives_finite_ratios_and_a_document(tmp_path: Path, mo
     assert [row["title"] for row in content["rows"]] == re.findall(r"^### (.*)$", written, re.MULTILINE)
 
 
-# ---------------------------------------------------------------------------------------------------- digits_ladder.py
+# ------------------------------------------------------------------------------------------------------------- ladders
 
 
 def test_a_ladder_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,3 +160,13 @@ def test_a_ladder_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pyt
     assert re.search(r"^ddpm_hf +7 +2 +2\.000 ± 1\.000$", (tmp_path / "x.txt").read_text(), re.MULTILINE)
     with pytest.raises(SystemExit, match="other settings"):
         main("--num_samples", "9")
+
+
+def test_a_ladder_that_cannot_measure_does_not_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--num_images", "128", "--features", "no_such_package:factory", "--runs", str(tmp_path / "runs")]
+    code = run_script(REPOSITORY / "benchmarks" / "cifar10_ladder.py", *flags, monkeypatch=monkeypatch)
+    assert code == "No feature network can be opened."
+    assert capsys.readouterr().out.startswith("not measured in no_such_package:factory: ")
+    assert not (tmp_path / "runs").exists()
