@@ -182,8 +182,8 @@ def build_unet(
     factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else 1
     if height % factor or width % factor:
         raise ConfigError(
-            f"{_source(config)} halves images {factor.bit_length() - 1} times, but {height}x{width} is not a multiple "
-            f"of {factor}; set data.resolution to one, or choose fewer block_out_channels in model.overrides."
+            f"{_source(config)} halves its input {factor.bit_length() - 1} times, but {height}x{width} is not a "
+            f"multiple of {factor}; change data.resolution, or choose fewer block_out_channels in model.overrides."
         )
     settings |= {
         "sample_size": height if height == width else [height, width],

@@ -68,20 +68,22 @@ class Autoencoder:
             ConfigError: The VAE does not encode such images, or decode such latents.
         """
         channels, height, width = data_shape
-        does, what, needed = "encodes", "images", int(self.vae.config["in_channels"])
         if self.setting == "model.vae":
-            does, what, needed = "decodes", "latents", latents.latent_channels(self.vae)
-        if needed != channels:
+            if (needed := latents.latent_channels(self.vae)) != channels:
+                raise ConfigError(
+                    f"model.vae decodes latents of {needed} channels, but those of data.source have {channels}; set "
+                    "model.vae to the VAE that encoded them."
+                )
+            return data_shape
+        if (needed := int(self.vae.config["in_channels"])) != channels:
             raise ConfigError(
-                f"{self.setting} {does} {what} of {needed} channels, but those of this run have {channels}; set "
+                f"data.vae encodes images of {needed} channels, but those of this run have {channels}; set "
                 f"data.num_channels to {needed}, or choose another VAE."
             )
-        if self.setting == "model.vae":
-            return data_shape
         factor = latents.downsampling_factor(self.vae)
         if height % factor or width % factor:
             raise ConfigError(
-                f"{self.setting} divides images by {factor}, but {height}x{width} is not a multiple of {factor}; set "
+                f"data.vae divides images by {factor}, but {height}x{width} is not a multiple of {factor}; set "
                 "data.resolution to one."
             )
         return latents.latent_channels(self.vae), height // factor, width // factor

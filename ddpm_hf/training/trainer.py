@@ -315,7 +315,7 @@ class Trainer:
             self.scheduler,
             self.folder.checkpoints,
             self.device,
-            value_range,
+            value_range if config.model.vae is None else None,
         )
         if self.augmentation is not None:
             add_augmentation_embedding(self.unet, self.augmentation.num_parameters)
