@@ -301,7 +301,10 @@ def test_unknown_settings_of_a_config_file_are_named(caplog: pytest.LogCaptureFi
     [
         ({"time_embedding_type": "fourier"}, "model.config_file other/config.json has time_embedding_type fourier"),
         ({"norm_num_groups": 3}, "model.config_file other/config.json and model.overrides do not make a UNet2DModel"),
-        ({"block_out_channels": [4] * 5, "layers_per_block": 1}, "model.config_file other/config.json halves its input 4"),
+        (
+            {"block_out_channels": [4] * 5, "layers_per_block": 1},
+            "model.config_file other/config.json halves its input 4",
+        ),
     ],
 )
 def test_an_invalid_config_file_is_refused(changes: dict[str, Any], sentence: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf.cli.main import main, train
@@ -17,6 +18,7 @@ from ddpm_hf.config import ConfigError, DataConfig, DiffusionConfig, RunConfig, 
 from ddpm_hf.data import DataError, ImageSet, SampleOrder, normalize, open_sets
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, latents
 from ddpm_hf.models import load_vae
+from ddpm_hf.plots import image_grid
 from ddpm_hf.rng import normal_by_position
 from ddpm_hf.training.latents import LatentLoader, LatentSet, encode_images, open_autoencoder
 from ddpm_hf.training.run_dir import RunFolder
@@ -222,6 +224,11 @@ def test_a_run_keeps_the_autoencoder_as_it_was_given(run: Path) -> None:
         kept = load_file(folder / "diffusion_pytorch_model.safetensors")
         assert kept.keys() == given.keys()
         assert all(torch.equal(kept[name], given[name]) for name in given)
+
+
+def test_previews_are_decoded_images(run: Path) -> None:
+    with Image.open(run / "previews" / "step_00000003.png") as grid:
+        assert grid.size == image_grid(np.zeros((4, 8, 8, 1), np.uint8), 2).size
 
 
 def test_a_run_is_continued_exactly_without_the_folder_of_its_autoencoder(run: Path, tmp_path: Path) -> None:
