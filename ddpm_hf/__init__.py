@@ -6,7 +6,7 @@ Public names are imported on first use, so that `import ddpm_hf` is quick and do
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from ddpm_hf.config import ObjectiveConfig, RunConfig, load_config

@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, constants, eval_result_entries_to_yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ddpm_hf.config import TRAIN_DATASET
@@ -49,6 +49,7 @@ _TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 _MARKDOWN = re.compile(r"([\\`*_\[\]|#~$!])")
 # A path from the root of a disk, of the home or of a file URL, without its last part.
 _ABSOLUTE_PATH = re.compile(r"(?:file:/*|(?<![\w./\\~])(?:~|[A-Za-z]:)?[/\\])(?:[^\s/\\\]]+[/\\])*(?=[^\s/\\])")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_FILES = (".parquet", ".arrow", ".npy", ".npz", ".zip", ".tar", ".tar.gz", ".tgz", ".gz", ".json", ".csv")
 _SCHEDULERS_WITH_ETA = ("GaussianDiffusionScheduler", "DDPMScheduler", "DDIMScheduler")
@@ -372,6 +373,50 @@ def _eval_result(result: Mapping[str, Any], facts: Facts) -> EvalResult:
         metric_name=result["title"],
         metric_args={"evaluator": f"ddpm_hf {version}".strip(), **result["details"]},
     )
+
+
+# Evaluation results
+
+
+def eval_results(folder: Path, repo_id: str) -> dict[str, str]:
+    """Return the files of .eval_results/ by their names: one per result, in the Hub's format.
+
+    Its entries belong to a dataset of the Hub, so there are none for other data. The task of an entry is its metric.
+    What a number depends on (number of samples, sampler, feature network) is in its notes.
+
+    Args:
+        folder: A saved pipeline, with the records that are published with it.
+        repo_id: Repository that it is pushed to.
+
+    Raises:
+        ValueError: The folder holds no pipeline or a broken record.
+    """
+    facts = Facts(folder, repo_id)
+    if "/" not in (facts.data_source or ""):
+        return {}
+    revision = str(_entry(facts.config, "data.revision"))
+    files = {}
+    for result in facts.results:
+        if result["value"] is None:
+            continue
+        details = {name: value for name, value in result["details"].items() if value is not None}
+        record = EVALUATION if result["metric"] in TITLES else RECOGNITION
+        better = f"{result['better']} is better" if result["better"] else ""
+        entry = EvalResultEntry(
+            dataset_id=str(facts.data_source),
+            task_id=result["metric"],
+            value=result["value"],
+            dataset_revision=revision if _COMMIT.fullmatch(revision) else None,
+            source_url=f"{constants.ENDPOINT}/{repo_id}/blob/main/{record}",
+            source_name=record,
+            notes="; ".join(
+                filter(None, [result["title"], better, *(f"{name} {value}" for name, value in details.items())])
+            ),
+        )
+        name = re.sub(r"[^a-z0-9]+", "_", result["title"].lower()).strip("_")
+        content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+        files[f"ddpm_hf_{name}.yaml"] = content
+    return files
 
 
 # Text

@@ -57,6 +57,7 @@ from ddpm_hf.run_report import draw_samples
 MESSAGE = "Push a pipeline trained by ddpm_hf"
 PREFIX = "ddpm-hf-push-"  # of temporary folders
 PICTURES_DIR = "samples"
+EVAL_RESULTS_DIR = ".eval_results"
 SCHEDULE_PICTURE = "schedule.png"
 NUM_SAMPLES, BATCH_SIZE = 16, 8
 MAX_CLASSES, NUM_SAMPLES_PER_CLASS = 10, 4
@@ -66,7 +67,7 @@ _OURS = (
     "unet/diffusion_pytorch_model*", "vae/config.json", "vae/diffusion_pytorch_model*",
     "scheduler/reverse_variance.json", "training_config.yaml", "training_summary.json",
     "evaluation.json", "recognition.json", "conversion.json", "samples/samples.png", "samples/denoising.*",
-    "samples/loss.png", "samples/evaluation.png",
+    "samples/loss.png", "samples/evaluation.png", ".eval_results/ddpm_hf_*.yaml",
 )  # fmt: skip
 # Code of version 0.1 that is removed if all of it is there; a single file of such a name may belong to the user.
 _CODE_0_1 = {
@@ -136,6 +137,9 @@ def push(
         remote = Remote(repo_id) if dry_run else look_up(target, repo_id)
         written = card.make_card(assembled, repo_id=repo_id, license=target.license, existing=remote.card)
         (assembled / README).write_text(written.text, encoding="utf-8", newline="")
+        for name, text in card.eval_results(assembled, repo_id).items():
+            (assembled / EVAL_RESULTS_DIR).mkdir(exist_ok=True)
+            (assembled / EVAL_RESULTS_DIR / name).write_text(text, encoding="utf-8")
         sizes = {name: path.stat().st_size for name, path in _files(assembled).items()}
         if dry_run:
             return Pushed(repo_id=repo_id, url=None, is_new=False, sizes=sizes)

@@ -2,11 +2,14 @@
 
 import ast
 import configparser
-import importlib.metadata
+import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import ddpm_hf
+from ddpm_hf.diffusion.saved_folder import PORTABLE_FILES
+from tests.conftest import run_arguments
 
 REPOSITORY = Path(__file__).parents[2]
 SETUP = configparser.ConfigParser()
@@ -117,14 +122,6 @@ def test_every_imported_library_is_declared() -> None:
     assert sorted(imported - set(sys.stdlib_module_names) - declared - {"ddpm_hf"}) == []
 
 
-def test_the_installed_package_is_this_one() -> None:
-    try:
-        version = importlib.metadata.version("ddpm_hf")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("ddpm_hf runs from its source here and is not installed")
-    assert version == ddpm_hf.__version__
-
-
 def test_the_command_of_the_package_exists() -> None:
     (line,) = SETUP["options.entry_points"]["console_scripts"].split("\n")[1:]
     name, target = line.split(" = ")
@@ -136,6 +133,61 @@ def test_the_command_of_the_package_exists() -> None:
 def test_the_package_contains_its_types() -> None:
     assert SETUP["options.package_data"]["ddpm_hf"] == "py.typed"
     assert (REPOSITORY / "ddpm_hf" / "py.typed").is_file()
+
+
+def test_uv_run_makes_an_environment_for_the_script_from_this_checkout() -> None:
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    text = (REPOSITORY / "train_ddpm.py").read_text(encoding="utf-8")
+    header = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", text)
+    assert header is not None
+    settings = tomllib.loads("".join(line[2:] + "\n" for line in header[1].splitlines()))
+    [requirement] = map(Requirement, settings["dependencies"])
+    assert requirement.name == SETUP["metadata"]["name"]
+    assert requirement.extras <= EXTRAS.keys()
+    assert settings["tool"]["uv"]["sources"][requirement.name]["path"] == "."
+    assert settings["requires-python"] == SETUP["options"]["python_requires"]
+
+
+def build(what: str, source: Path, target: Path) -> None:
+    """Build a distribution with the declared backend, without the isolation that would download it."""
+    code = f"import sys, setuptools.build_meta as backend; backend.build_{what}(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(target)], cwd=source, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_the_wheel_of_the_source_distribution_trains_and_publishes_in_an_empty_environment(tmp_path: Path) -> None:
+    """The environment has the wheel and its dependencies, which pip checks; those are links to the installed ones."""
+    for path in git_files():
+        copy = tmp_path / "source" / path.relative_to(REPOSITORY)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    build("sdist", tmp_path / "source", tmp_path)
+    with tarfile.open(tmp_path / f"ddpm_hf-{ddpm_hf.__version__}.tar.gz") as file:
+        file.extractall(tmp_path, filter="data")
+    build("wheel", tmp_path / f"ddpm_hf-{ddpm_hf.__version__}", tmp_path)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    libraries = tmp_path / "libraries"
+    libraries.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "ddpm_hf" not in path.name:
+            (libraries / path.name).symlink_to(path)
+    [packages] = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (packages / "libraries.pth").write_text(f"{libraries}\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+
+    def run(program: str, *arguments: str) -> str:
+        command = [tmp_path / "venv" / "bin" / program, *arguments]
+        answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout
+
+    run("python", "-m", "pip", "install", "--no-index", f"ddpm_hf-{ddpm_hf.__version__}-py3-none-any.whl")
+    assert run("ddpm-hf", "--version") == f"ddpm-hf {ddpm_hf.__version__}\n"
+    run("ddpm-hf", "train", *run_arguments(tmp_path / "run", training__num_steps=1))
+    saved = {path.name: path for path in (tmp_path / "run" / "pipeline").glob("*.py")}
+    assert saved.keys() == set(PORTABLE_FILES)
+    assert saved["pipeline.py"].read_bytes() == (packages / "ddpm_hf" / "diffusion" / "pipeline.py").read_bytes()
+    assert "README.md" in run("ddpm-hf", "push", "run", "user/digits", "--dry_run")
 
 
 def make(*arguments: str, directory: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -130,6 +130,28 @@ def code_blocks(text: str) -> list[str]:
 
 def metrics_of(text: str) -> list[dict[str, Any]]:
     return [metric for result in data_of(text)["model-index"][0]["results"] for metric in result["metrics"]]
+
+
+def test_results_on_a_hub_dataset_are_entries_of_the_hubs_format(folder_of: Folder) -> None:
+    """One file per result, which the client reads; other data have no place for results."""
+    revision = "5503434ddd753f426f4b38109466949a1217c2bb"
+    data = DataConfig(source="ada/birds", revision=revision)
+    files = {
+        "training_config__yaml": RunConfig(data=data).to_yaml(),
+        "training_summary__json": SUMMARY | {"data": {"source": "ada/birds"}},
+        "evaluation__json": evaluation(FID, BITS, source="ada/birds"),
+    }
+    found = card_module.eval_results(folder_of(**files), REPO_ID)
+    assert found.keys() == {"ddpm_hf_fid_50k_inception.yaml", "ddpm_hf_bits_per_dimension_of_270_images.yaml"}
+    [entry] = parse_eval_result_entries(yaml.safe_load(found["ddpm_hf_fid_50k_inception.yaml"]))
+    assert (entry.dataset_id, entry.dataset_revision) == ("ada/birds", revision)
+    assert (entry.task_id, entry.value) == ("fid", 3.25)
+    assert entry.source_url == f"https://huggingface.co/{REPO_ID}/blob/main/evaluation.json"
+    assert entry.notes is not None
+    assert "lower is better" in entry.notes
+    assert "num_samples 50000" in entry.notes
+    assert INCEPTION in entry.notes
+    assert card_module.eval_results(folder_of(evaluation__json=evaluation(FID)), REPO_ID) == {}
 
 
 # What a card says
