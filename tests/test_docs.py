@@ -34,7 +34,7 @@ from tests.documents import DOCUMENTS, FENCED, blocks, text_of
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 CHINESE = REPOSITORY / "README_zh.md"  # has the commands and the code of README.md
-OTHER_PROGRAMS = {"cd", "diff", "git", "hf", "pip", "pytest"}
+OTHER_PROGRAMS = {"cd", "diff", "git", "hf", "pip", "pytest", "uv"}
 # Appended to training commands that do not set them.
 SMALL = {
     "--model.overrides": '{"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}',
@@ -138,6 +138,10 @@ def run_command(line: str) -> None:
     assert all(Path(word.partition("::")[0]).exists() for word in missing), line
     while re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
+    if words[0] in ("hf", "uv") and "run" in words:  # a command of ours in an environment of uv
+        ours = [index for index, word in enumerate(words) if word in ("accelerate", "ddpm-hf", "train_ddpm.py")]
+        words = words[ours[0] :]
+        words = ["python", *words] if words[0] == "train_ddpm.py" else words
     if words[0].startswith("--"):
         words = ["ddpm-hf", "train", "--config", "configs/cifar10_32.yaml", *words]
     if words[0] in ("accelerate", "torchrun"):
@@ -174,7 +178,7 @@ def run_ddpm_hf(name: str, arguments: list[str]) -> None:
         given = {"--training.num_steps": "3", "--evaluation.score_num_samples": "4"}
         small = SMALL | {name: value for name, value in given.items() if name in options}
         arguments = [*arguments, *(part for item in small.items() for part in item)]
-        if config.hub.push_to_hub or config.tracking.trackers:
+        if config.hub.push_to_hub or config.training.resume_from_hub or config.tracking.trackers:
             return  # needs a login
     elif name == "evaluate":
         if options["--metrics"] != "bits_per_dim" or not Path(options["--data"]).exists():
