@@ -77,8 +77,16 @@ def open_numbers(file: File, num_channels: int | None) -> Numbers | None:
 
 
 def is_dicom(file: File) -> bool:
-    """Return whether a file is a DICOM file, as its content says."""
-    return _start_of(file)[128:] == b"DICM"
+    """Return whether a file is a DICOM file, as its content says, also without the 128 bytes before the data."""
+    start = _start_of(file)
+    return start[128:] == b"DICM" or _is_element_of_dicom(start)
+
+
+def _is_element_of_dicom(start: bytes) -> bool:
+    """Return whether bytes are a data element of the first groups, 2 and 8: its tag, and its type or length."""
+    group, element, length = start[:2], start[2:4], int.from_bytes(start[4:8], "little")
+    has_type = start[4:6] in (b"UI", b"UL", b"OB", b"CS", b"SH")
+    return group in (b"\x02\0", b"\x08\0") and element[1:] == b"\0" and (has_type or (0 < length <= 64 and not length % 2))
 
 
 def _start_of(file: File) -> bytes:
@@ -185,7 +193,8 @@ def _open_dicom(file: File) -> Numbers:
     if (log := logging.getLogger("pydicom")).level == logging.NOTSET:
         log.setLevel(logging.CRITICAL)  # it logs the errors that it raises, with their traces
 
-    dataset = pydicom.dcmread(file, stop_before_pixels=True)
+    is_whole = _start_of(file)[128:] == b"DICM"
+    dataset = pydicom.dcmread(file, stop_before_pixels=True, force=not is_whole)
     if "Rows" not in dataset or "PhotometricInterpretation" not in dataset:
         raise ValueError("it contains no image")
     height, width, num_samples = int(dataset.Rows), int(dataset.Columns), int(dataset.get("SamplesPerPixel", 1))
@@ -205,7 +214,11 @@ def _open_dicom(file: File) -> Numbers:
     def read() -> NDArray[Any]:
         from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
-        whole = pydicom.dcmread(file if isinstance(file, Path) else io.BytesIO(file.getvalue()))
+        whole = pydicom.dcmread(file if isinstance(file, Path) else io.BytesIO(file.getvalue()), force=not is_whole)
+        if "TransferSyntaxUID" not in whole.file_meta:  # data without a header are not compressed
+            is_implicit = whole.original_encoding[0]
+            uid = pydicom.uid.ImplicitVRLittleEndian if is_implicit else pydicom.uid.ExplicitVRLittleEndian
+            whole.file_meta.TransferSyntaxUID = uid
         pixels: NDArray[Any] = pixel_array(whole, index=0)
         if photometry == "PALETTE COLOR":
             pixels = apply_color_lut(pixels, whole)

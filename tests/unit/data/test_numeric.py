@@ -184,6 +184,18 @@ def test_dicom_is_rescaled(tmp_path: Path, elements: dict[str, object], expected
     assert np.array_equal(pixels_of(found)[..., 0], expected)
 
 
+@pytest.mark.parametrize("start", [132, 144])
+def test_dicom_is_read_without_its_preamble(tmp_path: Path, start: int) -> None:
+    """As old devices and exports write it: without the first 128 bytes, or without the whole header."""
+    files = {}
+    for number, pixels in enumerate(STORED):
+        content = dicom(pixels, BitsStored=12, SOPClassUID="1.2.840.10008.5.1.4.1.1.2")
+        header = int.from_bytes(content[140:144], "little") if start == 144 else 0
+        files[f"IM{number}"] = content[start + header :]
+    found = open_source(write_files(tmp_path / "x", files), tmp_path / "cache", value_range="auto")
+    assert np.array_equal(pixels_of(found)[..., 0], STORED)
+
+
 @pytest.mark.parametrize("name", ["x", "x.zip"])
 def test_dicom_files_are_found_without_a_suffix(tmp_path: Path, name: str) -> None:
     """Not the list of them, nor files of other types."""
