@@ -98,6 +98,12 @@ def are_of_one_kind(names: Iterable[str]) -> bool:
     return len({mark[1] for name in names if (mark := _mark(name)) is not None}) < 2
 
 
+def are_of_one_split(one: str, other: str) -> bool:
+    """Return whether two names contain a split, and the same one, as train and train_images do."""
+    marks = _mark(one), _mark(other)
+    return marks[0] is not None and marks[1] is not None and marks[0][0] == marks[1][0]
+
+
 def split_of_word(word: str) -> str | None:
     """Return the split that a word such as val stands for, None if there is none."""
     return _SPLIT_OF_WORD.get(word.lower())

@@ -86,7 +86,9 @@ def _is_element_of_dicom(start: bytes) -> bool:
     """Return whether bytes are a data element of the first groups, 2 and 8: its tag, and its type or length."""
     group, element, length = start[:2], start[2:4], int.from_bytes(start[4:8], "little")
     has_type = start[4:6] in (b"UI", b"UL", b"OB", b"CS", b"SH")
-    return group in (b"\x02\0", b"\x08\0") and element[1:] == b"\0" and (has_type or (0 < length <= 64 and not length % 2))
+    return (
+        group in (b"\x02\0", b"\x08\0") and element[1:] == b"\0" and (has_type or (0 < length <= 64 and not length % 2))
+    )
 
 
 def _start_of(file: File) -> bytes:

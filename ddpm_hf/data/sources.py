@@ -19,6 +19,7 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -53,7 +54,15 @@ from ddpm_hf.data.decode import (
 )
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.labels import NO_LABEL, ClassOrder, Labels, encode_labels, sort_classes
-from ddpm_hf.data.layout import SPLIT_NAMES, Kind, Layout, are_of_one_kind, read_layout, split_of_word
+from ddpm_hf.data.layout import (
+    SPLIT_NAMES,
+    Kind,
+    Layout,
+    are_of_one_kind,
+    are_of_one_split,
+    read_layout,
+    split_of_word,
+)
 from ddpm_hf.files import format_count
 
 if TYPE_CHECKING:
@@ -139,15 +148,15 @@ def find_files(
     if not config.source:  # a path of no name is the working directory
         raise DataError("data.source is not set; give an image folder, a parquet file or a Hub dataset id.")
     path = Path(config.source).expanduser()
-    name = path.name.lower()
+    name, columns = path.name.lower(), (config.image_column, config.label_column)
     if path.exists():
         _check_unset(config, ("subset", "revision"), f"{path}, which is not a Hub dataset")
     if path.is_file() and name.endswith((*ZIP_SUFFIXES, *TAR_SUFFIXES)):
-        _check_no_columns(config, path, ("label_column",) if name.endswith(TAR_SUFFIXES) else _COLUMNS)
         if name.endswith(ZIP_SUFFIXES):
+            _check_no_columns(config, path)
             source = open_zip(path, split, config.layout, class_order)
         else:
-            source = open_tar(path, split, config.layout, class_order, image_column=config.image_column)
+            source = open_tar(path, split, config.layout, class_order, None, *columns)
         return _with_known_classes(source, known)
     if not path.is_dir():
         return None
@@ -155,16 +164,15 @@ def find_files(
     if _is_table(path, files) or _idx_of_folder(path, files):
         return None
     shards = _shards(path, files)
-    _check_no_columns(config, path, _COLUMNS if shards is None else ("label_column",))
     if shards is not None:
         name = _name_of_split(split, config.source)
         found = name if name in shards else split_of_word(name)
         if found not in shards:
             raise DataError(f"{path} has no split {name!r}; its shards are those of {', '.join(shards)}.")
-        source = open_tar(
-            path, split.replace(name, "train"), config.layout, class_order, shards[found], config.image_column
-        )
+        split = split.replace(name, "train")
+        source = open_tar(path, split, config.layout, class_order, shards[found], *columns)
         return _with_known_classes(source, known)
+    _check_no_columns(config, path)
     return _with_known_classes(open_folder(path, split, config.layout, class_order, files), known)
 
 
@@ -188,11 +196,8 @@ def _shards(folder: Path, files: Iterable[Path]) -> dict[str, list[Path]] | None
     return _tables_by_split(sorted(shards), folder) if shards and not has_images else None
 
 
-_COLUMNS = ("image_column", "label_column")
-
-
-def _check_no_columns(config: DataConfig, path: Path, settings: tuple[str, ...]) -> None:
-    _check_unset(config, settings, f"{path}, which has class folders instead of columns")
+def _check_no_columns(config: DataConfig, path: Path) -> None:
+    _check_unset(config, ("image_column", "label_column"), f"{path}, which has class folders instead of columns")
 
 
 def _check_unset(config: DataConfig, settings: tuple[str, ...], where: str) -> None:
@@ -345,11 +350,12 @@ def open_tar(
     class_order: ClassOrder = "numbers",
     shards: Sequence[Path] | None = None,
     image_column: str | None = None,
+    label_column: str | None = None,
 ) -> Source:
     """Find the images of a tar file, compressed or not, in the order of the archive.
 
-    Files that are named like the images and end in .cls contain their labels, as in WebDataset. Of several images in
-    each sample, such as 0.jpg and 0.seg.png, only the one named by a plain suffix is read.
+    Files that are named like the images and end in .cls or .json contain their labels, as in WebDataset. Of several
+    images in each sample, such as 0.jpg and 0.seg.png, only the one named by a plain suffix is read.
 
     Args:
         path: The file, or the folder of the shards.
@@ -358,40 +364,90 @@ def open_tar(
         class_order: As in `find_source`.
         shards: Several files that are one dataset.
         image_column: Suffix of the image in each sample, without its first dot.
+        label_column: Key of the label in the .json files.
     """
     files: list[_File] = []
     others: list[str] = []
-    label_files: dict[tuple[Path, str], _File] = {}
     archives = _TarFiles()
     for shard in shards or [path]:
         found, ignored = _members_of_tar(shard, archives)
         files += found
         others += ignored
-        label_files |= {(shard, _key(file)): file for file in found if file.name.endswith(_LABEL_SUFFIX)}
     images = [file for file in files if _why_ignored(file.name) is None] or [f for f in files if _is_array(f.name)]
-    files, more = _one_image_per_sample(files, images, path, image_column, has_labels=bool(label_files))
-    others += more
-    keys = {(file.handle.path, _key(file)) for file in images}
-    label_files = {key: file for key, file in label_files.items() if key in keys}
+    label_files, read_label = _labels_of_webdataset(files, images, path, label_column, class_order)
+    files, more = _one_image_per_sample(files, images, path, image_column, has_labels=read_label is not None)
+    used = set(map(id, label_files))
+    files = [file for file in files if id(file) not in used]
 
     def read(name: str, file: _File) -> EncodedImage:
         image: EncodedImage = file.handle.read(name)
         return image
 
-    def read_label(image: _File) -> str | None:
+    return _source_of_files(path, "tar", files, split, layout, class_order, read, [*others, *more], read_label)
+
+
+_KEYS_OF_LABELS = ("label", "labels", "cls", "class")
+"""Keys of the label in the .json files of a WebDataset."""
+
+
+def _labels_of_webdataset(
+    files: list[_File], images: list[_File], path: Path, key: str | None, class_order: ClassOrder
+) -> tuple[list[_File], Callable[[_File], Any] | None]:
+    """Return the files that contain the labels of images, and a function that reads them; None without labels.
+
+    Labels are the content of .cls files, or a value in .json files, unless class folders contain the labels. Which one
+    is decided by the first .json file.
+
+    Args:
+        files: All files.
+        images: Those that are images.
+        path: Name of the dataset in errors.
+        key: The key in the .json files; None finds it.
+        class_order: As in `find_source`; version 0.1 did not read .json files.
+    """
+    keys = {(file.handle.path, _key(file)) for file in images}
+
+    def find(suffix: str) -> dict[tuple[Path, str], _File]:
+        found = {(file.handle.path, _key(file)): file for file in files if file.name.endswith(suffix)}
+        return {key: file for key, file in found.items() if key in keys}
+
+    label_files = find(".cls") if key is None else {}
+    is_json = not label_files and class_order != "text" and (key is not None or not any(f.folders for f in images))
+    if is_json and (label_files := find(".json")):
+        first = next(iter(label_files.values()))
+        content = _read_json(first)
+        key = next((name for name in _KEYS_OF_LABELS if name in content), None) if key is None else key
+        if key is None:
+            return [], None
+        if key not in content:
+            raise DataError(
+                f"data.label_column {key!r} is not in {first.name} of {path}, which has "
+                f"{_shortened(content) or 'no keys'}."
+            )
+    elif key is not None:
+        raise DataError(f"data.label_column {key!r} is a key of .json files, which {path} does not have; remove it.")
+
+    def read_label(image: _File) -> Any:
         file = label_files.get((image.handle.path, _key(image)))
-        content = None if file is None else file.handle.read(file.name).data
+        if file is None:
+            return None
+        if key is not None:
+            return _read_json(file).get(key)
+        content = file.handle.read(file.name).data
         return None if content is None else content.decode("utf-8", "replace").strip()
 
-    if label_files:
-        used = set(map(id, label_files.values()))
-        files = [file for file in files if id(file) not in used]
-    return _source_of_files(
-        path, "tar", files, split, layout, class_order, read, others, read_label if label_files else None
-    )
+    return [*label_files.values()], read_label if label_files else None
 
 
-_LABEL_SUFFIX = ".cls"
+def _read_json(file: _File) -> dict[str, Any]:
+    """Return the content of a .json file in an archive; nothing if it is no object."""
+    try:
+        content = json.loads(file.handle.read(file.name).read())
+    except (BadImage, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 _LABELS_OF_STYLEGAN = "dataset.json"
 
 
@@ -639,7 +695,7 @@ def _source_of_files(
     if read_label is None:
         labels, class_names = _class_folders(chosen, images, found, class_order)
     else:
-        labels, class_names = encode_labels([read_label(file) for file in chosen], str(path))
+        labels, class_names = encode_labels([read_label(file) for file in chosen], f"the labels of {path}")
 
     def read_image(row: int) -> EncodedImage:
         return read(f"image {row} of {path} ({chosen[row].name})", chosen[row])
@@ -742,6 +798,9 @@ TEXT_TABLES: dict[str, dict[str, Any]] = {
 """Suffix -> arguments of `load_dataset`."""
 _PATH_COLUMNS = ("image", "img", "file_name", "filename", "file", "path", "image_path", "filepath", "file_path")
 """Names of columns that contain paths of images, if their values are text."""
+_ID_COLUMNS = ("image_id", "image_name", "img_id", "id_code", "id")
+"""Names of columns of a file that contain names of images without folder or suffix, as in the tables of Kaggle."""
+_MAX_LISTED_SPLITS = 10
 _METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -796,29 +855,124 @@ def _visible_other_files(folder: Path, files: Iterable[Path]) -> Iterator[Path]:
 
 def _open_table(config: DataConfig, split: str, class_order: ClassOrder, known: tuple[str, ...] | None) -> Source:
     """Find the images and labels of a dataset with rows and columns."""
-    dataset = load_table(config, split)
+    name = _name_of_split(split, config.source)
+    loaded, whole = load_rows(config, name, class_order)
+    column = None if class_order == "text" else _splits_in_column(whole, config)
+    if column is None and loaded != name:
+        load_table(config, name)  # raises the reason
+    dataset = whole if column is not None or split == name else load_table(config, split)
     if len(dataset) == 0:
         raise DataError(f"split {split!r} of {config.source} contains no images.")
     source = source_of_table(dataset, config, class_order=class_order, known=known)
     path = Path(config.source).expanduser()
-    tables = _metadata_of(path) if path.is_dir() else {}
-    if not tables:
-        return source
-    name = _name_of_split(split, config.source)
-    whole = dataset if split == name else load_table(config, name)
+    if tables := _metadata_of(path) if path.is_dir() else {}:
+        source = _with_folders(source, dataset, whole, config, class_order, _Metadata(path, tables, loaded))
+    return source if column is None else _in_split(source, *column, split)
+
+
+class _Metadata(NamedTuple):
+    """The tables that name the images of a folder.
+
+    Attributes:
+        folder: The folder.
+        tables: Split -> tables.
+        split: The split that is read.
+    """
+
+    folder: Path
+    tables: dict[str, list[Path]]
+    split: str
+
+
+def _with_folders(
+    source: Source, dataset: "Dataset", whole: "Dataset", config: DataConfig, class_order: ClassOrder, of: _Metadata
+) -> Source:
+    """Return the source of a folder with metadata, with the class folders if there are no labels in a column."""
     image_column, label_column = find_columns(dataset.features, config)
-    listed = [_File(file, (), None) for file in _files_of_rows(whole, image_column, path)]
-    source = replace(source, ignored_files=_unlisted(path, {file.name for file in listed}, tables, name))
+    listed = [_File(file, (), None) for file in _files_of_rows(whole, image_column, of.folder)]
+    ignored = _unlisted(of.folder, {file.name for file in listed}, of.tables, of.split)
+    source = replace(source, ignored_files=ignored)
     if label_column is not None:
         _check_unset(config, ("layout",), f"{config.source}, whose column {label_column!r} contains the labels")
         return source
     if class_order == "text":  # version 0.1 ignored the folders
         return source
     layout = read_layout([file.folders for file in listed], config.source, config.layout, is_archive=False)
-    chosen = [_File(file, (), None) for file in _files_of_rows(dataset, image_column, path)]
+    chosen = [_File(file, (), None) for file in _files_of_rows(dataset, image_column, of.folder)]
     labels, class_names = _class_folders(chosen, listed, layout, class_order)
     problem = source.labels_problem if labels is None else None
     return replace(source, labels=labels, class_names=class_names, layout=str(layout), labels_problem=problem)
+
+
+_SPLIT_COLUMNS = ("split", "subset", "partition", "set", "usage", "fold")
+"""Names of columns that contain the split of each row, if one of their values is train or training."""
+
+
+def load_rows(
+    config: DataConfig, split: str, class_order: ClassOrder, *, is_streaming: bool = False
+) -> tuple[str, Any]:
+    """Load a split; or the split train, if there is no such split, but a column that may name the split of each row.
+
+    Returns:
+        The split, and its rows.
+    """
+    try:
+        return split, load_table(config, split, is_streaming=is_streaming)
+    except DataError:
+        if split == "train" or class_order == "text":
+            raise
+        try:
+            rows = load_table(config, "train", is_streaming=is_streaming)
+        except DataError:
+            rows = None
+        if rows is None or not columns_of_splits(rows.features, config):
+            raise
+    return "train", rows
+
+
+def columns_of_splits(features: "Features | None", config: DataConfig) -> list[str]:
+    """Return the columns that may contain the split of each row."""
+    others = (config.image_column, config.label_column)
+    text = {
+        name.lower(): name
+        for name, feature in (features or {}).items()
+        if getattr(feature, "dtype", "") in ("string", "large_string") and name not in others
+    }
+    return [text[name] for name in _SPLIT_COLUMNS if name in text]
+
+
+def is_in_split(value: str | None, split: str) -> bool:
+    """Return whether a value of such a column stands for a split."""
+    found = (value or "").strip()
+    return bool(found) and (found == split or split_of_word(found) == (split_of_word(split) or split))
+
+
+def _splits_in_column(dataset: "Dataset", config: DataConfig) -> tuple[str, list[str | None]] | None:
+    """Return the column that contains the split of each row, and its values; None without one."""
+    for name in columns_of_splits(dataset.features, config):
+        values = list(dataset.with_format(None)[name])
+        if any(is_in_split(value, "train") for value in set(values)):
+            return name, values
+    return None
+
+
+def _in_split(source: Source, column: str, values: list[str | None], split: str) -> Source:
+    """Return the rows of a source that a column assigns to a split, or a part of them."""
+    name = _name_of_split(split, source.name)
+    counts = Counter("none" if value is None else value for value in values)
+    listed = ", ".join(f"{value} ({count:,})" for value, count in counts.most_common(_MAX_LISTED_SPLITS))
+    rows = [row for row, value in enumerate(values) if is_in_split(value, name)]
+    if not rows:
+        raise DataError(f"{source.name} has no split {name!r}; its column {column!r} has {listed}.")
+    rows = [rows[row] for row in _rows_of_split(split, source.name, len(rows))]
+    return replace(
+        source,
+        fingerprint=f"{source.fingerprint} {split} of {column}",
+        num_images=len(rows),
+        read=lambda numbers: source.read([rows[number] for number in numbers]),
+        labels=None if source.labels is None else source.labels[rows],
+        layout="; ".join(filter(None, (source.layout, f"splits in column {column!r}: {listed}"))),
+    )
 
 
 def source_of_table(
@@ -838,15 +992,12 @@ def source_of_table(
         known: As in `find_source`.
         is_trusted: Whether its rows may refer to any image file.
     """
-    import datasets
-
     image_column, label_column = find_columns(dataset.features, config, class_order)
-    encoded = dataset.select_columns([image_column])
+    files = TableFiles(config)
+    encoded = as_encoded_column(dataset.select_columns([image_column]), image_column)
     dtype = dtype_of_arrays(dataset.features[image_column])
     if dtype is not None:
         encoded = encoded.with_format(None)
-    elif not isinstance(dataset.features[image_column], dict):
-        encoded = encoded.cast_column(image_column, datasets.Image(decode=False))
     labels: Labels = None, None
     problem = None
     if class_order == "text" and label_column is not None:  # version 0.1 ignored other columns
@@ -868,43 +1019,32 @@ def source_of_table(
             f"{_shortened(others)}, or model.class_conditional to false."
         )
 
-    _warn_of_splits_in_column(dataset, config.source)
+    if is_trusted and (column := _splits_in_column(dataset, config)) is not None:
+        logger.warning(
+            "The column %r of %s contains splits, but all rows are used; pass those of one split only.",
+            column[0], config.source,
+        )  # fmt: skip
 
     def read(rows: Sequence[int]) -> list[EncodedImage]:
         values = zip(rows, encoded[list(rows)][image_column], strict=True)
         return [
-            as_encoded_image(f"image {row} of {config.source}", config, value, is_trusted=is_trusted, dtype=dtype)
+            as_encoded_image(
+                f"image {row} of {config.source}", config, value, files, is_trusted=is_trusted, dtype=dtype
+            )
             for row, value in values
         ]
 
-    files = "" if dtype is not None else _identity_of_files(encoded, image_column, config)
+    identity = "" if dtype is not None else _identity_of_files(encoded, image_column, files)
     return Source(
         name=config.source,
         kind="dataset",
-        fingerprint=f"{dataset._fingerprint} {image_column} {label_column} {files}",
+        fingerprint=f"{dataset._fingerprint} {image_column} {label_column} {identity}",
         num_images=len(dataset),
         read=read,
         labels=labels[0],
         class_names=labels[1],
         labels_problem=problem,
     )
-
-
-_SPLIT_COLUMNS = {"split", "subset", "set", "partition", "usage", "fold"}
-
-
-def _warn_of_splits_in_column(dataset: "Dataset", source: str) -> None:
-    """Warn about a column that names the split of each row, which the rows do not belong to."""
-    for name, feature in dataset.features.items():
-        if name.lower() not in _SPLIT_COLUMNS or getattr(feature, "dtype", "") not in ("string", "large_string"):
-            continue
-        found = sorted(map(str, dataset.unique(name)))
-        if len(found) > 1 and "train" in map(split_of_word, found):
-            logger.warning(
-                "The column %r of %s contains %s, but all rows are used; save one table for each of them to train on "
-                "%s only.",
-                name, source, ", ".join(found[:5]), next(word for word in found if split_of_word(word) == "train"),
-            )  # fmt: skip
 
 
 def _files_of_rows(dataset: "Dataset", image_column: str, folder: Path) -> list[str]:
@@ -929,23 +1069,57 @@ def _unlisted(folder: Path, listed: Collection[str], tables: Mapping[str, list[P
     )
 
 
-def _identity_of_files(encoded: "Dataset", image_column: str, config: DataConfig) -> str:
+def _identity_of_files(encoded: "Dataset", image_column: str, files: "TableFiles") -> str:
     """Return a digest that changes with the image files that a table refers to."""
     identities = []
     for images in encoded.data.column(image_column).chunks:
         if images.type.get_field_index("path") >= 0:
             paths = images.field("path").filter(images.field("bytes").is_null()).to_pylist()
-            identities += [file_identity(_path_in_table(path, config)) for path in paths if path is not None]
+            identities += [file_identity(files.find(path)[0]) for path in paths if path is not None]
     return hashlib.sha256(json.dumps(identities).encode()).hexdigest()
 
 
-def _path_in_table(path: str, config: DataConfig) -> Path:
-    """Return a path of a table; it is relative to the folder that contains the table."""
-    source = Path(config.source).expanduser()
-    folder = source if source.is_dir() else source.parent
-    if "\\" in path and not (folder / path).exists():  # written on Windows
-        path = path.replace("\\", "/")
-    return Path(os.path.abspath(folder / path))
+class TableFiles:
+    """The image files that a table refers to by their paths, names or ids, relative to the folder of the table.
+
+    Args:
+        config: The table.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        source = Path(config.source).expanduser()
+        self._folder = source if source.is_dir() else source.parent
+        self._table = source if source.is_file() else None
+
+    def find(self, path: str) -> list[Path]:
+        """Return the file of a path; the files that it may stand for if it is a part of their paths without suffix."""
+        if "\\" in path and not (self._folder / path).exists():  # written on Windows
+            path = path.replace("\\", "/")
+        file = Path(os.path.abspath(self._folder / path))
+        if self._table is None or file.exists():
+            return [file]
+        parts = PurePosixPath(path).parts
+        found = [
+            file
+            for file in self._by_name.get(parts[-1] if parts else "", ())
+            if file.relative_to(self._folder).parts[-len(parts) : -1] == parts[:-1]
+        ]
+        in_split = [
+            file for file in found if are_of_one_split(self._table.stem, file.relative_to(self._folder).parts[0])
+        ]
+        found = in_split if len(in_split) == 1 else found
+        return [Path(os.path.abspath(file)) for file in found] or [file]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        """The images below the folder by their names, without suffix, and without leading zeros."""
+        names: dict[str, list[Path]] = {}
+        for file in _walk(self._folder):
+            if _why_ignored(file.relative_to(self._folder).as_posix()) is None:
+                number = file.stem.lstrip("0") or "0"
+                for name in {file.name, file.stem, number if number.isdecimal() else file.stem}:
+                    names.setdefault(name, []).append(file)
+        return names
 
 
 def load_table(config: DataConfig, split: str, *, is_streaming: bool = False) -> Any:
@@ -1139,6 +1313,10 @@ def find_columns(
     def is_text(feature: Any) -> bool:
         return getattr(feature, "dtype", "") in ("string", "large_string")
 
+    def is_id(feature: Any) -> bool:
+        is_number = str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
+        return is_text(feature) or (is_number and not isinstance(feature, datasets.ClassLabel))
+
     def holds_arrays(feature: Any) -> bool:
         return dtype_of_arrays(feature) is not None
 
@@ -1152,6 +1330,8 @@ def find_columns(
         found = found or [name for name, feature in features.items() if may_hold_images(feature)]
         found = found or [name for name in _PATH_COLUMNS if is_text(features.get(name))]
         found = found or [name for name, feature in features.items() if holds_arrays(feature)]
+        if Path(config.source).expanduser().is_file():
+            found = found or [name for name in _ID_COLUMNS if is_id(features.get(name))][:1]
         if not found:
             raise DataError(
                 f"{config.source} has no column of images or of their paths among {columns}; set data.image_column to "
@@ -1162,7 +1342,7 @@ def find_columns(
                 f"{config.source} has {len(found)} image columns among {columns}; set data.image_column to one of them."
             )
         image_column = found[0]
-    if not any(is_kind(features[image_column]) for is_kind in (may_hold_images, is_text, holds_arrays)):
+    if not any(is_kind(features[image_column]) for is_kind in (may_hold_images, is_id, holds_arrays)):
         raise DataError(
             f"column {image_column!r} of {config.source} contains {features[image_column]}, not images; set "
             "data.image_column to another one."
@@ -1191,8 +1371,26 @@ def class_names_of(features: "Features", label_column: str) -> tuple[str, ...] |
     return tuple(names) if names else None
 
 
+def as_encoded_column(dataset: Any, column: str) -> Any:
+    """Return a table, or a stream of one, whose images are not decoded and whose paths are those of images."""
+    import datasets
+
+    feature = dataset.features[column]
+    if isinstance(feature, dict) or dtype_of_arrays(feature) is not None:
+        return dataset
+    if str(getattr(feature, "dtype", "")).startswith(("int", "uint")):  # ids
+        dataset = dataset.cast_column(column, datasets.Value("string"))
+    return dataset.cast_column(column, datasets.Image(decode=False))
+
+
 def as_encoded_image(
-    name: str, config: DataConfig, value: Any, *, is_trusted: bool = False, dtype: str | None = None
+    name: str,
+    config: DataConfig,
+    value: Any,
+    files: TableFiles,
+    *,
+    is_trusted: bool = False,
+    dtype: str | None = None,
 ) -> EncodedImage:
     """Return the image of a row, an array or a path in it, with its file name, if it has one.
 
@@ -1211,7 +1409,9 @@ def as_encoded_image(
         return EncodedImage(name, content)
     if file.startswith(("http://", "https://")):
         return EncodedImage(name, None, "it is on the web; download the images, and give their paths")
-    path = _path_in_table(file, config)
+    path, *others = files.find(file)
+    if others:
+        return EncodedImage(name, None, f"it may be {path} or {others[0]}; give paths with folder and suffix")
     if not is_trusted and not any(path.is_relative_to(folder) for folder in _allowed_folders(config)):
         return EncodedImage(name, None, f"it is {path}, outside of the dataset; give paths relative to the table")
     if not path.suffix and not path.exists():  # an id, as in the tables of Kaggle

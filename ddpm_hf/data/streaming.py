@@ -43,17 +43,22 @@ from ddpm_hf.data.decode import (
     read_header,
 )
 from ddpm_hf.data.labels import ClassOrder, label_error
+from ddpm_hf.data.layout import SPLIT_NAMES
 from ddpm_hf.data.loader import to_device
 from ddpm_hf.data.sources import (
     TEXT_TABLES,
     Source,
+    TableFiles,
+    as_encoded_column,
     as_encoded_image,
     class_names_of,
+    columns_of_splits,
     dtype_of_arrays,
     find_columns,
     find_files,
     find_source,
-    load_table,
+    is_in_split,
+    load_rows,
     log_ignored_files,
 )
 from ddpm_hf.rng import first_draws, numpy_generator
@@ -504,7 +509,8 @@ def _open(config: DataConfig, rank: int, class_order: ClassOrder, *, with_labels
     elif (found := find_files(config, config.split, class_order)) is not None:
         source = found
     else:
-        return _files_of_table(load_table(config, config.split, is_streaming=True), config, with_labels=with_labels)
+        _, rows = load_rows(config, config.split, class_order, is_streaming=True)
+        return _files_of_table(rows, config, class_order, with_labels=with_labels)
     if source.ignored_files and rank == 0:
         log_ignored_files(source)
     return _files_of_source(source)
@@ -524,44 +530,63 @@ def _files_of_source(source: Source) -> _Files:
     return _Files(len(source.archive_starts), read, source.class_names)
 
 
-def _files_of_table(stream: "IterableDataset", config: DataConfig, *, with_labels: bool) -> _Files:
+def _files_of_table(
+    stream: "IterableDataset", config: DataConfig, class_order: ClassOrder, *, with_labels: bool
+) -> _Files:
     """Return the files of a table."""
-    import datasets
-
     if stream.features is None:
         raise DataError(f"{config.source} does not declare its columns; set data.streaming to false.")
     image_column, label_column = find_columns(stream.features, config)
     class_names = class_names_of(stream.features, label_column) if label_column else None
     label_column = label_column if with_labels else None
-    dtype, is_struct = dtype_of_arrays(stream.features[image_column]), isinstance(stream.features[image_column], dict)
-    stream = stream.select_columns([image_column] if label_column is None else [image_column, label_column])
-    if dtype is None and not is_struct:
-        stream = stream.cast_column(image_column, datasets.Image(decode=False))
+    split_column = None if class_order == "text" else _column_of_splits(stream, config)
+    dtype, files = dtype_of_arrays(stream.features[image_column]), TableFiles(config)
+    columns = [image_column, label_column, split_column]
+    stream = as_encoded_column(
+        stream.select_columns([column for column in columns if column is not None]), image_column
+    )
     number = stream.num_shards
+
+    def is_used(value: str | None) -> bool:
+        return is_in_split(value, config.split)
 
     def read(file: int, start: int, step: int) -> Iterator[tuple[EncodedImage, int | None]]:
         reader = stream.shard(number, file)
         place = f"{_file_name(reader)}the stream of {config.source}"
-        for row, columns in _rows_of_table(reader, start, step):
-            image = as_encoded_image(f"row {row} of {place}", config, columns[image_column], dtype=dtype)
+        for row, columns in _rows_of_table(reader, start, step, split_column, is_used):
+            image = as_encoded_image(f"row {row} of {place}", config, columns[image_column], files, dtype=dtype)
             yield image, None if label_column is None else columns[label_column]
 
     return _Files(number, read, class_names)
 
 
-def _rows_of_table(reader: "IterableDataset", start: int, step: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows start, start + step, ... of a file."""
+def _column_of_splits(stream: "IterableDataset", config: DataConfig) -> str | None:
+    """Return the column that contains the split of each row, as its first values say; None without one."""
+    for name in columns_of_splits(stream.features, config):
+        values = [row[name] for row in stream.select_columns([name]).take(_ROWS_PER_READ)]
+        if any(is_in_split(value, split) for value in values for split in SPLIT_NAMES):
+            return name
+    return None
+
+
+def _rows_of_table(
+    reader: "IterableDataset", start: int, step: int, column: str | None, is_used: Callable[[Any], bool]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows start, start + step, ... of those in a file that are used, as the values of a column say."""
     if reader._ex_iterable.iter_arrow is None:
-        yield from islice(enumerate(reader), start, None, step)
+        rows = ((row, columns) for row, columns in enumerate(reader) if column is None or is_used(columns[column]))
+        yield from islice(rows, start, None, step)
         return
     # Row by row, `datasets` would make a table of each row and store the state of the reader for it.
-    first = 0
+    first = num_used = 0
     for table in reader.with_format("arrow").iter(_ROWS_PER_READ):
-        chosen = range(max(start - first, (start - first) % step), len(table), step)
+        values = None if column is None else table[column].to_pylist()
+        used = [row for row in range(len(table)) if values is None or is_used(values[row])]
+        chosen = used[max(start - num_used, (start - num_used) % step) :: step]
         if chosen:
-            rows = table if len(chosen) == len(table) else table.take(list(chosen))
+            rows = table if len(chosen) == len(table) else table.take(chosen)
             yield from zip((first + row for row in chosen), rows.to_pylist(), strict=True)
-        first += len(table)
+        first, num_used = first + len(table), num_used + len(used)
 
 
 def _file_name(stream: "IterableDataset") -> str:

@@ -553,6 +553,22 @@ def test_files_of_webdataset_are_read_with_their_labels(tmp_path: Path, names: l
         assert "has no split 'val'; its shards are those of " in refusal(folder, tmp_path / "cache", split="val")
 
 
+def test_labels_in_the_json_files_of_webdataset(tmp_path: Path) -> None:
+    """The key is found, unless there are class folders, or it is data.label_column."""
+    samples = {"0.png": FILES["cat/1.png"], "1.png": FILES["dog/1.png"]}
+    files = samples | {"0.json": b'{"label": "dog", "kind": 7}', "1.json": b'{"label": "cat", "kind": 3}'}
+    for folder in (".", "x"):
+        path = pack(tmp_path / f"{folder}.tar", {f"{folder}/{name}": data for name, data in files.items()})
+        source = source_of(path)
+        assert source.class_names == (("cat", "dog") if folder == "." else None)
+        assert bool(source.ignored_files) == (folder == "x")
+        images = open_source(path, tmp_path / "cache", with_labels=True, label_column="kind")
+        assert [images.class_names, images.labels.tolist()] == [("3", "7"), [1, 0]]
+    assert "'size' is not in 0.json of" in refusal(path.with_name("..tar"), tmp_path / "cache", label_column="size")
+    without = pack(tmp_path / "without.tar", samples)
+    assert "is a key of .json files, which" in refusal(without, tmp_path / "cache", label_column="size")
+
+
 def test_one_image_of_each_sample_of_webdataset_is_read(tmp_path: Path) -> None:
     """The one with a plain suffix, or data.image_column; with labels, or if all samples are alike."""
     image, mask, others = FILES["cat/1.png"], FILES["dog/1.png"], ("0.seg.png (another image)",)
@@ -611,13 +627,67 @@ def test_folders_of_one_split_that_may_differ_are_mentioned(tmp_path: Path, capl
     assert f"The folders trainA, trainB of {folder} are read together; set data.split to one of them" in caplog.text
 
 
-def test_a_column_of_splits_is_mentioned(tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images = [{"bytes": encode(RGB), "path": None}] * 2
-    write_table(tmp_path / "x.parquet", {"image": images, "split": ["train", "validation"]})
-    assert len(open_source(tmp_path / "x.parquet", cache_dir)) == 2
-    assert (
-        "The column 'split' of " in caplog.text and "contains train, validation, but all rows are used" in caplog.text
+SPLITS = ["train", "val", None, "train", "test", "extra", "Train "]
+
+
+def write_splits(folder: Path, name: str) -> Path:
+    """Write a table, or a folder with metadata, in which image i has the value i and the split SPLITS[i]."""
+    images = [encode(np.full((4, 4), row, np.uint8)) for row in range(len(SPLITS))]
+    if name == "x.parquet":
+        cells = [{"bytes": data, "path": None} for data in images]
+        return write_table(folder / name, {"image": cells, "split": SPLITS})
+    source = write_files(folder / "x", {f"{row % 2}/{row}.png": data for row, data in enumerate(images)})
+    rows = pd.DataFrame({"file_name": [f"{row % 2}/{row}.png" for row in range(len(SPLITS))], "split": SPLITS})
+    rows.to_csv(source / name, index=False)
+    return source if name == "metadata.csv" else source / name
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.csv", "metadata.csv"])
+def test_a_column_of_splits_is_read_as_folders_of_splits(tmp_path: Path, cache_dir: Path, name: str) -> None:
+    """Also other words for a split and parts of it. Version 0.1 used all rows."""
+    source = write_splits(tmp_path, name)
+    for split, rows in (
+        ("train", [0, 3, 6]), ("validation", [1]), ("val", [1]), ("test", [4]), ("extra", [5]), ("train[1:]", [3, 6]),
+    ):  # fmt: skip
+        images = open_source(source, cache_dir, split=split)
+        assert pixels_of(images)[:, 0, 0, 0].tolist() == rows
+        assert (images.labels is None) or images.labels.tolist() == [row % 2 for row in rows]
+    found = find_source(DataConfig(source=str(source)), "train")
+    assert isinstance(found, Source)
+    assert found.layout.endswith(
+        "splits in column 'split': train (2), val (1), none (1), test (1), extra (1), Train  (1)"
     )
+    assert "has no split 'holdout'; its column 'split' has train (2), " in refusal(source, cache_dir, split="holdout")
+    of_version_0_1 = find_source(DataConfig(source=str(source)), "train", "text")
+    assert isinstance(of_version_0_1, Source)
+    assert of_version_0_1.num_images == len(SPLITS)
+
+
+def test_a_column_without_the_word_train_contains_no_splits(tmp_path: Path, cache_dir: Path) -> None:
+    cells = [{"bytes": encode(RGB), "path": None}] * 2
+    source = write_table(tmp_path / "x.parquet", {"image": cells, "set": ["castle", "space"], "fold": ["0", "1"]})
+    assert len(open_source(source, cache_dir)) == 2
+    assert "cannot be opened (split 'test')" in refusal(source, cache_dir, split="test")
+
+
+def test_ids_in_a_table_are_images_below_its_folder(tmp_path: Path, cache_dir: Path) -> None:
+    """As in the tables of Kaggle: without folder or suffix, as text or numbers, if a single file matches."""
+    files = {"train/a.png": RGB, "train/001.png": 255 - RGB, "x/b/10.png": RGB, "y/b/10.png": RGB, "test/a.png": GRAY}
+    folder = write_files(tmp_path / "x", {name: encode(image) for name, image in files.items()})
+
+    def table(name: str, column: str, ids: list[object]) -> Path:
+        pd.DataFrame({column: ids, "breed": ["pug"] * len(ids)}).to_csv(folder / name, index=False)
+        return folder / name
+
+    for name, column, ids in (("train.csv", "id", ["a", "001.png"]), ("train.csv", "image", ["train/a", "001"])):
+        images = open_source(table(name, column, ids), cache_dir, with_labels=True, label_column="breed")
+        assert np.array_equal(pixels_of(images), [RGB, 255 - RGB])
+    assert np.array_equal(pixels_of(open_source(table("n.csv", "id_code", [1]), cache_dir)), [255 - RGB])
+    assert np.array_equal(pixels_of(open_source(table("n.csv", "id", ["x/b/10"]), cache_dir)), [RGB])
+    message = refusal(table("n.csv", "id", ["a", "001"]), cache_dir)
+    assert "it may be " in message and message.split("; ")[1] == "give paths with folder and suffix)"
+    assert "10.png; give paths" in refusal(table("train.csv", "id", [10]), cache_dir)
+    assert "y/a does not exist; give paths with folder" in refusal(table("n.csv", "id", ["y/a"]), cache_dir)
 
 
 def test_text_tables_of_spreadsheets(tmp_path: Path, cache_dir: Path) -> None:

@@ -60,6 +60,7 @@ def stream_of(source: Path, *, rank: int = 0, num_processes: int = 1, **settings
     return stream
 
 
+CPU = torch.device("cpu")
 _STREAMS: list[ImageStream] = []
 
 
@@ -349,6 +350,40 @@ def test_a_bad_image_is_named_by_its_row_after_a_resume_and_in_shared_files(
     stream.go_to(json.loads(json.dumps(asdict(before.position))))
     take(stream, 20 // num_processes - 7 - (rank == 1))
     assert f"row 17 of train-00000.parquet of the stream of {folder} cannot be decoded" in caplog.text
+
+
+def test_a_stream_reads_the_rows_of_its_split_and_resumes_in_them(tmp_path: Path) -> None:
+    """A column names the split of each row. Bad images are named by their rows in the file."""
+    splits = ["val", *["train", "test", "train"] * 60]
+    images = [encode(np.full((4, 4), row, np.uint8)) for row in range(len(splits))]
+    cells = [{"bytes": data, "path": None} for data in [*images[:-1], b"text"]]
+    (tmp_path / "x").mkdir()
+    datasets.Dataset.from_dict({"image": cells, "Split": splits}).to_parquet(tmp_path / "x" / "0.parquet")
+    used = [row for row, split in enumerate(splits) if split == "train"]
+
+    def stream_of_split(rank: int = 0, num_processes: int = 1, split: str = "train") -> ImageStream:
+        config = DataConfig(
+            source=str(tmp_path / "x"), streaming=True, resolution=4, num_channels=1, shuffle_buffer_size=9
+        )
+        config = replace(config, split=split, on_bad_image="skip")
+        _STREAMS.append(
+            ImageStream(config, with_labels=False, seed=3, rank=rank, num_processes=num_processes, device=CPU)
+        )
+        return _STREAMS[-1]
+
+    def rows(stream: ImageStream, count: int) -> list[int]:
+        return stream.take(count)[0][:, 0, 0, 0].tolist()
+
+    seen = [row for rank, count in ((0, 60), (1, 59)) for row in rows(stream_of_split(rank, 2), count)]
+    assert sorted(seen) == used[:-1]
+    stream = stream_of_split()
+    before = rows(stream, 50)
+    resumed = stream_of_split()
+    resumed.go_to(asdict(stream.position))
+    after = rows(resumed, 69)
+    assert sorted(before + after) == used[:-1]
+    assert rows(stream, 69) == after
+    assert rows(stream_of_split(split="validation"), 1) == [0]
 
 
 def test_too_many_bad_images_stop_a_stream(tmp_path: Path) -> None:
