@@ -45,6 +45,21 @@ MAX_FONT_SIZE, MIN_FONT_SIZE = 17, 8
 # white). Other channels are drawn side by side, each as a gray image.
 
 
+def as_drawn(images: UInt8Array, value_range: Sequence[float] | str | None) -> UInt8Array:
+    """Return images as they are drawn: four channels of data with a value range are no colors, and become gray planes.
+
+    Args:
+        images: uint8, (..., height, width, channels).
+        value_range: `data.value_range`, or that of the pipeline; None if four channels are color and transparency.
+
+    Returns:
+        The same, or uint8 (..., height, 4 * width, 1).
+    """
+    if value_range is None or images.shape[-1] != 4:
+        return images
+    return np.moveaxis(images, -1, -2).reshape(*images.shape[:-2], -1, 1)
+
+
 def image_grid(
     images: UInt8Array,
     num_columns: int,

@@ -14,7 +14,7 @@ def data(arguments: Sequence[str]) -> int:
     _check_picture(picture)
 
     from ddpm_hf.data import DataError, summarize
-    from ddpm_hf.plots import image_grid
+    from ddpm_hf.plots import as_drawn, image_grid
 
     summary = summarize(
         config.data, with_labels=config.model.class_conditional, seed=config.training.seed, num_samples=NUM_SAMPLES
@@ -29,7 +29,7 @@ def data(arguments: Sequence[str]) -> int:
         except ConfigError as error:
             problem = problem or str(error)
     print("\n".join(lines))
-    image_grid(summary.samples, NUM_COLUMNS).save(picture)
+    image_grid(as_drawn(summary.samples, config.data.value_range), NUM_COLUMNS).save(picture)
     print(f"{'picture':<10}the first {len(summary.samples)} samples of a run are in {picture}")
     if problem is not None:
         raise DataError(problem)

@@ -5,6 +5,7 @@ import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -633,13 +634,14 @@ def _draw(work: _Work, samples: "Images", bound: "VariationalBound | None", memo
     """Draw evaluation.png."""
     from ddpm_hf.evaluation.memorization import MAX_RATIO, nearest_images
     from ddpm_hf.evaluation.report import choose_images, real_images
-    from ddpm_hf.plots import Ratios, evaluation_plot
+    from ddpm_hf.plots import Ratios, as_drawn, evaluation_plot
 
     shown = choose_images(work.training, min(NUM_PICTURE_SAMPLES, len(work.training)), work.flags.seed)
     compared = samples[:NUM_NEIGHBORS]
     if memorization:  # in pixels, the samples that may be copies
         compared = samples[[one.sample for one in memorization[0].closest]]
     neighbors, _, distances = nearest_images(compared, work.training, work.device)
+    drawn = partial(as_drawn, value_range=work.pipeline.config.get("value_range"))
     step = f" at {work.model.progress}" if work.model is not None and work.model.kind == "checkpoint" else ""
     title = f"{Path(work.flags.folder).resolve().name}{step}, {Path(work.flags.data).name}"
     if bound is not None:
@@ -648,10 +650,10 @@ def _draw(work: _Work, samples: "Images", bound: "VariationalBound | None", memo
         work.output / EVALUATION_PICTURE,
         lambda path: evaluation_plot(
             path,
-            samples=samples[:NUM_PICTURE_SAMPLES],
-            real=real_images(shown, shown.positions),
-            compared=compared,
-            neighbors=neighbors,
+            samples=drawn(samples[:NUM_PICTURE_SAMPLES]),
+            real=drawn(real_images(shown, shown.positions)),
+            compared=drawn(compared),
+            neighbors=drawn(neighbors),
             distances=distances,
             bound=None if bound is None else bound.to_dict(),
             memorization=[

@@ -40,7 +40,7 @@ from ddpm_hf.config import (
     warn_of_training_flags,
 )
 from ddpm_hf.files import SAMPLING_SETTINGS, atomic_write, format_count, read_json, save_array, write_json
-from ddpm_hf.plots import UInt8Array, denoising_strip, image_grid, save_animation
+from ddpm_hf.plots import UInt8Array, as_drawn, denoising_strip, image_grid, save_animation
 
 if TYPE_CHECKING:
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
@@ -530,8 +530,8 @@ def _sample_all(work: _Work, output: OutputFolder) -> int:
                 if picture in in_grid:
                     shown[picture] = _as_picture(image, work.value_range)
             if states is not None:
-                trajectories.append(states)
-        grid = _grid(shown) if work.starts is None else _grid_of_edits(shown, work.starts, work.masks)
+                trajectories.append(as_drawn(states, work.value_range))
+        grid = _grid(shown) if work.starts is None else _grid_of_edits(shown, work)
         output.write(GRID, lambda path: grid.save(path, "PNG"))
         if flags.strip:
             strip = denoising_strip(np.concatenate(trajectories, axis=1)[:, :MAX_IN_STRIP])
@@ -561,11 +561,11 @@ def _labels_of(pictures: Sequence[Picture]) -> "ClassNumbers | None":
 
 def _as_picture(image: NDArray[Any], value_range: Sequence[float] | None) -> UInt8Array:
     """Return an image that was sampled as uint8 or as values as an 8-bit picture."""
-    if value_range is None or image.dtype == np.uint8:
-        return image
-    from ddpm_hf.data import to_uint8
+    if value_range is not None and image.dtype != np.uint8:
+        from ddpm_hf.data import to_uint8
 
-    return to_uint8(image, (value_range[0], value_range[1]))
+        image = to_uint8(image, (value_range[0], value_range[1]))
+    return as_drawn(image, value_range)
 
 
 def _batches(work: _Work) -> Iterator[tuple[list[Picture], NDArray[Any], UInt8Array | None]]:
@@ -624,18 +624,17 @@ def _grid(images: Mapping[Picture, UInt8Array]) -> Image.Image:
     return image_grid(np.stack(cells), len(labels), column_labels=labels if any(labels) else None)
 
 
-def _grid_of_edits(
-    images: Mapping[Picture, UInt8Array], starts: NDArray[np.float32], masks: NDArray[np.bool_] | None
-) -> Image.Image:
+def _grid_of_edits(images: Mapping[Picture, UInt8Array], work: _Work) -> Image.Image:
     """Return a grid with a row for each given image, which comes first, its masked part in gray."""
     seeds = list(dict.fromkeys(picture.seed for picture in images))
     edited = iter(images.values())
     cells = []
-    for index, start in enumerate(starts[: len(images) // len(seeds)]):
+    assert work.starts is not None
+    for index, start in enumerate(work.starts[: len(images) // len(seeds)]):
         given = np.rint(start * 255).astype(np.uint8)
-        if masks is not None:
-            given = np.where(masks[index % len(masks), ..., None], np.uint8(MASK_GRAY), given)
-        cells += [given, *(next(edited) for _ in seeds)]
+        if work.masks is not None:
+            given = np.where(work.masks[index % len(work.masks), ..., None], np.uint8(MASK_GRAY), given)
+        cells += [as_drawn(given, work.value_range), *(next(edited) for _ in seeds)]
     return image_grid(np.stack(cells), len(seeds) + 1, column_labels=["given", *(f"seed {seed}" for seed in seeds)])
 
 

@@ -163,6 +163,7 @@ def _write_report(trainer: "Trainer", command: str) -> None:
     from ddpm_hf.diffusion import GaussianDiffusionPipeline
     from ddpm_hf.evaluation.generate import Sampler, sample_images, sample_trajectory
     from ddpm_hf.evaluation.recognition import recognition_report
+    from ddpm_hf.plots import as_drawn
     from ddpm_hf.run_report import loading_lines, write_report
     from ddpm_hf.training.logging import say
 
@@ -189,10 +190,10 @@ def _write_report(trainer: "Trainer", command: str) -> None:
         recognition = recognition_report(*real, samples, labels)
     write_report(
         output_dir,
-        samples=samples,
+        samples=as_drawn(samples, pipeline.config.get("value_range")),
         sample_labels=labels,
         class_names=names,
-        trajectory=trajectory,
+        trajectory=as_drawn(trajectory, pipeline.config.get("value_range")),
         metrics=trainer.metrics.rows(),
         step=trainer.global_step,
         recognition=recognition,

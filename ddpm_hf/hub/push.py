@@ -50,7 +50,7 @@ from ddpm_hf.hub.access import Target as Target
 from ddpm_hf.hub.access import check_access, hub_errors
 from ddpm_hf.model_folder import ModelFolder, find_model, rows_until, summary_of
 from ddpm_hf.models import pipeline_folder
-from ddpm_hf.plots import points, schedule_plot, training_curves
+from ddpm_hf.plots import as_drawn, points, schedule_plot, training_curves
 from ddpm_hf.redaction import reason_of
 from ddpm_hf.run_report import draw_samples
 
@@ -257,10 +257,10 @@ def _draw_samples(pipeline: GaussianDiffusionPipeline, folder: Path) -> None:
     names = pipeline.config.get("class_names")
     draw_samples(
         folder,
-        samples,
+        as_drawn(samples, pipeline.config.get("value_range")),
         np.arange(count) % num_classes if num_classes else None,
         [names[str(label)] for label in range(pipeline.num_classes)] if names else None,
-        trajectory,
+        as_drawn(trajectory, pipeline.config.get("value_range")),
     )
 
 

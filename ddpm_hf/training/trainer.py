@@ -88,7 +88,7 @@ from ddpm_hf.models import (
     saved_parameters,
     take_weights,
 )
-from ddpm_hf.plots import image_grid
+from ddpm_hf.plots import as_drawn, image_grid
 from ddpm_hf.rng import normal_by_pair, numpy_generator, sampling_generators, seed_global_generators
 from ddpm_hf.signals import STOP_SIGNALS, raise_on_signals
 from ddpm_hf.training import posthoc_ema, run_dir
@@ -1415,6 +1415,7 @@ def save_preview(
         path.parent.mkdir(parents=True, exist_ok=True)
         num_classes = len(settings.get("class_names") or ())
         num_columns = num_classes if num_classes <= config.num_images else 0
+        images = as_drawn(images, settings.get("value_range"))
         image_grid(images, num_columns or round(config.num_images**0.5)).save(path)
         return True
     except OSError as error:

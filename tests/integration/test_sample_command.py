@@ -317,7 +317,10 @@ def test_values_are_written_and_edited_in_the_range_of_the_model(plain: Path, tm
     np.testing.assert_allclose(edited, again, atol=1e-2)
     latents = save(tmp_path / "latents", in_channels=4, out_channels=4)
     GaussianDiffusionPipeline(load(latents).unet, model.scheduler, value_range=[-4, 4]).save_pretrained(latents)
-    assert (draw(latents, tmp_path / "d", *few) / "seed_000001.npy").exists()
+    output = draw(latents, tmp_path / "d", *few)
+    assert (output / "seed_000001.npy").exists()
+    height, width, _ = pixels(output / "grid.png").shape
+    assert width > 2 * height, "four planes, not color and transparency"
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

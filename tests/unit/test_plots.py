@@ -20,6 +20,7 @@ from ddpm_hf.diffusion.schedule import (
 from ddpm_hf.plots import (
     LABEL_HEIGHT,
     Ratios,
+    as_drawn,
     betas_of,
     bin_means,
     denoising_strip,
@@ -80,6 +81,13 @@ def test_channels_that_are_not_colors_are_shown_side_by_side_in_gray(channels: i
         np.testing.assert_array_equal(
             shown[:, 4 * channel : 4 * channel + 4], images[0, ..., [channel]].transpose(1, 2, 0).repeat(3, axis=-1)
         )
+
+
+def test_four_channels_with_a_value_range_are_no_colors() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 6, 4), dtype=np.uint8)
+    drawn = as_drawn(images, [-4, 4])
+    assert np.array_equal(drawn, np.concatenate(np.split(images, 4, axis=-1), axis=-2))
+    assert as_drawn(images, None) is images
 
 
 def test_transparent_images_are_shown_on_white() -> None:

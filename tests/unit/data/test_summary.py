@@ -90,6 +90,15 @@ def test_arrays_are_described_too(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "network   sees 1x8x9 (channels, height, width)" in output
 
 
+def test_four_channels_with_a_value_range_are_drawn_as_planes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "x.npy", RANDOM.standard_normal((3, 4, 8, 8)).astype(np.float32))
+    show(capsys, tmp_path, str(tmp_path / "x.npy"), "--data.value_range", "[-4, 4]")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.width > 2 * picture.height
+
+
 def test_the_samples_are_the_first_ones_of_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Flipped as in training: an image with a white half appears in both orientations."""
     half = np.zeros((8, 8), np.uint8)
