@@ -610,6 +610,8 @@ class Pretrained:
         has_null_label: Whether its last label means "no class"; None if unknown.
         self_conditioned: Whether it takes its own prediction of x_0 as further channels.
         value_range: The values that it was trained on, [low, high]; None for pictures or if unknown.
+        latents_mean: Mean of its latents, as in GaussianDiffusionPipeline.
+        latents_std: Their standard deviation.
     """
 
     name: str
@@ -619,6 +621,8 @@ class Pretrained:
     has_null_label: bool | None
     self_conditioned: bool = False
     value_range: list[float] | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
 
 
 def read_config_file(model: ModelConfig) -> dict[str, Any]:
@@ -668,14 +672,15 @@ def load_network(setting: str, source: str, revision: str | None) -> Pretrained:
         index = pipeline_settings(found)
     elif (found.path / MODEL_INDEX).is_file():
         index = _read_json(found.path / MODEL_INDEX, name)
+    known = index or {}
     return Pretrained(
         name=name,
         unet=unet,
         scheduler=_scheduler_of(found, name),
-        class_names=index.get("class_names") if index else None,
+        class_names=known.get("class_names"),
         has_null_label=bool(index.get("has_null_label")) if index else None,
-        self_conditioned=bool(index and index.get("self_conditioned")),
-        value_range=index.get("value_range") if index else None,
+        self_conditioned=bool(known.get("self_conditioned")),
+        **{setting: known.get(setting) for setting in ("value_range", "latents_mean", "latents_std")},
     )
 
 

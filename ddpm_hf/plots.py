@@ -304,9 +304,9 @@ def timestep_curves(path: Path, *, metrics: Rows = (), bound: Mapping[str, Any] 
         _finish_curves(panels[0], np.concatenate([losses for _, losses, _ in quartiles]), "training loss")
         _count_steps(panels[0], num_ticks=7 if num_panels == 1 else 5)
         panels[0].legend(lines, names, frameon=False)
-    if columns is not None:
-        _draw_errors(panels[-2], columns)
-        _draw_terms(panels[-1], columns)
+    if bound is not None and columns is not None:
+        _draw_errors(panels[-2], columns, _is_of_latents(bound))
+        _draw_terms(panels[-1], columns, _is_of_latents(bound))
     save_figure(figure, path)
 
 
@@ -371,6 +371,11 @@ def _count_steps(axes: Any, num_ticks: int = 7) -> None:
     axes.set_xlim(left=0)
 
 
+def _is_of_latents(bound: Mapping[str, Any]) -> bool:
+    """Return whether a bound is of latents, whose decoder term is a density and may be negative."""
+    return bound.get("of") == "latents"
+
+
 def _bound_columns(bound: Mapping[str, Any]) -> dict[str, FloatArray]:
     """Return the numbers of a bound per reverse step as arrays; NaN if they are unknown."""
     names = ("timesteps", "x_0_mse", "eps_mse", "terms", "counts")
@@ -407,17 +412,20 @@ def bin_means(values: npt.ArrayLike, counts: npt.ArrayLike, num_bins: int = NUM_
     return np.asarray(sums[totals > 0] / totals[totals > 0])
 
 
-def _draw_errors(axes: Any, columns: Mapping[str, FloatArray]) -> None:
+def _draw_errors(axes: Any, columns: Mapping[str, FloatArray], is_of_latents: bool) -> None:
     """Draw the mean squared errors of the predicted noise and of the predicted x_0."""
     _draw_by_timestep(axes, columns, "eps_mse", LINE_COLOR, r"of $\epsilon$")
-    _draw_by_timestep(axes, columns, "x_0_mse", VALIDATION_COLOR, r"of $x_0$, values in $[-1, 1]$")
+    scale = "normalized latents" if is_of_latents else "values in $[-1, 1]$"
+    _draw_by_timestep(axes, columns, "x_0_mse", VALIDATION_COLOR, f"of $x_0$, {scale}")
     axes.set_yscale("log")
     _finish_axes(axes, r"timestep $t$", "mean squared error")
     axes.legend(frameon=False)
 
 
-def _draw_terms(axes: Any, columns: Mapping[str, FloatArray]) -> None:
-    """Draw the terms of the variational bound; the term at t = 0 is that of the decoder."""
+def _draw_terms(axes: Any, columns: Mapping[str, FloatArray], is_of_latents: bool) -> None:
+    """Draw the terms of the variational bound; the term at t = 0 is that of the decoder, left out for latents."""
+    if is_of_latents and (columns["counts"][:-1] > 0).any():
+        columns = {name: column[:-1] for name, column in columns.items()}
     _draw_by_timestep(axes, columns, "terms", LINE_COLOR)
     axes.set_yscale("log")
     _finish_axes(axes, r"timestep $t$", r"$L_t$, bits per dimension")
@@ -486,14 +494,15 @@ def evaluation_plot(
         panel.axis("off")
     if bound is not None:
         columns = _bound_columns(bound)
-        _draw_errors(axes[1, 0], columns)
+        is_of_latents = _is_of_latents(bound)
+        _draw_errors(axes[1, 0], columns, is_of_latents)
         axes[1, 0].set_title("error by timestep", fontsize=10)
-        _draw_terms(axes[1, 1], columns)
+        _draw_terms(axes[1, 1], columns, is_of_latents)
         axes[1, 1].set_title("terms of the variational bound", fontsize=10)
         # The progressive code: the error that is left after so many bits. Fig. 5, Ho et al. 2020.
         rate, distortion = (bin_means(bound[name], columns["counts"]) for name in ("rate", "distortion"))
         axes[1, 2].plot(rate, distortion, lw=1.6, color=LINE_COLOR)
-        scale = "of latents" if bound.get("of") == "latents" else "0 to 255"
+        scale = "of latents" if is_of_latents else "0 to 255"
         _finish_axes(axes[1, 2], "bits per dimension sent", f"root mean squared error, {scale}")
         axes[1, 2].set_ylim(bottom=0)
         axes[1, 2].set_title("rate and distortion", fontsize=10)

@@ -26,6 +26,7 @@ from ddpm_hf.files import (
     RECOGNITION,
     RUN_CONFIG,
     SAMPLES_PICTURE,
+    VAE_DIR,
     atomic_write,
     write_json,
     write_text,
@@ -44,6 +45,7 @@ MIN_STRIP_ROWS = 3
 # What the README says of each file or folder that exists.
 _CONTENTS = {
     (f"{PIPELINE_DIR}/",): "the trained pipeline, for `from_pretrained`",
+    (f"{VAE_DIR}/",): "the VAE whose latents the network has learned",
     (SAMPLES_PICTURE,): "samples of the finished model",
     (DENOISING_ANIMATION, DENOISING_STRIP): "the denoising process",
     (LOSS_PICTURE,): "the training loss",
@@ -86,6 +88,7 @@ def write_report(
     settings: Mapping[str, str],
     sampler: "Sampler",
     step: int | None = None,
+    has_vae: bool = False,
 ) -> ReportPaths:
     """Write the pictures, recognition.json and README.md of a run into its folder, replacing an earlier report.
 
@@ -103,6 +106,7 @@ def write_report(
         settings: The main settings, for a table in the README.
         sampler: How the samples were drawn.
         step: Training step of the pipeline, for recognition.json.
+        has_vae: Whether the network is one of latents.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     caption = draw_samples(output_dir, samples, sample_labels, class_names, trajectory)
@@ -130,12 +134,13 @@ def write_report(
         for files, meaning in _CONTENTS.items()
         if all((output_dir / name).exists() for name in files)
     }
+    lines = loading_lines(Path(PIPELINE_DIR), names, sampler, has_vae)
     sections = [
         f"# {title}\n\n![samples]({SAMPLES_PICTURE})\n\n{caption}",
         "## Quality\n\n" + "\n".join(f"- {line}" for line in quality) if quality else "",
         f"## Denoising process\n\n![denoising]({DENOISING_ANIMATION})\n\n![denoising steps]({DENOISING_STRIP})",
         f"## Loss\n\n![training loss]({LOSS_PICTURE})" if paths.loss else "",
-        f"## How to use\n\nFrom this folder:\n\n```python\n{loading_lines(Path(PIPELINE_DIR), names, sampler)}\n```",
+        f"## How to use\n\nFrom this folder:\n\n```python\n{lines}\n```",
         f"## Training\n\n```sh\n{command}\n```" + _table(("setting", "value"), settings),
         "## Files" + _table(("file", "content"), contents),
     ]
@@ -191,17 +196,20 @@ def _class_names(labels: LabelArray | None, class_names: Sequence[str] | None) -
     return class_names if class_names is not None else [str(label) for label in range(count)]
 
 
-def loading_lines(pipeline_dir: Path, class_names: Sequence[str] | None, sampler: "Sampler") -> str:
+def loading_lines(
+    pipeline_dir: Path, class_names: Sequence[str] | None, sampler: "Sampler", has_vae: bool = False
+) -> str:
     """Return Python code that loads a saved pipeline and samples from it.
 
     Args:
         pipeline_dir: The folder of the pipeline, as the reader would name it.
         class_names: The classes of a class-conditional pipeline; None for an unconditional one.
         sampler: How to sample.
+        has_vae: Whether the network is one of latents, which the stock pipeline does not decode.
     """
     folder = json.dumps(pipeline_dir.as_posix(), ensure_ascii=False)
     arguments = "".join(f", {name}={value!r}" for name, value in sampler.call_arguments().items())
-    if class_names is None:
+    if class_names is None and not has_vae:
         return (
             "# With diffusers alone:\n"
             "from diffusers import DiffusionPipeline\n\n"
@@ -212,13 +220,17 @@ def loading_lines(pipeline_dir: Path, class_names: Sequence[str] | None, sampler
             f"pipeline = GaussianDiffusionPipeline.from_pretrained({folder})\n"
             f"images = pipeline(batch_size=16{arguments}).images"
         )
-    count = len(class_names)
-    is_named_by_others = any(name.isdecimal() and name != str(number) for number, name in enumerate(class_names))
-    labels = repr(list(class_names)) if is_named_by_others else f"list(range({count}))"
+    if class_names is None:
+        images = "batch_size=16"
+    else:
+        count = len(class_names)
+        is_named_by_others = any(name.isdecimal() and name != str(number) for number, name in enumerate(class_names))
+        labels = repr(list(class_names)) if is_named_by_others else f"list(range({count}))"
+        images = f"batch_size={count}, class_labels={labels}"
     return (
         "from ddpm_hf import GaussianDiffusionPipeline\n\n"
         f"pipeline = GaussianDiffusionPipeline.from_pretrained({folder})\n"
-        f"images = pipeline(batch_size={count}, class_labels={labels}{arguments}).images\n\n"
+        f"images = pipeline({images}{arguments}).images\n\n"
         "# Without ddpm_hf, with the code in the folder; trust_remote_code=True is your consent to run it:\n"
         "from diffusers import DiffusionPipeline\n\n"
         f"folder = {folder}\n"

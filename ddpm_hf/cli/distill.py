@@ -107,6 +107,11 @@ def teacher_settings(command: DistillCommand, teacher: "ModelFolder") -> Section
     }
     if not known:
         _take_process(settings, teacher)
+    for section in ("data", "model"):
+        if settings[section]["vae"] is not None:  # the VAE of the teacher, wherever that of its run was
+            is_local = not is_repository_id(command.teacher)
+            settings[section]["vae"] = str(teacher.run or teacher.path) if is_local else command.teacher
+            settings["data"]["vae_revision"] = None if is_local else command.revision
     return settings
 
 
@@ -133,6 +138,9 @@ def _take_process(settings: Sections, teacher: "ModelFolder") -> None:
     settings["model"]["class_conditional"] = unet.get("num_class_embeds") is not None
     settings["objective"]["class_dropout"] = 0.1 if index.get("has_null_label") else 0.0
     settings["data"]["value_range"] = index.get("value_range")
+    if "vae" in index:
+        settings["data"]["vae"] = str(teacher.path)
+        settings["data"]["latent_normalization"] = "measured" if index.get("latents_mean") else "scaling_factor"
 
 
 def student_settings(

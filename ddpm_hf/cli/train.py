@@ -201,12 +201,14 @@ def _write_report(trainer: "Trainer", command: str) -> None:
         command=command,
         settings=_main_settings(config),
         sampler=sampler,
+        has_vae=pipeline.vae is not None,
     )
     if recognition is not None:
         say("\n".join(recognition.lines()))
         say(f"recognised={recognition.recognised:.3f}")
     say(f"\nEverything is in {output_dir}: look at samples.png, denoising.gif and README.md.")
-    say(f"Load the trained pipeline with\n\n{loading_lines(output_dir / 'pipeline', names, sampler)}")
+    lines = loading_lines(output_dir / "pipeline", names, sampler, has_vae=pipeline.vae is not None)
+    say(f"Load the trained pipeline with\n\n{lines}")
 
 
 def _labels_in_turn(num_samples: int, num_classes: int) -> "NDArray[np.int64]":
@@ -231,6 +233,7 @@ def _main_settings(config: RunConfig) -> dict[str, str]:
     diffusion, training = config.diffusion, config.training
     return {
         "data": f"{config.data.source} (split {config.data.split})",
+        **({} if not (vae := config.data.vae or config.model.vae) else {"VAE": vae}),
         "network": config.model.from_pretrained or config.model.config_file or str(config.model.preset),
         "beta schedule, T": f"{diffusion.beta_schedule}, {diffusion.num_train_timesteps}",
         "prediction": diffusion.prediction_type,

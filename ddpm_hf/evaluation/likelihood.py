@@ -89,9 +89,11 @@ class VariationalBound:
     def rate(self) -> FloatArray:
         """Bits per dimension sent before the x_t of each step is known. Section 4.3, Ho et al. 2020.
 
-        Terms that were computed for no image are interpolated.
+        Terms that were computed for no image are interpolated, without the decoder term of latents, a density.
         """
         steps, is_known = np.arange(len(self.terms)), self.counts > 0
+        if self.is_of_latents and is_known[:-1].any():
+            is_known[-1] = False
         sent = np.concatenate([[0.0], np.cumsum(np.interp(steps, steps[is_known], self.terms[is_known])[:-1])])
         return np.asarray(self.prior + sent)
 

@@ -170,6 +170,7 @@ def load_teacher(
     num_classes: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    latents: Mapping[str, Any] | None = None,
 ) -> Teacher:
     """Collective: load distillation.teacher. Rank 0 reads it and the other ranks receive it.
 
@@ -180,6 +181,7 @@ def load_teacher(
         num_classes: Classes of the data, 0 for an unconditional student.
         device: Device of the teacher.
         autocast: Returns the context in which the network is called.
+        latents: `latents_mean` and `latents_std` of the student, if its latents are measured.
 
     Raises:
         ConfigError: It cannot be loaded, or the student cannot learn from it.
@@ -190,6 +192,7 @@ def load_teacher(
     def read() -> Pretrained:
         found = load_network("distillation.teacher", str(distillation.teacher), distillation.revision)
         _check_teacher(found, config, scheduler, num_channels, num_classes)
+        _check_latents(found, latents or {})
         return found
 
     found = distributed.on_rank_0(read)
@@ -267,6 +270,17 @@ def _check_teacher(
             f"{distillation.num_inference_steps} needs a teacher of {2 * distillation.num_inference_steps}; "
             + (f"set it to {known // 2}." if known % 2 == 0 else "choose another teacher.")
         )
+
+
+def _check_latents(teacher: Pretrained, latents: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the latents of a student are normalized otherwise than those of its teacher."""
+    for name in ("latents_mean", "latents_std"):
+        ours, theirs = latents.get(name), getattr(teacher, name)
+        if (ours is None) != (theirs is None) or (ours is not None and not np.allclose(ours, theirs, 0.05, 0.05)):
+            raise ConfigError(
+                f"{teacher.name} was trained on latents of another normalization ({name} {theirs}, here {ours}); set "
+                "data.latent_normalization and the data to those of the teacher."
+            )
 
 
 def _check_labels(teacher: Pretrained, config: RunConfig, num_classes: int) -> None:

@@ -348,8 +348,9 @@ class Trainer:
         if config.preview.every_steps:
             preview_sampler(self._pipeline(), config.preview)  # raises its errors before the first step
         self.loss = build_loss(
-            config, self.scheduler, null_label, self.sample_shape, self.class_names, self.accelerator
-        )
+            config, self.scheduler, null_label, self.sample_shape, self.class_names, self.accelerator,
+            self.pipeline_settings,
+        )  # fmt: skip
         self.timestep_sampler = build_timestep_sampler(config)
 
         self.global_step = 0
@@ -1189,6 +1190,7 @@ def build_loss(
     image_shape: tuple[int, int, int],
     class_names: dict[str, str] | None,
     accelerator: Accelerator,
+    pipeline_settings: Mapping[str, Any],
 ) -> DenoisingLoss:
     """Collective: build the objective, for a student with its teacher.
 
@@ -1198,8 +1200,9 @@ def build_loss(
     if config.distillation.teacher is None:
         return DenoisingLoss(scheduler, config.objective, null_label)
     teacher = load_teacher(
-        config, scheduler, image_shape[0], len(class_names or ()), accelerator.device, accelerator.autocast
-    )
+        config, scheduler, image_shape[0], len(class_names or ()), accelerator.device, accelerator.autocast,
+        pipeline_settings,
+    )  # fmt: skip
     num_steps = config.distillation.num_inference_steps
     return DistillationLoss(scheduler, config.objective, null_label, teacher=teacher, num_inference_steps=num_steps)
 

@@ -10,12 +10,14 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    LDMPipeline,
     LDMSuperResolutionPipeline,
     UNet2DModel,
     VQModel,
 )
 
 from ddpm_hf.diffusion import GaussianDiffusionPipeline, GaussianDiffusionScheduler
+from tests.conftest import tiny_vae
 
 
 def unet(sample_size: int | tuple[int, int] = 8, channels: int = 3, out_channels: int = 3) -> UNet2DModel:
@@ -61,6 +63,30 @@ def test_deterministic_images_are_those_of_the_stock_ddim_pipeline() -> None:
     expected = stock(2, generator, 0.0, 20, use_clipped_model_output=True, output_type="np").images
     native = images(GaussianDiffusionPipeline(network, DDPMScheduler()), eta=0.0)
     torch.testing.assert_close(native.permute(0, 2, 3, 1), torch.from_numpy(expected), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "VQModel"])
+def test_deterministic_images_of_latents_are_those_of_the_stock_ldm_pipeline(kind: str) -> None:
+    """The same scheduler and the scaling factor of the VAE; rounding only."""
+    vae = tiny_vae(kind, num_channels=3).eval()
+    channels = 3 if kind == "VQModel" else 2
+    network, scheduler = unet(channels=channels, out_channels=channels), DDIMScheduler(clip_sample=False)
+    stock = LDMPipeline(vae, network, scheduler)
+    stock.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    expected = stock(2, generator, num_inference_steps=20, output_type="np").images
+    native = images(GaussianDiffusionPipeline(network, scheduler, vae=vae))
+    torch.testing.assert_close(native.permute(0, 2, 3, 1), torch.from_numpy(expected), rtol=0, atol=1e-5)
+
+
+def test_the_stock_ldm_pipeline_does_not_give_its_generator_to_the_steps() -> None:
+    """Why a folder of latents does not name it: ancestral images of one seed differ from call to call."""
+    stock = LDMPipeline(tiny_vae(num_channels=3).eval(), unet(channels=2, out_channels=2), DDPMScheduler())
+    stock.set_progress_bar_config(disable=True)
+    first, second = (
+        stock(1, torch.Generator().manual_seed(0), num_inference_steps=5, output_type="np").images for _ in range(2)
+    )
+    assert abs(first - second).max() > 0.05
 
 
 def test_the_two_conventions_of_ddim_differ_as_documented() -> None:

@@ -1,7 +1,8 @@
 """Bits per dimension and second moments equal integrals, sums and constants computed without the code under test."""
 
 import math
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -418,3 +419,41 @@ def test_the_analytic_variance_lowers_the_bound_of_few_steps(monkeypatch: pytest
             pipeline.scheduler.analytic_variance = True
         bits[kind] = variational_bound(ReverseProcess(pipeline, timesteps), images, seed=0).bits_per_dim
     assert bits["analytic"] < min(bits["fixed_small"], bits["fixed_large"]) - 0.01
+
+
+class ScalingVae:
+    """Latents that are four times the image, plus 1."""
+
+    config: ClassVar[dict[str, Any]] = {"latent_channels": 1, "out_channels": 1, "block_out_channels": [1]}
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        self.num_encoded = 0
+
+    def encode(self, images: torch.Tensor) -> Any:
+        self.num_encoded += len(images)
+        return SimpleNamespace(latents=4 * images + 1)
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True) -> Any:
+        raise NotImplementedError
+
+
+def test_the_bound_of_latents_is_that_of_their_density_and_encodes_each_image_once() -> None:
+    """Its terms are those of the normalized latents, here the images, and the last one is a density of z = 4 x + 1."""
+    images, pixels, vae = gaussian_images(4), gaussian_pipeline(), ScalingVae()
+    expected = variational_bound(ReverseProcess(pixels, SHORT), images, seed=SEED)
+    pipeline = GaussianDiffusionPipeline(pixels.unet, pixels.scheduler, vae=vae, latents_mean=[1.0], latents_std=[4.0])
+    bound = variational_bound(ReverseProcess(pipeline, SHORT), images, seed=SEED)
+    np.testing.assert_allclose(bound.terms[:-1], expected.terms[:-1], rtol=1e-4)
+    assert bound.prior == pytest.approx(expected.prior, rel=1e-4)
+    x_0 = images.images / 127.5 - 1
+    noise = normal_by_position(SEED, "bound_noise", 0, range(4), (1, 1, 2), "cpu").numpy()
+    x_t = ALPHA_BARS[0] ** 0.5 * x_0 + (1 - ALPHA_BARS[0]) ** 0.5 * noise
+    deviation = reverse_variance("fixed_small", len(SHORT) - 1, SHORT) ** 0.5
+    mean = best_x_0(x_t, ALPHA_BARS[0]) + GaussianUnet.OFFSET
+    density = stats.norm.logpdf(4 * x_0 + 1, 4 * mean + 1, 4 * deviation)
+    assert bound.terms[-1] == pytest.approx(-density.mean() / math.log(2), rel=1e-4)
+    assert vae.num_encoded == len(images)
+    assert bound.to_dict()["of"] == "latents"
+    assert (np.diff(bound.rate) >= 0).all()
+    np.testing.assert_allclose(bound.distortion**2, bound.x_0_mse)
