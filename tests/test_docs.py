@@ -31,6 +31,7 @@ from ddpm_hf.cli import main as cli
 from ddpm_hf.config import RunConfig, parse_command_line
 from tests.conftest import REPOSITORY
 from tests.documents import DOCUMENTS, FENCED, blocks, text_of
+from tests.saved_folders import make_pipeline
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 CHINESE = REPOSITORY / "README_zh.md"  # has the commands and the code of README.md
@@ -79,6 +80,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(folder / "outputs/digits" / file, folder / "outputs" / name / file)
     save_model(folder / "user/model", ["cat", "dog"])
     shutil.copytree(folder / "user/model", folder / "user/digits")
+    make_pipeline("latent").save_pretrained(folder / "user/latents")
     return folder
 
 
