@@ -215,14 +215,14 @@ class CheckpointPush(_Background):
             run_branch.download(remote, self._run)
 
     def start(self, step: int, checkpoints: Sequence[str]) -> None:
-        """Start to push a checkpoint, or warn if the previous push is still running. Called in any thread.
+        """Start to push a checkpoint, or warn that the previous push is still running. Called in any thread.
 
         Args:
             step: Its step.
             checkpoints: Its name and that of the best checkpoint.
         """
         if not self.is_free():
-            logger.warning("The checkpoint of step %d is not pushed: the previous push is still running.", step)
+            logger.warning("The push of %s is still running, so step %d is not pushed yet.", self._what, step)
             return
         self._push(step, checkpoints)
 
