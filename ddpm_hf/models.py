@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -598,6 +598,10 @@ _FILES = (
 )
 
 
+LatentStatistics: TypeAlias = tuple[list[float], list[float]]
+"""Means and standard deviations of latents per channel, which become 0 and 1."""
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A pretrained network and what its folder says about it.
@@ -725,6 +729,7 @@ def take_weights(
     class_names: dict[str, str] | None,
     has_null_label: bool,
     value_range: list[float] | None = None,
+    latents: LatentStatistics | None = None,
 ) -> None:
     """Copy the weights of a pretrained network into the network of a run; warn about differences that may be intended.
 
@@ -744,6 +749,13 @@ def take_weights(
             "%s was trained with data.value_range %s, and -1 and 1 now stand for those of %s.",
             pretrained.name, before or "null", now or "null",
         )  # fmt: skip
+    of_latents = ((pretrained.latents_mean, pretrained.latents_std), latents or (None, None))
+    were, are = (torch.tensor([mean or [], std or []]) for mean, std in of_latents)
+    if were.shape != are.shape or not torch.allclose(were, are, rtol=0.01, atol=0.01):
+        logger.warning(
+            "%s was trained on latents of another mean and standard deviation; check data.latent_normalization.",
+            pretrained.name,
+        )
     theirs, ours = pretrained.unet.config["sample_size"], unet.config["sample_size"]
     if theirs is not None and _size(theirs) != _size(ours):
         logger.warning(

@@ -33,7 +33,7 @@ from ddpm_hf.data.loader import copy_to_device, to_device
 from ddpm_hf.diffusion import latents
 from ddpm_hf.files import MODEL_CONFIG, format_bytes, replace_folder, sync, write_text
 from ddpm_hf.model_folder import find_latest
-from ddpm_hf.models import build_vae, load_vae, vae_config, vae_sha256
+from ddpm_hf.models import LatentStatistics, build_vae, load_vae, vae_config, vae_sha256
 from ddpm_hf.rng import normal_by_pair, normal_by_position
 from ddpm_hf.training.run_dir import RunFolder
 
@@ -148,15 +148,13 @@ class LatentSet:
         moments: float32 (rows, 1 or 2 with flipped images, 1 or 2 with deviations, channels, height, width), usually
             memory-mapped.
         autoencoder: Has encoded them.
-        mean: What becomes 0 in each channel; None takes that of the VAE.
-        std: What becomes 1 in each channel; None takes that of the VAE.
+        normalization: What becomes 0 and 1 in each channel; None takes that of the VAE.
     """
 
     images: ImageSet
     moments: NDArray[np.float32]
     autoencoder: Autoencoder
-    mean: list[float] | None
-    std: list[float] | None
+    normalization: LatentStatistics | None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -176,7 +174,7 @@ class LatentSet:
     def statistics(self) -> latents.Statistics:
         """What becomes 0 and 1 in each channel, on the device of the VAE."""
         vae = self.autoencoder.vae
-        mean, std = latents.statistics(vae, self.mean, self.std)
+        mean, std = latents.statistics(vae, *(self.normalization or (None, None)))
         return mean.to(vae.device), std.to(vae.device)
 
     def states(self, moments: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
@@ -294,13 +292,11 @@ def encode_images(
                 writes = is_local_main_process and read_meta(folder, _VERSION) is None
                 _encode(images, autoencoder, config, device, folder if writes else None)
     meta = distributed.on_every_rank(lambda: _checked(read_meta(folder, _VERSION), folder, autoencoder.setting))
-    mean, std = None, None
+    normalization = (meta["mean"], meta["std"]) if config.latent_normalization == "measured" else None
     if training is not None:
-        mean, std = training.mean, training.std
-    elif config.latent_normalization == "measured":
-        mean, std = meta["mean"], meta["std"]
-    found = LatentSet(images, _map_moments(folder, meta["shape"]), autoencoder, mean, std)
-    if training is None and mean is None:
+        normalization = training.normalization
+    found = LatentSet(images, _map_moments(folder, meta["shape"]), autoencoder, normalization)
+    if training is None and normalization is None:
         _warn_of_scale(found, meta)
     return found
 

@@ -77,6 +77,7 @@ from ddpm_hf.files import (
 from ddpm_hf.model_folder import find_latest, name_or_id
 from ddpm_hf.models import (
     PRESETS,
+    LatentStatistics,
     Pretrained,
     add_augmentation_embedding,
     as_student,
@@ -299,6 +300,9 @@ class Trainer:
         self.sample_shape = self.images.image_shape
         if self.autoencoder is not None:
             self.sample_shape = self.autoencoder.shape_of_samples(self.images.image_shape)
+        self.latents, self.validation_latents = encode_splits(
+            config, self.images, self.validation_images, self.autoencoder, self.accelerator
+        )
         self.augmentation: Augmentation | None = None
         if config.data.augmentation > 0:
             self.augmentation = Augmentation(config.data, self.sample_shape, training.seed)
@@ -306,25 +310,14 @@ class Trainer:
         has_null_label = config.objective.class_dropout > 0
         null_label = len(self.class_names) if self.class_names and has_null_label else None
 
-        seed_global_generators(training.seed, "initialization")
         value_range = None if self.images.value_range is None else list(self.images.value_range)
-        self.unet = build_network(
-            config,
-            self.sample_shape,
-            self.class_names,
-            self.scheduler,
-            self.folder.checkpoints,
-            self.device,
-            value_range if config.model.vae is None else None,
-        )
-        if self.augmentation is not None:
-            add_augmentation_embedding(self.unet, self.augmentation.num_parameters)
-        self.parameters = list(self.unet.parameters())
-        self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.unet.modules())
-        self.latents, self.validation_latents = encode_splits(
-            config, self.images, self.validation_images, self.autoencoder, self.accelerator
-        )
-        self.loader = build_loader(config, self.latents or self.images, self.device)
+        statistics: LatentStatistics | None = None
+        if self.latents is not None:
+            statistics = self.latents.normalization
+        elif self.autoencoder is not None and value_range is not None:  # that of the latents, which are the data
+            low, high = value_range
+            num_channels, value_range = self.sample_shape[0], None
+            statistics = [(low + high) / 2] * num_channels, [(high - low) / 2] * num_channels
         self.pipeline_settings: dict[str, Any] = {
             "class_names": self.class_names,
             "has_null_label": has_null_label,
@@ -332,17 +325,25 @@ class Trainer:
             "value_range": value_range,
         }
         if self.autoencoder is not None:
-            self.pipeline_settings |= {"vae": self.autoencoder.vae}
-            if config.data.vae is None:
-                assert value_range is not None  # config/rules.py requires a range
-                low, high = value_range
-                self.pipeline_settings |= {
-                    "value_range": None,  # that of the latents
-                    "latents_mean": [(low + high) / 2] * self.sample_shape[0],
-                    "latents_std": [(high - low) / 2] * self.sample_shape[0],
-                }
-            elif self.latents is not None:
-                self.pipeline_settings |= {"latents_mean": self.latents.mean, "latents_std": self.latents.std}
+            mean, std = statistics or (None, None)
+            self.pipeline_settings |= {"vae": self.autoencoder.vae, "latents_mean": mean, "latents_std": std}
+
+        seed_global_generators(training.seed, "initialization")
+        self.unet = build_network(
+            config,
+            self.sample_shape,
+            self.class_names,
+            self.scheduler,
+            self.folder.checkpoints,
+            self.device,
+            value_range,
+            statistics,
+        )
+        if self.augmentation is not None:
+            add_augmentation_embedding(self.unet, self.augmentation.num_parameters)
+        self.parameters = list(self.unet.parameters())
+        self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.unet.modules())
+        self.loader = build_loader(config, self.latents or self.images, self.device)
         self.ema = EMA(self.unet, decay_schedules(training))
         self.optimizer = build_optimizer(self.parameters, training)
         if config.preview.every_steps:
@@ -1215,6 +1216,7 @@ def build_network(
     checkpoints: Path,
     device: torch.device,
     value_range: list[float] | None = None,
+    latents: LatentStatistics | None = None,
 ) -> UNet2DModel:
     """Collective: build the network of a run; rank 0 alone reads files and the Hub.
 
@@ -1229,6 +1231,7 @@ def build_network(
         checkpoints: The folder of the run's checkpoints.
         device: Device of the network.
         value_range: The values of the data that become -1 and 1; None for pictures.
+        latents: The normalization of the latents of the run; None for that of the VAE, or for images.
 
     Returns:
         The network in training mode, float32.
@@ -1267,7 +1270,7 @@ def build_network(
 
     def copy_weights() -> None:
         if pretrained is not None:
-            take_weights(unet, pretrained, scheduler, class_names, has_null_label, value_range)
+            take_weights(unet, pretrained, scheduler, class_names, has_null_label, value_range, latents)
 
     distributed.on_rank_0(copy_weights)
     unet.to(device)

@@ -66,7 +66,8 @@ def test_samples_are_drawn_from_the_moments_of_their_images_in_every_epoch(data:
     assert 0 < mirrored.sum() < stop
     mean, std = latents.encode_moments(vae, normalize(pixels, mirrored))
     z = mean + std * normal_by_position(5, "latents", 0, range(stop), mean.shape[1:], CPU)
-    expected = latents.normalize(z, latents.statistics(vae, encoded.mean, encoded.std))
+    assert encoded.normalization is not None
+    expected = latents.normalize(z, latents.statistics(vae, *encoded.normalization))
     torch.testing.assert_close(samples, expected, rtol=1e-4, atol=1e-5)  # encoded in other batches
     assert labels is None
     torch.testing.assert_close(loader.samples(7, 19)[0], samples[7:19], rtol=0, atol=0)
@@ -78,12 +79,13 @@ def test_measured_latents_have_mean_0_and_deviation_1_in_every_channel(data: Dat
     """Those of the training split; the validation set has its normalization."""
     encoded, validation = encode(data)
     mean, std = (torch.from_numpy(encoded.moments[:, :, kind].astype(np.float64)) for kind in (0, 1))
-    assert encoded.mean is not None and encoded.std is not None
-    first = (mean - torch.tensor(encoded.mean)[:, None, None]) / torch.tensor(encoded.std)[:, None, None]
-    second = first**2 + (std / torch.tensor(encoded.std)[:, None, None]) ** 2
+    assert encoded.normalization is not None
+    zero, one = (torch.tensor(values)[:, None, None] for values in encoded.normalization)
+    first = (mean - zero) / one
+    second = first**2 + (std / one) ** 2
     torch.testing.assert_close(first.mean((0, 1, 3, 4)), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
     torch.testing.assert_close(second.mean((0, 1, 3, 4)), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-5)
-    assert (validation.mean, validation.std) == (encoded.mean, encoded.std)
+    assert validation.normalization == encoded.normalization
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderTiny", "VQModel"])
@@ -265,6 +267,19 @@ def test_a_checkpoint_decodes_with_the_autoencoder_of_its_run(run: Path, tmp_pat
     shutil.copytree(run / "checkpoints" / "step_00000006", tmp_path / "step_00000006")
     with pytest.raises(ValueError, match="VAE that decodes them is not beside it"):
         GaussianDiffusionPipeline.from_pretrained(tmp_path / "step_00000006")
+
+
+def test_another_normalization_than_that_of_a_pretrained_network_is_a_warning(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = LATENTS | {"preview__every_steps": 0, "training__posthoc_ema": False, "training__num_steps": 1}
+    settings |= {"model__from_pretrained": run, "model__preset": None, "model__overrides": {}}
+    for normalization, is_other in (("measured", False), ("scaling_factor", True)):
+        caplog.clear()
+        changes = settings | {"data__vae": run / "vae", "data__latent_normalization": normalization}
+        arguments = run_arguments(tmp_path / normalization, **changes)
+        assert train([*arguments, "--dry_run"]) == 0
+        assert ("another mean and standard deviation" in caplog.text) == is_other
 
 
 def test_latents_given_as_arrays_are_decoded_by_the_autoencoder_of_the_model(tmp_path: Path) -> None:
