@@ -5,6 +5,7 @@ the same samples with one change.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "warmup": ("digits_8", {"training.learning_rate_warmup_steps": 100_000}),
     "short_chain": ("digits_8", SHORT_CHAIN),
     "short_chain_scaled": ("digits_8", SHORT_CHAIN | {"diffusion.scale_betas_to_timesteps": "true"}),
-    "few_images": ("digits_8", {"data.validation_fraction": 0.98, "training.num_steps": 1200}),
+    "few_images": (
+        "digits_8",
+        {"data.validation_fraction": 0.98, "training.train_batch_size": 32, "training.num_steps": 1000},
+    ),
     "epsilon": ("emoji_16", EPSILON),
     "v_prediction": ("emoji_16", {}),
 }
@@ -46,15 +50,19 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def run_of(name: str, runs: Path) -> Path:
     """Return the folder of a run, which is trained unless it is there."""
-    recipe, changes = RUNS[name]
     folder = runs / name
-    if not (folder / "pipeline").is_dir():
-        path = REPOSITORY / "configs" / f"{recipe}.yaml"
-        settings = BRIEF | {"data.source": REPOSITORY / read_config(path).data.source} | changes
-        options = [word for setting, value in settings.items() for word in (f"--{setting}", str(value))]
-        if ddpm_hf(["train", "--config", str(path), *options, "--training.output_dir", str(folder)]):
-            raise SystemExit(f"{folder} could not be trained.")
+    if not (folder / "pipeline").is_dir() and ddpm_hf(["train", *options_of(name, runs)]):
+        raise SystemExit(f"{folder} could not be trained.")
     return folder
+
+
+def options_of(name: str, runs: Path) -> list[str]:
+    """Return the options of `ddpm-hf train` for a run."""
+    recipe, changes = RUNS[name]
+    path = REPOSITORY / "configs" / f"{recipe}.yaml"
+    settings = BRIEF | {"data.source": REPOSITORY / read_config(path).data.source} | changes
+    options = [word for setting, value in settings.items() for word in (f"--{setting}", str(value))]
+    return ["--config", str(path), *options, "--training.output_dir", str(runs / name)]
 
 
 def samples(folder: Path, **settings: Any) -> Images:
@@ -62,6 +70,12 @@ def samples(folder: Path, **settings: Any) -> Images:
     sampler = Sampler(**{"scheduler": "unipc", "num_inference_steps": 20, **settings})
     pipeline = sampler.prepare(GaussianDiffusionPipeline.from_pretrained(folder))
     return sample_images(pipeline, sampler, seed=0, indices=range(NUM_IMAGES), batch_size=NUM_IMAGES)
+
+
+def loss_at(run: Path, step: int) -> float:
+    """Return the loss of the line of metrics of a step."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return float(next(row["loss"] for row in map(json.loads, lines) if row["step"] == step))
 
 
 def training_images(run: Path) -> ImageSet:
@@ -78,26 +92,28 @@ def pictures(runs: Path) -> Iterator[tuple[str, Images, str, Images]]:
     yield "noise: the EMA is too long", samples(last), "the weights without EMA", samples(last / "unet")
     yield "noise: the learning rate is too low", samples(run_of("warmup", runs)), "a shorter warmup", good
     yield (
-        "gray images of a short chain", samples(run_of("short_chain", runs)),
+        "noisy fragments of a short chain", samples(run_of("short_chain", runs)),
         "scale_betas_to_timesteps", samples(run_of("short_chain_scaled", runs)),
     )  # fmt: skip
     yield (
-        "saturated images: guidance_scale 20",
-        samples(digits, guidance_scale=20.0),
-        "guidance_scale 1.5",
-        samples(digits, guidance_scale=1.5),
-    )
+        "saturated images: guidance_scale 20", samples(digits, guidance_scale=20.0),
+        "guidance_scale 1.5", samples(digits, guidance_scale=1.5),
+    )  # fmt: skip
     yield (
         "few steps: DDPM in 5", samples(digits, scheduler="DDPMScheduler", num_inference_steps=5),
         "UniPC in 5", samples(digits, num_inference_steps=5),
     )  # fmt: skip
+    ancestral = {"scheduler": None, "eta": 1.0, "num_inference_steps": 250}
     yield (
-        "a tint: epsilon, linear betas", samples(run_of("epsilon", runs)),
-        "v_prediction, cosine", samples(run_of("v_prediction", runs)),
+        "a tint: few updates of epsilon with linear betas", samples(run_of("epsilon", runs), **ancestral),
+        "v_prediction with cosine", samples(run_of("v_prediction", runs), **ancestral),
     )  # fmt: skip
     few = samples(run_of("few_images", runs))
     copied, _, _ = nearest_images(few, training_images(runs / "few_images"), torch.device("cpu"))
-    yield "copies: 36 training images", few, "the nearest training images", copied
+    yield "copies of 36 training images", few, "the nearest training images", copied
+    early = samples(digits / "checkpoints" / "step_00000200")
+    titles = [f"step {step}, loss {loss_at(digits, step):.2f}" for step in (200, 400)]
+    yield f"a flat loss: {titles[0]}", early, titles[1], good
 
 
 def main() -> int:
@@ -105,12 +121,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("outputs/troubleshooting"))
     parser.add_argument("--output", type=Path, default=PICTURE)
-    parser.add_argument("--only", choices=RUNS, nargs="+", help="only train these runs")
     arguments = parser.parse_args()
-    if arguments.only:
-        for name in arguments.only:
-            run_of(name, arguments.runs)
-        return 0
     rows = list(pictures(arguments.runs))
     figure = new_figure(9, 0.75 * len(rows))
     for axes, row in zip(figure.subplots(len(rows), 2), rows, strict=True):

@@ -388,6 +388,12 @@ def test_a_generated_document_is_up_to_date(script: str, name: str) -> None:
     assert generated == text_of(REPOSITORY / name), f"run python docs/{script}.py"
 
 
+def test_the_runs_behind_the_pictures_of_symptoms_are_accepted(tmp_path: Path) -> None:
+    script = runpy.run_path(str(REPOSITORY / "docs/make_troubleshooting.py"))
+    for name in script["RUNS"]:
+        parse_command_line(script["options_of"](name, tmp_path))
+
+
 @pytest.mark.parametrize("name", ["SECURITY.md", "docs/reliability.md", "docs/compatibility.md"])
 def test_every_test_that_a_document_names_exists(name: str) -> None:
     written = {
