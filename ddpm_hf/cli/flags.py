@@ -120,7 +120,7 @@ def _argument_options(hint: Any, field: "dataclasses.Field[Any]") -> dict[str, A
     kind = next(part for part in parts if part is not type(None))
     is_list = any(typing.get_origin(part) in (list, tuple) for part in (*parts, hint))
     if (parse := field.metadata.get("parse")) is not None:
-        return {"type": parse, "metavar": "LIST" if is_list else "N"}
+        return {"type": parse, "metavar": field.metadata.get("metavar") or ("LIST" if is_list else "N")}
     if kind is bool:
         return {"action": "store_true"}
     if typing.get_origin(kind) is Literal:

@@ -52,7 +52,7 @@ class ConversionOptions:
     ) = None
     ema: str | None = None
     image_size: int | list[int] | None = dataclasses.field(
-        default=None, metadata={"minimum": 1, "maximum": math.inf, "parse": _image_size}
+        default=None, metadata={"minimum": 1, "maximum": math.inf, "parse": _image_size, "metavar": "SIZE"}
     )
     num_heads: int | None = None
     num_head_channels: int | None = None
