@@ -318,7 +318,7 @@ def read_folder(folder: Path, data: DataConfig, num_columns: int, num_rows: int)
     """
     import numpy as np
 
-    from ddpm_hf.data.sources import open_folder
+    from ddpm_hf.data.folders import open_folder
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give a folder of images.")

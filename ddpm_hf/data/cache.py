@@ -54,8 +54,8 @@ from ddpm_hf.data.decode import (
     unknown_range,
     warn_of_cubes,
 )
+from ddpm_hf.data.folders import Source, log_ignored_files
 from ddpm_hf.data.image_set import ImageSet, UnequalImages
-from ddpm_hf.data.sources import Source, log_ignored_files
 from ddpm_hf.files import format_bytes, format_count, write_text
 
 logger = logging.getLogger(__name__)

@@ -35,9 +35,10 @@ from ddpm_hf.data.decode import (
     num_threads,
     read_header,
 )
+from ddpm_hf.data.folders import Source
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.labels import Labels, encode_labels
-from ddpm_hf.data.sources import Source, dtype_of_arrays, find_columns, source_of_table
+from ddpm_hf.data.tables import dtype_of_arrays, find_columns, source_of_table
 
 IMAGE_KEYS = ("image", "images", "img", "pixel_values", "input", "inputs", "x", "jpg", "png")
 """Keys of the image in samples that are mappings, the first one that exists; data.image_column names another one."""

@@ -12,10 +12,11 @@ from ddpm_hf.config import EVAL_DATASET, TRAIN_DATASET, DataConfig
 from ddpm_hf.data.arrays import map_array
 from ddpm_hf.data.cache import map_cache, open_cache
 from ddpm_hf.data.decode import DataError, warn_of_values
+from ddpm_hf.data.folders import Source
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.labels import MAX_CLASSES, ClassOrder, label_error
 from ddpm_hf.data.memory import find_in_memory
-from ddpm_hf.data.sources import Source, find_source
+from ddpm_hf.data.sources import find_source
 from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.files import format_count
 

@@ -42,12 +42,13 @@ from ddpm_hf.data.decode import (
     num_threads,
     read_header,
 )
+from ddpm_hf.data.folders import Source, log_ignored_files
 from ddpm_hf.data.labels import ClassOrder, label_error
 from ddpm_hf.data.layout import SPLIT_NAMES
 from ddpm_hf.data.loader import to_device
-from ddpm_hf.data.sources import (
+from ddpm_hf.data.sources import find_files, find_source
+from ddpm_hf.data.tables import (
     TEXT_TABLES,
-    Source,
     TableFiles,
     as_encoded_column,
     as_encoded_image,
@@ -55,11 +56,8 @@ from ddpm_hf.data.sources import (
     columns_of_splits,
     dtype_of_arrays,
     find_columns,
-    find_files,
-    find_source,
     is_in_split,
     load_rows,
-    log_ignored_files,
 )
 from ddpm_hf.rng import first_draws, numpy_generator
 

@@ -12,9 +12,10 @@ from ddpm_hf.config import ConfigError, DataConfig
 from ddpm_hf.data.augmentation import Augmentation
 from ddpm_hf.data.cache import open_cache, read_meta
 from ddpm_hf.data.decode import DataError
+from ddpm_hf.data.folders import Source
 from ddpm_hf.data.image_set import ImageSet
 from ddpm_hf.data.loader import ImageLoader
-from ddpm_hf.data.sources import Source, find_source
+from ddpm_hf.data.sources import find_source
 from ddpm_hf.data.splits import check_labels, open_sets, warn_of_empty_classes
 from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.files import format_bytes, format_count

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ddpm_hf.cli.main import evaluate, train
-from ddpm_hf.data import cache, sources
+from ddpm_hf.data import cache, folders
 from ddpm_hf.diffusion import GaussianDiffusionPipeline
 from ddpm_hf.training.checkpoint import DataState
 from tests.conftest import DIGITS, run_arguments
@@ -150,7 +150,7 @@ def test_a_run_of_0_1_keeps_the_order_of_its_classes(tmp_path: Path, streaming: 
 
     def as_0_1(folder: str, num_steps: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sources, "sort_classes", sorted)
+            patch.setattr(folders, "sort_classes", sorted)
             state_dict = DataState.state_dict
             patch.setattr(
                 DataState,

@@ -16,8 +16,9 @@ import pyarrow.parquet
 import pytest
 
 from ddpm_hf.config import DataConfig
+from ddpm_hf.data.folders import Source, open_folder, open_tar, open_zip
 from ddpm_hf.data.labels import class_order_of
-from ddpm_hf.data.sources import Source, find_source, open_folder, open_tar, open_zip
+from ddpm_hf.data.sources import find_source
 from tests.conftest import DIGITS
 from tests.unit.data.helpers import (
     GRAY,

@@ -386,6 +386,19 @@ def test_a_stream_reads_the_rows_of_its_split_and_resumes_in_them(tmp_path: Path
     assert rows(stream_of_split(split="validation"), 1) == [0]
 
 
+@pytest.mark.gpu
+def test_a_stream_copies_stored_pixels_to_a_gpu(shards: Path) -> None:
+    config = DataConfig(source=str(shards), streaming=True, resolution=4, num_channels=1, shuffle_buffer_size=5)
+    for device in (CPU, torch.device("cuda")):
+        _STREAMS.append(ImageStream(config, with_labels=True, seed=3, device=device))
+    stored, labels = _STREAMS[-1].take(20)
+    assert stored.is_pinned() and stored.dtype == torch.uint8 and labels is not None
+    _STREAMS[-1].go_to({})
+    samples, _ = _STREAMS[-1].samples(0, 20)
+    assert samples.device.type == "cuda"
+    torch.testing.assert_close(samples.cpu(), _STREAMS[-2].samples(0, 20)[0], rtol=0, atol=2**-23)
+
+
 def test_too_many_bad_images_stop_a_stream(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "x", [40], bad=set(range(20)))
     with pytest.raises(DataError, match=r"11 of \d+ images cannot be read, more than data.max_bad_fraction 0.1 allows"):
