@@ -278,8 +278,8 @@ def _check_latents(teacher: Pretrained, latents: Mapping[str, Any]) -> None:
         ours, theirs = latents.get(name), getattr(teacher, name)
         if (ours is None) != (theirs is None) or (ours is not None and not np.allclose(ours, theirs, 0.05, 0.05)):
             raise ConfigError(
-                f"{teacher.name} was trained on latents of another normalization ({name} {theirs}, here {ours}); set "
-                "data.latent_normalization and the data to those of the teacher."
+                f"{teacher.name} was trained on latents of another {name.removeprefix('latents_')} than those of this "
+                "run; set data.vae, data.latent_normalization and the data to those of the teacher."
             )
 
 

@@ -14,7 +14,10 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from ddpm_hf.cli.common import load_pipeline
 from ddpm_hf.cli.main import main
+from ddpm_hf.diffusion import GaussianDiffusionPipeline
+from ddpm_hf.evaluation import timesteps
 from ddpm_hf.evaluation.generate import Sampler, fingerprint
 from ddpm_hf.evaluation.verify import write_verification
 from ddpm_hf.hub.card import make_card
@@ -58,6 +61,11 @@ def test_sample_writes_decoded_images_and_states(saved: Path, tmp_path: Path) ->
         found = pixels(output / f"seed_{number:06d}.png").astype(int)
         assert abs(found - expected[number]).max() <= 1
     assert (output / "strip.png").is_file()
+
+
+def test_commands_decode_in_float32_in_any_precision_of_the_network(saved: Path) -> None:
+    pipeline = load_pipeline(str(saved), find_model(saved), dtype=torch.float16)
+    assert (pipeline.unet.dtype, pipeline.vae.dtype) == (torch.float16, torch.float32)
 
 
 def test_sample_fills_images_and_keeps_the_rest(saved: Path, tmp_path: Path) -> None:
@@ -110,11 +118,29 @@ def test_samples_depend_on_the_vae_and_the_scale_of_its_latents() -> None:
     assert len(prints) == 3
 
 
-def test_timesteps_are_chosen_by_decoded_images(saved: Path, tmp_path: Path) -> None:
+def test_timesteps_are_chosen_by_decoded_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timesteps, "NUM_CANDIDATES", 8)
     folder = tmp_path / "pipeline"
     make_pipeline("latent").save_pretrained(folder)
     assert run("timesteps", folder, "--steps", 2, "--num_images", 1) == 0
     assert "optimized_timesteps" in json.loads((folder / "model_index.json").read_text())
+
+
+def test_a_student_learns_on_the_latents_of_its_teacher(saved: Path, data: Path, tmp_path: Path) -> None:
+    """Of a folder without settings; the latents of other images have another mean."""
+    flags = ["--data.source", data, "--output", tmp_path / "students", "--data.cache_dir", tmp_path / "cache"]
+    flags += ["--training.num_steps", 1, "--training.train_batch_size", 2, "--preview.every_steps", 0]
+    flags += ["--evaluation.num_samples", 0]
+    assert run("distill", saved, "--steps", 2, *flags) == 2
+    statistics = {"latents_mean": None, "latents_std": None}
+    folder = tmp_path / "scaled"
+    pipeline = make_pipeline("latent")
+    GaussianDiffusionPipeline(pipeline.unet, pipeline.scheduler, vae=pipeline.vae, **statistics).save_pretrained(folder)
+    assert run("distill", folder, "--steps", 2, *flags) == 0
+    student = GaussianDiffusionPipeline.from_pretrained(tmp_path / "students" / "steps_2" / "pipeline")
+    assert student.image_shape == (3, 8, 8)
+    for name, weight in pipeline.vae.state_dict().items():
+        assert student.vae.state_dict()[name].equal(weight)
 
 
 def test_a_published_model_has_its_vae_and_says_so(saved: Path, tmp_path: Path) -> None:

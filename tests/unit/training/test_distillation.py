@@ -164,8 +164,9 @@ def test_settings_that_a_student_cannot_have_are_refused(changes: dict[str, Any]
 def saved_teacher(folder: Path, scheduler: GaussianDiffusionScheduler, **options: Any) -> RunConfig:
     """Save a pipeline and return the configuration of its student."""
     has_null_label = options.pop("has_null_label", False)
+    latents = {name: options.pop(name, None) for name in ("latents_mean", "latents_std")}
     unet = tiny_unet(options.pop("num_labels", None), **options)
-    extras = {"has_null_label": has_null_label, "self_conditioned": options.get("self_conditioned", False)}
+    extras = latents | {"has_null_label": has_null_label, "self_conditioned": options.get("self_conditioned", False)}
     GaussianDiffusionPipeline(unet, scheduler, **extras).save_pretrained(folder)
     return load_config(STUDENT | {"distillation.teacher": str(folder)})
 
@@ -205,6 +206,17 @@ def test_epsilon_without_signal_is_refused(tmp_path: Path) -> None:
     config = saved_teacher(tmp_path / "teacher", theirs)
     with pytest.raises(ConfigError, match="predicts epsilon, but its last timestep holds no signal"):
         load_teacher(config, process("v_prediction", rescale_betas_zero_snr=True), 1, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(None, [0.0]), ([0.0], None), ([0.0], [0.3])])
+def test_a_teacher_of_latents_of_another_normalization_is_refused(
+    theirs: list[float] | None, ours: list[float] | None, tmp_path: Path
+) -> None:
+    scheduler = process("v_prediction", clip_sample=False)
+    config = saved_teacher(tmp_path / "teacher", scheduler, latents_mean=theirs, latents_std=theirs and [1.0])
+    latents = {"latents_mean": ours, "latents_std": ours and [1.0]}
+    with pytest.raises(ConfigError, match="latents of another mean"):
+        load_teacher(config, scheduler, 1, 0, torch.device("cpu"), latents=latents)
 
 
 def test_a_student_teaches_half_its_steps_with_the_guidance_that_it_has(tmp_path: Path) -> None:
