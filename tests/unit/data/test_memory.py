@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 from ddpm_hf.config import TRAIN_DATASET, DataConfig
 from ddpm_hf.data import DataError, ImageSet, open_images, open_sets
 from ddpm_hf.data import cache as cache_module
-from tests.unit.data.helpers import DEEP_RGB, encode, encode_deep, write_files
+from tests.unit.data.helpers import DEEP_RGB, RGB, encode, encode_deep, write_files
 
 NUMBER = 12
 PIXELS = np.random.default_rng(0).integers(0, 256, (NUMBER, 8, 6, 3), dtype=np.uint8)
@@ -476,3 +476,12 @@ def test_another_process_uses_the_cache_or_checks_its_own_array(
     )
     with pytest.raises(DataError, match="train_dataset has other images or labels here than on rank 0"):
         open_images(config, with_labels=False, dataset=PIXELS[::-1], location=direct.location)
+
+
+def test_a_column_of_splits_in_memory_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All rows of a dataset that was passed are used."""
+    rows = {"image": [{"bytes": encode(RGB), "path": None}] * 2, "split": ["train", "val"]}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    config = DataConfig(source=TRAIN_DATASET, cache_dir=str(tmp_path))
+    assert len(open_images(config, with_labels=False, dataset=dataset)) == 2
+    assert "contains splits, but all rows are used" in caplog.text
