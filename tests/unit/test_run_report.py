@@ -173,3 +173,11 @@ def test_loading_lines_of_an_unconditional_pipeline_need_diffusers_only() -> Non
     assert r'DiffusionPipeline.from_pretrained("a \"quoted\" folder")' in lines
     assert "class_labels" not in lines
     assert "trust_remote_code" not in lines
+
+
+def test_models_of_latents_are_not_loaded_by_the_stock_pipeline() -> None:
+    lines = loading_lines(Path("pipeline"), None, Sampler(), has_vae=True)
+    assert "images = pipeline(batch_size=16).images" in lines
+    assert "DiffusionPipeline.from_pretrained(folder)" not in lines
+    assert lines.count("DiffusionPipeline.from_pretrained(") == 2
+    assert "custom_pipeline=folder" in lines
