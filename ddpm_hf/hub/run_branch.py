@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from ddpm_hf.config import ConfigError, RunConfig, changed_settings, read_config_dict
 from ddpm_hf.files import (
@@ -30,7 +30,7 @@ from ddpm_hf.files import (
     TRACKERS,
     VAE_DIR,
 )
-from ddpm_hf.hub.access import HubRefused, Target, hub_errors
+from ddpm_hf.hub.access import HubFailed, HubRefused, Target, hub_errors
 from ddpm_hf.model_folder import (
     RUN_MARK,
     CheckpointError,
@@ -151,9 +151,10 @@ def upload(folder: Path, target: Target) -> str:
         )
         if commit.oid != parent:
             try:
-                api.super_squash_history(target.repo_id, branch=branch, commit_message=f"Checkpoint of step {step}")
-            except HfHubHTTPError as error:
-                print(f"The history of {branch} was not squashed ({redact(str(error).splitlines()[0])}).")
+                with hub_errors(target.repo_id, "the checkpoint is pushed"):
+                    api.super_squash_history(target.repo_id, branch=branch, commit_message=f"Checkpoint of step {step}")
+            except (HubRefused, HubFailed) as error:
+                print(f"The history of {branch} was not squashed: {redact(str(error))}")
     return f"{api.endpoint}/{target.repo_id}/tree/{branch}"
 
 

@@ -119,6 +119,16 @@ def test_an_interrupted_push_leaves_the_checkpoint_before_or_the_new_one(
     verify_checkpoint(tmp_path / "checkpoints" / remote.checkpoints[0])
 
 
+@pytest.mark.parametrize("how", [500, "lost"])
+def test_a_checkpoint_is_pushed_even_if_its_history_cannot_be_squashed(
+    hub: LoopbackHub, staged: dict[int, Path], capsys: pytest.CaptureFixture[str], how: "int | str"
+) -> None:
+    hub.fail("POST .*/super-squash/", how, times=20)  # type: ignore[arg-type]
+    assert run_branch.main([str(staged[2]), REPOSITORY, BRANCH, "public"]) == 0
+    assert "The history of checkpoints was not squashed" in capsys.readouterr().out
+    assert steps_on(hub) == {"step_00000002"}
+
+
 def test_a_branch_with_something_else_and_a_later_step_are_left_untouched(
     hub: LoopbackHub, staged: dict[int, Path]
 ) -> None:
