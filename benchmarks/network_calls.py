@@ -367,7 +367,7 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> None:
             axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
             axes.set_xlabel("network calls")
             axes.grid(alpha=0.3)
-    grid[0, -1].legend(fontsize=7)
+    max(grid[0], key=lambda axes: len(axes.get_legend_handles_labels()[1])).legend(fontsize=7)
     save_figure(figure, FIGURE)
 
 
