@@ -182,7 +182,7 @@ def build_unet(
     factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else 1
     if height % factor or width % factor:
         raise ConfigError(
-            f"{_source(config)} halves its input {factor.bit_length() - 1} times, but {height}x{width} is not a "
+            f"{_source(config)} divides height and width by {factor}, but {height}x{width} is not a "
             f"multiple of {factor}; change data.resolution, or choose fewer block_out_channels in model.overrides."
         )
     settings |= {

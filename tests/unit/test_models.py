@@ -259,7 +259,7 @@ def test_invalid_overrides_are_refused(overrides: dict[str, object], sentence: s
 
 @pytest.mark.parametrize(("preset", "size", "factor"), [("ddpm_32", 28, 8), ("digits_8", 9, 2)])
 def test_images_that_cannot_be_halved_are_refused(preset: str, size: int, factor: int) -> None:
-    with pytest.raises(ConfigError, match=f"{size}x{size} is not a multiple of {factor}; set data.resolution"):
+    with pytest.raises(ConfigError, match=f"{size}x{size} is not a multiple of {factor}; change data.resolution"):
         build_unet(ModelConfig(preset=preset), (3, size, size), None)  # type: ignore[arg-type]
 
 

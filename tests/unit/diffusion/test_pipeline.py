@@ -1169,11 +1169,11 @@ def test_editing_takes_values_of_the_range_and_pictures_of_it() -> None:
     pipe, plain = pipeline(value_range=[-1000, 400]), pipeline()
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     values = (pixels / 255 * 1400 - 1000).astype(np.float32)
-    expected = plain._to_samples(pixels, "image")
+    expected = plain._to_pixels(pixels, "image")
     for given in (pixels, values, values.astype(np.float64), torch.from_numpy(values).permute(0, 3, 1, 2)):
-        torch.testing.assert_close(pipe._to_samples(given, "image").float(), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(pipe._to_pixels(given, "image").float(), expected, atol=1e-6, rtol=0)
     whole = np.full((1, 8, 8, 3), -300, np.int16)
-    assert pipe._to_samples(whole, "image").unique().tolist() == [0]
+    assert pipe._to_pixels(whole, "image").unique().tolist() == [0]
     edited = pipe.denoise_from(values, 0.5, num_inference_steps=2, output_type="np").images
     again = pipe.denoise_from(edited, 0.5, num_inference_steps=2, output_type="np").images
     assert np.isfinite(again).all(), "outputs are inputs"
