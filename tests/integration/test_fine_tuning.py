@@ -121,7 +121,7 @@ def test_a_config_file_decides_the_network_and_not_the_weights(
         ({"model__class_conditional": False}, "has 10 labels, but this run needs none; set model.class_conditional"),
         ({"objective__class_dropout": 0.1}, "needs 11 (the null label included); set objective.class_dropout to 0"),
         ({"data__num_channels": 3}, "takes 1 channels, but this run needs 3; set data.num_channels"),
-        ({"data__resolution": 9}, "halves its input 1 times, but 9x9 is not a multiple of 2; change data.resolution"),
+        ({"data__resolution": 9}, "divides height and width by 2, but 9x9 is not a multiple of 2; change"),
         ({"model__overrides": {"block_out_channels": [8, 24]}}, "weights of other shapes than model.overrides ask"),
         ({"model__from_pretrained": "/nowhere/at/all"}, "model.from_pretrained /nowhere/at/all does not exist; check"),
         ({"model__from_pretrained": "nobody/nothing"}, "is not a local folder and cannot be downloaded from the Hub ("),

@@ -303,7 +303,7 @@ def test_unknown_settings_of_a_config_file_are_named(caplog: pytest.LogCaptureFi
         ({"norm_num_groups": 3}, "model.config_file other/config.json and model.overrides do not make a UNet2DModel"),
         (
             {"block_out_channels": [4] * 5, "layers_per_block": 1},
-            "model.config_file other/config.json halves its input 4",
+            "model.config_file other/config.json divides height and width by 16",
         ),
     ],
 )
