@@ -6,6 +6,7 @@ Comparisons of runs and ways to disturb one are in runs.py, processes that start
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 gc.disable()
 # One thread: the tests share the cores, and exact comparisons need one order of additions.
 torch.set_num_threads(1)
+# nohup ignores this signal, which tests send.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The tests use caches of their own, which are deleted with the process. The libraries of the Hub read these variables
 # when they are imported, and integration/conftest.py imports one, so that a hook of pytest would be too late.
 _CACHES = tempfile.TemporaryDirectory(prefix="ddpm_hf-tests-")
