@@ -448,7 +448,7 @@ def _checked(meta: dict[str, Any] | None, folder: Path, setting: str) -> dict[st
 
 
 def _warn_of_scale(found: LatentSet, meta: dict[str, Any]) -> None:
-    """Warn if latents are of another scale than diffusion expects, as those of a VAE that nobody scaled."""
+    """Warn if the scaling factor of a VAE does not give latents of the scale that diffusion expects."""
     zero, one = (values.flatten().double().cpu().numpy() for values in found.statistics)
     mean_squares = (np.square(meta["std"]) + np.square(meta["mean"] - zero)) / one**2
     deviation = math.sqrt(mean_squares.mean())
